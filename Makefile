@@ -1,0 +1,45 @@
+# make train   set up, then train the example with Muon and with Adam and compare
+# make test    set up, then run lint, type check and the whole test suite
+# make help    all targets
+#
+# Variables: PYTHON=/path/to/python3.12    the interpreter of the virtual environment
+#            TORCH="torch==2.8.0 --index-url URL"   another torch build (a CPU one saves gigabytes)
+#            ARGS="..."                    further arguments of train, test and bench
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.ready
+export PYTHON TORCH
+
+.PHONY: help setup train test test-slow lint bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@echo "Targets: setup train test test-slow lint bench clean"
+
+setup: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt tools/make_venv.sh
+	@bash tools/make_venv.sh
+	@touch $@
+
+train: $(STAMP)
+	@$(RUN) examples/demo.py $(ARGS)
+
+test: lint
+	@$(RUN) -m pytest $(ARGS)
+
+test-slow: $(STAMP)
+	@$(RUN) -m pytest -m slow $(ARGS)
+
+lint: $(STAMP)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+bench: $(STAMP)
+	@$(RUN) -m megatron_muon bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
