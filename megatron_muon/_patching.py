@@ -1,0 +1,248 @@
+"""Reversible changes to attributes of other packages, in any import order.
+
+Two rooms of this package change what they did not write: ``plugin`` (Megatron-Core's factory, flags, models) and
+``cpu`` (what Megatron-Core asks of CUDA). Both describe each change as a :class:`Patch` - where, what, and why - and
+hand them to a :class:`PatchSet`, which
+
+* applies a patch at once if its module is imported, otherwise right after the import (a hook on ``sys.meta_path``),
+  so that nobody has to import this package first and nothing is imported that the user does not use;
+* also replaces the copies that ``from module import name`` left in other modules;
+* puts everything back on :meth:`PatchSet.revert`.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+__all__ = ["Patch", "PatchSet"]
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change to one attribute.
+
+    Attributes:
+        target: ``"package.module:name"`` or ``"package.module:Class.name"``.
+        make: receives the original value and returns the replacement.
+        reason: why the change is needed; shown by :meth:`PatchSet.describe`.
+        create: whether the attribute may be absent (it is then made, and deleted on revert). Without it an absent
+            attribute raises ``AttributeError``: upstream has moved and the patch would do nothing.
+        copies_in: the top-level packages in which ``from module import name`` copies are replaced as well; None means
+            the package of ``target``. ``__main__`` is searched too unless the tuple is empty. Empty means no copies
+            are replaced, which is needed where the replacement is an object that others hold for its own sake
+            (``torch.optim.AdamW``): on revert they would lose it.
+    """
+
+    target: str
+    make: Callable[[Any], Any]
+    reason: str
+    create: bool = False
+    copies_in: tuple[str, ...] | None = None
+
+    @property
+    def module(self) -> str:
+        """The module to patch."""
+        return self.target.partition(":")[0]
+
+    @property
+    def path(self) -> str:
+        """The attribute inside the module, with dots for members of classes."""
+        return self.target.partition(":")[2]
+
+
+class PatchSet:
+    """A named set of patches that is applied and reverted as one.
+
+    Args:
+        name: shown in error messages.
+        patches: in the order of application; several patches may have the same target, each sees the one before.
+    """
+
+    def __init__(self, name: str, patches: Iterable[Patch] = ()) -> None:
+        self.name = name
+        self.patches = list(patches)
+        self.active = False
+        self._undo: list[tuple[Any, str, Any]] = []
+        self._copied: list[_Copied] = []
+
+    def describe(self) -> list[tuple[str, str]]:
+        """``(target, reason)`` of every patch, in order."""
+        return [(patch.target, patch.reason) for patch in self.patches]
+
+    def apply(self) -> None:
+        """Apply all patches; those of modules that are not imported yet follow their import. Does nothing twice."""
+        if self.active:
+            return
+        self.active = True
+        try:
+            copied: list[_Copied] = []
+            for patch in self.patches:
+                module = sys.modules.get(patch.module)
+                if module is None:
+                    _FINDER.wait(self, patch)
+                else:
+                    copied += self._apply_one(module, patch)
+            self._replace_copies(copied)
+        except BaseException:
+            self.revert()
+            raise
+
+    def revert(self) -> None:
+        """Restore every attribute, newest first. Does nothing when the set is not active.
+
+        Modules that were imported meanwhile may hold copies of replacements; these get the original too.
+        """
+        _FINDER.forget(self)
+        while self._undo:
+            owner, name, value = self._undo.pop()
+            if value is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+        self._replace_copies([copied.reversed() for copied in reversed(self._copied)])
+        self._undo.clear()
+        self._copied.clear()
+        self.active = False
+
+    def imported(self, module: ModuleType, patches: Iterable[Patch]) -> None:
+        """Apply ``patches`` to their module, which has just been imported."""
+        copied: list[_Copied] = []
+        for patch in patches:
+            copied += self._apply_one(module, patch)
+        self._replace_copies(copied)
+
+    def _apply_one(self, module: ModuleType, patch: Patch) -> list[_Copied]:
+        """Apply one patch; returns what its module may have handed out to others by ``from module import name``."""
+        owner: Any = module
+        *parents, name = patch.path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        own = vars(owner).get(name, _MISSING)  # not getattr: an inherited member must not become the class's own
+        original = own if own is not _MISSING else getattr(owner, name, _MISSING)
+        if original is _MISSING and not patch.create:
+            raise AttributeError(
+                f"{self.name}: {patch.target} does not exist in the installed version, and without it this would not "
+                f"hold: {patch.reason}"
+            )
+        replacement = patch.make(None if original is _MISSING else original)
+        self._set(owner, name, own, replacement)
+        # Small constants are shared objects: the same True or "" elsewhere is no copy of this attribute.
+        shared = isinstance(original, (bool, int, float, str, tuple, type(None))) or original is _MISSING
+        if owner is not module or original is replacement or shared or patch.copies_in == ():
+            return []
+        packages = patch.copies_in or (module.__name__.partition(".")[0],)
+        return [_Copied(original, replacement, (*packages, "__main__"))]
+
+    def _set(self, owner: Any, name: str, original: Any, value: Any) -> None:
+        self._undo.append((owner, name, original))
+        setattr(owner, name, value)
+
+    def _replace_copies(self, copied: Sequence[_Copied]) -> None:
+        """Replace what ``from module import name [as other]`` bound elsewhere, in one walk over the modules."""
+        if not copied:
+            return
+        self._copied += copied
+        packages = {package for entry in copied for package in entry.packages}
+        by_identity = {id(entry.original): entry for entry in copied}
+        for module_name, module in list(sys.modules.items()):
+            package = module_name.partition(".")[0]
+            if package not in packages or not isinstance(module, ModuleType):
+                continue
+            for attribute, value in list(vars(module).items()):
+                current = value
+                # Follow the chain: a name that was patched twice went from the first original to the last replacement.
+                while (entry := by_identity.get(id(current))) is not None and package in entry.packages:
+                    current = entry.replacement
+                if current is not value:
+                    self._set(module, attribute, value, current)
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """A replaced module attribute whose copies in ``packages`` are to follow."""
+
+    original: Any
+    replacement: Any
+    packages: tuple[str, ...]
+
+    def reversed(self) -> _Copied:
+        """The way back."""
+        return _Copied(self.replacement, self.original, self.packages)
+
+
+class _PostImportFinder(importlib.abc.MetaPathFinder):
+    """Finds nothing itself; wraps the loader of the modules that patches wait for.
+
+    There is one for all patch sets: two finders that each ask the rest of ``sys.meta_path`` would ask each other.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, list[tuple[PatchSet, Patch]]] = {}
+
+    def wait(self, patch_set: PatchSet, patch: Patch) -> None:
+        """Apply ``patch`` for ``patch_set`` when its module has been imported."""
+        self.waiting.setdefault(patch.module, []).append((patch_set, patch))
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def forget(self, patch_set: PatchSet) -> None:
+        """Drop what ``patch_set`` waits for."""
+        for module, entries in list(self.waiting.items()):
+            self.waiting[module] = [entry for entry in entries if entry[0] is not patch_set]
+            if not self.waiting[module]:
+                del self.waiting[module]
+        if not self.waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self.waiting:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _PostImportLoader(spec.loader, self)
+                return spec
+        return None
+
+    def imported(self, module: ModuleType) -> None:
+        """Apply what waited for ``module``."""
+        by_set: dict[PatchSet, list[Patch]] = {}
+        for patch_set, patch in self.waiting.pop(module.__name__, []):
+            by_set.setdefault(patch_set, []).append(patch)
+        for patch_set, patches in by_set.items():
+            patch_set.imported(module, patches)
+
+
+class _PostImportLoader(importlib.abc.Loader):
+    """A module's own loader, followed by its patches."""
+
+    def __init__(self, loader: Any, finder: _PostImportFinder) -> None:
+        self._loader = loader
+        self._finder = finder
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # Put the real loader back first: inspect, pickle and importlib.resources ask a module for it.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        self._finder.imported(module)
+
+
+_FINDER = _PostImportFinder()

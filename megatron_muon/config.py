@@ -1,0 +1,207 @@
+"""Every knob of the Muon optimizers: its default, its check, its flag.
+
+:class:`MuonConfig` is the only source. The command-line flags are generated from its fields (``--muon-<name>``), the
+optimizer reads it back from Megatron-Core's ``OptimizerConfig`` (attribute ``muon_<name>``), and
+:meth:`MuonConfig.validate` checks it wherever it came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from megatron_muon.errors import ConfigError
+
+__all__ = ["MuonConfig"]
+
+PREFIX = "muon_"
+
+
+def _knob(
+    default: Any,
+    help: str,
+    *,
+    check: Callable[[Any], str | None] | None = None,
+    aliases: tuple[str, ...] = (),
+) -> Any:
+    """A field of :class:`MuonConfig`.
+
+    Args:
+        default: its default value.
+        help: one sentence for ``--help``.
+        check: returns what is wrong with a value and how to mend it, or None.
+        aliases: further option strings for the value False of a boolean (Megatron's own spelling).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "check": check, "aliases": aliases})
+
+
+def _one_of(*values: str, hints: dict[str, str] | None = None) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if value in values:
+            return None
+        return (hints or {}).get(value, f"choose one of {', '.join(values)}")
+
+    return check
+
+
+def _at_least_one(value: Any) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return None
+    return "give a whole number of at least 1 (5 is usual)"
+
+
+def _unit_interval(value: Any) -> str | None:
+    return None if _is_number(value) and 0.0 <= value < 1.0 else "give a number from 0 to below 1 (0.95 is usual)"
+
+
+def _positive(value: Any) -> str | None:
+    return None if _is_number(value) and value > 0.0 and math.isfinite(value) else "give a positive number"
+
+
+def _boolean(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "give True or False"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _coefficient_type(value: Any) -> str | None:
+    from megatron_muon.orthogonalize.coefficients import coefficient_types
+
+    names = coefficient_types()
+    return None if value in names else f"choose one of {', '.join(names)} (as emerging-optimizers names them)"
+
+
+@dataclasses.dataclass
+class MuonConfig:
+    """What the Muon optimizer does, for a whole run.
+
+    Learning rate and weight decay are not here: they are Megatron's ``--lr`` and ``--weight-decay`` and follow its
+    scheduler. Fields that Megatron-Core has too keep its name; where the default differs, the help text says so.
+    """
+
+    momentum: float = _knob(
+        0.95,
+        "Decay of the momentum buffer, an exponential moving average of the gradient. "
+        "Megatron's flag defaults to 0.9, its config class to 0.95.",
+        check=_unit_interval,
+    )
+    nesterov: bool = _knob(
+        False, "Orthogonalize the Nesterov mix of gradient and momentum instead of the momentum.", check=_boolean
+    )
+    split_qkv: bool = _knob(
+        True,
+        "Orthogonalize the query, key, value (and gate) rows of linear_qkv as matrices of their own.",
+        check=_boolean,
+        aliases=("--muon-no-split-qkv",),
+    )
+    scale_mode: str = _knob(
+        "spectral",
+        "Factor on the orthogonalized update of an m x n matrix: spectral sqrt(max(m, n)), shape_scaling "
+        "sqrt(max(1, m/n)), unit_rms_norm sqrt(m/n), aspect_ratio sqrt(max(m, n)/min(m, n)), none 1. "
+        "m and n are those of the whole logical matrix, never of a shard.",
+        check=_one_of("spectral", "shape_scaling", "unit_rms_norm", "aspect_ratio", "none"),
+    )
+    extra_scale_factor: float = _knob(
+        1.0,
+        "A further factor on the update. 0.2 with scale mode spectral gives Adam's update size, so that one learning "
+        "rate serves both (Moonlight, arXiv 2502.16982).",
+        check=_positive,
+    )
+    coefficient_type: str = _knob(
+        "quintic",
+        "Coefficient set of the Newton-Schulz iteration, as named by emerging-optimizers.",
+        check=_coefficient_type,
+    )
+    num_ns_steps: int = _knob(5, "Number of Newton-Schulz steps.", check=_at_least_one)
+    eps: float = _knob(
+        1e-7,
+        "Lower bound of the Frobenius norm that a matrix is divided by before the Newton-Schulz iteration.",
+        check=_positive,
+    )
+    fp32_matmul_prec: str = _knob(
+        "medium",
+        "Precision of the matrix products in Newton-Schulz: medium bfloat16, high TF32 where the device has it, "
+        "highest float32.",
+        check=_one_of(
+            "medium",
+            "high",
+            "highest",
+            hints={"low": "torch has no such precision; use medium (bfloat16), high (TF32) or highest (float32)"},
+        ),
+    )
+    tp_mode: str = _knob(
+        "duplicated",
+        "How a tensor-parallel weight is orthogonalized: duplicated (gather, exact), distributed (all-reduce the Gram "
+        "matrix, exact up to rounding), blockwise (each shard by itself: another update, which depends on the "
+        "tensor-parallel size). Megatron's default is blockwise.",
+        check=_one_of("duplicated", "distributed", "blockwise"),
+    )
+    scalar_optimizer: str = _knob(
+        "adam",
+        "Optimizer of the weights that Muon does not update: adam or lion.",
+        check=_one_of("adam", "lion"),
+    )
+
+    log_jsonl: str = _knob(
+        "",
+        "File to which losses and times are written, one JSON line an iteration, for any optimizer. Empty: none.",
+        check=lambda value: None if isinstance(value, str) else "give a path, or an empty string for none",
+    )
+
+    def validate(self) -> MuonConfig:
+        """Check every value.
+
+        Returns:
+            itself.
+
+        Raises:
+            ConfigError: naming the flag, the value and what to give instead.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            problem = field.metadata["check"](value)
+            if problem is not None:
+                raise ConfigError(f"{flag(field.name)} {value}: {problem}.")
+        return self
+
+    @classmethod
+    def from_optimizer_config(cls, config: Any) -> MuonConfig:
+        """Read and check the ``muon_*`` attributes of a Megatron-Core ``OptimizerConfig``.
+
+        Args:
+            config: the ``OptimizerConfig``; knobs that its class does not have may be set on the object
+                (``config.muon_eps = 1e-8``) or by :meth:`apply_to`.
+
+        Raises:
+            ConfigError: for a wrong value, or for a ``muon_*`` attribute that is no knob (a misspelt one would
+                otherwise be ignored).
+        """
+        known = {PREFIX + field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(name for name in vars(config) if name.startswith(PREFIX) and name not in known)
+        if unknown:
+            raise ConfigError(
+                f"OptimizerConfig.{unknown[0]} {getattr(config, unknown[0])}: no such Muon option; "
+                f"there are {', '.join(sorted(known))}."
+            )
+        values: dict[str, Any] = {field.name: getattr(config, name, field.default) for name, field in known.items()}
+        return cls(**values).validate()
+
+    def apply_to(self, config: Any) -> Any:
+        """Set every knob on a Megatron-Core ``OptimizerConfig`` (for code that builds it itself).
+
+        Returns:
+            ``config``, so that the call can be nested.
+        """
+        self.validate()
+        for field in dataclasses.fields(self):
+            setattr(config, PREFIX + field.name, getattr(self, field.name))
+        return config
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field of :class:`MuonConfig`: ``"num_ns_steps"`` -> ``"--muon-num-ns-steps"``."""
+    return "--" + (PREFIX + name).replace("_", "-")

@@ -1,0 +1,38 @@
+"""Factors that give an orthogonalized update its size."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["scale_factor"]
+
+
+def scale_factor(mode: str, m: int, n: int) -> float:
+    """Factor on the orthogonalized update of a weight with ``m`` rows (outputs) and ``n`` columns (inputs).
+
+    For a semi-orthogonal matrix O (all singular values 1), RMS(O) = 1 / sqrt(max(m, n)) and its spectral norm is 1.
+
+    Args:
+        mode: ``spectral`` sqrt(max(m, n)): the update has RMS 1 (with 0.2, Moonlight, arXiv 2502.16982);
+            ``shape_scaling`` sqrt(max(1, m/n)) (Jordan, https://kellerjordan.github.io/posts/muon);
+            ``unit_rms_norm`` sqrt(m/n): RMS-to-RMS operator norm 1 (Bernstein; Scion, arXiv 2502.07529);
+            ``aspect_ratio`` sqrt(max(m, n)/min(m, n)): spectral norm sqrt(aspect ratio), whichever side is longer;
+            ``none`` 1.
+        m: rows of the whole logical matrix: after the split of a fused weight, before the tensor-parallel cut.
+        n: its columns.
+
+    Raises:
+        ValueError: for an unknown mode.
+    """
+    match mode:
+        case "spectral":
+            return math.sqrt(max(m, n))
+        case "shape_scaling":
+            return math.sqrt(max(1.0, m / n))
+        case "unit_rms_norm":
+            return math.sqrt(m / n)
+        case "aspect_ratio":
+            return math.sqrt(max(m, n) / min(m, n))
+        case "none":
+            return 1.0
+    raise ValueError(f"scale mode {mode!r}: choose spectral, shape_scaling, unit_rms_norm, aspect_ratio or none")

@@ -1,0 +1,44 @@
+"""The one question that decides between Muon and the scalar optimizer."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["_is_nonlinear_or_embedding"]
+
+
+def _is_nonlinear_or_embedding(param: torch.Tensor) -> bool:
+    """Whether ``param`` belongs to the scalar optimizer (Adam) rather than to Muon.
+
+    Parameter groups, the ownership of DDP buffers and the report all ask this function, so that they cannot disagree.
+
+    Args:
+        param: a trainable parameter, possibly one rank's shard.
+
+    Returns:
+        True for embeddings and output layers (``is_embedding_or_output_parameter``), for what is not 2-D, for matrices
+        of a single row or column (a vector to Muon: it would be normalised, not orthogonalized), and for weights
+        tagged ``skip_orthogonalization = True``. ``use_muon = False``, the tag of later Megatron-Core versions, means
+        the same.
+    """
+    return exclusion_reason(param) is not None
+
+
+def exclusion_reason(param: torch.Tensor) -> str | None:
+    """Why Muon does not update ``param``, in a few words for the report; None if it does."""
+    if getattr(param, "is_embedding_or_output_parameter", False):
+        return "embedding or output layer"
+    if getattr(param, "skip_orthogonalization", False):
+        return getattr(param, "skip_orthogonalization_reason", "tagged skip_orthogonalization")
+    if getattr(param, "use_muon", True) is False:
+        return "tagged use_muon = False"
+    if param.dim() != 2:
+        return f"{param.dim()}-D"
+    if any(size == 1 and not _is_cut(param, dim) for dim, size in enumerate(param.shape)):
+        return "a single row or column"
+    return None
+
+
+def _is_cut(param: torch.Tensor, dim: int) -> bool:
+    """Whether tensor parallelism divides ``param`` along ``dim``: a size of 1 there says nothing of the whole."""
+    return bool(getattr(param, "tensor_model_parallel", False)) and getattr(param, "partition_dim", -1) == dim
