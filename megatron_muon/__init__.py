@@ -1,0 +1,23 @@
+"""Muon for Megatron-Core: ``--optimizer muon`` in pretraining scripts, under any parallel layout.
+
+    import megatron_muon
+    megatron_muon.install()
+
+or, without touching the script, ``torchrun ... -m megatron_muon run SCRIPT ARGS...``.
+"""
+
+from megatron_muon.config import MuonConfig
+from megatron_muon.errors import ConfigError
+from megatron_muon.plugin import install, is_installed, uninstall
+from megatron_muon.version import __version__
+
+__all__ = ["ConfigError", "Muon", "MuonConfig", "__version__", "install", "is_installed", "uninstall"]
+
+
+def __getattr__(name: str) -> object:
+    # The optimizer imports torch, which takes seconds; the command line's --help does without.
+    if name == "Muon":
+        from megatron_muon.optimizers.muon import Muon
+
+        return Muon
+    raise AttributeError(f"module 'megatron_muon' has no attribute {name!r}")

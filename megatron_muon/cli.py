@@ -1,0 +1,116 @@
+"""``python -m megatron_muon``: the launcher and the tools around it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_muon.errors import ConfigError
+from megatron_muon.version import __version__
+
+__all__ = ["main"]
+
+_RUN_DESCRIPTION = """\
+Run a Megatron-LM pretraining script, unedited, with this package's optimizers in place.
+
+SCRIPT is a Python file; everything after it goes to the script, such as Megatron's own flags and the --muon-* flags
+(SCRIPT --help lists them). Start it under torchrun, as the script itself would be:
+
+  torchrun --nproc-per-node 8 -m megatron_muon run pretrain_gpt.py --optimizer muon ...
+
+A line in the script does the same on GPUs:  import megatron_muon; megatron_muon.install()
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command line.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in _TOOLS:  # they parse their own arguments, and are imported only when used
+        _TOOLS[argv[0]](argv[1:])
+        return
+    args = _parser().parse_args(argv)
+    args.command(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_muon",
+        description="Muon for Megatron-Core: --optimizer muon in pretraining scripts.",
+        epilog="COMMAND --help tells more.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    run = commands.add_parser(
+        "run",
+        help="run a Megatron-LM pretraining script with --optimizer muon available, on GPUs or CPUs",
+        description=_RUN_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="cuda: GPUs and NCCL, as the script expects; cpu: the same script on CPU processes and gloo; auto "
+        "(default): cuda if this machine has a GPU, else cpu",
+    )
+    run.add_argument("script", metavar="SCRIPT", help="the pretraining script")
+    run.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
+    run.set_defaults(command=_run)
+    commands.add_parser("bench", help="time the optimizer step against Megatron-Core's own Muon")
+    commands.add_parser("plot", help="plot the losses of recorded runs")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    script = Path(args.script)
+    if not script.is_file():
+        raise SystemExit(f"megatron_muon run: {script}: no such file. Give the path of a pretraining script.")
+    # The script must see what it would see if Python had been started with it.
+    sys.argv = [str(script), *args.script_args]
+    sys.path.insert(0, str(script.resolve().parent))
+    try:
+        _prepare(args.device)
+        runpy.run_path(str(script), run_name="__main__")
+    except ConfigError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"megatron_muon: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def _prepare(device: str) -> None:
+    """Choose the device and install the hooks, before the script imports Megatron."""
+    import torch
+
+    import megatron_muon
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("--device cuda: torch finds no GPU on this machine. Use --device cpu, or auto.")
+    if device == "cpu" or (device == "auto" and not available):
+        from megatron_muon import cpu
+
+        cpu.install()
+    megatron_muon.install()
+
+
+def _bench(argv: list[str]) -> None:
+    from megatron_muon import bench
+
+    bench.main(argv)
+
+
+def _plot(argv: list[str]) -> None:
+    from megatron_muon.monitor import plots
+
+    plots.main(argv)
+
+
+_TOOLS: dict[str, Callable[[list[str]], None]] = {"bench": _bench, "plot": _plot}

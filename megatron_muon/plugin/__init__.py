@@ -1,0 +1,50 @@
+"""The hooks into Megatron-Core. No other room but ``cpu`` knows its internals.
+
+Each file holds the hooks of one subject as a function ``patches()``; :func:`install` applies them all.
+"""
+
+from __future__ import annotations
+
+from megatron_muon._patching import Patch, PatchSet
+from megatron_muon.monitor import recorder
+from megatron_muon.plugin import arguments, factory, layer_wise, optimizer_config, ownership, registry
+from megatron_muon.plugin.version import check_megatron_core
+
+__all__ = ["describe", "install", "is_installed", "uninstall"]
+
+
+def _all_patches() -> list[Patch]:
+    rooms = (optimizer_config, arguments, ownership, registry, factory, layer_wise, recorder)
+    return [patch for room in rooms for patch in room.patches()]
+
+
+_PATCHES = PatchSet("megatron_muon", _all_patches())
+
+
+def install() -> None:
+    """Make Megatron-Core's optimizer factory and command line use this package's Muon.
+
+    May be called any number of times, before or after the import of Megatron-Core; nothing is imported for it. Call it
+    before the model and the ``OptimizerConfig`` are built. :func:`uninstall` undoes it.
+
+    Raises:
+        ConfigError: if megatron-core is missing or of a version that these hooks do not fit.
+    """
+    if not _PATCHES.active:
+        check_megatron_core()
+        _PATCHES.apply()
+
+
+def uninstall() -> None:
+    """Undo :func:`install`: every replaced attribute of Megatron-Core is what it was."""
+    _PATCHES.revert()
+
+
+def is_installed() -> bool:
+    """Whether the hooks are in place."""
+    return _PATCHES.active
+
+
+def describe() -> list[tuple[str, str]]:
+    """``(target, reason)`` of every hook."""
+    return _PATCHES.describe()

@@ -1,0 +1,145 @@
+"""The command line of ``megatron.training``: flags from :class:`MuonConfig`, refusals before the model is built."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Any
+
+from megatron_muon._patching import Patch
+from megatron_muon.config import PREFIX, MuonConfig, flag
+from megatron_muon.errors import ConfigError
+from megatron_muon.plugin.optimizer_config import is_ours
+
+__all__ = ["patches"]
+
+
+def patches() -> list[Patch]:
+    """Hooks on ``megatron.training``'s arguments."""
+    return [
+        Patch(
+            "megatron.training.arguments:add_megatron_arguments",
+            _with_flags,
+            "the --muon-* flags are those of MuonConfig, with its defaults",
+        ),
+        Patch(
+            "megatron.training.arguments:validate_args",
+            _with_check,
+            "wrong Muon flags are refused before anything is built, with flag, value and way out",
+        ),
+        Patch(
+            "megatron.training.training:get_megatron_optimizer_config",
+            _with_all_knobs,
+            "Megatron copies only the arguments that are fields of its own OptimizerConfig",
+        ),
+    ]
+
+
+def _with_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[..., argparse.ArgumentParser]:
+    @functools.wraps(original)
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = original(parser)
+        # Megatron has some of these flags already: ours replace them, so that defaults and help have one source.
+        handler, parser.conflict_handler = parser.conflict_handler, "resolve"
+        try:
+            group = parser.add_argument_group("muon (megatron_muon)")
+            for field in fields(MuonConfig):
+                _add_flag(group, field)
+        finally:
+            parser.conflict_handler = handler
+        return parser
+
+    return add_megatron_arguments
+
+
+def _add_flag(group: argparse._ArgumentGroup, field: Field[Any]) -> None:
+    """One flag. Values are checked by :meth:`MuonConfig.validate`: argparse would print Megatron's whole usage."""
+    option, dest = flag(field.name), PREFIX + field.name
+    help_text = f"{field.metadata['help']} Default: {field.default}.".replace("%", "%%")
+    if isinstance(field.default, bool):
+        group.add_argument(option, dest=dest, action="store_true", default=field.default, help=help_text)
+        off = (option.replace("--", "--no-", 1), *field.metadata["aliases"])
+        group.add_argument(*off, dest=dest, action="store_false", default=field.default, help=f"Turns {option} off.")
+    else:
+        kind = type(field.default)
+        group.add_argument(
+            option, dest=dest, type=_parse(kind), default=field.default, metavar=kind.__name__.upper(), help=help_text
+        )
+
+
+def _parse(kind: type) -> Callable[[str], Any]:
+    """Parse as ``kind``; text that does not parse stays text, for the check to refuse by name."""
+
+    def parse(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+
+    return parse
+
+
+def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+        if is_ours(args.optimizer):
+            _check_arguments(args)
+        return original(args, *rest, **kwargs)
+
+    return validate_args
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what Megatron refuses late, badly or not at all. Runs before Megatron's own checks."""
+    MuonConfig(**{field.name: getattr(args, PREFIX + field.name) for field in fields(MuonConfig)}).validate()
+    name = args.optimizer
+    layer_wise = args.use_distributed_optimizer or name.startswith("dist_")
+    refused = {
+        "fp16": "Muon needs no loss scale; use --bf16 or float32",
+        "use_torch_fsdp2": "FSDP shards cannot be orthogonalized; use --use-distributed-optimizer",
+        "use_megatron_fsdp": "FSDP shards cannot be orthogonalized; use --use-distributed-optimizer",
+        "use_precision_aware_optimizer": "it exists for Adam only; leave it off",
+        "optimizer_cpu_offload": "Muon's state cannot be offloaded; leave it off",
+        "optimizer_cuda_graph": "the step of Muon is not captured; leave it off",
+        "fp8_param_gather": "Muon updates bfloat16 or float32 weights; leave it off (fp8 compute works)",
+    }
+    for attribute, reason in refused.items():
+        if getattr(args, attribute, False):
+            raise ConfigError(f"--{attribute.replace('_', '-')} with --optimizer {name}: {reason}.")
+    if args.ckpt_format not in ("torch", "torch_dist"):
+        raise ConfigError(f"--ckpt-format {args.ckpt_format} with --optimizer {name}: use torch_dist (or torch).")
+    if layer_wise:
+        _check_layer_wise(args)
+
+
+def _check_layer_wise(args: argparse.Namespace) -> None:
+    name = args.optimizer
+    if args.num_distributed_optimizer_instances > 1:
+        raise ConfigError(
+            f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} with layer-wise "
+            f"--optimizer {name}: each weight has one owner in the whole data-parallel group; use 1."
+        )
+    if args.overlap_param_gather_with_optimizer_step:
+        raise ConfigError(
+            f"--overlap-param-gather-with-optimizer-step with layer-wise --optimizer {name}: not supported by "
+            f"Megatron-Core; leave it off (--overlap-param-gather works)."
+        )
+    if args.ckpt_format == "torch" and args.use_layer_wise_param_layout and args.save is not None:
+        raise ConfigError(
+            f"--ckpt-format torch with layer-wise --optimizer {name}: Megatron-Core cannot save it and would fail at "
+            f"the first checkpoint. Use --ckpt-format torch_dist, or add --no-use-layer-wise-param-layout."
+        )
+
+
+def _with_all_knobs(original: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    @functools.wraps(original)
+    def get_megatron_optimizer_config(args: argparse.Namespace) -> tuple[Any, Any]:
+        config, overrides = original(args)
+        if is_ours(config.optimizer):
+            for field in fields(MuonConfig):
+                setattr(config, PREFIX + field.name, getattr(args, PREFIX + field.name))
+        return config, overrides
+
+    return get_megatron_optimizer_config

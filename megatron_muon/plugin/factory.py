@@ -1,0 +1,212 @@
+"""The optimizer factory: what is checked before and after it, and the report."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_muon._patching import Patch
+from megatron_muon.config import MuonConfig
+from megatron_muon.errors import ConfigError
+from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
+from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, report
+from megatron_muon.version import __version__
+
+__all__ = ["patches"]
+
+
+def patches() -> list[Patch]:
+    """The hook on the factory of emerging optimizers."""
+    return [
+        Patch(
+            "megatron.core.optimizer:_get_megatron_emerging_optimizer",
+            _with_checks_and_report,
+            "layouts are put on the weights, what would diverge silently is refused, every weight is accounted for, "
+            "and the user is told",
+        )
+    ]
+
+
+def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _get_megatron_emerging_optimizer(
+        config: Any,
+        model_chunks: list[torch.nn.Module],
+        config_overrides: dict[Any, Any] | None = None,
+        pg_collection: Any = None,
+    ) -> Any:
+        for chunk in model_chunks:
+            annotate(chunk)
+        if not is_ours(config.optimizer):
+            return original(config, model_chunks, config_overrides, pg_collection)
+        muon = check_optimizer_config(config)
+        groups = pg_collection or _default_groups()
+        _check_groups(groups)
+        _check_buffers(config, model_chunks)
+        # A copy: Megatron adds its own entries to the caller's dictionary.
+        optimizer = original(config, model_chunks, dict(config_overrides or {}), pg_collection)
+        _check_partition(optimizer, model_chunks, groups)
+        _print_report(muon, config, model_chunks, groups)
+        return optimizer
+
+    return _get_megatron_emerging_optimizer
+
+
+def _default_groups() -> Any:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _check_groups(groups: Any) -> None:
+    for name in ("gtp_remat", "expt_gtp_remat"):
+        group = getattr(groups, name, None)
+        if group is not None and group.size() > 1:
+            raise ConfigError(
+                f"Weight rematerialisation over {group.size()} ranks ({name}) with Muon: a weight cut that way cannot "
+                f"be orthogonalized. Set the group's size to 1."
+            )
+
+
+def _check_buffers(config: Any, model_chunks: Sequence[torch.nn.Module]) -> None:
+    """DDP's reduce-scatter leaves each rank with a part of the gradients: only a layer-wise optimizer knows which."""
+    layer_wise = config.use_layer_wise_distributed_optimizer or config.optimizer.startswith("dist_")
+    for chunk in model_chunks:
+        ddp_config = getattr(chunk, "ddp_config", None)
+        if ddp_config is None:
+            continue
+        if ddp_config.use_distributed_optimizer and not layer_wise:
+            raise ConfigError(
+                "DistributedDataParallelConfig.use_distributed_optimizer True with --optimizer muon that is not "
+                "layer-wise: each rank would update all weights with only its slice of the gradients reduced, and "
+                "replicas would drift apart. Set OptimizerConfig.use_layer_wise_distributed_optimizer=True and wrap "
+                "the model with wrap_model_chunks_with_ddp(use_layer_wise_distributed_optimizer=True), or build DDP "
+                "with use_distributed_optimizer=False."
+            )
+        if ddp_config.use_distributed_optimizer:
+            _check_ownership(chunk)
+
+
+def _check_ownership(chunk: torch.nn.Module) -> None:
+    """Buffers were assigned when DDP was built: they must agree with the routes of now."""
+    for name, param in chunk.named_parameters():
+        owned = getattr(param, "is_managed_by_layer_wise_optimizer", None)
+        if param.requires_grad and owned is not (not _is_nonlinear_or_embedding(param)):
+            raise ConfigError(
+                f"{name}: DistributedDataParallel was built "
+                + ("without a layer-wise parameter layout" if owned is None else "before the weight's tags were set")
+                + ", so its buffer is not the optimizer's. Wrap the model after megatron_muon.install(), with "
+                "megatron.training.training.wrap_model_chunks_with_ddp(use_layer_wise_distributed_optimizer=True), or "
+                "build DDP with use_distributed_optimizer=False."
+            )
+
+
+def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], groups: Any) -> None:
+    """Every trainable weight is updated by exactly one optimizer, on one rank if layer-wise and on all otherwise.
+
+    Raises:
+        RuntimeError: naming the weights that are held by none, or by several.
+    """
+    layer_wise = any(type(part).__name__ == "LayerWiseDistributedOptimizer" for part in _parts(optimizer))
+    held, sliced = _held_params(optimizer)
+    wrong = []
+    for experts, group in ((False, groups.dp_cp), (True, groups.expt_dp)):
+        named = [
+            (name, param)
+            for chunk in model_chunks
+            for name, param in chunk.named_parameters()
+            if param.requires_grad and _is_expert_parallel(param) == experts
+        ]
+        counts = torch.tensor([held[param] for _, param in named], dtype=torch.int32, device=_device())
+        if layer_wise and len(named) > 0:
+            dist.all_reduce(counts, group=group)  # each weight has one owner in the group
+        # .tolist() waits for the device once, when the optimizer is built.
+        for (name, param), count in zip(named, counts.tolist(), strict=True):
+            total = count + (param in sliced)
+            if total != 1:
+                wrong.append(f"{name} ({total})")
+    if wrong:
+        raise RuntimeError(
+            f"These weights are not updated by exactly one optimizer (number of optimizers in brackets): "
+            f"{', '.join(wrong)}. Plain --optimizer muon, without --use-distributed-optimizer, avoids sharing them out."
+        )
+
+
+def _is_expert_parallel(param: torch.nn.Parameter) -> bool:
+    """Whether gradients of ``param`` are reduced over the expert data-parallel group."""
+    return not getattr(param, "allreduce", True)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _parts(optimizer: Any) -> Iterator[Any]:
+    """The optimizer and everything chained in it."""
+    yield optimizer
+    for part in getattr(optimizer, "chained_optimizers", []):
+        yield from _parts(part)
+
+
+def _held_params(optimizer: Any) -> tuple[Counter[torch.nn.Parameter], set[torch.nn.Parameter]]:
+    """Model parameters that this rank updates whole, with their count, and those that it updates a slice of."""
+    held: Counter[torch.nn.Parameter] = Counter()
+    sliced: set[torch.nn.Parameter] = set()
+    for part in _parts(optimizer):
+        if hasattr(part, "chained_optimizers") or getattr(part, "is_stub_optimizer", False):
+            continue
+        if type(part).__name__ == "DistributedOptimizer":
+            sliced.update(param for buffer in part.buffers for param in buffer.params)
+        elif hasattr(part, "float16_groups"):
+            for group in [*part.float16_groups, *part.fp32_from_fp32_groups]:
+                held.update(group)
+        else:
+            for group in part.optimizer.param_groups:
+                held.update(group["params"])
+    return held, sliced
+
+
+def _print_report(muon: MuonConfig, config: Any, model_chunks: Sequence[torch.nn.Module], groups: Any) -> None:
+    """Gather the routes of all pipeline stages and experts, and print the table on rank 0."""
+    routes: list[report.Route] = []
+    for chunk in model_chunks:
+        dense: list[tuple[str, torch.nn.Parameter]] = []
+        experts: list[tuple[str, torch.nn.Parameter]] = []
+        for name, param in chunk.named_parameters():
+            (experts if getattr(param, "expert_tp", False) else dense).append((name, param))
+        collect = functools.partial(
+            report.collect, split_qkv=muon.split_qkv, tp_group=groups.tp, expert_tp_group=groups.expt_tp
+        )
+        # One rank speaks for each set of replicas and shards.
+        if groups.tp.rank() == 0 and groups.dp_cp.rank() == 0:
+            routes += collect(dense)
+        if groups.expt_tp.rank() == 0 and groups.expt_dp.rank() == 0:
+            routes += collect(experts)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, routes)
+    if dist.get_rank() == 0:
+        everything = [route for part in gathered for route in part]
+        text = report.render(everything, scalar_optimizer=muon.scalar_optimizer, notes=_notes(muon, config, groups))
+        print(f"megatron_muon {__version__}\n{text}", flush=True)
+
+
+def _notes(muon: MuonConfig, config: Any, groups: Any) -> list[str]:
+    precision = {"medium": "bfloat16", "high": "TF32 where the device has it", "highest": "float32"}
+    notes = [
+        f"Newton-Schulz: {muon.num_ns_steps} steps, {muon.coefficient_type} coefficients, products in "
+        f"{precision[muon.fp32_matmul_prec]}; update scale {muon.scale_mode} x {muon.extra_scale_factor:g}",
+        f"momentum {muon.momentum:g}{', Nesterov' if muon.nesterov else ''}; learning rate {config.lr}, weight decay "
+        f"{config.weight_decay} (decoupled); tensor parallel {groups.tp.size()}: {muon.tp_mode}",
+    ]
+    if muon.tp_mode == "blockwise" and groups.tp.size() > 1:
+        notes.append(
+            "WARNING --muon-tp-mode blockwise: each tensor-parallel shard is orthogonalized by itself. This is not "
+            f"Muon on one device, and it changes with the tensor-parallel size (now {groups.tp.size()}). "
+            "Use --muon-tp-mode duplicated for the same update at every size."
+        )
+    return notes

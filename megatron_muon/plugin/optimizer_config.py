@@ -1,0 +1,98 @@
+"""``OptimizerConfig``: our defaults where Megatron-Core's differ, and an early check.
+
+Code that builds the config itself (NeMo, Megatron-Bridge, own loops) gets the same defaults and the same refusals as
+the command line.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from megatron_muon._patching import Patch
+from megatron_muon.config import PREFIX, MuonConfig
+from megatron_muon.errors import ConfigError
+
+__all__ = ["check_optimizer_config", "is_ours", "patches"]
+
+_CONFIG = "megatron.core.optimizer.optimizer_config:OptimizerConfig"
+
+OPTIMIZERS = ("muon",)
+"""Names that this package registers; ``dist_<name>`` is Megatron's older spelling for the layer-wise form."""
+
+
+def is_ours(optimizer: str | None) -> bool:
+    """Whether ``--optimizer`` names one of this package's optimizers."""
+    return (optimizer or "").removeprefix("dist_") in OPTIMIZERS
+
+
+def check_optimizer_config(config: Any) -> MuonConfig:
+    """Check an ``OptimizerConfig`` for one of our optimizers, knobs and combinations.
+
+    Raises:
+        ConfigError: naming the field, its value and the way out.
+    """
+    if config.fp16:
+        raise ConfigError("--fp16 (OptimizerConfig.fp16 True): Muon needs no loss scale; use --bf16 or float32.")
+    if config.use_distributed_optimizer:
+        raise ConfigError(
+            "OptimizerConfig.use_distributed_optimizer True: Megatron's distributed optimizer cuts weights into flat "
+            "slices, which cannot be orthogonalized. Set use_layer_wise_distributed_optimizer=True and "
+            "use_distributed_optimizer=False (the command line does so by itself)."
+        )
+    refused = {
+        "use_precision_aware_optimizer": "it exists for Adam only; leave it off",
+        "optimizer_cpu_offload": "Muon's state cannot be offloaded; leave it off",
+        "optimizer_cuda_graph": "the step of Muon is not captured; leave it off",
+    }
+    for name, reason in refused.items():
+        if getattr(config, name, False):
+            raise ConfigError(f"--{name.replace('_', '-')} with --optimizer {config.optimizer}: {reason}.")
+    layer_wise = config.use_layer_wise_distributed_optimizer or config.optimizer.startswith("dist_")
+    if layer_wise and config.overlap_param_gather_with_optimizer_step:
+        raise ConfigError(
+            "--overlap-param-gather-with-optimizer-step with layer-wise Muon: not supported by Megatron-Core; leave it "
+            "off (--overlap-param-gather works)."
+        )
+    return MuonConfig.from_optimizer_config(config)
+
+
+def patches() -> list[Patch]:
+    """Hooks on ``OptimizerConfig``."""
+    return [
+        Patch(
+            f"{_CONFIG}.__init__",
+            _with_our_defaults,
+            "an OptimizerConfig built in code has the same defaults as the command line (muon_tp_mode duplicated)",
+        ),
+        Patch(
+            f"{_CONFIG}.__post_init__",
+            _with_check,
+            "a wrong Muon option in an OptimizerConfig is refused when it is built, before the model is",
+        ),
+    ]
+
+
+def _with_our_defaults(original: types.FunctionType) -> Callable[..., None]:
+    """The generated ``__init__`` with other default values: the same code, another ``__defaults__``."""
+    ours = {PREFIX + field.name: field.default for field in fields(MuonConfig)}
+    parameters = list(inspect.signature(original).parameters.values())
+    names = [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty]
+    defaults = zip(names, original.__defaults__ or (), strict=True)
+    copy = types.FunctionType(original.__code__, original.__globals__, original.__name__, closure=original.__closure__)
+    copy.__defaults__ = tuple(ours.get(name, default) for name, default in defaults)
+    return functools.wraps(original)(copy)
+
+
+def _with_check(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:
+        if is_ours(self.optimizer):
+            check_optimizer_config(self)
+        original(self)
+
+    return __post_init__

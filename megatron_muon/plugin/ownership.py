@@ -1,0 +1,84 @@
+"""Who owns a weight: the one predicate in every place where Megatron-Core asks, and the tags that it reads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from megatron_muon._patching import Patch
+from megatron_muon.routing.annotate import annotate
+from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE
+from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
+
+__all__ = ["patches"]
+
+_OPTIMIZER = "megatron.core.optimizer"
+
+
+def patches() -> list[Patch]:
+    """Hooks on the predicates, on what is copied to fp32 main parameters, and on GatedDeltaNet's constructor."""
+    return [
+        Patch(
+            f"{_OPTIMIZER}.emerging_optimizers:_is_nonlinear_or_embedding",
+            lambda original: _is_nonlinear_or_embedding,
+            "param groups honour skip_orthogonalization and use_muon, and leave vectors stored as matrices to Adam",
+        ),
+        Patch(
+            f"{_OPTIMIZER}.layer_wise_optimizer:is_managed_by_layer_wise_optimizer",
+            lambda original: _is_managed_by_layer_wise_optimizer,
+            "DDP buffers go to the layer-wise optimizer by the same predicate as param groups, or a weight would sit "
+            "in a buffer that its optimizer does not own",
+        ),
+        Patch(
+            f"{_OPTIMIZER}.layer_wise_optimizer:tag_params_for_buffer_routing",
+            _with_annotation,
+            "tags must be on the weights before DDP assigns them to buffers",
+        ),
+        Patch(
+            f"{_OPTIMIZER}.optimizer:copy_optimizer_param_metadata",
+            _with_layout,
+            "the optimizer of a bfloat16 model sees fp32 copies of the weights: they need the layout too",
+        ),
+        Patch(
+            "megatron.core.ssm.gated_delta_net.common:_GDNBase.__init__",
+            _with_tag,
+            "GatedDeltaNet's fused in_proj carries skip_orthogonalization from its construction on",
+        ),
+    ]
+
+
+def _is_managed_by_layer_wise_optimizer(param: torch.nn.Parameter) -> bool:
+    """Whether the layer-wise optimizer owns ``param``: exactly when Muon updates it."""
+    return not _is_nonlinear_or_embedding(param)
+
+
+def _with_annotation(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def tag_params_for_buffer_routing(model_chunks: Sequence[torch.nn.Module]) -> None:
+        for chunk in model_chunks:
+            annotate(chunk)
+        original(model_chunks)
+
+    return tag_params_for_buffer_routing
+
+
+def _with_layout(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def copy_optimizer_param_metadata(destination: torch.Tensor, source: torch.Tensor) -> None:
+        original(destination, source)
+        if hasattr(source, LAYOUT_ATTRIBUTE):
+            setattr(destination, LAYOUT_ATTRIBUTE, getattr(source, LAYOUT_ATTRIBUTE))
+
+    return copy_optimizer_param_metadata
+
+
+def _with_tag(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        annotate(self)
+
+    return __init__

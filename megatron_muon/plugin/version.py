@@ -1,0 +1,42 @@
+"""Which megatron-core these hooks fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from megatron_muon.errors import ConfigError
+
+__all__ = ["SUPPORTED", "check_megatron_core"]
+
+SUPPORTED = (0, 19)
+"""Major and minor version of megatron-core whose internals the hooks are written for."""
+
+
+def check_megatron_core() -> None:
+    """Refuse a missing or unsupported megatron-core, without importing it.
+
+    The version is read from the sources that ``import megatron.core`` would take: a checkout of Megatron-LM on the
+    path hides an installed wheel.
+
+    Raises:
+        ConfigError: naming what was found, where, and what to install.
+    """
+    wanted = ".".join(map(str, SUPPORTED))
+    try:
+        spec = importlib.util.find_spec("megatron.core")
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"megatron-core is not installed: pip install 'megatron-core=={wanted}.*'.")
+    folder = Path(spec.origin).parent
+    text = (folder / "package_info.py").read_text()
+    numbers = [re.search(rf"^{name} = (\d+)", text, re.MULTILINE) for name in ("MAJOR", "MINOR", "PATCH")]
+    found = tuple(int(number[1]) for number in numbers if number is not None)
+    if found[:2] != SUPPORTED:
+        raise ConfigError(
+            f"megatron-core {'.'.join(map(str, found)) or 'of an unknown version'} in {folder} is not supported: this "
+            f"version of megatron-muon hooks megatron-core {wanted}.x. Install 'megatron-core=={wanted}.*', or put a "
+            f"checkout of Megatron-LM at core_v{wanted}.0 first on the path."
+        )
