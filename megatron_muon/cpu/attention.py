@@ -1,0 +1,129 @@
+"""Core attention in plain torch.
+
+Megatron-Core's ``DotProductAttention`` lacks the arguments that multi-latent attention passes (``k_channels`` and
+``v_channels``: keys and values of different widths) and reads the widths from ``config.kv_channels``. The redirects
+keep its class, parameters and softmax, and replace the constructor's widths and the forward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_muon._patching import Patch
+
+__all__ = ["PATCHES", "attention_scores", "weighted_values"]
+
+
+def attention_scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """``scale * query @ key^T`` for each head.
+
+    Args:
+        query: ``[sq, b, heads, k_channels]``.
+        key: ``[sk, b, groups, k_channels]``; ``heads`` is a multiple of ``groups``, each group serves adjacent heads.
+        scale: multiplies the products.
+
+    Returns:
+        ``[b, heads, sq, sk]``, in the dtype of ``query``.
+    """
+    sq, batch, heads, _ = query.shape
+    key = _expand_groups(key, heads)
+    flat_query = query.reshape(sq, batch * heads, -1).transpose(0, 1)
+    flat_key = key.reshape(key.size(0), batch * heads, -1).permute(1, 2, 0)
+    # beta=0 ignores the first argument; the scale is applied before rounding, as upstream does it.
+    scores = torch.baddbmm(query.new_empty(1), flat_query, flat_key, beta=0.0, alpha=scale)
+    return scores.view(batch, heads, sq, -1)
+
+
+def weighted_values(probs: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """``probs @ value`` for each head.
+
+    Args:
+        probs: ``[b, heads, sq, sk]``.
+        value: ``[sk, b, groups, v_channels]``.
+
+    Returns:
+        ``[sq, b, heads * v_channels]``.
+    """
+    batch, heads, sq, sk = probs.shape
+    value = _expand_groups(value, heads)
+    flat_value = value.reshape(sk, batch * heads, -1).transpose(0, 1)
+    context = torch.bmm(probs.view(batch * heads, sq, sk), flat_value)
+    return context.view(batch, heads, sq, -1).permute(2, 0, 1, 3).reshape(sq, batch, -1)
+
+
+def _expand_groups(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Repeat keys or values of ``[s, b, groups, d]`` so that there is one for each head."""
+    groups = tensor.size(2)
+    return tensor if groups == heads else tensor.repeat_interleave(heads // groups, dim=2)
+
+
+def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(
+        self: Any,
+        config: Any,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if k_channels is not None and softmax_scale is None:
+            softmax_scale = 1.0 / math.sqrt(k_channels)
+        original(self, config, *args, softmax_scale=softmax_scale, **kwargs)
+        # What remains of the constructor's arithmetic with kv_channels; forward takes the widths from its arguments.
+        self.hidden_size_per_attention_head = k_channels or self.hidden_size_per_attention_head
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    return init
+
+
+def _forward(
+    self: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    attn_mask_type: Any = None,
+    attention_bias: torch.Tensor | None = None,
+    packed_seq_params: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attention of ``[s, b, heads, channels]`` tensors; the mask is that of the constructor, as upstream has it."""
+    if packed_seq_params is not None:
+        raise NotImplementedError(
+            "packed sequences (packed_seq_params) need TransformerEngine's attention, which needs a GPU; on the CPU "
+            "train without sequence packing"
+        )
+    if attention_bias is not None:
+        raise NotImplementedError("attention_bias needs TransformerEngine's attention, which needs a GPU")
+    scores = attention_scores(query, key, self.softmax_scale)
+    probs = self.scale_mask_softmax(scores, attention_mask, self.softmax_offset)
+    with _dropout_generator(self.config):
+        probs = self.attention_dropout(probs)
+    return weighted_values(probs, value)
+
+
+def _dropout_generator(config: Any) -> contextlib.AbstractContextManager[None]:
+    """Heads are split over tensor-parallel ranks, so each rank drops by its own generator (as upstream does)."""
+    if config.sequence_parallel:
+        return contextlib.nullcontext()
+    return importlib.import_module("megatron.core.tensor_parallel").get_cuda_rng_tracker().fork()
+
+
+_TARGET = "megatron.core.transformer.dot_product_attention:DotProductAttention"
+
+PATCHES: list[Patch] = [
+    Patch(
+        f"{_TARGET}.__init__", _wrap_init, "multi-latent attention passes k_channels and v_channels, upstream has none"
+    ),
+    Patch(f"{_TARGET}.forward", lambda original: _forward, "widths of keys and values may differ"),
+]

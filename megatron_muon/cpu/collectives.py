@@ -1,0 +1,129 @@
+"""Process groups: gloo in the place of NCCL, and what NCCL does that gloo does not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_muon._patching import Patch
+
+__all__ = ["PATCHES"]
+
+
+def _gloo(backend: Any) -> Any:
+    """``gloo`` where ``backend`` names NCCL (also ``cpu:gloo,cuda:nccl``), otherwise ``backend`` itself."""
+    return "gloo" if isinstance(backend, str) and "nccl" in backend.lower() else backend
+
+
+def _wrap_init_process_group(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def init_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> None:
+        # device_id binds the group to a GPU; pg_options are NCCL's unless the caller asked for another backend.
+        kwargs.pop("device_id", None)
+        if backend is None or _gloo(backend) != backend:
+            kwargs.pop("pg_options", None)
+        original("gloo" if backend is None else _gloo(backend), *args, **kwargs)
+
+    return init_process_group
+
+
+def _wrap_new_group(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def new_group(
+        ranks: Any = None, timeout: Any = None, backend: Any = None, pg_options: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if backend is None or _gloo(backend) != backend:
+            backend, pg_options = "gloo", None
+        kwargs.pop("device_id", None)
+        return original(ranks, timeout, backend, pg_options, *args, **kwargs)
+
+    return new_group
+
+
+def _wrap_all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def all_gather(
+        tensor_list: Sequence[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        sizes = [out.numel() for out in tensor_list]
+        # Every member sees the same list of sizes, so all of them take the same way.
+        if len(set(sizes)) <= 1 or not _is_gloo(group):
+            return original(tensor_list, tensor, group=group, async_op=async_op)
+        if async_op:
+            raise NotImplementedError(
+                "all_gather of tensors of different sizes has no asynchronous form on gloo; call it with async_op=False"
+            )
+        longest = max(sizes)
+        padded = tensor.new_zeros(longest)
+        padded[: tensor.numel()] = tensor.reshape(-1)
+        gathered = [tensor.new_empty(longest) for _ in sizes]
+        original(gathered, padded, group=group)
+        for out, whole in zip(tensor_list, gathered, strict=True):
+            out.copy_(whole[: out.numel()].view_as(out))
+        return None
+
+    return all_gather
+
+
+def _is_gloo(group: Any) -> bool:
+    return dist.get_backend(group) == "gloo"
+
+
+def _wrap_average(original: Callable[..., Any], source: int) -> Callable[..., Any]:
+    """Divide before a SUM where AVG is asked for; ``source`` is the position of the tensor that is reduced.
+
+    Dividing first keeps asynchronous and coalesced calls as they are.
+    """
+
+    @functools.wraps(original)
+    def reduce(*args: Any, **kwargs: Any) -> Any:
+        position = source + 1
+        op = kwargs.get("op", args[position] if len(args) > position else None)
+        if op != dist.ReduceOp.AVG:
+            return original(*args, **kwargs)
+        tensor = args[source] if len(args) > source else kwargs[("tensor", "input")[source]]
+        group = kwargs.get("group", args[position + 1] if len(args) > position + 1 else None)
+        tensor.div_(dist.get_world_size(group))
+        if "op" in kwargs:
+            kwargs["op"] = dist.ReduceOp.SUM
+        else:
+            args = (*args[:position], dist.ReduceOp.SUM, *args[position + 1 :])
+        return original(*args, **kwargs)
+
+    return reduce
+
+
+_C10D = "torch.distributed.distributed_c10d"
+_PATCHED_IN = ("torch", "megatron")
+
+PATCHES: list[Patch] = [
+    Patch(
+        f"{_C10D}:init_process_group",
+        _wrap_init_process_group,
+        "the scripts ask for NCCL and bind the group to a GPU",
+        copies_in=_PATCHED_IN,
+    ),
+    Patch(f"{_C10D}:new_group", _wrap_new_group, "subgroups ask for NCCL or its options", copies_in=_PATCHED_IN),
+    Patch(
+        f"{_C10D}:all_gather",
+        _wrap_all_gather,
+        "gloo wants equal sizes; the layer-wise optimizer's legacy path gathers what each rank happens to own",
+        copies_in=_PATCHED_IN,
+    ),
+    Patch(
+        f"{_C10D}:all_reduce",
+        lambda original: _wrap_average(original, source=0),
+        "gloo has no AVG in older torch versions; MoE logging, MTP and loss averaging ask for it",
+        copies_in=_PATCHED_IN,
+    ),
+    Patch(
+        f"{_C10D}:reduce_scatter_tensor",
+        lambda original: _wrap_average(original, source=1),
+        "gloo has no AVG in older torch versions; DDP asks for it with --ddp-average-in-collective",
+        copies_in=_PATCHED_IN,
+    ),
+]

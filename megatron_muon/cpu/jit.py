@@ -1,0 +1,61 @@
+"""No compilation of Megatron-Core's small functions.
+
+``megatron.core.jit.jit_fuser`` is ``torch.compile``. On the CPU that needs a C++ compiler and seconds per function and
+process, for functions that take microseconds. The functions themselves are plain torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from megatron_muon._patching import Patch
+
+__all__ = ["PATCHES", "patches_of_compiled_functions"]
+
+_REASON = "torch.compile takes seconds per function and process on the CPU and gains nothing here"
+
+
+def _keep(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that changes nothing."""
+    return function
+
+
+def _original_of(compiled: Any) -> Any:
+    return compiled._torchdynamo_orig_callable
+
+
+PATCHES: list[Patch] = [
+    Patch("megatron.core.jit:jit_fuser", lambda original: _keep, _REASON),
+    Patch(
+        "megatron.training.initialize:set_jit_fusion_options",
+        lambda original: lambda *args, **kwargs: None,
+        "runs the fused functions at full size to warm up their compilation",
+    ),
+]
+
+
+def patches_of_compiled_functions() -> list[Patch]:
+    """Patches for the functions and methods of imported Megatron-Core modules that ``jit_fuser`` has decorated."""
+    return [
+        Patch(f"{module.__name__}:{path}", _original_of, _REASON)
+        for name, module in list(sys.modules.items())
+        if name.startswith("megatron.core.") and isinstance(module, ModuleType)
+        for path in _compiled_paths(module)
+    ]
+
+
+def _compiled_paths(module: ModuleType) -> Iterator[str]:
+    for name, value in vars(module).items():
+        if getattr(value, "__module__", None) != module.__name__:
+            continue  # imported from elsewhere; it is patched there, and copies follow
+        if isinstance(value, type):
+            yield from (f"{name}.{member}" for member, function in vars(value).items() if _is_compiled(function))
+        elif _is_compiled(value):
+            yield name
+
+
+def _is_compiled(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type) and hasattr(value, "_torchdynamo_orig_callable")

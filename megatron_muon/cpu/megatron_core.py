@@ -1,0 +1,105 @@
+"""Redirects inside ``megatron.core``: random numbers, MoE, and settings that need a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megatron_muon._patching import Patch
+from megatron_muon.cpu.settings import refuse_in_config
+
+__all__ = ["PATCHES"]
+
+
+def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+@contextlib.contextmanager
+def _fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
+    """``CudaRNGStatesTracker.fork`` without its check that the CPU's generator stays as it was."""
+    if name not in self.states_:
+        raise KeyError(f"random number state {name!r} was not added; states: {sorted(self.states_)}")
+    outer = self._current_state_name
+    before = torch.get_rng_state()
+    if outer in self.states_:  # forks may be nested: the inner one may go on with the state of the outer one
+        self.states_[outer] = before
+    torch.set_rng_state(self.states_[name])
+    self._current_state_name = name
+    try:
+        yield
+    finally:
+        self.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(self.states_.get(outer, before))
+        self._current_state_name = outer
+
+
+def _wrap_data_loader_iterator(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: Any, loader: Any) -> None:
+        loader.pin_memory = False
+        state = torch.get_rng_state()
+        original(self, loader)
+        torch.set_rng_state(state)
+
+    return init
+
+
+def _move_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _wrap_config_check(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def post_init(self: Any) -> None:
+        refuse_in_config(self)
+        original(self)
+
+    return post_init
+
+
+def _replace_by(value: Any) -> Callable[[Any], Any]:
+    return lambda original: value
+
+
+_RNG = "megatron.core.tensor_parallel.random"
+
+PATCHES: list[Patch] = [
+    Patch(f"{_RNG}:_get_cuda_rng_state", _replace_by(_get_rng_state), "the tracker forks the generator of the model"),
+    Patch(f"{_RNG}:_set_cuda_rng_state", _replace_by(_set_rng_state), "the tracker forks the generator of the model"),
+    Patch(
+        f"{_RNG}:CudaRNGStatesTracker.fork",
+        lambda original: _fork,
+        "warns whenever the CPU's generator is used inside, and here that is the point",
+    ),
+    Patch(
+        "torch.utils.data.dataloader:_BaseDataLoaderIter.__init__",
+        _wrap_data_loader_iterator,
+        "a new iterator draws a seed from the CPU's generator, which the model uses here, and only the first rank of "
+        "each tensor-parallel group loads data: the others would draw other dropout masks. No pinned memory either",
+    ),
+    Patch(
+        "megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",
+        _wrap_config_check,
+        "settings that need a GPU must fail when the configuration is made, not in the first step",
+    ),
+    Patch(
+        "megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu",
+        lambda original: _move_to_host,
+        "leaves tensors that are on the CPU already as they are, but all_to_all takes numbers for its splits",
+    ),
+    Patch(
+        "megatron.core.transformer.moe.moe_utils:te_general_gemm",
+        _replace_by(None),
+        "the router's matrix product in a wider dtype uses TransformerEngine's kernel wherever it can be imported",
+        create=True,
+    ),
+]

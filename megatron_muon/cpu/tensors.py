@@ -1,0 +1,133 @@
+"""``device="cuda"`` and ``Tensor.cuda()`` mean the CPU.
+
+The functions that make or move tensors are wrapped by name. A ``TorchFunctionMode`` would catch them all, but it puts a
+Python call around *every* operation and does not reach autograd's threads; see ``tests/megatron/test_cpu_install.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_muon._patching import Patch
+
+__all__ = ["PATCHES", "to_cpu"]
+
+CPU = torch.device("cpu")
+
+_FACTORIES = (
+    "arange",
+    "as_tensor",
+    "asarray",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "logspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "randperm",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+    "zeros_like",
+)
+_NEW_METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
+
+
+def to_cpu(device: Any) -> Any:
+    """The CPU where ``device`` names a GPU (by string, index or ``torch.device``), otherwise ``device`` itself."""
+    if isinstance(device, torch.device):
+        return CPU if device.type == "cuda" else device
+    if isinstance(device, str):
+        return CPU if device.startswith("cuda") else device
+    return CPU if type(device) is int else device
+
+
+def _wrap_factory(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Redirect the keyword ``device`` and drop ``pin_memory``, which needs an accelerator."""
+
+    @functools.wraps(original)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = to_cpu(kwargs["device"])
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return original(*args, **kwargs)
+
+    return factory
+
+
+def _wrap_to(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Tensor.to(device, ...)``, ``Tensor.to(device=...)``."""
+
+    @functools.wraps(original)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args:
+            args = (to_cpu(args[0]), *args[1:])
+        elif "device" in kwargs:
+            kwargs["device"] = to_cpu(kwargs["device"])
+        return original(self, *args, **kwargs)
+
+    return to
+
+
+def _wrap_type(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Tensor.type()`` answers ``torch.cuda.FloatTensor`` to Megatron-Core, and the truth to everyone else."""
+
+    @functools.wraps(original)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        name = original(self)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return name.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core.") else name
+
+    return type_
+
+
+def _stay(original: Any) -> Callable[..., Any]:
+    def stay(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    return stay
+
+
+def _forget(original: Any) -> Callable[..., None]:
+    def forget(self: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    return forget
+
+
+PATCHES: list[Patch] = [
+    # No copies: torch's own modules hold these functions to compare with them or to register kernels for them.
+    *(
+        Patch(f"torch:{name}", _wrap_factory, 'Megatron-Core makes tensors with device="cuda"', copies_in=())
+        for name in _FACTORIES
+    ),
+    *(
+        Patch(f"torch:Tensor.{name}", _wrap_factory, 'Megatron-Core makes tensors with device="cuda"')
+        for name in _NEW_METHODS
+    ),
+    Patch("torch:Tensor.to", _wrap_to, "tensors and modules are moved to the GPU"),
+    Patch("torch:Tensor.cuda", _stay, "tensors are moved to the GPU"),
+    Patch("torch:Tensor.pin_memory", _stay, "page-locked memory needs an accelerator"),
+    Patch("torch:Tensor.record_stream", _forget, "there is no caching allocator to warn"),
+    Patch("torch:Tensor.type", _wrap_type, "optimizers and gradient clipping insist on 'torch.cuda.FloatTensor'"),
+    Patch("torch.nn:Module.cuda", _stay, "modules are moved to the GPU"),
+]

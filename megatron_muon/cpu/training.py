@@ -1,0 +1,60 @@
+"""Redirects inside ``megatron.training``, so that unmodified pre-training scripts run."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from megatron_muon._patching import Patch
+from megatron_muon.cpu.settings import change_arguments
+
+__all__ = ["PATCHES"]
+
+
+def _wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        lines = change_arguments(args)
+        if lines and args.rank == 0:
+            print("megatron_muon.cpu changed these arguments:\n" + "\n".join(f"  {line}" for line in lines), flush=True)
+        return original(args, *rest, **kwargs)
+
+    return validate_args
+
+
+def _wrap_initialize_megatron(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def initialize_megatron(allow_no_cuda: bool = True, *args: Any, **kwargs: Any) -> Any:
+        return original(True, *args, **kwargs)
+
+    return initialize_megatron
+
+
+def _wrap_compile_helpers(original: Callable[[], None]) -> Callable[[], None]:
+    @functools.wraps(original)
+    def compile_helpers() -> None:
+        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+            original()
+
+    return compile_helpers
+
+
+PATCHES: list[Patch] = [
+    Patch(
+        "megatron.training.arguments:validate_args",
+        _wrap_validate_args,
+        "scripts written for GPUs ask for NCCL, TransformerEngine and fused kernels by default",
+    ),
+    Patch(
+        "megatron.training.initialize:initialize_megatron",
+        _wrap_initialize_megatron,
+        "asserts torch.cuda.is_available() unless told allow_no_cuda, which pretrain() never says",
+    ),
+    Patch(
+        "megatron.core.datasets.utils:compile_helpers",
+        _wrap_compile_helpers,
+        "the wheel ships the compiled helpers and no Makefile, so compiling them ends the process",
+    ),
+]
