@@ -1,0 +1,202 @@
+"""Loss curves of recorded runs: a picture and a table of numbers.
+
+``python -m megatron_muon plot RUN...`` calls :func:`main`. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_muon.monitor import metrics as metrics_module
+from megatron_muon.monitor.metrics import Metrics
+from megatron_muon.monitor.summary import WINDOW, smoothed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["METRICS_FILE", "find_runs", "main", "plot_losses", "write_csv"]
+
+METRICS_FILE = "metrics.jsonl"
+"""Name of a run's file of JSON lines inside its folder."""
+
+# Okabe and Ito's palette, told apart with any colour vision; each run has a line style of its own as well.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+
+_SCALARS = ("learning_rate", "grad_norm", "seconds", "optimizer_seconds")
+
+
+def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
+    """Names and files of runs.
+
+    Args:
+        paths: files of JSON lines, folders that hold :data:`METRICS_FILE`, or folders of such folders.
+
+    Raises:
+        FileNotFoundError: if a path leads to no run.
+        ValueError: if two runs have the same name.
+    """
+    runs: dict[str, Path] = {}
+    for path in paths:
+        if path.is_file():
+            found = {path.parent.name if path.name == METRICS_FILE else path.stem: path}
+        elif (path / METRICS_FILE).is_file():
+            found = {path.resolve().name: path / METRICS_FILE}
+        else:
+            found = {file.parent.name: file for file in sorted(path.glob(f"*/{METRICS_FILE}"))}
+        if not found:
+            raise FileNotFoundError(f"{path}: no run here. A run is a folder with {METRICS_FILE}, or such a file.")
+        for name in found.keys() & runs.keys():
+            raise ValueError(f"two runs are called {name!r}: {runs[name]} and {found[name]}. Rename one folder.")
+        runs.update(found)
+    return runs
+
+
+def write_csv(runs: Mapping[str, Metrics], path: Path) -> None:
+    """All curves in one table: a row for each run and recorded iteration; cells without a value are empty."""
+    with _replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("run", "iteration", "train_loss", "valid_loss", *_SCALARS))
+        for name, run in runs.items():
+            points = {point.iteration: point for point in run.train}
+            for step in sorted(points.keys() | run.valid.keys()):
+                point = points.get(step)
+                values = [point and point.loss, run.valid.get(step), *(getattr(point, key, None) for key in _SCALARS)]
+                writer.writerow((name, step, *("" if value is None else f"{value:.6g}" for value in values)))
+
+
+def plot_losses(runs: Mapping[str, Metrics], path: Path, title: str | None = None) -> None:
+    """Training and validation loss over the steps, side by side with one scale.
+
+    The training losses are pale, with their trailing mean (:func:`summary.smoothed`) on top.
+
+    Args:
+        runs: by the name in the legend, in the order of colours.
+        path: picture to write; its suffix is the format.
+        title: above the panels.
+    """
+    # Imported here, as matplotlib takes a second; Figure instead of pyplot needs no display and leaves no state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
+    train_axes, valid_axes = figure.subplots(1, 2, sharey=True)
+    for (name, run), colour, line in zip(
+        runs.items(), itertools.cycle(_COLOURS), itertools.cycle(_STYLES), strict=False
+    ):
+        style = {"color": colour, "linestyle": line}
+        _draw_train(train_axes, name, run, style)
+        _draw_valid(valid_axes, run, style)
+    _label_ends(valid_axes, runs)
+    _finish(train_axes, "Training loss")
+    _finish(valid_axes, "Validation loss")
+    train_axes.set_ylabel("cross-entropy (nats per token)")
+    limits = _limits(runs.values())
+    if limits is not None:
+        train_axes.set_ylim(*limits)
+    if train_axes.lines:
+        train_axes.legend(frameon=False)
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    with _replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:])
+
+
+def _draw_train(axes: Axes, name: str, run: Metrics, style: Mapping[str, Any]) -> None:
+    points = [(point.iteration, point.loss) for point in run.train if point.loss is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=style["color"], alpha=0.25, linewidth=0.8)
+        # The mean lags while its window fills and the loss is steep: a long run does without that part.
+        curve = smoothed(run)[WINDOW - 1 if len(points) > 2 * WINDOW else 0 :]
+        axes.plot(*zip(*curve, strict=True), label=name, linewidth=1.8, **style)
+
+
+def _draw_valid(axes: Axes, run: Metrics, style: Mapping[str, Any]) -> None:
+    points = _valid_points(run)
+    if points:
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.8, **style)
+
+
+def _valid_points(run: Metrics) -> list[tuple[int, float]]:
+    return [(step, loss) for step, loss in sorted(run.valid.items()) if loss is not None]
+
+
+def _label_ends(axes: Axes, runs: Mapping[str, Metrics]) -> None:
+    """Name and value at the end of each validation curve: the lowest below its point and the highest above."""
+    ends = {name: _valid_points(run)[-1] for name, run in runs.items() if _valid_points(run)}
+    order = sorted(ends, key=lambda name: ends[name][1])
+    colours = dict(zip(runs, itertools.cycle(_COLOURS), strict=False))
+    for name, end in ends.items():
+        below, above = name == order[0] != order[-1], name == order[-1] != order[0]
+        axes.annotate(
+            f"{name} {end[1]:.3f}",
+            end,
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="top" if below else "bottom" if above else "center",
+            color=colours[name],
+        )
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set_xlabel("step")
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _limits(runs: Collection[Metrics]) -> tuple[float, float] | None:
+    """Vertical limits without the steep beginning, which would flatten the part where runs differ."""
+    losses = [point.loss for run in runs for point in run.train if point.loss is not None]
+    losses += [loss for run in runs for loss in run.valid.values() if loss is not None]
+    late = [p.loss for run in runs for p in run.train if p.loss is not None and p.iteration >= run.iteration / 20]
+    if not losses or not late:
+        return None
+    low, high = min(losses), max(late)
+    margin = 0.05 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place when the context ends well, so that no half-written file remains."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of ``python -m megatron_muon plot``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_muon plot", description="Plot the losses of runs recorded with --muon-log-jsonl."
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help=f"a file of JSON lines, a folder with {METRICS_FILE}, or a folder of such folders",
+    )
+    parser.add_argument("--out", type=Path, default=Path("losses.png"), help="picture to write (%(default)s)")
+    parser.add_argument("--csv", type=Path, help="also write the curves as a table")
+    parser.add_argument("--title", help="title of the picture")
+    arguments = parser.parse_args(argv)
+    try:
+        runs = {name: metrics_module.read(path) for name, path in find_runs(arguments.runs).items()}
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    plot_losses(runs, arguments.out, arguments.title)
+    print(f"wrote {arguments.out}")
+    if arguments.csv:
+        write_csv(runs, arguments.csv)
+        print(f"wrote {arguments.csv}")
