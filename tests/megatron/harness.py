@@ -1,0 +1,379 @@
+"""Tiny real Megatron-Core models, trained on gloo ranks: what the tests of layouts, routing and checkpoints share.
+
+Everything here runs on a rank of the pool. Weights come from one checkpoint and data from the step's number, so that
+every parallel layout sees the same model and the same batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+VOCABULARY = 64
+SEQUENCE = 16
+GLOBAL_BATCH = 4
+CHECKPOINT_METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
+"""The default of ``megatron.training``."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions; data parallelism takes the rest of the ranks."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    ep: int = 1
+    etp: int | None = None
+    sp: bool = False
+    ddp_buffers: bool = False
+    """DDP with the distributed optimizer's buffers (reduce-scatter)."""
+    layer_wise: bool = False
+
+    def initialize(self) -> None:
+        """Make Megatron's process groups and seed its random states."""
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            virtual_pipeline_model_parallel_size=self.vpp,
+            expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=self.etp,
+        )
+        model_parallel_cuda_manual_seed(1)
+
+
+def transformer_config(layout: Layout, *, bf16: bool = False, **changes: Any) -> Any:
+    """Four layers of RMSNorm, grouped-query attention and SwiGLU."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    values: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "ffn_hidden_size": 48,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "init_method_std": 0.1,
+        "bf16": bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "transformer_impl": "local",
+        "gradient_accumulation_fusion": False,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp or layout.tp,
+        "sequence_parallel": layout.sp,
+        # With two stages, batched exchanges of the interleaved schedule mix up forward and backward messages:
+        # megatron.training refuses them too.
+        "overlap_p2p_comm": layout.vpp is not None,
+        "batch_p2p_comm": layout.vpp is None,
+    }
+    values.update(changes)
+    cls = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
+    return cls(**values)
+
+
+def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """The local (no TransformerEngine) layer spec that fits ``config``."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+
+    if config.num_moe_experts:
+        return get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+        )
+    spec = get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+        normalization=config.normalization,
+    )
+    return spec if config.experimental_attention_variant is None else hybrid_spec(config, spec, vp_stage)
+
+
+def hybrid_spec(config: Any, attention: Any, vp_stage: int | None) -> Any:
+    """GatedDeltaNet layers with ``attention`` layers between them; Megatron's own function wants TransformerEngine."""
+    from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_linear_attention_pattern
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    norm = attention.submodules.input_layernorm
+    linear = copy.deepcopy(attention)
+    linear.submodules.self_attention = ModuleSpec(
+        module=GatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_norm=norm, out_proj=RowParallelLinear),
+    )
+    offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    mine = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage))
+    pattern = get_linear_attention_pattern(config)
+    specs = [linear if pattern[layer] else attention for layer in mine]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def build_model(
+    layout: Layout, *, bf16: bool = False, position: str = "rope", tied: bool = False, **changes: Any
+) -> list:
+    """The model chunks of this rank, without DDP."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.module import Float16Module
+
+    config = transformer_config(layout, bf16=bf16, **changes)
+    chunks = []
+    for vp_stage in range(layout.vpp) if layout.vpp else [None]:
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=layer_spec(config, vp_stage),
+            vocab_size=VOCABULARY,
+            max_sequence_length=SEQUENCE,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=tied,
+            position_embedding_type=position,
+            vp_stage=vp_stage,
+        )
+        chunk.model_type = "encoder_or_decoder"
+        chunks.append(Float16Module(config, chunk) if bf16 else chunk)
+    return chunks
+
+
+def wrap(chunks: list, layout: Layout, *, param_layout: bool = True) -> list:
+    """DDP around the chunks, by Megatron's own function."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.training.training import wrap_model_chunks_with_ddp
+
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=layout.ddp_buffers
+    )
+    return wrap_model_chunks_with_ddp(
+        chunks,
+        unwrap(chunks[0]).config,
+        ddp_config,
+        use_layer_wise_distributed_optimizer=layout.layer_wise,
+        use_layer_wise_param_layout=param_layout,
+    )
+
+
+def unwrap(chunk: Any) -> Any:
+    """The bare GPTModel."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+@dataclass
+class Run:
+    """A model in training."""
+
+    layout: Layout
+    chunks: list
+    optimizer: Any
+    step: int = 0
+
+    def losses(self, steps: int) -> list[float]:
+        """Train ``steps`` steps; the mean loss of each, on every rank."""
+        return [self._one_step() for _ in range(steps)]
+
+    def _one_step(self) -> float:
+        from megatron.core import parallel_state
+        from megatron.core.distributed import finalize_model_grads
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        micro_batches = GLOBAL_BATCH // parallel_state.get_data_parallel_world_size()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+            unwrap(chunk).config.finalize_model_grads_func = finalize_model_grads
+        self.optimizer.zero_grad()
+        rank = parallel_state.get_data_parallel_rank()
+        iterators = [batches(self.step, rank * micro_batches, micro_batches) for _ in self.chunks]
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if self.layout.vpp else iterators[0],
+            model=self.chunks if self.layout.vpp else self.chunks[0],
+            num_microbatches=micro_batches,
+            seq_length=SEQUENCE,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        success, _, _ = self.optimizer.step()
+        assert success
+        self.step += 1
+        return mean_over_ranks(reports)
+
+
+def mean_over_ranks(reports: list[dict[str, torch.Tensor]]) -> float:
+    """The global mean of the losses that the last pipeline stages report."""
+    from megatron.core import parallel_state
+
+    total = torch.zeros(2, dtype=torch.float64)
+    last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    if last_stage and parallel_state.get_tensor_model_parallel_rank() == 0:
+        for report in reports:
+            total += torch.tensor([float(report["loss"]), 1.0], dtype=torch.float64)
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def batches(step: int, first: int, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Samples ``first`` .. of the step's global batch: noisy counting, which a small model can learn."""
+    for sample in range(first, first + count):
+        generator = torch.Generator().manual_seed(1000 * step + sample)
+        start = torch.randint(VOCABULARY, (1,), generator=generator)
+        tokens = (start + torch.arange(SEQUENCE + 1) * 3) % VOCABULARY
+        noise = torch.randint(VOCABULARY, tokens.shape, generator=generator)
+        tokens = torch.where(torch.rand(tokens.shape, generator=generator) < 0.1, noise, tokens).unsqueeze(0)
+        yield {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+
+def forward_step(iterator: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Callable]:
+    """One forward pass in the form that Megatron's schedules call."""
+    batch = next(iterator)
+    positions = torch.arange(SEQUENCE).unsqueeze(0)
+    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).tril() < 0.5
+    output = model(batch["tokens"], positions, mask, labels=batch["labels"])
+
+    def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        mean = output.float().mean()
+        return mean, {"loss": mean.detach().clone()}  # schedules scale the loss in place
+
+    return output, loss
+
+
+def optimizer_config(layout: Layout, *, name: str = "muon", bf16: bool = False, **changes: Any) -> Any:
+    """Megatron's OptimizerConfig, with exact products in Newton-Schulz."""
+    from megatron.core.optimizer import OptimizerConfig
+
+    values: dict[str, Any] = {
+        "optimizer": name,
+        "lr": 0.01,
+        "min_lr": 0.01,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "clip_grad": 1.0,
+        "bf16": bf16,
+        "params_dtype": torch.bfloat16 if bf16 else torch.float32,
+        "muon_extra_scale_factor": 0.2,
+        "muon_fp32_matmul_prec": "highest",
+        "use_distributed_optimizer": layout.ddp_buffers and name == "adam",
+        "use_layer_wise_distributed_optimizer": layout.layer_wise,
+    }
+    values.update(changes)
+    own = {key: values.pop(key) for key in list(values) if key not in _upstream_fields(OptimizerConfig)}
+    config = OptimizerConfig(**values)
+    for key, value in own.items():
+        setattr(config, key, value)
+    return config
+
+
+def _upstream_fields(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def start(
+    layout: Layout,
+    *,
+    bf16: bool = False,
+    optimizer: dict[str, Any] | None = None,
+    weights: str | None = None,
+    param_layout: bool = True,
+    **model: Any,
+) -> Run:
+    """A run ready to train.
+
+    Args:
+        layout: the parallel layout; process groups are made here.
+        bf16: bfloat16 weights with fp32 main copies.
+        optimizer: changes to :func:`optimizer_config`.
+        weights: folder of a checkpoint of the bare model to start from.
+        param_layout: whether a layer-wise run uses Megatron's parameter layout (the default path) or the older one.
+        model: changes to :func:`build_model`.
+    """
+    import megatron_muon
+
+    megatron_muon.install()
+    layout.initialize()
+    chunks = wrap(build_model(layout, bf16=bf16, **model), layout, param_layout=param_layout)
+    if weights is not None:
+        load_weights(chunks, weights)
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    config = optimizer_config(layout, bf16=bf16, **(optimizer or {}))
+    return Run(layout, chunks, get_megatron_optimizer(config, chunks))
+
+
+def model_state(chunks: list) -> dict[str, Any]:
+    """The sharded state of all chunks."""
+    if len(chunks) == 1:
+        return {"model": unwrap(chunks[0]).sharded_state_dict()}
+    return {f"model{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(chunks)}
+
+
+def save_weights(chunks: list, folder: str) -> None:
+    """Save the bare model."""
+    from megatron.core import dist_checkpointing
+
+    if dist.get_rank() == 0:
+        Path(folder).mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(model_state(chunks), folder)
+
+
+def load_weights(chunks: list, folder: str) -> None:
+    """Load what :func:`save_weights` saved, at any layout."""
+    from megatron.core import dist_checkpointing
+
+    loaded = dist_checkpointing.load(model_state(chunks), folder)
+    for i, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])
+
+
+def save_run(run: Run, folder: str) -> None:
+    """Save model and optimizer as ``megatron.training`` does with ``--ckpt-format torch_dist``."""
+    from megatron.core import dist_checkpointing
+
+    if dist.get_rank() == 0:
+        Path(folder).mkdir(parents=True)
+    dist.barrier()
+    state = model_state(run.chunks)
+    optimizer = run.optimizer.sharded_state_dict(state, metadata=CHECKPOINT_METADATA)
+    dist_checkpointing.save({**state, "optimizer": optimizer, "step": run.step}, folder)
+
+
+def load_run(run: Run, folder: str) -> None:
+    """Load what :func:`save_run` saved into a new run."""
+    from megatron.core import dist_checkpointing
+
+    state = model_state(run.chunks)
+    template = run.optimizer.sharded_state_dict(state, is_loading=True, metadata=CHECKPOINT_METADATA)
+    loaded = dist_checkpointing.load({**state, "optimizer": template}, folder)
+    for i, chunk in enumerate(run.chunks):
+        unwrap(chunk).load_state_dict(loaded["model" if len(run.chunks) == 1 else f"model{i}"])
+    run.optimizer.load_state_dict(loaded["optimizer"])
+    run.step = loaded["step"]
+
+
+def save_initial_weights(folder: str, **model: Any) -> None:
+    """Make a model on one rank and save it: the start of runs at every layout."""
+    layout = Layout()
+    layout.initialize()
+    save_weights(build_model(layout, **model), folder)

@@ -1,0 +1,141 @@
+"""The command line of megatron.training with the hooks in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import pytest
+
+from megatron_muon import MuonConfig
+from tests.pool import RankPool
+
+MODEL = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "
+    "--micro-batch-size 1 --lr 1e-3 --train-iters 1 --transformer-impl local --tokenizer-type NullTokenizer "
+    "--vocab-size 32 --mock-data"
+)
+
+
+def parse(flags: str) -> dict[str, Any] | str:
+    """Parse and validate; the Muon options of the OptimizerConfig that Megatron makes of them, or the error."""
+    import megatron_muon
+
+    megatron_muon.install()
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.training import get_megatron_optimizer_config
+
+    sys.argv = ["pretrain.py", *MODEL.split(), *flags.split()]
+    try:
+        args = parse_args()
+        validate_args(args)
+        config, _ = get_megatron_optimizer_config(args)
+    except megatron_muon.ConfigError as error:
+        return str(error)
+    read = dataclasses.asdict(MuonConfig.from_optimizer_config(config))
+    return {**read, "layer_wise": config.use_layer_wise_distributed_optimizer, "optimizer": config.optimizer}
+
+
+def test_defaults_are_those_of_muon_config(pool: RankPool) -> None:
+    read = pool.run(parse, 1, "--optimizer muon")[0]
+    assert read == {**dataclasses.asdict(MuonConfig()), "layer_wise": False, "optimizer": "muon"}
+
+
+def test_every_flag_arrives(pool: RankPool) -> None:
+    flags = (
+        "--optimizer muon --muon-momentum 0.8 --muon-nesterov --muon-no-split-qkv --muon-scale-mode aspect_ratio "
+        "--muon-extra-scale-factor 0.2 --muon-coefficient-type polar_express --muon-num-ns-steps 8 --muon-eps 1e-9 "
+        "--muon-fp32-matmul-prec highest --muon-tp-mode distributed --muon-scalar-optimizer lion "
+        "--muon-log-jsonl losses.jsonl"
+    )
+    read = pool.run(parse, 1, flags)[0]
+    expected = MuonConfig(
+        momentum=0.8,
+        nesterov=True,
+        split_qkv=False,
+        scale_mode="aspect_ratio",
+        extra_scale_factor=0.2,
+        coefficient_type="polar_express",
+        num_ns_steps=8,
+        eps=1e-9,
+        fp32_matmul_prec="highest",
+        tp_mode="distributed",
+        scalar_optimizer="lion",
+        log_jsonl="losses.jsonl",
+    )
+    assert read == {**dataclasses.asdict(expected), "layer_wise": False, "optimizer": "muon"}
+    for field in dataclasses.fields(MuonConfig):
+        assert getattr(expected, field.name) != field.default, f"{field.name} is not exercised"
+
+
+def test_a_later_flag_turns_an_earlier_one_off(pool: RankPool) -> None:
+    read = pool.run(
+        parse, 1, "--optimizer muon --muon-nesterov --no-muon-nesterov --no-muon-split-qkv --muon-split-qkv"
+    )
+    assert (read[0]["nesterov"], read[0]["split_qkv"]) == (False, True)
+
+
+@pytest.mark.parametrize("flags", ["--optimizer dist_muon", "--optimizer muon --use-distributed-optimizer"])
+def test_layer_wise_form(pool: RankPool, flags: str) -> None:
+    read = pool.run(parse, 1, flags)[0]
+    assert (read["layer_wise"], read["optimizer"]) == (True, "muon")
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--fp16", "--fp16 with --optimizer muon: Muon needs no loss scale; use --bf16 or float32."),
+        ("--muon-num-ns-steps 0", "--muon-num-ns-steps 0: give a whole number of at least 1 (5 is usual)."),
+        ("--muon-num-ns-steps five", "--muon-num-ns-steps five: give a whole number of at least 1 (5 is usual)."),
+        ("--muon-momentum 1.5", "--muon-momentum 1.5: give a number from 0 to below 1 (0.95 is usual)."),
+        ("--muon-scale-mode wide", "--muon-scale-mode wide: choose one of spectral, shape_scaling, unit_rms_norm"),
+        ("--muon-tp-mode gather", "--muon-tp-mode gather: choose one of duplicated, distributed, blockwise."),
+        ("--muon-coefficient-type custom", "--muon-coefficient-type custom: choose one of simple, quintic"),
+        ("--muon-fp32-matmul-prec low", "--muon-fp32-matmul-prec low: torch has no such precision; use medium"),
+        ("--muon-extra-scale-factor -1", "--muon-extra-scale-factor -1.0: give a positive number."),
+        ("--muon-eps 0", "--muon-eps 0.0: give a positive number."),
+        ("--muon-scalar-optimizer sgd", "--muon-scalar-optimizer sgd: choose one of adam, lion."),
+        ("--use-torch-fsdp2", "--use-torch-fsdp2 with --optimizer muon: FSDP shards cannot be orthogonalized"),
+        ("--use-megatron-fsdp", "--use-megatron-fsdp with --optimizer muon: FSDP shards cannot be orthogonalized"),
+        (
+            "--use-precision-aware-optimizer",
+            "--use-precision-aware-optimizer with --optimizer muon: it exists for Adam",
+        ),
+        ("--optimizer-cpu-offload", "--optimizer-cpu-offload with --optimizer muon: Muon's state cannot be offloaded"),
+        ("--optimizer-cuda-graph", "--optimizer-cuda-graph with --optimizer muon: the step of Muon is not captured"),
+        ("--fp8-param-gather", "--fp8-param-gather with --optimizer muon: Muon updates bfloat16 or float32 weights"),
+        ("--ckpt-format fsdp_dtensor", "--ckpt-format fsdp_dtensor with --optimizer muon: use torch_dist (or torch)."),
+        (
+            "--use-distributed-optimizer --num-distributed-optimizer-instances 2",
+            "--num-distributed-optimizer-instances 2 with layer-wise --optimizer muon",
+        ),
+        (
+            "--use-distributed-optimizer --overlap-param-gather-with-optimizer-step",
+            "--overlap-param-gather-with-optimizer-step with layer-wise --optimizer muon",
+        ),
+        (
+            "--use-distributed-optimizer --ckpt-format torch --save checkpoints",
+            "--ckpt-format torch with layer-wise --optimizer muon: Megatron-Core cannot save it",
+        ),
+    ],
+)
+def test_refusals(pool: RankPool, flags: str, message: str) -> None:
+    answer = pool.run(parse, 1, f"--optimizer muon {flags}")[0]
+    assert isinstance(answer, str) and answer.startswith(message)
+
+
+def adam_with_muon_flags() -> str:
+    import megatron_muon
+
+    megatron_muon.install()
+    from megatron.training.arguments import parse_args, validate_args
+
+    sys.argv = ["pretrain.py", *MODEL.split(), "--optimizer", "adam", "--fp16"]
+    args = parse_args()
+    validate_args(args)
+    return args.optimizer
+
+
+def test_other_optimizers_are_not_our_business(pool: RankPool) -> None:
+    assert pool.run(adam_with_muon_flags, 1) == ["adam"]

@@ -1,0 +1,277 @@
+"""megatron_muon.cpu: install and uninstall in any order of imports, arguments, optimizers and collectives."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_muon import cpu
+from megatron_muon.cpu.optimizers import GroupStepAdamW
+from megatron_muon.cpu.settings import change_arguments, refuse_in_config
+from megatron_muon.errors import ConfigError
+from tests.pool import RankPool
+
+SNAPSHOT = """
+    import sys, types, warnings
+    warnings.simplefilter("ignore")
+    import torch
+    from torch.utils.data import dataloader
+    def snapshot():
+        # identities of everything that a redirect may touch, copies in other modules included
+        found = {}
+        for name, module in list(sys.modules.items()):
+            if name in ("torch", "torch.cuda", "torch.cuda.random", "torch.nn", "torch.distributed", dataloader.__name__) \\
+                    or name.startswith(("megatron", "torch.distributed.")):
+                for attribute, value in list(vars(module).items()):
+                    found[name, attribute] = value
+                    if isinstance(value, type) and value.__module__.startswith(("megatron", "torch")):
+                        for member, inner in list(vars(value).items()):
+                            if not isinstance(inner, (dict, types.GetSetDescriptorType)):
+                                found[name, attribute, member] = inner
+        return found
+    def differences(before, after):
+        return sorted(".".join(key) for key in before if key in after and before[key] is not after[key])
+    def import_megatron():
+        import megatron.core.models.gpt, megatron.core.optimizer, megatron.core.ssm.gated_delta_net
+        import megatron.core.transformer.moe.moe_layer, megatron.training
+        from megatron.core.models.gpt import experimental_attention_variant_module_specs
+    from megatron_muon import cpu
+"""
+
+
+def run(code: str) -> str:
+    """Run ``code`` in a new interpreter; its output."""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SNAPSHOT) + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_uninstall_restores_everything() -> None:
+    """Installed after the imports: each of the attributes that changed is the original again."""
+    run(
+        """
+        import_megatron()
+        before = snapshot()
+        cpu.install()
+        changed = differences(before, snapshot())
+        cpu.install()  # a second call changes nothing
+        assert differences(before, snapshot()) == changed
+        targets = {target.replace(":", ".") for target, _ in cpu.describe()}
+        kept = {"megatron.core.optimizer.clip_grads.multi_tensor_scale_tensor_impl"}  # was None and stays None
+        for name in ("torch.empty", "torch.cuda.current_device", "megatron.core.optimizer.Adam",
+                     "megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32",
+                     "megatron.training.training.initialize_megatron", "torch.distributed.all_gather",
+                     "megatron.core.fusions.fused_bias_swiglu.swiglu"):
+            assert (name in changed) == (name != "megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32"), name
+        assert cpu.is_installed()
+        cpu.uninstall()
+        assert not cpu.is_installed()
+        assert differences(before, snapshot()) == []
+        with cpu.enabled():
+            assert differences(before, snapshot()) == changed
+        assert differences(before, snapshot()) == []
+        assert all(reason for _, reason in cpu.describe())
+        """
+    )
+
+
+def test_order_of_imports_does_not_matter() -> None:
+    """Installed before Megatron is imported: the same places hold replacements, and uninstall leaves none of them."""
+    names = """
+        import_megatron()
+        early = {} if not cpu.is_installed() else snapshot()
+    """
+    run(
+        f"""
+        cpu.install()
+        {textwrap.dedent(names).strip().splitlines()[0]}
+        during = snapshot()
+        cpu.uninstall()
+        plain = snapshot()
+        cpu.install()
+        again = snapshot()
+        redirected = [key for key, value in again.items()
+                      if getattr(value, "__module__", "").startswith("megatron_muon.cpu")]
+        assert len(redirected) > 100
+        for key in redirected:
+            assert getattr(during[key], "__qualname__", 0) == again[key].__qualname__, key
+        left = [key for key, value in plain.items() if getattr(value, "__module__", "").startswith("megatron_muon.cpu")]
+        # jit_fuser had decorated nothing while it was redirected, so its functions stay plain torch.
+        assert left == [], left
+        """
+    )
+
+
+def test_refused_while_cuda_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        was_installed = cpu.is_installed()
+        cpu.uninstall()
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        with pytest.raises(RuntimeError, match="already initialized"):
+            cpu.install()
+        assert not cpu.is_installed()
+    if was_installed:
+        cpu.install()
+
+
+def test_devices_mean_the_cpu() -> None:
+    with cpu.enabled():
+        tensors = [
+            torch.zeros(2, device="cuda"),
+            torch.empty(2, device=torch.device("cuda", 3), pin_memory=True),
+            torch.tensor([1.0], device=0),
+            torch.ones(1).cuda(),
+            torch.ones(1).to("cuda:1", torch.float64),
+            torch.ones(1).to(device=torch.device("cuda")),
+            torch.ones(1).new_zeros(2, device=torch.cuda.current_device()),
+            torch.nn.Linear(2, 2).cuda().weight,
+            torch.nn.Linear(2, 2, device="cuda").to("cuda").weight,
+            torch.ones(1).pin_memory(),
+        ]
+        assert {tensor.device.type for tensor in tensors} == {"cpu"}
+        assert torch.zeros(1, device="meta").device.type == "meta"
+        assert torch.ones(1).type() == "torch.FloatTensor", "only Megatron-Core hears of CUDA tensors"
+        assert torch.ones(1).type(torch.int32).dtype == torch.int32
+        event = torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            event.record()
+        later = torch.cuda.current_stream().record_event()
+        assert event.elapsed_time(later) >= 0.0 and later.query()
+        assert torch.cuda.device_count() >= 1 and not torch.cuda.is_available()
+
+
+def megatron_arguments(**changes: Any) -> SimpleNamespace:
+    defaults = {
+        "rank": 0,
+        "distributed_backend": "nccl",
+        "transformer_impl": "transformer_engine",
+        "gradient_accumulation_fusion": True,
+        "masked_softmax_fusion": True,
+        "apply_rope_fusion": True,
+        "bias_swiglu_fusion": True,
+        "bf16": True,
+        "cuda_graph_impl": "none",
+        "attention_backend": SimpleNamespace(name="auto"),
+        "context_parallel_size": 1,
+    }
+    return SimpleNamespace(**(defaults | changes))
+
+
+def test_arguments_are_changed_and_reported() -> None:
+    args = megatron_arguments()
+    lines = change_arguments(args)
+    assert args.distributed_backend == "gloo" and args.transformer_impl == "local"
+    assert not args.gradient_accumulation_fusion and not args.masked_softmax_fusion and not args.apply_rope_fusion
+    assert args.bias_swiglu_fusion and args.bf16, "what works stays as it is"
+    assert len(lines) == 5 and lines[0].startswith("distributed_backend: nccl -> gloo")
+    assert change_arguments(args) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"fp8": "hybrid"}, "--fp8 = hybrid .*--bf16"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
+        ({"attention_backend": SimpleNamespace(name="flash")}, "--attention-backend"),
+        ({"context_parallel_size": 2}, "--context-parallel-size = 2"),
+        ({"use_megatron_fsdp": True}, "--use-distributed-optimizer"),
+        ({"moe_token_dispatcher_type": "flex"}, "alltoall"),
+        ({"transformer_impl": "inference_optimized"}, "--transformer-impl"),
+    ],
+)
+def test_arguments_that_cannot_be_honoured(change: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        change_arguments(megatron_arguments(**change))
+
+
+def test_configs_made_in_code() -> None:
+    refuse_in_config(SimpleNamespace(transformer_impl="transformer_engine", gradient_accumulation_fusion=False))
+    with pytest.raises(ConfigError, match="gradient_accumulation_fusion=False"):
+        refuse_in_config(SimpleNamespace(gradient_accumulation_fusion=True))
+    with pytest.raises(ConfigError, match="--fp8"):
+        refuse_in_config(SimpleNamespace(fp8="e4m3"))
+
+
+def test_scalar_optimizer_is_torch_where_transformer_engine_is_installed() -> None:
+    """A package under TransformerEngine's name whose kernels cannot run: Megatron-Core must not reach for them."""
+    output = run(
+        """
+        fused = types.ModuleType("transformer_engine.pytorch.optimizers")
+        def needs_gpu(*args, **kwargs):
+            raise RuntimeError("needs a GPU")
+        for name in ("FusedAdam", "FusedSGD"):
+            setattr(fused, name, type(name, (torch.optim.Optimizer,), {"__init__": needs_gpu}))
+        for name in ("multi_tensor_applier", "multi_tensor_scale", "multi_tensor_l2norm", "multi_tensor_scale_tensor"):
+            setattr(fused, name, needs_gpu)
+        names = ["transformer_engine", "transformer_engine.pytorch"]
+        for name in names:
+            sys.modules[name] = types.ModuleType(name)
+        sys.modules[fused.__name__] = fused
+        import megatron.core.optimizer as factory
+        assert factory.Adam is fused.FusedAdam
+        from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+        with cpu.enabled():
+            print(factory.Adam.__name__, distrib_optimizer.Adam.__name__, factory.SGD.__module__)
+            assert needs_gpu not in vars(clip_grads).values() and needs_gpu not in vars(optimizer).values()
+        assert factory.Adam is fused.FusedAdam and clip_grads.l2_norm_impl is needs_gpu
+        """
+    )
+    assert output.split() == ["GroupStepAdamW", "GroupStepAdamW", "torch.optim.sgd"]
+
+
+@pytest.mark.parametrize("adam_w_mode", [True, False])
+def test_group_step_adamw_has_torchs_arithmetic(adam_w_mode: bool) -> None:
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(5))]
+    theirs = [torch.nn.Parameter(param.detach().clone()) for param in ours]
+    options: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.2}
+    mine = GroupStepAdamW([{"params": ours}, {"params": []}], adam_w_mode=adam_w_mode, capturable=False, **options)
+    reference = (torch.optim.AdamW if adam_w_mode else torch.optim.Adam)(theirs, **options)
+    for step in range(4):
+        for own, other in zip(ours, theirs, strict=True):
+            own.grad = torch.randn_like(own)
+            other.grad = own.grad.clone()
+        if step == 2:  # a round trip through a checkpoint
+            saved = mine.state_dict()
+            mine = GroupStepAdamW([{"params": ours}, {"params": []}], adam_w_mode=adam_w_mode, **options)
+            mine.load_state_dict(saved)
+        mine.step()
+        reference.step()
+    assert all(torch.equal(own, other) for own, other in zip(ours, theirs, strict=True))
+    assert mine.param_groups[0]["step"] == 4 and "step" not in mine.param_groups[1]
+    assert set(mine.state[ours[0]]) == {"exp_avg", "exp_avg_sq"}
+
+
+def collectives() -> None:
+    """NCCL's abilities on gloo: gathering different sizes, averaging, new groups."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = dist.new_group(list(range(size)), backend="nccl")
+    assert dist.get_backend(group) == "gloo"
+    outputs = [torch.empty(n + 1, 2) for n in range(size)]
+    dist.all_gather(outputs, torch.full((rank + 1, 2), float(rank)), group=group)
+    for n, out in enumerate(outputs):
+        assert out.shape == (n + 1, 2) and (out == n).all()
+    mean = torch.full((3,), float(rank))
+    dist.all_reduce(mean, op=dist.ReduceOp.AVG, group=group, async_op=True).wait()
+    assert (mean == (size - 1) / 2).all()
+    part = torch.empty(2)
+    dist.reduce_scatter_tensor(part, torch.full((2 * size,), float(rank)), dist.ReduceOp.AVG, group)
+    assert (part == (size - 1) / 2).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_collectives(pool: RankPool, world_size: int) -> None:
+    pool.run(collectives, world_size)

@@ -1,0 +1,177 @@
+"""The stock factory: what it builds for plain and layer-wise Muon, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.megatron import harness
+from tests.megatron.harness import Layout
+from tests.pool import RankPool
+
+
+def structure(layout: Layout, options: dict[str, Any]) -> list[str]:
+    """Class names of the optimizers inside, outermost first."""
+    run = harness.start(layout, **options)
+
+    def walk(optimizer: Any) -> list[str]:
+        names = [type(optimizer).__name__]
+        for part in getattr(optimizer, "chained_optimizers", []):
+            names += walk(part)
+        return names
+
+    run.losses(2)
+    return walk(run.optimizer)
+
+
+WRAPPERS = [(False, "LayerWiseFP32Optimizer"), (True, "Float16OptimizerWithFloat16Params")]
+
+
+@pytest.mark.parametrize("bf16,wrapper", [(False, "FP32Optimizer"), (True, "Float16OptimizerWithFloat16Params")])
+def test_plain(pool: RankPool, bf16: bool, wrapper: str) -> None:
+    for names in pool.run(structure, 2, Layout(), {"bf16": bf16}):
+        assert names == ["ChainedOptimizer", wrapper, wrapper]
+
+
+@pytest.mark.parametrize("bf16,wrapper", WRAPPERS)
+def test_layer_wise(pool: RankPool, bf16: bool, wrapper: str) -> None:
+    for names in pool.run(structure, 2, Layout(layer_wise=True), {"bf16": bf16}):
+        assert names == ["ChainedOptimizer", "LayerWiseDistributedOptimizer", wrapper, "DistributedOptimizer"]
+
+
+@pytest.mark.parametrize("bf16,wrapper", WRAPPERS)
+def test_layer_wise_without_parameter_layout(pool: RankPool, bf16: bool, wrapper: str) -> None:
+    for names in pool.run(structure, 2, Layout(layer_wise=True), {"bf16": bf16, "param_layout": False}):
+        assert names == ["LayerWiseDistributedOptimizer", wrapper, wrapper]
+
+
+def test_dist_muon_is_layer_wise(pool: RankPool) -> None:
+    """Megatron's older spelling, from code."""
+    names = pool.run(structure, 2, Layout(layer_wise=True), {"optimizer": {"name": "dist_muon"}})[0]
+    assert "LayerWiseDistributedOptimizer" in names
+
+
+def replicas_after_training(layout: Layout, options: dict[str, Any]) -> tuple[list[float], bool]:
+    """Losses, and whether all data-parallel replicas hold the same bits."""
+    run = harness.start(layout, **options)
+    losses = run.losses(6)
+    same = True
+    for chunk in run.chunks:
+        for param in chunk.parameters():
+            others = [torch.empty_like(param.data) for _ in range(dist.get_world_size())]
+            dist.all_gather(others, param.data.contiguous())
+            same &= all(torch.equal(other, param.data) for other in others)
+    return losses, same
+
+
+@pytest.mark.parametrize("param_layout", [True, False])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_layer_wise_equals_plain(pool: RankPool, bf16: bool, param_layout: bool) -> None:
+    """Sharding over data parallelism moves work and changes nothing: same seeds, same losses, equal replicas.
+
+    float32: gradients are averaged by other collectives (reduce-scatter), which round differently. bfloat16 weights
+    round to 8 bits, so that such a difference now and then flips a weight by 2^-9 of its size.
+    """
+    tolerance = 1e-2 if bf16 else 1e-5
+    plain, same = pool.run(replicas_after_training, 2, Layout(), {"bf16": bf16})[0]
+    assert same
+    options = {"bf16": bf16, "param_layout": param_layout}
+    sharded, same = pool.run(replicas_after_training, 2, Layout(layer_wise=True), options)[0]
+    assert same
+    assert sharded == pytest.approx(plain, abs=tolerance)
+
+
+def refusal(layout: Layout, options: dict[str, Any]) -> str:
+    import megatron_muon
+
+    try:
+        harness.start(layout, **options)
+    except megatron_muon.ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize(
+    "layout,optimizer,message",
+    [
+        (Layout(ddp_buffers=True), {}, "use_distributed_optimizer True with --optimizer muon that is not layer-wise"),
+        (Layout(), {"muon_num_ns_steps": 0}, "--muon-num-ns-steps 0: give a whole number of at least 1"),
+        (Layout(), {"muon_no_such_knob": 1}, "OptimizerConfig.muon_no_such_knob 1: no such Muon option"),
+        (Layout(), {"fp16": True}, "--fp16"),
+        (Layout(), {"use_distributed_optimizer": True}, "OptimizerConfig.use_distributed_optimizer True"),
+        (Layout(), {"optimizer_cuda_graph": True}, "--optimizer-cuda-graph with --optimizer muon"),
+    ],
+)
+def test_refusals(pool: RankPool, layout: Layout, optimizer: dict[str, Any], message: str) -> None:
+    for answer in pool.run(refusal, 2, layout, {"optimizer": optimizer}):
+        assert message in answer
+
+
+def refusal_of_unmatched_buffers() -> str:
+    """DDP with reduce-scatter buffers, wrapped without Megatron's layer-wise layout, under a layer-wise optimizer."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    import megatron_muon
+
+    megatron_muon.install()
+    layout = Layout(layer_wise=True)
+    layout.initialize()
+    chunk = harness.build_model(layout)[0]
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=False)
+    wrapped = DistributedDataParallel(config=chunk.config, ddp_config=ddp_config, module=chunk)
+    try:
+        get_megatron_optimizer(harness.optimizer_config(layout), [wrapped])
+    except megatron_muon.ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_layer_wise_without_its_buffers_is_refused(pool: RankPool) -> None:
+    for answer in pool.run(refusal_of_unmatched_buffers, 2):
+        assert "without a layer-wise parameter layout" in answer
+
+
+def defaults_and_explicit_values() -> list[str]:
+    from megatron.core.optimizer import OptimizerConfig
+
+    import megatron_muon
+
+    before = OptimizerConfig(optimizer="muon").muon_tp_mode
+    megatron_muon.install()
+    ours = OptimizerConfig(optimizer="muon").muon_tp_mode
+    explicit = OptimizerConfig(optimizer="muon", muon_tp_mode="blockwise").muon_tp_mode
+    megatron_muon.uninstall()
+    return [before, ours, explicit, OptimizerConfig(optimizer="muon").muon_tp_mode]
+
+
+def test_default_of_a_config_built_in_code(pool: RankPool) -> None:
+    assert pool.run(defaults_and_explicit_values, 1)[0] == ["blockwise", "duplicated", "blockwise", "blockwise"]
+
+
+def knobs_in_the_optimizer() -> Any:
+    import megatron_muon
+
+    knobs = {"momentum": 0.8, "nesterov": True, "scale_mode": "unit_rms_norm", "num_ns_steps": 7, "eps": 1e-9}
+    run = harness.start(Layout(), optimizer={f"muon_{name}": value for name, value in knobs.items()})
+    inner = [part.optimizer for part in run.optimizer.chained_optimizers]
+    muon = next(optimizer for optimizer in inner if isinstance(optimizer, megatron_muon.Muon))
+    return {name: getattr(muon.config, name) for name in knobs} == knobs
+
+
+def test_every_knob_reaches_the_optimizer_from_code(pool: RankPool) -> None:
+    assert pool.run(knobs_in_the_optimizer, 1) == [True]
+
+
+def families_beside_ours() -> float:
+    """Megatron's other emerging optimizers keep working with the hooks in place."""
+    run = harness.start(Layout(), optimizer={"name": "soap"})
+    losses = run.losses(4)
+    return losses[-1] - losses[0]
+
+
+def test_soap_still_works(pool: RankPool) -> None:
+    assert pool.run(families_beside_ours, 1)[0] < 0.0

@@ -1,0 +1,175 @@
+"""The optimizer in one process, against its formula in float64 and against Megatron-Core's own."""
+
+import copy
+
+import pytest
+import torch
+
+from megatron_muon import ConfigError, Muon
+from megatron_muon.optimizers.scale import scale_factor
+from megatron_muon.orthogonalize import coefficients
+from megatron_muon.routing.layout import MatrixLayout, Section
+from tests.reference import orthogonalized
+
+QKV = MatrixLayout("qkv", (Section("q", 8), Section("k", 4), Section("v", 4)))
+
+
+def _parameter(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.randn(m, n, dtype=dtype, generator=torch.Generator().manual_seed(seed)))
+
+
+def _gradients(m: int, n: int, steps: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(m, n, dtype=dtype, generator=generator) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("scale_mode", ["spectral", "shape_scaling", "unit_rms_norm", "aspect_ratio", "none"])
+def test_step_follows_the_formula(nesterov: bool, scale_mode: str) -> None:
+    param = _parameter(10, 6)
+    optimizer = Muon(
+        [param], lr=0.1, momentum=0.8, nesterov=nesterov, weight_decay=0.3, scale_mode=scale_mode,
+        extra_scale_factor=0.2, fp32_matmul_prec="highest",
+    )  # fmt: skip
+    weight, buffer = param.detach().clone(), torch.zeros(10, 6, dtype=torch.float64)
+    for gradient in _gradients(10, 6, 4):
+        param.grad = gradient.clone()
+        optimizer.step()
+        assert torch.equal(param.grad, gradient), "Megatron reads the gradient buffer again after the step"
+        buffer = 0.8 * buffer + 0.2 * gradient
+        u = 0.8 * buffer + 0.2 * gradient if nesterov else buffer
+        direction = orthogonalized(u, coefficients("quintic", 5))
+        weight = (1 - 0.1 * 0.3) * weight - 0.1 * 0.2 * scale_factor(scale_mode, 10, 6) * direction
+        torch.testing.assert_close(param.detach(), weight, rtol=0, atol=1e-10)
+        torch.testing.assert_close(optimizer.state[param]["momentum_buffer"], buffer, rtol=0, atol=1e-12)
+
+
+def test_split_qkv_equals_separate_weights() -> None:
+    fused = _parameter(48, 12)
+    fused.matrix_layout = QKV
+    separate = [torch.nn.Parameter(part.clone()) for part in QKV.split(fused.detach())]
+    one = Muon([fused], lr=0.1, fp32_matmul_prec="highest")
+    three = Muon(separate, lr=0.1, fp32_matmul_prec="highest")
+    for gradient in _gradients(48, 12, 3):
+        fused.grad = gradient
+        for param, part in zip(separate, QKV.split(gradient), strict=True):
+            param.grad = part
+        one.step()
+        three.step()
+    torch.testing.assert_close(fused.detach(), QKV.merge([param.detach() for param in separate]), rtol=0, atol=1e-12)
+
+
+def test_without_split_qkv_the_fused_weight_is_one_matrix() -> None:
+    fused, plain = _parameter(48, 12), _parameter(48, 12)
+    fused.matrix_layout = QKV
+    for param in (fused, plain):
+        param.grad = _gradients(48, 12, 1)[0]
+        Muon([param], lr=0.1, split_qkv=False, fp32_matmul_prec="highest").step()
+    assert torch.equal(fused, plain)
+
+
+def test_block_of_small_gradients_does_not_starve() -> None:
+    """Why fused weights are split: in one tall matrix k rows with gradients x 0.01 get an update x 0.16."""
+    layout = MatrixLayout("qkv", (Section("q", 256), Section("k", 64)))
+    gradient = _gradients(320, 256, 1)[0]
+    gradient[256:] *= 0.01
+    sizes = {}
+    for split in (True, False):
+        param = torch.nn.Parameter(torch.zeros(320, 256, dtype=torch.float64))
+        param.matrix_layout = layout
+        param.grad = gradient
+        Muon(
+            [param], lr=1.0, weight_decay=0.0, split_qkv=split, scale_mode="none", coefficient_type="polar_express",
+            num_ns_steps=30, fp32_matmul_prec="highest",
+        ).step()  # fmt: skip
+        sizes[split] = param[256:].square().mean().sqrt().item()
+    assert sizes[True] == pytest.approx(0.0625, rel=1e-3)
+    assert sizes[False] < 0.2 * sizes[True]
+
+
+@pytest.mark.parametrize("prec", ["medium", "highest"])
+def test_agrees_with_megatron_core(prec: str) -> None:
+    """Side by side with upstream's TensorParallelMuon on one rank, float32 and bfloat16 products."""
+    from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
+
+    ours, theirs = _parameter(32, 48, dtype=torch.float32), _parameter(32, 48, dtype=torch.float32)
+    options = {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "scale_mode": "unit_rms_norm"}
+    if prec == "highest":
+        torch.set_float32_matmul_precision("highest")
+    mine = Muon([ours], **options, fp32_matmul_prec=prec)
+    upstream = TensorParallelMuon([theirs], **options, fp32_matmul_prec=prec)
+    for gradient in _gradients(32, 48, 5, dtype=torch.float32):
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        mine.step()
+        upstream.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6 if prec == "highest" else 2e-3)
+
+
+def test_zero_gradient_gives_zero_update() -> None:
+    param = _parameter(6, 4)
+    before = param.detach().clone()
+    param.grad = torch.zeros_like(param)
+    Muon([param], lr=0.1, weight_decay=0.0).step()
+    assert torch.equal(param, before)
+
+
+def test_parameters_without_gradient_are_left_alone() -> None:
+    param, frozen = _parameter(6, 4), _parameter(6, 4)
+    before = frozen.detach().clone()
+    optimizer = Muon([param, frozen], lr=0.1)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert torch.equal(frozen, before) and frozen not in optimizer.state
+
+
+def test_closure_and_param_group_options() -> None:
+    first, second = _parameter(6, 4), _parameter(6, 4)
+    optimizer = Muon([{"params": [first]}, {"params": [second], "lr": 0.0, "weight_decay": 0.0}], lr=0.1)
+    before = second.detach().clone()
+    expected = (first.square().sum() + second.square().sum()).item()
+
+    def closure() -> float:
+        loss = first.square().sum() + second.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == expected
+    assert torch.equal(second, before) and not torch.equal(first, before)
+
+
+def test_state_dict_round_trip_continues_bitwise() -> None:
+    gradients = _gradients(6, 4, 4)
+    straight, resumed = _parameter(6, 4), _parameter(6, 4)
+    optimizer = Muon([straight], lr=0.1)
+    for gradient in gradients:
+        straight.grad = gradient
+        optimizer.step()
+    first = Muon([resumed], lr=0.1)
+    for gradient in gradients[:2]:
+        resumed.grad = gradient
+        first.step()
+    second = Muon([resumed], lr=0.1)
+    second.load_state_dict(state_dict=copy.deepcopy(first.state_dict()))
+    for gradient in gradients[2:]:
+        resumed.grad = gradient
+        second.step()
+    assert torch.equal(straight, resumed)
+
+
+def test_matmul_precision_of_the_process_is_put_back() -> None:
+    param = _parameter(6, 4, dtype=torch.float32)
+    param.grad = torch.ones_like(param)
+    before = torch.get_float32_matmul_precision()
+    Muon([param], fp32_matmul_prec="high").step()
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--muon-num-ns-steps 0"):
+        Muon([_parameter(2, 2)], num_ns_steps=0)
+    with pytest.raises(ValueError, match=r"2-D weights, got shape \(3,\)"):
+        Muon([torch.nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match=r"lr -1"):
+        Muon([_parameter(2, 2)], lr=-1)
+    with pytest.raises(ValueError, match=r"weight_decay -1"):
+        Muon([_parameter(2, 2)], weight_decay=-1)
