@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from prepare_data import PreparedData, prepare
 
 from megatron_muon.monitor import metrics, plots
@@ -98,7 +99,7 @@ def flags(optimizer: str, settings: Settings, data: PreparedData) -> list[str]:
     """Megatron's flags of a run, without those that say where its files go."""
     schedule = (
         f"--train-iters {settings.steps} --lr {settings.learning_rate} --min-lr {settings.learning_rate / 10} "
-        f"--lr-warmup-iters {max(1, settings.steps // 20)} --seed {settings.seed} "
+        f"--lr-warmup-iters {max(1, settings.steps // 5)} --seed {settings.seed} "
         f"--eval-interval {max(1, settings.steps // 20)} --eval-iters 6 --log-interval 1"
     )
     parallelism = f"--tensor-model-parallel-size {settings.tp}" + (" --bf16" if settings.device == "cuda" else "")
@@ -218,16 +219,24 @@ def _interruptible() -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a launcher and its training processes, which save a checkpoint first."""
+    """End a launcher by way of its training processes, which save a checkpoint first."""
     if process.poll() is not None:
         return
     print("\nstopping: the training processes save a checkpoint (Ctrl-C again: end at once)", flush=True)
-    process.terminate()
     try:
-        process.wait(timeout=60)
+        # Not the launcher: it would signal the helpers of the training processes too, which they need for saving.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for worker in psutil.Process(process.pid).children():
+                worker.terminate()
+        process.wait(timeout=120)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=40)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def _cores() -> int:

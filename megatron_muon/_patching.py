@@ -134,12 +134,15 @@ class PatchSet:
             )
         replacement = patch.make(None if original is _MISSING else original)
         self._set(owner, name, own, replacement)
-        # Small constants are shared objects: the same True or "" elsewhere is no copy of this attribute.
-        shared = isinstance(original, (bool, int, float, str, tuple, type(None))) or original is _MISSING
-        if owner is not module or original is replacement or shared or patch.copies_in == ():
+        unknown = original is _MISSING or original is replacement or _is_constant(replacement)
+        if owner is not module or unknown or patch.copies_in == ():
             return []
         packages = patch.copies_in or (module.__name__.partition(".")[0],)
-        return [_Copied(original, replacement, (*packages, "__main__"))]
+        copied = _Copied(original, replacement, (*packages, "__main__"))
+        if _is_constant(original):
+            self._copied.append(copied)  # copies of None cannot be told apart; those of the replacement can, on revert
+            return []
+        return [copied]
 
     def _set(self, owner: Any, name: str, original: Any, value: Any) -> None:
         self._undo.append((owner, name, original))
@@ -163,6 +166,11 @@ class PatchSet:
                     current = entry.replacement
                 if current is not value:
                     self._set(module, attribute, value, current)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether ``value`` is a shared object: the same None, True or "" elsewhere is no copy of an attribute."""
+    return isinstance(value, (bool, int, float, str, tuple, type(None)))
 
 
 @dataclass(frozen=True)

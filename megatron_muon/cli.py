@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> None:
         raise SystemExit(f"megatron_muon run: {script}: no such file. Give the path of a pretraining script.")
     # The script must see what it would see if Python had been started with it.
     sys.argv = [str(script), *args.script_args]
-    sys.path.insert(0, str(script.resolve().parent))
+    _replace_working_directory(str(script.resolve().parent))
     try:
         _prepare(args.device)
         runpy.run_path(str(script), run_name="__main__")
@@ -83,6 +83,17 @@ def _run(args: argparse.Namespace) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"megatron_muon: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def _replace_working_directory(folder: str) -> None:
+    """Put the script's folder where ``python -m`` has put the working directory, as ``python SCRIPT`` does.
+
+    Otherwise a checkout of Megatron-LM in the working directory would hide the installed megatron-core.
+    """
+    if sys.path and Path(sys.path[0]).resolve() == Path.cwd():
+        sys.path[0] = folder
+    else:
+        sys.path.insert(0, folder)
 
 
 def _prepare(device: str) -> None:

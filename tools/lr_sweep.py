@@ -24,7 +24,7 @@ from prepare_data import prepare  # noqa: E402
 from megatron_muon.monitor import metrics, plots  # noqa: E402
 from megatron_muon.monitor.summary import summarize  # noqa: E402
 
-GRID = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+GRIDS = {"muon": (1e-3, 2e-3, 4e-3, 8e-3, 16e-3), "adam": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
 MAX_GROWTH = 4  # values beyond the grid, before the sweep gives up
 
 
@@ -43,7 +43,7 @@ def sweep(optimizer: str, base: demo.Settings, data: demo.PreparedData, out: Pat
         RuntimeError: if the best value is still at an end after :data:`MAX_GROWTH` more runs.
     """
     losses: dict[float, float] = {}
-    wanted = list(GRID)
+    wanted = list(GRIDS[optimizer])
     for _ in range(MAX_GROWTH + 1):
         for rate in wanted:
             losses[rate] = final_loss(optimizer, demo.replace(base, learning_rate=rate), data, out)
@@ -63,8 +63,8 @@ def report(results: dict[str, dict[float, float]], base: demo.Settings) -> str:
         "# Learning rates of the example",
         "",
         f"Final validation loss (nats per token) of `examples/demo.py`'s model after {base.steps} steps at each peak",
-        "learning rate, with the same data, initial weights and schedule (5 % warm-up, cosine to a tenth); the best of",
-        "each row is bold and is the demo's default. Muon's matrices and its Adam-updated weights share the rate.",
+        "learning rate, with the same data, initial weights and schedule (20 % warm-up, cosine to a tenth). The best of",
+        "each row is bold and is the demo's default. Muon's matrices and the weights that Adam updates share the rate.",
         "",
         "    python tools/lr_sweep.py" + f" --steps {base.steps} --seed {base.seed}",
         "",

@@ -28,6 +28,7 @@ from megatron_muon.cpu import (
     cuda_api,
     gated_delta_net,
     jit,
+    latent_attention,
     megatron_core,
     norms,
     optimizers,
@@ -46,6 +47,7 @@ _SUBJECTS = (
     jit,
     norms,
     attention,
+    latent_attention,
     gated_delta_net,
     training,
 )

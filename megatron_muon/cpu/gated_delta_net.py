@@ -80,6 +80,24 @@ def _refuse_packing_and_state(cu_seqlens: Any, initial_state: Any, output_final_
         raise NotImplementedError("recurrent state (inference) in GatedDeltaNet needs flash-linear-attention and a GPU")
 
 
+def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        # Under sequence parallelism Megatron-Core sums the gradients of all norms itself.
+        if self.tp_size > 1 and not self.config.sequence_parallel:
+            for parameter in self.out_norm.parameters():
+                parameter.register_hook(functools.partial(_sum_over, self.tp_group))
+
+    return init
+
+
+def _sum_over(group: Any, gradient: torch.Tensor) -> torch.Tensor:
+    total = gradient.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total
+
+
 def _local_provider(config: Any) -> Any:
     return importlib.import_module("megatron.core.models.backends").LocalSpecProvider()
 
@@ -121,11 +139,17 @@ _PACKAGE = "megatron.core.ssm.gated_delta_net"
 PATCHES: list[Patch] = [
     # gdn imports the names from common: both hold them (None where fla is absent, which no search for copies finds).
     Patch(f"{_PACKAGE}.common:HAVE_FLA", _replace_by(True), "GatedDeltaNet refuses to be built without fla"),
-    Patch(f"{_PACKAGE}.common:l2norm", _replace_by(l2norm), _REASON, copies_in=()),
+    Patch(f"{_PACKAGE}.common:l2norm", _replace_by(l2norm), _REASON),
     *(
-        Patch(f"{_PACKAGE}.{module}:{function.__name__}", _replace_by(function), _REASON, copies_in=())
+        Patch(f"{_PACKAGE}.{module}:{function.__name__}", _replace_by(function), _REASON)
         for module in ("common", "gdn")
         for function in (causal_conv1d, chunk_gated_delta_rule)
+    ),
+    Patch(
+        f"{_PACKAGE}.common:_GDNBase.__init__",
+        _wrap_init,
+        "without sequence parallelism nobody sums the gradient of the output norm, which is shared by the heads that "
+        "tensor-parallel ranks hold: the replicas would drift apart",
     ),
     Patch(f"{_SPECS}:_get_backend_spec_provider", _replace_by(_local_provider), _NO_LOCAL_SPEC),
     Patch(f"{_SPECS}:_get_self_attention_module_spec", _replace_by(_local_attention_spec), _NO_LOCAL_SPEC),

@@ -118,7 +118,7 @@ PATCHES: list[Patch] = [
         _without_grad,
         "fp32 training, which is rare on GPUs, loads --ckpt-format torch into views of leaves outside of no_grad",
     ),
-    Patch(f"{_CORE}.clip_grads:multi_tensor_scale_tensor_impl", _replace_by(None), _KERNEL),
+    Patch(f"{_CORE}.clip_grads:multi_tensor_scale_tensor_impl", _replace_by(None), _KERNEL, copies_in=()),
     *(
         Patch(target, _local(name), _KERNEL, copies_in=())
         for target, name in (

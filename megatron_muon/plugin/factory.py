@@ -115,7 +115,7 @@ def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], gr
     layer_wise = any(type(part).__name__ == "LayerWiseDistributedOptimizer" for part in _parts(optimizer))
     held, sliced = _held_params(optimizer)
     wrong = []
-    for experts, group in ((False, groups.dp_cp), (True, groups.expt_dp)):
+    for experts, group_name in ((False, "dp_cp"), (True, "expt_dp")):
         named = [
             (name, param)
             for chunk in model_chunks
@@ -124,7 +124,7 @@ def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], gr
         ]
         counts = torch.tensor([held[param] for _, param in named], dtype=torch.int32, device=_device())
         if layer_wise and len(named) > 0:
-            dist.all_reduce(counts, group=group)  # each weight has one owner in the group
+            dist.all_reduce(counts, group=getattr(groups, group_name))  # each weight has one owner in the group
         # .tolist() waits for the device once, when the optimizer is built.
         for (name, param), count in zip(named, counts.tolist(), strict=True):
             total = count + (param in sliced)
@@ -180,12 +180,15 @@ def _print_report(muon: MuonConfig, config: Any, model_chunks: Sequence[torch.nn
         for name, param in chunk.named_parameters():
             (experts if getattr(param, "expert_tp", False) else dense).append((name, param))
         collect = functools.partial(
-            report.collect, split_qkv=muon.split_qkv, tp_group=groups.tp, expert_tp_group=groups.expt_tp
+            report.collect,
+            split_qkv=muon.split_qkv,
+            tp_group=groups.tp,
+            expert_tp_group=getattr(groups, "expt_tp", groups.tp),
         )
         # One rank speaks for each set of replicas and shards.
-        if groups.tp.rank() == 0 and groups.dp_cp.rank() == 0:
+        if _is_first(groups, "tp", "dp_cp"):
             routes += collect(dense)
-        if groups.expt_tp.rank() == 0 and groups.expt_dp.rank() == 0:
+        if _is_first(groups, "expt_tp", "expt_dp"):
             routes += collect(experts)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, routes)
@@ -193,6 +196,12 @@ def _print_report(muon: MuonConfig, config: Any, model_chunks: Sequence[torch.nn
         everything = [route for part in gathered for route in part]
         text = report.render(everything, scalar_optimizer=muon.scalar_optimizer, notes=_notes(muon, config, groups))
         print(f"megatron_muon {__version__}\n{text}", flush=True)
+
+
+def _is_first(groups: Any, *names: str) -> bool:
+    """Whether this rank is the first of each of these groups; a collection made by hand need not have them all."""
+    found = [getattr(groups, name, None) for name in names]
+    return all(group is None or group.rank() == 0 for group in found)
 
 
 def _notes(muon: MuonConfig, config: Any, groups: Any) -> list[str]:

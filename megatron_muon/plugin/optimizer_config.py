@@ -85,7 +85,9 @@ def _with_our_defaults(original: types.FunctionType) -> Callable[..., None]:
     defaults = zip(names, original.__defaults__ or (), strict=True)
     copy = types.FunctionType(original.__code__, original.__globals__, original.__name__, closure=original.__closure__)
     copy.__defaults__ = tuple(ours.get(name, default) for name, default in defaults)
-    return functools.wraps(original)(copy)
+    functools.update_wrapper(copy, original)
+    del copy.__wrapped__  # type: ignore[attr-defined]  # inspect would follow it to the old defaults
+    return copy
 
 
 def _with_check(original: Callable[[Any], None]) -> Callable[[Any], None]:

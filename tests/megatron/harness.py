@@ -16,11 +16,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-VOCABULARY = 64
-SEQUENCE = 16
-GLOBAL_BATCH = 4
 CHECKPOINT_METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
 """The default of ``megatron.training``."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Noisy counting, which a small model can learn: every batch follows from the step's number."""
+
+    vocabulary: int = 64
+    sequence: int = 16
+    global_batch: int = 4
+    micro_batch: int = 1
+
+    def tokens(self, step: int, sample: int) -> torch.Tensor:
+        """``sequence + 1`` tokens of one sample of one step."""
+        generator = torch.Generator().manual_seed(1000 * step + sample)
+        start = torch.randint(self.vocabulary, (1,), generator=generator)
+        tokens = (start + torch.arange(self.sequence + 1) * 3) % self.vocabulary
+        noise = torch.randint(self.vocabulary, tokens.shape, generator=generator)
+        return torch.where(torch.rand(tokens.shape, generator=generator) < 0.1, noise, tokens)
+
+    def micro_batches(self, step: int, first: int, count: int) -> Iterator[dict[str, torch.Tensor]]:
+        """``count`` micro-batches from sample ``first`` of the step on."""
+        for start in range(first, first + count * self.micro_batch, self.micro_batch):
+            tokens = torch.stack([self.tokens(step, start + i) for i in range(self.micro_batch)])
+            yield {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+
+COUNTING = Data()
 
 
 @dataclass(frozen=True)
@@ -37,7 +61,7 @@ class Layout:
     """DDP with the distributed optimizer's buffers (reduce-scatter)."""
     layer_wise: bool = False
 
-    def initialize(self) -> None:
+    def initialize(self, seed: int = 1) -> None:
         """Make Megatron's process groups and seed its random states."""
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -49,7 +73,7 @@ class Layout:
             expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=self.etp,
         )
-        model_parallel_cuda_manual_seed(1)
+        model_parallel_cuda_manual_seed(seed)
 
 
 def transformer_config(layout: Layout, *, bf16: bool = False, **changes: Any) -> Any:
@@ -131,7 +155,13 @@ def hybrid_spec(config: Any, attention: Any, vp_stage: int | None) -> Any:
 
 
 def build_model(
-    layout: Layout, *, bf16: bool = False, position: str = "rope", tied: bool = False, **changes: Any
+    layout: Layout,
+    *,
+    data: Data = COUNTING,
+    bf16: bool = False,
+    position: str = "rope",
+    tied: bool = False,
+    **changes: Any,
 ) -> list:
     """The model chunks of this rank, without DDP."""
     from megatron.core import parallel_state
@@ -144,8 +174,8 @@ def build_model(
         chunk = GPTModel(
             config=config,
             transformer_layer_spec=layer_spec(config, vp_stage),
-            vocab_size=VOCABULARY,
-            max_sequence_length=SEQUENCE,
+            vocab_size=data.vocabulary,
+            max_sequence_length=data.sequence,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=tied,
@@ -188,6 +218,7 @@ class Run:
     layout: Layout
     chunks: list
     optimizer: Any
+    data: Data = COUNTING
     step: int = 0
 
     def losses(self, steps: int) -> list[float]:
@@ -199,20 +230,21 @@ class Run:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        micro_batches = GLOBAL_BATCH // parallel_state.get_data_parallel_world_size()
+        data, samples = self.data, self.data.global_batch // parallel_state.get_data_parallel_world_size()
+        micro_batches = samples // data.micro_batch
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
             unwrap(chunk).config.finalize_model_grads_func = finalize_model_grads
         self.optimizer.zero_grad()
         rank = parallel_state.get_data_parallel_rank()
-        iterators = [batches(self.step, rank * micro_batches, micro_batches) for _ in self.chunks]
+        iterators = [data.micro_batches(self.step, rank * samples, micro_batches) for _ in self.chunks]
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if self.layout.vpp else iterators[0],
             model=self.chunks if self.layout.vpp else self.chunks[0],
             num_microbatches=micro_batches,
-            seq_length=SEQUENCE,
-            micro_batch_size=1,
+            seq_length=data.sequence,
+            micro_batch_size=data.micro_batch,
             forward_only=False,
         )
         success, _, _ = self.optimizer.step()
@@ -234,22 +266,12 @@ def mean_over_ranks(reports: list[dict[str, torch.Tensor]]) -> float:
     return (total[0] / total[1]).item()
 
 
-def batches(step: int, first: int, count: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Samples ``first`` .. of the step's global batch: noisy counting, which a small model can learn."""
-    for sample in range(first, first + count):
-        generator = torch.Generator().manual_seed(1000 * step + sample)
-        start = torch.randint(VOCABULARY, (1,), generator=generator)
-        tokens = (start + torch.arange(SEQUENCE + 1) * 3) % VOCABULARY
-        noise = torch.randint(VOCABULARY, tokens.shape, generator=generator)
-        tokens = torch.where(torch.rand(tokens.shape, generator=generator) < 0.1, noise, tokens).unsqueeze(0)
-        yield {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
-
-
 def forward_step(iterator: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Callable]:
     """One forward pass in the form that Megatron's schedules call."""
     batch = next(iterator)
-    positions = torch.arange(SEQUENCE).unsqueeze(0)
-    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).tril() < 0.5
+    batch_size, sequence = batch["tokens"].shape
+    positions = torch.arange(sequence).expand(batch_size, -1)
+    mask = torch.ones(1, 1, sequence, sequence).tril() < 0.5
     output = model(batch["tokens"], positions, mask, labels=batch["labels"])
 
     def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -296,6 +318,8 @@ def start(
     optimizer: dict[str, Any] | None = None,
     weights: str | None = None,
     param_layout: bool = True,
+    data: Data = COUNTING,
+    seed: int = 1,
     **model: Any,
 ) -> Run:
     """A run ready to train.
@@ -306,19 +330,21 @@ def start(
         optimizer: changes to :func:`optimizer_config`.
         weights: folder of a checkpoint of the bare model to start from.
         param_layout: whether a layer-wise run uses Megatron's parameter layout (the default path) or the older one.
+        data: what to train on.
+        seed: of the initial weights.
         model: changes to :func:`build_model`.
     """
     import megatron_muon
 
     megatron_muon.install()
-    layout.initialize()
-    chunks = wrap(build_model(layout, bf16=bf16, **model), layout, param_layout=param_layout)
+    layout.initialize(seed)
+    chunks = wrap(build_model(layout, data=data, bf16=bf16, **model), layout, param_layout=param_layout)
     if weights is not None:
         load_weights(chunks, weights)
     from megatron.core.optimizer import get_megatron_optimizer
 
     config = optimizer_config(layout, bf16=bf16, **(optimizer or {}))
-    return Run(layout, chunks, get_megatron_optimizer(config, chunks))
+    return Run(layout, chunks, get_megatron_optimizer(config, chunks), data)
 
 
 def model_state(chunks: list) -> dict[str, Any]:

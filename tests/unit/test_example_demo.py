@@ -82,22 +82,23 @@ def test_a_failure_shows_the_error_and_the_log(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_an_interrupt_ends_the_processes_and_lets_them_save(tmp_path: Path) -> None:
-    """What Ctrl-C does to the driver reaches the launcher as SIGTERM, and the driver waits for it."""
-    child = f"""
+    """What Ctrl-C does to the driver reaches the training processes, not the launcher; the driver waits for them."""
+    worker = f"""
 import pathlib, signal, sys, time
 def save(*_):
     time.sleep(0.5)
     pathlib.Path({str(tmp_path)!r}, "saved").touch()
-    sys.exit(1)
+    sys.exit(0)
 signal.signal(signal.SIGTERM, save)
 pathlib.Path({str(tmp_path)!r}, "started").touch()
 time.sleep(60)
 """
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
     driver = f"""
 import sys
 sys.path[:0] = {[str(ROOT), str(ROOT / "examples")]!r}
 import pathlib, demo
-demo.command = lambda *_: [sys.executable, "-c", {child!r}]
+demo.command = lambda *_: [sys.executable, "-c", {launcher!r}]
 settings = demo.Settings(4, 1e-3, 1, "cpu", 2)
 data = demo.PreparedData("train", "valid", "cache", "tokenizer.model", 1, 1)
 try:
@@ -196,10 +197,10 @@ def test_sweep_grows_until_the_best_rate_is_inside(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(lr_sweep, "final_loss", final_loss)
     losses = lr_sweep.sweep("adam", SETTINGS, DATA, tmp_path)
-    assert list(losses) == [0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064]
-    assert len(tried) == 7
+    assert list(losses) == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064]
+    assert len(tried) == 8
     text = lr_sweep.report({"adam": losses}, SETTINGS)
-    assert "| adam | 0.0290 | 0.0280 | 0.0260 | 0.0220 | 0.0140 | **0.0020** | 0.0340 |" in text
+    assert "| adam | 0.0295 | 0.0290 | 0.0280 | 0.0260 | 0.0220 | 0.0140 | **0.0020** | 0.0340 |" in text
 
     monkeypatch.setattr(lr_sweep, "final_loss", lambda optimizer, settings, *_: -settings.learning_rate)
     with pytest.raises(RuntimeError, match="beyond"):
@@ -211,3 +212,30 @@ def test_the_demo_uses_the_recorded_sweep() -> None:
     for optimizer, losses in recorded.items():
         assert float(min(losses, key=losses.__getitem__)) == demo.LEARNING_RATES[optimizer]
         assert len(losses) >= 5
+
+
+@pytest.mark.slow
+def test_an_interrupted_demo_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """Two real runs of a few steps on two CPU processes, one of them interrupted after its fifth step."""
+    line = [sys.executable, str(ROOT / "examples" / "demo.py"), "--steps", "10", "--device", "cpu", "--tp", "2"]
+    line += ["--data", str(tmp_path / "data"), "--optimizers", "muon"]
+    subprocess.run([*line, "--out", str(tmp_path / "whole")], check=True, timeout=600)
+
+    interrupted = subprocess.Popen([*line, "--out", str(tmp_path / "parts")])
+    file = tmp_path / "parts" / "muon" / "metrics.jsonl"
+    deadline = time.monotonic() + 600
+    while not file.exists() or metrics.read(file).iteration < 5:
+        assert time.monotonic() < deadline
+        assert interrupted.poll() is None
+        time.sleep(0.1)
+    interrupted.send_signal(signal.SIGINT)
+    assert interrupted.wait(timeout=200) == 130
+    subprocess.run([*line, "--out", str(tmp_path / "parts")], check=True, timeout=600)
+
+    starts = [record for record in map(json.loads, file.read_text().splitlines()) if record["kind"] == "start"]
+    assert len(starts) == 2
+    assert starts[1]["iteration"] >= 5
+    whole, parts = metrics.read(tmp_path / "whole" / "muon" / "metrics.jsonl"), metrics.read(file)
+    assert [(p.iteration, p.loss) for p in parts.train] == [(p.iteration, p.loss) for p in whole.train]
+    assert parts.valid == whole.valid
+    assert json.loads((tmp_path / "parts" / "summary.json").read_text())["muon"]["steps"] == 10
