@@ -40,7 +40,7 @@ from megatron_muon.monitor.summary import Summary, steps_to_reach, summarize
 EXAMPLES = Path(__file__).resolve().parent
 
 # The best learning rates of docs/results/lr_sweep.md.
-LEARNING_RATES = {"muon": 4e-3, "adam": 4e-3}
+LEARNING_RATES = {"muon": 8e-3, "adam": 2e-3}
 
 OPTIMIZERS = {
     # With these two scale flags Muon's update has the size of Adam's (Moonlight, arXiv 2502.16982), so that one

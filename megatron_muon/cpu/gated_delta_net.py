@@ -131,19 +131,25 @@ def _replace_by(value: Any) -> Callable[[Any], Any]:
     return lambda original: value
 
 
-_REASON = "fla's kernel needs a GPU"
 _SPECS = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
 _NO_LOCAL_SPEC = "the layer specification of hybrids exists for TransformerEngine only"
 _PACKAGE = "megatron.core.ssm.gated_delta_net"
 
 PATCHES: list[Patch] = [
-    # gdn imports the names from common: both hold them (None where fla is absent, which no search for copies finds).
-    Patch(f"{_PACKAGE}.common:HAVE_FLA", _replace_by(True), "GatedDeltaNet refuses to be built without fla"),
-    Patch(f"{_PACKAGE}.common:l2norm", _replace_by(l2norm), _REASON),
+    # The package and gdn hold copies of common's names, which are None where fla is absent: copies of None cannot be
+    # found, so each place is named.
     *(
-        Patch(f"{_PACKAGE}.{module}:{function.__name__}", _replace_by(function), _REASON)
-        for module in ("common", "gdn")
-        for function in (causal_conv1d, chunk_gated_delta_rule)
+        Patch(f"{module}:HAVE_FLA", _replace_by(True), "GatedDeltaNet refuses to be built without fla")
+        for module in (_PACKAGE, f"{_PACKAGE}.common")
+    ),
+    *(
+        Patch(f"{module}:{function.__name__}", _replace_by(function), "fla's kernel needs a GPU")
+        for module, functions in (
+            (_PACKAGE, (causal_conv1d, chunk_gated_delta_rule, l2norm)),
+            (f"{_PACKAGE}.common", (causal_conv1d, chunk_gated_delta_rule, l2norm)),
+            (f"{_PACKAGE}.gdn", (causal_conv1d, chunk_gated_delta_rule)),
+        )
+        for function in functions
     ),
     Patch(
         f"{_PACKAGE}.common:_GDNBase.__init__",
