@@ -72,6 +72,7 @@ def build_norm(config: Any, hidden_size: int, eps: float = 1e-5) -> torch.nn.Mod
     if config.normalization not in classes:
         raise ValueError(f"normalization must be LayerNorm, RMSNorm or L2Norm, not {config.normalization!r}")
     norm = classes[config.normalization](hidden_size, eps=eps)
+    parameter: Any
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel
     return norm
