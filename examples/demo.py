@@ -1,6 +1,6 @@
 """Train a small GPT twice, with Muon and with Adam, and compare: what ``make train`` runs.
 
-    python examples/demo.py [--steps 300] [--out runs/demo] [--device auto]
+    python examples/demo.py [--steps 150] [--out runs/demo] [--device auto]
 
 The model (RoPE, RMSNorm, SwiGLU, GQA) learns Jane Austen's novels on two tensor-parallel processes, on two CPU cores or
 on GPUs. Both runs have the same initial weights, the same data in the same order and the same schedule; their learning
@@ -147,7 +147,7 @@ def train(optimizer: str, settings: Settings, data: PreparedData, folder: Path, 
     wanted = {"settings": asdict(settings), "flags": flags(optimizer, settings, data)}
     _move_other_run(folder, wanted)
     if (folder / "finished").exists():
-        print(f"{optimizer}: finished before; its results are used. --fresh repeats it.")
+        print(f"{optimizer}: finished before; its results are used. Delete {folder} to repeat it.")
         return False
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps(wanted, indent=1) + "\n")
@@ -343,7 +343,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=300, help="iterations of each run")
+    parser.add_argument("--steps", type=int, default=150, help="iterations of each run")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for runs and results")
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="folder for the datasets")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs if there are any")
