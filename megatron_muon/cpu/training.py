@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 from megatron_muon._patching import Patch
 from megatron_muon.cpu.settings import change_arguments
+from megatron_muon.plugin import datasets
 
 __all__ = ["PATCHES"]
 
@@ -32,15 +32,6 @@ def _wrap_initialize_megatron(original: Callable[..., Any]) -> Callable[..., Any
     return initialize_megatron
 
 
-def _wrap_compile_helpers(original: Callable[[], None]) -> Callable[[], None]:
-    @functools.wraps(original)
-    def compile_helpers() -> None:
-        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-            original()
-
-    return compile_helpers
-
-
 PATCHES: list[Patch] = [
     Patch(
         "megatron.training.arguments:validate_args",
@@ -52,9 +43,5 @@ PATCHES: list[Patch] = [
         _wrap_initialize_megatron,
         "asserts torch.cuda.is_available() unless told allow_no_cuda, which pretrain() never says",
     ),
-    Patch(
-        "megatron.core.datasets.utils:compile_helpers",
-        _wrap_compile_helpers,
-        "the wheel ships the compiled helpers and no Makefile, so compiling them ends the process",
-    ),
+    *datasets.patches(),  # not the CPU's alone, but pretrain() needs it here too
 ]
