@@ -277,12 +277,15 @@ def choose_device(device: str, tp: int | None) -> tuple[str, int]:
     return "cuda", tp or min(2, gpus)
 
 
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def table(summaries: Mapping[str, Summary], muon_steps: int | None) -> str:
     """The results, one column for each optimizer."""
-    loss = lambda value: "-" if value is None else f"{value:.3f}"  # noqa: E731
     rows = [("", *summaries)]
-    rows.append(("final train loss", *(loss(s.final_train_loss) for s in summaries.values())))
-    rows.append(("final validation loss", *(loss(s.final_valid_loss) for s in summaries.values())))
+    rows.append(("final train loss", *(_loss(s.final_train_loss) for s in summaries.values())))
+    rows.append(("final validation loss", *(_loss(s.final_valid_loss) for s in summaries.values())))
     rows.append(("steps", *(str(s.steps) for s in summaries.values())))
     rows.append(("time per step", *(f"{1000 * s.seconds_per_step:.0f} ms" for s in summaries.values())))
     rows.append(("of it in the optimizer", *(f"{100 * s.optimizer_share:.0f} %" for s in summaries.values())))

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
-from megatron_muon.plugin.optimizer_config import is_ours
+from megatron_muon.plugin.optimizer_config import REFUSED, is_ours, refuse
 
 __all__ = ["patches"]
 
@@ -91,23 +91,22 @@ def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
     return validate_args
 
 
+REFUSED_FLAGS = {
+    "fp16": "Muon needs no loss scale; use --bf16 or float32",
+    "use_torch_fsdp2": "FSDP shards cannot be orthogonalized; use --use-distributed-optimizer",
+    "use_megatron_fsdp": "FSDP shards cannot be orthogonalized; use --use-distributed-optimizer",
+    "fp8_param_gather": "Muon updates bfloat16 or float32 weights; leave it off",
+    **REFUSED,
+}
+"""Flags that Muon does not go with, with the way out."""
+
+
 def _check_arguments(args: argparse.Namespace) -> None:
     """Refuse what Megatron refuses late, badly or not at all. Runs before Megatron's own checks."""
     MuonConfig(**{field.name: getattr(args, PREFIX + field.name) for field in fields(MuonConfig)}).validate()
     name = args.optimizer
     layer_wise = args.use_distributed_optimizer or name.startswith("dist_")
-    refused = {
-        "fp16": "Muon needs no loss scale; use --bf16 or float32",
-        "use_torch_fsdp2": "FSDP shards cannot be orthogonalized; use --use-distributed-optimizer",
-        "use_megatron_fsdp": "FSDP shards cannot be orthogonalized; use --use-distributed-optimizer",
-        "use_precision_aware_optimizer": "it exists for Adam only; leave it off",
-        "optimizer_cpu_offload": "Muon's state cannot be offloaded; leave it off",
-        "optimizer_cuda_graph": "the step of Muon is not captured; leave it off",
-        "fp8_param_gather": "Muon updates bfloat16 or float32 weights; leave it off (fp8 compute works)",
-    }
-    for attribute, reason in refused.items():
-        if getattr(args, attribute, False):
-            raise ConfigError(f"--{attribute.replace('_', '-')} with --optimizer {name}: {reason}.")
+    refuse(args, REFUSED_FLAGS)
     if args.ckpt_format not in ("torch", "torch_dist"):
         raise ConfigError(f"--ckpt-format {args.ckpt_format} with --optimizer {name}: use torch_dist (or torch).")
     if layer_wise:

@@ -17,7 +17,7 @@ from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig
 from megatron_muon.errors import ConfigError
 
-__all__ = ["check_optimizer_config", "is_ours", "patches"]
+__all__ = ["REFUSED", "check_optimizer_config", "is_ours", "patches", "refuse"]
 
 _CONFIG = "megatron.core.optimizer.optimizer_config:OptimizerConfig"
 
@@ -28,6 +28,29 @@ OPTIMIZERS = ("muon",)
 def is_ours(optimizer: str | None) -> bool:
     """Whether ``--optimizer`` names one of this package's optimizers."""
     return (optimizer or "").removeprefix("dist_") in OPTIMIZERS
+
+
+REFUSED = {
+    "use_precision_aware_optimizer": "it exists for Adam only; leave it off",
+    "optimizer_cpu_offload": "Muon's state cannot be offloaded; leave it off",
+    "optimizer_cuda_graph": "the step of Muon is not captured; leave it off",
+}
+"""Options of Megatron's optimizers that Muon does not have, with the way out."""
+
+
+def refuse(settings: Any, refused: dict[str, str]) -> None:
+    """Refuse options that are on.
+
+    Args:
+        settings: an ``OptimizerConfig`` or parsed arguments.
+        refused: what to say about each attribute that must be off.
+
+    Raises:
+        ConfigError: naming the flag and the way out.
+    """
+    for name, way_out in refused.items():
+        if getattr(settings, name, False):
+            raise ConfigError(f"--{name.replace('_', '-')} with --optimizer {settings.optimizer}: {way_out}.")
 
 
 def check_optimizer_config(config: Any) -> MuonConfig:
@@ -44,14 +67,7 @@ def check_optimizer_config(config: Any) -> MuonConfig:
             "slices, which cannot be orthogonalized. Set use_layer_wise_distributed_optimizer=True and "
             "use_distributed_optimizer=False (the command line does so by itself)."
         )
-    refused = {
-        "use_precision_aware_optimizer": "it exists for Adam only; leave it off",
-        "optimizer_cpu_offload": "Muon's state cannot be offloaded; leave it off",
-        "optimizer_cuda_graph": "the step of Muon is not captured; leave it off",
-    }
-    for name, reason in refused.items():
-        if getattr(config, name, False):
-            raise ConfigError(f"--{name.replace('_', '-')} with --optimizer {config.optimizer}: {reason}.")
+    refuse(config, REFUSED)
     layer_wise = config.use_layer_wise_distributed_optimizer or config.optimizer.startswith("dist_")
     if layer_wise and config.overlap_param_gather_with_optimizer_step:
         raise ConfigError(
