@@ -35,9 +35,9 @@ def launch(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     )
 
 
-def train(*flags: str, log: Path) -> list[float]:
+def train(*flags: str, log: Path, script: Path = SCRIPT) -> list[float]:
     """Train with the flags of this module and ``flags``; the training losses of the log."""
-    result = launch(str(SCRIPT), *FLAGS.split(), "--optimizer", "muon", "--muon-log-jsonl", str(log), *flags)
+    result = launch(str(script), *FLAGS.split(), "--optimizer", "muon", "--muon-log-jsonl", str(log), *flags)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     return [line["losses"]["lm loss"] for line in lines if line["kind"] == "train"]
@@ -61,6 +61,16 @@ def test_unedited_script_trains_and_resumes(tmp_path: Path, parallelism: str) ->
     train(*flags, *checkpoint, "--train-iters", "6", "--exit-interval", "3", log=log)
     halves = train(*flags, *checkpoint, "--train-iters", "6", log=log)
     assert halves == whole
+
+
+def test_model_from_a_builder(tmp_path: Path) -> None:
+    """Megatron-LM 0.19's own script builds its model so; that path gives DDP no layer-wise parameter layout."""
+    script = Path(__file__).parent / "scripts" / "pretrain_with_builder.py"
+    flags = ["--use-distributed-optimizer", "--train-iters", "4"]
+    builder = train(*flags, log=tmp_path / "builder.jsonl", script=script)
+    provider = train(*flags, log=tmp_path / "provider.jsonl")
+    assert len(builder) == 4 and builder[-1] < builder[0]
+    assert builder == pytest.approx(provider, abs=1e-5)
 
 
 @pytest.mark.parametrize(

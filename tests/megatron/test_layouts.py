@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.megatron import harness
 from tests.megatron.harness import Layout
+from tests.megatron.test_routing import GDN, MLA, MOE
 from tests.pool import RankPool
 
 STEPS = 20
-# float32 everywhere. Layouts add the same numbers in another order (tensor-parallel partial sums, gradient averages):
-# relative differences of 1e-7 in a step, which 20 steps of Newton-Schulz with slope 490 at 0 amplify.
-TOLERANCE = 2e-4
+# float32 everywhere. Layouts add the same numbers in another order (tensor-parallel partial sums, gradient averages),
+# which changes losses of about 4 by up to 4e-7 (measured, over all layouts and steps); ten times that is allowed.
+TOLERANCE = 4e-6
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +54,26 @@ def test_losses_do_not_depend_on_the_layout(pool: RankPool, weights: str, refere
     assert all(rank == losses[0] for rank in losses)
     assert losses[0] == pytest.approx(reference, abs=TOLERANCE)
     assert reference[-1] < 0.8 * reference[0], "the model must have learnt something for this to mean anything"
+
+
+MODELS = {
+    "moe_ep2": (2, Layout(ep=2), MOE),
+    "moe_tp2_ep2": (4, Layout(tp=2, ep=2, etp=1, sp=True), MOE),
+    "moe_dp2_layer_wise": (2, Layout(layer_wise=True), MOE),
+    "mla_tp2": (2, Layout(tp=2), MLA),
+    "gated_delta_net_tp2": (2, Layout(tp=2), GDN),
+    "gated_delta_net_dp2_layer_wise": (2, Layout(layer_wise=True), GDN),
+}
+FEWER_STEPS = 8
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_models(pool: RankPool, tmp_path: Path, name: str) -> None:
+    """Experts, latent attention and GatedDeltaNet hybrids, each against one process."""
+    world_size, layout, model = MODELS[name]
+    folder = str(tmp_path / "initial")
+    pool.run(harness.save_initial_weights, 1, folder, **model)
+    expected = pool.run(train, 1, Layout(), folder, FEWER_STEPS, **model)[0]
+    losses = pool.run(train, world_size, layout, folder, FEWER_STEPS, **model)[0]
+    assert losses == pytest.approx(expected, abs=TOLERANCE)
+    assert expected[-1] < expected[0]
