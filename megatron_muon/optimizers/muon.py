@@ -15,7 +15,7 @@ from megatron_muon.engine.tensor_parallel import check_mode, shard_of, update_di
 from megatron_muon.optimizers.scale import scale_factor
 from megatron_muon.orthogonalize.coefficients import coefficients
 from megatron_muon.orthogonalize.newton_schulz import Reduce, newton_schulz
-from megatron_muon.routing.layout import WHOLE, MatrixLayout, layout_of
+from megatron_muon.routing.layout import MatrixLayout, layout_of
 
 __all__ = ["Muon"]
 
@@ -150,8 +150,7 @@ class Muon(torch.optim.Optimizer):
             param.add_(update, alpha=-lr)
 
     def _layout(self, param: torch.Tensor) -> MatrixLayout:
-        layout = layout_of(param)
-        return WHOLE if layout.kind == "qkv" and not self.config.split_qkv else layout
+        return layout_of(param, split_qkv=self.config.split_qkv)
 
     def _direction(
         self, x: torch.Tensor, m: int, n: int, *, shard_dim: int | None = None, reduce: Reduce | None = None

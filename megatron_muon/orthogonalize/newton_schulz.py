@@ -33,8 +33,9 @@ def newton_schulz(
         coefficients: one (a, b, c) for each step, see :func:`megatron_muon.orthogonalize.coefficients`.
         dtype: of the iteration; that of ``x`` by default. The norm is always taken in float32 or better.
         eps: lower bound of the norm that a matrix is divided by.
-        shard_dim: -2 or -1 if ``x`` is this rank's shard of a matrix that is divided along rows or columns; the
-            contraction then runs along that dimension and ``reduce`` sums what the ranks hold.
+        shard_dim: the rows (-2) or columns (-1), also counted from the front, if ``x`` is this rank's shard of a
+            matrix that is divided along them; the contraction then runs along that dimension and ``reduce`` sums what
+            the ranks hold.
         reduce: required with ``shard_dim``.
 
     Returns:

@@ -6,15 +6,23 @@ Each file holds the hooks of one subject as a function ``patches()``; :func:`ins
 from __future__ import annotations
 
 from megatron_muon._patching import Patch, PatchSet
-from megatron_muon.monitor import recorder
-from megatron_muon.plugin import arguments, datasets, factory, layer_wise, optimizer_config, ownership, registry
+from megatron_muon.plugin import (
+    arguments,
+    datasets,
+    factory,
+    layer_wise,
+    optimizer_config,
+    ownership,
+    recording,
+    registry,
+)
 from megatron_muon.plugin.version import check_megatron_core
 
 __all__ = ["describe", "install", "is_installed", "uninstall"]
 
 
 def _all_patches() -> list[Patch]:
-    rooms = (optimizer_config, arguments, ownership, registry, factory, layer_wise, datasets, recorder)
+    rooms = (optimizer_config, arguments, ownership, registry, factory, layer_wise, datasets, recording)
     return [patch for room in rooms for patch in room.patches()]
 
 

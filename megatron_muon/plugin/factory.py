@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_muon._patching import Patch
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
-from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
+from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_layer_wise, is_ours
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, report
 from megatron_muon.version import __version__
 
@@ -75,7 +75,7 @@ def _check_groups(groups: Any) -> None:
 
 def _check_buffers(config: Any, model_chunks: Sequence[torch.nn.Module]) -> None:
     """DDP's reduce-scatter leaves each rank with a part of the gradients: only a layer-wise optimizer knows which."""
-    layer_wise = config.use_layer_wise_distributed_optimizer or config.optimizer.startswith("dist_")
+    layer_wise = is_layer_wise(config)
     for chunk in model_chunks:
         ddp_config = getattr(chunk, "ddp_config", None)
         if ddp_config is None:

@@ -17,7 +17,7 @@ from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig
 from megatron_muon.errors import ConfigError
 
-__all__ = ["REFUSED", "check_optimizer_config", "is_ours", "patches", "refuse"]
+__all__ = ["REFUSED", "check_optimizer_config", "is_layer_wise", "is_ours", "patches", "refuse"]
 
 _CONFIG = "megatron.core.optimizer.optimizer_config:OptimizerConfig"
 
@@ -28,6 +28,11 @@ OPTIMIZERS = ("muon",)
 def is_ours(optimizer: str | None) -> bool:
     """Whether ``--optimizer`` names one of this package's optimizers."""
     return (optimizer or "").removeprefix("dist_") in OPTIMIZERS
+
+
+def is_layer_wise(config: Any) -> bool:
+    """Whether an ``OptimizerConfig`` asks for the layer-wise form, by its field or the older name ``dist_...``."""
+    return config.use_layer_wise_distributed_optimizer or config.optimizer.startswith("dist_")
 
 
 REFUSED = {
@@ -68,8 +73,7 @@ def check_optimizer_config(config: Any) -> MuonConfig:
             "use_distributed_optimizer=False (the command line does so by itself)."
         )
     refuse(config, REFUSED)
-    layer_wise = config.use_layer_wise_distributed_optimizer or config.optimizer.startswith("dist_")
-    if layer_wise and config.overlap_param_gather_with_optimizer_step:
+    if is_layer_wise(config) and config.overlap_param_gather_with_optimizer_step:
         raise ConfigError(
             "--overlap-param-gather-with-optimizer-step with layer-wise Muon: not supported by Megatron-Core; leave it "
             "off (--overlap-param-gather works)."

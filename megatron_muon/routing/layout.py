@@ -91,6 +91,12 @@ WHOLE = MatrixLayout("whole")
 """The layout of a weight that is one matrix."""
 
 
-def layout_of(param: torch.Tensor) -> MatrixLayout:
-    """The layout that :func:`megatron_muon.routing.annotate` put on ``param``; :data:`WHOLE` if it put none."""
-    return getattr(param, LAYOUT_ATTRIBUTE, WHOLE)
+def layout_of(param: torch.Tensor, *, split_qkv: bool = True) -> MatrixLayout:
+    """The layout by which Muon treats ``param``.
+
+    Args:
+        param: a weight that :func:`megatron_muon.routing.annotate` has seen; without a layout it is :data:`WHOLE`.
+        split_qkv: False makes a ``qkv`` weight one matrix.
+    """
+    layout: MatrixLayout = getattr(param, LAYOUT_ATTRIBUTE, WHOLE)
+    return WHOLE if layout.kind == "qkv" and not split_qkv else layout

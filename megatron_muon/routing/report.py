@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_muon.routing.layout import WHOLE, MatrixLayout, layout_of
+from megatron_muon.routing.layout import MatrixLayout, layout_of
 from megatron_muon.routing.predicate import exclusion_reason
 
 __all__ = ["Route", "collect", "render"]
@@ -57,7 +57,7 @@ def collect(
             dim = getattr(param, "partition_dim", -1)
             shape = tuple(size * group.size() if i == dim else size for i, size in enumerate(shape))
         reason = exclusion_reason(param)
-        detail = reason or _matrices(layout_of(param), shape, split_qkv)
+        detail = reason or _matrices(layout_of(param, split_qkv=split_qkv), shape)
         routes.append(Route(_pattern(name), shape, reason is None, detail))
     return routes
 
@@ -97,8 +97,7 @@ def _pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)|(?<=weight)\d+$", "*", name)
 
 
-def _matrices(layout: MatrixLayout, shape: tuple[int, ...], split_qkv: bool) -> str:
-    layout = WHOLE if layout.kind == "qkv" and not split_qkv else layout
+def _matrices(layout: MatrixLayout, shape: tuple[int, ...]) -> str:
     m, n = shape
     return ", ".join(f"{name} {_times((rows, columns))}" for name, rows, columns in layout.block_shapes(m, n))
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -25,14 +26,17 @@ TIMEOUT = 240
 def launch(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """``torchrun ... -m megatron_muon run`` on CPU ranks."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [*start, "-m", "megatron_muon", "run", "--device", "cpu", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
+    line = [*start, "-m", "megatron_muon", "run", "--device", "cpu", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(line, cwd=ROOT, **pipes)
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT)
+    finally:  # after a time-out torchrun and its ranks, which are in sessions of their own
+        if process.poll() is None:
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.kill()
+            process.wait()
+    return subprocess.CompletedProcess(line, process.returncode, output, errors)
 
 
 def train(*flags: str, log: Path, script: Path = SCRIPT) -> list[float]:
