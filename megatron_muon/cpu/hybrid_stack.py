@@ -7,11 +7,10 @@ TransformerEngine's fused layers give them, as the local specification of GPT do
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 from megatron_muon._patching import Patch
+from megatron_muon.cpu.norms import local_norm
 
 __all__ = ["PATCHES"]
 
@@ -103,10 +102,6 @@ def _mlp_layer(layer: type, mlp: Any, norm_in: str = "") -> Any:
     return ModuleSpec(module=layer, submodules=submodules)
 
 
-def _torch_norm(original: Any) -> Callable[..., Any]:
-    return importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
-
-
 PATCHES: list[Patch] = [
     Patch(
         "megatron.core.models.hybrid.hybrid_layer_specs:hybrid_stack_spec",
@@ -116,7 +111,7 @@ PATCHES: list[Patch] = [
     # No copies: others hold this class to build TransformerEngine's layers with it.
     Patch(
         "megatron.core.models.hybrid.hybrid_block:TENorm",
-        _torch_norm,
+        local_norm,
         "the final norm of HybridModel is TransformerEngine's, whatever the specification says",
         copies_in=(),
     ),

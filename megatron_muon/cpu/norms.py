@@ -16,7 +16,7 @@ import torch
 
 from megatron_muon._patching import Patch
 
-__all__ = ["PATCHES", "ZeroCenteredLayerNorm", "ZeroCenteredRMSNorm", "build_norm"]
+__all__ = ["PATCHES", "ZeroCenteredLayerNorm", "ZeroCenteredRMSNorm", "build_norm", "local_norm"]
 
 
 class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
@@ -85,6 +85,11 @@ def _new(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, *args: Any
 
 def _build_in_new(original: Any) -> Callable[..., Any]:
     return staticmethod(_new)
+
+
+def local_norm(original: Any) -> Any:
+    """Megatron-Core's own norm in place of TransformerEngine's, for a :class:`~megatron_muon._patching.Patch`."""
+    return importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
 
 
 PATCHES: list[Patch] = [

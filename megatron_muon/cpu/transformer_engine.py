@@ -9,13 +9,13 @@ out of reach; so Megatron-Core must not put one of them into a model of its own 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron_muon._patching import Patch
+from megatron_muon.cpu.norms import local_norm
 
 __all__ = ["PATCHES"]
 
@@ -35,10 +35,6 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
-def _local_norm(original: Any) -> Any:
-    return importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
-
-
 PATCHES: list[Patch] = [
     Patch(
         "transformer_engine.pytorch.module.base:TransformerEngineBaseModule.__init__",
@@ -47,7 +43,7 @@ PATCHES: list[Patch] = [
     ),
     Patch(
         "megatron.core.transformer.transformer_block:LayerNormImpl",
-        _local_norm,
+        local_norm,
         "the norm after the last layer is TransformerEngine's wherever it can be imported, also after local layers",
         copies_in=(),
     ),

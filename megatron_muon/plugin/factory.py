@@ -244,7 +244,8 @@ def _notes(muon: MuonConfig, config: Any, groups: Any) -> list[str]:
     if muon.tp_mode == "blockwise" and groups.tp.size() > 1:
         notes.append(
             "WARNING --muon-tp-mode blockwise: each tensor-parallel shard is orthogonalized by itself. This is not "
-            f"Muon on one device, and it changes with the tensor-parallel size (now {groups.tp.size()}). "
+            f"Muon on one device, and it changes with the tensor-parallel size (now {groups.tp.size()}); "
+            "scale factors are those of the shards, not of the table. "
             "Use --muon-tp-mode duplicated for the same update at every size."
         )
     return notes

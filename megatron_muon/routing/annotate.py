@@ -20,7 +20,7 @@ from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE
 from megatron_muon.routing.predicate import REASON_ATTRIBUTE, is_vector
 from megatron_muon.routing.rules import is_expert_container, rules_of
 from megatron_muon.routing.rules.embedding import output_embeddings
-from megatron_muon.routing.rules.linear import adapted
+from megatron_muon.routing.rules.linear import adapted, is_linear, linear
 from megatron_muon.routing.treatment import ADAM, SPLIT, UNKNOWN, WHOLE_MATRIX, Treatment
 
 __all__ = ["OVERRIDE_ATTRIBUTE", "annotate", "global_names", "strip_wrappers", "tag"]
@@ -126,6 +126,10 @@ def _claims(module: torch.nn.Module, options: MuonConfig) -> Claims:
     for submodule in module.modules():
         for param, treatment in _claims_of(submodule, options):
             claims.setdefault(param, treatment)
+    # After all others: a linear layer that is tied to an embedding is a table, wherever in the model it stands.
+    for submodule in filter(is_linear, module.modules()):
+        for param, treatment in linear(submodule, options):
+            claims.setdefault(param, treatment)
     for param, treatment in output_embeddings(module):
         claims[param] = treatment
     _adapters_follow_their_base(module, claims)
@@ -208,7 +212,7 @@ def _variant(name: str, param: torch.Tensor, treatment: Treatment, choice: str, 
     if choice in treatment.variants:
         return choice
     what = f"{name} {treatment.problem}" if treatment.problem else f"{name} ({treatment.kind}) cannot be split that way"
-    asked = f"{flag('param_rule')} {override}" if override else f"split {choice}"
+    asked = f"{flag('param_rule')} {override}" if override else f"{flag(treatment.option)} {choice}"
     known = ", ".join(treatment.variants)
     raise ConfigError(
         f"{what}; its shape is {tuple(param.shape)}, {asked} is asked for, and there is: {known}, adam. "

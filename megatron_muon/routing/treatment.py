@@ -33,6 +33,7 @@ class Treatment:
         problem: why a variant that its kind has is missing here, for the error of one who asks for it.
         forced: whether ``choice`` was asked for by an option of its own, and so outweighs Megatron's ``use_muon``.
         tags: further attributes to set on the parameter.
+        option: the field of :class:`MuonConfig` that ``choice`` comes from, if one does.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Treatment:
     problem: str = ""
     forced: bool = False
     tags: Mapping[str, Any] = field(default_factory=dict)
+    option: str = ""
 
 
 Claim = tuple[torch.Tensor, Treatment]
@@ -61,6 +63,7 @@ def fused(
     stacked: bool = False,
     reason: str = "",
     forced: bool = False,
+    option: str = "",
 ) -> Treatment:
     """The treatment of a fused weight: whole, split, and per head where heads are given.
 
@@ -75,16 +78,17 @@ def fused(
         stacked: whether the weight is a 3-D stack of experts.
         reason: why it is the scalar optimizer's, if it is.
         forced: see :class:`Treatment`.
+        option: see :class:`Treatment`.
     """
     variants = {WHOLE_MATRIX: MatrixLayout("whole", stacked=stacked)}
     if rows != expected_rows:
         problem = f"has {rows} rows, but {source} implies {expected_rows}"
-        return Treatment(kind, choice, variants, reason, problem, forced)
-    sections = tuple(section for section in sections)
+        return Treatment(kind, choice, variants, reason, problem, forced, option=option)
+    sections = tuple(sections)
     variants[SPLIT] = MatrixLayout(kind, sections, stacked)
     if heads:
         each = tuple(
             Section(section.name, section.rows, section.rule, heads.get(section.name, 0)) for section in sections
         )
         variants[PER_HEAD] = MatrixLayout(kind, each, stacked)
-    return Treatment(kind, choice, variants, reason, "", forced)
+    return Treatment(kind, choice, variants, reason, "", forced, option=option)

@@ -11,6 +11,7 @@ import torch
 
 from tests.megatron import harness
 from tests.megatron.harness import Layout
+from tests.megatron.test_routing import GDN, MLA
 
 MOE = {
     "num_moe_experts": 4,
@@ -18,27 +19,6 @@ MOE = {
     "moe_ffn_hidden_size": 24,
     "moe_shared_expert_intermediate_size": 16,
     "moe_shared_expert_gate": True,
-}
-MLA = {
-    "multi_latent_attention": True,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_head_dim": 8,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 8,
-    "num_query_groups": 4,
-    "qk_layernorm": True,
-    "rope_type": "rope",
-}
-GDN = {
-    "experimental_attention_variant": "gated_delta_net",
-    "linear_attention_freq": 2,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "attention_output_gate": True,
 }
 DSA = {
     **MLA,

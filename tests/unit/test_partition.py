@@ -154,6 +154,14 @@ def test_tied_output_layer_goes_with_its_embedding() -> None:
     assert "output.weight" not in names(groups.muon) + names(groups.scalar)
 
 
+def test_tied_output_layer_that_stands_first_is_a_table_too() -> None:
+    model = torch.nn.Module()
+    model.output = torch.nn.Linear(8, 32, bias=False)
+    model.embedding = torch.nn.Embedding(32, 8)
+    model.embedding.weight = model.output.weight
+    assert names(param_groups(model).scalar) == ["output.weight"]
+
+
 def test_in_proj_of_attention_is_split() -> None:
     model = Transformer()
     groups = param_groups(model)

@@ -38,7 +38,10 @@ _MEGATRON: dict[str, Rule] = {
 
 
 def rules_of(module: torch.nn.Module) -> Iterator[Rule]:
-    """The rules for the weights of ``module``, the most special first; the first claim on a weight counts."""
+    """The special rules for the weights of ``module``, the most special first; the first claim on a weight counts.
+
+    Linear layers that no special rule claims are left to :func:`megatron_muon.routing.rules.linear.linear`.
+    """
     for cls in type(module).__mro__:
         if cls.__module__.startswith("megatron.core.") and cls.__name__ in _MEGATRON:
             yield _MEGATRON[cls.__name__]
@@ -48,8 +51,6 @@ def rules_of(module: torch.nn.Module) -> Iterator[Rule]:
         yield attention.multihead_attention
     if linear.is_adapter(module):
         yield linear.low_rank_adapter
-    if linear.is_linear(module):
-        yield linear.linear
 
 
 def is_expert_container(module: torch.nn.Module) -> bool:

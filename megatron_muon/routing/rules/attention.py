@@ -34,6 +34,7 @@ def self_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
         "qkv",
         options.qkv_choice,
         sections,
+        option="qkv",
         rows=weight.size(0),
         expected_rows=period * config.num_query_groups // module.world_size,
         source=f"its config (num_attention_heads {config.num_attention_heads}, num_query_groups "
@@ -58,6 +59,7 @@ def cross_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
                 "kv",
                 options.qkv_choice,
                 [Section("k", head), Section("v", head)],
+                option="qkv",
                 rows=weight.size(0),
                 expected_rows=2 * head * config.num_attention_heads // module.world_size,
                 source=source,
@@ -78,7 +80,7 @@ def heads_of(name: str, choice: str, rows: int, head: int) -> Treatment:
         variants[PER_HEAD] = MatrixLayout(name, (Section(name, head, matrix_rows=head),))
     else:
         problem = f"has {rows} rows, which are not whole heads of {head}"
-    return Treatment(name, choice, variants, problem=problem)
+    return Treatment(name, choice, variants, problem=problem, option="qkv")
 
 
 def multihead_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
@@ -91,6 +93,7 @@ def multihead_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
                 "qkv",
                 options.qkv_choice,
                 [Section("q", rows), Section("k", rows), Section("v", rows)],
+                option="qkv",
                 rows=module.in_proj_weight.size(0),
                 expected_rows=3 * rows,
                 source=f"embed_dim {rows}",

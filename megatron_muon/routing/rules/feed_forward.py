@@ -52,6 +52,7 @@ def _gate_and_up(layer: Any, interleave: int | None, options: MuonConfig) -> Ite
                 "glu",
                 options.glu,
                 [Section("gate", half), Section("up", half)],
+                option="glu",
                 rows=rows,
                 expected_rows=rows - rows % (2 * half) if half else -1,
                 source=f"gate and up in turns of {half} rows" if interleave else "a gate and an up half",

@@ -55,6 +55,7 @@ def _up_projections(module: Any, options: MuonConfig) -> Iterator[Claim]:
                 kind,
                 options.mla_up,
                 sections,
+                option="mla_up",
                 rows=weight.size(0),
                 expected_rows=sum(rows for _, rows in parts) * config.num_attention_heads // module.world_size,
                 source=f"its config (num_attention_heads {config.num_attention_heads}, "
@@ -102,6 +103,7 @@ def _down_projection(kind: str, module: Any, options: MuonConfig, rows: int, sec
         kind,
         options.mla_down,
         sections,
+        option="mla_down",
         rows=rows,
         expected_rows=rows if divided else total,
         source=f"its config ({', '.join(f'{section.name} {section.rows}' for section in sections)}, tensor parallel "

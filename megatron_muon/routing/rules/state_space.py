@@ -59,7 +59,12 @@ def partitioned_in_proj(module: Any, options: MuonConfig) -> Iterator[Claim]:
         names = _product_names(householder)
     if len(names) != len(sizes):
         problem = f"has {len(sizes)} partition_sizes, but its kind has the sections {', '.join(names)}"
-        yield weight, Treatment(kind, choice, reason=_reason(layer), problem=problem, forced=choice != ADAM)
+        yield (
+            weight,
+            Treatment(
+                kind, choice, reason=_reason(layer), problem=problem, forced=choice != ADAM, option=_option(kind)
+            ),
+        )
         return
     sections = [
         Section(name, rows, SCALAR if name.rstrip("0123456789") in _GATES else ORTHOGONALIZE)
@@ -91,8 +96,14 @@ def _in_proj(
         heads=heads,
         reason=_reason(layer),
         forced=choice != ADAM,
+        option=_option(kind),
     )
 
 
 def _reason(layer: str) -> str:
     return f"fused {layer} in_proj"
+
+
+def _option(kind: str) -> str:
+    """Which option decides: the gated delta product goes with GatedDeltaNet."""
+    return "mamba_in_proj" if kind == "mamba_in_proj" else "gdn_in_proj"
