@@ -2,5 +2,6 @@
 
 from megatron_muon.orthogonalize.coefficients import coefficient_types, coefficients
 from megatron_muon.orthogonalize.newton_schulz import newton_schulz
+from megatron_muon.orthogonalize.orthogonalizer import Method, Orthogonalizer
 
-__all__ = ["coefficient_types", "coefficients", "newton_schulz"]
+__all__ = ["Method", "Orthogonalizer", "coefficient_types", "coefficients", "newton_schulz"]

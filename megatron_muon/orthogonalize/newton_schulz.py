@@ -7,11 +7,14 @@ from collections.abc import Callable
 import torch
 
 from megatron_muon.orthogonalize.coefficients import Coefficients
+from megatron_muon.orthogonalize.products import TorchProducts
 
-__all__ = ["newton_schulz"]
+__all__ = ["Reduce", "newton_schulz", "normalized", "standard_iteration"]
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Sums a tensor over the ranks that share a matrix; may work in place; returns the sum."""
+
+_TORCH = TorchProducts()
 
 
 def newton_schulz(
@@ -22,8 +25,9 @@ def newton_schulz(
     eps: float = 1e-7,
     shard_dim: int | None = None,
     reduce: Reduce | None = None,
+    products: TorchProducts = _TORCH,
 ) -> torch.Tensor:
-    """Orthogonalize each matrix of a batch.
+    """Orthogonalize each matrix of a batch by the standard iteration.
 
     With singular values s of ``x / ||x||_F`` the result has the singular values p(s), where p is the composition of
     the odd polynomials ``a s + b s^3 + c s^5``, and the singular vectors of ``x``.
@@ -37,6 +41,7 @@ def newton_schulz(
             matrix that is divided along them; the contraction then runs along that dimension and ``reduce`` sums what
             the ranks hold.
         reduce: required with ``shard_dim``.
+        products: how to multiply.
 
     Returns:
         (..., m, n) in the dtype of ``x``.
@@ -50,24 +55,46 @@ def newton_schulz(
     # Work on rows <= columns, where the Gram matrix is smallest; a shard contracts along the dimension it is cut in.
     transpose = x.size(-2) > x.size(-1) if shard_dim is None else shard_dim in (-2, x.dim() - 2)
     y = x.mT if transpose else x
-    wide = torch.promote_types(x.dtype, torch.float32)
-    square_sum = y.to(wide).square().sum(dim=(-2, -1), keepdim=True)
-    if reduce is not None:
-        square_sum = reduce(square_sum)
-    y = (y.to(wide) / square_sum.sqrt().clamp_min(eps)).to(dtype or x.dtype)
-    for a, b, c in coefficients:
-        gram = y @ y.mT
-        if reduce is not None:
-            gram = reduce(gram.to(wide)).to(gram.dtype)  # partial sums are added in float32: bfloat16 loses bits
-        y = _multiply_add(y, _multiply_add(gram, gram, gram, b, c), y, a, 1.0)
-    y = y.to(x.dtype)
+    batch = y.reshape(-1, *y.shape[-2:])
+    batch = normalized(batch, dtype or x.dtype, eps, reduce=reduce)
+    y = standard_iteration(batch, coefficients, products, reduce).view(y.shape).to(x.dtype)
     return y.mT if transpose else y
 
 
-def _multiply_add(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float, alpha: float) -> torch.Tensor:
-    """``beta c + alpha a b`` in one kernel for a matrix or a batch of them."""
-    if c.dim() == 2:
-        return torch.addmm(c, a, b, beta=beta, alpha=alpha)
-    if c.dim() == 3:
-        return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
-    return beta * c + alpha * (a @ b)
+def normalized(
+    x: torch.Tensor, dtype: torch.dtype, eps: float, *, scale: float = 1.0, reduce: Reduce | None = None
+) -> torch.Tensor:
+    """``scale * x / ||x||_F``, rounded once to ``dtype``.
+
+    Args:
+        x: (batch, p, q).
+        dtype: of the result. The norm is taken in float32 or better.
+        eps: lower bound of the norm.
+        scale: a power of two.
+        reduce: sums over the ranks, if ``x`` is this rank's shard of each matrix.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    square_sum = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).square_()
+    if reduce is not None:
+        square_sum = reduce(square_sum)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return torch.mul(x, scale / square_sum.sqrt_().clamp_min_(eps), out=out)  # in ``wide``, rounded once
+
+
+def standard_iteration(
+    x: torch.Tensor, coefficients: Coefficients, products: TorchProducts = _TORCH, reduce: Reduce | None = None
+) -> torch.Tensor:
+    """``X <- a X + (b A + c A A) X`` with ``A = X X^T``, once for each (a, b, c).
+
+    Args:
+        x: (batch, p, q) of Frobenius norm at most 1, in the dtype of the iteration.
+        coefficients: one (a, b, c) for each step.
+        products: how to multiply.
+        reduce: sums A over the ranks, if ``x`` is this rank's columns of each matrix.
+    """
+    for a, b, c in coefficients:
+        gram = products.gram(x)
+        if reduce is not None:  # partial sums are added in float32: bfloat16 loses bits
+            gram = reduce(gram.to(torch.promote_types(gram.dtype, torch.float32))).to(gram.dtype)
+        x = products.multiply_add(x, products.quadratic(gram, b, c), a)
+    return x

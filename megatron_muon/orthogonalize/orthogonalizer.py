@@ -1,0 +1,152 @@
+"""Which iteration for which matrices, in which precision, with which kernels; and what each costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from megatron_muon.orthogonalize.coefficients import Coefficients
+from megatron_muon.orthogonalize.gram import gram_iteration, polynomial_of_gram, prescale, segments
+from megatron_muon.orthogonalize.newton_schulz import Reduce, normalized, standard_iteration
+from megatron_muon.orthogonalize.products import TorchProducts
+from megatron_muon.orthogonalize.restarts import best_restarts
+
+__all__ = ["Method", "Orthogonalizer"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An iteration, as plans and reports name it.
+
+    Attributes:
+        dtype: of the iteration.
+        restarts: before which steps Gram Newton-Schulz forms its Gram matrix anew; None for standard Newton-Schulz.
+        products: name of the implementation of the matrix products.
+    """
+
+    dtype: str
+    restarts: tuple[int, ...] | None
+    products: str
+
+    def __str__(self) -> str:
+        if self.restarts is None:
+            return f"standard Newton-Schulz, {self.dtype}"
+        return f"Gram Newton-Schulz, {self.dtype}, restarts {', '.join(map(str, self.restarts)) or 'none'}"
+
+
+class Orthogonalizer:
+    """Orthogonalizes batches of matrices of one shape.
+
+    Every matrix comes with rows <= columns, p x q; see :func:`megatron_muon.engine.plan.make_plan`, which turns tall
+    ones.
+    """
+
+    batch_bytes: ClassVar[dict[str, int]] = {"cpu": 1 << 20, "cuda": 1 << 29}
+    """Matrices are iterated together up to so many bytes: on CPUs what a core's cache holds; on GPUs what keeps all
+    multiprocessors busy, and no more memory."""
+
+    def __init__(
+        self,
+        coefficients: Coefficients,
+        dtype: torch.dtype,
+        eps: float = 1e-7,
+        products: TorchProducts | None = None,
+    ) -> None:
+        """
+        Args:
+            coefficients: one (a, b, c) for each step.
+            dtype: of the iteration: float64, float32, bfloat16 or float16.
+            eps: lower bound of the norm that a matrix is divided by.
+            products: how to multiply; torch's by default.
+        """
+        self.coefficients = coefficients
+        self.dtype = dtype
+        self.eps = eps
+        self.products = products or TorchProducts()
+        self.restarts = best_restarts(coefficients, dtype)
+
+    def method(self, p: int, q: int) -> Method:
+        """The cheapest iteration that is accurate in this dtype."""
+        restarts = self.restarts if self._gram_pays(p, q) else None
+        return Method(str(self.dtype).removeprefix("torch."), restarts, self.products.name)
+
+    def flops(self, p: int, q: int) -> int:
+        """Multiplications and additions that one p x q matrix takes."""
+        return self.gram_flops(p, q) if self._gram_pays(p, q) else self.standard_flops(p, q)
+
+    def standard_flops(self, p: int, q: int) -> int:
+        """The same, by standard Newton-Schulz; also of one rank that holds q columns of each row."""
+        symmetric = self.products.symmetric_flops
+        return len(self.coefficients) * (symmetric(p, q) + symmetric(p, p) + 2 * p * p * q)
+
+    def gram_flops(self, p: int, q: int) -> int:
+        """The same, by Gram Newton-Schulz."""
+        assert self.restarts is not None
+        return self.segment_count * self.rectangular_flops(p, q) + self.polynomial_flops(p)
+
+    @property
+    def segment_count(self) -> int:
+        """How often Gram Newton-Schulz forms a Gram matrix."""
+        return 1 + len(self.restarts or ())
+
+    def rectangular_flops(self, p: int, q: int) -> int:
+        """Of one segment of Gram Newton-Schulz: ``X X^T`` and ``Q X`` for q columns."""
+        return self.products.symmetric_flops(p, q) + 2 * p * p * q
+
+    def polynomial_flops(self, p: int) -> int:
+        """Of all segments: the products of p x p matrices."""
+        # Each step squares R; each but the first of a segment multiplies Q, each but the last R twice.
+        products = sum(1 + 4 * (len(segment) - 1) for segment in segments(self.coefficients, self.restarts or ()))
+        return products * self.products.symmetric_flops(p, p)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The orthogonalized matrices.
+
+        Args:
+            x: (batch, p, q) with p <= q, floating point. A zero matrix gives zeros.
+
+        Returns:
+            (batch, p, q), contiguous, in the dtype of the iteration.
+        """
+        each = max(1, self.batch_bytes[x.device.type] // (x.size(-2) * x.size(-1) * self.dtype.itemsize))
+        if x.size(0) <= each:
+            return self._iterate(x)
+        out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
+        for matrices, target in zip(x.split(each), out.split(each), strict=True):
+            target.copy_(self._iterate(matrices))
+        return out
+
+    def _iterate(self, x: torch.Tensor) -> torch.Tensor:
+        p, q = x.shape[-2:]
+        if not self._gram_pays(p, q):
+            return standard_iteration(normalized(x, self.dtype, self.eps), self.coefficients, self.products)
+        assert self.restarts is not None
+        scale = prescale(self.dtype, p)
+        batch = normalized(x, self.dtype, self.eps, scale=scale)
+        return gram_iteration(batch, self.coefficients, self.restarts, self.products, scale)
+
+    def sharded(self, x: torch.Tensor, reduce: Reduce) -> torch.Tensor:
+        """The same for this rank's columns of each matrix: standard Newton-Schulz with a sum over the ranks each step.
+
+        Args:
+            x: (batch, p, columns of this rank), any p.
+            reduce: sums over the ranks.
+        """
+        batch = normalized(x, self.dtype, self.eps, reduce=reduce)
+        return standard_iteration(batch, self.coefficients, self.products, reduce)
+
+    def polynomials(self, gram: torch.Tensor, segment: int, scale: float = 1.0) -> torch.Tensor:
+        """``Q`` of one segment from the Gram matrices of whole matrices.
+
+        Args:
+            gram: (batch, p, p) of X, which has norm 1 before the first segment.
+            segment: its number.
+            scale: of the X that it was formed of, see :func:`megatron_muon.orthogonalize.gram.prescale`.
+        """
+        assert self.restarts is not None
+        return polynomial_of_gram(gram, segments(self.coefficients, self.restarts)[segment], self.products, scale)
+
+    def _gram_pays(self, p: int, q: int) -> bool:
+        return self.restarts is not None and self.gram_flops(p, q) < self.standard_flops(p, q)

@@ -1,0 +1,461 @@
+"""The Triton kernel without a GPU: run by Triton's interpreter, and compiled for several GPUs.
+
+Triton decides when it is imported whether it interprets, so the functions below run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_muon.orthogonalize import coefficients
+from megatron_muon.orthogonalize.gram import gram_iteration, prescale
+from megatron_muon.orthogonalize.products import TorchProducts
+from tests.pool import RankPool
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: there is no kernel to test")
+import triton.language as tl  # noqa: E402
+
+from megatron_muon.orthogonalize.kernels import triton_symmetric  # noqa: E402
+from megatron_muon.orthogonalize.kernels.triton_symmetric import (  # noqa: E402
+    Tile,
+    TritonProducts,
+    symmetric_product,
+)
+
+TIMEOUT_S = 120
+
+
+class Process:
+    """A process with environment variables of its own, started when first needed."""
+
+    def __init__(self, **environment: str) -> None:
+        self.environment = {"OMP_NUM_THREADS": "1", **environment}
+        self.pool = RankPool()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            return self.pool.run(function, 1, *args, timeout=TIMEOUT_S)[0]
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Process]:
+    process = Process(TRITON_INTERPRET="1")
+    assert process.run(is_interpreted)
+    yield process
+    process.pool.close()
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    process = Process(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
+    assert not process.run(is_interpreted)
+    yield process
+    process.pool.close()
+
+
+def is_interpreted() -> bool:
+    return triton_symmetric.INTERPRETED
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def integers(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Of -1, 0 and 1: all sums below are exact in every dtype, so that results must be equal."""
+    return torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def check_exact(x: torch.Tensor, c: torch.Tensor | None, tile: Tile | None) -> None:
+    alpha, beta = 2.0, -3.0
+    expected = alpha * x.double() @ x.double().mT
+    if c is not None:
+        expected += beta * c.double()
+    result = symmetric_product(x, x.mT, c, alpha=alpha, beta=beta if c is not None else 0.0, tile=tile)
+    assert result.dtype == x.dtype and result.is_contiguous()
+    assert torch.equal(result.double(), expected), (x.dtype, x.shape, x.stride(), tile)
+
+
+def sizes_and_tiles(dtype: torch.dtype) -> None:
+    for size in (16, 32, 64):
+        for batch, p, k in ((1, 1, 1), (2, 5, 3), (1, 64, 64), (3, 65, 33), (1, 160, 70), (2, 63, 130), (1, 20, 0)):
+            x = integers(batch, p, k, seed=p).to(dtype)
+            c = integers(batch, p, p, seed=k).to(dtype)
+            check_exact(x, None, Tile(size, 4, 2))
+            check_exact(x, c.tril() + c.tril(-1).mT, Tile(size, 4, 2))
+    check_exact(integers(1, 150, 20).to(dtype), None, Tile(16, 4, 2))  # 10 rows of tiles: groups of 8 and 2
+    check_exact(integers(1, 70, 20).to(dtype), None, None)  # what the interpreter takes by itself
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_size_and_tile(interpreter: Process, dtype: torch.dtype) -> None:
+    interpreter.run(sizes_and_tiles, dtype)
+
+
+def layouts() -> None:
+    tile = Tile(16, 4, 2)
+    half = torch.float16
+    everything = integers(3, 80, 100).to(half)
+    c = integers(3, 40, 40, seed=1).to(half)
+    c = c + c.mT
+    for x in (
+        everything[:, :40, :50],  # rows apart
+        everything[:, ::2, 1::2],  # and columns
+        integers(3, 50, 40).to(half).mT,  # of a tall matrix
+        integers(50, 40, 3).to(half).permute(2, 1, 0),  # the batch innermost
+        integers(1, 40, 50).to(half).expand(3, -1, -1),  # one matrix three times
+    ):
+        check_exact(x, c, tile)
+        check_exact(x, c[:1].expand(3, -1, -1), tile)
+        check_exact(x[1:], c.permute(0, 2, 1)[1:], tile)
+    r = integers(2, 40, 40).to(half)
+    r = r + r.mT
+    z = torch.eye(40, dtype=half).expand(2, -1, -1) * 3
+    assert torch.equal(symmetric_product(r, z, r, beta=2.0, tile=tile), 5 * r)  # B as it lies, not transposed
+
+
+def test_any_layout_in_memory(interpreter: Process) -> None:
+    interpreter.run(layouts)
+
+
+def result_is_symmetric() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 70, 90, generator=generator)
+    assert torch.equal(symmetric_product(x, x.mT), symmetric_product(x, x.mT).mT)
+    # The lower half decides, within the tiles on the diagonal too.
+    y = torch.randn(2, 90, 70, generator=generator)
+    lower = (x @ y).tril()
+    result = symmetric_product(x, y, tile=Tile(16, 4, 2))
+    torch.testing.assert_close(result, lower + lower.tril(-1).mT, rtol=0, atol=1e-4)
+    assert torch.equal(result, result.mT)
+
+
+def test_result_is_exactly_symmetric(interpreter: Process) -> None:
+    interpreter.run(result_is_symmetric)
+
+
+# --- the walk over the tiles -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _walk(out_ptr, tile_rows, GROUP: tl.constexpr):
+    index = tl.program_id(0)
+    row, column = triton_symmetric._tile_of(index, tile_rows, GROUP)
+    tl.store(out_ptr + 2 * index, row)
+    tl.store(out_ptr + 2 * index + 1, column)
+
+
+@triton.jit
+def _decode(index_ptr, out_ptr, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    row, column = triton_symmetric._triangle(tl.load(index_ptr + place))
+    tl.store(out_ptr + 2 * place, row)
+    tl.store(out_ptr + 2 * place + 1, column)
+
+
+def walks() -> None:
+    for tile_rows in (1, 2, 7, 8, 9, 19):
+        count = tile_rows * (tile_rows + 1) // 2
+        out = torch.full((count, 2), -1, dtype=torch.int32)
+        _walk[(count,)](out, tile_rows, GROUP=8)
+        assert sorted(map(tuple, out.tolist())) == [
+            (row, column) for row in range(tile_rows) for column in range(row + 1)
+        ]
+    # The first and the last of rows so long that float32 cannot tell their neighbours apart.
+    rows = torch.tensor([0, 1, 2, 100, 2047, 2048, 4095, 10001, 20000, 30000, 40001, 44444, 45000, 45678, 46000, 46001])
+    index = torch.cat([rows * (rows + 1) // 2, rows * (rows + 1) // 2 + rows]).int()
+    out = torch.zeros(32, 2, dtype=torch.int32)
+    _decode[(1,)](index, out, SIZE=32)
+    assert out.tolist() == [[row, 0] for row in rows.tolist()] + [[row, row] for row in rows.tolist()]
+
+
+def test_each_tile_is_met_once(interpreter: Process) -> None:
+    interpreter.run(walks)
+
+
+# --- large offsets ---------------------------------------------------------------------------------------------------
+
+
+def sparse(elements: int) -> torch.Tensor:
+    """float16 zeros in address space alone: only the pages that are written take memory."""
+    no_reserve = 0x4000  # MAP_NORESERVE of Linux
+    pages = mmap.mmap(-1, 2 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return torch.frombuffer(pages, dtype=torch.float16)
+
+
+def far_apart() -> None:
+    p, k = 40, 70
+    x = integers(3, p, k).half()
+    c = integers(3, p, p, seed=1).half()
+    c = c + c.mT
+    third = 2**30 + 16  # of a batch: two of these are beyond 32 bits
+    for far_x, far_c in (
+        ((third, k, 1), (p * p, p, 1)),  # the batch
+        ((k, 2**26, 1), (p * p, p, 1)),  # rows: 40 of them
+        ((p, 1, 2**26), (p * p, p, 1)),  # columns: 70, and a step over 64 of them
+        ((p * k, k, 1), (third, 1, p)),
+        ((p * k, k, 1), (p, 2**26, 1)),
+    ):
+        spread = []
+        for values, strides in ((x, far_x), (c, far_c)):
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True))
+            spread.append(sparse(extent).as_strided(values.shape, strides))
+            spread[-1].copy_(values)
+        check_exact(*spread, Tile(16, 4, 2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reserves address space without memory, as Linux can")
+def test_offsets_beyond_32_bits(interpreter: Process) -> None:
+    interpreter.run(far_apart)
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+def compiled(capability: int, dtype: str, precision: str, tile: Tile) -> tuple[int, str, str]:
+    """Shared memory, Triton's intermediate form, and PTX of the kernel for row-major operands."""
+    kernel = triton_symmetric._symmetric_kernel
+    constants = {"a_inner": 1, "b_inner": 1, "c_column": 1, "HAS_C": True, "PRECISION": precision, "GROUP": 8}
+    constants |= {"DEPTH": 32 if dtype == "fp32" else 64, "SIZE": tile.size}
+    types = {name: "i32" for name in kernel.arg_names}
+    types |= {name: f"*{dtype}" for name in kernel.arg_names if name.endswith("_ptr")}
+    types |= {"alpha": "fp32", "beta": "fp32"} | dict.fromkeys(constants, "constexpr")
+    source = triton.compiler.ASTSource(
+        kernel,
+        types,
+        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        {
+            (place,): [["tt.divisibility", 16]]
+            for place, name in enumerate(kernel.arg_names)
+            if types[name] in ("i32", f"*{dtype}") and not name.endswith("_bucket")
+        },
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    binary = triton.compile(source, target=target, options=options)
+    assert len(binary.asm["cubin"]) > 0
+    return binary.metadata.shared, binary.asm["ttir"], binary.asm["ptx"]
+
+
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of 8.6 and 8.9, which run code for 8.0
+
+
+@pytest.mark.parametrize(
+    "capability,dtype,precision,tiles",
+    [
+        (80, "fp16", "ieee", triton_symmetric.TILES[-1:]),
+        (80, "fp32", "tf32", triton_symmetric.TILES[-1:]),
+        (90, "fp16", "ieee", triton_symmetric.TILES),
+        (90, "bf16", "ieee", triton_symmetric.TILES[:1]),
+        (90, "fp32", "tf32", triton_symmetric.TILES[-1:]),
+        (100, "bf16", "ieee", triton_symmetric.TILES[-1:]),
+    ],
+)
+def test_compiles_to_tensor_cores(
+    compiler: Process, capability: int, dtype: str, precision: str, tiles: tuple[Tile, ...]
+) -> None:
+    for tile in tiles:
+        shared, _, ptx = compiler.run(compiled, capability, dtype, precision, tile)
+        assert shared <= SHARED_MEMORY[capability]
+        assert TENSOR_CORES[capability] in ptx
+
+
+def test_all_pointers_move_by_64_bits(compiler: Process) -> None:
+    _, ttir, _ = compiler.run(compiled, 90, "fp16", "ieee", triton_symmetric.TILES[0])
+    moves = re.findall(r"tt\.addptr .*? : .*?, (.*?)(?: loc|$)", ttir, re.MULTILINE)
+    assert len(moves) >= 12  # a, b, c, out and its mirror image, and the steps over k
+    assert all(re.fullmatch(r"(tensor<[\dx]*i64>|i64)", move) for move in moves), set(moves)
+
+
+class Driver:
+    """Stands in for Triton's driver of a GPU: kernels are compiled for Hopper and timed as equal."""
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        return lambda launch, **options: (launch(), [1.0, 1.0, 1.0])[1]
+
+
+def launches(*shapes: tuple[int, int, int]) -> list[list[tuple[Tile, tuple[int, ...]]]]:
+    """How the kernel is launched, the autotuner's trials included, for ``X X^T`` of each shape: tile and grid."""
+    triton.runtime.driver.set_active(Driver())
+    run, made = triton.JITFunction.run, []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        made[-1].append((Tile(options["SIZE"], options["num_warps"], options["num_stages"]), grid(options)))
+        return run(self, *args, grid=grid, warmup=True, **options)  # compiles and stops there
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.JITFunction, "run", record)
+        for batch, p, k in shapes:
+            made.append([])
+            x = torch.zeros(batch, p, k, dtype=torch.bfloat16)
+            symmetric_product(x, x.mT)
+            made.append([])
+            symmetric_product(x, x.mT, x.new_zeros(batch, p, p), tile=triton_symmetric.TILES[1])
+    return made
+
+
+def test_launches_are_tuned_once_for_sizes_alike(compiler: Process) -> None:
+    """Triton's own way from the call to the compiled kernel, up to the launch."""
+    grids = {64: (2 * 36,), 128: (2 * 10,)}
+    first, fixed, alike, _ = compiler.run(launches, (2, 512, 1024), (2, 500, 1000))
+    trials = first[:-1]
+    assert sorted({(tile.size, tile.warps, tile.stages) for tile, _ in trials}) == sorted(
+        (tile.size, tile.warps, tile.stages) for tile in triton_symmetric.TILES
+    )
+    assert all(grid == grids[tile.size] for tile, grid in first)
+    assert fixed == [(triton_symmetric.TILES[1], grids[128])]
+    assert len(alike) == 1 and alike[0][0] == first[-1][0]
+
+
+# --- products and iterations -----------------------------------------------------------------------------------------
+
+
+def error(y: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+def iterations(name: str, gram: bool, dtype: torch.dtype) -> dict[str, float]:
+    """Errors of both implementations of the products after the whole iteration."""
+    steps = coefficients(name, 5)
+    restarts = {"quintic": (2,), "polar_express": (1, 2)}[name]
+    scale = prescale(dtype, 96) if gram else 1.0
+    x = torch.randn(2, 96, 160, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = x / x.norm(dim=(-2, -1), keepdim=True)
+
+    def standard(y: torch.Tensor, products: TorchProducts) -> torch.Tensor:
+        for a, b, c in steps:
+            y = products.multiply_add(y, products.quadratic(products.gram(y), b, c), a)
+        return y
+
+    exact = standard(x, TorchProducts())
+    errors = {}
+    for products in (TorchProducts(), TritonProducts(smallest=1)):
+        y = (x * scale).to(dtype)
+        y = gram_iteration(y, steps, restarts, products, scale) if gram else standard(y, products)
+        assert y.dtype == dtype
+        errors[products.name] = error(y, exact)
+    return errors
+
+
+@pytest.mark.parametrize("name", ["quintic", "polar_express"])
+@pytest.mark.parametrize(
+    "gram,dtype,limit",
+    [
+        (False, torch.bfloat16, 8e-2),
+        (False, torch.float32, 1e-5),
+        (True, torch.float16, 3e-2),
+        (True, torch.float32, 1e-5),
+    ],
+)
+def test_iteration_is_as_exact_as_with_torch(
+    interpreter: Process, name: str, gram: bool, dtype: torch.dtype, limit: float
+) -> None:
+    """As many roundings at the same places; which way each goes differs, and the iteration amplifies it."""
+    errors = interpreter.run(iterations, name, gram, dtype)
+    torchs, tritons = errors.values()
+    assert tritons < 2 * torchs
+    assert torchs < limit
+
+
+def small_ones() -> None:
+    products, torchs = TritonProducts(), TorchProducts()
+    calls = []
+    original = triton_symmetric.symmetric_product
+    triton_symmetric.symmetric_product = lambda *args, **kwargs: (
+        calls.append(args[0].shape) or original(*args, **kwargs)
+    )
+    try:
+        for p in (255, 256):
+            x = torch.randn(1, p, 40, generator=torch.Generator().manual_seed(0))
+            r = torchs.gram(x)
+            r = (r + r.mT) / 2
+            results = [
+                (implementation.gram(x), implementation.quadratic(r, 2.0, 3.0), implementation.commuting(r, r, 2.0))
+                for implementation in (products, torchs)
+            ]
+            for own, reference in zip(*results, strict=True):
+                torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-2)
+            assert len(calls) == (0 if p == 255 else 3)
+    finally:
+        triton_symmetric.symmetric_product = original
+
+
+def test_products_of_few_rows_are_torchs(interpreter: Process) -> None:
+    interpreter.run(small_ones)
+    assert TritonProducts().symmetric_flops(255, 300) == 2 * 255 * 255 * 300
+    assert TritonProducts().symmetric_flops(256, 300) == 256 * 257 * 300
+
+
+def test_bad_input_is_refused() -> None:
+    """Before anything is launched: also without a GPU and without the interpreter."""
+    x = torch.ones(2, 4, 6)
+    with pytest.raises(TypeError, match="float64"):
+        symmetric_product(x.double(), x.double().mT)
+    with pytest.raises(ValueError, match="do not fit"):
+        symmetric_product(x, x)
+    with pytest.raises(ValueError, match="do not fit"):
+        symmetric_product(x, x.mT, torch.ones(2, 4, 5))
+    with pytest.raises(TypeError, match="float16"):
+        symmetric_product(x, x.half().mT)
+
+
+def test_obstacles_without_interpreter(compiler: Process) -> None:
+    cpu = torch.device("cpu")
+    text = compiler.run(triton_symmetric.obstacle, cpu, torch.float16)
+    assert "TRITON_INTERPRET=1" in text
+    assert compiler.run(triton_symmetric.obstacle, torch.device("cuda", 0), torch.float16) is None
+    assert "float32 only" in compiler.run(triton_symmetric.obstacle, cpu, torch.float64)
+
+
+def test_obstacles_with_interpreter(interpreter: Process) -> None:
+    assert interpreter.run(triton_symmetric.obstacle, torch.device("cpu"), torch.float16) is None
+    assert "unset TRITON_INTERPRET" in interpreter.run(
+        triton_symmetric.obstacle, torch.device("cuda", 0), torch.float16
+    )
+
+
+def chosen_by_name() -> list[str]:
+    from megatron_muon.orthogonalize.backends import choose_products
+
+    lines = []
+    for dtype in (torch.float16, torch.bfloat16):
+        products, line = choose_products("triton", torch.device("cpu"), dtype)
+        assert isinstance(products, TritonProducts)
+        lines.append(line)
+    return lines
+
+
+def test_backend_by_name_passes_its_check(interpreter: Process) -> None:
+    lines = interpreter.run(chosen_by_name)
+    for line, dtype in zip(lines, ("float16", "bfloat16"), strict=True):
+        assert f"{dtype} on cpu" in line and "6 products checked" in line and "exactly symmetric" in line
+
+
+def test_kernel_is_not_imported_by_the_package() -> None:
+    """It is optional: only a backend that is asked for imports it."""
+    package = Path(triton_symmetric.__file__).parents[2]
+    importers = [
+        path.relative_to(package)
+        for path in package.rglob("*.py")
+        if re.search(r"^\s*(from|import) .*\btriton\b", path.read_text(), re.MULTILINE)
+    ]
+    assert importers == [Path("orthogonalize/kernels/triton_symmetric.py")]
