@@ -73,10 +73,22 @@ def _is_number(value: Any) -> bool:
 
 
 def _coefficient_type(value: Any) -> str | None:
-    from megatron_muon.orthogonalize.coefficients import coefficient_types
+    from megatron_muon.orthogonalize.coefficients import CUSTOM, coefficient_types
 
-    names = coefficient_types()
+    names = (*coefficient_types(), CUSTOM)
     return None if value in names else f"choose one of {', '.join(names)} (as emerging-optimizers names them)"
+
+
+def _custom_coefficients(value: Any) -> str | None:
+    from megatron_muon.orthogonalize.coefficients import parse_triple
+
+    if not isinstance(value, (tuple, list)) or not all(isinstance(triple, str) for triple in value):
+        return "give a list of a,b,c strings"
+    try:
+        list(map(parse_triple, value))
+    except ValueError:
+        return "give three numbers a,b,c for each step, such as 3.4445,-4.775,2.0315"
+    return None
 
 
 PARAM_CHOICES = ("adam", "muon", "split", "whole", "per_head")
@@ -184,8 +196,15 @@ class MuonConfig:
     )
     coefficient_type: str = _knob(
         "quintic",
-        "Coefficient set of the Newton-Schulz iteration, as named by emerging-optimizers.",
+        "Coefficient set of the Newton-Schulz iteration, as named by emerging-optimizers; custom: those of "
+        "--muon-custom-coefficients.",
         check=_coefficient_type,
+    )
+    custom_coefficients: tuple[str, ...] = _knob(
+        (),
+        "a,b,c: coefficients of one Newton-Schulz step, with --muon-coefficient-type custom. Repeatable, one for each "
+        "step in order; they start again if there are fewer than --muon-num-ns-steps.",
+        check=_custom_coefficients,
     )
     num_ns_steps: int = _knob(5, "Number of Newton-Schulz steps.", check=_at_least_one)
     eps: float = _knob(
@@ -195,8 +214,8 @@ class MuonConfig:
     )
     fp32_matmul_prec: str = _knob(
         "medium",
-        "Precision of the matrix products in Newton-Schulz: medium bfloat16, high TF32 where the device has it, "
-        "highest float32.",
+        "Precision that the matrix products in Newton-Schulz need at least: medium bfloat16, high TF32 where the "
+        "device has it, highest float32. --muon-ns-dtype says more.",
         check=_one_of(
             "medium",
             "high",
@@ -204,12 +223,38 @@ class MuonConfig:
             hints={"low": "torch has no such precision; use medium (bfloat16), high (TF32) or highest (float32)"},
         ),
     )
+    ns_dtype: str = _knob(
+        "auto",
+        "Type of numbers in Newton-Schulz: fp32, bf16, fp16 (Gram Newton-Schulz; more exact than bf16 and faster where "
+        "the device has fast fp16), or auto: by --muon-fp32-matmul-prec, bf16 for medium and otherwise the weight's "
+        "own.",
+        check=_one_of("auto", "fp32", "bf16", "fp16"),
+    )
+    ns_backend: str = _knob(
+        "auto",
+        "Kernels of the products in Newton-Schulz: torch, triton (this package's), emerging (emerging-optimizers'), "
+        "gram_newton_schulz (that package's), or auto: the best that the device has and that passes a numeric check.",
+        check=_one_of("auto", "torch", "triton", "emerging", "gram_newton_schulz"),
+    )
     tp_mode: str = _knob(
-        "duplicated",
-        "How a tensor-parallel weight is orthogonalized: duplicated (gather, exact), distributed (all-reduce the Gram "
-        "matrix, exact up to rounding), blockwise (each shard by itself: another update, which depends on the "
-        "tensor-parallel size). Megatron's default is blockwise.",
-        check=_one_of("duplicated", "distributed", "blockwise"),
+        "auto",
+        "How tensor-parallel ranks share the work: owner (each gets some matrices whole), gram (each gets some Gram "
+        "matrices), duplicated (all get everything), distributed (Gram matrices are summed), auto (the cheapest of "
+        "these for each shape; all give the update of one device), blockwise (each shard by itself: another update, "
+        "which depends on the tensor-parallel size). Megatron's default is blockwise.",
+        check=_one_of("auto", "owner", "gram", "duplicated", "distributed", "blockwise"),
+    )
+    tp_wire_dtype: str = _knob(
+        "auto",
+        "Type of numbers in which tensor-parallel ranks send each other matrices: fp32 (as they are), bf16, or auto: "
+        "bf16 if Newton-Schulz rounds to 16 bits anyway.",
+        check=_one_of("auto", "fp32", "bf16"),
+    )
+    chunk_mb: float = _knob(
+        0.0,
+        "Bound in MiB of the float32 matrices that a rank orthogonalizes at once. Larger chunks mean fewer messages, "
+        "smaller ones less memory and more overlap. A larger matrix is a chunk of its own. 0: 256 on GPUs, 16 on CPUs.",
+        check=_not_negative,
     )
     scalar_optimizer: str = _knob(
         "adam",
@@ -227,8 +272,11 @@ class MuonConfig:
         check=lambda value: None if isinstance(value, str) else "give a path, or an empty string for none",
     )
 
-    def validate(self) -> MuonConfig:
+    def validate(self, *, pairs: bool = True) -> MuonConfig:
         """Check every value.
+
+        Args:
+            pairs: whether to check values that must go together, too; not while some are still to be set.
 
         Returns:
             itself.
@@ -241,9 +289,30 @@ class MuonConfig:
             problem = field.metadata["check"](value)
             if problem is not None:
                 raise ConfigError(f"{flag(field.name)} {value}: {problem}.")
+        if pairs:
+            self._check_pairs()
+        return self
+
+    def _check_pairs(self) -> None:
         if not self.split_qkv and self.qkv == "per_head":
             raise ConfigError("--muon-qkv per_head with --muon-no-split-qkv: these contradict each other; give one.")
-        return self
+        if (self.coefficient_type == "custom") != bool(self.custom_coefficients):
+            raise ConfigError(
+                f"--muon-coefficient-type {self.coefficient_type} with {len(self.custom_coefficients)} "
+                "--muon-custom-coefficients: give custom and at least one a,b,c, or neither."
+            )
+        if self.tp_mode == "gram" and self.ns_type == "bf16":
+            raise ConfigError(
+                "--muon-tp-mode gram in bfloat16: Gram Newton-Schulz needs more bits. Add --muon-ns-dtype fp16 (or "
+                "fp32), or use --muon-tp-mode auto."
+            )
+
+    @property
+    def ns_type(self) -> str:
+        """``bf16``, ``fp16``, ``fp32``, or ``own`` for the weight's, from :attr:`ns_dtype` and Megatron's precision."""
+        if self.ns_dtype != "auto":
+            return self.ns_dtype
+        return "bf16" if self.fp32_matmul_prec == "medium" else "own"
 
     @property
     def qkv_choice(self) -> str:
@@ -251,12 +320,13 @@ class MuonConfig:
         return self.qkv if self.split_qkv else "whole"
 
     @classmethod
-    def from_optimizer_config(cls, config: Any) -> MuonConfig:
+    def from_optimizer_config(cls, config: Any, *, pairs: bool = True) -> MuonConfig:
         """Read and check the ``muon_*`` attributes of a Megatron-Core ``OptimizerConfig``.
 
         Args:
             config: the ``OptimizerConfig``; knobs that its class does not have may be set on the object
                 (``config.muon_eps = 1e-8``) or by :meth:`apply_to`.
+            pairs: see :meth:`validate`.
 
         Raises:
             ConfigError: for a wrong value, or for a ``muon_*`` attribute that is no knob (a misspelt one would
@@ -270,7 +340,7 @@ class MuonConfig:
                 f"there are {', '.join(sorted(known))}."
             )
         values: dict[str, Any] = {field.name: getattr(config, name, field.default) for name, field in known.items()}
-        return cls(**values).validate()
+        return cls(**values).validate(pairs=pairs)
 
     def apply_to(self, config: Any) -> Any:
         """Set every knob on a Megatron-Core ``OptimizerConfig`` (for code that builds it itself).

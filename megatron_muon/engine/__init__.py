@@ -1,5 +1,7 @@
-"""From one rank's shard of a momentum matrix to its shard of the update."""
+"""One optimizer step for many weights: planned from shapes, carried out with collectives that overlap the products."""
 
-from megatron_muon.engine.tensor_parallel import MODES, Shard, shard_of, update_direction
+from megatron_muon.engine.modes import MODES
+from megatron_muon.engine.shards import Shard, shard_of
+from megatron_muon.engine.step import StepEngine
 
-__all__ = ["MODES", "Shard", "shard_of", "update_direction"]
+__all__ = ["MODES", "Shard", "StepEngine", "shard_of"]

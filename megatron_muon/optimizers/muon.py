@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +13,16 @@ import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.engine.tensor_parallel import Shard, check_mode, shard_of, update_direction
+from megatron_muon.engine.execute import Part, Read, Write
+from megatron_muon.engine.plan import Weight, check_weight
+from megatron_muon.engine.shards import shard_of
+from megatron_muon.engine.step import StepEngine
+from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, update_rows
-from megatron_muon.orthogonalize.coefficients import coefficients
-from megatron_muon.orthogonalize.newton_schulz import Reduce, newton_schulz
+from megatron_muon.orthogonalize.backends import choose_products
+from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
+from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing.layout import ORTHOGONALIZE, SCALAR, MatrixLayout, layout_of
 
@@ -38,6 +46,9 @@ class Muon(torch.optim.Optimizer):
     State: ``momentum_buffer``, of the parameter's shape and dtype; ``exp_avg_sq`` likewise for parameters with rows
     under Adam's rule.
 
+    Attributes:
+        products_note: which kernels multiply and why, once the step is planned.
+
     Args:
         params: 2-D parameters (3-D with a stacked layout) or param groups.
         lr: learning rate.
@@ -49,8 +60,13 @@ class Muon(torch.optim.Optimizer):
         coefficient_type: see :func:`megatron_muon.orthogonalize.coefficients.coefficients`.
         num_ns_steps: Newton-Schulz steps.
         eps: lower bound of the norm before the iteration.
+        custom_coefficients: ``"a,b,c"`` for each step, with ``coefficient_type="custom"``.
         fp32_matmul_prec: ``medium`` (bfloat16), ``high`` (TF32) or ``highest`` (the parameter's dtype).
-        tp_mode: see :mod:`megatron_muon.engine.tensor_parallel`.
+        ns_dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: by ``fp32_matmul_prec``.
+        ns_backend: kernels of the matrix products, see :mod:`megatron_muon.orthogonalize.backends`.
+        tp_mode: see :mod:`megatron_muon.engine.modes`.
+        tp_wire_dtype: ``fp32`` (the momentum as it is), ``bf16``, or ``auto``: bf16 if the iteration has 16 bits.
+        chunk_mb: bound in MiB of the float32 matrices that a rank orthogonalizes at once; 0: 256 on GPUs, 16 on CPUs.
         tp_group: tensor-parallel group of dense weights; None if nothing is divided.
         expert_tp_group: that of weights with ``expert_tp = True``.
         scalar_optimizer: ``adam`` or ``lion``: the rule of rows that a layout gives to the scalar optimizer.
@@ -77,8 +93,13 @@ class Muon(torch.optim.Optimizer):
         coefficient_type: str = "quintic",
         num_ns_steps: int = 5,
         eps: float = 1e-7,
+        custom_coefficients: Sequence[str] = (),
         fp32_matmul_prec: str = "medium",
-        tp_mode: str = "duplicated",
+        ns_dtype: str = "auto",
+        ns_backend: str = "auto",
+        tp_mode: str = "auto",
+        tp_wire_dtype: str = "auto",
+        chunk_mb: float = 0.0,
         tp_group: dist.ProcessGroup | None = None,
         expert_tp_group: dist.ProcessGroup | None = None,
         scalar_optimizer: str = "adam",
@@ -99,13 +120,22 @@ class Muon(torch.optim.Optimizer):
             coefficient_type=coefficient_type,
             num_ns_steps=num_ns_steps,
             eps=eps,
+            custom_coefficients=tuple(custom_coefficients),
             fp32_matmul_prec=fp32_matmul_prec,
+            ns_dtype=ns_dtype,
+            ns_backend=ns_backend,
             tp_mode=tp_mode,
+            tp_wire_dtype=tp_wire_dtype,
+            chunk_mb=chunk_mb,
             scalar_optimizer=scalar_optimizer,
         ).validate()
         self.tp_group = tp_group
         self.expert_tp_group = expert_tp_group
-        self._coefficients = coefficients(coefficient_type, num_ns_steps)
+        triples = tuple(map(parse_triple, self.config.custom_coefficients))
+        self._coefficients = coefficients(coefficient_type, num_ns_steps, triples)
+        self._engine: StepEngine | None = None
+        self._planned: tuple[int, ...] = ()
+        self.products_note = ""
         scalar = {
             "scalar_optimizer": scalar_optimizer,
             "scalar_betas": scalar_betas,
@@ -124,7 +154,15 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(
                     f"Muon updates {layout.dims}-D weights, got shape {tuple(param.shape)}: give it to Adam"
                 )
-            check_mode(self.config.tp_mode, layout, self._shard(param), param.shape)
+            weight = self._weight(param)
+            check_weight(weight, self.config.tp_mode)
+            if weight.is_broken and layout.has_scalar_rows:
+                raise ConfigError(
+                    f"a {layout.kind} weight with {param.size(-2)} rows on each of {weight.ranks} tensor-parallel "
+                    f"ranks cuts through sections (periods of {layout.period} rows), some of which follow the scalar "
+                    "optimizer's rule. Give it to Adam (--muon-param-rule 'NAME=adam') or treat it as one matrix "
+                    "(--muon-param-rule 'NAME=whole')."
+                )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``; groups of older checkpoints get the entries that they lack."""
@@ -144,10 +182,24 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with _matmul_precision(self.config.fp32_matmul_prec):
-            for group in self.param_groups:
-                self._step_group(group)
+        jobs = [job for group in self.param_groups for job in self._begin_group(group)]
+        if jobs:
+            with _matmul_precision(self.config.fp32_matmul_prec):
+                self._engine_for([job.param for job in jobs]).run(
+                    _reader(self.config.nesterov, jobs), self._writer(jobs)
+                )
+        for group in self.param_groups:
+            self._step_scalar_rows(group, [job for job in jobs if job.group is group])
         return loss
+
+    def prepare(self) -> StepEngine | None:
+        """Plan the step for all parameters, without communication; the step makes up for it if this is not called.
+
+        Returns:
+            the engine, which has the plan; None if this rank has no parameters.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        return self._engine_for(params) if params else None
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Create missing state. Megatron-Core calls this with False before it loads a checkpoint."""
@@ -160,54 +212,118 @@ class Muon(torch.optim.Optimizer):
             if group["scalar_optimizer"] == "adam" and layout_of(param).has_scalar_rows:
                 state.setdefault(SECOND_MOMENT, torch.zeros_like(param))
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _begin_group(self, group: dict[str, Any]) -> list[_Job]:
+        """Everything elementwise that precedes the iteration: momentum and weight decay."""
         self._init_group(group)
         params = [param for param in group["params"] if param.grad is not None]
         if not params:
-            return
+            return []
         group["step"] += 1
-        lr, momentum = group["lr"], group["momentum"]
         buffers = [self.state[param]["momentum_buffer"] for param in params]
         grads = [param.grad.to(buffer.dtype) for param, buffer in zip(params, buffers, strict=True)]
         layouts = [layout_of(param) for param in params]
-        torch._foreach_lerp_(_rows(buffers, layouts), _rows(grads, layouts), 1.0 - momentum)
+        torch._foreach_lerp_(_rows(buffers, layouts), _rows(grads, layouts), 1.0 - group["momentum"])
         if group["weight_decay"] != 0.0:
-            torch._foreach_mul_(_rows(params, layouts), 1.0 - lr * group["weight_decay"])
-        for param, grad, buffer, layout in zip(params, grads, buffers, layouts, strict=True):
-            # The gradient itself stays as it is: Megatron reads its buffer again (logging, gradient norms).
-            u = grad.lerp(buffer, momentum) if self.config.nesterov else buffer
-            update = update_direction(u, layout, self._shard(param), self.config.tp_mode, self._direction)
-            param.add_(update, alpha=-lr)
-        self._step_scalar_rows(group, params, grads)
+            torch._foreach_mul_(_rows(params, layouts), 1.0 - group["lr"] * group["weight_decay"])
+        return [_Job(group, *job) for job in zip(params, grads, buffers, strict=True)]
 
-    def _step_scalar_rows(self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
-        mixed = [(param, grad) for param, grad in zip(params, grads, strict=True) if layout_of(param).has_scalar_rows]
+    def _step_scalar_rows(self, group: dict[str, Any], jobs: list[_Job]) -> None:
+        mixed = [job for job in jobs if layout_of(job.param).has_scalar_rows]
         if not mixed:
             return
-        layouts = [layout_of(param) for param, _ in mixed]
-        states = [self.state[param] for param, _ in mixed]
+        layouts = [layout_of(job.param) for job in mixed]
+        states = [self.state[job.param] for job in mixed]
         seconds = [state[SECOND_MOMENT] for state in states] if group["scalar_optimizer"] == "adam" else []
         update_rows(
             group,
-            _rows([param for param, _ in mixed], layouts, SCALAR),
-            _rows([grad for _, grad in mixed], layouts, SCALAR),
+            _rows([job.param for job in mixed], layouts, SCALAR),
+            _rows([job.grad for job in mixed], layouts, SCALAR),
             _rows([state["momentum_buffer"] for state in states], layouts, SCALAR),
             _rows(seconds, layouts[: len(seconds)], SCALAR),
         )
 
-    def _shard(self, param: torch.Tensor) -> Shard | None:
-        return shard_of(param, self.tp_group, self.expert_tp_group)
+    def _engine_for(self, params: list[torch.Tensor]) -> StepEngine:
+        """The engine for these parameters; a new one only if they are others than before."""
+        key = tuple(map(id, params))
+        if self._engine is None or key != self._planned:
+            self._engine, self._planned = self._new_engine(params), key
+        return self._engine
 
-    def _direction(
-        self, x: torch.Tensor, m: int, n: int, *, shard_dim: int | None = None, reduce: Reduce | None = None
-    ) -> torch.Tensor:
-        """Scaled orthogonalized ``x``; see :class:`megatron_muon.engine.tensor_parallel.Direction`."""
-        config = self.config
-        dtype = torch.bfloat16 if config.fp32_matmul_prec == "medium" else None
-        orthogonal = newton_schulz(
-            x, self._coefficients, dtype=dtype, eps=config.eps, shard_dim=shard_dim, reduce=reduce
+    def _new_engine(self, params: list[torch.Tensor]) -> StepEngine:
+        config, first = self.config, params[0]
+        precision = precision_of(config, first.dtype)
+        with _matmul_precision(config.fp32_matmul_prec):
+            products, self.products_note = choose_products(config.ns_backend, first.device, precision.iteration)
+        return StepEngine(
+            [self._weight(param) for param in params],
+            {name: group for name, group in self._groups.items() if group is not None},
+            Orthogonalizer(self._coefficients, precision.iteration, config.eps, products),
+            mode=config.tp_mode,
+            dtype=precision.own,
+            wire_dtype=precision.wire,
+            chunk_mb=config.chunk_mb,
+            device=first.device,
         )
-        return orthogonal * (scale_factor(config.scale_mode, m, n) * config.extra_scale_factor)
+
+    def _weight(self, param: torch.Tensor) -> Weight:
+        """What the engine must know of a parameter."""
+        shard = shard_of(param, self.tp_group, self.expert_tp_group)
+        layout = layout_of(param)
+        if shard is None:
+            return Weight(tuple(param.shape), layout)
+        name = "expert tensor-parallel" if getattr(param, "expert_tp", False) else "tensor-parallel"
+        return Weight(tuple(param.shape), layout, shard.dim, name, shard.size)
+
+    @property
+    def _groups(self) -> dict[str, dist.ProcessGroup | None]:
+        return {"tensor-parallel": self.tp_group, "expert tensor-parallel": self.expert_tp_group}
+
+    def _writer(self, jobs: list[_Job]) -> Write:
+        """Applies directions to the weights."""
+        mode, extra = self.config.scale_mode, self.config.extra_scale_factor
+
+        def write(parts: list[Part], directions: list[torch.Tensor]) -> None:
+            pairs: dict[float, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+            for part, direction in zip(parts, directions, strict=True):
+                job = jobs[part.item.weight]
+                scale = scale_factor(mode, part.item.rows, part.item.columns) * extra
+                for pair in part.piece.pairs(job.param, direction):
+                    pairs[-job.group["lr"] * scale].append(pair)
+            for alpha, views in pairs.items():
+                weights, updates = zip(*views, strict=True)
+                torch._foreach_add_(weights, updates, alpha=alpha)
+
+        return write
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A parameter in one step."""
+
+    group: dict[str, Any]
+    param: torch.Tensor
+    grad: torch.Tensor
+    buffer: torch.Tensor
+
+
+def _reader(nesterov: bool, jobs: list[_Job]) -> Read:
+    """Packs the momentum, or Nesterov's mix of gradient and momentum."""
+
+    def read(parts: list[Part], slots: list[torch.Tensor]) -> None:
+        views: dict[float, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
+        for part, slot in zip(parts, slots, strict=True):
+            job = jobs[part.item.weight]
+            pairs = part.piece.pairs(job.buffer, slot)
+            grads = part.piece.pairs(job.grad, slot) if nesterov else pairs
+            views[job.group["momentum"]] += [(*pair, grad) for pair, (grad, _) in zip(pairs, grads, strict=True)]
+        for momentum, found in views.items():
+            if not found:
+                continue
+            sources, targets, mixed_in = zip(*found, strict=True)
+            # The gradient itself stays as it is: Megatron reads its buffer again (logging, gradient norms).
+            torch._foreach_copy_(targets, torch._foreach_lerp(mixed_in, sources, momentum) if nesterov else sources)
+
+    return read
 
 
 def _rows(

@@ -65,7 +65,14 @@ def _add_flag(group: argparse._ArgumentGroup, field: Field[Any]) -> None:
         off = (option.replace("--", "--no-", 1), *field.metadata["aliases"])
         group.add_argument(*off, dest=dest, action="store_false", default=field.default, help=f"Turns {option} off.")
     elif isinstance(field.default, tuple):
-        group.add_argument(option, dest=dest, action=_Append, default=field.default, metavar="RULE", help=help_text)
+        group.add_argument(
+            option,
+            dest=dest,
+            action=_Append,
+            default=field.default,
+            metavar="RULE" if "rule" in field.name else "A,B,C",
+            help=help_text,
+        )
     else:
         kind = type(field.default)
         group.add_argument(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_muon._patching import Patch
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.muon import Muon
 from megatron_muon.plugin import options
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_layer_wise, is_ours
 from megatron_muon.plugin.registry import scalar_overrides
@@ -57,7 +58,7 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
         overrides = {**(config_overrides or {}), **scalar_overrides(config, muon, config_overrides or {})}
         optimizer = original(config, model_chunks, overrides, pg_collection)
         _check_partition(optimizer, model_chunks, groups)
-        _print_report(muon, config, model_chunks, groups)
+        _print_report(muon, config, model_chunks, groups, _planned(optimizer))
         return optimizer
 
     return _get_megatron_emerging_optimizer
@@ -200,7 +201,19 @@ def _held_params(optimizer: Any) -> tuple[Counter[torch.nn.Parameter], set[torch
     return held, sliced
 
 
-def _print_report(muon: MuonConfig, config: Any, model_chunks: Sequence[torch.nn.Module], groups: Any) -> None:
+def _planned(optimizer: Any) -> list[str]:
+    """Plan the step on every rank, so that what cannot be done stops the run now; this rank's plan in words."""
+    lines: list[str] = []
+    for part in _parts(optimizer):
+        muon = None if hasattr(part, "chained_optimizers") else getattr(part, "optimizer", None)
+        if isinstance(muon, Muon) and (engine := muon.prepare()) is not None:
+            lines += [*engine.describe(), f"products: {muon.products_note}"]
+    return list(dict.fromkeys(lines))
+
+
+def _print_report(
+    muon: MuonConfig, config: Any, model_chunks: Sequence[torch.nn.Module], groups: Any, planned: list[str]
+) -> None:
     """Gather the routes of all pipeline stages and experts, and print the table on rank 0."""
     routes: list[report.Route] = []
     for chunk in model_chunks:
@@ -223,7 +236,7 @@ def _print_report(muon: MuonConfig, config: Any, model_chunks: Sequence[torch.nn
     dist.all_gather_object(gathered, routes)
     if dist.get_rank() == 0:
         everything = [route for part in gathered for route in part]
-        text = report.render(everything, muon, notes=_notes(muon, config, groups))
+        text = report.render(everything, muon, notes=[*_notes(muon, config, groups), *planned])
         print(f"megatron_muon {__version__}\n{text}", flush=True)
 
 
@@ -234,10 +247,9 @@ def _is_first(groups: Any, *names: str) -> bool:
 
 
 def _notes(muon: MuonConfig, config: Any, groups: Any) -> list[str]:
-    precision = {"medium": "bfloat16", "high": "TF32 where the device has it", "highest": "float32"}
     notes = [
-        f"Newton-Schulz: {muon.num_ns_steps} steps, {muon.coefficient_type} coefficients, products in "
-        f"{precision[muon.fp32_matmul_prec]}; update scale {muon.scale_mode} x {muon.extra_scale_factor:g}",
+        f"Newton-Schulz: {muon.num_ns_steps} steps, {muon.coefficient_type} coefficients; update scale "
+        f"{muon.scale_mode} x {muon.extra_scale_factor:g}",
         f"momentum {muon.momentum:g}{', Nesterov' if muon.nesterov else ''}; learning rate {config.lr}, weight decay "
         f"{config.weight_decay} (decoupled); tensor parallel {groups.tp.size()}: {muon.tp_mode}",
     ]
@@ -246,6 +258,6 @@ def _notes(muon: MuonConfig, config: Any, groups: Any) -> list[str]:
             "WARNING --muon-tp-mode blockwise: each tensor-parallel shard is orthogonalized by itself. This is not "
             f"Muon on one device, and it changes with the tensor-parallel size (now {groups.tp.size()}); "
             "scale factors are those of the shards, not of the table. "
-            "Use --muon-tp-mode duplicated for the same update at every size."
+            "Use --muon-tp-mode auto for the same update at every size."
         )
     return notes

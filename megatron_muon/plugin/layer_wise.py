@@ -1,24 +1,66 @@
-"""Megatron-Core's layer-wise optimizer with float32 models."""
+"""Megatron-Core's layer-wise optimizer: float32 models, and owners that are balanced by what Newton-Schulz costs.
+
+Megatron-Core shares weights out by their number of elements, in either of two ways: into the shards of DDP's buckets
+(the parameter layout), or into a list for each rank (``--no-use-layer-wise-param-layout``). Both are left to it, and
+then weights change places (:func:`megatron_muon.engine.balance.assign_owners`): inside a bucket, whose shards keep the
+length that Megatron-Core gave them; or between lists, of which none becomes longer than the longest was.
+
+So balance costs no padding. Longer shards would gain little: with 10 % more the busiest rank of the models in
+``examples/models``, at 31 layouts, has at most 1 % less to do, and none at the layouts of the files.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_muon._patching import Patch
+import torch
 
-__all__ = ["patches"]
+from megatron_muon._patching import Patch
+from megatron_muon.engine.balance import Job, assign_owners, cost_of_weight
+from megatron_muon.engine.shards import shard_of
+from megatron_muon.errors import ConfigError
+from megatron_muon.plugin import options
+from megatron_muon.plugin.optimizer_config import is_ours
+from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
+
+__all__ = ["balanced_together", "keeps_upstream_lists", "patches"]
+
+_CLASS = "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer"
 
 
 def patches() -> list[Patch]:
-    """The hook on the layer-wise optimizer's constructor."""
+    """Hooks on the layer-wise optimizer's constructor and on both ways in which it shares weights out."""
     return [
         Patch(
-            "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.__init__",
+            f"{_CLASS}.__init__",
             _with_fp32,
             "Megatron wraps the optimizers inside only for bfloat16 models; with float32 ones its own assertion fails",
-        )
+        ),
+        Patch(
+            f"{_CLASS}.__init__",
+            _with_decision,
+            "the older assignment is not told whose weights it shares out",
+        ),
+        Patch(
+            f"{_CLASS}.compute_full_param_layout",
+            _with_balanced_shards,
+            "the step waits for the rank with most Newton-Schulz to do, which is not the one with most elements",
+        ),
+        Patch(
+            "megatron.training.training:wrap_model_chunks_with_ddp",
+            _with_all_chunks,
+            "the chunks of virtual pipeline stages are balanced together, or each would burden the same ranks",
+        ),
+        Patch(
+            f"{_CLASS}._shard_params_ping_pong",
+            _with_balanced_lists,
+            "the older assignment is balanced by the cost of Newton-Schulz too",
+        ),
     ]
 
 
@@ -59,3 +101,202 @@ def _fp32_member() -> type:
             super().load_state_dict(state_dict.get("optimizer", state_dict))  # --ckpt-format torch saves it flat
 
     return LayerWiseFP32Optimizer
+
+
+def _with_decision(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, optimizers: list[Any], config: Any, *args: Any, **kwargs: Any) -> None:
+        self.owners_by_cost = is_ours(config.optimizer) and not keeps_upstream_lists(_arguments())
+        original(self, optimizers, config, *args, **kwargs)
+
+    return __init__
+
+
+def _arguments() -> Any:
+    """The arguments of ``megatron.training``; None in code that has none."""
+    module = sys.modules.get("megatron.training.global_vars")
+    return None if module is None else module._GLOBAL_ARGS
+
+
+def keeps_upstream_lists(args: Any) -> bool:
+    """Whether the older assignment stays Megatron-Core's.
+
+    ``--ckpt-format torch`` saves the state of each rank in the order of its list, without names. The list must not
+    depend on this package's version and options, or a resumed run would give weights each other's state.
+
+    Args:
+        args: of ``megatron.training``; None in code that has none.
+    """
+    return args is not None and args.ckpt_format == "torch"
+
+
+@dataclass
+class _Chunks:
+    """Model chunks whose weights are shared out together.
+
+    Attributes:
+        count: how many there are.
+        cost: of a weight.
+        layouts: of those that Megatron-Core has laid out so far.
+    """
+
+    count: int
+    cost: Callable[[torch.Tensor], int]
+    layouts: list[Any] = field(default_factory=list)
+
+    def add(self, layout: Any) -> None:
+        """Take the layout of the next chunk; the last one changes all of them, before DDP reads any."""
+        self.layouts.append(layout)
+        if len(self.layouts) < self.count:
+            return
+        for experts in (False, True):
+            _balance_shards(
+                [
+                    buffer
+                    for each in self.layouts
+                    for key, buffer in each.layouts.items()
+                    if key.is_managed_by_layer_wise_optimizer and key.is_expert_parallel is experts
+                ],
+                self.cost,
+            )
+
+
+_together: _Chunks | None = None
+"""The chunks that are being wrapped; None outside of that: then each is balanced by itself."""
+
+
+@contextlib.contextmanager
+def balanced_together(count: int, pg_collection: Any = None) -> Iterator[None]:
+    """Balance the layouts of the next ``count`` model chunks together, when the last of them is computed.
+
+    Args:
+        count: number of chunks.
+        pg_collection: Megatron's process groups; None for those of ``parallel_state``.
+    """
+    global _together
+    before, _together = _together, _Chunks(count, _cost_in(pg_collection))
+    try:
+        yield
+    finally:
+        _together = before
+
+
+def _with_all_chunks(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    @functools.wraps(original)
+    def wrap_model_chunks_with_ddp(model_chunks: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        with balanced_together(len(model_chunks), kwargs.get("pg_collection")):
+            return original(model_chunks, *args, **kwargs)
+
+    return wrap_model_chunks_with_ddp
+
+
+def _with_balanced_shards(original: Callable[..., Any]) -> staticmethod[..., Any]:
+    @functools.wraps(original)
+    def compute_full_param_layout(*args: Any, **kwargs: Any) -> Any:
+        layout = original(*args, **kwargs)
+        arguments = _arguments()
+        # Without arguments nobody knows yet which optimizer will come, and install() says that it is Muon. Any owner
+        # is right for any optimizer: only the balance is Muon's.
+        if arguments is None or is_ours(arguments.optimizer):
+            (_together or _Chunks(1, _cost_in(None))).add(layout)
+        return layout
+
+    return staticmethod(compute_full_param_layout)
+
+
+def _balance_shards(buffers: Sequence[Any], cost: Callable[[torch.Tensor], int]) -> None:
+    """Let weights change shards inside their buckets, in all ``PerBufferParamLayout`` s of one data-parallel group.
+
+    Buckets stay what and where they are: no padding comes or goes.
+    """
+    from megatron.core.optimizer.param_layout import pad_param_start
+
+    if not buffers or buffers[0].num_optimizer_shards == 1:
+        return
+    ranks = buffers[0].num_optimizer_shards
+    jobs: list[Job] = []
+    shards: list[tuple[int, int]] = []  # start of each bucket, and the length of its shards
+    for buffer in buffers:
+        first = len(shards)
+        shards += [(start, (end - start) // ranks) for start, end in buffer.bucket_indices]
+        for param, (start, end, bucket) in buffer.param_index_map.items():
+            bucket_start, length = shards[first + bucket]
+            # Megatron puts a shared embedding into the first shard of its bucket, where other stages expect it.
+            movable = not getattr(param, "shared_embedding", False)
+            owner = (start - bucket_start) // length
+            jobs.append(Job(cost(param), pad_param_start(end - start), first + bucket, owner, movable))
+    owners = assign_owners(jobs, ranks, [length for _, length in shards])
+    cursors = [[start + rank * length for rank in range(ranks)] for start, length in shards]
+    weights = [(buffer, param) for buffer in buffers for param in buffer.param_index_map]
+    for (buffer, param), job, owner in zip(weights, jobs, owners, strict=True):
+        start, end, bucket = buffer.param_index_map[param]
+        position = cursors[job.bucket][owner]
+        buffer.param_index_map[param] = (position, position + end - start, bucket)
+        cursors[job.bucket][owner] += job.size
+
+
+def _with_balanced_lists(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def _shard_params_ping_pong(self: Any, optimizers: list[Any], dp_cp_size: int, expt_dp_size: int) -> None:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        params = [list(group["params"]) for group in groups]
+        original(self, optimizers, dp_cp_size, expt_dp_size)
+        if self.owners_by_cost:
+            _balance_lists(self, groups, params)
+
+    return _shard_params_ping_pong
+
+
+def _balance_lists(optimizer: Any, groups: Sequence[dict[str, Any]], params: Sequence[list[torch.Tensor]]) -> None:
+    """Let Muon's weights change lists in the older assignment; those of the scalar optimizer stay.
+
+    Args:
+        optimizer: layer-wise, after Megatron-Core has shared its weights out.
+        groups: its param groups, which hold this rank's weights.
+        params: what they held before.
+    """
+    from megatron.core.utils import get_pg_rank
+
+    cost = _cost_in(optimizer.pg_collection)
+    for experts in (False, True):
+        name = "expt_dp_params_list" if experts else "dp_cp_params_list"
+        lists = getattr(optimizer, name)
+        if lists is None:
+            continue
+        owner = {param: rank for rank, its in enumerate(lists) for param in its}
+        mine = [index for index, group in enumerate(groups) if bool(group.get("is_expert_parallel")) is experts]
+        weights = [param for index in mine for param in params[index]]
+        jobs = [
+            Job(cost(param), param.numel(), 0, owner[param], not _is_nonlinear_or_embedding(param)) for param in weights
+        ]
+        longest = max(sum(param.numel() for param in its) for its in lists)
+        owner = dict(zip(weights, assign_owners(jobs, len(lists), [longest]), strict=True))
+        setattr(optimizer, name, [[p for p in weights if owner[p] == rank] for rank in range(len(lists))])
+        rank = get_pg_rank(optimizer.expt_dp if experts else optimizer.dp_cp)
+        for index in mine:
+            groups[index]["params"] = [param for param in params[index] if owner[param] == rank]
+
+
+def _cost_in(pg_collection: Any) -> Callable[[torch.Tensor], int]:
+    """The cost of a weight under these process groups; None for those of ``parallel_state``."""
+    from megatron.core import parallel_state
+
+    if pg_collection is None:
+        dense = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+        expert = parallel_state.get_expert_tensor_parallel_group(check_initialized=False)
+    else:
+        dense = getattr(pg_collection, "tp", None)
+        expert = getattr(pg_collection, "expt_tp", dense)
+    steps = options.current().num_ns_steps
+
+    def cost(param: torch.Tensor) -> int:
+        divided = getattr(param, "tensor_model_parallel", False) and not _is_nonlinear_or_embedding(param)
+        if divided and (expert if getattr(param, "expert_tp", False) else dense) is None:
+            raise ConfigError(
+                f"A weight of shape {tuple(param.shape)} is divided by tensor parallelism, over a group that neither "
+                "parallel_state nor pg_collection has: its owner cannot be chosen. Give "
+                "megatron.training.training.wrap_model_chunks_with_ddp a pg_collection with tp and expt_tp."
+            )
+        return cost_of_weight(param, shard_of(param, dense, expert), steps)
+
+    return cost

@@ -58,8 +58,12 @@ def refuse(settings: Any, refused: dict[str, str]) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} with --optimizer {settings.optimizer}: {way_out}.")
 
 
-def check_optimizer_config(config: Any) -> MuonConfig:
+def check_optimizer_config(config: Any, *, pairs: bool = True) -> MuonConfig:
     """Check an ``OptimizerConfig`` for one of our optimizers, knobs and combinations.
+
+    Args:
+        config: the ``OptimizerConfig``.
+        pairs: see :meth:`megatron_muon.MuonConfig.validate`.
 
     Raises:
         ConfigError: naming the field, its value and the way out.
@@ -78,7 +82,7 @@ def check_optimizer_config(config: Any) -> MuonConfig:
             "--overlap-param-gather-with-optimizer-step with layer-wise Muon: not supported by Megatron-Core; leave it "
             "off (--overlap-param-gather works)."
         )
-    return MuonConfig.from_optimizer_config(config)
+    return MuonConfig.from_optimizer_config(config, pairs=pairs)
 
 
 def patches() -> list[Patch]:
@@ -87,7 +91,7 @@ def patches() -> list[Patch]:
         Patch(
             f"{_CONFIG}.__init__",
             _with_our_defaults,
-            "an OptimizerConfig built in code has the same defaults as the command line (muon_tp_mode duplicated)",
+            "an OptimizerConfig built in code has the same defaults as the command line (muon_tp_mode auto)",
         ),
         Patch(
             f"{_CONFIG}.__post_init__",
@@ -114,7 +118,7 @@ def _with_check(original: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:
         if is_ours(self.optimizer):
-            check_optimizer_config(self)
+            check_optimizer_config(self, pairs=False)  # knobs that Megatron's class lacks are set later
         original(self)
 
     return __post_init__

@@ -171,6 +171,10 @@ class MatrixLayout:
                 parts[index] = piece
         return torch.cat(parts, dim=-2).flatten(-3, -2)
 
+    def sections_of(self, block: int) -> list[Section]:
+        """The sections that make up a block, in the order of :meth:`blocks`."""
+        return self._by_name()[block]
+
     def rows_by_rule(self, weight: torch.Tensor, rule: str) -> list[torch.Tensor]:
         """Views of all rows of ``weight`` (or of a shard of whole periods) that follow ``rule``, in memory order.
 

@@ -7,18 +7,17 @@ AdamW or Lion written out for the rows that follow the scalar optimizer's rule.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_muon import Muon
-from megatron_muon.engine.tensor_parallel import Shard, check_mode
+from megatron_muon.engine.exchange import Counters
+from megatron_muon.engine.plan import Weight, check_weight
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing.layout import SCALAR, MatrixLayout, Section
@@ -28,6 +27,7 @@ from tests.reference import orthogonalized
 from tests.row_orders import Label
 
 STEPS = 2
+EXACT = ["auto", "owner", "gram", "duplicated", "distributed"]
 LR, MOMENTUM, DECAY, EXTRA = 0.1, 0.8, 0.3, 0.2
 BETAS, EPS, LR_MULT, WD_MULT = (0.9, 0.99), 1e-8, 0.5, 0.25
 # float64: sums in another order, amplified by the slope of the iteration (about 500 a step at 0).
@@ -252,7 +252,7 @@ def lion(weight: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:
     return weight
 
 
-@pytest.mark.parametrize("mode", ["duplicated", "distributed"])
+@pytest.mark.parametrize("mode", EXACT)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_update_is_that_of_the_logical_matrices(pool: RankPool, name: str, world_size: int, mode: str) -> None:
@@ -261,7 +261,7 @@ def test_update_is_that_of_the_logical_matrices(pool: RankPool, name: str, world
         torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("mode", ["duplicated", "distributed"])
+@pytest.mark.parametrize("mode", ["owner", "gram", "distributed"])
 @pytest.mark.parametrize("name", EIGHT_RANKS)
 def test_update_on_eight_ranks(pool: RankPool, name: str, mode: str) -> None:
     expected = expected_update(WEIGHTS[name], 8)
@@ -269,7 +269,7 @@ def test_update_on_eight_ranks(pool: RankPool, name: str, mode: str) -> None:
         torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("mode", ["duplicated", "distributed"])
+@pytest.mark.parametrize("mode", ["owner", "gram", "distributed"])
 @pytest.mark.parametrize("name", ["gdn", "mamba", "experts_gdn"])
 def test_rows_under_the_rule_of_lion(pool: RankPool, name: str, mode: str) -> None:
     expected = expected_update(WEIGHTS[name], 2, "lion")
@@ -277,7 +277,7 @@ def test_rows_under_the_rule_of_lion(pool: RankPool, name: str, mode: str) -> No
         torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("mode", ["duplicated", "distributed"])
+@pytest.mark.parametrize("mode", EXACT)
 @pytest.mark.parametrize("name", ["glu", "experts_glu", "experts_columns"])
 def test_experts_over_their_own_group(pool: RankPool, name: str, mode: str) -> None:
     """Four tensor-parallel ranks, experts divided over pairs of them."""
@@ -286,94 +286,70 @@ def test_experts_over_their_own_group(pool: RankPool, name: str, mode: str) -> N
         torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
 
 
-@contextlib.contextmanager
-def counted_collectives() -> Iterator[list[str]]:
-    """The names of the collectives that are called meanwhile."""
-    calls: list[str] = []
-
-    def counting(name: str) -> Callable[..., Any]:
-        original = getattr(dist, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            return original(*args, **kwargs)
-
-        return call
-
-    with contextlib.ExitStack() as patches:
-        for name in ("all_gather", "all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "broadcast"):
-            patches.enter_context(mock.patch.object(dist, name, counting(name)))
-        yield calls
-
-
-def collectives_of_a_step(name: str, mode: str) -> list[str]:
+def counters_of_a_step(name: str, mode: str) -> Counters:
     fused, world = WEIGHTS[name], dist.get_world_size()
     whole = row_orders.assemble(fused.order(world), parts_of(fused, world, seed=1))
     param = torch.nn.Parameter(whole.chunk(world, dim=-2)[dist.get_rank()].contiguous())
     param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, 0, fused.layout(world)
-    optimizer = Muon([param], tp_mode=mode, tp_group=dist.group.WORLD)
+    optimizer = Muon([param], tp_mode=mode, fp32_matmul_prec="highest", tp_group=dist.group.WORLD)
     param.grad = param.detach().clone()
-    with counted_collectives() as calls:
-        optimizer.step()
-    return calls
+    optimizer.step()
+    return optimizer.prepare().counters
 
 
-@pytest.mark.parametrize("mode", ["duplicated", "distributed"])
+@pytest.mark.parametrize("mode", ["owner", "gram", "duplicated", "distributed"])
 def test_heads_are_updated_without_communication(pool: RankPool, mode: str) -> None:
     for world_size in (2, 4):
-        for calls in pool.run(collectives_of_a_step, world_size, "qkv_per_head", mode):
-            assert calls == []
+        for counters in pool.run(counters_of_a_step, world_size, "qkv_per_head", mode):
+            assert (counters.collectives, counters.bytes) == (0, 0) and counters.flops > 0
 
 
-def test_other_weights_are_exchanged_as_their_mode_says(pool: RankPool) -> None:
-    """One gather; or for each of q, gate, k and v a norm and five Gram matrices."""
-    for calls in pool.run(collectives_of_a_step, 2, "qkv", "duplicated"):
-        assert calls == ["all_gather_into_tensor"]
-    for calls in pool.run(collectives_of_a_step, 2, "qkv", "distributed"):
-        assert calls == ["all_reduce"] * 4 * 6
+@pytest.mark.parametrize("mode,collectives", [("owner", 2), ("duplicated", 1), ("distributed", 2 * 6)])
+def test_other_weights_are_exchanged_as_their_mode_says(pool: RankPool, mode: str, collectives: int) -> None:
+    """One message there and one back; one gather; or a norm and five Gram matrices for q with gate and for k with v."""
+    for counters in pool.run(counters_of_a_step, 2, "qkv", mode):
+        assert counters.collectives == collectives
 
 
-def test_heads_that_shards_cut_are_gathered(pool: RankPool) -> None:
+@pytest.mark.parametrize("mode", EXACT)
+def test_heads_that_shards_cut_are_put_together(pool: RankPool, mode: str) -> None:
     """Two groups on four ranks: no rank holds a whole group, and some heads are whole nowhere."""
     expected = expected_update(CUT_HEADS["qkv_per_head_cut"], 4)
-    for result in pool.run(update_of_shards, 4, "qkv_per_head_cut", "duplicated"):
+    for result in pool.run(update_of_shards, 4, "qkv_per_head_cut", mode):
         torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
 
 
 def refusals() -> list[str]:
-    """What ``check_mode`` says about shards of four ranks that cut query groups."""
-    shard = Shard(-2, dist.group.WORLD)
+    """What ``check_weight`` says about shards of four ranks that cut query groups."""
     split, heads = _qkv(2).layout(4), _qkv(2, per_head=True).layout(4)
     answers = []
-    for mode, layout, cut, shape in (
-        ("duplicated", split, shard, (12, 10)),
-        ("distributed", split, shard, (12, 10)),
-        ("duplicated", heads, shard, (12, 10)),
-        ("distributed", heads, shard, (12, 10)),
-        ("blockwise", split, shard, (12, 10)),
-        ("blockwise", split, Shard(-1, dist.group.WORLD), (48, 3)),
-        ("duplicated", split, shard, (7, 10)),
-        ("distributed", split, None, (20, 10)),
+    for mode, layout, dim, shape in (
+        ("owner", split, -2, (12, 10)),
+        ("distributed", split, -2, (12, 10)),
+        ("auto", heads, -2, (12, 10)),
+        ("blockwise", split, -2, (12, 10)),
+        ("blockwise", split, -1, (48, 3)),
+        ("auto", heads.stack(), -2, (3, 12, 10)),
+        ("duplicated", split, -2, (7, 10)),
+        ("distributed", split, 0, (20, 10)),
     ):
         try:
-            check_mode(mode, layout, cut, torch.Size(shape))
+            check_weight(Weight(shape, layout, dim, "tp" if dim else "", 4 if dim else 1), mode)
             answers.append("accepted")
         except ValueError as error:
             answers.append(str(error))
     return answers
 
 
-def test_what_a_mode_cannot_do_exactly_is_refused(pool: RankPool) -> None:
-    way_out = "Use --muon-tp-mode duplicated, or treat the weight as one matrix (--muon-param-rule 'NAME=whole')."
-    for answers in pool.run(refusals, 4):
-        assert answers[:3] == ["accepted"] * 3 and answers[5] == "accepted"
-        for mode, answer in (("distributed", answers[3]), ("blockwise", answers[4])):
-            assert answer.startswith(
-                f"--muon-tp-mode {mode}: a qkv weight with 12 rows on each of 4 tensor-parallel ranks"
-            )
-            assert answer.endswith(way_out)
-        assert answers[6].startswith("28 rows are not a multiple of the 24 rows of the qkv layout")
-        assert answers[7].startswith("20 rows are not a multiple of the 24 rows of the qkv layout")
+def test_what_a_mode_cannot_do_exactly_is_refused() -> None:
+    way_out = "Use --muon-tp-mode auto, or treat the weight as one matrix (--muon-param-rule 'NAME=whole')."
+    answers = refusals()
+    assert answers[:3] == ["accepted"] * 3 and answers[4] == "accepted"
+    for mode, answer in (("blockwise", answers[3]), ("auto", answers[5])):
+        assert answer.startswith(f"--muon-tp-mode {mode}: a qkv weight with 12 rows on each of 4 tensor-parallel ranks")
+        assert answer.endswith(way_out)
+    assert answers[6].startswith("28 rows are not a multiple of the 24 rows of the qkv layout")
+    assert answers[7].startswith("20 rows are not a multiple of the 24 rows of the qkv layout")
 
 
 def test_what_a_stack_divides_is_counted_in_its_matrices(pool: RankPool) -> None:
@@ -383,7 +359,7 @@ def test_what_a_stack_divides_is_counted_in_its_matrices(pool: RankPool) -> None
 
 
 def shape_of_a_shard() -> tuple[int, ...]:
-    from megatron_muon.engine.tensor_parallel import shard_of
+    from megatron_muon.engine import shard_of
 
     param = torch.nn.Parameter(torch.zeros(3, 8, 10))
     param.tensor_model_parallel, param.partition_dim = True, 0

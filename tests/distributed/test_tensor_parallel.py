@@ -13,6 +13,7 @@ from tests.pool import RankPool
 # One query group is 4 + 2 + 2 rows; 32 rows are four groups.
 QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
 STEPS = 3
+EXACT = ["auto", "owner", "gram", "duplicated", "distributed"]
 # float64: sums in another order, amplified by the slope of the iteration (about 500 a step at 0).
 TOLERANCE = 1e-10
 
@@ -72,7 +73,7 @@ def whole_update(shape: tuple[int, int], layout: MatrixLayout) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("mode", ["duplicated", "distributed"])
+@pytest.mark.parametrize("mode", EXACT)
 @pytest.mark.parametrize(
     "shape,dim,layout",
     [((32, 12), 0, WHOLE), ((12, 32), 0, WHOLE), ((32, 12), 1, WHOLE), ((12, 32), 1, WHOLE), ((32, 12), 0, QKV)],
@@ -85,7 +86,7 @@ def test_shards_get_the_update_of_the_whole(
         torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("mode", ["duplicated", "distributed"])
+@pytest.mark.parametrize("mode", EXACT)
 def test_more_ranks_than_query_groups(pool: RankPool, mode: str) -> None:
     """Two groups of 8 rows on four ranks: no rank holds a whole group."""
     expected = whole_update((16, 12), QKV)
@@ -104,10 +105,10 @@ def error_of_broken_groups(mode: str, layout: MatrixLayout) -> str:
 HEADS = MatrixLayout("qkv", tuple(Section(section.name, section.rows, matrix_rows=2) for section in QKV.sections))
 
 
-@pytest.mark.parametrize("mode,layout", [("blockwise", QKV), ("blockwise", HEADS), ("distributed", HEADS)])
+@pytest.mark.parametrize("mode,layout", [("blockwise", QKV), ("blockwise", HEADS)])
 def test_modes_that_cannot_split_broken_groups_refuse(pool: RankPool, mode: str, layout: MatrixLayout) -> None:
     for message in pool.run(error_of_broken_groups, 4, mode, layout):
-        assert f"--muon-tp-mode {mode}" in message and "Use --muon-tp-mode duplicated" in message
+        assert f"--muon-tp-mode {mode}" in message and "Use --muon-tp-mode auto" in message
 
 
 def test_blockwise_is_another_update(pool: RankPool) -> None:

@@ -46,11 +46,14 @@ def test_defaults_are_those_of_muon_config(pool: RankPool) -> None:
 def test_every_flag_arrives(pool: RankPool) -> None:
     flags = (
         "--optimizer muon --muon-momentum 0.8 --muon-nesterov --muon-no-split-qkv --muon-scale-mode aspect_ratio "
-        "--muon-extra-scale-factor 0.2 --muon-coefficient-type polar_express --muon-num-ns-steps 8 --muon-eps 1e-9 "
+        "--muon-extra-scale-factor 0.2 --muon-coefficient-type custom --muon-custom-coefficients 2,-1.5,0.5 "
+        "--muon-num-ns-steps 8 --muon-eps 1e-9 "
         "--muon-fp32-matmul-prec highest --muon-tp-mode distributed --muon-scalar-optimizer lion "
         "--muon-log-jsonl losses.jsonl --muon-qkv whole --muon-mla-up split --muon-mla-down whole --muon-glu whole "
         "--muon-gdn-in-proj split --muon-mamba-in-proj split --muon-router adam --muon-unknown-2d adam "
-        "--muon-param-rule *.weight=whole --muon-param-rule *.linear_qkv.weight=adam --muon-scalar-lr 1e-4"
+        "--muon-param-rule *.weight=whole --muon-param-rule *.linear_qkv.weight=adam --muon-scalar-lr 1e-4 "
+        "--muon-ns-dtype fp16 "
+        "--muon-ns-backend torch --muon-tp-wire-dtype bf16 --muon-chunk-mb 64 "
     )
     read = pool.run(parse, 1, flags)[0]
     expected = MuonConfig(
@@ -59,7 +62,8 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         split_qkv=False,
         scale_mode="aspect_ratio",
         extra_scale_factor=0.2,
-        coefficient_type="polar_express",
+        coefficient_type="custom",
+        custom_coefficients=("2,-1.5,0.5",),
         num_ns_steps=8,
         eps=1e-9,
         fp32_matmul_prec="highest",
@@ -76,6 +80,10 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         unknown_2d="adam",
         param_rule=("*.weight=whole", "*.linear_qkv.weight=adam"),
         scalar_lr=1e-4,
+        ns_dtype="fp16",
+        ns_backend="torch",
+        tp_wire_dtype="bf16",
+        chunk_mb=64.0,
     )
     assert read == {**dataclasses.asdict(expected), "layer_wise": False, "optimizer": "muon"}
     for field in dataclasses.fields(MuonConfig):
@@ -103,8 +111,11 @@ def test_layer_wise_form(pool: RankPool, flags: str) -> None:
         ("--muon-num-ns-steps five", "--muon-num-ns-steps five: give a whole number of at least 1 (5 is usual)."),
         ("--muon-momentum 1.5", "--muon-momentum 1.5: give a number from 0 to below 1 (0.95 is usual)."),
         ("--muon-scale-mode wide", "--muon-scale-mode wide: choose one of spectral, shape_scaling, unit_rms_norm"),
-        ("--muon-tp-mode gather", "--muon-tp-mode gather: choose one of duplicated, distributed, blockwise."),
-        ("--muon-coefficient-type custom", "--muon-coefficient-type custom: choose one of simple, quintic"),
+        (
+            "--muon-tp-mode gather",
+            "--muon-tp-mode gather: choose one of auto, owner, gram, duplicated, distributed, blockwise.",
+        ),
+        ("--muon-coefficient-type jordan", "--muon-coefficient-type jordan: choose one of simple, quintic"),
         ("--muon-fp32-matmul-prec low", "--muon-fp32-matmul-prec low: torch has no such precision; use medium"),
         ("--muon-extra-scale-factor -1", "--muon-extra-scale-factor -1.0: give a positive number."),
         ("--muon-eps 0", "--muon-eps 0.0: give a positive number."),

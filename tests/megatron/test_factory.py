@@ -149,7 +149,7 @@ def defaults_and_explicit_values() -> list[str]:
 
 
 def test_default_of_a_config_built_in_code(pool: RankPool) -> None:
-    assert pool.run(defaults_and_explicit_values, 1)[0] == ["blockwise", "duplicated", "blockwise", "blockwise"]
+    assert pool.run(defaults_and_explicit_values, 1)[0] == ["blockwise", "auto", "blockwise", "blockwise"]
 
 
 def knobs_in_the_optimizer() -> Any:

@@ -1,0 +1,168 @@
+"""The ways in which the ranks of a tensor-parallel group share the work, and what each costs.
+
+All but ``blockwise`` give the update of the whole logical matrices:
+
+``owner``
+    Packed all-to-all: each rank receives some of the matrices whole, orthogonalizes them, and sends the shards back.
+``gram``
+    Each rank owns some of the Gram matrices: partial ones are sent to the owner, its polynomials come back, and each
+    rank applies them to its columns. No matrix is ever whole on a rank. For matrices divided along their longer side,
+    in an iteration that Gram Newton-Schulz is accurate in; others are exchanged as in ``owner``.
+``duplicated``
+    All-gather; every rank orthogonalizes everything.
+``distributed``
+    The shards stay where they are; Gram matrices are summed over the ranks once a step of the iteration.
+``blockwise``
+    Each shard is orthogonalized by itself: no communication, but another update, which changes with the size of the
+    group.
+``auto``
+    The cheapest exact one for each shape, by the costs below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+
+__all__ = ["AUTO", "BLOCKWISE", "DISTRIBUTED", "DUPLICATED", "GRAM", "LOCAL", "MODES", "OWNER", "Cost", "Machine"]
+__all__ += ["Divided", "Sizes", "cheapest_mode", "cost_of"]
+
+OWNER, GRAM, DUPLICATED, DISTRIBUTED = "owner", "gram", "duplicated", "distributed"
+BLOCKWISE, AUTO = "blockwise", "auto"
+
+MODES = (AUTO, OWNER, GRAM, DUPLICATED, DISTRIBUTED, BLOCKWISE)
+
+LOCAL = "local"
+"""What plans call matrices that a rank holds whole."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates that turn operations and bytes into seconds, to compare modes.
+
+    Only their ratio matters, and only for choices that are close. They are constants, not measurements of the moment:
+    every rank, and every run, must choose alike.
+
+    Attributes:
+        flops: operations a second of one rank.
+        bytes: a second that one rank sends.
+        latency: seconds of one collective.
+    """
+
+    flops: float
+    bytes: float
+    latency: float
+
+    @classmethod
+    def of(cls, device_type: str) -> Machine:
+        """Rates of a current accelerator with NVLink, or of one CPU core with shared memory."""
+        if device_type == "cuda":
+            return cls(flops=5e14, bytes=3e11, latency=2e-5)
+        return cls(flops=1e11, bytes=1e9, latency=3e-4)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one element.
+
+    Attributes:
+        wire: of what is sent to be orthogonalized.
+        back: of what comes back.
+        gram: of partial Gram matrices and polynomials.
+    """
+
+    wire: int
+    back: int
+    gram: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one rank does.
+
+    Attributes:
+        flops: operations in matrix products.
+        bytes: sent to other ranks; all-gathers and all-reduces by the ring algorithm.
+        collectives: how many.
+    """
+
+    flops: float = 0
+    bytes: float = 0
+    collectives: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.collectives + other.collectives)
+
+    def seconds(self, machine: Machine) -> float:
+        """On a machine, nothing overlapped."""
+        return self.flops / machine.flops + self.bytes / machine.bytes + self.collectives * machine.latency
+
+
+@dataclass(frozen=True)
+class Divided:
+    """Matrices of one shape that the ranks of a group hold equal parts of.
+
+    Attributes:
+        count: of matrices.
+        p: rows, at most q.
+        q: columns.
+        by_columns: whether the columns are divided; for a square matrix, whether one side is.
+        ranks: of the group.
+    """
+
+    count: int
+    p: int
+    q: int
+    by_columns: bool
+    ranks: int
+
+
+def cost_of(mode: str, matrices: Divided, orthogonalizer: Orthogonalizer, sizes: Sizes) -> Cost:
+    """Of the busiest rank, if the matrices are a chunk of their own.
+
+    Args:
+        mode: an exact one.
+        matrices: what must be exchanged.
+        orthogonalizer: knows the operations.
+        sizes: of elements that are sent.
+    """
+    count, p, q, ranks = matrices.count, matrices.p, matrices.q, matrices.ranks
+    others, most = ranks - 1, -(-count // ranks)
+    local = count * p * q // ranks
+    if mode == OWNER:
+        sent = local * others / ranks * sizes.wire + most * p * q * others / ranks * sizes.back
+        return Cost(most * orthogonalizer.flops(p, q), sent, 2)
+    if mode == DUPLICATED:
+        return Cost(count * orthogonalizer.flops(p, q), local * others * sizes.wire, 1)
+    if mode == DISTRIBUTED:
+        whole, part = (p, q // ranks) if matrices.by_columns else (q, p // ranks)
+        steps = len(orthogonalizer.coefficients)
+        reduced = 2 * others / ranks * count * (steps * whole * whole + 1) * 4
+        return Cost(count * orthogonalizer.standard_flops(whole, part), reduced, steps + 1)
+    triangle, runs = p * (p + 1) // 2 * sizes.gram, orthogonalizer.segment_count
+    sent = 2 * others / ranks * count * 4 + runs * (count / ranks + most) * others * triangle
+    flops = runs * count * orthogonalizer.rectangular_flops(p, q // ranks) + most * orthogonalizer.polynomial_flops(p)
+    return Cost(flops, sent, 1 + 2 * runs)
+
+
+def cheapest_mode(
+    matrices: Divided, orthogonalizer: Orthogonalizer, sizes: Sizes, machine: Machine, *, without: str = ""
+) -> str:
+    """The exact mode that takes the least time; see :func:`cost_of`. Ties go to the first of owner, gram, ...
+
+    Args:
+        matrices: what must be exchanged.
+        orthogonalizer: knows the operations.
+        sizes: of elements that are sent.
+        machine: its rates.
+        without: a mode that is not to be chosen.
+    """
+    candidates = [OWNER, DUPLICATED, DISTRIBUTED]
+    if matrices.by_columns and orthogonalizer.restarts is not None:
+        candidates.insert(1, GRAM)
+
+    def seconds(mode: str) -> float:
+        return cost_of(mode, matrices, orthogonalizer, sizes).seconds(machine)
+
+    return min((mode for mode in candidates if mode != without), key=seconds)

@@ -1,0 +1,146 @@
+"""What a rank will do in one step of a plan: the numbers that its counters show afterwards, without doing it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import torch
+
+from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LOCAL, OWNER, Cost, Sizes
+from megatron_muon.engine.plan import Batch, Chunk, Plan
+from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+
+__all__ = ["Choice", "matrices_by_mode", "predict"]
+
+Choice = tuple[str, int, int]
+"""(mode, or :data:`megatron_muon.engine.modes.LOCAL`; rows and columns of a logical matrix)."""
+
+
+def predict(
+    plan: Plan,
+    orthogonalizer: Orthogonalizer,
+    sizes: Sizes,
+    group_ranks: Mapping[str, int],
+    dtype: torch.dtype = torch.float32,
+) -> Cost:
+    """What one rank does in a step: see :class:`megatron_muon.engine.exchange.Counters`.
+
+    Args:
+        plan: of the rank's engine.
+        orthogonalizer: of the engine.
+        sizes: of the elements that the engine sends.
+        group_ranks: the rank's number in each group that the plan names.
+        dtype: of the momentum.
+
+    Returns:
+        ``flops``, ``bytes`` and ``collectives`` of :func:`megatron_muon.engine.execute.execute`, without the comparison
+        of plans before the first step. ``bytes`` are exact for groups of 2, 4, 8, ... ranks; for others, parts of a
+        byte in all-reduces are summed up in another order than the step does it.
+
+    Raises:
+        KeyError: for a group without a number.
+    """
+    rank = _Rank(orthogonalizer, sizes, dtype, 0)
+    total = Cost()
+    for chunk in plan.chunks:
+        rank.number = group_ranks[chunk.group] if chunk.group else 0
+        total += rank.cost(chunk)
+    return total
+
+
+def matrices_by_mode(plan: Plan) -> Counter[Choice]:
+    """How many logical matrices all ranks of the groups together treat in which way.
+
+    A matrix that ranks hold parts of counts once; so does one that each rank holds a copy of.
+    """
+    found: Counter[Choice] = Counter()
+    for chunk in plan.chunks:
+        for batch in chunk.batches:
+            for item in batch.items:
+                # Shards of whole matrices: the other ranks hold others.
+                copies = plan.weights[item.weight].ranks if chunk.mode == LOCAL else 1
+                found[chunk.mode, item.rows, item.columns] += item.count * copies
+    return found
+
+
+class _Rank:
+    """Counts what one rank does for a chunk; each method is the account of a task in ``execute``."""
+
+    def __init__(self, orthogonalizer: Orthogonalizer, sizes: Sizes, dtype: torch.dtype, number: int) -> None:
+        self.orthogonalizer, self.sizes, self.number = orthogonalizer, sizes, number
+        # Sums over ranks are formed in float32 or better.
+        self.norm_bytes = torch.promote_types(dtype, torch.float32).itemsize
+        self.gram_bytes = torch.promote_types(orthogonalizer.dtype, torch.float32).itemsize
+
+    def cost(self, chunk: Chunk) -> Cost:
+        """Of one chunk."""
+        accounts: dict[str, Callable[[tuple[Batch, ...]], Cost]] = {
+            LOCAL: self._local,
+            OWNER: self._owner,
+            GRAM: self._gram,
+            DUPLICATED: self._duplicated,
+            DISTRIBUTED: self._distributed,
+        }
+        return accounts[chunk.mode](chunk.batches)
+
+    def _local(self, batches: tuple[Batch, ...]) -> Cost:
+        return Cost(sum(batch.count * self.orthogonalizer.flops(batch.kind.p, batch.kind.q) for batch in batches))
+
+    def _duplicated(self, batches: tuple[Batch, ...]) -> Cost:
+        """One all-gather, of buffers as long as the longest."""
+        ranks = len(batches[0].kind.parts)
+        longest = max(sum(batch.count * _part(batch, rank) for batch in batches) for rank in range(ranks))
+        return self._local(batches) + Cost(0, (ranks - 1) * longest * self.sizes.wire, 1)
+
+    def _distributed(self, batches: tuple[Batch, ...]) -> Cost:
+        """For each batch the norm, and a Gram matrix a step."""
+        steps = len(self.orthogonalizer.coefficients)
+        total = Cost()
+        for batch in batches:
+            p, columns = batch.kind.part(self.number)
+            ranks = len(batch.kind.parts)
+            total += Cost(batch.count * self.orthogonalizer.standard_flops(p, columns))
+            total += _reduced(ranks, batch.count * self.norm_bytes)
+            for _ in range(steps):
+                total += _reduced(ranks, batch.count * p * p * self.gram_bytes)
+        return total
+
+    def _owner(self, batches: tuple[Batch, ...]) -> Cost:
+        """All-to-all there and back; this rank keeps its own shards of what it owns."""
+        there, back, flops = 0, 0, 0
+        for batch in batches:
+            own, kind = batch.counts[self.number], batch.kind
+            mine = _part(batch, self.number)
+            there += (batch.count - own) * mine
+            back += own * (kind.p * kind.q - mine)
+            flops += own * self.orthogonalizer.flops(kind.p, kind.q)
+        return Cost(flops, there * self.sizes.wire + back * self.sizes.back, 2)
+
+    def _gram(self, batches: tuple[Batch, ...]) -> Cost:
+        """The norms; in each segment triangles of Gram matrices to the owners, and an all-gather of polynomials."""
+        orthogonalizer, ranks = self.orthogonalizer, len(batches[0].kind.parts)
+        segments = orthogonalizer.segment_count
+        total = Cost()
+        owned = [0] * ranks  # elements in the triangles of each rank
+        for batch in batches:
+            p, columns = batch.kind.part(self.number)
+            total += _reduced(ranks, batch.count * self.norm_bytes)
+            total += Cost(segments * batch.count * orthogonalizer.rectangular_flops(p, columns))
+            total += Cost(batch.counts[self.number] * orthogonalizer.polynomial_flops(p))
+            for rank, count in enumerate(batch.counts):
+                owned[rank] += count * (p * (p + 1) // 2)
+        there = sum(owned) - owned[self.number]
+        sent = there + (ranks - 1) * max(owned)
+        return total + Cost(0, segments * sent * self.sizes.gram, 2 * segments)
+
+
+def _part(batch: Batch, rank: int) -> int:
+    """Elements of one matrix on a rank."""
+    rows, columns = batch.kind.part(rank)
+    return rows * columns
+
+
+def _reduced(ranks: int, size: int) -> Cost:
+    """An all-reduce of so many bytes."""
+    return Cost(0, 2 * (ranks - 1) * size / ranks, 1)

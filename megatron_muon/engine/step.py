@@ -1,0 +1,125 @@
+"""The engine of an optimizer step: holds the plan, checks that all ranks hold the same, and carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_muon.engine.choose import choose_plan
+from megatron_muon.engine.describe import describe
+from megatron_muon.engine.exchange import Counters, Exchange
+from megatron_muon.engine.execute import Read, Wire, Write, execute
+from megatron_muon.engine.modes import GRAM, Machine, Sizes
+from megatron_muon.engine.plan import Plan, Policy, Weight
+from megatron_muon.errors import ConfigError
+from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+
+__all__ = ["StepEngine"]
+
+MEBIBYTE = 1 << 20
+
+CHUNK_MB = {"cuda": 256.0, "cpu": 16.0}
+"""Default of ``chunk_mb``. On CPUs buffers of this size are used again; larger ones are new pages each time."""
+
+
+class StepEngine:
+    """Orthogonalizes the matrices of many weights at once.
+
+    Attributes:
+        plan: of the step.
+        counters: collectives, bytes and operations so far; see :class:`megatron_muon.engine.exchange.Counters`.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        groups: Mapping[str, dist.ProcessGroup],
+        orthogonalizer: Orthogonalizer,
+        *,
+        mode: str,
+        dtype: torch.dtype,
+        wire_dtype: torch.dtype,
+        chunk_mb: float,
+        device: torch.device,
+    ) -> None:
+        """Plan the step; no communication.
+
+        Args:
+            weights: in the order in which the step will number them.
+            groups: process group of each name in ``weights``.
+            orthogonalizer: the iteration.
+            mode: see :mod:`megatron_muon.engine.modes`.
+            dtype: of the weights' momentum.
+            wire_dtype: in which matrices are sent.
+            chunk_mb: bound, in MiB, of the float32 matrices that a rank holds whole at once; 0: by device.
+            device: of the weights.
+
+        Raises:
+            ConfigError: for what the mode cannot do.
+        """
+        if mode == GRAM and orthogonalizer.restarts is None:
+            raise ConfigError(
+                f"--muon-tp-mode gram: Gram Newton-Schulz is not accurate in {orthogonalizer.dtype} with these "
+                "coefficients. Use --muon-ns-dtype fp16 or fp32, or --muon-tp-mode auto."
+            )
+        iteration = orthogonalizer.dtype
+        narrow = wire_dtype.itemsize < 4
+        self.wire = Wire(
+            dtype=wire_dtype,
+            # What comes back has been rounded to the iteration's dtype already.
+            back=iteration
+            if iteration.itemsize < wire_dtype.itemsize or (narrow and iteration.itemsize == 2)
+            else wire_dtype,
+            gram=iteration,
+            device=device,
+        )
+        sizes = Sizes(wire_dtype.itemsize, self.wire.back.itemsize, self.wire.gram.itemsize)
+        policy = Policy(mode, sizes, int((chunk_mb or CHUNK_MB[device.type]) * MEBIBYTE), Machine.of(device.type))
+        self.orthogonalizer = orthogonalizer
+        self.local_dtype = dtype
+        self.plan: Plan = choose_plan(weights, policy, orthogonalizer)
+        self._numbers = f"{orthogonalizer.coefficients} {iteration} {orthogonalizer.products.name} {self.wire}"
+        self.counters = Counters()
+        self._groups = groups
+        self._exchanges = {name: Exchange(groups[name], self.counters) for name in self.plan.groups()}
+        self._agreed = False
+
+    def describe(self) -> list[str]:
+        """The step in words, for the report."""
+        return describe(self.plan, self.orthogonalizer)
+
+    def run(self, read: Read, write: Write) -> None:
+        """Orthogonalize everything once.
+
+        Args:
+            read: fills batches with what is to be orthogonalized, see :data:`megatron_muon.engine.execute.Read`.
+            write: takes the result, see :data:`megatron_muon.engine.execute.Write`.
+
+        Raises:
+            RuntimeError: on the first call, on all ranks, if they do not hold the same plan.
+        """
+        if not self._agreed:
+            self._check_agreement()
+        execute(
+            self.plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, read, write
+        )
+        self.counters.steps += 1
+
+    def _check_agreement(self) -> None:
+        """Compare the plans of all ranks of each group: a difference would hang the step or mix up weights."""
+        for name, exchange in self._exchanges.items():
+            digest = self.plan.digest(name, self._numbers)
+            mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(self.wire.device)
+            every = mine.new_empty(exchange.size, mine.numel())
+            dist.all_gather_into_tensor(every.view(-1), mine, group=exchange.group)
+            # Waits for the device, once for each plan.
+            differing = (every != mine).any(dim=1).nonzero().flatten().tolist()
+            if differing:
+                raise RuntimeError(
+                    f"Muon: rank {exchange.rank} of the {name} group plans another step than ranks {differing}: their "
+                    "weights, shapes, options, or the kernels that their devices have (--muon-ns-backend) differ. All "
+                    "ranks of a tensor-parallel group must be given the same parameters in the same order."
+                )
+        self._agreed = True

@@ -1,0 +1,43 @@
+"""In which numbers a step is done: decided from the options and the weights alone, for the step and for its plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_muon.config import MuonConfig
+
+__all__ = ["Precision", "precision_of"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Types of the numbers in a step.
+
+    Attributes:
+        own: of the momentum, in which matrices that are not sent are packed.
+        iteration: of Newton-Schulz.
+        wire: in which tensor-parallel ranks send each other matrices.
+    """
+
+    own: torch.dtype
+    iteration: torch.dtype
+    wire: torch.dtype
+
+
+def precision_of(config: MuonConfig, weights: torch.dtype) -> Precision:
+    """What ``ns_dtype``, ``fp32_matmul_prec`` and ``tp_wire_dtype`` mean for weights of a dtype.
+
+    Args:
+        config: validated.
+        weights: dtype of the weights that the optimizer updates (main copies, where the model's have 16 bits).
+    """
+    own = torch.promote_types(weights, torch.float32)
+    iteration = {"own": own, **_DTYPES}[config.ns_type]
+    # The iteration rounds to 16 bits anyway; bfloat16 keeps the range that float16 lacks before matrices are scaled.
+    automatic = torch.bfloat16 if iteration.itemsize == 2 else own
+    wire = {"auto": automatic, "fp32": own, "bf16": torch.bfloat16}[config.tp_wire_dtype]
+    return Precision(own, iteration, wire)

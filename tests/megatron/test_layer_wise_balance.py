@@ -1,0 +1,572 @@
+"""Owners of layer-wise runs on real Megatron-Core: balanced by cost, the same on all ranks, and training as before."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_muon.engine.balance import Job, assign_owners, cost_of_weight
+from megatron_muon.engine.shards import shard_of
+from megatron_muon.plugin import layer_wise
+from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
+from tests.megatron import harness
+from tests.megatron.harness import Layout, Run
+from tests.megatron.test_routing import MOE
+from tests.pool import RankPool
+
+THREE_LAYERS = {"num_layers": 3}
+"""Which two ranks share unevenly by elements."""
+
+
+def products(p: int, q: int) -> int:
+    """Operations of five steps on a p x q matrix, p <= q."""
+    return 5 * (4 * p * p * q + 2 * p**3)
+
+
+COSTS = {
+    "self_attention.linear_qkv.weight": products(32, 32) + 2 * products(16, 32),
+    "self_attention.linear_proj.weight": products(32, 32),
+    "mlp.linear_fc1.weight": 2 * products(32, 48),
+    "mlp.linear_fc2.weight": products(32, 48),
+    "mlp.router.weight": products(4, 32),
+    "linear_fc1.weight": 2 * products(24, 32),  # of an expert
+    "linear_fc2.weight": products(24, 32),
+}
+"""By hand, for the model of the harness and the experts of MOE; the first suffix that fits counts."""
+
+
+def cost_of(name: str, tensor: int = 1) -> int:
+    return next(cost // tensor for suffix, cost in COSTS.items() if name.endswith(suffix))
+
+
+@dataclass
+class Shares:
+    """Of one kind of weights (dense or experts) on one rank."""
+
+    owners: dict[str, int]
+    """Of each weight, by its name."""
+    upstream: dict[str, int]
+    """The same, as Megatron-Core alone assigns them."""
+    expected: dict[str, int]
+    """What the function gives for the costs of this file."""
+    held: set[str]
+    """Weights in this rank's optimizer."""
+    rank: int
+    """In the data-parallel group."""
+
+
+def names_of(run: Run) -> dict[torch.Tensor, str]:
+    """Of weights and their main copies; with the number of the chunk, as chunks have weights of equal names."""
+    names: dict[torch.Tensor, str] = {}
+    for number, chunk in enumerate(run.chunks):
+        for name, param in chunk.named_parameters():
+            names[param] = names[getattr(param, "main_param", param)] = f"{number}.{name}"
+    return names
+
+
+def held_by(optimizer: Any) -> Iterator[torch.nn.Parameter]:
+    """Model weights in the layer-wise part of an optimizer."""
+    found = getattr(optimizer, "chained_optimizers", [])
+    part = next((each for each in (optimizer, *found) if hasattr(each, "dp_cp_params_list")), None)
+    assert part is not None
+    for inner in part.chained_optimizers:
+        for group in inner.param_groups:
+            yield from group["params"]
+
+
+def shares(layout: Layout, options: dict[str, Any], bucket_size: int | None) -> dict[bool, Shares]:
+    """Runs on a rank: with the parameter layout."""
+    from megatron.core import parallel_state
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    run = start(layout, options, bucket_size)
+    names, held = names_of(run), set(held_by(run.optimizer))
+    upstream = LayerWiseDistributedOptimizer.compute_full_param_layout.__wrapped__  # type: ignore[attr-defined]
+    data = parallel_state.get_data_parallel_world_size()
+    result = {}
+    for experts in (False, True):
+        ranks = parallel_state.get_expert_data_parallel_world_size() if experts else data
+        found: list[tuple[Any, Any]] = []
+        for chunk in run.chunks:
+            params = [param for param in chunk.parameters() if param.requires_grad]
+            before = upstream(params, bucket_size, data, chunk.ddp_config, expert_data_parallel_world_size=ranks)
+            for key, buffer in before.layouts.items():
+                if key.is_managed_by_layer_wise_optimizer and key.is_expert_parallel is experts:
+                    found.append((buffer, chunk.full_param_layout.layouts[key]))
+        if not found:
+            continue
+        for theirs, ours in found:
+            check_buffer(theirs, ours, ranks)
+        tensor = layout.etp or layout.tp if experts else layout.tp
+        group = parallel_state.get_expert_data_parallel_group if experts else parallel_state.get_data_parallel_group
+        owners = {names[p]: o for _, ours in found for p, o in owners_in(ours, ranks).items()}
+        result[experts] = Shares(
+            owners=owners,
+            upstream={names[p]: o for theirs, _ in found for p, o in owners_in(theirs, ranks).items()},
+            expected=expected_owners([theirs for theirs, _ in found], ranks, names, tensor),
+            held={names[param] for param in held} & owners.keys(),
+            rank=group().rank(),
+        )
+    return result
+
+
+def start(layout: Layout, options: dict[str, Any], bucket_size: int | None) -> Run:
+    """As ``harness.start``, with buckets."""
+    with contextlib.ExitStack() as stack:
+        if bucket_size is not None:
+            import megatron_muon
+
+            megatron_muon.install()
+            from megatron.training import training
+
+            original = training.wrap_model_chunks_with_ddp
+
+            def wrap(chunks: list, *args: Any, **kwargs: Any) -> list:
+                return original(chunks, *args, bucket_sizes=[bucket_size] * len(chunks), **kwargs)
+
+            training.wrap_model_chunks_with_ddp = wrap
+            stack.callback(setattr, training, "wrap_model_chunks_with_ddp", original)
+        return harness.start(layout, **options)
+
+
+def owners_in(buffer: Any, ranks: int) -> dict[torch.nn.Parameter, int]:
+    found = {}
+    for param, (start, _, bucket) in buffer.param_index_map.items():
+        first, last = buffer.bucket_indices[bucket]
+        found[param] = (start - first) * ranks // (last - first)
+    return found
+
+
+def check_buffer(theirs: Any, ours: Any, ranks: int) -> None:
+    """The same buckets with the same weights; each weight aligned, whole in one shard, on top of no other."""
+    assert ours.bucket_indices == theirs.bucket_indices
+    assert ours.per_bucket_numel_unpadded == theirs.per_bucket_numel_unpadded
+    assert (ours.num_optimizer_shards, theirs.num_optimizer_shards) == (ranks, ranks)
+    assert list(ours.param_index_map) == list(theirs.param_index_map)
+    for param, (start, end, bucket) in ours.param_index_map.items():
+        first, last = ours.bucket_indices[bucket]
+        shard = (last - first) // ranks
+        assert bucket == theirs.param_index_map[param][2]
+        assert start % 64 == 0
+        assert end - start == param.numel()
+        assert (start - first) // shard == (end - 1 - first) // shard
+        assert first <= start < end <= last
+    ends = sorted((start, end) for start, end, _ in ours.param_index_map.values())
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+
+
+def expected_owners(buffers: list[Any], ranks: int, names: dict[torch.nn.Parameter, str], tensor: int) -> dict:
+    """The function itself, fed with Megatron-Core's buckets and the costs of this file."""
+    jobs, room = [], []
+    for buffer in buffers:
+        first = len(room)
+        room += [(end - start) // ranks for start, end in buffer.bucket_indices]
+        for param, owner in owners_in(buffer, ranks).items():
+            size = -(-param.numel() // 64) * 64
+            bucket = first + buffer.param_index_map[param][2]
+            jobs.append(Job(cost_of(names[param], divisor(param, tensor)), size, bucket, owner))
+    params = [param for buffer in buffers for param in buffer.param_index_map]
+    return {names[p]: o for p, o in zip(params, assign_owners(jobs, ranks, room), strict=True)}
+
+
+def divisor(param: torch.nn.Parameter, tensor: int) -> int:
+    return tensor if getattr(param, "tensor_model_parallel", False) else 1
+
+
+def busiest(owners: dict[str, int]) -> int:
+    loads: Counter[int] = Counter()
+    for name, owner in owners.items():
+        loads[owner] += cost_of(name)
+    return max(loads.values())
+
+
+CASES = {
+    "dense": (2, Layout(layer_wise=True), THREE_LAYERS, None),
+    "dense, buckets": (2, Layout(layer_wise=True), THREE_LAYERS, 6000),
+    "dense bf16, four replicas": (4, Layout(layer_wise=True), {**THREE_LAYERS, "bf16": True}, None),
+    "experts": (2, Layout(layer_wise=True), {**MOE, **THREE_LAYERS}, 6000),
+    "expert parallel": (4, Layout(ep=2, layer_wise=True), {**MOE, **THREE_LAYERS}, None),
+    "tensor": (4, Layout(tp=2, layer_wise=True), THREE_LAYERS, None),
+    "tensor, experts whole": (4, Layout(tp=2, etp=1, sp=True, layer_wise=True), {**MOE, **THREE_LAYERS}, None),
+    "virtual stages": (4, Layout(pp=2, vpp=2, layer_wise=True), {}, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_owners_follow_the_function(pool: RankPool, case: str) -> None:
+    """On every rank, and the same on all that have a weight: tensor peers, replicas, expert-parallel peers."""
+    world, layout, options, bucket_size = CASES[case]
+    ranks = pool.run(shares, world, layout, options, bucket_size)
+    stages = [ranks[: world // 2], ranks[world // 2 :]] if layout.pp > 1 else [ranks]
+    for stage in stages:
+        for experts, first in stage[0].items():
+            assert first.owners == first.expected
+            assert busiest(first.owners) <= busiest(first.upstream)
+            for other in stage:
+                assert other[experts].owners == first.owners
+                mine = {name for name, owner in first.owners.items() if owner == other[experts].rank}
+                assert other[experts].held == mine
+
+
+def test_the_busiest_rank_has_less_to_do(pool: RankPool) -> None:
+    """Three layers on two ranks: less than by elements, and within Graham's bound of the best of all shares."""
+    share = pool.run(shares, 2, Layout(layer_wise=True), THREE_LAYERS, None)[0][False]
+    costs = list(COSTS.values())[:4]
+    parts = [
+        sum(n * cost for n, cost in zip(counts, costs, strict=True)) for counts in itertools.product(range(4), repeat=4)
+    ]
+    best = min(max(3 * sum(costs) - part, part) for part in parts)
+    assert best <= busiest(share.owners) < busiest(share.upstream)
+    assert 6 * busiest(share.owners) <= 7 * best
+
+
+def test_chunks_of_virtual_stages_are_balanced_together(pool: RankPool) -> None:
+    """One layer a chunk, two ranks: each chunk by itself would burden the same rank with its costliest weight."""
+    share = pool.run(shares, 4, Layout(pp=2, vpp=2, layer_wise=True), {}, None)[0][False]
+    assert busiest(share.owners) == sum(list(COSTS.values())[:4])
+    assert busiest(share.upstream) > busiest(share.owners)
+
+
+def lists(layout: Layout, options: dict[str, Any], by_cost: bool) -> tuple[list[list[str]], list[list[str]], set[str]]:
+    """Runs on a rank: the lists of the older assignment, dense and experts, and what this rank's optimizer holds."""
+    with contextlib.nullcontext() if by_cost else upstream_owners():
+        run = harness.start(layout, param_layout=False, **options)
+    names = names_of(run)
+    optimizer = run.optimizer
+    dense, expert = optimizer.dp_cp_params_list, optimizer.expt_dp_params_list or []
+    both = [[[names[param] for param in its] for its in each] for each in (dense, expert)]
+    return both[0], both[1], {names[param] for param in held_by(optimizer)}
+
+
+@contextlib.contextmanager
+def upstream_owners() -> Iterator[None]:
+    """As before this package balanced owners."""
+    before, layer_wise.assign_owners = layer_wise.assign_owners, lambda jobs, ranks, room: [job.owner for job in jobs]
+    try:
+        yield
+    finally:
+        layer_wise.assign_owners = before
+
+
+@pytest.mark.parametrize("model", [THREE_LAYERS, {**MOE, **THREE_LAYERS}], ids=["dense", "experts"])
+@pytest.mark.parametrize(("world", "layout"), [(2, Layout(layer_wise=True)), (4, Layout(tp=2, etp=1, layer_wise=True))])
+def test_older_assignment(pool: RankPool, world: int, layout: Layout, model: dict[str, Any]) -> None:
+    """Muon's weights change lists, no list gets longer than the longest was, and Adam's weights stay."""
+    if layout.tp > 1:
+        layout = Layout(tp=2, etp=1, sp=True, layer_wise=True)
+    ours, theirs = (pool.run(lists, world, layout, model, by_cost) for by_cost in (True, False))
+    sizes = pool.run(sizes_and_muon, world, layout, model)[0]
+    for kind in (0, 1):
+        assert all(rank[kind] == ours[0][kind] for rank in ours), "the same lists on all ranks"
+        new, old = ours[0][kind], theirs[0][kind]
+        assert sorted(itertools.chain(*new)) == sorted(itertools.chain(*old))
+        if not new:
+            continue
+        assert max(sum(sizes[name][0] for name in its) for its in new) <= max(
+            sum(sizes[name][0] for name in its) for its in old
+        )
+        scalar = [[name for name in its if not sizes[name][1]] for its in new]
+        assert [sorted(its) for its in scalar] == [sorted(name for name in its if not sizes[name][1]) for its in old], (
+            "Adam's weights stay where they were"
+        )
+        owner = {name: rank for rank, its in enumerate(new) for name in its if sizes[name][1]}
+        before = {name: rank for rank, its in enumerate(old) for name in its if sizes[name][1]}
+        assert busiest(owner) <= busiest(before)
+        assert kind == 1 or busiest(owner) < busiest(before)
+    for number, (dense, expert, held) in enumerate(ours):
+        mine = set(dense[number // layout.tp]) | set(expert[number] if expert else ())
+        assert held == mine
+
+
+def sizes_and_muon(layout: Layout, options: dict[str, Any]) -> dict[str, tuple[int, bool]]:
+    """Runs on a rank: elements of each weight, and whether it is Muon's."""
+    run = harness.start(layout, param_layout=False, **options)
+    return {name: (param.numel(), not _is_nonlinear_or_embedding(param)) for param, name in names_of(run).items()}
+
+
+def train(layout: Layout, options: dict[str, Any], bucket_size: int | None = None) -> list[float]:
+    return start(layout, options, bucket_size).losses(8)
+
+
+# As in test_layouts: float32, losses of about 4, ten times the 4e-7 by which the order of additions changes them.
+TOLERANCE = 4e-6
+
+TRAINING = {
+    "buckets": (2, Layout(layer_wise=True), {}, 6000),
+    "four replicas": (4, Layout(layer_wise=True), {}, None),
+    "virtual stages": (4, Layout(pp=2, vpp=2, layer_wise=True), {}, None),
+    "tensor, experts whole": (4, Layout(tp=2, etp=1, sp=True, layer_wise=True), MOE, None),
+    "expert parallel": (4, Layout(ep=2, layer_wise=True), MOE, None),
+    "older": (2, Layout(layer_wise=True), {"param_layout": False}, None),
+    "older, experts": (2, Layout(layer_wise=True), {**MOE, "param_layout": False}, None),
+}
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_training_equals_the_plain_run(pool: RankPool, tmp_path: Path, case: str) -> None:
+    world, layout, options, bucket_size = TRAINING[case]
+    model = {key: value for key, value in options.items() if key != "param_layout"}
+    folder = str(tmp_path / "initial")
+    pool.run(harness.save_initial_weights, 1, folder, **model)
+    expected = pool.run(train, 1, Layout(), {**model, "weights": folder})[0]
+    losses = pool.run(train, world, layout, {**options, "weights": folder}, bucket_size)
+    assert all(rank == losses[0] for rank in losses)
+    assert losses[0] == pytest.approx(expected, abs=TOLERANCE)
+    assert expected[-1] < expected[0]
+
+
+def states(run: Run) -> dict[str, torch.Tensor]:
+    """This rank's momentum, by the name of the weight."""
+    names, found = names_of(run), {}
+    for part in (run.optimizer, *run.optimizer.chained_optimizers):
+        for inner in getattr(part, "chained_optimizers", []) or [part]:
+            for param, state in getattr(getattr(inner, "optimizer", None), "state", {}).items():
+                if "momentum_buffer" in state and param in names:
+                    found[names[param]] = state["momentum_buffer"].clone()
+    return found
+
+
+def save_with_upstream_owners(layout: Layout, options: dict[str, Any], folder: str) -> tuple[dict, list[float]]:
+    with upstream_owners():
+        run = harness.start(layout, **options)
+    run.losses(3)
+    saved = states(run)
+    harness.save_run(run, folder)
+    return saved, run.losses(3)
+
+
+def load(layout: Layout, options: dict[str, Any], folder: str) -> tuple[dict, list[float]]:
+    run = harness.start(layout, **options)
+    run.losses(1)  # the state that is loaded must replace what is there
+    harness.load_run(run, folder)
+    return states(run), run.losses(3)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("param_layout", [True, False], ids=["layout", "older"])
+@pytest.mark.parametrize("model", [{}, MOE], ids=["dense", "experts"])
+def test_a_checkpoint_of_other_owners_resumes(
+    pool: RankPool, tmp_path: Path, model: dict[str, Any], param_layout: bool, bf16: bool
+) -> None:
+    """State is saved under names: a run that Megatron-Core's assignment saved goes on, each weight with its momentum.
+
+    The losses are equal to rounding, not to the bit: each rank sums the gradient norm of its own weights.
+    """
+    options = {**THREE_LAYERS, **model, "param_layout": param_layout, "bf16": bf16}
+    folder = str(tmp_path / "checkpoint")
+    saved = pool.run(save_with_upstream_owners, 2, Layout(layer_wise=True), options, folder)
+    loaded = pool.run(load, 2, Layout(layer_wise=True), options, folder)
+    assert saved[0][0].keys() != loaded[0][0].keys(), "weights have changed their owners"
+    before = {**saved[0][0], **saved[1][0]}
+    after = {**loaded[0][0], **loaded[1][0]}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert loaded[0][1] == pytest.approx(saved[0][1], abs=TOLERANCE)
+
+
+@contextlib.contextmanager
+def arguments(**values: Any) -> Iterator[None]:
+    """As in a run of ``megatron.training``."""
+    from megatron.training import global_vars
+
+    before, global_vars._GLOBAL_ARGS = global_vars._GLOBAL_ARGS, SimpleNamespace(**values)
+    try:
+        yield
+    finally:
+        global_vars._GLOBAL_ARGS = before
+
+
+def owners_under(optimizer: str) -> bool:
+    """Runs on a rank: whether DDP's layout is Megatron-Core's own, with this ``--optimizer``."""
+    import megatron_muon
+
+    megatron_muon.install()
+    layout = Layout(layer_wise=True)
+    layout.initialize()
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    upstream = LayerWiseDistributedOptimizer.compute_full_param_layout.__wrapped__  # type: ignore[attr-defined]
+    with arguments(optimizer=optimizer):
+        (chunk,) = harness.wrap(harness.build_model(layout, **THREE_LAYERS), layout)
+    theirs = upstream(list(chunk.parameters()), None, 2, chunk.ddp_config)
+    return all(
+        theirs.layouts[key].param_index_map == ours.param_index_map
+        for key, ours in chunk.full_param_layout.layouts.items()
+    )
+
+
+@pytest.mark.parametrize(("optimizer", "own"), [("muon", False), ("dist_muon", False), ("soap", True)])
+def test_other_optimizers_keep_their_owners(pool: RankPool, optimizer: str, own: bool) -> None:
+    assert pool.run(owners_under, 2, optimizer) == [own, own]
+
+
+def decisions(optimizer: str, checkpoint_format: str) -> bool:
+    """Runs on a rank: whether the older assignment is balanced by cost."""
+    import megatron_muon
+
+    megatron_muon.install()
+    layout = Layout(layer_wise=True)
+    layout.initialize()
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    chunks = harness.wrap(harness.build_model(layout, **THREE_LAYERS, bf16=True), layout, param_layout=False)
+    with arguments(optimizer=optimizer, ckpt_format=checkpoint_format):
+        built = get_megatron_optimizer(harness.optimizer_config(layout, name=optimizer, bf16=True), chunks)
+    return built.owners_by_cost
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "checkpoint_format", "by_cost"),
+    [("muon", "torch_dist", True), ("muon", "torch", False), ("adaptive_muon", "torch_dist", False)],
+)
+def test_when_lists_stay_upstreams(pool: RankPool, optimizer: str, checkpoint_format: str, by_cost: bool) -> None:
+    """Other optimizers', and those of ``--ckpt-format torch``, whose files have no names."""
+    assert pool.run(decisions, 2, optimizer, checkpoint_format) == [by_cost, by_cost]
+
+
+def shared_first() -> tuple[int, int]:
+    """Runs on a rank: owner of a weight that Megatron-Core takes for a shared embedding, and weights in its bucket."""
+    import megatron_muon
+
+    megatron_muon.install()
+    layout = Layout(layer_wise=True)
+    layout.initialize()
+    chunks = harness.build_model(layout, **THREE_LAYERS)
+    params = dict(chunks[0].named_parameters())
+    shared = params["decoder.layers.2.mlp.linear_fc2.weight"]
+    shared.shared_embedding = True  # type: ignore[attr-defined]
+    (chunk,) = harness.wrap(chunks, layout)
+    buffer = next(buffer for buffer in chunk.full_param_layout.layouts.values() if shared in buffer.param_index_map)
+    owners = owners_in(buffer, 2)
+    own_bucket = [
+        param for param, place in buffer.param_index_map.items() if place[2] == buffer.param_index_map[shared][2]
+    ]
+    return owners[shared], len(own_bucket)
+
+
+def test_a_shared_embedding_stays_in_the_first_shard(pool: RankPool) -> None:
+    assert pool.run(shared_first, 2) == [(0, 1), (0, 1)]
+
+
+def lay_out_without_groups() -> str:
+    """Runs on a rank: the message for a divided weight whose group nobody knows."""
+    import megatron_muon
+    from megatron_muon import ConfigError
+
+    megatron_muon.install()
+    layout = Layout(tp=2, layer_wise=True)
+    layout.initialize()
+    chunks = harness.build_model(layout, num_layers=1)
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import layer_wise_optimizer
+
+    layer_wise_optimizer.tag_params_for_buffer_routing(chunks)
+    compute = functools.partial(
+        layer_wise_optimizer.LayerWiseDistributedOptimizer.compute_full_param_layout,
+        list(chunks[0].parameters()),
+        None,
+        2,
+        DistributedDataParallelConfig(),
+    )
+    compute()
+    parallel_state.destroy_model_parallel()
+    try:
+        compute()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_group_that_nobody_knows(pool: RankPool) -> None:
+    for message in pool.run(lay_out_without_groups, 2):
+        assert "divided by tensor parallelism" in message and "pg_collection" in message
+
+
+MODELS = Path(__file__).parents[2] / "examples" / "models"
+
+BUSIEST = {
+    "llama3_8b": (1.0000, 1.1651),
+    "llama3_70b": (1.0129, 1.7029),
+    "nemotron_h_8b": (1.0558, 1.2853),
+    "qwen3_30b_a3b": (1.0247, 1.1592),
+    "qwen3_next_80b_a3b": (1.0242, 1.0493),
+    "deepseek_v3": (3.0837, 3.1267),
+}
+"""Work of the busiest rank, as a multiple of the mean, by cost and by elements, where tensor-parallel ranks share each
+weight's work. In DeepSeek-V3 128 ranks share the dense weights of 4 layers, and one of these is 2.83 times the mean."""
+
+
+@pytest.fixture(scope="module")
+def planner() -> Iterator[ProcessPoolExecutor]:
+    """A process that plans: imports are paid once."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as executor:
+        yield executor
+
+
+def planned(model: str, extra: list[str], by_cost: bool) -> float:
+    """Runs in the planner: what the plan's owners leave to the busiest rank of all stages, over the mean."""
+    import megatron_muon
+    from megatron_muon import cpu
+    from megatron_muon.planning.flags import parse, read_flags
+    from megatron_muon.planning.model import build_stages
+
+    cpu.install()
+    megatron_muon.install()
+    file = read_flags(MODELS / f"{model}.args")
+    world = int(file.plan_options[file.plan_options.index("--world-size") + 1])
+    args, layout, _ = parse([*file.flags, *extra], world)
+    with contextlib.nullcontext() if by_cost else upstream_owners():
+        loads = [load for stage in build_stages(args) for load in loads_of(stage, args, layout)]
+    return max(loads) * len(loads) / sum(loads)
+
+
+def loads_of(stage: Any, args: Any, layout: Any) -> list[int]:
+    """Of each rank of a pipeline stage. They are numbered tensor first, then data; for experts tensor, expert, data."""
+    from megatron.core import parallel_state
+
+    from megatron_muon.config import MuonConfig
+    from megatron_muon.planning.ownership import owners_of_stage
+    from megatron_muon.routing import annotate
+
+    for chunk in stage.chunks:
+        annotate(chunk, MuonConfig())
+    groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_expert_tensor_parallel_group()
+    dense, expert = [0] * layout.data, [0] * layout.expert_data
+    for param, owners in owners_of_stage(stage, args, layout).items():
+        for rank, _ in owners if not _is_nonlinear_or_embedding(param) else ():
+            cost = cost_of_weight(param, shard_of(param, *groups), 5)
+            (dense if getattr(param, "allreduce", True) else expert)[rank] += cost
+    expert_ranks = layout.expert_tensor * layout.expert
+    return [dense[rank // layout.tensor] + expert[rank // expert_ranks] for rank in range(layout.ranks_of_stage)]
+
+
+@pytest.mark.parametrize("model", BUSIEST)
+def test_plans_of_published_models(planner: ProcessPoolExecutor, model: str) -> None:
+    values = tuple(planner.submit(planned, model, [], by_cost).result() for by_cost in (True, False))
+    assert values == pytest.approx(BUSIEST[model], abs=1e-4)
+
+
+def test_plan_of_the_older_assignment(planner: ProcessPoolExecutor) -> None:
+    """Balanced too, but for --ckpt-format torch."""
+    older = ["--no-use-layer-wise-param-layout"]
+    ours = planner.submit(planned, "llama3_8b", older, True).result()
+    theirs = planner.submit(planned, "llama3_8b", older, False).result()
+    assert ours < theirs
+    assert planner.submit(planned, "llama3_8b", [*older, "--ckpt-format", "torch"], True).result() == theirs
+
+
+def test_every_published_model_is_there() -> None:
+    assert {path.stem for path in MODELS.iterdir()} == set(BUSIEST)
