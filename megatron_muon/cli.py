@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("script", metavar="SCRIPT", help="the pretraining script")
     run.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
     run.set_defaults(command=_run)
-    commands.add_parser("bench", help="time the optimizer step against Megatron-Core's own Muon")
+    commands.add_parser("bench", help="measure the optimizer step against those of Megatron-Core and others")
     commands.add_parser("plot", help="plot the losses of recorded runs")
     commands.add_parser(
         "plan", help="tell from a run's flags, without GPUs, who updates what and what the optimizer costs"
@@ -116,9 +116,9 @@ def _prepare(device: str) -> None:
 
 
 def _bench(argv: list[str]) -> None:
-    from megatron_muon import bench
+    from megatron_muon.benchmark import command
 
-    bench.main(argv)
+    command.main(argv)
 
 
 def _plot(argv: list[str]) -> None:

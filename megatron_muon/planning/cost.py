@@ -1,7 +1,7 @@
-"""What a step of Muon costs: floating point operations, bytes of state, bytes exchanged. Pure arithmetic on shapes.
+"""What each rank of a pipeline stage holds and does: bytes of state, the engine's account of a step, active parameters.
 
-A product of an m x k with a k x n matrix counts 2 m n k operations. Collectives are counted by the ring algorithm: with
-t ranks an all-gather of b bytes brings each rank (t - 1) / t b bytes, an all-reduce twice as many.
+Bytes, matrices and active parameters are arithmetic on shapes; what a step does is asked of the engine's plan
+(:mod:`megatron_muon.planning.steps`).
 """
 
 from __future__ import annotations
@@ -10,26 +10,27 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from megatron_muon.engine import MODES
+from megatron_muon.engine import plan as engine
+from megatron_muon.engine.modes import AUTO, MODES, Cost
+from megatron_muon.engine.prediction import Choice
 from megatron_muon.planning.flags import Layout
-from megatron_muon.routing.layout import SCALAR, Block, MatrixLayout
+from megatron_muon.planning.steps import DENSE, EXPERT, Step, StepPlanner
+from megatron_muon.routing.layout import MatrixLayout
 
 __all__ = [
     "RankLoad",
     "Weight",
-    "Work",
     "active_parameters",
     "attention_flops",
+    "choices_of_stage",
     "loads_of_stage",
-    "newton_schulz_flops",
-    "sharded_flops",
+    "refusals_of_stage",
     "state_bytes_per_element",
-    "work_of",
 ]
 
 FLOAT32_BYTES = 4
-"""Momentum and Gram matrices are exchanged in float32."""
 
 Shape = tuple[int, ...]
 
@@ -76,11 +77,6 @@ class Weight:
         return self.numel // self.shards
 
     @property
-    def local_rows(self) -> int:
-        """Rows on one rank."""
-        return self.shape[-2] // (self.shards if self.shard_dim == -2 else 1)
-
-    @property
     def local_shape(self) -> Shape:
         """Shape on one rank."""
         shape = list(self.shape)
@@ -88,98 +84,15 @@ class Weight:
             shape[self.shard_dim] //= self.shards
         return tuple(shape)
 
-
-@dataclass(frozen=True)
-class Work:
-    """What one rank does for one step.
-
-    Attributes:
-        flops: operations in the products of Newton-Schulz.
-        exchanged: bytes that it receives from other tensor-parallel ranks.
-    """
-
-    flops: int = 0
-    exchanged: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.exchanged + other.exchanged)
-
-
-def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
-    """Operations of Newton-Schulz on one matrix that a rank holds whole.
-
-    Each step multiplies X X^T, its square, and that with X: 4 p^2 q + 2 p^3 with p <= q the two sizes.
-    """
-    p, q = sorted((rows, columns))
-    return steps * (4 * p * p * q + 2 * p**3)
-
-
-def sharded_flops(whole: int, divided: int, steps: int) -> int:
-    """Operations of one rank on its shard of a matrix.
-
-    The Gram matrix has the size that is not divided, be it the larger one.
-
-    Args:
-        whole: the size that is not divided.
-        divided: this rank's part of the other.
-        steps: of Newton-Schulz.
-    """
-    return steps * (4 * whole * whole * divided + 2 * whole**3)
-
-
-def work_of(weight: Weight, mode: str, steps: int) -> Work | None:
-    """What each rank that updates ``weight`` does in one step.
-
-    Args:
-        weight: updated by Muon or not.
-        mode: of tensor parallelism, see :mod:`megatron_muon.engine.tensor_parallel`.
-        steps: of Newton-Schulz.
-
-    Returns:
-        None if ``mode`` cannot be: a shard does not hold whole periods of the layout.
-    """
-    layout = weight.layout
-    if layout is None:
-        return Work()
-    alone = weight.shard_dim == -2 and layout.needs_no_exchange(weight.local_rows)
-    if weight.shards == 1 or (mode == "duplicated" and not alone):
-        gathered = (weight.shards - 1) * weight.local_numel * FLOAT32_BYTES
-        return Work(_flops(layout.blocks(weight.shape), steps), gathered)
-    if mode == "blockwise" or alone:
-        if weight.shard_dim == -2 and not layout.fits(weight.local_rows):
+    @cached_property
+    def engine_weight(self) -> engine.Weight | None:
+        """The weight as a rank's engine knows it; None if the scalar optimizer updates it."""
+        if self.layout is None:
             return None
-        return Work(_flops(layout.blocks(weight.local_shape), steps))
-    return _distributed(weight, layout, steps)
-
-
-def _flops(blocks: Iterable[Block], steps: int) -> int:
-    return sum(
-        block.count * newton_schulz_flops(block.rows, block.columns, steps) for block in blocks if block.rule != SCALAR
-    )
-
-
-def _distributed(weight: Weight, layout: MatrixLayout, steps: int) -> Work | None:
-    """Each step sums the Gram matrix over the ranks, and the first the square of the norm."""
-    by_rows = weight.shard_dim == -2
-    if by_rows and not layout.fits(weight.local_rows) and any(section.matrix_rows for section in layout.sections):
-        return None
-    flops, elements = 0, 0
-    for block in layout.blocks(_filled_up(weight, layout)):
-        if block.rule == SCALAR:
-            continue
-        whole, divided = (block.columns, block.rows) if by_rows else (block.rows, block.columns)
-        flops += block.count * sharded_flops(whole, divided, steps)
-        elements += block.count * (steps * whole * whole + 1)
-    return Work(flops, 2 * (weight.shards - 1) / weight.shards * elements * FLOAT32_BYTES)
-
-
-def _filled_up(weight: Weight, layout: MatrixLayout) -> Shape:
-    """The local shape, with the zero rows that fill a shard up to whole periods, on the rank that has most."""
-    if weight.shard_dim == -1:
-        return weight.local_shape
-    rows, period = weight.local_rows, layout.period
-    most = max(-(-(rank + 1) * rows // period) - rank * rows // period for rank in range(weight.shards)) * period
-    return (*weight.local_shape[:-2], most, weight.local_shape[-1])
+        if self.shards == 1:
+            return engine.Weight(self.shape, self.layout)
+        group = EXPERT if self.routed else DENSE
+        return engine.Weight(self.local_shape, self.layout, self.shard_dim, group, self.shards)
 
 
 def state_bytes_per_element(weight: Weight, scalar_optimizer: str) -> int:
@@ -207,56 +120,86 @@ class RankLoad:
     ranks: int
     parameter_bytes: int
     state_bytes: int
-    work: dict[str, Work]
+    work: dict[str, Cost]
 
 
-def loads_of_stage(weights: Sequence[Weight], layout: Layout, scalar_optimizer: str, steps: int) -> list[RankLoad]:
-    """The loads of all ranks of one pipeline stage; ranks whose data-parallel ranks agree are counted together.
+def loads_of_stage(
+    weights: Sequence[Weight], layout: Layout, scalar_optimizer: str, planner: StepPlanner
+) -> list[RankLoad]:
+    """The loads of all ranks of one pipeline stage; ranks whose loads are equal are counted together.
 
     Args:
         weights: of the stage.
         layout: of all ranks.
         scalar_optimizer: ``adam`` or ``lion``.
-        steps: of Newton-Schulz.
+        planner: knows what steps cost.
     """
-    modes = [mode for mode in MODES if all(work_of(weight, mode, steps) is not None for weight in weights)]
-    by_data = _by_data_rank([w for w in weights if not w.by_expert_data], layout.data, modes, scalar_optimizer, steps)
-    by_expert = _by_data_rank(
-        [w for w in weights if w.by_expert_data], layout.expert_data, modes, scalar_optimizer, steps
-    )
+    refused = refusals_of_stage(weights, planner)
+    modes = [mode for mode in MODES if mode not in refused]
+    data = _holdings([w for w in weights if not w.by_expert_data], layout.data, scalar_optimizer, planner)
+    experts = _holdings([w for w in weights if w.by_expert_data], layout.expert_data, scalar_optimizer, planner)
+    found: Counter[tuple[int, tuple[Cost, ...]]] = Counter()
+    for position in map(layout.position, range(layout.ranks_of_stage)):
+        (state, step), (expert_state, expert_step) = data[position.data], experts[position.expert_data]
+        group_ranks = {DENSE: position.tensor, EXPERT: position.expert_tensor}
+        # No group divides weights of both, so that planning them apart changes nothing.
+        work = tuple(step.cost(mode, group_ranks) + expert_step.cost(mode, group_ranks) for mode in modes)
+        found[state + expert_state, work] += 1
     parameter_bytes = sum(weight.local_numel * weight.element_bytes for weight in weights)
-    # Ranks are numbered tensor first, then data; for experts tensor, expert, then data.
-    pairs = Counter(
-        (rank // layout.tensor, rank // (layout.expert_tensor * layout.expert)) for rank in range(layout.ranks_of_stage)
-    )
-    loads = []
-    for (data, expert), ranks in pairs.items():
-        state, work = by_data[data]
-        expert_state, expert_work = by_expert[expert]
-        loads.append(RankLoad(ranks, parameter_bytes, state + expert_state, _sum(work, expert_work)))
-    return loads
+    return [
+        RankLoad(ranks, parameter_bytes, state, dict(zip(modes, work, strict=True)))
+        for (state, work), ranks in found.items()
+    ]
 
 
-def _by_data_rank(
-    weights: Sequence[Weight], ranks: int, modes: Sequence[str], scalar_optimizer: str, steps: int
-) -> list[tuple[int, dict[str, Work]]]:
-    """For each data-parallel rank the bytes of state and the work for the weights that it owns."""
-    state, everywhere_state = [0] * ranks, 0
-    work, everywhere = [dict.fromkeys(modes, Work()) for _ in range(ranks)], dict.fromkeys(modes, Work())
+def refusals_of_stage(weights: Iterable[Weight], planner: StepPlanner) -> dict[str, str]:
+    """The modes in which some weight of the stage cannot be updated, with the engine's message."""
+    return planner.refusals(_engine_weights(weights))
+
+
+def choices_of_stage(weights: Sequence[Weight], layout: Layout, planner: StepPlanner) -> Counter[Choice]:
+    """How many matrices of one pipeline stage mode ``auto`` treats in which way; replicas count once."""
+    total: Counter[Choice] = Counter()
+    for by_expert, ranks, copies in ((False, layout.data, 1), (True, layout.expert_data, layout.expert)):
+        mine = [weight for weight in weights if weight.by_expert_data is by_expert and weight.layout is not None]
+        replicated = all(weight.owners is None for weight in mine)
+        for step in _steps(mine, ranks, planner)[: 1 if replicated else ranks]:
+            for choice, count in step.choices(AUTO).items():
+                total[choice] += count * copies
+    return total
+
+
+def _holdings(
+    weights: Sequence[Weight], ranks: int, scalar_optimizer: str, planner: StepPlanner
+) -> list[tuple[int, Step]]:
+    """For each data-parallel rank the bytes of state and the step of the weights that it owns."""
+    state, everywhere = [0] * ranks, 0
     for weight in weights:
         per_element = state_bytes_per_element(weight, scalar_optimizer)
-        mine = {mode: work_of(weight, mode, steps) or Work() for mode in modes}
         if weight.owners is None:
-            everywhere_state += weight.local_numel * per_element
-            everywhere = _sum(everywhere, mine)
+            everywhere += weight.local_numel * per_element
         for rank, elements in weight.owners or ():
             state[rank] += elements * per_element
-            work[rank] = _sum(work[rank], mine)
-    return [(state[rank] + everywhere_state, _sum(work[rank], everywhere)) for rank in range(ranks)]
+    steps = _steps(weights, ranks, planner)
+    return [(state[rank] + everywhere, steps[rank]) for rank in range(ranks)]
 
 
-def _sum(one: dict[str, Work], other: dict[str, Work]) -> dict[str, Work]:
-    return {mode: one[mode] + other[mode] for mode in one}
+def _steps(weights: Iterable[Weight], ranks: int, planner: StepPlanner) -> list[Step]:
+    """What each data-parallel rank does."""
+    everywhere: list[Weight] = []
+    owned: list[list[Weight]] = [[] for _ in range(ranks)]
+    for weight in weights:
+        if weight.owners is None:
+            everywhere.append(weight)
+        for rank, _ in weight.owners or ():
+            owned[rank].append(weight)
+    replicated = planner.step(_engine_weights(everywhere))
+    return [planner.step(_engine_weights([*everywhere, *mine])) if mine else replicated for mine in owned]
+
+
+def _engine_weights(weights: Iterable[Weight]) -> list[engine.Weight]:
+    found = (weight.engine_weight for weight in weights)
+    return [weight for weight in found if weight is not None]
 
 
 def active_parameters(weights: Iterable[Weight], share_of_experts: float, output_uses: int) -> float:

@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine import MODES
+from megatron_muon.engine.prediction import Choice
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.planning.cost import RankLoad
 from megatron_muon.planning.survey import Plan
 from megatron_muon.routing.layout import ORTHOGONALIZE, SCALAR, Block
 from megatron_muon.routing.report import Route
 
-__all__ = ["by_optimizer", "bytes_in", "flops_in", "optimizer_share", "over_ranks", "possible_modes", "to_document"]
+__all__ = ["by_optimizer", "bytes_in", "collectives_in", "dtype_name", "flops_in", "optimizer_share", "over_ranks"]
+__all__ += ["possible_modes", "to_document"]
 
 
 def to_document(plan: Plan) -> dict[str, Any]:
@@ -37,7 +41,10 @@ def to_document(plan: Plan) -> dict[str, Any]:
             for stage in plan.stages
         ],
         "all_ranks": _figures(plan.loads, plan.options.tp_mode),
+        "newton_schulz": _iteration(plan),
         "tensor_parallel_modes": {mode: _mode(plan, mode) for mode in MODES},
+        "modes_not_possible": plan.refusals,
+        "auto": [_choice(choice, count) for choice, count in sorted(plan.choices.items())],
         "step": {
             "tokens": plan.step.tokens,
             "active_parameters": plan.step.active_parameters,
@@ -72,13 +79,18 @@ def flops_in(mode: str) -> Callable[[RankLoad], float]:
 
 
 def bytes_in(mode: str) -> Callable[[RankLoad], float]:
-    """Bytes that a rank receives in a tensor-parallel mode, for :func:`over_ranks`."""
-    return lambda load: load.work[mode].exchanged
+    """Bytes that a rank sends to others in a tensor-parallel mode, for :func:`over_ranks`."""
+    return lambda load: load.work[mode].bytes
+
+
+def collectives_in(mode: str) -> Callable[[RankLoad], float]:
+    """Collective operations of a rank in a tensor-parallel mode, for :func:`over_ranks`."""
+    return lambda load: load.work[mode].collectives
 
 
 def possible_modes(plan: Plan) -> list[str]:
     """The tensor-parallel modes that every stage can be updated in."""
-    return [mode for mode in MODES if all(mode in load.work for load in plan.loads)]
+    return [mode for mode in MODES if mode not in plan.refusals]
 
 
 def optimizer_share(plan: Plan, mode: str) -> float:
@@ -105,8 +117,29 @@ def _mode(plan: Plan, mode: str) -> dict[str, Any] | None:
     return {
         "newton_schulz_flops": over_ranks(plan.loads, flops_in(mode)),
         "exchanged_bytes": over_ranks(plan.loads, bytes_in(mode)),
+        "collectives": over_ranks(plan.loads, collectives_in(mode)),
         "optimizer_share": optimizer_share(plan, mode),
     }
+
+
+def _iteration(plan: Plan) -> dict[str, Any]:
+    precision = plan.planner.precision
+    restarts = plan.planner.orthogonalizer.restarts
+    return {
+        "dtype": dtype_name(precision.iteration),
+        "gram_restarts": None if restarts is None else list(restarts),
+        "wire_dtype": dtype_name(precision.wire),
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _choice(choice: Choice, count: int) -> dict[str, Any]:
+    mode, rows, columns = choice
+    return {"mode": mode, "rows": rows, "columns": columns, "matrices": count}
 
 
 def _class(route: Route, count: int, options: MuonConfig) -> dict[str, Any]:

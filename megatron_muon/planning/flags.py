@@ -18,7 +18,7 @@ from typing import NoReturn
 from megatron_muon.cpu.settings import REFUSALS, Refusal
 from megatron_muon.errors import ConfigError
 
-__all__ = ["FlagFile", "Layout", "as_config_error", "parse", "read_flags"]
+__all__ = ["FlagFile", "Layout", "Position", "as_config_error", "parse", "read_flags"]
 
 PLAN_PREFIX = "# plan:"
 """Begins a comment of a flag file that holds options of the plan: training ignores them."""
@@ -71,6 +71,32 @@ class Layout:
     def expert_data(self) -> int:
         """Replicas of an expert's weight."""
         return self.ranks_of_stage // (self.expert_tensor * self.expert)
+
+    def position(self, rank: int) -> Position:
+        """Of a rank in its pipeline stage: numbered tensor first, then data; for experts tensor, expert, then data."""
+        return Position(
+            rank % self.tensor,
+            rank // self.tensor,
+            rank % self.expert_tensor,
+            rank // (self.expert_tensor * self.expert),
+        )
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank of a pipeline stage stands, from 0.
+
+    Attributes:
+        tensor: in the tensor-parallel group.
+        data: among the replicas of dense weights.
+        expert_tensor: in the tensor-parallel group of experts.
+        expert_data: among the replicas of an expert's weights.
+    """
+
+    tensor: int
+    data: int
+    expert_tensor: int
+    expert_data: int
 
 
 def read_flags(path: str | Path) -> FlagFile:

@@ -1,4 +1,7 @@
-"""Which data-parallel rank holds the optimizer state of which weight, by Megatron-Core's own assignment."""
+"""Which data-parallel rank holds the optimizer state of which weight.
+
+Megatron-Core's own assignment, through the hooks of a run (:mod:`megatron_muon.plugin.layer_wise`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 
 from megatron_muon.planning.flags import Layout
 from megatron_muon.planning.model import Stage
+from megatron_muon.plugin.layer_wise import balanced_together, keeps_upstream_lists
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
 __all__ = ["Owners", "owners_of_stage"]
@@ -30,10 +34,15 @@ def owners_of_stage(stage: Stage, args: argparse.Namespace, layout: Layout) -> d
     if not args.use_layer_wise_distributed_optimizer or layout.data == 1:
         return {}
     if not args.use_layer_wise_param_layout:
-        return _alternating(stage.chunks, layout)
+        return _by_lists(stage.chunks, args, layout)
+    with balanced_together(len(stage.chunks)):
+        layouts = [
+            _buffers(chunk, _bucket_size(stage, number, args, layout), args, layout)
+            for number, chunk in enumerate(stage.chunks)
+        ]
     owners: dict[torch.Tensor, Owners] = {}
-    for number, chunk in enumerate(stage.chunks):
-        owners.update(_by_buffers(chunk, _bucket_size(stage, number, args, layout), args, layout))
+    for buffers in layouts:
+        owners.update(_owners_in(buffers))
     return owners
 
 
@@ -49,10 +58,8 @@ def _bucket_size(stage: Stage, chunk: int, args: argparse.Namespace, layout: Lay
     return resolve_ddp_bucket_size(ddp_config, group, ddp_config.overlap_grad_reduce, elements)
 
 
-def _by_buffers(
-    chunk: torch.nn.Module, bucket_size: int | None, args: argparse.Namespace, layout: Layout
-) -> dict[torch.Tensor, Owners]:
-    """Muon's weights have one owner each; those of the scalar optimizer are cut with their buffer."""
+def _buffers(chunk: torch.nn.Module, bucket_size: int | None, args: argparse.Namespace, layout: Layout) -> Any:
+    """Megatron's ``FullParamLayout``: where in which buffer each weight of the chunk lies."""
     from megatron.core.optimizer.layer_wise_optimizer import (
         LayerWiseDistributedOptimizer,
         tag_params_for_buffer_routing,
@@ -60,13 +67,17 @@ def _by_buffers(
     from megatron.training.training import get_megatron_ddp_config
 
     tag_params_for_buffer_routing([chunk])
-    buffers = LayerWiseDistributedOptimizer.compute_full_param_layout(
+    return LayerWiseDistributedOptimizer.compute_full_param_layout(
         [param for param in chunk.parameters() if param.requires_grad],
         bucket_size,
         layout.data,
         get_megatron_ddp_config(args),
         expert_data_parallel_world_size=layout.expert_data,
     )
+
+
+def _owners_in(buffers: Any) -> dict[torch.Tensor, Owners]:
+    """Muon's weights have one owner each; those of the scalar optimizer are cut with their buffer."""
     owners: dict[torch.Tensor, Owners] = {}
     for buffer in buffers.layouts.values():
         for param, (start, end, bucket) in buffer.param_index_map.items():
@@ -84,12 +95,15 @@ def _pieces(start: int, end: int, shard: int) -> Owners:
     )
 
 
-def _alternating(chunks: Sequence[torch.nn.Module], layout: Layout) -> dict[torch.Tensor, Owners]:
-    """The older assignment (``--no-use-layer-wise-param-layout``): whole weights, Adam's too, by size."""
+def _by_lists(
+    chunks: Sequence[torch.nn.Module], args: argparse.Namespace, layout: Layout
+) -> dict[torch.Tensor, Owners]:
+    """The older assignment (``--no-use-layer-wise-param-layout``): whole weights, Adam's too."""
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
-    # Its method reads these two groups for the rank in them, and leaves the lists of all ranks.
-    optimizer = SimpleNamespace(dp_cp=None, expt_dp=None)
+    # Its method reads the groups for the rank in them, and leaves the lists of all ranks.
+    by_cost = not keeps_upstream_lists(args)
+    optimizer = SimpleNamespace(dp_cp=None, expt_dp=None, pg_collection=None, owners_by_cost=by_cost)
     groups = SimpleNamespace(param_groups=list(_param_groups(chunks)))
     LayerWiseDistributedOptimizer._shard_params_ping_pong(optimizer, [groups], layout.data, layout.expert_data)
     owners: dict[torch.Tensor, Owners] = {}

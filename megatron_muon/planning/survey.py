@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,21 @@ from typing import Any
 import torch
 
 from megatron_muon.config import MuonConfig
+from megatron_muon.engine.prediction import Choice
 from megatron_muon.errors import ConfigError
-from megatron_muon.planning.cost import RankLoad, Weight, active_parameters, attention_flops, loads_of_stage
+from megatron_muon.planning.cost import (
+    RankLoad,
+    Weight,
+    active_parameters,
+    attention_flops,
+    choices_of_stage,
+    loads_of_stage,
+    refusals_of_stage,
+)
 from megatron_muon.planning.flags import Layout, as_config_error, parse
 from megatron_muon.planning.model import Stage, build_stages
 from megatron_muon.planning.ownership import Owners, owners_of_stage
+from megatron_muon.planning.steps import StepPlanner
 from megatron_muon.routing import annotate, global_names
 from megatron_muon.routing.layout import layout_of
 from megatron_muon.routing.partition import refuse_unmatched
@@ -35,11 +46,13 @@ class StagePlan:
         number: of the stage, from 0.
         parameters: on one rank.
         loads: of its ranks.
+        choices: how many of its matrices mode ``auto`` treats in which way.
     """
 
     number: int
     parameters: int
     loads: list[RankLoad]
+    choices: Counter[Choice]
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,8 @@ class Plan:
         routes: of every weight of the whole model, experts of all ranks included, replicas left out.
         mtp_routes: likewise of the layers for multi-token prediction, which count apart.
         stages: the pipeline stages.
+        planner: has planned the steps of all ranks.
+        refusals: modes of tensor parallelism in which the model cannot be updated, with the reasons.
         step: the estimate of a training step.
         left_out: settings of the command line that do not enter the plan.
         notes: what the reader should know about the numbers.
@@ -79,6 +94,8 @@ class Plan:
     routes: list[Route]
     mtp_routes: list[Route]
     stages: list[StagePlan]
+    planner: StepPlanner
+    refusals: dict[str, str]
     step: StepEstimate
     left_out: list[str]
     notes: list[str]
@@ -92,6 +109,14 @@ class Plan:
     def loads(self) -> list[RankLoad]:
         """Of all ranks."""
         return [load for stage in self.stages for load in stage.loads]
+
+    @property
+    def choices(self) -> Counter[Choice]:
+        """How many matrices of the whole model mode ``auto`` treats in which way."""
+        total: Counter[Choice] = Counter()
+        for stage in self.stages:
+            total.update(stage.choices)
+        return total
 
 
 def make_plan(flags: Sequence[str], world: int | None = None, tokens: int | None = None) -> Plan:
@@ -126,6 +151,8 @@ class _Survey:
         self.routes: list[Route] = []
         self.weights: list[Weight] = []
         self.stages: list[StagePlan] = []
+        self.planner = StepPlanner(options)
+        self.refusals: dict[str, str] = {}
         self.mtp_routes: list[Route] = []
         self.attention_flops = 0
         self.has_shared_embedding = False
@@ -137,6 +164,8 @@ class _Survey:
                 matched |= annotate(chunk, self.options)
             self._add(stage)
         refuse_unmatched(self.options, matched)
+        if self.options.tp_mode in self.refusals:
+            raise ConfigError(self.refusals[self.options.tp_mode])
         args = self.args
         return Plan(
             self.layout,
@@ -145,6 +174,8 @@ class _Survey:
             self.routes,
             self.mtp_routes,
             self.stages,
+            self.planner,
+            self.refusals,
             self._step(args.global_batch_size * args.seq_length if tokens is None else tokens),
             self.left_out,
             self._notes(),
@@ -161,9 +192,10 @@ class _Survey:
                     weights.append(weight)
                     self._count(weight, route)
         self.weights += weights
-        steps = self.options.num_ns_steps
-        loads = loads_of_stage(weights, self.layout, self.options.scalar_optimizer, steps)
-        self.stages.append(StagePlan(stage.number, sum(weight.local_numel for weight in weights), loads))
+        self.refusals = {**refusals_of_stage(weights, self.planner), **self.refusals}
+        loads = loads_of_stage(weights, self.layout, self.options.scalar_optimizer, self.planner)
+        choices = choices_of_stage(weights, self.layout, self.planner)
+        self.stages.append(StagePlan(stage.number, sum(weight.local_numel for weight in weights), loads, choices))
 
     def _count(self, weight: Weight, route: Route) -> None:
         if not weight.replica:

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 from megatron_muon.config import flag
 from megatron_muon.engine import MODES
-from megatron_muon.planning.document import bytes_in, flops_in, optimizer_share, over_ranks, possible_modes
+from megatron_muon.engine.modes import LOCAL
+from megatron_muon.planning.document import (
+    bytes_in,
+    collectives_in,
+    dtype_name,
+    flops_in,
+    optimizer_share,
+    over_ranks,
+    possible_modes,
+)
 from megatron_muon.planning.survey import Plan
 from megatron_muon.routing import report
 
@@ -102,28 +111,59 @@ def _balance(plan: Plan) -> str:
 
 
 def _modes(plan: Plan) -> list[str]:
-    """One line for each mode of tensor parallelism."""
+    """One line for each mode of tensor parallelism, and what ``auto`` chose."""
     if plan.layout.tensor == plan.layout.expert_tensor == 1:
         return ["No tensor parallelism: every matrix is whole on its ranks, and nothing is exchanged for it."]
-    rows = []
-    for mode in MODES:
-        name = f"{mode} (chosen)" if mode == plan.options.tp_mode else mode
-        if mode not in possible_modes(plan):
-            rows.append((name, "not possible: a shard does not hold whole matrices", "", "", ""))
-            continue
-        flops = over_ranks(plan.loads, flops_in(mode))
-        received = over_ranks(plan.loads, bytes_in(mode))["max"]
-        rows.append(
-            (name, _tera(flops["mean"]), _tera(flops["max"]), _gib(received), f"{optimizer_share(plan, mode):.2%}")
-        )
+    rows = [_mode(plan, mode) for mode in MODES]
     header = (
         flag("tp_mode"),
         "Newton-Schulz, mean",
         "greatest",
-        "received from tensor-parallel ranks",
+        "sent to tensor-parallel ranks, mean",
+        "greatest",
+        "collectives",
         "share of a step",
     )
-    return [*_table(header, rows), "blockwise is another optimizer: each shard counts as a matrix of its own."]
+    lines = _table(header, rows)
+    precision = plan.planner.precision
+    return [
+        *lines,
+        *plan.refusals.values(),
+        "blockwise is another optimizer: each shard counts as a matrix of its own.",
+        "",
+        *_table(("auto", "matrices", "which"), _choices(plan)),
+        f"For an accelerator with NVLink; Newton-Schulz in {dtype_name(precision.iteration)}, matrices sent in "
+        f"{dtype_name(precision.wire)}.",
+    ]
+
+
+def _mode(plan: Plan, mode: str) -> tuple[str, ...]:
+    name = f"{mode} (chosen)" if mode == plan.options.tp_mode else mode
+    if mode not in possible_modes(plan):
+        return (name, "not possible, see below", "", "", "", "", "")
+    flops, sent = over_ranks(plan.loads, flops_in(mode)), over_ranks(plan.loads, bytes_in(mode))
+    collectives = over_ranks(plan.loads, collectives_in(mode))["max"]
+    return (
+        name,
+        _tera(flops["mean"]),
+        _tera(flops["max"]),
+        _gib(sent["mean"]),
+        _gib(sent["max"]),
+        f"{collectives:.0f}",
+        f"{optimizer_share(plan, mode):.2%}",
+    )
+
+
+def _choices(plan: Plan) -> list[tuple[str, ...]]:
+    """What ``auto`` does with the matrices of the whole model: a line for each mode that it uses."""
+    lines: list[tuple[str, ...]] = []
+    for mode in (*MODES, LOCAL):
+        found = [(count, rows, columns) for (its, rows, columns), count in plan.choices.items() if its == mode]
+        if found:
+            shapes = ", ".join(f"{count:,} of {rows} x {columns}" for count, rows, columns in sorted(found)[::-1])
+            name = "whole on a rank" if mode == LOCAL else mode
+            lines.append((name, f"{sum(count for count, *_ in found):,}", shapes))
+    return lines
 
 
 def _step(plan: Plan) -> list[str]:

@@ -10,17 +10,22 @@ import os
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_muon import Muon
+from megatron_muon.engine import MODES
+from megatron_muon.engine.modes import Machine
 from megatron_muon.planning.flags import read_flags
 from tests.megatron import harness
 from tests.megatron.harness import Layout
@@ -121,8 +126,27 @@ def check_consistency(document: dict[str, Any]) -> None:
             assert all(block["scale_factor"] > 0 for block in entry["blocks"] if block["rule"] == "orthogonalize")
         else:
             assert entry["reason"] and not entry["blocks"] and entry["rule"] == "scalar"
+    assert matrices_of_choices(document) == matrices_of_classes(document)
     assert document["all_ranks"]["ranks"] == document["layout"]["world"]
     assert 0 < document["step"]["optimizer_share"] < 1
+
+
+def matrices_of_classes(document: dict[str, Any]) -> dict[tuple[int, int], int]:
+    """How many matrices of each shape the table has, multi-token prediction included."""
+    found: Counter[tuple[int, int]] = Counter()
+    for entry in document["classes"]:
+        for block in entry["blocks"]:
+            if block["rule"] == "orthogonalize":
+                found[block["rows"], block["columns"]] += entry["count"] * block["count"]
+    return found
+
+
+def matrices_of_choices(document: dict[str, Any]) -> dict[tuple[int, int], int]:
+    """The same of what mode auto treats in any way."""
+    found: Counter[tuple[int, int]] = Counter()
+    for choice in document["auto"]:
+        found[choice["rows"], choice["columns"]] += choice["matrices"]
+    return found
 
 
 def test_hybrid_is_routed_as_documented(published: Callable[[str], Outcome]) -> None:
@@ -240,6 +264,11 @@ def failure_of(arguments: list[str]) -> tuple[Any, str]:
         ("--model {own} --num-layers 2", ["--model", "--model-size 3"]),
         ("--optimizer muon --num-layers 2", ["assert", "args.micro_batch_size"]),
         ("{tiny} --global-batch-size 3 --world-size 2", ["global_batch_size (3)"]),
+        (
+            "{tiny} --tensor-model-parallel-size 4 --muon-tp-mode blockwise",
+            ["--muon-tp-mode blockwise", "16 rows on each"],
+        ),
+        ("{tiny} --muon-tp-mode gram --muon-ns-dtype fp16 --muon-coefficient-type aol", ["Use --muon-ns-dtype"]),
     ],
 )
 def test_errors_name_the_flag(
@@ -309,10 +338,35 @@ def test_a_shared_embedding_counts_once(planner: ProcessPoolExecutor) -> None:
 
 
 def test_modes_that_cannot_be(planner: ProcessPoolExecutor) -> None:
-    """Two query groups on four ranks: a shard does not hold a group."""
-    modes = planner.submit(document_of, [*TINY, *GROUPS, "--tensor-model-parallel-size", "4"], 4).result()
-    assert modes["tensor_parallel_modes"]["blockwise"] is None
-    assert modes["tensor_parallel_modes"]["duplicated"]["newton_schulz_flops"]["max"] > 0
+    """Two query groups on four ranks: a shard does not hold a group. In bfloat16, Gram is not accurate."""
+    flags = [*TINY, *GROUPS, "--tensor-model-parallel-size", "4"]
+    document = planner.submit(document_of, flags, 4).result()
+    modes, reasons = document["tensor_parallel_modes"], document["modes_not_possible"]
+    assert {mode for mode in modes if modes[mode] is None} == set(reasons) == {"blockwise", "gram"}
+    assert "does not hold whole sections" in reasons["blockwise"] and "--muon-ns-dtype" in reasons["gram"]
+    assert modes["duplicated"]["newton_schulz_flops"]["max"] > 0
+    lines = planner.submit(text_of, flags, 4).result().splitlines()
+    assert all(reason in lines for reason in reasons.values())
+    exact = planner.submit(document_of, [*flags, "--muon-ns-dtype", "fp32"], 4).result()
+    assert set(exact["modes_not_possible"]) == {"blockwise"}
+
+
+def test_modes_of_large_matrices(planner: ProcessPoolExecutor) -> None:
+    """A mode's figures are those of a plan that has chosen it; auto is a mix."""
+    flags = [*read_flags(MODELS / "llama3_8b.args").flags, "--num-layers", "4"]
+    auto = planner.submit(document_of, flags, 2).result()
+    assert auto["all_ranks"]["newton_schulz_flops"] == auto["tensor_parallel_modes"]["auto"]["newton_schulz_flops"]
+    assert auto["newton_schulz"] == {"dtype": "bfloat16", "gram_restarts": None, "wire_dtype": "bfloat16"}
+    for mode in ("owner", "distributed", "blockwise"):
+        chosen = planner.submit(document_of, [*flags, "--muon-tp-mode", mode], 2).result()
+        for name in ("tensor_parallel_modes", "auto"):
+            assert chosen[name] == auto[name]
+        busiest = chosen["all_ranks"]["newton_schulz_flops"]
+        assert busiest == auto["tensor_parallel_modes"][mode]["newton_schulz_flops"]
+    text = planner.submit(text_of, flags, 2).result()
+    for choice in auto["auto"]:
+        assert f"{choice['matrices']:,} of {choice['rows']} x {choice['columns']}" in text
+    assert "auto (chosen)" in text and "Newton-Schulz in bfloat16, matrices sent in bfloat16" in text
 
 
 SMALL = shlex.split("""
@@ -355,17 +409,56 @@ def install() -> None:
     megatron_muon.install()
 
 
-def measured(layout: Layout, bf16: bool, options: dict[str, Any]) -> tuple[int, int, int]:
-    """Runs on a rank: bytes of parameters, bytes of optimizer state, and operations of one real step."""
-    run = harness.start(layout, bf16=bf16, **options)
-    run.losses(1)
+@dataclass
+class Measured:
+    """Of one rank.
+
+    Attributes:
+        parameter_bytes: of its weights.
+        state_bytes: of its optimizer state.
+        flops: of one real step, by torch's count.
+        counted_flops: by the engines' counters.
+        bytes: sent to other ranks, likewise.
+        collectives: likewise.
+    """
+
+    parameter_bytes: int
+    state_bytes: int
+    flops: int
+    counted_flops: int
+    bytes: float
+    collectives: int
+
+
+def measured(layout: Layout, bf16: bool, options: dict[str, Any]) -> Measured:
+    """Runs on a rank: what it holds, and what it does in one real step."""
+    # A plan is for an accelerator: mode auto must weigh operations and bytes by its rates here too.
+    with mock.patch.object(Machine, "of", return_value=Machine.of("cuda")):
+        run = harness.start(layout, bf16=bf16, **options)
+        run.losses(1)
     for chunk in run.chunks:
         for param in chunk.parameters():
             param.main_grad = torch.ones_like(param, dtype=torch.float32)
+    engines = [engine for muon in muons(run.optimizer) if (engine := muon.prepare()) is not None]
+    for engine in engines:
+        engine.counters.reset()
     with FlopCounterMode(display=False) as counter:
         run.optimizer.step()
-    parameters = sum(param.numel() * param.element_size() for chunk in run.chunks for param in chunk.parameters())
-    return parameters, state_bytes(run.optimizer, bf16), counter.get_total_flops()
+    return Measured(
+        sum(param.numel() * param.element_size() for chunk in run.chunks for param in chunk.parameters()),
+        state_bytes(run.optimizer, bf16),
+        counter.get_total_flops(),
+        sum(engine.counters.flops for engine in engines),
+        sum(engine.counters.bytes for engine in engines),
+        sum(engine.counters.collectives for engine in engines),
+    )
+
+
+def muons(optimizer: Any) -> list[Muon]:
+    """All instances in an optimizer of Megatron's."""
+    if hasattr(optimizer, "chained_optimizers"):
+        return [muon for part in optimizer.chained_optimizers for muon in muons(part)]
+    return [optimizer.optimizer] if isinstance(optimizer.optimizer, Muon) else []
 
 
 def state_bytes(optimizer: Any, main_copies: bool) -> int:
@@ -380,21 +473,17 @@ def state_bytes(optimizer: Any, main_copies: bool) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def in_mode(mode: str, ranks: int) -> tuple[list[str], dict[str, Any]]:
+    """Flags of the plan, and options of the run, for a mode of tensor parallelism; in float32, which all modes do."""
+    flags = ["--tensor-model-parallel-size", str(ranks), "--muon-tp-mode", mode]
+    return flags, {"optimizer": {"muon_tp_mode": mode, "muon_fp32_matmul_prec": "highest"}}
+
+
 CASES = {
     "plain": (Layout(), 1, [], {}),
-    "tensor duplicated": (Layout(tp=2), 2, ["--tensor-model-parallel-size", "2"], {}),
-    "tensor distributed": (
-        Layout(tp=2),
-        2,
-        ["--tensor-model-parallel-size", "2", "--muon-tp-mode", "distributed"],
-        {"optimizer": {"muon_tp_mode": "distributed"}},
-    ),
-    "tensor blockwise": (
-        Layout(tp=2),
-        2,
-        ["--tensor-model-parallel-size", "2", "--muon-tp-mode", "blockwise"],
-        {"optimizer": {"muon_tp_mode": "blockwise"}},
-    ),
+    **{f"tensor {mode}": (Layout(tp=2), 2, *in_mode(mode, 2)) for mode in MODES},
+    "four tensor-parallel ranks": (Layout(tp=4), 4, ["--tensor-model-parallel-size", "4"], {}),
+    "cut query groups, owner": (Layout(tp=4), 4, *in_mode("owner", 4)),
     "pipeline": (Layout(pp=2), 2, ["--pipeline-model-parallel-size", "2"], {}),
     "layer-wise": (Layout(layer_wise=True), 2, ["--use-distributed-optimizer"], {}),
     "layer-wise, four replicas": (Layout(layer_wise=True), 4, ["--use-distributed-optimizer"], {}),
@@ -446,11 +535,23 @@ CASES = {
 def test_plan_is_what_ranks_do(pool: RankPool, planner: ProcessPoolExecutor, case: str, bf16: bool) -> None:
     """Bytes and operations of every rank's real optimizer have the mean and the maximum that the plan tells."""
     layout, world, flags, options = CASES[case]
+    # Newton-Schulz in bfloat16 for models in bfloat16, unless the case says otherwise.
+    muon = {"muon_fp32_matmul_prec": "medium" if bf16 else "highest", **options.get("optimizer", {})}
+    options, precision = {**options, "optimizer": muon}, muon["muon_fp32_matmul_prec"]
     groups = [] if flags[-len(LATENT) :] == LATENT else GROUPS
-    flags = [*TINY, *groups, *flags, *(["--bf16"] if bf16 else [])]
-    figures = planner.submit(document_of, flags, world).result()["all_ranks"]
+    flags = [*TINY, *groups, *flags, "--muon-fp32-matmul-prec", precision, *(["--bf16"] if bf16 else [])]
+    document = planner.submit(document_of, flags, world).result()
+    figures, mode = document["all_ranks"], muon.get("muon_tp_mode", "auto")
+    in_mode = document["tensor_parallel_modes"][mode]
     ranks = pool.run(measured, world, layout, bf16, options)
-    for number, name in enumerate(("parameter_bytes", "optimizer_state_bytes", "newton_schulz_flops")):
-        values = [rank[number] for rank in ranks]
-        assert max(values) == figures[name]["max"], name
-        assert sum(values) / world == pytest.approx(figures[name]["mean"], rel=1e-12), name
+    for name, planned in {
+        "parameter_bytes": figures["parameter_bytes"],
+        "state_bytes": figures["optimizer_state_bytes"],
+        "counted_flops": figures["newton_schulz_flops"],
+        "bytes": in_mode["exchanged_bytes"],
+        "collectives": in_mode["collectives"],
+        "flops": in_mode["newton_schulz_flops"],
+    }.items():
+        values = [getattr(rank, name) for rank in ranks]
+        assert max(values) == planned["max"], name
+        assert sum(values) / world == pytest.approx(planned["mean"], rel=1e-12), name

@@ -1,111 +1,199 @@
-"""The arithmetic of the plan, against numbers worked out by hand."""
+"""What the plan says of a rank's memory and step, against numbers worked out by hand."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_muon.orthogonalize.coefficients import coefficients
-from megatron_muon.orthogonalize.newton_schulz import newton_schulz
+from megatron_muon import Muon, MuonConfig
+from megatron_muon.engine.modes import MODES, Cost
+from megatron_muon.optimizers.precision import Precision, precision_of
 from megatron_muon.planning.cost import (
+    RankLoad,
     Weight,
-    Work,
     active_parameters,
     attention_flops,
+    choices_of_stage,
     loads_of_stage,
-    newton_schulz_flops,
-    sharded_flops,
+    refusals_of_stage,
     state_bytes_per_element,
-    work_of,
 )
-from megatron_muon.planning.flags import Layout
+from megatron_muon.planning.flags import Layout, Position
 from megatron_muon.planning.ownership import _pieces
+from megatron_muon.planning.steps import StepPlanner
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 
 QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
 PER_HEAD = MatrixLayout("qkv", (Section("q", 4, matrix_rows=2), Section("k", 2, matrix_rows=2)))
 GATED = MatrixLayout("gdn", (Section("q", 4), Section("beta", 1, SCALAR)))
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
-def counted(rows: int, columns: int, steps: int, shard_dim: int | None = None) -> int:
-    """Operations that torch counts while Newton-Schulz runs."""
-    reduce = None if shard_dim is None else (lambda partial: partial)
-    with FlopCounterMode(display=False) as counter:
-        x = torch.ones(rows, columns)
-        newton_schulz(x, coefficients("quintic", steps), shard_dim=shard_dim, reduce=reduce)
-    return counter.get_total_flops()
+def layout_of(world: int, tensor: int = 1, expert: int = 1, expert_tensor: int | None = None) -> Layout:
+    return Layout(world, tensor, expert_tensor or tensor, pipeline=1, context=1, expert=expert)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(6, 10), (10, 6), (4, 4)])
-def test_newton_schulz_is_what_runs(rows: int, columns: int) -> None:
-    assert newton_schulz_flops(rows, columns, 3) == counted(rows, columns, 3)
+def loads_of(weights: list[Weight], layout: Layout, **options: object) -> list[RankLoad]:
+    return loads_of_stage(weights, layout, "adam", StepPlanner(MuonConfig(**options)))
 
 
-def test_newton_schulz_by_hand() -> None:
-    """2 steps on 3 x 5: 2 * (4 * 9 * 5 + 2 * 27)."""
-    assert newton_schulz_flops(3, 5, 2) == newton_schulz_flops(5, 3, 2) == 2 * (180 + 54)
+def work_of(weight: Weight, mode: str, **options: object) -> list[Cost]:
+    """Of each tensor-parallel rank (those that do the same count once)."""
+    loads = loads_of([weight], layout_of(weight.shards, weight.shards), **options)
+    return list(dict.fromkeys(load.work[mode] for load in loads))
 
 
-@pytest.mark.parametrize(("rows", "columns", "shard_dim"), [(3, 10, -2), (10, 3, -2), (3, 10, -1), (10, 3, -1)])
-def test_a_shard_contracts_along_the_divided_dimension(rows: int, columns: int, shard_dim: int) -> None:
-    whole, divided = (columns, rows) if shard_dim == -2 else (rows, columns)
-    assert sharded_flops(whole, divided, 3) == counted(rows, columns, 3, shard_dim)
+def standard(rows: int, columns: int) -> int:
+    """Operations of five standard steps: X X^T, its square, and that with X."""
+    p, q = sorted((rows, columns))
+    return 5 * (2 * p * p * q + 2 * p**3 + 2 * p * p * q)
 
 
-def test_duplicated_gathers_the_momentum_in_float32() -> None:
-    """8 x 6 on 4 ranks: each receives 3 shards of 12 elements and does the work of the whole matrix."""
+def test_a_whole_matrix() -> None:
+    """In bfloat16, the default, the iteration is the standard one, in every mode."""
+    for mode in set(MODES) - {"gram"}:
+        assert work_of(Weight("w", (3, 5), WHOLE), mode) == [Cost(standard(3, 5), 0, 0)]
+
+
+def test_duplicated_gathers_in_16_bits() -> None:
+    """8 x 6 on 4 ranks: each sends its 12 elements to 3 others and does the work of the whole matrix."""
     weight = Weight("w", (8, 6), WHOLE, shards=4, shard_dim=-2)
-    assert work_of(weight, "duplicated", 5) == Work(newton_schulz_flops(8, 6, 5), 3 * 12 * 4)
+    assert work_of(weight, "duplicated") == [Cost(standard(8, 6), 3 * 12 * 2, 1)]
+    assert work_of(weight, "duplicated", tp_wire_dtype="fp32") == [Cost(standard(8, 6), 3 * 12 * 4, 1)]
+
+
+def test_an_owner_and_the_others() -> None:
+    """8 x 6 on 4 ranks: three send their 12 elements; the owner does the work, and sends 3 x 12 back."""
+    loads = loads_of([Weight("w", (8, 6), WHOLE, shards=4, shard_dim=-2)], layout_of(4, 4))
+    assert [(load.ranks, load.work["owner"]) for load in loads] == [
+        (1, Cost(standard(8, 6), 3 * 12 * 2, 2)),
+        (3, Cost(0, 12 * 2, 2)),
+    ]
 
 
 def test_distributed_sums_gram_matrices() -> None:
-    """8 x 6 with rows on 4 ranks, 5 steps: 5 Gram matrices of 6 x 6 and a norm, 2 * 3/4 of their bytes."""
+    """8 x 6 with rows on 4 ranks, 5 steps: a norm and 5 Gram matrices of 6 x 6, 2 * 3/4 of their bytes in float32."""
     by_rows = Weight("w", (8, 6), WHOLE, shards=4, shard_dim=-2)
-    assert work_of(by_rows, "distributed", 5) == Work(sharded_flops(6, 2, 5), 2 * 3 / 4 * (5 * 36 + 1) * 4)
-    by_columns = Weight("w", (8, 6), WHOLE, shards=2, shard_dim=-1)
-    assert work_of(by_columns, "distributed", 1) == Work(sharded_flops(8, 3, 1), 2 * 1 / 2 * (64 + 1) * 4)
+    flops = 5 * (2 * 36 * 2 + 2 * 6**3 + 2 * 36 * 2)
+    assert work_of(by_rows, "distributed") == [Cost(flops, 2 * 3 / 4 * (5 * 36 + 1) * 4, 6)]
+
+
+def test_gram_exchanges_triangles() -> None:
+    """4 x 8 by columns on 2 ranks, one step of float32, Gram's one segment; the one matrix has one owner.
+
+    A norm; the triangle of 10 elements from the rank that is no owner; and the all-gather of as many from both.
+    """
+    weight = Weight("w", (4, 8), WHOLE, shards=2, shard_dim=-1)
+    work = work_of(weight, "gram", ns_dtype="fp32", num_ns_steps=1)
+    rectangular, square = 2 * (2 * 16 * 4), 2 * 4**3
+    assert work == [Cost(rectangular + square, 4 + 10 * 4, 3), Cost(rectangular, 4 + 2 * 10 * 4, 3)]
 
 
 def test_blockwise_exchanges_nothing() -> None:
     weight = Weight("w", (8, 6), WHOLE, shards=4, shard_dim=-2)
-    assert work_of(weight, "blockwise", 5) == Work(newton_schulz_flops(2, 6, 5), 0.0)
+    assert work_of(weight, "blockwise") == [Cost(standard(2, 6), 0, 0)]
 
 
 def test_blocks_of_a_fused_weight_are_matrices_of_their_own() -> None:
     """Two periods of 8 rows: q 8 x 6, k and v 4 x 6."""
     weight = Weight("w", (16, 6), QKV)
-    expected = newton_schulz_flops(8, 6, 5) + 2 * newton_schulz_flops(4, 6, 5)
-    assert work_of(weight, "duplicated", 5) == Work(expected, 0)
+    assert work_of(weight, "auto") == [Cost(standard(8, 6) + 2 * standard(4, 6), 0, 0)]
 
 
-def test_shards_of_whole_periods_in_every_mode() -> None:
-    weight = Weight("w", (16, 6), QKV, shards=2, shard_dim=-2)
-    halves = sharded_flops(6, 4, 5) + 2 * sharded_flops(6, 2, 5)
-    assert work_of(weight, "distributed", 5) == Work(halves, (5 * 36 + 1) * 3 * 4)
-    assert work_of(weight, "blockwise", 5) == Work(newton_schulz_flops(4, 6, 5) + 2 * newton_schulz_flops(2, 6, 5))
-
-
-def test_broken_periods() -> None:
-    """Two periods of 8 rows on 4 ranks: duplicated puts them together, distributed fills each shard up to a period."""
-    weight = Weight("w", (16, 6), QKV, shards=4, shard_dim=-2)
-    assert work_of(weight, "duplicated", 5) is not None
-    assert work_of(weight, "blockwise", 5) is None
-    filled = sharded_flops(6, 4, 5) + 2 * sharded_flops(6, 2, 5)
-    assert work_of(weight, "distributed", 5) == Work(filled, 2 * 3 / 4 * 3 * (5 * 36 + 1) * 4)
-
-
-@pytest.mark.parametrize("mode", ["duplicated", "distributed", "blockwise"])
+@pytest.mark.parametrize("mode", sorted(set(MODES) - {"gram"}))
 def test_heads_that_a_shard_holds_whole_are_updated_alone(mode: str) -> None:
     """Four periods of three 2 x 8 heads on 2 ranks: six heads each, nothing exchanged."""
     weight = Weight("w", (24, 8), PER_HEAD, shards=2, shard_dim=-2)
-    assert work_of(weight, mode, 5) == Work(6 * newton_schulz_flops(2, 8, 5), 0)
+    assert work_of(weight, mode) == [Cost(6 * standard(2, 8), 0, 0)]
 
 
 def test_rows_under_the_scalar_rule_cost_no_newton_schulz() -> None:
-    weight = Weight("w", (10, 8), GATED)
-    assert work_of(weight, "duplicated", 5) == Work(newton_schulz_flops(8, 8, 5), 0)
-    assert work_of(Weight("w", (10, 8), None), "duplicated", 5) == Work(0, 0.0)
+    assert work_of(Weight("w", (10, 8), GATED), "auto") == [Cost(standard(8, 8), 0, 0)]
+    assert work_of(Weight("w", (10, 8), None), "auto") == [Cost()]
+
+
+def test_chunks() -> None:
+    """Eight 256 x 256 matrices of 1/4 MiB; two ranks share a chunk of one MiB each."""
+    weights = [Weight("w", (256, 256), WHOLE, shards=2, shard_dim=-1)] * 8
+    for chunk_mb, chunks in ((256.0, 1), (1.0, 1), (0.5, 2)):
+        (load,) = loads_of(weights, layout_of(2, 2), chunk_mb=chunk_mb)
+        assert load.work["owner"].collectives == 2 * chunks
+
+
+def test_modes_that_cannot_be() -> None:
+    """Two periods of 8 rows on 4 ranks; Gram Newton-Schulz in bfloat16 and in float32."""
+    weights = [Weight("w", (16, 6), QKV, shards=4, shard_dim=-2), Weight("a", (6, 6), None)]
+    refusals = refusals_of_stage(weights, StepPlanner(MuonConfig()))
+    assert set(refusals) == {"gram", "blockwise"}
+    assert "--muon-tp-mode gram" in refusals["gram"] and "--muon-ns-dtype" in refusals["gram"]
+    assert "--muon-tp-mode blockwise" in refusals["blockwise"] and "4 rows on each of 4" in refusals["blockwise"]
+    (load, *_) = loads_of(weights, layout_of(4, 4))
+    assert set(load.work) == {"auto", "owner", "duplicated", "distributed"}
+    assert set(refusals_of_stage(weights, StepPlanner(MuonConfig(ns_dtype="fp32")))) == {"blockwise"}
+
+
+def test_what_auto_chooses() -> None:
+    """Each data-parallel rank chooses for what it owns; experts of other ranks count, heads of other shards do."""
+    layout = layout_of(8, 2, expert=2, expert_tensor=2)
+    columns = {"shards": 2, "shard_dim": -1}
+    weights = [
+        *[Weight("a", (64, 4096), WHOLE, owners=((0, 0),), **columns)] * 4,
+        *[Weight("b", (4, 4), WHOLE, owners=((1, 0),), **columns)] * 3,
+        Weight("heads", (24, 8), PER_HEAD, shards=2, shard_dim=-2, owners=((3, 0),)),
+        Weight("expert", (4, 4), WHOLE, routed=True, copies=2, by_expert_data=True, owners=((1, 0),), **columns),
+        Weight("norm", (8,), None, owners=((0, 0), (1, 0))),
+    ]
+    planner = StepPlanner(MuonConfig())
+    assert choices_of_stage(weights, layout, planner) == {
+        ("duplicated", 64, 4096): 4,
+        ("duplicated", 4, 4): 3 + 2,
+        ("local", 2, 8): 12,
+    }
+    large = [Weight("c", (4096, 4096), WHOLE, **columns)] * 5
+    assert choices_of_stage(large, layout, planner) == {("owner", 4096, 4096): 4, ("distributed", 4096, 4096): 1}
+
+
+def test_equal_sets_of_weights_are_planned_once() -> None:
+    planner = StepPlanner(MuonConfig())
+    one, two = (Weight("w", shape, WHOLE).engine_weight for shape in ((4, 6), (6, 4)))
+    assert planner.step([one, two, one]) is planner.step([two, one, one])
+    assert planner.step([one, two]) is not planner.step([two, one, one])
+
+
+def test_custom_coefficients() -> None:
+    """Three steps of one triple."""
+    options = {"coefficient_type": "custom", "custom_coefficients": ("2,-1.5,0.5",), "num_ns_steps": 3}
+    assert work_of(Weight("w", (8, 8), WHOLE), "auto", **options) == [Cost(3 * (6 * 8**3), 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("options", "weights", "expected"),
+    [
+        ({}, FP32, Precision(FP32, BF16, BF16)),
+        ({}, BF16, Precision(FP32, BF16, BF16)),
+        ({"fp32_matmul_prec": "high"}, FP32, Precision(FP32, FP32, FP32)),
+        ({"fp32_matmul_prec": "highest"}, FP64, Precision(FP64, FP64, FP64)),
+        ({"ns_dtype": "fp16"}, FP32, Precision(FP32, torch.float16, BF16)),
+        ({"ns_dtype": "fp16", "tp_wire_dtype": "fp32"}, FP32, Precision(FP32, torch.float16, FP32)),
+        ({"ns_dtype": "fp32", "tp_wire_dtype": "bf16"}, FP64, Precision(FP64, FP32, BF16)),
+        ({"ns_dtype": "fp32"}, FP64, Precision(FP64, FP32, FP64)),
+    ],
+)
+def test_precision(options: dict[str, str], weights: torch.dtype, expected: Precision) -> None:
+    assert precision_of(MuonConfig(**options), weights) == expected
+
+
+@pytest.mark.parametrize("weights", [FP32, FP64, BF16])
+def test_precision_is_that_of_the_optimizer(weights: torch.dtype) -> None:
+    for ns_dtype, wire, precision in itertools.product(
+        ("auto", "fp32", "bf16", "fp16"), ("auto", "fp32", "bf16"), ("medium", "high", "highest")
+    ):
+        options = {"ns_dtype": ns_dtype, "tp_wire_dtype": wire, "fp32_matmul_prec": precision}
+        engine = Muon([torch.nn.Parameter(torch.ones(4, 6, dtype=weights))], **options).prepare()
+        found = Precision(engine.local_dtype, engine.orthogonalizer.dtype, engine.wire.dtype)
+        assert found == precision_of(MuonConfig(**options), weights), options
 
 
 @pytest.mark.parametrize(
@@ -126,36 +214,61 @@ def test_state(layout: MatrixLayout | None, element_bytes: int, scalar_optimizer
 
 
 def test_plain_replicas_are_alike() -> None:
-    layout = Layout(world=4, tensor=1, expert_tensor=1, pipeline=1, context=1, expert=1)
-    loads = loads_of_stage([Weight("a", (4, 4), WHOLE), Weight("b", (4,), None)], layout, "adam", 5)
-    assert [load.ranks for load in loads] == [1, 1, 1, 1]
-    assert {(load.parameter_bytes, load.state_bytes) for load in loads} == {(20 * 2, 16 * 8 + 4 * 12)}
-    assert {load.work["duplicated"].flops for load in loads} == {newton_schulz_flops(4, 4, 5)}
+    (load,) = loads_of([Weight("a", (4, 4), WHOLE), Weight("b", (4,), None)], layout_of(4))
+    assert (load.ranks, load.parameter_bytes, load.state_bytes) == (4, 20 * 2, 16 * 8 + 4 * 12)
+    assert load.work["duplicated"].flops == standard(4, 4)
 
 
 def test_owners_do_the_work_and_hold_the_state() -> None:
     """Four ranks, tensor 2: two replicas, each on two ranks."""
-    layout = Layout(world=4, tensor=2, expert_tensor=2, pipeline=1, context=1, expert=1)
     weights = [
         Weight("a", (4, 4), WHOLE, owners=((0, 16),)),
         Weight("b", (2, 8), WHOLE, owners=((1, 16),)),
         Weight("c", (6,), None, owners=((0, 4), (1, 2))),
     ]
-    loads = loads_of_stage(weights, layout, "adam", 5)
+    loads = loads_of(weights, layout_of(4, 2))
     assert [(load.ranks, load.state_bytes) for load in loads] == [(2, 16 * 8 + 4 * 12), (2, 16 * 8 + 2 * 12)]
-    flops = [load.work["duplicated"].flops for load in loads]
-    assert flops == [newton_schulz_flops(4, 4, 5), newton_schulz_flops(2, 8, 5)]
+    assert [load.work["duplicated"].flops for load in loads] == [standard(4, 4), standard(2, 8)]
+
+
+def test_owners_in_both_groups() -> None:
+    """Four ranks, tensor 2: each of two replicas owns a divided matrix, that one of its two ranks orthogonalizes."""
+    weights = [Weight("a", (4, 4), WHOLE, shards=2, owners=((rank, 8),)) for rank in range(2)]
+    loads = loads_of(weights, layout_of(4, 2))
+    assert [(load.ranks, load.work["owner"].flops) for load in loads] == [(2, standard(4, 4)), (2, 0)]
 
 
 def test_experts_have_their_own_data_parallel_group() -> None:
     """Four ranks, expert 2: four replicas of a dense weight, two of an expert; ranks 0 and 1 hold different experts."""
-    layout = Layout(world=4, tensor=1, expert_tensor=1, pipeline=1, context=1, expert=2)
     weights = [
         Weight("dense", (4, 4), WHOLE, owners=((3, 16),)),
         Weight("expert", (2, 8), WHOLE, routed=True, copies=2, by_expert_data=True, owners=((1, 16),)),
     ]
-    loads = loads_of_stage(weights, layout, "adam", 5)
-    assert [load.state_bytes for load in loads] == [0, 0, 16 * 8, 2 * 16 * 8]
+    loads = loads_of(weights, layout_of(4, expert=2))
+    assert [(load.ranks, load.state_bytes) for load in loads] == [(2, 0), (1, 16 * 8), (1, 2 * 16 * 8)]
+    assert [load.work["auto"].flops for load in loads] == [0, standard(2, 8), standard(2, 8) + standard(4, 4)]
+
+
+def test_experts_have_their_own_tensor_parallel_group() -> None:
+    """Four tensor-parallel ranks, experts over pairs: the same rank owns the dense matrix and, in both pairs, one's."""
+    weights = [
+        Weight("dense", (4, 4), WHOLE, shards=4),
+        Weight("expert", (2, 8), WHOLE, shards=2, routed=True, copies=2, by_expert_data=True),
+    ]
+    layout = layout_of(4, 4, expert=2, expert_tensor=2)
+    flops = [load.work["owner"].flops for load in loads_of(weights, layout) for _ in range(load.ranks)]
+    assert sorted(flops) == [0, 0, standard(2, 8), standard(2, 8) + standard(4, 4)]
+
+
+def test_positions() -> None:
+    layout = Layout(world=32, tensor=4, expert_tensor=2, pipeline=2, context=2, expert=4)
+    assert [layout.position(rank) for rank in (0, 1, 2, 7, 15)] == [
+        Position(tensor=0, data=0, expert_tensor=0, expert_data=0),
+        Position(tensor=1, data=0, expert_tensor=1, expert_data=0),
+        Position(tensor=2, data=0, expert_tensor=0, expert_data=0),
+        Position(tensor=3, data=1, expert_tensor=1, expert_data=0),
+        Position(tensor=3, data=3, expert_tensor=1, expert_data=1),
+    ]
 
 
 def test_buffer_shards_cut_weights() -> None:

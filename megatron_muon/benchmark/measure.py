@@ -1,0 +1,228 @@
+"""One case after the other, on the ranks that are there."""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_muon.benchmark import document
+from megatron_muon.benchmark.accuracy import Errors, Reference, check, update_errors
+from megatron_muon.benchmark.cases import Case
+from megatron_muon.benchmark.contestants import Contestant, contestants, forms_of
+from megatron_muon.benchmark.forms import Tensors
+from megatron_muon.benchmark.observe import Observer, counted_products
+from megatron_muon.benchmark.ranks import World, groups_of
+from megatron_muon.benchmark.rounds import Gemm, Plan, round_count, timed_rounds
+from megatron_muon.engine.step import StepEngine
+
+__all__ = ["WARM_UP", "Measured", "Settings", "Traffic", "measure"]
+
+WARM_UP = 3
+"""Steps before the timed ones: one whose update is checked, one that is observed, and a plain one."""
+
+GEMM = "GEMM"
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all cases.
+
+    Attributes:
+        dtypes: of Newton-Schulz.
+        plan: how many rounds.
+        gemm_size: rows of the square product that gives the machine's rate.
+        threads: of torch in each process; None for its share of the cores.
+    """
+
+    dtypes: tuple[str, ...]
+    plan: Plan
+    gemm_size: int
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one step of one rank took.
+
+    Attributes:
+        peak_bytes: greatest size of what the step allocates and has not freed.
+        product_dtype: of most matrix products that were seen.
+        collectives: number of collective operations.
+        bytes: sent to other ranks.
+        flops: operations of matrix products.
+        flops_needed: the same with symmetric results once; 0 if not known.
+    """
+
+    peak_bytes: int
+    product_dtype: str
+    collectives: int
+    bytes: float
+    flops: int
+    flops_needed: int = 0
+
+
+@dataclass
+class Measured:
+    """A contestant and what was found.
+
+    Attributes:
+        contestant: it.
+        optimizer: its optimizer.
+        errors: of its update; None if it orthogonalizes nothing.
+        traffic: of a step, by rank.
+        seconds: of each round, those of the slowest rank.
+        method: what our engine does for which shapes; empty for others.
+    """
+
+    contestant: Contestant
+    optimizer: torch.optim.Optimizer
+    errors: Errors | None = None
+    traffic: list[Traffic] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    method: dict[str, Any] = field(default_factory=dict)
+
+
+def measure(
+    cases: Sequence[Case], settings: Settings, world: World, done: Callable[[dict[str, Any]], None]
+) -> list[dict[str, Any]]:
+    """Measure cases that all ranks of ``world`` take part in.
+
+    Args:
+        cases: each with as many ranks as there are.
+        settings: of the measurement.
+        world: of all ranks; all must call this.
+        done: is called with the entry of each case and dtype, on all ranks.
+
+    Returns:
+        The entries of ``cases`` in the document.
+
+    Raises:
+        ConfigError: for weights that cannot be given to an optimizer at this layout.
+        WrongUpdateError: if the update of an optimizer is wrong.
+    """
+    # Megatron-Core warns that it cannot find its rank where there is one process.
+    warnings.filterwarnings("ignore", "Could not determine rank")
+    return [entry for case in cases for entry in _measure_case(case, settings, world, done)]
+
+
+def _measure_case(
+    case: Case, settings: Settings, world: World, done: Callable[[dict[str, Any]], None]
+) -> list[dict[str, Any]]:
+    """All dtypes of a case, on the same tensors, which are gone before the next case has its own."""
+    lists = {dtype: contestants(dtype, case.tp) for dtype in settings.dtypes}
+    tensors = Tensors(case, groups_of(world, case.tp, case.ep), world.device, forms_of(lists.values()))
+    reference = Reference(tensors)
+    found = []
+    for dtype, each in lists.items():
+        found.append(_Measurement(tensors, reference, dtype, each, settings, world).run())
+        done(found[-1])
+        gc.collect()
+    return found
+
+
+class _Measurement:
+    """One case in one dtype."""
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        reference: Reference,
+        dtype: str,
+        each: list[Contestant],
+        settings: Settings,
+        world: World,
+    ) -> None:
+        self.tensors, self.reference, self.dtype = tensors, reference, dtype
+        self.settings, self.world = settings, world
+        self.runners = [Measured(contestant, self._build(contestant)) for contestant in each]
+
+    def run(self) -> dict[str, Any]:
+        """Check, observe, warm up and time."""
+        case, world = self.tensors.case, self.world
+        begin = time.perf_counter()
+        world.say(f"{case.label}, {self.dtype}: checking the updates of {len(self.runners)} optimizers")
+        for runner in self.runners:
+            entries = self.tensors.entries[runner.contestant.form]
+            runner.errors = update_errors(runner.contestant, runner.optimizer, entries, self.reference, world)
+            check(runner.contestant, runner.errors)
+        for runner in self.runners:
+            runner.traffic = world.gather(self._observe(runner))
+        gemm = Gemm(world, _DTYPES[self.dtype], self.settings.gemm_size)
+        steps: dict[str, Callable[[], object]] = {GEMM: gemm}
+        steps |= {runner.contestant.name: runner.optimizer.step for runner in self.runners}
+        once = timed_rounds(world, steps, WARM_UP - 2)
+        rounds = round_count(self.settings.plan, sum(seconds[-1] for seconds in once.values()))
+        world.say(f"{case.label}, {self.dtype}: {rounds} rounds")
+        times = timed_rounds(world, steps, rounds)
+        for runner in self.runners:
+            runner.seconds = times[runner.contestant.name]
+        rate = document.Rate(self.settings.gemm_size, self.dtype, gemm.flops, times[GEMM])
+        return document.of_case(case, self.dtype, world, self.runners, rate, time.perf_counter() - begin)
+
+    def _build(self, contestant: Contestant) -> torch.optim.Optimizer:
+        params = [entry.parameter() for entry in self.tensors.entries[contestant.form]]
+        return contestant.make(params, self.tensors.groups)
+
+    def _observe(self, runner: Measured) -> Traffic:
+        """One step under the observer; all ranks do it together."""
+        world, optimizer = self.world, runner.optimizer
+        world.barrier()
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(world.device)
+        before = torch.cuda.memory_allocated(world.device) if world.device.type == "cuda" else 0
+        engine = _engine_of(optimizer)
+        observer = Observer()
+        if engine is None:
+            with observer:
+                optimizer.step()
+            flops, needed = sum(observer.flops.values()), 0
+        else:
+            engine.counters.reset()
+            with observer, counted_products(engine) as counted:
+                optimizer.step()
+            flops, needed = engine.counters.flops, counted.needed
+            runner.method = _method(engine)
+            _check_counters(engine, observer)
+        peak = observer.peak
+        if world.device.type == "cuda":
+            world.synchronize()
+            peak = torch.cuda.max_memory_allocated(world.device) - before
+        # Triton's kernels are not seen, but our engine does what it is asked.
+        products = observer.product_dtype or (runner.contestant.dtype if engine is not None else "")
+        return Traffic(peak, products, observer.collectives, observer.bytes, flops, needed)
+
+
+def _engine_of(optimizer: torch.optim.Optimizer) -> StepEngine | None:
+    """That of our optimizer; None for others."""
+    prepare = getattr(optimizer, "prepare", None)
+    engine = prepare() if callable(prepare) else None
+    return engine if isinstance(engine, StepEngine) else None
+
+
+def _check_counters(engine: StepEngine, observer: Observer) -> None:
+    """Our own count of what is sent must be what is seen: the document shows one number for all optimizers."""
+    counters = engine.counters
+    if (counters.collectives, round(counters.bytes)) != (observer.collectives, round(observer.bytes)):
+        raise RuntimeError(
+            f"the engine counts {counters.collectives} collectives and {counters.bytes:.0f} bytes, but "
+            f"{observer.collectives} and {observer.bytes:.0f} were seen: one of the counts is wrong"
+        )
+
+
+def _method(engine: StepEngine) -> dict[str, Any]:
+    """Which iteration and which exchange for which shapes."""
+    shapes: dict[str, Any] = {}
+    for chunk in engine.plan.chunks:
+        for batch in chunk.batches:
+            p, q = sorted((batch.kind.p, batch.kind.q))
+            entry = shapes.setdefault(f"{p} x {q}", {"method": str(engine.orthogonalizer.method(p, q)), "modes": {}})
+            entry["modes"][chunk.mode] = entry["modes"].get(chunk.mode, 0) + batch.count
+    return {"products": engine.orthogonalizer.products.name, "shapes": shapes}

@@ -1,0 +1,144 @@
+"""What the step engine does with the weights of a rank: told by the engine's own plan, for an accelerator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from megatron_muon.config import MuonConfig
+from megatron_muon.engine.modes import AUTO, MODES, Cost, Sizes
+from megatron_muon.engine.plan import Weight
+from megatron_muon.engine.prediction import Choice, matrices_by_mode, predict
+from megatron_muon.engine.step import StepEngine
+from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.precision import precision_of
+from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
+from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+
+__all__ = ["DENSE", "EXPERT", "Step", "StepPlanner"]
+
+DENSE, EXPERT = "tensor-parallel", "expert tensor-parallel"
+"""Names of the groups that divide weights, as :class:`megatron_muon.Muon` has them."""
+
+_DEVICE = torch.device("cuda")
+"""A plan has no device: it is for the rates of an accelerator. Nothing is put there."""
+
+
+class StepPlanner:
+    """Plans steps under the options of one run, each set of weights once.
+
+    Products are those of torch: kernels that use symmetry do up to half of their operations.
+
+    Attributes:
+        precision: the types of numbers.
+        orthogonalizer: the iteration.
+    """
+
+    def __init__(self, options: MuonConfig) -> None:
+        """
+        Args:
+            options: validated.
+        """
+        self.options = options
+        # Megatron's optimizers update float32 weights: main copies, or the model's own.
+        self.precision = precision_of(options, torch.float32)
+        triples = tuple(map(parse_triple, options.custom_coefficients))
+        steps = coefficients(options.coefficient_type, options.num_ns_steps, triples)
+        self.orthogonalizer = Orthogonalizer(steps, self.precision.iteration, options.eps)
+        self._steps: dict[frozenset[tuple[Weight, int]], Step] = {}
+
+    def step(self, weights: Sequence[Weight]) -> Step:
+        """The step of a rank that updates these weights; their order does not matter to what it costs."""
+        key = frozenset(Counter(weights).items())
+        if key not in self._steps:
+            self._steps[key] = Step(self, weights)
+        return self._steps[key]
+
+    def refusals(self, weights: Iterable[Weight]) -> dict[str, str]:
+        """The modes of tensor parallelism in which some weight cannot be updated, with the engine's message."""
+        step, found = self.step(list(dict.fromkeys(weights))), {}
+        for mode in MODES:
+            try:
+                step.engine(mode)
+            except ConfigError as error:
+                found[mode] = str(error)
+        return found
+
+
+class Step:
+    """One step of a rank, in any mode of tensor parallelism; made by :class:`StepPlanner`."""
+
+    def __init__(self, planner: StepPlanner, weights: Sequence[Weight]) -> None:
+        """
+        Args:
+            planner: knows the options.
+            weights: of the rank.
+        """
+        self.planner, self.weights = planner, tuple(weights)
+        self._engines: dict[str, StepEngine] = {}
+        self._costs: dict[tuple[str, ...], Cost] = {}
+
+    def engine(self, mode: str) -> StepEngine:
+        """The engine that a run would make; it can tell its plan, and nothing else.
+
+        Raises:
+            ConfigError: for what the mode cannot do.
+        """
+        if mode not in self._engines:
+            self._engines[mode] = self._new_engine(mode)
+        return self._engines[mode]
+
+    def cost(self, mode: str, group_ranks: Mapping[str, int]) -> Cost:
+        """What a rank does in this step; see :func:`megatron_muon.engine.prediction.predict`.
+
+        Args:
+            mode: of tensor parallelism.
+            group_ranks: the rank's number in the groups :data:`DENSE` and :data:`EXPERT`.
+
+        Raises:
+            ConfigError: for what the mode cannot do.
+        """
+        if not any(weight.dim for weight in self.weights):
+            mode = AUTO  # nothing is exchanged, so that all modes are one
+        engine = self.engine(mode)
+        key = (mode, *(f"{name} {group_ranks[name]}" for name in engine.plan.groups()))
+        if key not in self._costs:
+            wire, orthogonalizer = engine.wire, self.planner.orthogonalizer
+            sizes = Sizes(wire.dtype.itemsize, wire.back.itemsize, wire.gram.itemsize)
+            self._costs[key] = predict(engine.plan, orthogonalizer, sizes, group_ranks, engine.local_dtype)
+        return self._costs[key]
+
+    def choices(self, mode: str) -> Counter[Choice]:
+        """How many matrices of which shape the ranks of the groups together treat in which way."""
+        return matrices_by_mode(self.engine(mode).plan)
+
+    def _new_engine(self, mode: str) -> StepEngine:
+        options, precision = self.planner.options, self.planner.precision
+        ranks = {weight.group: weight.ranks for weight in self.weights if weight.dim}
+        return StepEngine(
+            self.weights,
+            {name: cast(dist.ProcessGroup, _Group(size)) for name, size in ranks.items()},
+            self.planner.orthogonalizer,
+            mode=mode,
+            dtype=precision.own,
+            wire_dtype=precision.wire,
+            chunk_mb=options.chunk_mb,
+            device=_DEVICE,
+        )
+
+
+class _Group:
+    """What an engine asks of a process group before it sends anything."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return self._size

@@ -1,0 +1,87 @@
+"""Markdown tables of what ``python -m megatron_muon bench --json FILE`` found.
+
+.venv/bin/python tools/bench_tables.py FILE > docs/results/bench.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MEBIBYTE = 1 << 20
+
+
+def main(path: str) -> None:
+    """Print the page."""
+    document = json.loads(Path(path).read_text())
+    machine = document["machine"]
+    versions = {name: number for name, number in document["versions"].items() if number != "not installed"}
+    print("# The optimizer step, measured\n")
+    print("    python -m megatron_muon bench --json FILE\n    python tools/bench_tables.py FILE\n")
+    print(f"{', '.join(machine['gpus']) or machine['cpu']}, {machine['cores']} cores.", end=" ")
+    print(f"{', '.join(f'{name} {number}' for name, number in versions.items())}.\n")
+    print(
+        "Times are medians, with quartiles; ratios are medians of the ratio in the same round, with p10 to p90. Error: "
+        "relative, of an update against the exact polynomial in float64, worst matrix and mean. Bytes of the busiest "
+        "rank, by the ring algorithm. More ranks than cores share these: compare lines of one table only.\n"
+    )
+    print("## Ratios\n")
+    print(
+        "| case | dtype | Megatron-Core `duplicated` / ours | `distributed` / ours | `duplicated` in fp32 / ours "
+        "| ours / AdamW |"
+    )
+    print("|---|---|---|---|---|---|")
+    names = ("ratio_vs_upstream", "ratio_vs_upstream_distributed", "ratio_vs_upstream_fp32", "ratio_vs_adamw")
+    for case in document["cases"]:
+        print(f"| {_label(case)} | {case['dtype']} | {' | '.join(_ratio(case, name) for name in names)} |")
+    for case in document["cases"]:
+        _table(case)
+
+
+def _label(case: Mapping[str, Any]) -> str:
+    sizes = [f"{name} {case[key]}" for name, key in (("TP", "tp"), ("EP", "ep")) if case[key] > 1]
+    return ", ".join([case["name"], *(sizes or ["one process"])])
+
+
+def _ratio(case: Mapping[str, Any], name: str) -> str:
+    return "" if case[name] is None else _spread(case[name], case[f"{name}_spread"])
+
+
+def _spread(median: float, spread: Mapping[str, float]) -> str:
+    return f"{median:.2f} ({spread['p10']:.2f}-{spread['p90']:.2f})"
+
+
+def _table(case: Mapping[str, Any]) -> None:
+    gemm = case["gemm"]
+    matrices = sum(block["count"] for block in case["matrices_of_a_rank"])
+    print(f"\n## {_label(case)}, {case['dtype']}\n")
+    print(
+        f"{case['parameters'] / 1e6:.1f} M weights, {matrices} matrices on a rank; {case['rounds']} rounds; a rank "
+        f"does {gemm['flops_per_second_of_a_rank'] / 1e9:.0f} GFLOP/s in products of {gemm['size']} rows.\n"
+    )
+    print("| | products | ms a step | x upstream | error | peak MiB | sent MiB | calls | of the GEMM rate (needed) |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for each in case["contestants"]:
+        seconds, speed, error, share = (
+            each[key] for key in ("seconds", "upstream_over_this", "error", "share_of_gemm_rate")
+        )
+        needed = each["share_of_gemm_rate_needed"]
+        cells = [
+            each["name"].partition(",")[0],
+            each["product_dtype"] or "",
+            "{:.0f} ({:.0f}-{:.0f})".format(*(seconds[key] * 1e3 for key in ("median", "q1", "q3"))),
+            "" if speed is None else _spread(speed["median"], speed),
+            "" if error is None else f"{error['worst']:.1e}, {error['mean']:.1e}",
+            f"{each['peak_bytes'] / MEBIBYTE:.1f}",
+            f"{each['bytes_of_busiest_rank'] / MEBIBYTE:.1f}" if case["ranks"] > 1 else "",
+            f"{each['collectives']}" if case["ranks"] > 1 else "",
+            "" if needed is None else f"{share:.0%} ({needed:.0%})",
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
