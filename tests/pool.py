@@ -14,6 +14,7 @@ No ports are fixed: ranks meet through a file.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -30,6 +31,8 @@ from typing import Any
 COLLECTIVE_TIMEOUT_S = 60
 CALL_TIMEOUT_S = 180
 GRACE_S = 3
+THREADS = 150
+"""Ranks with more are replaced: each training call leaves some of gloo's behind, which wake up all the time."""
 
 
 class RankError(AssertionError):
@@ -86,7 +89,7 @@ class RankPool:
         self._workers = []
 
     def _start(self, world_size: int) -> None:
-        if any(not process.is_alive() for process, _ in self._workers):
+        if any(not process.is_alive() or _threads(process.pid) > THREADS for process, _ in self._workers):
             self.close()
         while len(self._workers) < world_size:
             mine, theirs = self._context.Pipe()
@@ -126,6 +129,12 @@ class RankPool:
             process.join()
             connection.close()
         self._workers = []
+
+
+def _threads(pid: int) -> int:
+    """How many threads a process has; 0 where the system does not tell."""
+    tasks = Path(f"/proc/{pid}/task")
+    return sum(1 for _ in tasks.iterdir()) if tasks.is_dir() else 0
 
 
 def _serve(connection: Connection, rank: int) -> None:
@@ -176,6 +185,7 @@ def _call(rank: int, payload: bytes) -> Any:
         megatron_muon.uninstall()
         _forget_megatron()
         dist.destroy_process_group()
+        gc.collect()  # models hold process groups in cycles, and each group has threads that wake up
 
 
 def _forget_megatron() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_muon._patching import Patch
+from megatron_muon.cpu.settings import CONTEXT_PARALLEL
 
 __all__ = ["PATCHES", "attention_scores", "weighted_values"]
 
@@ -75,6 +76,8 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
         softmax_scale: float | None = None,
         **kwargs: Any,
     ) -> None:
+        if CONTEXT_PARALLEL.applies(config.context_parallel_size):
+            raise CONTEXT_PARALLEL.error(config.context_parallel_size)
         if k_channels is not None and softmax_scale is None:
             softmax_scale = 1.0 / math.sqrt(k_channels)
         original(self, config, *args, softmax_scale=softmax_scale, **kwargs)
@@ -123,7 +126,10 @@ _TARGET = "megatron.core.transformer.dot_product_attention:DotProductAttention"
 
 PATCHES: list[Patch] = [
     Patch(
-        f"{_TARGET}.__init__", _wrap_init, "multi-latent attention passes k_channels and v_channels, upstream has none"
+        f"{_TARGET}.__init__",
+        _wrap_init,
+        "multi-latent attention passes k_channels and v_channels, upstream has none; context parallelism, which "
+        "upstream refuses by an assertion, is refused with the way out",
     ),
     Patch(f"{_TARGET}.forward", lambda original: _forward, "widths of keys and values may differ"),
 ]

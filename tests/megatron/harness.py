@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
+    cp: int = 1
     ep: int = 1
     etp: int | None = None
     sp: bool = False
@@ -71,6 +72,7 @@ class Layout:
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
             virtual_pipeline_model_parallel_size=self.vpp,
+            context_parallel_size=self.cp,
             expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=self.etp,
         )
@@ -104,6 +106,7 @@ def transformer_config(layout: Layout, *, bf16: bool = False, **changes: Any) ->
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
+        "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp or layout.tp,
         "sequence_parallel": layout.sp,
@@ -232,6 +235,8 @@ class Run:
     optimizer: Any
     data: Data = COUNTING
     step: int = 0
+    gradient_norms: list[float] = field(default_factory=list)
+    """Of every step, before clipping."""
 
     def losses(self, steps: int) -> list[float]:
         """Train ``steps`` steps; the mean loss of each, on every rank."""
@@ -259,8 +264,9 @@ class Run:
             micro_batch_size=data.micro_batch,
             forward_only=False,
         )
-        success, _, _ = self.optimizer.step()
+        success, norm, _ = self.optimizer.step()
         assert success
+        self.gradient_norms.append(norm)
         self.step += 1
         return mean_over_ranks(reports)
 
@@ -280,15 +286,21 @@ def mean_over_ranks(reports: list[dict[str, torch.Tensor]]) -> float:
 
 def forward_step(iterator: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Callable]:
     """One forward pass in the form that Megatron's schedules call."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
     batch = next(iterator)
     batch_size, sequence = batch["tokens"].shape
-    positions = torch.arange(sequence).expand(batch_size, -1)
-    mask = torch.ones(1, 1, sequence, sequence).tril() < 0.5
-    output = model(batch["tokens"], positions, mask, labels=batch["labels"])
+    batch["position_ids"] = torch.arange(sequence).expand(batch_size, -1)
+    batch["attention_mask"] = torch.ones(1, 1, sequence, sequence).tril() < 0.5
+    context = parallel_state.get_context_parallel_group()
+    mine = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=context)
+    output = model(mine["tokens"], mine["position_ids"], mine["attention_mask"], labels=mine["labels"])
 
     def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mean = output.float().mean()
-        return mean, {"loss": mean.detach().clone()}  # schedules scale the loss in place
+        # The schedules multiply by the ranks of the context, as for a loss that is summed over them.
+        return mean / context.size(), {"loss": mean.detach()}
 
     return output, loss
 
@@ -320,7 +332,7 @@ def optimizer_config(layout: Layout, *, name: str = "muon", bf16: bool = False, 
 
 
 def _upstream_fields(cls: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls)}
+    return {each.name for each in dataclasses.fields(cls)}
 
 
 def start(

@@ -1,0 +1,312 @@
+"""Context parallelism: one model, its sequences on one rank or divided over several.
+
+On the CPU it works for layers that exchange heads for tokens (Mamba's mixer, GatedDeltaNet) and for layers that see one
+token at a time (MLP, experts). Softmax attention needs TransformerEngine and is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_muon.cpu.settings import change_arguments
+from megatron_muon.errors import ConfigError
+from megatron_muon.monitor import metrics
+from tests.megatron import harness
+from tests.megatron.harness import Layout
+from tests.megatron.test_cpu_mamba import MAMBA as MAMBA_AND_ATTENTION
+from tests.megatron.test_gdn_in_proj import inner_optimizers
+from tests.megatron.test_launcher import FLAGS, launch
+from tests.megatron.test_routing import GDN, MLA, MOE
+from tests.pool import RankPool
+
+MAMBA: dict[str, Any] = {**MAMBA_AND_ATTENTION, "pattern": "M-M-"}
+# As many heads of keys as of values, so that they can be divided over four ranks.
+DELTA: dict[str, Any] = {
+    **MAMBA,
+    **MOE,
+    "pattern": "G-ME",
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+}
+POLICY = {"mamba_in_proj": "split", "gdn_in_proj": "split"}
+STEPS = 8
+
+
+class Model(NamedTuple):
+    """What is trained and how far layouts may differ: ten times what was measured over all layouts of this file.
+
+    Attributes:
+        build: for :func:`harness.build_model`.
+        rate: learning rate. Adam divides gradients by their size, also those that are rounding alone, so that a greater
+            one would carry more of it into GatedDeltaNet's gates (see test_layouts.py).
+        weights: greatest absolute difference after the last step.
+        moved: every weight has an element that training has moved by more than this.
+    """
+
+    build: dict[str, Any]
+    rate: float
+    weights: float
+    moved: float
+
+
+# float32. Measured (tensor or data parallelism / context parallelism, alone or with others): losses of about 4 differ
+# by up to 3.0e-7 / 3.0e-7, norms of gradients by 3.6e-7 / 4.2e-7 of their size, weights of MAMBA by 2.7e-7 / 4.8e-7,
+# those of DELTA by 1.6e-6 / 1.4e-6.
+MODELS = {
+    "mamba": Model(MAMBA, rate=0.01, weights=5e-6, moved=0.04),
+    "delta": Model(DELTA, rate=0.003, weights=1.5e-5, moved=0.009),
+}
+LOSS_TOLERANCE = 4e-6
+NORM_TOLERANCE = 4e-6
+
+
+class Trained(NamedTuple):
+    """What a run did, on one rank."""
+
+    losses: list[float]
+    norms: list[float]
+    drifted: list[str]
+    """Weights that replicas have different values of."""
+
+
+def start(layout: Layout, rate: float, **options: Any) -> harness.Run:
+    """A run with fused projections split; DDP's buffers follow from the policy too, before the optimizer is made."""
+    import megatron_muon
+
+    megatron_muon.install(megatron_muon.MuonConfig(**POLICY))
+    optimizer = {"lr": rate, "min_lr": rate, **{f"muon_{name}": value for name, value in POLICY.items()}}
+    return harness.start(layout, optimizer=optimizer, **options)
+
+
+def train(layout: Layout, rate: float, weights: str, result: str, build: dict[str, Any]) -> Trained:
+    """Train from the weights in one folder and leave the trained ones in another."""
+    run = start(layout, rate, weights=weights, **build)
+    losses = run.losses(STEPS)
+    harness.save_weights(run.chunks, result)
+    return Trained(losses, run.gradient_norms, drifted(run))
+
+
+def drifted(run: harness.Run) -> list[str]:
+    """Names of weights that are not bitwise those of the first of their replicas."""
+    from megatron.core import parallel_state
+
+    found = []
+    for name, param in run.chunks[0].named_parameters():
+        dense = getattr(param, "allreduce", True)
+        group = (
+            parallel_state.get_data_parallel_group(with_context_parallel=True)
+            if dense
+            else parallel_state.get_expert_data_parallel_group()
+        )
+        first = param.detach().clone()
+        dist.broadcast(first, group=group, group_src=0)
+        if not torch.equal(first, param):
+            found.append(name)
+    return found
+
+
+def read(folder: str, build: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The whole weights in a folder."""
+    Layout().initialize()
+    chunks = harness.build_model(Layout(), **build)
+    harness.load_weights(chunks, folder)
+    return {name: param.detach().clone() for name, param in chunks[0].named_parameters()}
+
+
+class Reference(NamedTuple):
+    """A model trained on one rank."""
+
+    initial: str
+    trained: Trained
+    weights: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def references(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    folder, found = tmp_path_factory.mktemp("context"), {}
+    for name, model in MODELS.items():
+        initial, result = str(folder / f"{name}-initial"), str(folder / f"{name}-trained")
+        pool.run(harness.save_initial_weights, 1, initial, **model.build)
+        trained = pool.run(train, 1, Layout(), model.rate, initial, result, model.build)[0]
+        before, after = (pool.run(read, 1, place, model.build)[0] for place in (initial, result))
+        assert min((after[key] - before[key]).abs().max() for key in after) > model.moved
+        assert trained.losses[-1] < trained.losses[0] - 0.5
+        found[name] = Reference(initial, trained, after)
+    return found
+
+
+CASES = {
+    "mamba-cp2": ("mamba", 2, Layout(cp=2), {}),
+    "mamba-cp4": ("mamba", 4, Layout(cp=4), {}),  # more ranks than groups of B and C
+    "mamba-cp2_tp2": ("mamba", 4, Layout(cp=2, tp=2), {}),
+    "mamba-cp2_pp2": ("mamba", 4, Layout(cp=2, pp=2), {"pattern": "M-|M-"}),
+    "mamba-cp2_dp2": ("mamba", 4, Layout(cp=2), {}),
+    "mamba-cp2_layer_wise": ("mamba", 2, Layout(cp=2, layer_wise=True), {}),
+    "mamba-cp2_dp2_layer_wise": ("mamba", 4, Layout(cp=2, layer_wise=True), {}),
+    "delta-cp2": ("delta", 2, Layout(cp=2), {}),
+    "delta-cp4": ("delta", 4, Layout(cp=4), {}),
+    "delta-cp2_ep2": ("delta", 2, Layout(cp=2, ep=2), {}),
+    "delta-cp2_tp2_sp": ("delta", 4, Layout(cp=2, tp=2, sp=True), {}),
+    "delta-cp2_dp2_ep2_layer_wise": ("delta", 4, Layout(cp=2, ep=2, layer_wise=True), {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_does_not_depend_on_context_parallelism(
+    pool: RankPool, tmp_path: Path, references: dict[str, Reference], name: str
+) -> None:
+    """Losses, norms of the gradients, and all weights after the last step; replicas stay bitwise the same."""
+    model_name, world_size, layout, changes = CASES[name]
+    model, reference = MODELS[model_name], references[model_name]
+    result, build = str(tmp_path / "trained"), {**model.build, **changes}
+    ranks = pool.run(train, world_size, layout, model.rate, reference.initial, result, build)
+    assert all(rank.losses == ranks[0].losses and not rank.drifted for rank in ranks)
+    assert ranks[0].losses == pytest.approx(reference.trained.losses, abs=LOSS_TOLERANCE)
+    # Neither Muon nor Adam depends on the scale of gradients, so that a wrong one would show here only.
+    assert ranks[0].norms == pytest.approx(reference.trained.norms, rel=NORM_TOLERANCE)
+    weights = pool.run(read, 1, result, model.build)[0]
+    assert weights.keys() == reference.weights.keys()
+    for key, expected in reference.weights.items():
+        torch.testing.assert_close(
+            weights[key], expected, rtol=0, atol=model.weights, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+def owned(layout: Layout) -> set[str]:
+    """Names of the weights that this rank's Muon updates."""
+    run = start(layout, 0.01, **MAMBA)
+    names = {param: name for name, param in run.chunks[0].named_parameters()}
+    muons = [inner for inner in inner_optimizers(run) if type(inner).__name__ == "Muon"]
+    return {names[param] for muon in muons for group in muon.param_groups for param in group["params"]}
+
+
+def test_context_parallel_ranks_share_layer_wise_work(pool: RankPool) -> None:
+    """Data- and context-parallel ranks together: each Muon weight has one owner among the four."""
+    ranks = pool.run(owned, 4, Layout(cp=2, layer_wise=True))
+    everything = pool.run(owned, 1, Layout())[0]
+    assert len(everything) == 8
+    assert all(ranks), "every rank has work"
+    assert sum(map(len, ranks)) == 8 and set.union(*ranks) == everything
+
+
+def first_half(layout: Layout, folder: str) -> tuple[list[float], list[float]]:
+    run = start(layout, 0.01, **MAMBA)
+    before = run.losses(3)
+    harness.save_run(run, folder)
+    return before, run.losses(3)
+
+
+def second_half(layout: Layout, folder: str) -> list[float]:
+    run = start(layout, 0.01, **MAMBA)
+    run.losses(1)  # the state that is loaded must replace what is there
+    harness.load_run(run, folder)
+    return run.losses(3)
+
+
+@pytest.mark.parametrize("layer_wise", [False, True])
+def test_resume(pool: RankPool, tmp_path: Path, layer_wise: bool) -> None:
+    layout, folder = Layout(cp=2, layer_wise=layer_wise), str(tmp_path / "checkpoint")
+    before, after = pool.run(first_half, 4, layout, folder)[0]
+    assert pool.run(second_half, 4, layout, folder)[0] == after != before
+
+
+def refusal(build: dict[str, Any]) -> str:
+    """What building a model under context parallelism raises."""
+    layout = Layout(cp=2)
+    layout.initialize()
+    try:
+        harness.build_model(layout, **build)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+WAY_OUT = "use --context-parallel-size 1, or a model without attention"
+
+
+@pytest.mark.parametrize(
+    "build",
+    [{}, MLA, MAMBA_AND_ATTENTION, {**MAMBA_AND_ATTENTION, **MLA, "pattern": "M+M-"}],
+    ids=lambda b: str(len(b)),
+)
+def test_attention_is_refused_when_the_model_is_built(pool: RankPool, build: dict[str, Any]) -> None:
+    for message in pool.run(refusal, 2, build):
+        assert message.startswith("--context-parallel-size = 2 cannot be honoured on the CPU") and WAY_OUT in message
+
+
+def train_delta_gpt(layout: Layout) -> list[float]:
+    return start(layout, 0.003, **{**GDN, "linear_attention_freq": [1] * 4}).losses(4)
+
+
+def test_gpt_with_linear_attention_only(pool: RankPool) -> None:
+    """No pattern tells of its layers; the same seed gives the same weights at both layouts."""
+    expected = pool.run(train_delta_gpt, 1, Layout())[0]
+    assert pool.run(train_delta_gpt, 2, Layout(cp=2))[0] == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    assert expected[-1] < expected[0]
+
+
+def arguments(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(transformer_impl="local", context_parallel_size=2, **changes)
+
+
+DELTA_GPT = {"experimental_attention_variant": "gated_delta_net"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"hybrid_layer_pattern": "M*M-"},
+        {"hybrid_layer_pattern": "M-|M+"},
+        {"hybrid_layer_pattern": "MDM-"},
+        {"hybrid_layer_pattern": None, "hybrid_override_pattern": "M*M-"},
+        {**DELTA_GPT, "linear_attention_freq": 2},
+        {**DELTA_GPT, "linear_attention_freq": [1, 1, 0]},
+        {"experimental_attention_variant": None, "linear_attention_freq": [1, 1]},
+    ],
+    ids=str,
+)
+def test_arguments_with_attention_are_refused(model: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^--context-parallel-size = 2 cannot be .*{WAY_OUT}"):
+        change_arguments(arguments(**model))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"hybrid_layer_pattern": "MG-E|M-"},
+        {"hybrid_layer_pattern": None, "hybrid_override_pattern": "M-"},
+        {**DELTA_GPT, "linear_attention_freq": [1, 1, 1]},
+    ],
+    ids=str,
+)
+def test_arguments_without_attention_pass(model: dict[str, Any]) -> None:
+    assert change_arguments(arguments(**model)) == []
+
+
+def test_unedited_script(tmp_path: Path) -> None:
+    """Megatron-LM's own loop, data loader and loss; the same seed gives the same weights."""
+    script = Path(__file__).parent / "scripts" / "pretrain_hybrid_with_builder.py"
+    spec = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"
+    model = "--hybrid-layer-pattern MG- --mamba-state-dim 8 --mamba-head-dim 8 --mamba-num-heads 16 "
+    model += "--mamba-num-groups 2 --linear-num-key-heads 4 --linear-num-value-heads 4 --linear-key-head-dim 8 "
+    model += "--linear-value-head-dim 8 --muon-mamba-in-proj split --muon-fp32-matmul-prec highest"
+    curves = []
+    for ranks in (1, 2):
+        log = tmp_path / f"{ranks}.jsonl"
+        flags = f"{FLAGS} {model} {spec} --optimizer muon --train-iters 4 --muon-log-jsonl {log}".split()
+        result = launch(str(script), *flags, "--context-parallel-size", str(ranks), ranks=ranks)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+        curves.append([point.loss for point in metrics.read(log).train])
+    one, two = curves
+    assert len(one) == 4 and one[-1] < one[0]
+    assert two == pytest.approx(one, abs=LOSS_TOLERANCE)
