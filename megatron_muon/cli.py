@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "plan", help="tell from a run's flags, without GPUs, who updates what and what the optimizer costs"
     )
+    commands.add_parser("ckpt", help="inspect a checkpoint, or convert it from Adam to Muon or back")
     return parser
 
 
@@ -133,4 +134,10 @@ def _plan(argv: list[str]) -> None:
     command.main(argv)
 
 
-_TOOLS: dict[str, Callable[[list[str]], None]] = {"bench": _bench, "plan": _plan, "plot": _plot}
+def _ckpt(argv: list[str]) -> None:
+    from megatron_muon.checkpoint import command
+
+    command.main(argv)
+
+
+_TOOLS: dict[str, Callable[[list[str]], None]] = {"bench": _bench, "ckpt": _ckpt, "plan": _plan, "plot": _plot}

@@ -266,6 +266,12 @@ class MuonConfig:
         "Peak learning rate of what the scalar optimizer updates; the minimum is scaled alike. 0: that of Muon, --lr.",
         check=_not_negative,
     )
+    ckpt_changes: str = _knob(
+        "error",
+        "A checkpoint that was trained with other rules than the flags ask for (Adam instead of Muon, other splits): "
+        "error, or accept: go on with the new rules; weights and the state that both have are kept.",
+        check=_one_of("error", "accept"),
+    )
     log_jsonl: str = _knob(
         "",
         "File to which losses and times are written, one JSON line an iteration, for any optimizer. Empty: none.",

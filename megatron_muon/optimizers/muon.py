@@ -80,6 +80,9 @@ class Muon(torch.optim.Optimizer):
             weight whose shards ``tp_mode`` cannot split.
     """
 
+    checkpoint_rule = "muon"
+    """What checkpoints call the rule of these weights."""
+
     def __init__(
         self,
         params: ParamsT,

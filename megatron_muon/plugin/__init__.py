@@ -9,6 +9,7 @@ from megatron_muon._patching import Patch, PatchSet
 from megatron_muon.config import MuonConfig
 from megatron_muon.plugin import (
     arguments,
+    checkpointing,
     datasets,
     factory,
     layer_wise,
@@ -24,7 +25,7 @@ __all__ = ["describe", "install", "is_installed", "uninstall"]
 
 
 def _all_patches() -> list[Patch]:
-    rooms = (optimizer_config, arguments, ownership, registry, factory, layer_wise, datasets, recording)
+    rooms = (optimizer_config, arguments, ownership, registry, factory, layer_wise, checkpointing, datasets, recording)
     return [patch for room in rooms for patch in room.patches()]
 
 

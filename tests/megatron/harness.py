@@ -344,6 +344,7 @@ def start(
     param_layout: bool = True,
     data: Data = COUNTING,
     seed: int = 1,
+    install: bool = True,
     **model: Any,
 ) -> Run:
     """A run ready to train.
@@ -356,11 +357,13 @@ def start(
         param_layout: whether a layer-wise run uses Megatron's parameter layout (the default path) or the older one.
         data: what to train on.
         seed: of the initial weights.
+        install: whether this package's hooks are there; False for Megatron-Core as it is.
         model: changes to :func:`build_model`.
     """
     import megatron_muon
 
-    megatron_muon.install()
+    if install:
+        megatron_muon.install(routing_options(optimizer or {}))
     layout.initialize(seed)
     chunks = wrap(build_model(layout, data=data, bf16=bf16, **model), layout, param_layout=param_layout)
     if weights is not None:
@@ -369,6 +372,14 @@ def start(
 
     config = optimizer_config(layout, bf16=bf16, **(optimizer or {}))
     return Run(layout, chunks, get_megatron_optimizer(config, chunks), data)
+
+
+def routing_options(optimizer: dict[str, Any]) -> Any:
+    """The options that DDP's buffers depend on, from changes to the optimizer's config."""
+    from megatron_muon.config import PREFIX, MuonConfig
+
+    names = [each.name for each in dataclasses.fields(MuonConfig) if PREFIX + each.name in optimizer]
+    return MuonConfig(**{name: optimizer[PREFIX + name] for name in names})
 
 
 def model_state(chunks: list) -> dict[str, Any]:
@@ -397,7 +408,7 @@ def load_weights(chunks: list, folder: str) -> None:
         unwrap(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])
 
 
-def save_run(run: Run, folder: str) -> None:
+def save_run(run: Run, folder: str, metadata: dict[str, Any] = CHECKPOINT_METADATA) -> None:
     """Save model and optimizer as ``megatron.training`` does with ``--ckpt-format torch_dist``."""
     from megatron.core import dist_checkpointing
 
@@ -405,16 +416,16 @@ def save_run(run: Run, folder: str) -> None:
         Path(folder).mkdir(parents=True)
     dist.barrier()
     state = model_state(run.chunks)
-    optimizer = run.optimizer.sharded_state_dict(state, metadata=CHECKPOINT_METADATA)
+    optimizer = run.optimizer.sharded_state_dict(state, metadata=metadata)
     dist_checkpointing.save({**state, "optimizer": optimizer, "step": run.step}, folder)
 
 
-def load_run(run: Run, folder: str) -> None:
+def load_run(run: Run, folder: str, metadata: dict[str, Any] = CHECKPOINT_METADATA) -> None:
     """Load what :func:`save_run` saved into a new run."""
     from megatron.core import dist_checkpointing
 
     state = model_state(run.chunks)
-    template = run.optimizer.sharded_state_dict(state, is_loading=True, metadata=CHECKPOINT_METADATA)
+    template = run.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
     loaded = dist_checkpointing.load({**state, "optimizer": template}, folder)
     for i, chunk in enumerate(run.chunks):
         unwrap(chunk).load_state_dict(loaded["model" if len(run.chunks) == 1 else f"model{i}"])

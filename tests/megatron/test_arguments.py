@@ -53,7 +53,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         "--muon-gdn-in-proj split --muon-mamba-in-proj split --muon-router adam --muon-unknown-2d adam "
         "--muon-param-rule *.weight=whole --muon-param-rule *.linear_qkv.weight=adam --muon-scalar-lr 1e-4 "
         "--muon-ns-dtype fp16 "
-        "--muon-ns-backend torch --muon-tp-wire-dtype bf16 --muon-chunk-mb 64 "
+        "--muon-ns-backend torch --muon-tp-wire-dtype bf16 --muon-chunk-mb 64 --muon-ckpt-changes accept "
     )
     read = pool.run(parse, 1, flags)[0]
     expected = MuonConfig(
@@ -84,6 +84,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         ns_backend="torch",
         tp_wire_dtype="bf16",
         chunk_mb=64.0,
+        ckpt_changes="accept",
     )
     assert read == {**dataclasses.asdict(expected), "layer_wise": False, "optimizer": "muon"}
     for field in dataclasses.fields(MuonConfig):

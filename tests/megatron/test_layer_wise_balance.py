@@ -354,17 +354,13 @@ def load(layout: Layout, options: dict[str, Any], folder: str) -> tuple[dict, li
     return states(run), run.losses(3)
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("param_layout", [True, False], ids=["layout", "older"])
-@pytest.mark.parametrize("model", [{}, MOE], ids=["dense", "experts"])
-def test_a_checkpoint_of_other_owners_resumes(
-    pool: RankPool, tmp_path: Path, model: dict[str, Any], param_layout: bool, bf16: bool
-) -> None:
+@pytest.mark.parametrize("param_layout,bf16", [(True, False), (False, True)], ids=["layout", "older"])
+def test_a_checkpoint_of_other_owners_resumes(pool: RankPool, tmp_path: Path, param_layout: bool, bf16: bool) -> None:
     """State is saved under names: a run that Megatron-Core's assignment saved goes on, each weight with its momentum.
 
     The losses are equal to rounding, not to the bit: each rank sums the gradient norm of its own weights.
     """
-    options = {**THREE_LAYERS, **model, "param_layout": param_layout, "bf16": bf16}
+    options = {**THREE_LAYERS, **MOE, "param_layout": param_layout, "bf16": bf16}
     folder = str(tmp_path / "checkpoint")
     saved = pool.run(save_with_upstream_owners, 2, Layout(layer_wise=True), options, folder)
     loaded = pool.run(load, 2, Layout(layer_wise=True), options, folder)

@@ -1,0 +1,80 @@
+"""Where a run of Adam with the distributed optimizer keeps each weight's state: in flat buckets, at its own layout.
+
+By default Megatron-Core saves these buckets as they are. Which elements are which weight's follows from the order and
+sizes of the weights, so that another optimizer at the same tensor and pipeline parallel sizes can read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from megatron_muon.checkpoint.held import Bucket
+from megatron_muon.checkpoint.stored import Stored
+
+__all__ = ["buckets_of_adam"]
+
+
+def buckets_of_adam(
+    chunks: Sequence[torch.nn.Module], stored: Stored, groups: Any = None
+) -> dict[torch.nn.Parameter, Bucket]:
+    """The place of every weight in the buckets of a checkpoint.
+
+    Args:
+        chunks: the model on this rank.
+        stored: the checkpoint's contents.
+        groups: Megatron-Core's ``ProcessGroupCollection``; None for that of ``parallel_state``.
+
+    Returns:
+        empty if the buckets are not those that Adam has at this layout.
+    """
+    args = stored.common.get("args")
+    if groups is None:
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+    if not stored.buckets or not _same_layout(args, groups):
+        return {}
+    for size in _bucket_sizes(args):
+        found = dict(_places(chunks, groups, None if groups.pp.rank() > 0 else size))
+        if found and all(stored.bucket_key(bucket, "exp_avg") for bucket in set(found.values())):
+            return found
+    return {}
+
+
+def _same_layout(args: Any, groups: Any) -> bool:
+    sizes = {"tensor_model_parallel_size": groups.tp.size(), "pipeline_model_parallel_size": groups.pp.size()}
+    return all(getattr(args, name, size) == size for name, size in sizes.items())
+
+
+def _bucket_sizes(args: Any) -> list[int | None]:
+    """What the bucket size may have been: as DDP chooses it, or one bucket for all."""
+    if args is None or not getattr(args, "overlap_grad_reduce", False):
+        return [None]
+    default = max(40_000_000, 1_000_000 * getattr(args, "data_parallel_size", 1))
+    return [getattr(args, "ddp_bucket_size", None) or default, None]
+
+
+def _places(
+    chunks: Sequence[torch.nn.Module], groups: Any, bucket_size: int | None
+) -> Iterator[tuple[torch.nn.Parameter, Bucket]]:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    unpadded = SimpleNamespace(pad_buckets_for_high_nccl_busbw=False)
+    for experts, domain in ((False, groups.mp.rank()), (True, getattr(groups, "tp_ep_pp", groups.mp).rank())):
+        buffer = 0
+        for number, chunk in enumerate(chunks):
+            by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+            for param in chunk.parameters():
+                if param.requires_grad and (not getattr(param, "allreduce", True)) == experts:
+                    by_dtype.setdefault(param.dtype, []).append(param)
+            for params in by_dtype.values():
+                size = bucket_size if number == 0 else None
+                layout = DistributedOptimizer._compute_per_buffer_param_layout(params, size, 1, unpadded)
+                for param, (start, _, bucket) in layout.param_index_map.items():
+                    first, length = layout.bucket_indices[bucket][0], layout.per_bucket_numel_unpadded[bucket]
+                    yield param, Bucket(domain, buffer, bucket, start - first, length)
+                buffer += 1

@@ -1,0 +1,328 @@
+"""Save and load the state of Megatron-Core's optimizers in the space of the model's weights.
+
+Saving is ``sharded_state_dict`` of an optimizer. Loading takes three steps, as Megatron-Core's interface does: a
+:class:`Request` in place of the optimizer's state, which does not know yet what the checkpoint has;
+:meth:`Request.resolve` with the checkpoint's folder; :meth:`Request.fill` with what was read.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_muon.checkpoint import record as records
+from megatron_muon.checkpoint.buckets import buckets_of_adam
+from megatron_muon.checkpoint.errors import CheckpointError, raise_together
+from megatron_muon.checkpoint.fingerprint import fingerprints
+from megatron_muon.checkpoint.held import STEP, Bucket, Held, held_by
+from megatron_muon.checkpoint.record import RECORD, Record, Rule, WeightRecord, layout_text
+from megatron_muon.checkpoint.sharding import ALONE, PREFIX, Place, Replica, places_of, tensors_of
+from megatron_muon.checkpoint.slices import gathered, scatter
+from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, estimated_second_moment
+from megatron_muon.checkpoint.stored import Stored
+from megatron_muon.routing.layout import layout_of
+
+__all__ = ["ACCEPT", "WEIGHTS", "Request", "saved_state"]
+
+ACCEPT = "accept"
+"""The value of the option that lets a run go on with other rules than the checkpoint's."""
+
+WEIGHTS = "weights"
+
+
+def saved_state(optimizer: Any, model_state: Any) -> dict[str, Any]:
+    """The state of an optimizer for ``dist_checkpointing.save``. All ranks must call this.
+
+    Args:
+        optimizer: of Megatron-Core.
+        model_state: the model's sharded state, with the parameters themselves in it.
+
+    Raises:
+        CheckpointError: for a weight or a state that has no place in the model's tensors.
+    """
+    held = held_by(optimizer, create=True)
+    places = places_of([each.param for each in held], model_state)
+    record = _record(held, places)
+    alone = set(record.alone)
+    weights: dict[str, Any] = {}
+    for each, place, tensors in zip(held, places, gathered(held), strict=True):
+        for state, tensor in tensors.items():
+            source = f"{PREFIX}.{state}{ALONE if (state, place.key) in alone else ''}"
+            parts = place.sharded(source, tensor, _replica(each, place))
+            weights.setdefault(place.name, {})[state] = dict(enumerate(parts))
+    return {RECORD: record.to_plain(), WEIGHTS: _or_local(weights)}
+
+
+def _or_local(weights: dict[str, Any]) -> Any:
+    """Empty containers would be stored, and lost, as plain data."""
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+
+    return weights or LocalNonpersistentObject({})
+
+
+def _replica(held: Held, place: Place) -> Replica:
+    pipeline, shard, data = place.replica
+    return (pipeline, shard, 0 if held.owned or held.slices else data)
+
+
+def _rule(held: Held) -> Rule:
+    layout = layout_text(layout_of(held.param)) if held.rule == "muon" else ""
+    return Rule(held.rule, layout, tuple(sorted(held.tensors)))
+
+
+def _record(held: Sequence[Held], places: Sequence[Place]) -> Record:
+    """The same on all ranks."""
+    pairs = [(each, place) for each, place in zip(held, places, strict=True) if each.key is not None]
+    saved = [(each, place) for each, place in pairs if _replica(each, place) == (0, 0, 0)]
+    counted = [(index, state) for index, pair in enumerate(saved) for state in _counted(*pair)]
+    values = fingerprints(saved[index][0].tensors[state] for index, state in counted)
+    sums: dict[int, dict[str, int]] = defaultdict(dict)
+    for (index, state), value in zip(counted, values, strict=True):
+        sums[index][state] = value
+    mine = [
+        WeightRecord(place.key, place.index, place.siblings, _rule(each), records.numbers_of(each.group), sums[index])
+        for index, (each, place) in enumerate(saved)
+    ]
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (_step(held), mine))
+    return Record.of(max(step for step, _ in everywhere), [weight for _, weights in everywhere for weight in weights])
+
+
+def _counted(held: Held, place: Place) -> list[str]:
+    """The states that count in this rank's sums: shards and slices do, copies do not."""
+    replica = _replica(held, place)
+    if held.slices is not None:
+        return sorted(held.tensors) if replica == (0, 0, 0) else []
+    return [
+        state
+        for state, tensor in sorted(held.tensors.items())
+        if all(part.replica_id == (0, 0, 0) for part in tensors_of(place.sharded(PREFIX, tensor, replica)))
+    ]
+
+
+def _step(held: Sequence[Held]) -> int:
+    found = [0]
+    for each in held:
+        if each.key is not None:
+            step = each.inner.state[each.key].get(STEP, each.group.get(STEP, 0))
+            found.append(int(step))
+    return max(found)
+
+
+class Request(dict[str, Any]):
+    """In place of an optimizer's sharded state, until it is known what the checkpoint has.
+
+    Attributes:
+        held: the weights of this rank.
+        places: of them.
+        accept: whether the checkpoint may have other rules.
+        stored: the checkpoint's contents, once resolved.
+        choices: of each weight, once resolved.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        model_state: Any,
+        accept: bool,
+        chunks: Sequence[torch.nn.Module] = (),
+        groups: Any = None,
+    ) -> None:
+        """
+        Args:
+            optimizer: of Megatron-Core; missing state is created.
+            model_state: the model's sharded state.
+            accept: see above.
+            chunks: the model on this rank.
+            groups: Megatron-Core's ``ProcessGroupCollection``; None for that of ``parallel_state``.
+        """
+        super().__init__()
+        self.chunks, self.groups = chunks, groups
+        self.held = held_by(optimizer, create=True)
+        self.places = places_of([each.param for each in self.held], model_state)
+        # Noted now: Megatron-Core's fully parallel loading changes the replica numbers of the model's state.
+        self._counted = [_counted(*pair) for pair in zip(self.held, self.places, strict=True)]
+        self.accept = accept
+        self.stored: Stored | None = None
+        self.choices: list[list[Choice]] = []
+
+    def resolve(self, stored: Stored) -> None:
+        """Decide what to read, and become the state that ``dist_checkpointing.load`` takes. All ranks must call this.
+
+        Args:
+            stored: the checkpoint's contents.
+
+        Raises:
+            CheckpointError: on all ranks, if the checkpoint has not what is needed.
+        """
+        self.stored = stored
+        problems: list[str] = []
+        changes: list[str] = []
+        weights: dict[str, Any] = {}
+        self.choices = []
+        buckets = self._buckets(stored)
+        for each, place in zip(self.held, self.places, strict=True):
+            self.choices.append([])
+            for state in each.tensors:
+                choice = choose(each, place, state, self._replica(each, place), stored, buckets.get(each.param))
+                if isinstance(choice, str):
+                    problems.append(choice)
+                    continue
+                self.choices[-1].append(choice)
+                if choice.is_read:
+                    weights.setdefault(place.name, {})[state] = dict(enumerate(choice.parts))
+            if each.key is not None and (change := self._change(each, place, self.choices[-1])):
+                changes.append(change)
+        raise_together(problems, f"{stored.folder} cannot be resumed:", _way_out(stored))
+        if not self.accept:
+            raise_together(
+                changes,
+                f"{stored.folder} was trained with other rules:",
+                "Go on with the rules of the checkpoint (see the flags that name them in docs/routing.md), or add "
+                f"--muon-ckpt-changes {ACCEPT}: weights and what can be carried over of the state are kept.",
+            )
+        self.clear()
+        self[WEIGHTS] = _or_local(weights)
+
+    def fill(self, loaded: dict[str, Any]) -> Record | None:
+        """Put what was read in its place.
+
+        Args:
+            loaded: the optimizer's part of what ``dist_checkpointing.load`` returned.
+
+        Returns:
+            what the checkpoint says about itself; None if it is not this package's.
+
+        Raises:
+            CheckpointError: on all ranks, if a tensor is not what was saved.
+        """
+        if self.stored is None:
+            raise RuntimeError("load the checkpoint with megatron.core.dist_checkpointing.load after install()")
+        weights = loaded.get(WEIGHTS, {})
+        for each, place, choices in zip(self.held, self.places, self.choices, strict=True):
+            read = {choice.state: _joined(weights[place.name][choice.state]) for choice in choices if choice.is_read}
+            for choice in choices:
+                if choice.state == MASTER and not choice.is_read:
+                    read[choice.state] = each.param.data
+                elif not choice.is_read:
+                    read[choice.state] = _second_moment(each, place, read)
+                scatter(each, choice.state, read[choice.state])
+        self._check_contents()
+        self._set_steps(self.stored.step)
+        return self.stored.record
+
+    def _buckets(self, stored: Stored) -> dict[torch.nn.Parameter, Bucket]:
+        """Where the distributed optimizer had each weight: this run's, in a layer-wise one, or that of Adam alone."""
+        if not stored.buckets:
+            return {}
+        own = {each.param: each.bucket for each in self.held if each.bucket is not None}
+        return buckets_of_adam(self.chunks, stored, self.groups) or own
+
+    def take_numbers(self, names: Collection[str]) -> None:
+        """Give the param groups what the checkpoint has, for ``--use-checkpoint-opt_param-scheduler``.
+
+        Args:
+            names: of entries of param groups.
+        """
+        record = None if self.stored is None else self.stored.record
+        for each, place in zip(self.held, self.places, strict=True):
+            rule = None if record is None else record.rule(place.name)
+            if record is not None and rule is not None and rule.name == each.rule:
+                numbers = record.numbers[rule.numbers]
+                each.group.update({name: numbers[name] for name in names if name in numbers and name in each.group})
+
+    def _replica(self, held: Held, place: Place) -> Replica:
+        pipeline, shard, data = place.replica
+        if held.slices is not None:
+            return (pipeline, shard, held.slices.holders.index(held.slices.rank))
+        return (pipeline, shard, 0 if held.owned else data)
+
+    def _change(self, held: Held, place: Place, choices: list[Choice]) -> str | None:
+        assert self.stored is not None
+        now = _rule(held)
+        if self.stored.record is not None and not self.stored.record.converted:
+            return difference(place.name, self.stored.record.rule(place.name), now)
+        other = sorted({choice.stored_as or "nothing" for choice in choices if not choice.is_same})
+        return f"{place.name}: {', '.join(other)} in the checkpoint, {now} now" if other else None
+
+    def _check_contents(self) -> None:
+        """Compare what was read with the sums that were taken when it was saved."""
+        assert self.stored is not None
+        saved = self.stored.record
+        if saved is None:
+            return
+        checked = [
+            (place.name, choice.state, each.tensors[choice.state])
+            for each, place, choices, counted in zip(self.held, self.places, self.choices, self._counted, strict=True)
+            for choice in choices
+            if choice.state in counted and choice.stored_as == choice.state and self._has_dtype(choice)
+        ]
+        sums = fingerprints(tensor for _, _, tensor in checked)
+        mine = [(name, state, value) for (name, state, _), value in zip(checked, sums, strict=True)]
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, mine)
+        totals: dict[tuple[str, str], int] = defaultdict(int)
+        for part in everywhere:
+            for name, state, value in part:
+                totals[name, state] = (totals[name, state] + value) % (1 << 64)
+        damaged = [
+            f"{state} of {name}"
+            for (name, state), value in sorted(totals.items())
+            if saved.sums.get(name, {}).get(state, value) != value
+        ]
+        raise_together(
+            damaged,
+            f"{self.stored.folder} is damaged: what was read is not what was saved:",
+            "Load an earlier checkpoint (--ckpt-step), and check the storage.",
+        )
+
+    def _has_dtype(self, choice: Choice) -> bool:
+        """A state that was rounded when it was read has another sum."""
+        assert self.stored is not None and choice.tensor is not None
+        return all(self.stored.shapes[part.key][1] == choice.tensor.dtype for part in tensors_of(choice.parts))
+
+    def _set_steps(self, step: int) -> None:
+        for each in self.held:
+            if each.key is None:
+                continue
+            state = each.inner.state[each.key]
+            if _counts_in_state(each.inner):
+                state[STEP] = torch.tensor(float(step))
+        for inner in {id(each.inner): each.inner for each in self.held}.values():
+            if not _counts_in_state(inner):
+                for group in inner.param_groups:
+                    group[STEP] = step
+
+
+def _counts_in_state(inner: torch.optim.Optimizer) -> bool:
+    """torch's Adam counts steps for each weight; all others, and fused ones, in the group."""
+    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)) and not hasattr(inner, "adam_w_mode")
+
+
+def _joined(parts: dict[int, torch.Tensor]) -> torch.Tensor:
+    """The parts of a weight, flattened where there are several."""
+    tensors = [parts[number] for number in sorted(parts)]
+    return tensors[0] if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _second_moment(held: Held, place: Place, read: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of a weight whose earlier optimizer had none."""
+    first = read.get("exp_avg", read.get("momentum_buffer"))
+    if first is None:
+        raise CheckpointError(f"{place.name}: there is no first moment to estimate {ESTIMATED} from")
+    betas = held.group.get("betas", (0.9, 0.999))
+    return estimated_second_moment(first, held.group.get("momentum", betas[0]))
+
+
+def _way_out(stored: Stored) -> str:
+    if stored.buckets:
+        return (
+            "It has Adam's state in the form of the distributed optimizer's buckets, which only Adam at the same "
+            "layout reads. Resume it once with the optimizer and layout that saved it and "
+            "--dist-ckpt-optim-fully-reshardable, save, and start from that."
+        )
+    return "Check that it is of this model (--load), or start with new optimizer state (--no-load-optim)."

@@ -1,0 +1,74 @@
+"""``python -m megatron_muon ckpt``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_muon.checkpoint.errors import CheckpointError
+from megatron_muon.errors import ConfigError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+
+    Raises:
+        SystemExit: with code 2 after a message, for folders that cannot be used; 1 if ``inspect`` finds a problem.
+    """
+    args = _parser().parse_args(argv)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from megatron_muon import cpu
+
+    cpu.install()
+    try:
+        args.command(args)
+    except (CheckpointError, ConfigError) as error:
+        print(f"megatron_muon ckpt: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_muon ckpt", description="Checkpoints of --ckpt-format torch_dist, without GPUs."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    inspect = commands.add_parser("inspect", help="what a checkpoint has, who updates what, and whether it is sound")
+    inspect.add_argument("folder", metavar="DIR", help="of a run (--save), or of one iteration")
+    inspect.add_argument("--contents", action="store_true", help="also read all tensors and compare their sums")
+    inspect.add_argument("--json", metavar="FILE", help="also write everything to this file")
+    inspect.set_defaults(command=_inspect)
+    convert = commands.add_parser("convert", help="a checkpoint of Adam for Muon, or of Muon for Adam")
+    convert.add_argument("source", metavar="SRC", help="folder of a run or of one iteration; only read")
+    convert.add_argument("target", metavar="DST", help="a new folder, for --load")
+    convert.add_argument("--to", choices=("muon", "adam"), required=True, help="the optimizer that goes on")
+    convert.set_defaults(command=_convert)
+    return parser
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from megatron_muon.checkpoint import folders, inspection
+
+    found = inspection.inspect(folders.resolve(args.folder), args.contents)
+    print(inspection.render(found))
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if found["problems"]:
+        raise SystemExit(1)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from megatron_muon.checkpoint import conversion, folders
+
+    iteration = conversion.convert(folders.resolve(args.source), Path(args.target), args.to)
+    print(f"{args.target}: iteration {iteration}; resume with --load {args.target} --optimizer {args.to}")

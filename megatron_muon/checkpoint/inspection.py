@@ -1,0 +1,168 @@
+"""``python -m megatron_muon ckpt inspect``: what a checkpoint has, and whether it is sound."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_muon.checkpoint.fingerprint import fingerprints
+from megatron_muon.checkpoint.folders import iteration_of
+from megatron_muon.checkpoint.reading import Index, read_index
+from megatron_muon.checkpoint.record import Record
+from megatron_muon.checkpoint.sharding import ALONE, PREFIX
+from megatron_muon.checkpoint.stored import Stored
+
+__all__ = ["inspect", "render"]
+
+_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)$")
+_SIZES = (
+    ("tensor_model_parallel_size", "TP"),
+    ("pipeline_model_parallel_size", "PP"),
+    ("context_parallel_size", "CP"),
+    ("expert_model_parallel_size", "EP"),
+    ("data_parallel_size", "DP"),
+)
+
+
+def inspect(folder: Path, contents: bool = False) -> dict[str, Any]:
+    """Everything about a checkpoint, as plain data.
+
+    Args:
+        folder: of one iteration.
+        contents: also read all tensors, one part at a time, and look for numbers that are not finite and for state that
+            is not what was saved.
+
+    Raises:
+        CheckpointError: if files are missing or too short.
+    """
+    stored, index = Stored.read(str(folder)), read_index(folder)
+    kinds: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "elements": 0, "bytes": 0})
+    for key, entry in index.tensors.items():
+        found = _STATE.match(key)
+        elements = torch.Size(entry.size).numel()
+        kind = kinds[found.group(1) if found else "model"]
+        kind["tensors"] += 1
+        kind["elements"] += elements
+        kind["bytes"] += elements * entry.properties.dtype.itemsize
+    args = stored.common.get("args")
+    record = stored.record
+    return {
+        "folder": str(folder),
+        "iteration": stored.common.get("iteration", iteration_of(folder)),
+        "updates": stored.step,
+        "form": _form(stored),
+        "package": None if record is None else record.package,
+        "optimizer": getattr(args, "optimizer", None),
+        "layout": {short: getattr(args, name, None) for name, short in _SIZES} if args is not None else None,
+        "world_size": getattr(args, "world_size", None),
+        "files": sum(1 for _ in folder.glob("*.distcp")),
+        "bytes_on_disk": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        "kinds": dict(kinds),
+        "rules": _rules(stored) if record is not None else [],
+        "numbers": [] if record is None else record.numbers,
+        "problems": _problems(index, record) if contents else None,
+    }
+
+
+def _form(stored: Stored) -> str:
+    if stored.record is not None:
+        return "megatron_muon: read at every layout"
+    if stored.buckets:
+        return "Megatron-Core, the distributed optimizer's buckets: read at the same TP and PP only"
+    if any(key.startswith(f"{PREFIX}.param.") for key in stored.shapes):
+        return "Megatron-Core, fully reshardable distributed optimizer"
+    return "Megatron-Core, plain" if any(_STATE.match(key) for key in stored.shapes) else "no optimizer state"
+
+
+def _rules(stored: Stored) -> list[dict[str, Any]]:
+    """Weights of one key and one rule on a line."""
+    assert stored.record is not None
+    record, lines = stored.record, Counter[tuple[str, int]]()
+    for name, rule in record.weights.items():
+        lines[name.partition("[")[0], rule] += 1
+    return [
+        {
+            "weight": key,
+            "count": count,
+            "shape": list(stored.shapes[key][0]) if key in stored.shapes else None,
+            "rule": record.rules[rule].name,
+            "layout": record.rules[rule].layout,
+            "states": list(record.rules[rule].states),
+        }
+        for (key, rule), count in sorted(lines.items())
+    ]
+
+
+def _problems(index: Index, record: Record | None) -> list[str]:
+    """Read everything."""
+    found: list[str] = []
+    sums: dict[tuple[str, str], int] = defaultdict(int)
+    depths = {} if record is None else {name.partition("[")[0]: _depth(name) for name in record.weights}
+    for key in sorted(index.tensors):
+        state = _STATE.match(key)
+        for chunk in index.chunks(key):
+            tensor = index.tensor(chunk)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                found.append(f"{key} has numbers that are not finite, at {list(chunk.offsets)}")
+            if state is not None:
+                weight, _, alone = state.group(2).partition(ALONE)
+                where = alone.split(".") if alone else [str(at) for at in chunk.offsets[: depths.get(weight, 0)]]
+                name = weight + (f"[{','.join(where)}]" if where else "")
+                sums[name, state.group(1)] = (sums[name, state.group(1)] + fingerprints([tensor])[0]) % (1 << 64)
+    for (name, kind), value in sorted(sums.items()):
+        saved = {} if record is None else record.sums.get(name, {})
+        if saved.get(kind, value) != value:
+            found.append(f"{kind} of {name} is not what was saved")
+    return found
+
+
+def _depth(name: str) -> int:
+    """How many axes of layers and experts the tensor of a weight has."""
+    _, bracket, inside = name.partition("[")
+    return inside.count(",") + 1 if bracket else 0
+
+
+def render(found: dict[str, Any]) -> str:
+    """For people."""
+    layout = found["layout"]
+    where = "unknown layout" if layout is None else " ".join(f"{name} {size}" for name, size in layout.items() if size)
+    ranks = f", {found['world_size']} ranks" if found["world_size"] else ""
+    lines = [
+        found["folder"],
+        f"iteration {found['iteration']}, {found['updates']} updates by --optimizer {found['optimizer'] or 'unknown'}",
+        f"saved at {where}{ranks}",
+        f"optimizer state: {found['form']}" + (f" (written by {found['package']})" if found["package"] else ""),
+        f"{found['files']} files, {_size(found['bytes_on_disk'])}",
+        "",
+        f"{'':16}  {'tensors':>7}  {'elements':>15}  {'size':>10}",
+    ]
+    lines += [
+        f"{kind:16}  {each['tensors']:>7}  {each['elements']:>15,}  {_size(each['bytes']):>10}"
+        for kind, each in sorted(found["kinds"].items(), key=lambda pair: (pair[0] != "model", pair[0]))
+    ]
+    if found["rules"]:
+        width = max(len(rule["weight"]) for rule in found["rules"])
+        lines += ["", f"{'weight':{width}}  {'count':>5}  rule"]
+        lines += [
+            f"{rule['weight']:{width}}  {rule['count']:>5}  {rule['rule']}"
+            + (f" ({rule['layout']})" if rule["layout"] else "")
+            for rule in found["rules"]
+        ]
+    lines += ["", "files are there and as long as their index says"]
+    if found["problems"] is None:
+        lines.append("contents not read (--contents reads them)")
+    else:
+        lines += found["problems"] or ["all numbers are finite, and state is what was saved"]
+    return "\n".join(lines)
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"

@@ -1,0 +1,177 @@
+"""What is stored beside the tensors: who updates which weight and how, with which numbers, after how many steps.
+
+The record is plain Python data, once in the checkpoint, the same whatever layout wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megatron_muon.routing.layout import SCALAR, MatrixLayout
+from megatron_muon.version import __version__
+
+__all__ = ["RECORD", "Record", "Rule", "WeightRecord", "layout_text", "numbers_of"]
+
+RECORD = "megatron_muon"
+"""Key of the record in the optimizer's part of a checkpoint, and of the mark in its metadata."""
+
+FORMAT = 1
+
+_PASSING = ("params", "step", "lr", "weight_decay")
+"""Entries of param groups that the schedule sets, or that are stored otherwise."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a weight is updated, as far as it gives its state a meaning.
+
+    Attributes:
+        name: ``muon``, ``adam``, ``lion``.
+        layout: of its logical matrices, see :func:`layout_text`; empty for rules on single numbers.
+        states: names of its state tensors.
+        numbers: index of its param group's numbers in the record.
+    """
+
+    name: str
+    layout: str
+    states: tuple[str, ...]
+    numbers: int = 0
+
+    def __str__(self) -> str:
+        return self.name + (f" ({self.layout})" if self.layout else "")
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """One weight, from the rank that saves it.
+
+    Attributes:
+        key: the model's key.
+        index: in the tensor of that key.
+        siblings: how many weights that tensor has place for.
+        rule: with ``numbers`` 0.
+        numbers: of its param group.
+        sums: a number for each state that depends on its contents, see :mod:`megatron_muon.checkpoint.fingerprint`.
+    """
+
+    key: str
+    index: tuple[int, ...]
+    siblings: int
+    rule: Rule
+    numbers: tuple[tuple[str, Any], ...]
+    sums: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As :attr:`megatron_muon.checkpoint.sharding.Place.name`."""
+        return self.key + (f"[{','.join(map(str, self.index))}]" if self.index else "")
+
+
+@dataclass
+class Record:
+    """All weights.
+
+    Attributes:
+        step: updates so far.
+        rules: in use.
+        numbers: of param groups: rates, betas...
+        weights: name -> index in ``rules``.
+        alone: (state, key) of states that not all weights of a tensor have.
+        sums: name -> state -> number that depends on the contents.
+        converted: the optimizer that the checkpoint was converted for; it then fits any rules, and ``weights`` is
+            empty.
+        package: version that wrote it.
+        version: of this form.
+    """
+
+    step: int
+    rules: list[Rule]
+    numbers: list[dict[str, Any]]
+    weights: dict[str, int]
+    alone: list[tuple[str, str]]
+    sums: dict[str, dict[str, int]]
+    converted: str = ""
+    package: str = __version__
+    version: int = FORMAT
+
+    def rule(self, name: str) -> Rule | None:
+        """Of a weight; None if it was not trained."""
+        index = self.weights.get(name)
+        return None if index is None else self.rules[index]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Lists, dictionaries, numbers and strings only."""
+        plain = asdict(self)
+        plain["rules"] = [{**rule, "states": list(rule["states"])} for rule in plain["rules"]]
+        plain["alone"] = [list(pair) for pair in self.alone]
+        return plain
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Record:
+        """The inverse of :meth:`to_plain`.
+
+        Raises:
+            ValueError: for a form that this version does not know.
+        """
+        if plain.get("version") != FORMAT:
+            raise ValueError(
+                f"its optimizer state has form {plain.get('version')}, written by megatron_muon "
+                f"{plain.get('package')}; this is {__version__}, which reads form {FORMAT}"
+            )
+        values = dict(plain)
+        values["rules"] = [Rule(**{**rule, "states": tuple(rule["states"])}) for rule in plain["rules"]]
+        values["alone"] = [(state, key) for state, key in plain["alone"]]
+        return cls(**values)
+
+    @classmethod
+    def of(cls, step: int, weights: Iterable[WeightRecord]) -> Record:
+        """Put together what the ranks report; the sums of a weight's shards are added up."""
+        rules: list[Rule] = []
+        numbers: list[tuple[tuple[str, Any], ...]] = []
+        where: dict[str, int] = {}
+        sums: dict[str, dict[str, int]] = {}
+        holders: dict[tuple[str, str], set[tuple[int, ...]]] = {}
+        siblings: dict[str, int] = {}
+        for weight in sorted(weights, key=lambda weight: (weight.key, weight.index)):
+            group = _index(numbers, weight.numbers)
+            where[weight.name] = _index(rules, Rule(weight.rule.name, weight.rule.layout, weight.rule.states, group))
+            siblings[weight.key] = weight.siblings
+            mine = sums.setdefault(weight.name, {})
+            for state in weight.rule.states:
+                holders.setdefault((state, weight.key), set()).add(weight.index)
+                mine[state] = (mine.get(state, 0) + weight.sums.get(state, 0)) % (1 << 64)
+        alone = [pair for pair, indices in sorted(holders.items()) if len(indices) < siblings[pair[1]]]
+        return cls(step, rules, [dict(each) for each in numbers], where, alone, sums)
+
+
+def _index(known: list[Any], value: Any) -> int:
+    if value not in known:
+        known.append(value)
+    return known.index(value)
+
+
+def layout_text(layout: MatrixLayout) -> str:
+    """What of a layout does not depend on the parallel layout: the kind of weight, its sections and their rules."""
+    text = ", ".join(
+        section.name + (" by head" if section.matrix_rows else "") + (" scalar" if section.rule == SCALAR else "")
+        for section in layout.sections
+    )
+    return f"{layout.kind}: {text}" if text else layout.kind
+
+
+def numbers_of(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What of a param group is told and compared at resume."""
+    found = []
+    for key, value in sorted(group.items()):
+        plain = list(value) if isinstance(value, tuple) else value
+        if key not in _PASSING and _is_plain(plain):
+            found.append((key, plain))
+    return tuple(found)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))

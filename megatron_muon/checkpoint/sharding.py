@@ -1,0 +1,270 @@
+"""State tensors, described by the sharding of the model's own weights.
+
+The model says how each of its weights lies in a global tensor (``sharded_state_dict``): along which axes it is cut, in
+which layer and expert it is, which ranks hold copies, and whether a fused weight is saved in parts. The state of a
+weight is described in the same way.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+from megatron_muon.checkpoint.errors import CheckpointError
+
+__all__ = ["ALONE", "PREFIX", "Place", "Template", "places_of", "tensors_of"]
+
+PREFIX = "optimizer.state"
+"""Before the names of states in keys."""
+
+Replica = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A part of a weight that the model saves under a key of its own; mostly the whole weight.
+
+    Attributes:
+        base: the model's description.
+        first: the first element of the flattened weight in it; it is a block of whole rows.
+        shape: on this rank.
+    """
+
+    base: ShardedTensor | ShardedTensorFactory
+    first: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one weight is in the model's global tensors.
+
+    Attributes:
+        shape: of the weight on this rank.
+        templates: its parts.
+        key: the model's key of the first part.
+        index: of the layer, expert... in the tensor of ``key``, which holds several weights; empty if it holds one.
+    """
+
+    shape: tuple[int, ...]
+    templates: tuple[Template, ...]
+    key: str
+    index: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Unique in the model, at every layout."""
+        return self.key + (f"[{','.join(map(str, self.index))}]" if self.index else "")
+
+    @property
+    def replica(self) -> Replica:
+        """(pipeline, tensor, data) rank among copies; zeros for the one that is saved."""
+        replica = self.templates[0].base.replica_id
+        assert isinstance(replica, tuple) and len(replica) == 3, f"{self.name}: replica {replica}"
+        return replica
+
+    @property
+    def siblings(self) -> int:
+        """How many weights the tensor of ``key`` holds."""
+        base = self.templates[0].base
+        tensor = next(_tensors(base.build())) if isinstance(base, ShardedTensorFactory) else base
+        return _numel(tensor.global_shape[: tensor.prepend_axis_num])
+
+    def sharded(self, source: str, tensor: torch.Tensor, replica: Replica) -> list[Any]:
+        """Describe a state tensor.
+
+        Args:
+            source: what precedes the model's key (``optimizer.state.momentum_buffer``). With :data:`ALONE` at its end,
+                the state of this layer and expert has a key of its own.
+            tensor: of the weight's shape; or with 1 in place of some sizes (one number for each row or column), or of
+                one element.
+            replica: (pipeline, tensor, data).
+
+        Returns:
+            ``ShardedTensor`` or ``ShardedTensorFactory`` for each of ``templates``.
+        """
+        parts = []
+        for template in self.templates:
+            part = tensor if len(self.templates) == 1 else _rows(tensor, template)
+            parts.append(_described(template.base, source, part, replica, self.index))
+        return parts
+
+
+ALONE = "@"
+"""Marks a state that not all layers (experts) in the model's tensor have."""
+
+
+def places_of(params: Iterable[torch.nn.Parameter], model_state: Any) -> list[Place]:
+    """Where each weight is.
+
+    Args:
+        params: of the model.
+        model_state: its sharded state, with the parameters themselves in it.
+
+    Raises:
+        CheckpointError: for a weight that is not saved with the model.
+    """
+    sharded, _ = extract_sharded_tensors_and_factories(model_state)
+    bases = [base for base in nested_values(sharded) if base.data is not None]
+    by_identity = {id(base.data): base for base in bases}
+    by_address: list[Any] | None = None
+    found = []
+    for param in params:
+        base = by_identity.get(id(param))
+        if base is not None:
+            templates: tuple[Template, ...] = (Template(base, 0, tuple(param.shape)),)
+        else:
+            by_address = by_address or [base for base in bases if isinstance(base.data, torch.Tensor)]
+            templates = _parts_of(param, by_address)
+        found.append(Place(tuple(param.shape), templates, *_key_and_index(templates[0].base)))
+    return found
+
+
+def _parts_of(param: torch.nn.Parameter, bases: list[Any]) -> tuple[Template, ...]:
+    """A fused weight of which the model saves views: those that lie in its memory."""
+    begin, size = param.data_ptr(), param.element_size()
+    parts = []
+    for base in bases:
+        offset = base.data.data_ptr() - begin
+        inside = 0 <= offset < param.numel() * size and base.data.numel() < param.numel()
+        if inside and base.data.is_contiguous() and base.data.shape[1:] == param.shape[1:]:
+            parts.append(Template(base, offset // size, tuple(base.data.shape)))
+    parts.sort(key=lambda part: part.first)
+    ends = [part.first + _numel(part.shape) for part in parts]
+    if not parts or [0, *ends[:-1]] != [part.first for part in parts] or ends[-1] != param.numel():
+        raise CheckpointError(
+            f"A weight of shape {tuple(param.shape)} is trained but not saved: the model's sharded_state_dict() has "
+            "neither the parameter nor views that make it up. Save the parameter there (keep_vars=True), or freeze it."
+        )
+    return tuple(parts)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _key_and_index(base: ShardedTensor | ShardedTensorFactory) -> tuple[str, tuple[int, ...]]:
+    tensor = next(_tensors(base.build())) if isinstance(base, ShardedTensorFactory) else base
+    return base.key, tuple(tensor.global_offset[: tensor.prepend_axis_num])
+
+
+def _tensors(state: Any) -> Iterator[ShardedTensor]:
+    yield from ([state] if isinstance(state, ShardedTensor) else nested_values(state))
+
+
+def _rows(tensor: torch.Tensor, template: Template) -> torch.Tensor:
+    """The rows of a state that belong to a part of the weight."""
+    rest = _numel(template.shape[1:])
+    first = template.first // rest
+    return tensor[first : first + template.shape[0]] if tensor.shape[0] > 1 else tensor
+
+
+def _key(source: str, key: str, index: tuple[int, ...], alone: bool) -> str:
+    if not alone:
+        return f"{source}.{key}"
+    return f"{source.removesuffix(ALONE)}.{key}{ALONE}{'.'.join(map(str, index))}"
+
+
+def _described(
+    base: ShardedTensor | ShardedTensorFactory,
+    source: str,
+    tensor: torch.Tensor,
+    replica: Replica,
+    index: tuple[int, ...],
+) -> ShardedTensor | ShardedTensorFactory:
+    alone = source.endswith(ALONE)
+    key = _key(source, base.key, index, alone)
+    if isinstance(base, ShardedTensor):
+        found = _shaped(base, key, tensor, replica)
+        return _without_index(found) if alone else found
+    if tensor.dim() != base.data.dim() or tensor.shape[0] != base.data.shape[0]:
+        raise CheckpointError(
+            f"{key}: a state of shape {tuple(tensor.shape)} cannot be saved for a weight of shape "
+            f"{tuple(base.data.shape)}, which the model saves in blocks of rows. Give each row of the weight one."
+        )
+    if not alone:
+        return replace(base, key=key, data=tensor, replica_id=replica)
+    build = base.build_fn
+
+    def build_alone(*arguments: Any) -> Any:
+        built = build(*arguments)
+        return _refilled(built, map(_without_index, _tensors(built)))
+
+    return replace(base, key=key, data=tensor, replica_id=replica, build_fn=build_alone)
+
+
+def _refilled(state: Any, parts: Iterator[ShardedTensor]) -> Any:
+    """The same lists and dictionaries with other leaves, in order."""
+    if isinstance(state, ShardedTensor):
+        return next(parts)
+    if isinstance(state, dict):
+        return {key: _refilled(value, parts) for key, value in state.items()}
+    return [_refilled(value, parts) for value in state]
+
+
+def _shaped(base: ShardedTensor, key: str, tensor: torch.Tensor, replica: Replica) -> ShardedTensor:
+    """The base with another tensor, of the same shape or with 1 along some axes."""
+    if tensor.shape == base.local_shape:
+        return replace(base, key=key, data=tensor, dtype=tensor.dtype, replica_id=replica)
+    before = base.prepend_axis_num
+    shape = tuple(tensor.shape) if tensor.numel() > 1 else (1,) * len(base.local_shape)
+    fits = len(shape) == len(base.local_shape) and all(
+        have in (1, want) for have, want in zip(shape, base.local_shape, strict=True)
+    )
+    if not fits:
+        raise CheckpointError(
+            f"{key}: a state of shape {tuple(tensor.shape)} has no place beside a weight of shape {base.local_shape}: "
+            "give it the weight's shape, or 1 in place of some sizes."
+        )
+    cuts = base.axis_fragmentations or (1,) * len(base.global_shape)
+    keeps = [have == want for have, want in zip(shape, base.local_shape, strict=True)]
+    # Ranks whose shards of the weight differ only along an axis that the state has not: copies of one another.
+    copy = 0
+    for axis, keep in enumerate(keeps):
+        if not keep:
+            copy = copy * cuts[before + axis] + base.global_offset[before + axis] // base.local_shape[axis]
+
+    def along(values: Iterable[int], single: int) -> tuple[int, ...]:
+        values = tuple(values)
+        rest = (value if keep else single for value, keep in zip(values[before:], keeps, strict=True))
+        return (*values[:before], *rest)
+
+    pipeline, shard, data = replica
+    return ShardedTensor(
+        key,
+        tensor.reshape(shape),
+        tensor.dtype,
+        shape,
+        along(base.global_shape, 1),
+        along(base.global_offset, 0),
+        along(cuts, 1),
+        (pipeline, shard or copy, data),
+        before,
+        base.allow_shape_mismatch,
+    )
+
+
+def _without_index(tensor: ShardedTensor) -> ShardedTensor:
+    """Without the axes of layers and experts."""
+    before = tensor.prepend_axis_num
+    cuts = tensor.axis_fragmentations
+    return replace(
+        tensor,
+        global_shape=tensor.global_shape[before:],
+        global_offset=tensor.global_offset[before:],
+        axis_fragmentations=None if cuts is None else cuts[before:],
+        prepend_axis_num=0,
+    )
+
+
+def tensors_of(states: Iterable[Any]) -> list[ShardedTensor]:
+    """All ``ShardedTensor`` of descriptions, factories built."""
+    built = (state.build() if isinstance(state, ShardedTensorFactory) else state for state in states)
+    return list(itertools.chain.from_iterable(map(_tensors, built)))

@@ -1,0 +1,142 @@
+"""Which tensor of a checkpoint becomes which state.
+
+The state of one optimizer serves another where both mean the same: Adam's first moment and Muon's momentum are moving
+averages of the gradient, whatever the matrices are split into; a master weight is a master weight. Adam's second moment
+has no source in Muon; it is estimated from the momentum, which is the average of noise if the learning rate is small:
+for an average with decay b, E[m^2] = (1 - b) / (1 + b) E[g^2].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from megatron_muon.checkpoint.held import Bucket, Held
+from megatron_muon.checkpoint.record import Rule
+from megatron_muon.checkpoint.sharding import ALONE, PREFIX, Place, Replica, tensors_of
+from megatron_muon.checkpoint.stored import Stored
+
+__all__ = ["ESTIMATED", "MASTER", "Choice", "choose", "difference", "estimated_second_moment"]
+
+_ALTERNATIVES = {
+    "fp32_param": ("fp32_param", "param"),
+    "momentum_buffer": ("momentum_buffer", "exp_avg"),
+    "exp_avg": ("exp_avg", "momentum_buffer"),
+}
+"""State -> names under which the same may be stored."""
+
+MASTER = "fp32_param"
+MODEL = "the model's weight"
+"""Where a master weight comes from if the checkpoint has none (float32 runs have none)."""
+
+_SAME = {MASTER: (MASTER, "param", MODEL)}
+"""Names that mean the same rule."""
+
+ESTIMATED = "exp_avg_sq"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where a state comes from.
+
+    Attributes:
+        state: name.
+        stored_as: the name that it has in the checkpoint, without prefixes, or :data:`MODEL`; None if there is nothing.
+        parts: what to read, see :meth:`Place.sharded`.
+        tensor: what is read into.
+    """
+
+    state: str
+    stored_as: str | None
+    parts: tuple[Any, ...] = ()
+    tensor: torch.Tensor | None = None
+
+    @property
+    def is_same(self) -> bool:
+        """Whether it was this state of this rule."""
+        return self.stored_as in _SAME.get(self.state, (self.state,))
+
+    @property
+    def is_read(self) -> bool:
+        """Whether there is something to read."""
+        return bool(self.parts)
+
+
+def choose(
+    held: Held, place: Place, state: str, replica: Replica, stored: Stored, bucket: Bucket | None = None
+) -> Choice | str:
+    """Find the source of a state.
+
+    Args:
+        held: the weight.
+        place: of it.
+        state: name.
+        replica: (pipeline, tensor, data) rank among those that read it.
+        stored: the checkpoint's contents.
+        bucket: where the distributed optimizer that saved it had the weight, if it did.
+
+    Returns:
+        the choice, or what is wrong.
+    """
+    target = held.tensors[state]
+    tensor = target if held.slices is None else target.new_empty(place.shape)
+    wrong = ""
+    for name, source in _sources(state, stored):
+        parts = place.sharded(source, tensor, replica)
+        found = tensors_of(parts)
+        if not all(part.key in stored.shapes for part in found):
+            continue
+        different = stored.misfits(found)
+        if not different:
+            return Choice(state, name, tuple(parts), tensor)
+        wrong = wrong or different[0]
+    if bucket is not None:
+        for name in _ALTERNATIVES.get(state, (state,)):
+            key = stored.bucket_key(bucket, name)
+            if key is not None:
+                return Choice(state, name, (_slice_of_bucket(key, bucket, tensor, replica),), tensor)
+    if wrong:
+        return wrong
+    if state == MASTER:
+        return Choice(state, MODEL)
+    return Choice(state, None) if state == ESTIMATED else f"{place.name}: there is no {state}"
+
+
+def _slice_of_bucket(key: str, bucket: Bucket, tensor: torch.Tensor, replica: Replica) -> ShardedTensor:
+    """A flattened weight in the tensor of a bucket. Tensor-parallel ranks have buckets of their own."""
+    flat = tensor.view(-1)
+    shape = tuple(flat.shape)
+    return ShardedTensor(key, flat, flat.dtype, shape, (bucket.size,), (bucket.start,), None, (0, 0, replica[2]))
+
+
+def _sources(state: str, stored: Stored) -> Iterator[tuple[str, str]]:
+    for name in _ALTERNATIVES.get(state, (state,)):
+        for chain in stored.chains:
+            for alone in (ALONE, ""):
+                yield name, f"{chain}{PREFIX}.{name}{alone}"
+
+
+def estimated_second_moment(average: torch.Tensor, decay: float) -> torch.Tensor:
+    """A uniform second moment for a weight that has had none.
+
+    Args:
+        average: moving average of the gradient, of any shape.
+        decay: of it, in [0, 1).
+
+    Returns:
+        of the same shape, the estimate of the mean square of a gradient.
+    """
+    return torch.full_like(average, 1.0) * average.square().mean() * ((1.0 + decay) / (1.0 - decay))
+
+
+def difference(name: str, before: Rule | None, now: Rule) -> str | None:
+    """What has changed for a weight since the checkpoint; None if nothing that gives its state a meaning."""
+    if before is None:
+        return f"{name}: not trained in the checkpoint, {now} now"
+    if (before.name, before.layout) != (now.name, now.layout):
+        return f"{name}: {before} in the checkpoint, {now} now"
+    return None

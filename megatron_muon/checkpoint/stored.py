@@ -1,0 +1,156 @@
+"""What is in a checkpoint's folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_muon.checkpoint.errors import CheckpointError
+from megatron_muon.checkpoint.folders import check_marks
+from megatron_muon.checkpoint.held import Bucket
+from megatron_muon.checkpoint.record import RECORD, Record
+
+__all__ = ["Stored", "check_files", "read_metadata"]
+
+_CHAINED = re.compile(r"chained_\d+\.")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The contents of a checkpoint of format ``torch_dist``.
+
+    Attributes:
+        folder: of one iteration.
+        shapes: key of every tensor -> (global shape, dtype).
+        common: what is no tensor.
+        record: ours; None if the checkpoint is not this package's (or of a version before it).
+        buckets: whether the distributed optimizer's state is there in the form of its buckets.
+    """
+
+    folder: str
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    common: dict[str, Any]
+    record: Record | None
+    buckets: bool
+
+    @classmethod
+    def read(cls, folder: str) -> Stored:
+        """Read the metadata of a checkpoint; no tensors.
+
+        Raises:
+            CheckpointError: if it is incomplete, or newer than this package.
+        """
+        from megatron.core import dist_checkpointing
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        metadata = read_metadata(Path(folder))
+        shapes = {
+            key: (tuple(entry.size), entry.properties.dtype)
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        common = dist_checkpointing.load_common_state_dict(folder)
+        optimizer = common.get("optimizer")
+        plain = optimizer.get(RECORD) if isinstance(optimizer, dict) else None
+        try:
+            record = None if plain is None else Record.from_plain(plain)
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}.") from error
+        buckets = any("optimizer.distributed.dp_group_idx_" in key for key in metadata.state_dict_metadata)
+        return cls(folder, shapes, common, record, buckets)
+
+    @property
+    def chains(self) -> list[str]:
+        """Prefixes of keys: an empty one, and those of optimizers in a chain."""
+        return ["", *sorted({found.group() for key in self.shapes if (found := _CHAINED.match(key))})]
+
+    def misfits(self, tensors: Iterable[Any]) -> list[str]:
+        """What is wrong with the global shapes of ``ShardedTensor``; tensors that are not there do not count."""
+        found = []
+        for tensor in tensors:
+            there = self.shapes.get(tensor.key)
+            if there is not None and there[0] != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch:
+                found.append(
+                    f"{tensor.key} has shape {there[0]} in the checkpoint and {tuple(tensor.global_shape)} here"
+                )
+        return found
+
+    def bucket_key(self, bucket: Bucket, state: str) -> str | None:
+        """The tensor of a bucket of the distributed optimizer, if there is exactly one that can be it."""
+        pattern = re.compile(
+            rf"(chained_\d+\.)?optimizer\.distributed\.dp_group_idx_{bucket.domain}\.gbuf_idx_{bucket.buffer}\."
+            rf".*\.bucket_idx_{bucket.number}\.{state}$"
+        )
+        found = [key for key, (shape, _) in self.shapes.items() if shape == (bucket.size,) and pattern.match(key)]
+        return found[0] if len(found) == 1 else None
+
+    @property
+    def step(self) -> int:
+        """Updates so far, from the record or from what Megatron-Core stores."""
+        return self.record.step if self.record is not None else max(_steps(self.common.get("optimizer")), default=0)
+
+
+def _steps(state: Any) -> list[int]:
+    """Every step count in param groups, wherever Megatron-Core's wrappers put them."""
+    if isinstance(state, dict):
+        found = [int(value) for key, value in state.items() if key in ("step", "common_step") and _is_number(value)]
+        return found + [step for value in state.values() for step in _steps(value)]
+    return [step for value in state for step in _steps(value)] if isinstance(state, (list, tuple)) else []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+
+
+def read_metadata(folder: Path) -> Any:
+    """Read the index of a checkpoint, and check that all of the checkpoint is there.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        torch's ``Metadata``.
+
+    Raises:
+        CheckpointError: naming the file that is missing, too short or unreadable.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    check_marks(folder)
+    try:
+        metadata = FileSystemReader(str(folder)).read_metadata()
+    except Exception as error:  # whatever a damaged pickle makes of its reader
+        raise CheckpointError(
+            f"{folder} is damaged: .metadata cannot be read ({type(error).__name__}: {error}). Restore the file, or "
+            "load an earlier checkpoint (--ckpt-step)."
+        ) from error
+    check_files(folder, metadata)
+    return metadata
+
+
+def check_files(folder: Path, metadata: Any) -> None:
+    """Every file is there, and as long as its index says.
+
+    Args:
+        folder: of the checkpoint.
+        metadata: its index, as torch's ``FileSystemReader`` reads it.
+
+    Raises:
+        CheckpointError: naming the first file that is not.
+    """
+    needed: dict[str, int] = {}
+    for info in (metadata.storage_data or {}).values():
+        needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+    for name, length in sorted(needed.items()):
+        path = folder / name
+        there = path.stat().st_size if path.is_file() else None
+        if there is None or there < length:
+            state = "is missing" if there is None else f"has {there} bytes of {length}"
+            raise CheckpointError(
+                f"{folder} is damaged: {name} {state}. Restore the file, or load an earlier checkpoint (--ckpt-step)."
+            )

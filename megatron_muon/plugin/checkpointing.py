@@ -1,0 +1,309 @@
+"""Checkpoints: the optimizer's state in one form, read at every layout, by Muon and by Adam."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_muon._patching import Patch
+from megatron_muon.checkpoint import canonical, folders, replicas
+from megatron_muon.checkpoint.canonical import ACCEPT, Request
+from megatron_muon.checkpoint.changes import describe_changes
+from megatron_muon.checkpoint.errors import CheckpointError, raise_together
+from megatron_muon.checkpoint.record import RECORD
+from megatron_muon.checkpoint.sharding import tensors_of
+from megatron_muon.checkpoint.stored import Stored, read_metadata
+from megatron_muon.plugin.optimizer_config import is_ours
+
+__all__ = ["patches"]
+
+_EARLIER = "Load an earlier checkpoint (--ckpt-step), and check the storage."
+
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+
+_SCHEDULED = ("max_lr", "min_lr", "wd_mult", "start_wd", "end_wd")
+"""What the schedule reads from param groups."""
+
+
+def patches() -> list[Patch]:
+    """Hooks on the factory's result, on loading, and on what is stored about a checkpoint's form."""
+    return [
+        Patch(
+            "megatron.core.optimizer:get_megatron_optimizer",
+            _with_canonical_state,
+            "each wrapper saves its own form, which other layouts and other optimizers cannot read",
+        ),
+        Patch(
+            "megatron.core.dist_checkpointing.serialization:load",
+            _with_resolution,
+            "what to read depends on what the checkpoint has, which is known here",
+        ),
+        Patch(
+            "megatron.core.dist_checkpointing.serialization:save",
+            _with_old_marks_removed,
+            "a checkpoint that is written over keeps its index until the end: interrupted, it would pass for whole",
+        ),
+        Patch(
+            "megatron.core.dist_checkpointing.serialization:load_common_state_dict",
+            _with_named_damage,
+            "it is read first, and what a damaged checkpoint makes of torch's readers names no file",
+        ),
+        Patch(
+            "megatron.training.checkpointing:_get_checkpoint_format",
+            _with_marks_checked,
+            "a checkpoint whose marks are missing is taken for another format, and the error is about that",
+        ),
+        Patch(
+            "megatron.training.checkpointing:read_metadata",
+            _with_recovery,
+            "the tracker is emptied before it is written: a run that is killed in between could not be resumed, and "
+            "Megatron would end without an error",
+        ),
+        Patch(
+            "megatron.training.checkpointing:_build_sharded_state_dict_metadata",
+            _with_mark,
+            "an Adam run learns from the metadata that it is given Muon's checkpoint, and passes its own guards",
+        ),
+    ]
+
+
+def _with_canonical_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_megatron_optimizer(config: Any, model_chunks: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
+        optimizer = original(config, model_chunks, *args, **kwargs)
+        groups = kwargs.get("pg_collection")
+        _attach(optimizer, model_chunks, is_ours(config.optimizer), _accepts(config), groups)
+        return optimizer
+
+    return get_megatron_optimizer
+
+
+def _accepts(config: Any) -> bool:
+    """Whether other rules than the checkpoint's are accepted; runs of Adam have the option on the command line."""
+    return ACCEPT in (getattr(source, "muon_ckpt_changes", None) for source in (config, _arguments()))
+
+
+def _arguments() -> Any:
+    """The arguments of ``megatron.training``; None in code that has none."""
+    module = sys.modules.get("megatron.training.global_vars")
+    return None if module is None else module._GLOBAL_ARGS
+
+
+def _attach(optimizer: Any, chunks: Sequence[torch.nn.Module], ours: bool, accept: bool, groups: Any) -> None:
+    """Replace how ``optimizer`` is saved and loaded; one that is not ours only where the checkpoint is."""
+    upstream_sharded, upstream_load = optimizer.sharded_state_dict, optimizer.load_state_dict
+    pending: list[Request] = []
+
+    def sharded_state_dict(model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
+        marked = RECORD in (kwargs.get("metadata") or {})
+        pending.clear()
+        if not ours and not (is_loading and marked):
+            return upstream_sharded(model_sharded_state_dict, is_loading, **kwargs)
+        if not is_loading:
+            return canonical.saved_state(optimizer, model_sharded_state_dict)
+        pending.append(Request(optimizer, model_sharded_state_dict, accept, chunks, groups))
+        return pending[0]
+
+    def load_state_dict(state_dict: Any) -> None:
+        if not pending:
+            upstream_load(state_dict)
+            return
+        request = pending.pop()
+        record = request.fill(state_dict)
+        if getattr(_arguments(), "use_checkpoint_opt_param_scheduler", False):
+            request.take_numbers(_SCHEDULED)
+        replicas.check(chunks, request.held, groups)
+        text = describe_changes(request, record)
+        if dist.get_rank() == 0:
+            print(text, flush=True)
+
+    optimizer.sharded_state_dict, optimizer.load_state_dict = sharded_state_dict, load_state_dict
+
+
+def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load(
+        sharded_state_dict: Any, checkpoint_dir: Any, sharded_strategy: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        requests = list(_requests(sharded_state_dict))
+        if not requests:
+            return original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
+        stored = _read(str(checkpoint_dir))
+        _check_model(sharded_state_dict, stored)
+        for request in requests:
+            request.resolve(stored)
+        if sharded_strategy is None:
+            from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+            sharded_strategy = TorchDistLoadShardedStrategy()
+        with _failing_together(sharded_strategy, checkpoint_dir):
+            return original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
+
+    return load
+
+
+@contextlib.contextmanager
+def _failing_together(strategy: Any, folder: Any) -> Iterator[None]:
+    """Each rank reads its tensors for itself: if one cannot, the others must not wait for it."""
+    reader = getattr(strategy, "base_strategy", strategy)
+    read = reader.load
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        found, problems = None, []
+        try:
+            found = read(*args, **kwargs)
+        except (Exception, CheckpointException) as error:
+            problems = [_reason(error)]
+        raise_together(problems, f"{folder} is damaged: what is stored cannot be read:", _EARLIER)
+        return found
+
+    reader.load = load
+    try:
+        yield
+    finally:
+        del reader.load
+
+
+def _read(folder: str) -> Stored:
+    """The contents of a checkpoint, or the same error on all ranks."""
+    stored, problem = None, []
+    try:
+        stored = Stored.read(folder)
+    except Exception as error:  # whatever a damaged index makes of the readers
+        problem = [str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"]
+    raise_together(problem, f"{folder} cannot be read:", "Load an earlier checkpoint (--ckpt-step).")
+    assert stored is not None
+    return stored
+
+
+def _check_model(state: Any, stored: Stored) -> None:
+    """The checkpoint is of this model, or the same error on all ranks."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+    sharded, _ = extract_sharded_tensors_and_factories(state)
+    raise_together(
+        stored.misfits(tensors_of(nested_values(sharded))),
+        f"{stored.folder} is not a checkpoint of this model:",
+        "Give the options of the model that saved it (--use-checkpoint-args takes them from there), or another --load.",
+    )
+
+
+def _requests(state: Any) -> Iterator[Request]:
+    if isinstance(state, Request):
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from _requests(value)
+
+
+def _with_mark(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @functools.wraps(original)
+    def _build_sharded_state_dict_metadata(args: Any, *rest: Any, **kwargs: Any) -> dict[str, Any]:
+        metadata = original(args, *rest, **kwargs)
+        return {**metadata, **_SHARDING, RECORD: True} if is_ours(args.optimizer) else metadata
+
+    return _build_sharded_state_dict_metadata
+
+
+def _with_old_marks_removed(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_local(checkpoint_dir):
+            if dist.get_rank() == 0:
+                folders.forget(Path(checkpoint_dir))
+            dist.barrier()
+        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+
+    return save
+
+
+def _with_named_damage(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_common_state_dict(checkpoint_dir: Any) -> Any:
+        try:
+            return original(checkpoint_dir)
+        except (Exception, CheckpointException) as error:
+            folder = Path(str(checkpoint_dir))
+            if not _is_local(checkpoint_dir) or not _has_data(folder):
+                raise
+            read_metadata(folder)
+            raise _damage(folder, "common_state", error) from error
+
+    return load_common_state_dict
+
+
+def _damage(folder: Path, what: str, error: BaseException) -> CheckpointError:
+    """In place of what torch's readers raise."""
+    return CheckpointError(f"{folder} is damaged: {what} cannot be read ({_reason(error)}). {_EARLIER}")
+
+
+def _reason(error: BaseException) -> str:
+    """Torch's readers put tracebacks into their messages; the last line says most."""
+    last = (str(error).strip().splitlines() or [""])[-1]
+    return last if isinstance(error, CheckpointException) else f"{type(error).__name__}: {last}"
+
+
+def _with_marks_checked(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _get_checkpoint_format(checkpoint_name: Any, args: Any) -> Any:
+        folder = Path(str(checkpoint_name))
+        expected = args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format
+        if expected and _is_local(checkpoint_name) and _has_data(folder):
+            folders.check_marks(folder)
+        return original(checkpoint_name, args)
+
+    return _get_checkpoint_format
+
+
+def _has_data(folder: Path) -> bool:
+    """Whether there are files of format ``torch_dist`` (or ``torch_dcp``)."""
+    return any(folder.glob("*.distcp"))
+
+
+def _with_recovery(original: Callable[[str], tuple[int, bool]]) -> Callable[[str], tuple[int, bool]]:
+    @functools.wraps(original)
+    def read_metadata(tracker_filename: str) -> tuple[int, bool]:
+        if not _is_local(tracker_filename):
+            return original(tracker_filename)
+        root = Path(tracker_filename).parent
+        # Ranks may see a shared file system at different moments, but must decide alike.
+        problem, iteration = _from_first_rank(lambda: (folders.interruption(root), folders.newest(root)))
+        if problem is None:
+            return original(tracker_filename)
+        if iteration is None:
+            raise CheckpointError(
+                f"{root}: {problem}, and no checkpoint of --ckpt-format torch_dist there is whole. Write the iteration "
+                f"to load into {tracker_filename}, or start anew with another --load."
+            )
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(
+                f"megatron_muon: {root}: {problem} (its writing was interrupted); resuming from the newest whole "
+                f"checkpoint, iteration {iteration}",
+                flush=True,
+            )
+        return iteration, False
+
+    return read_metadata
+
+
+def _from_first_rank(find: Callable[[], Any]) -> Any:
+    """What rank 0 finds, on all ranks."""
+    if not dist.is_initialized():
+        return find()
+    found = [find() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _is_local(path: Any) -> bool:
+    """Megatron-Core reads object stores too."""
+    return "://" not in str(path)

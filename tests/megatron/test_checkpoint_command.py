@@ -1,0 +1,123 @@
+"""``python -m megatron_muon ckpt``: inspect and convert."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_muon.checkpoint import command, folders
+from megatron_muon.checkpoint.errors import CheckpointError
+from tests.checkpoints import contents
+from tests.megatron import harness
+from tests.megatron.harness import Layout
+from tests.megatron.test_checkpoint_migration import ADAM, FULLY, OURS, assert_same, masters, resume, train_and_save
+from tests.pool import RankPool
+
+
+@pytest.fixture(scope="module")
+def muon(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("muon") / "iter_0000003"
+    pool.run(train_and_save, 2, Layout(tp=2), {}, str(folder), FULLY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adam(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adam") / "iter_0000003"
+    pool.run(train_and_save, 2, Layout(ddp_buffers=True), ADAM, str(folder), FULLY)
+    return folder
+
+
+def test_inspect(muon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["inspect", str(muon), "--contents", "--json", str(tmp_path / "found.json")])
+    text = capsys.readouterr().out
+    assert "decoder.layers.self_attention.linear_qkv.weight" in text and "muon (qkv: q, k, v)" in text
+    assert "all numbers are finite, and state is what was saved" in text
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["iteration"], found["updates"]) == (3, 3)
+    elements = {name: kind["elements"] for name, kind in found["kinds"].items()}
+    assert elements["fp32_param"] == elements["model"] == elements["momentum_buffer"] + elements["exp_avg"]
+    assert elements["exp_avg"] == elements["exp_avg_sq"]
+
+
+def test_inspect_finds_what_is_wrong(pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "iter_0000003"
+    pool.run(save_with_nan, 1, str(folder))
+    with pytest.raises(SystemExit) as leaving:
+        command.main(["inspect", str(folder), "--contents"])
+    assert leaving.value.code == 1
+    assert "optimizer.state.momentum_buffer.decoder.layers.mlp.linear_fc2.weight has numbers that are not finite" in (
+        capsys.readouterr().out
+    )
+
+
+def save_with_nan(folder: str) -> None:
+    run = harness.start(Layout())
+    run.losses(1)
+    muon = next(part.optimizer for part in run.optimizer.chained_optimizers if type(part.optimizer).__name__ == "Muon")
+    for chunk in run.chunks:
+        for name, param in chunk.named_parameters():
+            if name.endswith("layers.2.mlp.linear_fc2.weight"):
+                muon.state[param]["momentum_buffer"][0, 0] = torch.nan
+    harness.save_run(run, folder)
+
+
+def convert(pool: RankPool, source: Path, target: Path, to: str) -> str:
+    """In another process, as a user would."""
+    words = [sys.executable, "-m", "megatron_muon", "ckpt", "convert", str(source), str(target), "--to", to]
+    subprocess.run(words, check=True, timeout=120, capture_output=True)
+    assert folders.resolve(str(target)) == target / "iter_0000003"
+    return str(target / "iter_0000003")
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(layer_wise=True)], ids=["tp2", "layer_wise"])
+def test_convert_adam_to_muon(pool: RankPool, adam: Path, tmp_path: Path, layout: Layout) -> None:
+    """No flag is needed then, and the state is that of a switch at resume."""
+    before = sorted((path.name, path.stat().st_size) for path in adam.iterdir())
+    folder = convert(pool, adam, tmp_path / "muon", "muon")
+    assert before == sorted((path.name, path.stat().st_size) for path in adam.iterdir())
+    losses = pool.run(resume, 2, layout, {}, folder, OURS, str(tmp_path / "again"))[0]
+    switched: dict[str, Any] = {"optimizer": {"muon_ckpt_changes": "accept"}}
+    assert losses == pool.run(resume, 2, layout, switched, str(adam), FULLY, str(tmp_path / "switched"))[0]
+    assert_same(contents(str(tmp_path / "again")), contents(str(tmp_path / "switched")))
+
+
+def test_convert_muon_to_adam(pool: RankPool, muon: Path, tmp_path: Path) -> None:
+    folder = convert(pool, muon, tmp_path / "adam", "adam")
+    again = str(tmp_path / "again")
+    pool.run(resume, 2, Layout(ddp_buffers=True), ADAM, folder, OURS, again)
+    assert_same(masters(str(muon)), masters(again))
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["inspect", "nowhere"], "nowhere: no checkpoint of --ckpt-format torch_dist is there"),
+        (["convert", "{muon}", "{muon}", "--to", "adam"], "is not empty: give a new folder"),
+    ],
+)
+def test_errors_in_one_line(muon: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        command.main([argument.format(muon=muon) for argument in arguments])
+    assert leaving.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tracker(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        folders.resolve(str(tmp_path))
+    whole = tmp_path / "iter_0000007"
+    whole.mkdir()
+    for name in (".metadata", "metadata.json"):
+        (whole / name).write_text("{}")
+    folders.write_tracker(tmp_path, "7")
+    assert folders.resolve(str(tmp_path)) == whole and folders.newest(tmp_path) == 7
+    folders.write_tracker(tmp_path, "8")
+    with pytest.raises(CheckpointError, match="iter_0000008 is not whole"):
+        folders.resolve(str(tmp_path))

@@ -1,0 +1,223 @@
+"""From Adam to Muon and back, from Megatron-Core's own Muon, and what must be refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoints import contents
+from tests.megatron import harness
+from tests.megatron.harness import Layout
+from tests.pool import RankError, RankPool
+
+ADAM = {"optimizer": {"name": "adam"}}
+ACCEPT = {"optimizer": {"muon_ckpt_changes": "accept"}}
+ADAM_ACCEPT = {"optimizer": {"name": "adam", "muon_ckpt_changes": "accept"}}
+
+FULLY = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+BUCKETS = harness.CHECKPOINT_METADATA
+OURS = {**FULLY, "megatron_muon": True}
+"""What megatron.training finds in the metadata of Muon's checkpoints."""
+
+MASTER = "optimizer.state.fp32_param."
+
+
+def train_and_save(layout: Layout, options: dict[str, Any], folder: str, metadata: dict[str, Any]) -> float:
+    """The loss of the step after the checkpoint, which depends on the weights alone."""
+    run = harness.start(layout, bf16=True, **options)
+    run.losses(3)
+    harness.save_run(run, folder, metadata)
+    return run.losses(1)[0]
+
+
+def assert_goes_on(losses: list[float], following: float) -> None:
+    """The weights are those of the checkpoint (bfloat16 rounds activations), and the next updates do no harm."""
+    assert losses[0] == pytest.approx(following, abs=0.03)
+    assert max(losses) < following + 0.4
+
+
+def resume(
+    layout: Layout, options: dict[str, Any], folder: str, metadata: dict[str, Any], again: str, steps: int = 4
+) -> list[float]:
+    """Load, save as it was loaded, and train on."""
+    run = harness.start(layout, bf16=True, **options)
+    harness.load_run(run, folder, metadata)
+    harness.save_run(run, again, metadata)
+    return run.losses(steps)
+
+
+def masters(folder: str) -> dict[str, torch.Tensor]:
+    """Master weights by the model's key, by whatever name they are stored."""
+    found = {
+        key.partition(".fp32_param.")[2]: value for key, value in contents(folder).items() if ".fp32_param." in key
+    }
+    other = {
+        key.partition(".state.param.")[2]: value for key, value in contents(folder).items() if ".state.param." in key
+    }
+    return found or other
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys() and first
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize(
+    "adam",
+    [Layout(), Layout(tp=2), Layout(ddp_buffers=True)],
+    ids=["plain_dp2", "plain_tp2", "distributed_optimizer"],
+)
+@pytest.mark.parametrize("muon", [Layout(tp=2), Layout(layer_wise=True)], ids=["to_tp2", "to_layer_wise"])
+def test_adam_to_muon_and_back(pool: RankPool, tmp_path: Path, adam: Layout, muon: Layout) -> None:
+    """Master weights stay bit for bit; the first moment becomes the momentum, and the first moment again."""
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    following = pool.run(train_and_save, 2, adam, ADAM, a, FULLY)[0]
+    assert_goes_on(pool.run(resume, 2, muon, ACCEPT, a, FULLY, b)[0], following)
+    assert_same(masters(a), masters(b))
+    before, after = contents(a), contents(b)
+    averages = {key: value for key, value in after.items() if ".momentum_buffer." in key}
+    assert len(averages) == 4
+    for key, value in averages.items():
+        assert torch.equal(value, before[key.replace("momentum_buffer", "exp_avg")])
+    assert_goes_on(pool.run(resume, 2, adam, ADAM_ACCEPT, b, OURS, c)[0], following)
+    assert_same(masters(a), masters(c))
+    again = contents(c)
+    for key, value in before.items():
+        if ".exp_avg." in key:
+            assert torch.equal(value, again[key])
+        if ".exp_avg_sq.embedding" in key:
+            assert torch.equal(value, again[key]), "a weight that was Adam's all the time keeps its second moment"
+        if ".exp_avg_sq.decoder.layers.mlp" in key and value.dim() == 3:
+            ratio = again[key].mean() / value.mean()
+            assert 0.05 < ratio < 20, f"{key}: the estimate is of the right size"
+
+
+@pytest.mark.parametrize("options", [{}, ADAM], ids=["adam_to_muon", "muon_to_adam"])
+def test_other_rules_must_be_accepted(pool: RankPool, tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = str(tmp_path / "a")
+    saves = {} if options else ADAM
+    pool.run(train_and_save, 2, Layout(tp=2), saves, folder, FULLY)
+    with pytest.raises(RankError) as caught:
+        metadata = OURS if options else FULLY
+        pool.run(resume, 2, Layout(tp=2), options, folder, metadata, str(tmp_path / "b"))
+    text = str(caught.value)
+    assert "was trained with other rules" in text and "--muon-ckpt-changes accept" in text
+    assert "decoder.layers.mlp.linear_fc1.weight[0]" in text
+    assert not (tmp_path / "b").exists()
+
+
+def test_other_split_must_be_accepted(pool: RankPool, tmp_path: Path) -> None:
+    folder = str(tmp_path / "a")
+    pool.run(train_and_save, 2, Layout(tp=2), {}, folder, FULLY)
+    whole = {"optimizer": {"muon_qkv": "whole"}}
+    with pytest.raises(RankError, match=r"linear_qkv.weight\[0\]: muon \(qkv: q, k, v\) in the checkpoint, muon"):
+        pool.run(resume, 2, Layout(tp=2), whole, folder, FULLY, str(tmp_path / "b"))
+    accepted = {"optimizer": {**whole["optimizer"], **ACCEPT["optimizer"]}}
+    pool.run(resume, 2, Layout(tp=2), accepted, folder, FULLY, str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("adam", [Layout(ddp_buffers=True), Layout(tp=2, ddp_buffers=True)], ids=["dp2", "tp2_dp2"])
+def test_buckets_of_adam_at_the_same_layout(pool: RankPool, tmp_path: Path, adam: Layout) -> None:
+    """The form that Megatron-Core saves by default; data-parallel sizes may change."""
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    ranks = 2 * adam.tp
+    pool.run(both_forms, ranks, adam, a, b)
+    for layout in (Layout(tp=adam.tp), Layout(tp=adam.tp, layer_wise=True)):
+        again = f"{c}-{layout.layer_wise}"
+        pool.run(resume, ranks, layout, ACCEPT, a, BUCKETS, again)
+        assert_same(masters(b), masters(again))
+        wanted = contents(b)
+        for key, value in contents(again).items():
+            if ".exp_avg" in key or ".momentum_buffer." in key:
+                assert torch.equal(value, wanted[key.replace("momentum_buffer", "exp_avg")]), key
+
+
+def both_forms(layout: Layout, buckets: str, fully: str) -> None:
+    """Save one state of Adam in both forms."""
+    run = harness.start(layout, bf16=True, **ADAM)
+    run.losses(3)
+    harness.save_run(run, buckets, BUCKETS)
+    harness.save_run(run, fully, FULLY)
+
+
+def test_buckets_of_adam_are_refused_at_another_layout(pool: RankPool, tmp_path: Path) -> None:
+    folder = str(tmp_path / "a")
+    pool.run(train_and_save, 2, Layout(ddp_buffers=True), ADAM, folder, BUCKETS)
+    with pytest.raises(RankError, match="--dist-ckpt-optim-fully-reshardable"):
+        pool.run(resume, 2, Layout(tp=2), ACCEPT, folder, BUCKETS, str(tmp_path / "b"))
+
+
+# --- Megatron-Core's own Muon ----------------------------------------------------------------------------------------
+
+
+def upstream_save(layout: Layout, folder: str, metadata: dict[str, Any]) -> float:
+    """Megatron-Core as it is, on CPU."""
+    import megatron_muon
+
+    run = harness.start(layout, bf16=True, install=False, optimizer={"muon_fp32_matmul_prec": "high"})
+    assert not megatron_muon.is_installed()
+    run.losses(3)
+    harness.save_run(run, folder, metadata)
+    return run.losses(1)[0]
+
+
+@pytest.mark.parametrize(
+    "source,metadata",
+    [(Layout(), BUCKETS), (Layout(tp=2), BUCKETS), (Layout(layer_wise=True), FULLY)],
+    ids=["plain_dp2", "plain_tp2", "layer_wise_fully_reshardable"],
+)
+@pytest.mark.parametrize("to", [Layout(tp=2), Layout(layer_wise=True)], ids=["to_tp2", "to_layer_wise"])
+def test_upstream_muon(pool: RankPool, tmp_path: Path, source: Layout, metadata: dict[str, Any], to: Layout) -> None:
+    """The same rules on this model, so nothing has to be accepted."""
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    following = pool.run(upstream_save, 2, source, a, metadata)[0]
+    assert_goes_on(pool.run(resume, 2, to, {}, a, metadata, b)[0], following)
+    before, after = contents(a), contents(b)
+    for key, value in after.items():
+        old = next(name for name in before if name.endswith(key) or name.endswith(key.replace("fp32_param", "param")))
+        assert torch.equal(value, before[old]), key
+
+
+def test_upstream_layer_wise_with_buckets(pool: RankPool, tmp_path: Path) -> None:
+    """Megatron-Core's default for dist_muon: Adam's weights in buckets, which the same layout reads."""
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    following = pool.run(upstream_save, 2, Layout(layer_wise=True), a, BUCKETS)[0]
+    assert_goes_on(pool.run(resume, 2, Layout(layer_wise=True), {}, a, BUCKETS, b)[0], following)
+    with pytest.raises(RankError, match="--dist-ckpt-optim-fully-reshardable"):
+        pool.run(resume, 2, Layout(tp=2), {}, a, BUCKETS, str(tmp_path / "c"))
+
+
+# --- values of flags -------------------------------------------------------------------------------------------------
+
+
+def rates(layout: Layout, options: dict[str, Any], folder: str) -> list[tuple[float, float]]:
+    run = harness.start(layout, bf16=True, **options)
+    harness.load_run(run, folder)
+    return [(group["max_lr"], group.get("momentum", 0.0)) for group in run.optimizer.param_groups]
+
+
+def test_changed_flags_win(pool: RankPool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Megatron-Core fails on a changed learning rate, and ignores a changed momentum."""
+    folder = str(tmp_path / "a")
+    pool.run(train_and_save, 2, Layout(tp=2), {}, folder, FULLY)
+    changed = {"optimizer": {"lr": 0.02, "min_lr": 0.001, "muon_momentum": 0.9}}
+    found = pool.run(rates, 2, Layout(tp=2), changed, folder)[0]
+    assert all(rate == 0.02 and momentum in (0.0, 0.9) for rate, momentum in found)
+    output = capfd.readouterr().out
+    assert "changed by flags: muon momentum: 0.95 in the checkpoint, 0.9 now" in output
+    assert "changed by flags: adam max_lr: 0.01 in the checkpoint, 0.02 now" in output
+
+
+def other_model(layout: Layout, folder: str) -> None:
+    harness.load_run(harness.start(layout, bf16=True, hidden_size=64), folder)
+
+
+def test_checkpoint_of_another_model(pool: RankPool, tmp_path: Path) -> None:
+    folder = str(tmp_path / "a")
+    pool.run(train_and_save, 2, Layout(tp=2), {}, folder, FULLY)
+    with pytest.raises(RankError, match=r"is not a checkpoint of this model:\n.*has shape .* in the checkpoint and"):
+        pool.run(other_model, 2, Layout(tp=2), folder)
