@@ -59,7 +59,8 @@ def command(number: int, steps: int, device: str, data: PreparedData, out: Path)
     )
     model = f"{DECODER} --num-layers 4 --transformer-impl local"
     precision = "--bf16" if device == "cuda" else ""
-    text = " ".join([model, TRAINING, OPTIMIZERS[part.optimizer], part.flags, schedule, precision, PORTABLE])
+    batch = "--micro-batch-size 4"  # of eight, so that two data-parallel processes have one each
+    text = " ".join([model, TRAINING, batch, OPTIMIZERS[part.optimizer], part.flags, schedule, precision, PORTABLE])
     checkpoints = str(out / "checkpoints")
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),

@@ -49,12 +49,15 @@ FEW = {name: DENSE[name] for name in ("one", "tp2", "pp2", "dp2_layer_wise", "dp
 CALM = {"lr": 0.003, "min_lr": 0.003}
 # Gates' rows of in_proj under Adam: momentum and a second moment in one weight.
 SPLIT = {**GDN, "optimizer": {**CALM, "muon_gdn_in_proj": "split"}}
+# megatron-core 0.19.2 adds up the gradients of q_layernorm over tensor-parallel ranks, which all have the whole of
+# it. Adam does not mind a factor, but its moments of another layout do: so without these norms.
+LATENT = {**MLA, "qk_layernorm": False, "optimizer": CALM}
 
 MODELS: dict[str, tuple[dict[str, Place], dict[str, Any]]] = {
     "dense": (DENSE, {}),
     "dense_bf16": (FEW, {"bf16": True}),
     "experts": (EXPERTS, {**MOE, "data": Data()}),
-    "latent_attention": (FEW, {**MLA, "optimizer": {"lr": 0.001, "min_lr": 0.001}}),
+    "latent_attention": (FEW, LATENT),
     "hybrid": (FEW, SPLIT),
     "hybrid_bf16": (FEW, {**SPLIT, "bf16": True}),
 }
