@@ -55,7 +55,8 @@ def command(number: int, steps: int, device: str, data: PreparedData, out: Path)
     part = PARTS[number]
     schedule = (
         f"--train-iters {3 * steps} --lr 3e-3 --min-lr 3e-4 --lr-warmup-iters {steps // 3} --seed 1234 "
-        f"--eval-interval {steps} --eval-iters 2 --log-interval 1 --exit-interval {steps} --save-interval {steps}"
+        f"--eval-interval {max(1, steps // 6)} --eval-iters 2 --log-interval 1 "
+        f"--exit-interval {steps} --save-interval {steps}"
     )
     model = f"{DECODER} --num-layers 4 --transformer-impl local"
     precision = "--bf16" if device == "cuda" else ""

@@ -1,0 +1,142 @@
+"""The pieces that checkpoints are made of, without processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from megatron_muon.checkpoint.errors import CheckpointError
+from megatron_muon.checkpoint.fingerprint import fingerprints
+from megatron_muon.checkpoint.held import _spans
+from megatron_muon.checkpoint.record import Record, Rule, WeightRecord, layout_text
+from megatron_muon.checkpoint.sharding import ALONE, places_of, tensors_of
+from megatron_muon.checkpoint.sources import difference, estimated_second_moment
+from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
+
+# --- sums of bits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+def test_fingerprints_of_shards_add_up(dtype: torch.dtype) -> None:
+    x = (100 * torch.randn(12, 8)).abs().to(dtype)
+    whole, *shards = fingerprints([x, x[:5], x[5:, :3], x[5:, 3:]])
+    assert sum(shards) % (1 << 64) == whole
+    assert fingerprints([x.clone()]) == [whole]
+
+
+def test_fingerprints_see_one_bit() -> None:
+    x = torch.randn(64, 64)
+    y = x.clone()
+    y.view(torch.int32)[3, 5] ^= 1
+    assert not torch.equal(x, y) and fingerprints([x]) != fingerprints([y])
+    assert fingerprints([torch.zeros(4)]) == [0] and fingerprints([]) == []
+
+
+# --- slices ----------------------------------------------------------------------------------------------------------
+
+
+def test_spans_of_a_weight_over_shards() -> None:
+    """A weight at [10, 30) of a buffer, in a bucket of 40 elements from 0 on, four ranks."""
+    assert _spans(10, 30, 0, 40, 4) == ((0, 0), (0, 10), (10, 20), (0, 0))
+    assert _spans(5, 12, 0, 40, 4) == ((0, 5), (5, 7), (0, 0), (0, 0))
+    assert _spans(105, 112, 100, 40, 4) == ((0, 5), (5, 7), (0, 0), (0, 0))
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+MUON = Rule("muon", "whole", ("momentum_buffer",))
+ADAM = Rule("adam", "", ("exp_avg", "exp_avg_sq"))
+
+
+def weight(key: str, index: tuple[int, ...], siblings: int, rule: Rule, **sums: int) -> WeightRecord:
+    return WeightRecord(key, index, siblings, rule, (("momentum", 0.9),), sums)
+
+
+def test_record_keeps_everything() -> None:
+    shards = [weight("w", (0,), 2, MUON, momentum_buffer=2**64 - 1), weight("w", (0,), 2, MUON, momentum_buffer=3)]
+    record = Record.of(7, [*shards, weight("w", (1,), 2, MUON, momentum_buffer=5), weight("v", (), 1, ADAM)])
+    assert Record.from_plain(record.to_plain()) == record
+    assert record.sums["w[0]"] == {"momentum_buffer": 2}, "shards add up, modulo 2**64"
+    assert str(record.rule("w[1]")) == "muon (whole)" and record.rule("other") is None
+    assert record.alone == []
+
+
+def test_record_knows_states_that_not_all_layers_have() -> None:
+    record = Record.of(1, [weight("w", (0,), 3, MUON), weight("w", (1,), 3, ADAM), weight("w", (2,), 3, MUON)])
+    assert record.alone == [("exp_avg", "w"), ("exp_avg_sq", "w"), ("momentum_buffer", "w")]
+
+
+def test_newer_form_is_refused() -> None:
+    plain = {**Record.of(1, []).to_plain(), "version": 2, "package": "9.9"}
+    with pytest.raises(ValueError, match=r"form 2, written by megatron_muon 9\.9"):
+        Record.from_plain(plain)
+
+
+def test_differences_between_rules() -> None:
+    assert difference("w", MUON, MUON) is None
+    assert difference("w", ADAM, MUON) == "w: adam in the checkpoint, muon (whole) now"
+    assert difference("w", None, MUON) == "w: not trained in the checkpoint, muon (whole) now"
+
+
+def test_layout_text_does_not_depend_on_sizes() -> None:
+    def layout(scale: int) -> MatrixLayout:
+        sections = (Section("q", 4 * scale, matrix_rows=2 * scale), Section("b", scale, SCALAR))
+        return MatrixLayout("in_proj", sections)
+
+    assert layout_text(layout(1)) == layout_text(layout(3)) == "in_proj: q by head, b scalar"
+    assert layout_text(WHOLE) == "whole"
+
+
+# --- the second moment that Muon has not -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.95])
+def test_second_moment_of_noise_is_found_in_its_average(decay: float) -> None:
+    average = torch.zeros(100, 100)
+    for _ in range(200):
+        average.lerp_(3.0 * torch.randn(100, 100), 1.0 - decay)
+    estimate = estimated_second_moment(average, decay)
+    assert estimate.shape == average.shape
+    assert estimate.mean().item() == pytest.approx(9.0, rel=0.1)
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+def sharded(key: str, data: torch.Tensor, *offsets: tuple[int, int, int], before: int = 0) -> ShardedTensor:
+    return ShardedTensor.from_rank_offsets(key, data, *offsets, replica_id=(0, 0, 0), prepend_axis_num=before)
+
+
+def test_weight_that_the_model_saves_in_parts() -> None:
+    """Views of a fused weight under keys of their own: its state is cut in the same way."""
+    param = torch.nn.Parameter(torch.randn(6, 4))
+    state = {"a": sharded("q", param.data[:4]), "b": sharded("kv", param.data[4:])}
+    (place,) = places_of([param], state)
+    assert (place.name, place.siblings) == ("q", 1)
+    momentum = torch.arange(24.0).reshape(6, 4)
+    parts = tensors_of(place.sharded("optimizer.state.m", momentum, (0, 0, 0)))
+    assert [part.key for part in parts] == ["optimizer.state.m.q", "optimizer.state.m.kv"]
+    assert torch.equal(torch.cat([part.data for part in parts]), momentum)
+    rows = tensors_of(place.sharded("optimizer.state.r", momentum[:, :1], (0, 0, 0)))
+    assert [tuple(part.data.shape) for part in rows] == [(4, 1), (2, 1)]
+
+
+def test_weight_that_is_not_saved_is_refused() -> None:
+    param = torch.nn.Parameter(torch.randn(6, 4))
+    with pytest.raises(CheckpointError, match=r"shape \(6, 4\) is trained but not saved"):
+        places_of([param], {"a": sharded("q", param.data[:4])})
+
+
+def test_one_layer_of_a_stack() -> None:
+    param = torch.nn.Parameter(torch.randn(3, 4))
+    (place,) = places_of([param], {"w": sharded("w", param, (0, 2, 5), (1, 1, 2), before=1)})
+    assert (place.name, place.siblings) == ("w[2]", 5)
+    (stacked,) = tensors_of(place.sharded("optimizer.state.m", torch.ones(3, 4), (0, 0, 1)))
+    assert (stacked.global_shape, stacked.global_offset, stacked.replica_id) == ((5, 6, 4), (2, 3, 0), (0, 0, 1))
+    (alone,) = tensors_of(place.sharded(f"optimizer.state.m{ALONE}", torch.ones(3, 4), (0, 0, 1)))
+    assert (alone.key, alone.global_shape, alone.global_offset) == (f"optimizer.state.m.w{ALONE}2", (6, 4), (3, 0))
+    (columns,) = tensors_of(place.sharded("optimizer.state.c", torch.ones(1, 4), (0, 0, 0)))
+    assert (columns.global_shape, columns.replica_id) == ((5, 1, 4), (0, 1, 0)), "the second shard has a copy"
+    with pytest.raises(CheckpointError, match=r"a state of shape \(2, 4\) has no place beside a weight of shape"):
+        place.sharded("optimizer.state.x", torch.ones(2, 4), (0, 0, 0))
