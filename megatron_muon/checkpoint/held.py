@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_muon.checkpoint.errors import CheckpointError
+
 __all__ = ["Bucket", "Held", "Slices", "held_by", "leaves"]
 
 STEP = "step"
@@ -133,12 +135,20 @@ def held_by(optimizer: Any, *, create: bool = False) -> list[Held]:
 
     Args:
         optimizer: of Megatron-Core, a chain or not.
-        create: make state that does not exist yet, as loading needs it.
+        create: make state that does not exist yet, as before the first step.
+
+    Raises:
+        CheckpointError: for optimizers that keep master weights in a form of their own.
     """
     found: list[Held] = []
     for leaf, owned in leaves(optimizer):
+        if getattr(leaf.config, "use_precision_aware_optimizer", False):
+            raise CheckpointError(
+                "--use-precision-aware-optimizer keeps master weights in a form that Muon's checkpoints do not have: "
+                "leave it off for the first run from such a checkpoint, save, and turn it on then."
+            )
         if type(leaf).__name__ == "DistributedOptimizer":
-            if create:
+            if create and _lacks_state(leaf.optimizer):
                 leaf.load_state_dict(leaf.state_dict())
             found += _in_slices(leaf)
         else:
@@ -146,6 +156,10 @@ def held_by(optimizer: Any, *, create: bool = False) -> list[Held]:
                 leaf.init_state_fn(leaf.optimizer, leaf.config)
             found += _whole(leaf, owned)
     return found
+
+
+def _lacks_state(inner: torch.optim.Optimizer) -> bool:
+    return any(not inner.state.get(param) for group in inner.param_groups for param in group["params"])
 
 
 def _whole(leaf: Any, owned: bool) -> Iterator[Held]:

@@ -9,6 +9,7 @@ from megatron_muon._patching import Patch, PatchSet
 from megatron_muon.config import MuonConfig
 from megatron_muon.plugin import (
     arguments,
+    checkpoint_files,
     checkpointing,
     datasets,
     factory,
@@ -25,7 +26,18 @@ __all__ = ["describe", "install", "is_installed", "uninstall"]
 
 
 def _all_patches() -> list[Patch]:
-    rooms = (optimizer_config, arguments, ownership, registry, factory, layer_wise, checkpointing, datasets, recording)
+    rooms = (
+        optimizer_config,
+        arguments,
+        ownership,
+        registry,
+        factory,
+        layer_wise,
+        checkpointing,
+        checkpoint_files,
+        datasets,
+        recording,
+    )
     return [patch for room in rooms for patch in room.patches()]
 
 

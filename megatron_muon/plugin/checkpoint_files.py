@@ -1,0 +1,143 @@
+"""The files of checkpoints: which are whole, what is damaged, where a run goes on that was killed while it saved."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_muon._patching import Patch
+from megatron_muon.checkpoint import folders
+from megatron_muon.checkpoint.errors import CheckpointError
+from megatron_muon.checkpoint.stored import read_metadata
+
+__all__ = ["EARLIER", "patches", "reason_of"]
+
+EARLIER = "Load an earlier checkpoint (--ckpt-step), and check the storage."
+"""The way out of damage."""
+
+
+def patches() -> list[Patch]:
+    """Hooks on saving over an old checkpoint, on what is read first, and on the tracker."""
+    return [
+        Patch(
+            "megatron.core.dist_checkpointing.serialization:save",
+            _with_old_marks_removed,
+            "a checkpoint that is written over keeps its index until the end: interrupted, it would pass for whole",
+        ),
+        Patch(
+            "megatron.core.dist_checkpointing.serialization:load_common_state_dict",
+            _with_named_damage,
+            "it is read first, and what a damaged checkpoint makes of torch's readers names no file",
+        ),
+        Patch(
+            "megatron.training.checkpointing:_get_checkpoint_format",
+            _with_marks_checked,
+            "a checkpoint whose marks are missing is taken for another format, and the error is about that",
+        ),
+        Patch(
+            "megatron.training.checkpointing:read_metadata",
+            _with_recovery,
+            "the tracker is emptied before it is written: a run that is killed in between could not be resumed, and "
+            "Megatron would end without an error",
+        ),
+    ]
+
+
+def _with_old_marks_removed(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_local(checkpoint_dir):
+            if dist.get_rank() == 0:
+                folders.forget(Path(checkpoint_dir))
+            dist.barrier()
+        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+
+    return save
+
+
+def _with_named_damage(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_common_state_dict(checkpoint_dir: Any) -> Any:
+        try:
+            return original(checkpoint_dir)
+        except (Exception, CheckpointException) as error:
+            folder = Path(str(checkpoint_dir))
+            if not _is_local(checkpoint_dir) or not _has_data(folder):
+                raise
+            read_metadata(folder)
+            raise _damage(folder, "common_state", error) from error
+
+    return load_common_state_dict
+
+
+def _damage(folder: Path, what: str, error: BaseException) -> CheckpointError:
+    """In place of what torch's readers raise."""
+    return CheckpointError(f"{folder} is damaged: {what} cannot be read ({reason_of(error)}). {EARLIER}")
+
+
+def reason_of(error: BaseException) -> str:
+    """Torch's readers put tracebacks into their messages; the last line says most."""
+    last = (str(error).strip().splitlines() or [""])[-1]
+    return last if isinstance(error, CheckpointException) else f"{type(error).__name__}: {last}"
+
+
+def _with_marks_checked(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _get_checkpoint_format(checkpoint_name: Any, args: Any) -> Any:
+        folder = Path(str(checkpoint_name))
+        expected = args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format
+        if expected and _is_local(checkpoint_name) and _has_data(folder):
+            folders.check_marks(folder)
+        return original(checkpoint_name, args)
+
+    return _get_checkpoint_format
+
+
+def _has_data(folder: Path) -> bool:
+    """Whether there are files of format ``torch_dist`` (or ``torch_dcp``)."""
+    return any(folder.glob("*.distcp"))
+
+
+def _with_recovery(original: Callable[[str], tuple[int, bool]]) -> Callable[[str], tuple[int, bool]]:
+    @functools.wraps(original)
+    def read_metadata(tracker_filename: str) -> tuple[int, bool]:
+        if not _is_local(tracker_filename):
+            return original(tracker_filename)
+        root = Path(tracker_filename).parent
+        # Ranks may see a shared file system at different moments, but must decide alike.
+        problem, iteration = _from_first_rank(lambda: (folders.interruption(root), folders.newest(root)))
+        if problem is None:
+            return original(tracker_filename)
+        if iteration is None:
+            raise CheckpointError(
+                f"{root}: {problem}, and no checkpoint of --ckpt-format torch_dist there is whole. Write the iteration "
+                f"to load into {tracker_filename}, or start anew with another --load."
+            )
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(
+                f"megatron_muon: {root}: {problem} (its writing was interrupted); resuming from the newest whole "
+                f"checkpoint, iteration {iteration}",
+                flush=True,
+            )
+        return iteration, False
+
+    return read_metadata
+
+
+def _from_first_rank(find: Callable[[], Any]) -> Any:
+    """What rank 0 finds, on all ranks."""
+    if not dist.is_initialized():
+        return find()
+    found = [find() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _is_local(path: Any) -> bool:
+    """Megatron-Core reads object stores too."""
+    return "://" not in str(path)
