@@ -37,12 +37,12 @@ LAYER_WISE: dict[str, Place] = {
 }
 DENSE = {**PLAIN, **LAYER_WISE}
 EXPERTS: dict[str, Place] = {
-    "one": (1, Layout(), {}),
     "ep2": (2, Layout(ep=2), {}),
     "dp2_layer_wise": (2, Layout(layer_wise=True), {}),
     "tp2_ep2": (4, Layout(tp=2, ep=2, etp=1, sp=True), {}),
     "ep2_dp2_layer_wise": (4, Layout(ep=2, layer_wise=True), {}),
 }
+FEWER = {name: DENSE[name] for name in ("tp2", "pp2", "dp2_layer_wise")}
 FEW = {name: DENSE[name] for name in ("one", "tp2", "pp2", "dp2_layer_wise", "dp2_layer_wise_older")}
 
 # Adam divides gradients by their size, also those that are rounding alone: less of it at a smaller learning rate.
@@ -58,8 +58,8 @@ MODELS: dict[str, tuple[dict[str, Place], dict[str, Any]]] = {
     "dense_bf16": (FEW, {"bf16": True}),
     "experts": (EXPERTS, {**MOE, "data": Data()}),
     "latent_attention": (FEW, LATENT),
-    "hybrid": (FEW, SPLIT),
-    "hybrid_bf16": (FEW, {**SPLIT, "bf16": True}),
+    "hybrid": (FEWER, SPLIT),
+    "hybrid_bf16": (FEWER, {**SPLIT, "bf16": True}),
 }
 # As between layouts without checkpoints (test_layouts.py); bfloat16 rounds activations to 8 bits.
 TOLERANCE = {"float32": 4e-6, "bfloat16": 3e-2}
