@@ -19,17 +19,14 @@ from megatron_muon.checkpoint.buckets import buckets_of_adam
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
 from megatron_muon.checkpoint.fingerprint import fingerprints
 from megatron_muon.checkpoint.held import STEP, Bucket, Held, held_by
-from megatron_muon.checkpoint.record import RECORD, Record, Rule, WeightRecord, layout_text
+from megatron_muon.checkpoint.record import ACCEPT, RECORD, Record, Rule, WeightRecord, layout_text
 from megatron_muon.checkpoint.sharding import ALONE, PREFIX, Place, Replica, places_of, tensors_of
 from megatron_muon.checkpoint.slices import gathered, scatter
 from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, estimated_second_moment
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.routing.layout import layout_of
 
-__all__ = ["ACCEPT", "WEIGHTS", "Request", "saved_state"]
-
-ACCEPT = "accept"
-"""The value of the option that lets a run go on with other rules than the checkpoint's."""
+__all__ = ["WEIGHTS", "Request", "saved_state"]
 
 WEIGHTS = "weights"
 

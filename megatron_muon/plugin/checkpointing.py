@@ -6,22 +6,21 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_muon._patching import Patch
-from megatron_muon.checkpoint import canonical, replicas
-from megatron_muon.checkpoint.canonical import ACCEPT, Request
-from megatron_muon.checkpoint.changes import describe_changes
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
-from megatron_muon.checkpoint.record import RECORD
-from megatron_muon.checkpoint.sharding import tensors_of
+from megatron_muon.checkpoint.record import ACCEPT, RECORD
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.plugin.checkpoint_files import EARLIER, reason_of
 from megatron_muon.plugin.optimizer_config import is_ours
+
+if TYPE_CHECKING:
+    from megatron_muon.checkpoint.canonical import Request
 
 __all__ = ["patches"]
 
@@ -76,8 +75,11 @@ def _arguments() -> Any:
 
 def _attach(optimizer: Any, chunks: Sequence[torch.nn.Module], ours: bool, accept: bool, groups: Any) -> None:
     """Replace how ``optimizer`` is saved and loaded; one that is not ours only where the checkpoint is."""
+    from megatron_muon.checkpoint import canonical, replicas  # they import Megatron-Core, which install() must not
+    from megatron_muon.checkpoint.changes import describe_changes
+
     upstream_sharded, upstream_load = optimizer.sharded_state_dict, optimizer.load_state_dict
-    pending: list[Request] = []
+    pending: list[canonical.Request] = []
 
     def sharded_state_dict(model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
         marked = RECORD in (kwargs.get("metadata") or {})
@@ -86,7 +88,7 @@ def _attach(optimizer: Any, chunks: Sequence[torch.nn.Module], ours: bool, accep
             return upstream_sharded(model_sharded_state_dict, is_loading, **kwargs)
         if not is_loading:
             return canonical.saved_state(optimizer, model_sharded_state_dict)
-        pending.append(Request(optimizer, model_sharded_state_dict, accept, chunks, groups))
+        pending.append(canonical.Request(optimizer, model_sharded_state_dict, accept, chunks, groups))
         return pending[0]
 
     def load_state_dict(state_dict: Any) -> None:
@@ -166,6 +168,8 @@ def _check_model(state: Any, stored: Stored) -> None:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
+    from megatron_muon.checkpoint.sharding import tensors_of
+
     sharded, _ = extract_sharded_tensors_and_factories(state)
     raise_together(
         stored.misfits(tensors_of(nested_values(sharded))),
@@ -175,6 +179,8 @@ def _check_model(state: Any, stored: Stored) -> None:
 
 
 def _requests(state: Any) -> Iterator[Request]:
+    from megatron_muon.checkpoint.canonical import Request
+
     if isinstance(state, Request):
         yield state
     elif isinstance(state, dict):

@@ -20,8 +20,12 @@ SNAPSHOT = """
         import megatron.training.arguments as arguments
         import megatron.training.training as training
         import megatron.core.timers as timers
+        import megatron.core.dist_checkpointing as dist_checkpointing
+        import megatron.core.dist_checkpointing.serialization as serialization
+        import megatron.training.checkpointing as checkpointing
         found = {}
-        for module in (factory, emerging, layer_wise, optimizer, distributed, gdn, arguments, training, timers):
+        core = (factory, emerging, layer_wise, optimizer, distributed, gdn, timers, dist_checkpointing, serialization)
+        for module in (*core, arguments, training, checkpointing):
             for name, value in vars(module).items():
                 found[module.__name__, name] = id(value)
                 if isinstance(value, type):
