@@ -345,6 +345,7 @@ def start(
     data: Data = COUNTING,
     seed: int = 1,
     install: bool = True,
+    early: bool = False,
     **model: Any,
 ) -> Run:
     """A run ready to train.
@@ -358,12 +359,13 @@ def start(
         data: what to train on.
         seed: of the initial weights.
         install: whether this package's hooks are there; False for Megatron-Core as it is.
+        early: whether the options of ``optimizer`` hold before DDP lays out its buffers, as from the command line.
         model: changes to :func:`build_model`.
     """
     import megatron_muon
 
     if install:
-        megatron_muon.install(routing_options(optimizer or {}))
+        megatron_muon.install(routing_options(optimizer or {}) if early else None)
     layout.initialize(seed)
     chunks = wrap(build_model(layout, data=data, bf16=bf16, **model), layout, param_layout=param_layout)
     if weights is not None:

@@ -67,7 +67,7 @@ TOLERANCE = {"float32": 4e-6, "bfloat16": 3e-2}
 
 def save_at(layout: Layout, options: dict[str, Any], folder: str) -> list[float]:
     """Train, save, and train on."""
-    run = harness.start(layout, **{"data": DATA, **options})
+    run = harness.start(layout, early=True, **{"data": DATA, **options})
     run.losses(2)
     harness.save_run(run, folder)
     return run.losses(STEPS)
@@ -75,7 +75,7 @@ def save_at(layout: Layout, options: dict[str, Any], folder: str) -> list[float]
 
 def load_at(layout: Layout, options: dict[str, Any], folders: list[str], suffix: str) -> list[list[float]]:
     """Load each, save it again, and train on."""
-    run = harness.start(layout, **{"data": DATA, **options})
+    run = harness.start(layout, early=True, **{"data": DATA, **options})
     losses = []
     for folder in folders:
         harness.load_run(run, folder)
