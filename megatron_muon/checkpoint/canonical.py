@@ -318,8 +318,9 @@ def _second_moment(held: Held, place: Place, read: dict[str, torch.Tensor]) -> t
 def _way_out(stored: Stored) -> str:
     if stored.buckets:
         return (
-            "It has Adam's state in the form of the distributed optimizer's buckets, which only Adam at the same "
-            "layout reads. Resume it once with the optimizer and layout that saved it and "
+            "It has Adam's state in the form of the distributed optimizer's buckets, which are read only at the "
+            "tensor and pipeline parallel sizes that saved them. Use these (--tensor-model-parallel-size, "
+            "--pipeline-model-parallel-size), or resume it once with the optimizer and layout that saved it and "
             "--dist-ckpt-optim-fully-reshardable, save, and start from that."
         )
     return "Check that it is of this model (--load), or start with new optimizer state (--no-load-optim)."

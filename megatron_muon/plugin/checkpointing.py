@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from megatron_muon._patching import Patch
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
 from megatron_muon.checkpoint.record import ACCEPT, RECORD
 from megatron_muon.checkpoint.stored import Stored
+from megatron_muon.plugin import options
 from megatron_muon.plugin.checkpoint_files import EARLIER, reason_of
 from megatron_muon.plugin.optimizer_config import is_ours
 
@@ -64,13 +64,7 @@ def _with_canonical_state(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _accepts(config: Any) -> bool:
     """Whether other rules than the checkpoint's are accepted; runs of Adam have the option on the command line."""
-    return ACCEPT in (getattr(source, "muon_ckpt_changes", None) for source in (config, _arguments()))
-
-
-def _arguments() -> Any:
-    """The arguments of ``megatron.training``; None in code that has none."""
-    module = sys.modules.get("megatron.training.global_vars")
-    return None if module is None else module._GLOBAL_ARGS
+    return ACCEPT in (getattr(source, "muon_ckpt_changes", None) for source in (config, options.training_arguments()))
 
 
 def _attach(optimizer: Any, chunks: Sequence[torch.nn.Module], ours: bool, accept: bool, groups: Any) -> None:
@@ -97,7 +91,7 @@ def _attach(optimizer: Any, chunks: Sequence[torch.nn.Module], ours: bool, accep
             return
         request = pending.pop()
         record = request.fill(state_dict)
-        if getattr(_arguments(), "use_checkpoint_opt_param_scheduler", False):
+        if getattr(options.training_arguments(), "use_checkpoint_opt_param_scheduler", False):
             request.take_numbers(_SCHEDULED)
         replicas.check(chunks, request.held, groups)
         text = describe_changes(request, record)

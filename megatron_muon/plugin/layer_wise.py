@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,16 +105,10 @@ def _fp32_member() -> type:
 def _with_decision(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, optimizers: list[Any], config: Any, *args: Any, **kwargs: Any) -> None:
-        self.owners_by_cost = is_ours(config.optimizer) and not keeps_upstream_lists(_arguments())
+        self.owners_by_cost = is_ours(config.optimizer) and not keeps_upstream_lists(options.training_arguments())
         original(self, optimizers, config, *args, **kwargs)
 
     return __init__
-
-
-def _arguments() -> Any:
-    """The arguments of ``megatron.training``; None in code that has none."""
-    module = sys.modules.get("megatron.training.global_vars")
-    return None if module is None else module._GLOBAL_ARGS
 
 
 def keeps_upstream_lists(args: Any) -> bool:
@@ -194,7 +187,7 @@ def _with_balanced_shards(original: Callable[..., Any]) -> staticmethod[..., Any
     @functools.wraps(original)
     def compute_full_param_layout(*args: Any, **kwargs: Any) -> Any:
         layout = original(*args, **kwargs)
-        arguments = _arguments()
+        arguments = options.training_arguments()
         # Without arguments nobody knows yet which optimizer will come, and install() says that it is Muon. Any owner
         # is right for any optimizer: only the balance is Muon's.
         if arguments is None or is_ours(arguments.optimizer):

@@ -8,10 +8,12 @@ config's.
 from __future__ import annotations
 
 import dataclasses
+import sys
+from typing import Any
 
 from megatron_muon.config import MuonConfig
 
-__all__ = ["current", "set_current", "without_refusal"]
+__all__ = ["current", "set_current", "training_arguments", "without_refusal"]
 
 _current = MuonConfig()
 
@@ -35,3 +37,9 @@ def set_current(options: MuonConfig | None) -> None:
     """Set the options in force; None sets the defaults."""
     global _current
     _current = options or MuonConfig()
+
+
+def training_arguments() -> Any:
+    """The arguments of ``megatron.training``; None in code that has none."""
+    module = sys.modules.get("megatron.training.global_vars")
+    return None if module is None else module._GLOBAL_ARGS
