@@ -92,12 +92,16 @@ def _run(args: argparse.Namespace) -> None:
 def _replace_working_directory(folder: str) -> None:
     """Put the script's folder where ``python -m`` has put the working directory, as ``python SCRIPT`` does.
 
-    Otherwise a checkout of Megatron-LM in the working directory would hide the installed megatron-core.
+    Otherwise a checkout of Megatron-LM in the working directory would hide the installed megatron-core. This package,
+    where it is not installed but lies there, comes last: processes that the script starts must find it.
     """
     if sys.path and Path(sys.path[0]).resolve() == Path.cwd():
         sys.path[0] = folder
     else:
         sys.path.insert(0, folder)
+    own = str(Path(__file__).parents[1])
+    if own not in sys.path:
+        sys.path.append(own)
 
 
 def _prepare(device: str) -> None:

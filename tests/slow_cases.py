@@ -6,6 +6,8 @@ Regular expressions that are searched in a test's name, from its file on.
 SLOW_CASES = (
     r"test_adam_baseline.py.*\[1\]",
     r"test_checkpoint_migration.py.*\[(to_layer_wise-plain_dp2|to_tp2-plain_tp2)\]",
+    r"test_checkpoint_safety.py::test_saved_by_the_persistent_worker.*\[(plain|tensor_parallel)\]",
+    r"test_checkpoints.py.*\[dense_on_8_ranks",
     r"test_context_parallel.py.*\[(mamba-(cp4|cp2_pp2|cp2_dp2|cp2_layer_wise)|delta-(cp4|cp2_ep2)|False)\]",
     r"test_cpu_mamba.py::test_losses_do_not_depend_on_the_layout\[(tp2|dp2)\]",
     r"test_cpu_parallelism.py.*\[(dense-(tp2-sp|pp2|dp2)|moe-ep2-tp2-etp2-sp|mla-tp2-sp|hybrid-dp2-buffers)\]",

@@ -17,35 +17,21 @@ from torch.utils._pytree import tree_leaves
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.orthogonalize.products import TorchProducts
 
-__all__ = ["CountedProducts", "Observer", "counted_products"]
+__all__ = ["CountedProducts", "LiveBytes", "Observer", "counted_products"]
 
 
-class Observer(TorchDispatchMode):
-    """Counts while it is active. Slow: for a step that is not timed.
+class LiveBytes(TorchDispatchMode):
+    """Sees which tensors are made and die while it is active.
 
     Attributes:
-        peak: greatest number of bytes in tensors that were made under it and alive at once.
-        flops: operations of matrix products, by the dtype of what is multiplied; those of torch alone, since kernels of
-            others are not seen.
-        collectives: number of collective operations.
-        bytes: sent to other ranks; all-gathers and all-reduces by the ring algorithm.
+        live: number of bytes in tensors that were made under it and are still alive, also when it has ended.
+        peak: greatest number of bytes that were alive at once.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self.flops: Counter[torch.dtype] = Counter()
-        self.collectives = 0
-        self.bytes = 0.0
         self._known: set[int] = set()
-
-    @property
-    def product_dtype(self) -> str:
-        """Of most operations, as ``--dtype`` says it; empty if there were none."""
-        if not self.flops:
-            return ""
-        name = str(max(self.flops, key=lambda dtype: self.flops[dtype])).removeprefix("torch.")
-        return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}.get(name, name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -54,10 +40,6 @@ class Observer(TorchDispatchMode):
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
             self._meet(tensor, tensor.untyped_storage().nbytes())
-        if func.namespace == "aten":
-            self._count_product(func.overloadpacket.__name__, args)
-        elif func.namespace == "c10d":
-            self._count_collective(func.overloadpacket.__name__, args)
         return result
 
     def _meet(self, tensor: torch.Tensor, size: int) -> None:
@@ -73,6 +55,39 @@ class Observer(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+class Observer(LiveBytes):
+    """Counts while it is active. Slow: for a step that is not timed.
+
+    Attributes:
+        flops: operations of matrix products, by the dtype of what is multiplied; those of torch alone, since kernels of
+            others are not seen.
+        collectives: number of collective operations.
+        bytes: sent to other ranks; all-gathers and all-reduces by the ring algorithm.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[torch.dtype] = Counter()
+        self.collectives = 0
+        self.bytes = 0.0
+
+    @property
+    def product_dtype(self) -> str:
+        """Of most operations, as ``--dtype`` says it; empty if there were none."""
+        if not self.flops:
+            return ""
+        name = str(max(self.flops, key=lambda dtype: self.flops[dtype])).removeprefix("torch.")
+        return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}.get(name, name)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.namespace == "aten":
+            self._count_product(func.overloadpacket.__name__, args)
+        elif func.namespace == "c10d":
+            self._count_collective(func.overloadpacket.__name__, args)
+        return result
 
     def _count_product(self, name: str, args: Any) -> None:
         if name in ("mm", "bmm", "addmm", "baddbmm"):

@@ -8,19 +8,20 @@ Saving is ``sharded_state_dict`` of an optimizer. Loading takes three steps, as 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_muon.checkpoint import record as records
-from megatron_muon.checkpoint.buckets import buckets_of_adam
+from megatron_muon.checkpoint import weights as model_weights
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
-from megatron_muon.checkpoint.fingerprint import fingerprints
-from megatron_muon.checkpoint.held import STEP, Bucket, Held, held_by
+from megatron_muon.checkpoint.fingerprint import MODULUS, fingerprints
+from megatron_muon.checkpoint.held import STEP, Bucket, Held
+from megatron_muon.checkpoint.keys import ALONE, PREFIX
 from megatron_muon.checkpoint.record import ACCEPT, RECORD, Record, Rule, WeightRecord, layout_text
-from megatron_muon.checkpoint.sharding import ALONE, PREFIX, Place, Replica, places_of, tensors_of
+from megatron_muon.checkpoint.sharding import Place, Replica, places_of, tensors_of
 from megatron_muon.checkpoint.slices import gathered, scatter
 from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, estimated_second_moment
 from megatron_muon.checkpoint.stored import Stored
@@ -31,19 +32,18 @@ __all__ = ["WEIGHTS", "Request", "saved_state"]
 WEIGHTS = "weights"
 
 
-def saved_state(optimizer: Any, model_state: Any) -> dict[str, Any]:
+def saved_state(held: Sequence[Held], model_state: Any) -> dict[str, Any]:
     """The state of an optimizer for ``dist_checkpointing.save``. All ranks must call this.
 
     Args:
-        optimizer: of Megatron-Core.
+        held: the state of this rank, all of it created.
         model_state: the model's sharded state, with the parameters themselves in it.
 
     Raises:
         CheckpointError: for a weight or a state that has no place in the model's tensors.
     """
-    held = held_by(optimizer, create=True)
     places = places_of([each.param for each in held], model_state)
-    record = _record(held, places)
+    record = _record(held, places, model_weights.sums_of(model_weights.described(model_state)))
     alone = set(record.alone)
     weights: dict[str, Any] = {}
     for each, place, tensors in zip(held, places, gathered(held), strict=True):
@@ -71,7 +71,7 @@ def _rule(held: Held) -> Rule:
     return Rule(held.rule, layout, tuple(sorted(held.tensors)))
 
 
-def _record(held: Sequence[Held], places: Sequence[Place]) -> Record:
+def _record(held: Sequence[Held], places: Sequence[Place], model: dict[str, int]) -> Record:
     """The same on all ranks."""
     pairs = [(each, place) for each, place in zip(held, places, strict=True) if each.key is not None]
     saved = [(each, place) for each, place in pairs if _replica(each, place) == (0, 0, 0)]
@@ -85,8 +85,9 @@ def _record(held: Sequence[Held], places: Sequence[Place]) -> Record:
         for index, (each, place) in enumerate(saved)
     ]
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (_step(held), mine))
-    return Record.of(max(step for step, _ in everywhere), [weight for _, weights in everywhere for weight in weights])
+    dist.all_gather_object(everywhere, (_step(held), mine, model))
+    steps, weights, shares = zip(*everywhere, strict=True)
+    return Record.of(max(steps), [weight for share in weights for weight in share], shares)
 
 
 def _counted(held: Held, place: Place) -> list[str]:
@@ -123,23 +124,21 @@ class Request(dict[str, Any]):
 
     def __init__(
         self,
-        optimizer: Any,
+        held: Sequence[Held],
         model_state: Any,
         accept: bool,
-        chunks: Sequence[torch.nn.Module] = (),
-        groups: Any = None,
+        buckets_of_adam: Callable[[Stored], Mapping[torch.nn.Parameter, Bucket]],
     ) -> None:
         """
         Args:
-            optimizer: of Megatron-Core; missing state is created.
+            held: the state of this rank, all of it created.
             model_state: the model's sharded state.
             accept: see above.
-            chunks: the model on this rank.
-            groups: Megatron-Core's ``ProcessGroupCollection``; None for that of ``parallel_state``.
+            buckets_of_adam: where a run of Adam alone, at this layout, had each weight in its buckets.
         """
         super().__init__()
-        self.chunks, self.groups = chunks, groups
-        self.held = held_by(optimizer, create=True)
+        self.held = held
+        self._buckets_of_adam = buckets_of_adam
         self.places = places_of([each.param for each in self.held], model_state)
         # Noted now: Megatron-Core's fully parallel loading changes the replica numbers of the model's state.
         self._counted = [_counted(*pair) for pair in zip(self.held, self.places, strict=True)]
@@ -212,12 +211,12 @@ class Request(dict[str, Any]):
         self._set_steps(self.stored.step)
         return self.stored.record
 
-    def _buckets(self, stored: Stored) -> dict[torch.nn.Parameter, Bucket]:
+    def _buckets(self, stored: Stored) -> Mapping[torch.nn.Parameter, Bucket]:
         """Where the distributed optimizer had each weight: this run's, in a layer-wise one, or that of Adam alone."""
         if not stored.buckets:
             return {}
         own = {each.param: each.bucket for each in self.held if each.bucket is not None}
-        return buckets_of_adam(self.chunks, stored, self.groups) or own
+        return self._buckets_of_adam(stored) or own
 
     def take_numbers(self, names: Collection[str]) -> None:
         """Give the param groups what the checkpoint has, for ``--use-checkpoint-opt_param-scheduler``.
@@ -256,7 +255,7 @@ class Request(dict[str, Any]):
             (place.name, choice.state, each.tensors[choice.state])
             for each, place, choices, counted in zip(self.held, self.places, self.choices, self._counted, strict=True)
             for choice in choices
-            if choice.state in counted and choice.stored_as == choice.state and self._has_dtype(choice)
+            if choice.state in counted and choice.stored_as == choice.state and self._is_alike(choice)
         ]
         sums = fingerprints(tensor for _, _, tensor in checked)
         mine = [(name, state, value) for (name, state, _), value in zip(checked, sums, strict=True)]
@@ -265,7 +264,7 @@ class Request(dict[str, Any]):
         totals: dict[tuple[str, str], int] = defaultdict(int)
         for part in everywhere:
             for name, state, value in part:
-                totals[name, state] = (totals[name, state] + value) % (1 << 64)
+                totals[name, state] = (totals[name, state] + value) % MODULUS
         damaged = [
             f"{state} of {name}"
             for (name, state), value in sorted(totals.items())
@@ -277,10 +276,13 @@ class Request(dict[str, Any]):
             "Load an earlier checkpoint (--ckpt-step), and check the storage.",
         )
 
-    def _has_dtype(self, choice: Choice) -> bool:
-        """A state that was rounded when it was read has another sum."""
+    def _is_alike(self, choice: Choice) -> bool:
+        """A state that was rounded when it was read, or has fewer rows (of a padded vocabulary), has another sum."""
         assert self.stored is not None and choice.tensor is not None
-        return all(self.stored.shapes[part.key][1] == choice.tensor.dtype for part in tensors_of(choice.parts))
+        return all(
+            self.stored.shapes[part.key] == (tuple(part.global_shape), choice.tensor.dtype)
+            for part in tensors_of(choice.parts)
+        )
 
     def _set_steps(self, step: int) -> None:
         for each in self.held:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import re
+import pickle
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,9 +16,9 @@ import torch
 
 from megatron_muon.checkpoint import folders
 from megatron_muon.checkpoint.errors import CheckpointError
+from megatron_muon.checkpoint.keys import PREFIX, parse_state, without_chain
 from megatron_muon.checkpoint.reading import Chunk, Index, read_index
 from megatron_muon.checkpoint.record import RECORD, Record
-from megatron_muon.checkpoint.sharding import PREFIX
 from megatron_muon.checkpoint.sources import estimated_second_moment
 from megatron_muon.checkpoint.stored import Stored
 
@@ -26,8 +26,6 @@ __all__ = ["TARGETS", "convert"]
 
 TARGETS = ("muon", "adam")
 
-_CHAIN = re.compile(r"chained_\d+\.(?=optimizer\.state\.)")
-_STATE = re.compile(r"optimizer\.state\.([^.]+)\.(.+)$")
 _FILE = "__0_0.distcp"
 _COMMON = "common_state/shard_0_1"
 
@@ -54,7 +52,7 @@ def convert(source: Path, target: Path, to: str) -> int:
             f"{source} has optimizer state in the form of the distributed optimizer's buckets, which only the same "
             "optimizer at the same layout reads. Resume it once with --dist-ckpt-optim-fully-reshardable and save."
         )
-    if not any(_STATE.match(_CHAIN.sub("", key)) for key in index.tensors):
+    if not any(map(parse_state, index.tensors)):
         raise CheckpointError(f"{source} has no optimizer state: there is nothing to convert.")
     iteration = stored.common.get("iteration", folders.iteration_of(source)) or 0
     folder = target / f"iter_{iteration:07d}"
@@ -77,7 +75,7 @@ class _Writer:
     def write(self) -> None:
         for key, entry in self.index.metadata.state_dict_metadata.items():
             if key != _COMMON:
-                self._copy(key, _CHAIN.sub("", key), entry)
+                self._copy(key, without_chain(key), entry)
         for key in list(self.entries):
             self._name_twice(key)
         if self.to == "adam":
@@ -112,27 +110,27 @@ class _Writer:
 
     def _name_twice(self, key: str) -> None:
         """The other name of the same thing, if nothing has it."""
-        found = _STATE.match(key)
+        found = parse_state(key)
         other = {"param": "fp32_param", **({"exp_avg": "momentum_buffer"} if self.to == "muon" else {})}
         if self.to == "adam":
             other["momentum_buffer"] = "exp_avg"
-        if found is None or found.group(1) not in other:
+        if found is None or found.state not in other:
             return
-        new = f"{PREFIX}.{other[found.group(1)]}.{found.group(2)}"
+        new = f"{PREFIX}.{other[found.state]}.{found.weight}"
         if new not in self.entries:
             self.entries[new] = self.entries[key]
             self.places |= {(new, at): info for (name, at), info in list(self.places.items()) if name == key}
 
     def _estimate(self, key: str) -> None:
         """A second moment for what has only a momentum."""
-        found = _STATE.match(key)
-        if found is None or found.group(1) != "momentum_buffer":
+        found = parse_state(key)
+        if found is None or found.state != "momentum_buffer":
             return
-        new = f"{PREFIX}.exp_avg_sq.{found.group(2)}"
+        new = f"{PREFIX}.exp_avg_sq.{found.weight}"
         if new in self.entries:
             return
         self.entries[new] = self.entries[key]
-        old = next(name for name in self.index.tensors if _CHAIN.sub("", name) == key)
+        old = next(name for name in self.index.tensors if without_chain(name) == key)
         for chunk in self.index.chunks(old):
             start = self.file.tell()
             torch.save(estimated_second_moment(self.index.tensor(chunk), self._decay(chunk)), self.file)
@@ -164,8 +162,9 @@ class _Writer:
     def _record(self) -> Record:
         """For any rules: the checkpoint has the state of both optimizers."""
         before = self.stored.record
-        numbers = [] if before is None else before.numbers
-        return Record(self.stored.step, [], numbers, {}, [] if before is None else before.alone, {}, converted=self.to)
+        if before is None:
+            return Record(self.stored.step, [], [], {}, [], {}, converted=self.to)
+        return Record(before.step, [], before.numbers, {}, before.alone, {}, before.model, converted=self.to)
 
     def _write_index(self) -> None:
         from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -178,7 +177,5 @@ class _Writer:
         metadata = Metadata(self.entries, before.planner_data, storage, before.storage_meta, before.version)
         scratch = self.folder / ".metadata.new"
         with scratch.open("wb") as file:
-            import pickle
-
             pickle.dump(metadata, file)
         scratch.replace(self.folder / ".metadata")

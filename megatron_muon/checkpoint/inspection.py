@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_muon.checkpoint.fingerprint import fingerprints
+from megatron_muon.checkpoint.fingerprint import MODULUS, fingerprints
 from megatron_muon.checkpoint.folders import iteration_of
+from megatron_muon.checkpoint.keys import ALONE, PREFIX, name_of, parse_state
 from megatron_muon.checkpoint.reading import Index, read_index
 from megatron_muon.checkpoint.record import Record
-from megatron_muon.checkpoint.sharding import ALONE, PREFIX
 from megatron_muon.checkpoint.stored import Stored
 
 __all__ = ["inspect", "render"]
 
-_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)$")
 _SIZES = (
     ("tensor_model_parallel_size", "TP"),
     ("pipeline_model_parallel_size", "PP"),
@@ -33,8 +31,8 @@ def inspect(folder: Path, contents: bool = False) -> dict[str, Any]:
 
     Args:
         folder: of one iteration.
-        contents: also read all tensors, one part at a time, and look for numbers that are not finite and for state that
-            is not what was saved.
+        contents: also read all tensors, one part at a time, and look for numbers that are not finite and for tensors
+            that are not what was saved.
 
     Raises:
         CheckpointError: if files are missing or too short.
@@ -42,9 +40,9 @@ def inspect(folder: Path, contents: bool = False) -> dict[str, Any]:
     stored, index = Stored.read(str(folder)), read_index(folder)
     kinds: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "elements": 0, "bytes": 0})
     for key, entry in index.tensors.items():
-        found = _STATE.match(key)
+        found = parse_state(key)
         elements = torch.Size(entry.size).numel()
-        kind = kinds[found.group(1) if found else "model"]
+        kind = kinds[found.state if found else "model"]
         kind["tensors"] += 1
         kind["elements"] += elements
         kind["bytes"] += elements * entry.properties.dtype.itemsize
@@ -75,7 +73,7 @@ def _form(stored: Stored) -> str:
         return "Megatron-Core, the distributed optimizer's buckets: read at the same TP and PP only"
     if any(key.startswith(f"{PREFIX}.param.") for key in stored.shapes):
         return "Megatron-Core, fully reshardable distributed optimizer"
-    return "Megatron-Core, plain" if any(_STATE.match(key) for key in stored.shapes) else "no optimizer state"
+    return "Megatron-Core, plain" if any(map(parse_state, stored.shapes)) else "no optimizer state"
 
 
 def _rules(stored: Stored) -> list[dict[str, Any]]:
@@ -101,23 +99,27 @@ def _problems(index: Index, record: Record | None) -> list[str]:
     """Read everything."""
     found: list[str] = []
     sums: dict[tuple[str, str], int] = defaultdict(int)
-    depths = {} if record is None else {name.partition("[")[0]: _depth(name) for name in record.weights}
+    names = () if record is None else (*record.weights, *record.model)
+    depths = {name.partition("[")[0]: _depth(name) for name in names}
     for key in sorted(index.tensors):
-        state = _STATE.match(key)
+        state = parse_state(key)
         for chunk in index.chunks(key):
             tensor = index.tensor(chunk)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 found.append(f"{key} has numbers that are not finite, at {list(chunk.offsets)}")
-            if state is not None:
-                weight, _, alone = state.group(2).partition(ALONE)
-                where = alone.split(".") if alone else [str(at) for at in chunk.offsets[: depths.get(weight, 0)]]
-                name = weight + (f"[{','.join(where)}]" if where else "")
-                sums[name, state.group(1)] = (sums[name, state.group(1)] + fingerprints([tensor])[0]) % (1 << 64)
+            weight, _, alone = (key if state is None else state.weight).partition(ALONE)
+            where = map(int, alone.split(".")) if alone else chunk.offsets[: depths.get(weight, 0)]
+            place = name_of(weight, where), "weight" if state is None else state.state
+            sums[place] = (sums[place] + fingerprints([tensor])[0]) % MODULUS
     for (name, kind), value in sorted(sums.items()):
-        saved = {} if record is None else record.sums.get(name, {})
-        if saved.get(kind, value) != value:
+        if record is not None and _saved(record, name, kind) not in (None, value):
             found.append(f"{kind} of {name} is not what was saved")
     return found
+
+
+def _saved(record: Record, name: str, kind: str) -> int | None:
+    """The sum that was taken when the checkpoint was saved; None if there was none."""
+    return record.model.get(name) if kind == "weight" else record.sums.get(name, {}).get(kind)
 
 
 def _depth(name: str) -> int:
@@ -156,7 +158,7 @@ def render(found: dict[str, Any]) -> str:
     if found["problems"] is None:
         lines.append("contents not read (--contents reads them)")
     else:
-        lines += found["problems"] or ["all numbers are finite, and state is what was saved"]
+        lines += found["problems"] or ["all numbers are finite, and tensors are what was saved"]
     return "\n".join(lines)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from megatron_muon.checkpoint.fingerprint import MODULUS
+from megatron_muon.checkpoint.keys import name_of
 from megatron_muon.routing.layout import SCALAR, MatrixLayout
 from megatron_muon.version import __version__
 
@@ -69,7 +71,7 @@ class WeightRecord:
     @property
     def name(self) -> str:
         """As :attr:`megatron_muon.checkpoint.sharding.Place.name`."""
-        return self.key + (f"[{','.join(map(str, self.index))}]" if self.index else "")
+        return name_of(self.key, self.index)
 
 
 @dataclass
@@ -83,6 +85,8 @@ class Record:
         weights: name -> index in ``rules``.
         alone: (state, key) of states that not all weights of a tensor have.
         sums: name -> state -> number that depends on the contents.
+        model: name -> number that depends on the contents, for each tensor of the model itself; empty in checkpoints of
+            versions that had none.
         converted: the optimizer that the checkpoint was converted for; it then fits any rules, and ``weights`` is
             empty.
         package: version that wrote it.
@@ -95,6 +99,7 @@ class Record:
     weights: dict[str, int]
     alone: list[tuple[str, str]]
     sums: dict[str, dict[str, int]]
+    model: dict[str, int] = field(default_factory=dict)
     converted: str = ""
     package: str = __version__
     version: int = FORMAT
@@ -129,8 +134,14 @@ class Record:
         return cls(**values)
 
     @classmethod
-    def of(cls, step: int, weights: Iterable[WeightRecord]) -> Record:
-        """Put together what the ranks report; the sums of a weight's shards are added up."""
+    def of(cls, step: int, weights: Iterable[WeightRecord], model: Iterable[Mapping[str, int]] = ()) -> Record:
+        """Put together what the ranks report; the sums of a weight's shards are added up.
+
+        Args:
+            step: updates so far.
+            weights: of all ranks.
+            model: of each rank, its share of the sums of the model's tensors.
+        """
         rules: list[Rule] = []
         numbers: list[tuple[tuple[str, Any], ...]] = []
         where: dict[str, int] = {}
@@ -144,9 +155,17 @@ class Record:
             mine = sums.setdefault(weight.name, {})
             for state in weight.rule.states:
                 holders.setdefault((state, weight.key), set()).add(weight.index)
-                mine[state] = (mine.get(state, 0) + weight.sums.get(state, 0)) % (1 << 64)
+                mine[state] = (mine.get(state, 0) + weight.sums.get(state, 0)) % MODULUS
         alone = [pair for pair, indices in sorted(holders.items()) if len(indices) < siblings[pair[1]]]
-        return cls(step, rules, [dict(each) for each in numbers], where, alone, sums)
+        return cls(step, rules, [dict(each) for each in numbers], where, alone, sums, _added(model))
+
+
+def _added(shares: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for share in shares:
+        for name, value in share.items():
+            totals[name] = (totals.get(name, 0) + value) % MODULUS
+    return dict(sorted(totals.items()))
 
 
 def _index(known: list[Any], value: Any) -> int:
@@ -156,11 +175,15 @@ def _index(known: list[Any], value: Any) -> int:
 
 
 def layout_text(layout: MatrixLayout) -> str:
-    """What of a layout does not depend on the parallel layout: the kind of weight, its sections and their rules."""
-    text = ", ".join(
+    """What of a layout does not depend on the parallel layout: the kind of weight, its sections and their rules.
+
+    Each section is named once: fused down projections of multi-latent attention have some of each tensor-parallel rank.
+    """
+    sections = (
         section.name + (" by head" if section.matrix_rows else "") + (" scalar" if section.rule == SCALAR else "")
         for section in layout.sections
     )
+    text = ", ".join(dict.fromkeys(sections))
     return f"{layout.kind}: {text}" if text else layout.kind
 
 

@@ -18,11 +18,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
 from megatron_muon.checkpoint.errors import CheckpointError
+from megatron_muon.checkpoint.keys import ALONE, name_of
 
-__all__ = ["ALONE", "PREFIX", "Place", "Template", "places_of", "tensors_of"]
-
-PREFIX = "optimizer.state"
-"""Before the names of states in keys."""
+__all__ = ["Place", "Replica", "Template", "places_of", "tensors_of"]
 
 Replica = tuple[int, int, int]
 
@@ -61,7 +59,7 @@ class Place:
     @property
     def name(self) -> str:
         """Unique in the model, at every layout."""
-        return self.key + (f"[{','.join(map(str, self.index))}]" if self.index else "")
+        return name_of(self.key, self.index)
 
     @property
     def replica(self) -> Replica:
@@ -95,10 +93,6 @@ class Place:
             part = tensor if len(self.templates) == 1 else _rows(tensor, template)
             parts.append(_described(template.base, source, part, replica, self.index))
         return parts
-
-
-ALONE = "@"
-"""Marks a state that not all layers (experts) in the model's tensor have."""
 
 
 def places_of(params: Iterable[torch.nn.Parameter], model_state: Any) -> list[Place]:

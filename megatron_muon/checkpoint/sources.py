@@ -16,8 +16,9 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_muon.checkpoint.held import Bucket, Held
+from megatron_muon.checkpoint.keys import ALONE, PREFIX
 from megatron_muon.checkpoint.record import Rule
-from megatron_muon.checkpoint.sharding import ALONE, PREFIX, Place, Replica, tensors_of
+from megatron_muon.checkpoint.sharding import Place, Replica, tensors_of
 from megatron_muon.checkpoint.stored import Stored
 
 __all__ = ["ESTIMATED", "MASTER", "Choice", "choose", "difference", "estimated_second_moment"]
@@ -83,7 +84,8 @@ def choose(
         the choice, or what is wrong.
     """
     target = held.tensors[state]
-    tensor = target if held.slices is None else target.new_empty(place.shape)
+    # Zeros: of a vocabulary that was padded less, the last rows are not there to be read.
+    tensor = target if held.slices is None else target.new_zeros(place.shape)
     wrong = ""
     for name, source in _sources(state, stored):
         parts = place.sharded(source, tensor, replica)

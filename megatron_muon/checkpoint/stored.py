@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,10 @@ import torch
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.folders import check_marks
 from megatron_muon.checkpoint.held import Bucket
+from megatron_muon.checkpoint.keys import bucket_pattern, chain_of, is_bucket
 from megatron_muon.checkpoint.record import RECORD, Record
 
 __all__ = ["Stored", "check_files", "read_metadata"]
-
-_CHAINED = re.compile(r"chained_\d+\.")
 
 
 @dataclass(frozen=True)
@@ -61,13 +59,13 @@ class Stored:
             record = None if plain is None else Record.from_plain(plain)
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}.") from error
-        buckets = any("optimizer.distributed.dp_group_idx_" in key for key in metadata.state_dict_metadata)
+        buckets = any(map(is_bucket, metadata.state_dict_metadata))
         return cls(folder, shapes, common, record, buckets)
 
     @property
     def chains(self) -> list[str]:
         """Prefixes of keys: an empty one, and those of optimizers in a chain."""
-        return ["", *sorted({found.group() for key in self.shapes if (found := _CHAINED.match(key))})]
+        return sorted({"", *map(chain_of, self.shapes)})
 
     def misfits(self, tensors: Iterable[Any]) -> list[str]:
         """What is wrong with the global shapes of ``ShardedTensor``; tensors that are not there do not count."""
@@ -82,10 +80,7 @@ class Stored:
 
     def bucket_key(self, bucket: Bucket, state: str) -> str | None:
         """The tensor of a bucket of the distributed optimizer, if there is exactly one that can be it."""
-        pattern = re.compile(
-            rf"(chained_\d+\.)?optimizer\.distributed\.dp_group_idx_{bucket.domain}\.gbuf_idx_{bucket.buffer}\."
-            rf".*\.bucket_idx_{bucket.number}\.{state}$"
-        )
+        pattern = bucket_pattern(bucket.domain, bucket.buffer, bucket.number, state)
         found = [key for key, (shape, _) in self.shapes.items() if shape == (bucket.size,) and pattern.match(key)]
         return found[0] if len(found) == 1 else None
 

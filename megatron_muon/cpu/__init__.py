@@ -24,6 +24,7 @@ import torch
 from megatron_muon._patching import PatchSet
 from megatron_muon.cpu import (
     attention,
+    checkpoint_worker,
     collectives,
     cuda_api,
     gated_delta_net,
@@ -55,6 +56,7 @@ _SUBJECTS = (
     mamba,
     hybrid_stack,
     training,
+    checkpoint_worker,
     transformer_engine,
 )
 _REDIRECTS = PatchSet("megatron_muon.cpu", [patch for subject in _SUBJECTS for patch in subject.PATCHES])

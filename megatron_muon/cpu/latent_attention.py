@@ -21,40 +21,50 @@ from megatron_muon._patching import Patch
 __all__ = ["PATCHES"]
 
 
-def _gather_output(
-    latent_width: int, sequence_parallel: bool, group: Any, module: Any, inputs: Any, outputs: tuple[torch.Tensor, Any]
-) -> tuple[torch.Tensor, Any]:
-    """Forward hook: ``[s, b, width / tp]`` becomes what a whole projection would give, ``[s or s / tp, b, width]``."""
+def _whole_output(attention: Any, part: torch.Tensor) -> torch.Tensor:
+    """``[s, b, width / tp]`` becomes what a whole projection would give, ``[s or s / tp, b, width]``."""
     mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
-    part, bias = outputs
+    config, group = attention.config, attention.tp_group
     whole = mappings.gather_from_tensor_model_parallel_region(part, group=group)
-    if sequence_parallel:
+    if config.sequence_parallel:
         # Upstream gathers the rotary part along the sequence next, and the backward pass of that adds up.
-        return mappings.scatter_to_sequence_parallel_region(whole, group=group), bias
-    latent, rotary = whole.split([latent_width, whole.size(-1) - latent_width], dim=-1)
+        return mappings.scatter_to_sequence_parallel_region(whole, group=group)
+    latent, rotary = whole.split([config.kv_lora_rank, whole.size(-1) - config.kv_lora_rank], dim=-1)
     rotary = mappings.copy_to_tensor_model_parallel_region(rotary, group=group)
-    return torch.cat([latent, rotary], dim=-1), bias
+    return torch.cat([latent, rotary], dim=-1)
+
+
+def _is_divided(attention: Any, projection: Any) -> bool:
+    linear = importlib.import_module("megatron.core.tensor_parallel").ColumnParallelLinear
+    return isinstance(projection, linear) and attention.tp_group.size() > 1
 
 
 def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        linear = importlib.import_module("megatron.core.tensor_parallel").ColumnParallelLinear
-        projection = getattr(self, "linear_kv_down_proj", None)
-        if isinstance(projection, linear) and self.tp_group.size() > 1:
-            hook = functools.partial(
-                _gather_output, self.config.kv_lora_rank, self.config.sequence_parallel, self.tp_group
+        projection: Any = getattr(self, "linear_kv_down_proj", None)
+        if _is_divided(self, projection):
+            projection.register_forward_hook(
+                lambda module, inputs, outputs: (_whole_output(self, outputs[0]), outputs[1])
             )
-            projection.register_forward_hook(hook)
 
     return init
 
 
+def _wrap_fused_projection(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _qkv_down_projection(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        queries, keys = original(self, hidden_states)
+        return queries, _whole_output(self, keys) if _is_divided(self, self.linear_qkv_down_proj) else keys
+
+    return _qkv_down_projection
+
+
+_REASON = "with the local specification the gradient of the rotary keys is not summed over tensor-parallel ranks"
+_ATTENTION = "megatron.core.transformer.multi_latent_attention"
+
 PATCHES: list[Patch] = [
-    Patch(
-        "megatron.core.transformer.multi_latent_attention:MLASelfAttention.__init__",
-        _wrap_init,
-        "with the local specification the gradient of the rotary keys is not summed over tensor-parallel ranks",
-    ),
+    Patch(f"{_ATTENTION}:MLASelfAttention.__init__", _wrap_init, _REASON),
+    Patch(f"{_ATTENTION}:FusedMLASelfAttention._qkv_down_projection", _wrap_fused_projection, _REASON),
 ]

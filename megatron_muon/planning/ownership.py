@@ -31,7 +31,8 @@ def owners_of_stage(stage: Stage, args: argparse.Namespace, layout: Layout) -> d
         args: validated arguments of ``megatron.training``.
         layout: of all ranks.
     """
-    if not args.use_layer_wise_distributed_optimizer or layout.data == 1:
+    copies = max(layout.data, layout.expert_data)
+    if not args.use_layer_wise_distributed_optimizer or copies == 1:
         return {}
     if not args.use_layer_wise_param_layout:
         return _by_lists(stage.chunks, args, layout)

@@ -16,8 +16,10 @@ from megatron_muon.checkpoint.errors import CheckpointError, raise_together
 from megatron_muon.checkpoint.record import ACCEPT, RECORD
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.plugin import options
+from megatron_muon.plugin.adam_buckets import buckets_of_adam
 from megatron_muon.plugin.checkpoint_files import EARLIER, reason_of
 from megatron_muon.plugin.optimizer_config import is_ours
+from megatron_muon.plugin.optimizer_state import held_by
 
 if TYPE_CHECKING:
     from megatron_muon.checkpoint.canonical import Request
@@ -81,8 +83,9 @@ def _attach(optimizer: Any, chunks: Sequence[torch.nn.Module], ours: bool, accep
         if not ours and not (is_loading and marked):
             return upstream_sharded(model_sharded_state_dict, is_loading, **kwargs)
         if not is_loading:
-            return canonical.saved_state(optimizer, model_sharded_state_dict)
-        pending.append(canonical.Request(optimizer, model_sharded_state_dict, accept, chunks, groups))
+            return canonical.saved_state(held_by(optimizer, create=True), model_sharded_state_dict)
+        buckets = functools.partial(buckets_of_adam, chunks, groups=groups)
+        pending.append(canonical.Request(held_by(optimizer, create=True), model_sharded_state_dict, accept, buckets))
         return pending[0]
 
     def load_state_dict(state_dict: Any) -> None:
@@ -109,8 +112,11 @@ def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
         requests = list(_requests(sharded_state_dict))
         if not requests:
             return original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
+        from megatron_muon.checkpoint import weights
+
         stored = _read(str(checkpoint_dir))
         _check_model(sharded_state_dict, stored)
+        described = weights.described(sharded_state_dict)  # of the model alone: requests are still empty
         for request in requests:
             request.resolve(stored)
         if sharded_strategy is None:
@@ -118,7 +124,10 @@ def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
 
             sharded_strategy = TorchDistLoadShardedStrategy()
         with _failing_together(sharded_strategy, checkpoint_dir):
-            return original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
+            loaded = original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
+        # With some values of ``strict`` the keys that do not match come with the state.
+        weights.check(described, loaded[0] if isinstance(loaded, tuple) else loaded, stored)
+        return loaded
 
     return load
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +48,12 @@ def patches() -> list[Patch]:
             "the older assignment is not told whose weights it shares out",
         ),
         Patch(
+            f"{_CLASS}.__init__",
+            _with_tensor_parallel_groups,
+            "experts whole on each tensor-parallel rank would count in the gradient's norm on its first rank only, "
+            "but other ranks have other experts, or own some",
+        ),
+        Patch(
             f"{_CLASS}.compute_full_param_layout",
             _with_balanced_shards,
             "the step waits for the rank with most Newton-Schulz to do, which is not the one with most elements",
@@ -59,6 +67,22 @@ def patches() -> list[Patch]:
             f"{_CLASS}._shard_params_ping_pong",
             _with_balanced_lists,
             "the older assignment is balanced by the cost of Newton-Schulz too",
+        ),
+        Patch(
+            f"{_CLASS}.shard_params",
+            _with_expert_owners,
+            "where dense weights have one copy (TP 2 with expert TP 1 on two ranks) nothing is shared out, and every "
+            "copy of an expert would be updated, with the part of the gradients that its rank has",
+        ),
+        Patch(
+            f"{_CLASS}.save_state_dict_to_file",
+            _with_file_of_rank,
+            "with context parallelism several ranks are told one file, and each would write over the others'",
+        ),
+        Patch(
+            f"{_CLASS}.load_state_dict_from_file",
+            _with_file_of_rank,
+            "the counterpart of save_state_dict_to_file",
         ),
     ]
 
@@ -107,6 +131,17 @@ def _with_decision(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, optimizers: list[Any], config: Any, *args: Any, **kwargs: Any) -> None:
         self.owners_by_cost = is_ours(config.optimizer) and not keeps_upstream_lists(options.training_arguments())
         original(self, optimizers, config, *args, **kwargs)
+
+    return __init__
+
+
+def _with_tensor_parallel_groups(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        dense = getattr(self.pg_collection, "tp", None)
+        for member in self.chained_optimizers:  # as Megatron-Core does for its other optimizers
+            member.tp_group, member.expert_tp_group = dense, getattr(self.pg_collection, "expt_tp", dense)
 
     return __init__
 
@@ -268,6 +303,38 @@ def _balance_lists(optimizer: Any, groups: Sequence[dict[str, Any]], params: Seq
         rank = get_pg_rank(optimizer.expt_dp if experts else optimizer.dp_cp)
         for index in mine:
             groups[index]["params"] = [param for param in params[index] if owner[param] == rank]
+
+
+def _with_expert_owners(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def shard_params(self: Any, optimizers: list[Any], full_param_layouts: list[Any] | None = None) -> None:
+        from megatron.core.utils import get_pg_size
+
+        copies = get_pg_size(self.expt_dp)
+        if get_pg_size(self.dp_cp) > 1 or copies == 1:
+            original(self, optimizers, full_param_layouts)
+            return
+        if full_param_layouts is None:
+            self._shard_params_ping_pong(optimizers, 1, copies)
+        else:
+            self._shard_params_from_layout(optimizers, full_param_layouts, 1, copies)
+        self.dp_cp_params_list = None  # as Megatron-Core has it for one copy: there is nothing to gather
+
+    return shard_params
+
+
+def _with_file_of_rank(original: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
+    """Files are numbered by the data-parallel rank, but weights are shared out over the context's ranks too."""
+
+    @functools.wraps(original)
+    def to_or_from_file(self: Any, filename: str) -> None:
+        from megatron.core.utils import get_pg_rank
+
+        path = Path(filename)
+        name = re.sub(r"\d+$", str(get_pg_rank(self.dp_cp)), path.stem)
+        original(self, str(path.with_name(name + path.suffix)))
+
+    return to_or_from_file
 
 
 def _cost_in(pg_collection: Any) -> Callable[[torch.Tensor], int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_muon import Muon
+from megatron_muon.benchmark.observe import LiveBytes
 from megatron_muon.engine.modes import MODES
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.scale import scale_factor
@@ -234,45 +234,6 @@ def test_ranks_without_parameters_or_gradients_do_nothing(pool: RankPool, mode: 
 # Memory.
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are still alive, and the most that there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tensors_in((args, kwargs))}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self.known:
-                self.add(storage)
-        return out
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.remove, key, size)
-
-    def remove(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from tensors_in(each)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
-
-
 SIDE = 64
 MATRIX = 4 * SIDE * SIDE
 
@@ -308,12 +269,12 @@ def live_bytes(step: Callable[[], Any]) -> tuple[int, int]:
     what is left is looked at when they had time, and the least of several peaks counts.
     """
     dist.barrier()
-    with LiveBytes() as live:
+    with LiveBytes() as seen:
         step()
     deadline = time.monotonic() + 10.0
-    while live.now and time.monotonic() < deadline:
+    while seen.live and time.monotonic() < deadline:
         time.sleep(0.01)
-    return live.peak, live.now
+    return seen.peak, seen.live
 
 
 # Multiples of the bound, as measured. In all but duplicated and blockwise both ranks share a chunk, which then is twice

@@ -130,10 +130,22 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
         )
     spec = get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm,
+        qk_l2_norm=config.qk_l2_norm,
         multi_latent_attention=config.multi_latent_attention,
         normalization=config.normalization,
     )
+    if getattr(config, "mla_down_proj_fusion", False):
+        fuse_down_projections(spec.submodules.self_attention)
     return spec if config.experimental_attention_variant is None else hybrid_spec(config, spec, vp_stage)
+
+
+def fuse_down_projections(attention: Any) -> None:
+    """One down projection for queries, keys and values; Megatron's own function wants TransformerEngine."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer.multi_latent_attention import FusedMLASelfAttention
+
+    attention.module = FusedMLASelfAttention
+    attention.submodules = dataclasses.replace(attention.submodules, linear_qkv_down_proj=ColumnParallelLinear)
 
 
 def hybrid_spec(config: Any, attention: Any, vp_stage: int | None) -> Any:
@@ -346,6 +358,7 @@ def start(
     seed: int = 1,
     install: bool = True,
     early: bool = False,
+    overrides: dict[Any, Any] | None = None,
     **model: Any,
 ) -> Run:
     """A run ready to train.
@@ -360,6 +373,7 @@ def start(
         seed: of the initial weights.
         install: whether this package's hooks are there; False for Megatron-Core as it is.
         early: whether the options of ``optimizer`` hold before DDP lays out its buffers, as from the command line.
+        overrides: Megatron's ``config_overrides`` of param groups.
         model: changes to :func:`build_model`.
     """
     import megatron_muon
@@ -373,7 +387,7 @@ def start(
     from megatron.core.optimizer import get_megatron_optimizer
 
     config = optimizer_config(layout, bf16=bf16, **(optimizer or {}))
-    return Run(layout, chunks, get_megatron_optimizer(config, chunks), data)
+    return Run(layout, chunks, get_megatron_optimizer(config, chunks, overrides), data)
 
 
 def routing_options(optimizer: dict[str, Any]) -> Any:
@@ -407,7 +421,13 @@ def load_weights(chunks: list, folder: str) -> None:
 
     loaded = dist_checkpointing.load(model_state(chunks), folder)
     for i, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])
+        load_model(chunk, loaded["model" if len(chunks) == 1 else f"model{i}"])
+
+
+def load_model(chunk: Any, state: dict[str, Any]) -> None:
+    """As ``megatron.training``, which lets extra states of fused layers go without a place."""
+    missing, unexpected = unwrap(chunk).load_state_dict(state, strict=False)
+    assert all(key.endswith("_extra_state") for key in (*missing, *unexpected)), (missing, unexpected)
 
 
 def save_run(run: Run, folder: str, metadata: dict[str, Any] = CHECKPOINT_METADATA) -> None:
@@ -430,7 +450,7 @@ def load_run(run: Run, folder: str, metadata: dict[str, Any] = CHECKPOINT_METADA
     template = run.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
     loaded = dist_checkpointing.load({**state, "optimizer": template}, folder)
     for i, chunk in enumerate(run.chunks):
-        unwrap(chunk).load_state_dict(loaded["model" if len(run.chunks) == 1 else f"model{i}"])
+        load_model(chunk, loaded["model" if len(run.chunks) == 1 else f"model{i}"])
     run.optimizer.load_state_dict(loaded["optimizer"])
     run.step = loaded["step"]
 

@@ -38,7 +38,7 @@ def test_inspect(muon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     command.main(["inspect", str(muon), "--contents", "--json", str(tmp_path / "found.json")])
     text = capsys.readouterr().out
     assert "decoder.layers.self_attention.linear_qkv.weight" in text and "muon (qkv: q, k, v)" in text
-    assert "all numbers are finite, and state is what was saved" in text
+    assert "all numbers are finite, and tensors are what was saved" in text
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["iteration"], found["updates"]) == (3, 3)
     elements = {name: kind["elements"] for name, kind in found["kinds"].items()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from pathlib import Path
 from typing import Any
 
@@ -193,28 +191,7 @@ def test_upstream_layer_wise_with_buckets(pool: RankPool, tmp_path: Path) -> Non
         pool.run(resume, 2, Layout(tp=2), {}, a, BUCKETS, str(tmp_path / "c"))
 
 
-# --- values of flags -------------------------------------------------------------------------------------------------
-
-
-def rates(layout: Layout, options: dict[str, Any], folder: str) -> tuple[list[tuple[float, float]], str]:
-    """Learning rates and momenta of all groups after loading, and what was printed."""
-    run = harness.start(layout, bf16=True, **options)
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        harness.load_run(run, folder)
-    found = [(group["max_lr"], group.get("momentum", 0.0)) for group in run.optimizer.param_groups]
-    return found, output.getvalue()
-
-
-def test_changed_flags_win(pool: RankPool, tmp_path: Path) -> None:
-    """Megatron-Core fails on a changed learning rate, and ignores a changed momentum."""
-    folder = str(tmp_path / "a")
-    pool.run(train_and_save, 2, Layout(tp=2), {}, folder, FULLY)
-    changed = {"optimizer": {"lr": 0.02, "min_lr": 0.001, "muon_momentum": 0.9}}
-    (found, output), (_, silent) = pool.run(rates, 2, Layout(tp=2), changed, folder)
-    assert all(rate == 0.02 and momentum in (0.0, 0.9) for rate, momentum in found)
-    assert "megatron_muon" not in silent, "one rank speaks"
-    assert "changed by flags: muon momentum: 0.95 in the checkpoint, 0.9 now" in output
-    assert "changed by flags: adam max_lr: 0.01 in the checkpoint, 0.02 now" in output
+# --- another model ----------------------------------------------------------------------------------------------------
 
 
 def other_model(layout: Layout, folder: str) -> None:

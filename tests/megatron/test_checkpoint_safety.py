@@ -12,18 +12,21 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_muon.checkpoint import folders
 from tests.checkpoints import differences
 from tests.megatron import harness
 from tests.megatron.harness import Layout
+from tests.megatron.test_routing import MOE
 from tests.pool import RankPool
 
 TIMEOUT = 60
 """Seconds until a call counts as hanging; loading takes one or two."""
 
-MOMENTUM = "optimizer.state.momentum_buffer.decoder.layers.mlp.linear_fc1.weight"
+WEIGHT = "decoder.layers.mlp.linear_fc1.weight"
+MOMENTUM = f"optimizer.state.momentum_buffer.{WEIGHT}"
 
 
 def save_after_a_step(layout: Layout, options: dict[str, Any], *names: str) -> None:
@@ -77,18 +80,28 @@ def lose_data(folder: Path) -> str:
 
 
 def flip_bit(folder: Path) -> str:
-    """The lowest bit of one number of the momentum of one layer."""
+    """Of the momentum of one layer."""
+    return f"momentum_buffer of {WEIGHT}[{flip_bit_of(MOMENTUM, folder)}]"
+
+
+def flip_bit_of_weight(folder: Path) -> str:
+    """Of one layer, of which float32 runs have no other copy."""
+    return f"weight {WEIGHT}[{flip_bit_of(WEIGHT, folder)}]"
+
+
+def flip_bit_of(key: str, folder: Path) -> int:
+    """The lowest bit of one number; the layer."""
     from megatron_muon.checkpoint.reading import read_index
 
     index = read_index(folder)
-    chunk = next(index.chunks(MOMENTUM))
-    numbers = index.tensor(chunk).numpy().tobytes()
+    chunk = next(index.chunks(key))
+    numbers = index.tensor(chunk).reshape(-1).view(torch.uint8).numpy().tobytes()
     place = index.bytes_of(chunk.info).index(numbers) + len(numbers) // 8 * 4
     path = folder / chunk.info.relative_path
     data = bytearray(path.read_bytes())
     data[chunk.info.offset + place] ^= 1
     path.write_bytes(data)
-    return f"momentum_buffer of {MOMENTUM.removeprefix('optimizer.state.momentum_buffer.')}[0]"
+    return chunk.offsets[0]
 
 
 def lose_index(folder: Path) -> str:
@@ -148,6 +161,7 @@ DAMAGES = [
     truncate,
     lose_data,
     flip_bit,
+    flip_bit_of_weight,
     lose_index,
     garble_index,
     cut_index,
@@ -182,6 +196,39 @@ def test_damaged_checkpoint_is_one_error_on_all_ranks(
     assert hashes(folder) == before
 
 
+FLIPS = {
+    "experts_of_ep2": (2, Layout(ep=2), MOE, "decoder.layers.mlp.experts.experts.linear_fc1.weight"),
+    "gate_and_up_of_tp2": (2, Layout(tp=2), {}, WEIGHT),
+    "norm_of_pp2_bf16": (2, Layout(pp=2), {"bf16": True}, "decoder.layers.self_attention.linear_qkv.layer_norm_weight"),
+}
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(layer_wise=True)], ids=["plain", "layer_wise"])
+@pytest.mark.parametrize("case", FLIPS)
+def test_flipped_bit_of_a_weight_at_another_layout(pool: RankPool, tmp_path: Path, case: str, layout: Layout) -> None:
+    """Experts, fused weights and copies: sums do not depend on the layout, and see one bit."""
+    ranks, source, options, key = FLIPS[case]
+    folder = tmp_path / "iter_0000001"
+    pool.run(save_after_a_step, ranks, source, options, str(folder))
+    assert pool.run(load_and_report, 2, layout, options, str(folder), timeout=TIMEOUT) == [("", "")] * 2
+    flip_bit_of(key, folder)
+    text = one_error(pool.run(load_and_report, 2, layout, options, str(folder), timeout=TIMEOUT))
+    (line,) = text.splitlines()[1:-1]
+    assert line.strip().startswith(f"weight {key}"), text
+
+
+def test_vocabulary_that_is_padded_otherwise(pool: RankPool, tmp_path: Path) -> None:
+    """Megatron pads it for the tensor-parallel size: rows that only one of two runs has are no damage."""
+    folder = str(tmp_path / "iter_0000001")
+    for saves, loads in ((72, 64), (64, 72)):
+        path = f"{folder}-{saves}"
+        pool.run(save_after_a_step, 2, Layout(tp=2), {"data": harness.Data(vocabulary=saves)}, path)
+        for layout in (Layout(), Layout(layer_wise=True)):
+            options = {"data": harness.Data(vocabulary=loads)}
+            found = pool.run(load_and_report, 2, layout, options, path, timeout=TIMEOUT)
+            assert found == [("", "")] * 2
+
+
 def first_look(folder: str) -> tuple[str, str]:
     """What ``megatron.training`` reads before anything else, at the start of a run."""
     import megatron_muon
@@ -209,7 +256,7 @@ def test_damage_is_named_at_the_start_of_a_run(
     assert pool.run(first_look, 2, str(folder), timeout=TIMEOUT) == [("", "")] * 2
     what = damage(folder)
     results = pool.run(first_look, 2, str(folder), timeout=TIMEOUT)
-    if damage in (truncate, lose_data, flip_bit, lose_tensor):
+    if damage in (truncate, lose_data, flip_bit, flip_bit_of_weight, lose_tensor):
         damaged_tensors_only = results == [("", "")] * 2
         assert damaged_tensors_only or what in one_error(results)
         return
@@ -242,7 +289,7 @@ def wrong_on_rank_1(what: str) -> Iterator[None]:
 def load_wrongly(layout: Layout, options: dict[str, Any], folder: str, what: str) -> tuple[tuple[str, str], str]:
     """What is raised, and the name of the weight."""
     run = harness.start(layout, **options)
-    from megatron_muon.checkpoint.held import held_by
+    from megatron_muon.plugin.optimizer_state import held_by
 
     held = next(each for each in held_by(run.optimizer, create=True) if "momentum_buffer" in each.tensors)
     names = {id(param): name for name, param in run.chunks[0].named_parameters()}
@@ -427,6 +474,58 @@ def test_saved_in_the_background_while_training(pool: RankPool, tmp_path: Path, 
     assert results == [(False, True)] * 2
     assert differences(plain, background) == []
     assert pool.run(load_and_report, 2, WAYS[way], {"bf16": True}, background, timeout=TIMEOUT) == [("", "")] * 2
+
+
+def save_by_the_persistent_worker(layout: Layout, plain: list[str], background: list[str]) -> list[tuple[bool, bool]]:
+    """As ``--async-save --use-persistent-ckpt-worker --async-strategy mcore`` does, twice."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    run = harness.start(layout)
+    queue = AsyncCallsQueue(persistent=True)
+    found = []
+    try:
+        for now, later in zip(plain, background, strict=True):
+            run.losses(1)
+            harness.save_run(run, now)
+            make_folder(later)
+            request = dist_checkpointing.save(whole_state(run), later, async_sharded_save=True, async_strategy="mcore")
+            queue.schedule_async_request(request)
+            run.losses(3)
+            before = folders.is_whole(Path(later))
+            dist.barrier()
+            queue.maybe_finalize_async_calls(blocking=True)
+            found.append((before, folders.is_whole(Path(later))))
+    finally:
+        queue.close()
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_saved_by_the_persistent_worker_while_training(pool: RankPool, tmp_path: Path, way: str) -> None:
+    """Its process starts without the redirects to the CPU, and shares the memory of weights that training changes."""
+    plain, background = ([str(tmp_path / f"{name}{number}") for number in (1, 2)] for name in ("plain", "background"))
+    results = pool.run(save_by_the_persistent_worker, 2, WAYS[way], plain, background, timeout=2 * TIMEOUT)
+    assert results == [[(False, True)] * 2] * 2
+    for now, later in zip(plain, background, strict=True):
+        assert differences(now, later) == []
+    assert pool.run(load_and_report, 2, WAYS[way], {}, background[1], timeout=TIMEOUT) == [("", "")] * 2
+
+
+def staged() -> tuple[bool, bool]:
+    """Whether a tensor that is staged for writing is the one that was given: of own, and of shared memory."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    found = []
+    for tensor in (torch.ones(3), torch.ones(3).share_memory_()):
+        ((_, _, (_, [(_, copy)])),) = FileSystemWriterAsync.preload_tensors([("file", "key", ([], [(None, tensor)]))])
+        assert torch.equal(copy, tensor)
+        found.append(copy.data_ptr() == tensor.data_ptr())
+    return found[0], found[1]
+
+
+def test_what_another_process_writes_is_a_copy(pool: RankPool) -> None:
+    assert pool.run(staged, 1) == [(True, False)]
 
 
 def save_and_load_in_parallel(layout: Layout, plain: str, parallel: str, again: str) -> list[float]:

@@ -8,107 +8,23 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import differences
+from tests.checkpoints import contents, differences
 from tests.megatron import harness
-from tests.megatron.harness import Data, Layout
-from tests.megatron.test_routing import GDN, MLA, MOE
+from tests.megatron.crossing import AGAIN, DENSE, MODELS, TOLERANCE, Crossing, load_at, save_at
+from tests.megatron.harness import Layout
 from tests.pool import RankPool
 
-STEPS = 10
-AGAIN = "-again-at-"
-DATA = Data(micro_batch=2)
-
-Place = tuple[int, Layout, dict[str, Any]]
-
-OLDER: dict[str, Any] = {"param_layout": False}
-PLAIN: dict[str, Place] = {
-    "one": (1, Layout(), {}),
-    "dp2": (2, Layout(), {}),
-    "tp2": (2, Layout(tp=2), {}),
-    "pp2": (2, Layout(pp=2), {}),
-    "tp2_pp2": (4, Layout(tp=2, pp=2), {}),
-    "vpp": (2, Layout(pp=2, vpp=2), {}),
-}
-LAYER_WISE: dict[str, Place] = {
-    "dp2_layer_wise": (2, Layout(layer_wise=True), {}),
-    "dp2_layer_wise_older": (2, Layout(layer_wise=True), OLDER),
-    "tp2_dp2_layer_wise": (4, Layout(tp=2, layer_wise=True), {}),
-    "pp2_dp2_layer_wise": (4, Layout(pp=2, layer_wise=True), {}),
-}
-DENSE = {**PLAIN, **LAYER_WISE}
-EXPERTS: dict[str, Place] = {
-    "ep2": (2, Layout(ep=2), {}),
-    "dp2_layer_wise": (2, Layout(layer_wise=True), {}),
-    "tp2_ep2": (4, Layout(tp=2, ep=2, etp=1, sp=True), {}),
-    "ep2_dp2_layer_wise": (4, Layout(ep=2, layer_wise=True), {}),
-}
-FEWER = {name: DENSE[name] for name in ("tp2", "pp2", "dp2_layer_wise")}
-FEW = {name: DENSE[name] for name in ("one", "tp2", "pp2", "dp2_layer_wise", "dp2_layer_wise_older")}
-
-# Adam divides gradients by their size, also those that are rounding alone: less of it at a smaller learning rate.
-CALM = {"lr": 0.003, "min_lr": 0.003}
-# Gates' rows of in_proj under Adam: momentum and a second moment in one weight.
-SPLIT = {**GDN, "optimizer": {**CALM, "muon_gdn_in_proj": "split"}}
-# megatron-core 0.19.2 adds up the gradients of q_layernorm over tensor-parallel ranks, which all have the whole of
-# it. Adam does not mind a factor, but its moments of another layout do: so without these norms.
-LATENT = {**MLA, "qk_layernorm": False, "optimizer": CALM}
-
-MODELS: dict[str, tuple[dict[str, Place], dict[str, Any]]] = {
-    "dense": (DENSE, {}),
-    "dense_bf16": (FEW, {"bf16": True}),
-    "experts": (EXPERTS, {**MOE, "data": Data()}),
-    "latent_attention": (FEW, LATENT),
-    "hybrid": (FEWER, SPLIT),
-    "hybrid_bf16": (FEWER, {**SPLIT, "bf16": True}),
-}
-# As between layouts without checkpoints (test_layouts.py); bfloat16 rounds activations to 8 bits.
-TOLERANCE = {"float32": 4e-6, "bfloat16": 3e-2}
+PAIRS = [(model, source, to) for model, (places, _) in MODELS.items() for to in places for source in places]
 
 
-def save_at(layout: Layout, options: dict[str, Any], folder: str) -> list[float]:
-    """Train, save, and train on."""
-    run = harness.start(layout, early=True, **{"data": DATA, **options})
-    run.losses(2)
-    harness.save_run(run, folder)
-    return run.losses(STEPS)
-
-
-def load_at(layout: Layout, options: dict[str, Any], folders: list[str], suffix: str) -> list[list[float]]:
-    """Load each, save it again, and train on."""
-    run = harness.start(layout, early=True, **{"data": DATA, **options})
-    losses = []
-    for folder in folders:
-        harness.load_run(run, folder)
-        harness.save_run(run, folder + suffix)
-        losses.append(run.losses(STEPS))
-    return losses
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_every_layout_reads_what_every_layout_writes(pool: RankPool, tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize("model,source,to", PAIRS, ids=[f"{model}-{source}-to-{to}" for model, source, to in PAIRS])
+def test_every_layout_reads_what_every_layout_writes(crossing: Crossing, model: str, source: str, to: str) -> None:
     """All pairs: the same bits in every tensor, and the losses of the run that was not interrupted."""
-    places, options = MODELS[model]
-    tolerance = TOLERANCE["bfloat16" if options.get("bf16") else "float32"]
-    folders = {name: str(tmp_path / name) for name in places}
-    wanted = {
-        name: pool.run(save_at, ranks, layout, {**options, **more}, folders[name])[0]
-        for name, (ranks, layout, more) in places.items()
-    }
-    for to, (ranks, layout, more) in places.items():
-        suffix = AGAIN + to
-        got = pool.run(load_at, ranks, layout, {**options, **more}, list(folders.values()), suffix)[0]
-        for source, losses in zip(folders, got, strict=True):
-            assert differences(folders[source], folders[source] + suffix) == [], f"{source} to {to}"
-            if source == to:
-                assert losses == wanted[source], f"{source}, resumed at the same layout"
-            else:
-                assert losses == pytest.approx(wanted[source], abs=tolerance), f"{source} to {to}"
+    crossing.check(model, source, to)
 
 
 def keys_of(layout: Layout, options: dict[str, Any], folder: str) -> list[str]:
     """Save after a step; the keys of the optimizer's tensors."""
-    from tests.checkpoints import contents
-
     run = harness.start(layout, **options)
     run.losses(1)
     harness.save_run(run, folder)

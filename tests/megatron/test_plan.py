@@ -527,6 +527,15 @@ CASES = {
         ["--expert-model-parallel-size", "2", "--use-distributed-optimizer", *EXPERTS],
         EXPERT_MODEL,
     ),
+    "layer-wise, copies of experts alone": (
+        Layout(tp=2, etp=1, sp=True, layer_wise=True),
+        2,
+        [
+            *("--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1", "--sequence-parallel"),
+            *("--use-distributed-optimizer", *EXPERTS),
+        ],
+        EXPERT_MODEL,
+    ),
 }
 
 

@@ -6,12 +6,22 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from megatron_muon.checkpoint import fingerprint
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.fingerprint import fingerprints
-from megatron_muon.checkpoint.held import _spans
+from megatron_muon.checkpoint.keys import (
+    ALONE,
+    bucket_pattern,
+    chain_of,
+    is_bucket,
+    name_of,
+    parse_state,
+    without_chain,
+)
 from megatron_muon.checkpoint.record import Record, Rule, WeightRecord, layout_text
-from megatron_muon.checkpoint.sharding import ALONE, places_of, tensors_of
+from megatron_muon.checkpoint.sharding import places_of, tensors_of
 from megatron_muon.checkpoint.sources import difference, estimated_second_moment
+from megatron_muon.plugin.optimizer_state import _spans
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 
 # --- sums of bits ----------------------------------------------------------------------------------------------------
@@ -31,6 +41,35 @@ def test_fingerprints_see_one_bit() -> None:
     y.view(torch.int32)[3, 5] ^= 1
     assert not torch.equal(x, y) and fingerprints([x]) != fingerprints([y])
     assert fingerprints([torch.zeros(4)]) == [0] and fingerprints([]) == []
+
+
+def test_fingerprints_of_more_than_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(7, 5)
+    whole = fingerprints([x])
+    monkeypatch.setattr(fingerprint, "_PIECE", 4)
+    assert fingerprints([x]) == whole
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_keys() -> None:
+    key = "optimizer.state.exp_avg.decoder.layers.mlp.router.weight"
+    weight = "decoder.layers.mlp.router.weight"
+    assert parse_state(key) == ("", "exp_avg", weight)
+    assert parse_state(f"chained_1.{key}{ALONE}3") == ("chained_1.", "exp_avg", f"{weight}{ALONE}3")
+    assert without_chain(f"chained_12.{key}") == without_chain(key) == key
+    assert parse_state(weight) is None and without_chain(weight) == weight
+    assert (chain_of(f"chained_1.{key}"), chain_of(key), chain_of(weight)) == ("chained_1.", "", "")
+    assert (name_of(weight, (2, 5)), name_of(weight, ())) == (f"{weight}[2,5]", weight)
+
+
+def test_keys_of_buckets() -> None:
+    key = "chained_1.optimizer.distributed.dp_group_idx_0.gbuf_idx_1.dtype_(a, b).bucket_idx_12.exp_avg"
+    assert is_bucket(key) and parse_state(key) is None and not is_bucket("optimizer.state.exp_avg.w")
+    assert bucket_pattern(0, 1, 12, "exp_avg").match(key)
+    others = [(1, 1, 12, "exp_avg"), (0, 0, 12, "exp_avg"), (0, 1, 2, "exp_avg"), (0, 1, 12, "exp_avg_sq")]
+    assert not any(bucket_pattern(*other).match(key) for other in others)
 
 
 # --- slices ----------------------------------------------------------------------------------------------------------
@@ -55,11 +94,19 @@ def weight(key: str, index: tuple[int, ...], siblings: int, rule: Rule, **sums: 
 
 def test_record_keeps_everything() -> None:
     shards = [weight("w", (0,), 2, MUON, momentum_buffer=2**64 - 1), weight("w", (0,), 2, MUON, momentum_buffer=3)]
-    record = Record.of(7, [*shards, weight("w", (1,), 2, MUON, momentum_buffer=5), weight("v", (), 1, ADAM)])
+    model = [{"w[0]": 2**64 - 1, "v": 4}, {"w[0]": 3}]
+    record = Record.of(7, [*shards, weight("w", (1,), 2, MUON, momentum_buffer=5), weight("v", (), 1, ADAM)], model)
     assert Record.from_plain(record.to_plain()) == record
+    assert record.model == {"w[0]": 2, "v": 4}
     assert record.sums["w[0]"] == {"momentum_buffer": 2}, "shards add up, modulo 2**64"
     assert str(record.rule("w[1]")) == "muon (whole)" and record.rule("other") is None
     assert record.alone == []
+
+
+def test_record_without_sums_of_the_model_is_read() -> None:
+    plain = Record.of(7, []).to_plain()
+    del plain["model"]
+    assert Record.from_plain(plain).model == {}
 
 
 def test_record_knows_states_that_not_all_layers_have() -> None:
@@ -86,6 +133,9 @@ def test_layout_text_does_not_depend_on_sizes() -> None:
 
     assert layout_text(layout(1)) == layout_text(layout(3)) == "in_proj: q by head, b scalar"
     assert layout_text(WHOLE) == "whole"
+    # As on two tensor-parallel ranks, of which the first has rows of the latents only.
+    sections = [Section(name, 8) for name in ("q_latent", "kv_latent", "q_latent", "kv_latent", "k_rope")]
+    assert layout_text(MatrixLayout("down", tuple(sections))) == "down: q_latent, kv_latent, k_rope"
 
 
 # --- the second moment that Muon has not -----------------------------------------------------------------------------

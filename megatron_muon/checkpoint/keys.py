@@ -1,0 +1,86 @@
+"""Names of the optimizer's tensors in checkpoints, ours and Megatron-Core's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+__all__ = [
+    "ALONE",
+    "PREFIX",
+    "StateKey",
+    "bucket_pattern",
+    "chain_of",
+    "is_bucket",
+    "name_of",
+    "parse_state",
+    "without_chain",
+]
+
+PREFIX = "optimizer.state"
+"""Before the names of states in keys."""
+
+ALONE = "@"
+"""Marks a state that not all layers (experts) in the model's tensor have."""
+
+_CHAIN = re.compile(r"chained_\d+\.")
+_BUCKET = "optimizer.distributed.dp_group_idx_"
+_STATE = re.compile(rf"({_CHAIN.pattern})?{re.escape(PREFIX)}\.([^.]+)\.(.+)$")
+
+
+class StateKey(NamedTuple):
+    """The parts of a key such as ``chained_0.optimizer.state.momentum_buffer.decoder.layers.mlp.linear_fc1.weight``.
+
+    Attributes:
+        chain: Megatron-Core's number of the optimizer in a chain, with a dot at its end; mostly empty.
+        state: ``momentum_buffer``, ``exp_avg``, ``fp32_param``...
+        weight: the model's key, and :data:`ALONE` with an index where the state has a tensor of its own.
+    """
+
+    chain: str
+    state: str
+    weight: str
+
+
+def name_of(key: str, index: Iterable[int]) -> str:
+    """The name of a weight: the model's key, and the layer (expert...) where a tensor of that key holds several."""
+    where = ",".join(map(str, index))
+    return f"{key}[{where}]" if where else key
+
+
+def parse_state(key: str) -> StateKey | None:
+    """The parts of a key; None for what is no state in the space of the model's weights."""
+    found = _STATE.match(key)
+    return None if found is None else StateKey(found.group(1) or "", found.group(2), found.group(3))
+
+
+def without_chain(key: str) -> str:
+    """The key of a state as an optimizer saves it that is in no chain; other keys as they are."""
+    found = parse_state(key)
+    return key if found is None else key.removeprefix(found.chain)
+
+
+def chain_of(key: str) -> str:
+    """The prefix of an optimizer in a chain; empty if there is none."""
+    found = _CHAIN.match(key)
+    return "" if found is None else found.group()
+
+
+def is_bucket(key: str) -> bool:
+    """Whether the tensor is a bucket of the distributed optimizer."""
+    return _BUCKET in key
+
+
+def bucket_pattern(domain: int, buffer: int, number: int, state: str) -> re.Pattern[str]:
+    """Of the keys that one bucket of the distributed optimizer may have.
+
+    Args:
+        domain: number of the model-parallel domain.
+        buffer: number of the buffer.
+        number: of the bucket in it.
+        state: ``param``, ``exp_avg``, ``exp_avg_sq``.
+    """
+    return re.compile(
+        rf"({_CHAIN.pattern})?{re.escape(_BUCKET)}{domain}\.gbuf_idx_{buffer}\..*\.bucket_idx_{number}\.{state}$"
+    )

@@ -1,0 +1,152 @@
+"""Every layout reads what every layout writes: models, layouts, and the runs, once for all tests of a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import differences
+from tests.megatron import harness
+from tests.megatron.harness import Data, Layout
+from tests.megatron.test_routing import GDN, MLA, MOE
+from tests.pool import RankPool
+
+STEPS = 10
+AGAIN = "-again-at-"
+DATA = Data(micro_batch=2)
+
+Place = tuple[int, Layout, dict[str, Any]]
+
+OLDER: dict[str, Any] = {"param_layout": False}
+PLAIN: dict[str, Place] = {
+    "one": (1, Layout(), {}),
+    "dp2": (2, Layout(), {}),
+    "tp2": (2, Layout(tp=2), {}),
+    "pp2": (2, Layout(pp=2), {}),
+    "tp2_pp2": (4, Layout(tp=2, pp=2), {}),
+    "vpp": (2, Layout(pp=2, vpp=2), {}),
+}
+LAYER_WISE: dict[str, Place] = {
+    "dp2_layer_wise": (2, Layout(layer_wise=True), {}),
+    "dp2_layer_wise_older": (2, Layout(layer_wise=True), OLDER),
+    "tp2_dp2_layer_wise": (4, Layout(tp=2, layer_wise=True), {}),
+    "pp2_dp2_layer_wise": (4, Layout(pp=2, layer_wise=True), {}),
+}
+DENSE = {**PLAIN, **LAYER_WISE}
+EXPERTS: dict[str, Place] = {
+    "one": (1, Layout(), {}),
+    "ep2": (2, Layout(ep=2), {}),
+    "dp2_layer_wise": (2, Layout(layer_wise=True), {}),
+    "tp2_ep2": (4, Layout(tp=2, ep=2, etp=1, sp=True), {}),
+    "ep2_dp2_layer_wise": (4, Layout(ep=2, layer_wise=True), {}),
+}
+# One copy of dense weights, and two of experts.
+ONE_COPY: dict[str, Place] = {
+    "ep2": EXPERTS["ep2"],
+    "tp2_etp1_layer_wise": (2, Layout(tp=2, etp=1, sp=True, layer_wise=True), {}),
+}
+# Two stages and two chunks want two micro-batches from each of two replicas.
+STAGES: dict[str, Place] = {
+    "tp2": DENSE["tp2"],
+    "dp2_layer_wise": DENSE["dp2_layer_wise"],
+    "vpp_dp2_layer_wise": (4, Layout(pp=2, vpp=2, layer_wise=True), {"data": Data()}),
+}
+# layer-wise with tensor and pipeline parallelism: eight processes, slow.
+EIGHT: dict[str, Place] = {
+    "tp2_pp2": DENSE["tp2_pp2"],
+    "dp2_layer_wise": DENSE["dp2_layer_wise"],
+    "tp2_pp2_dp2_layer_wise": (8, Layout(tp=2, pp=2, layer_wise=True), {}),
+}
+FEWER = {name: DENSE[name] for name in ("tp2", "pp2", "dp2_layer_wise")}
+TWO = {name: DENSE[name] for name in ("tp2", "dp2_layer_wise")}
+FEW = {name: DENSE[name] for name in ("one", "tp2", "pp2", "dp2_layer_wise", "dp2_layer_wise_older")}
+
+# Adam divides gradients by their size, also those that are rounding alone: less of it at a smaller learning rate.
+CALM = {"lr": 0.003, "min_lr": 0.003}
+# Gates' rows of in_proj under Adam: momentum and a second moment in one weight.
+SPLIT = {**GDN, "optimizer": {**CALM, "muon_gdn_in_proj": "split"}}
+# megatron-core 0.19.2 adds up the gradients of q_layernorm over tensor-parallel ranks, which all have the whole of
+# it. Adam does not mind a factor, but its moments of another layout do: so without these norms.
+LATENT = {**MLA, "qk_layernorm": False, "optimizer": CALM}
+
+MODELS: dict[str, tuple[dict[str, Place], dict[str, Any]]] = {
+    "dense": (DENSE, {}),
+    "dense_in_virtual_stages": (STAGES, {}),
+    "dense_on_8_ranks": (EIGHT, {}),
+    "dense_bf16": (FEW, {"bf16": True}),
+    "experts": (EXPERTS, {**MOE, "data": Data()}),
+    "experts_of_two_copies": (ONE_COPY, {**MOE, "data": Data()}),
+    "latent_attention": (FEW, LATENT),
+    "latent_attention_fused": (TWO, {**LATENT, "mla_down_proj_fusion": True}),
+    "hybrid": (FEWER, SPLIT),
+    "hybrid_bf16": (FEWER, {**SPLIT, "bf16": True}),
+}
+# As between layouts without checkpoints (test_layouts.py); bfloat16 rounds activations to 8 bits.
+TOLERANCE = {"float32": 4e-6, "bfloat16": 3e-2}
+
+
+def save_at(layout: Layout, options: dict[str, Any], folder: str) -> list[float]:
+    """Train, save, and train on."""
+    run = harness.start(layout, early=True, **{"data": DATA, **options})
+    run.losses(2)
+    harness.save_run(run, folder)
+    return run.losses(STEPS)
+
+
+def load_at(layout: Layout, options: dict[str, Any], folders: list[str], suffix: str) -> list[list[float]]:
+    """Load each, save it again, and train on."""
+    run = harness.start(layout, early=True, **{"data": DATA, **options})
+    losses = []
+    for folder in folders:
+        harness.load_run(run, folder)
+        harness.save_run(run, folder + suffix)
+        losses.append(run.losses(STEPS))
+    return losses
+
+
+class Crossing:
+    """Runs that save and runs that load, of each model when it is first asked for.
+
+    Args:
+        pool: of ranks.
+        root: folder for all checkpoints.
+    """
+
+    def __init__(self, pool: RankPool, root: Path) -> None:
+        self.pool, self.root = pool, root
+        self.wanted: dict[tuple[str, str], list[float]] = {}
+        self.got: dict[tuple[str, str], dict[str, list[float]] | Exception] = {}
+
+    def check(self, model: str, source: str, to: str) -> None:
+        """The same bits in every tensor, and the losses of the run that was not interrupted."""
+        places, options = MODELS[model]
+        folders = {name: str(self.root / model / name) for name in places}
+        for name in places:
+            if (model, name) not in self.wanted:
+                self.wanted[model, name] = self._run(model, name, save_at, folders[name])
+        losses = self._loaded(model, to, folders)[source]
+        assert differences(folders[source], folders[source] + AGAIN + to) == []
+        wanted = self.wanted[model, source]
+        if source == to:
+            assert losses == wanted, "resumed at the same layout"
+        else:
+            assert losses == pytest.approx(wanted, abs=TOLERANCE["bfloat16" if options.get("bf16") else "float32"])
+
+    def _run(self, model: str, name: str, function: Any, *args: Any) -> Any:
+        places, options = MODELS[model]
+        ranks, layout, more = places[name]
+        return self.pool.run(function, ranks, layout, {**options, **more}, *args)[0]
+
+    def _loaded(self, model: str, to: str, folders: dict[str, str]) -> dict[str, list[float]]:
+        if (model, to) not in self.got:
+            try:
+                losses = self._run(model, to, load_at, list(folders.values()), AGAIN + to)
+                self.got[model, to] = dict(zip(folders, losses, strict=True))
+            except Exception as error:
+                self.got[model, to] = error  # for all sources, without running again
+        found = self.got[model, to]
+        if isinstance(found, Exception):
+            raise found
+        return found
