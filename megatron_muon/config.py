@@ -52,6 +52,15 @@ def _at_least_one(value: Any) -> str | None:
     return "give a whole number of at least 1 (5 is usual)"
 
 
+def _interval(value: Any) -> str | None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return None if whole and value >= 1 else "give a whole number of at least 1"
+
+
+def _interval_or_never(value: Any) -> str | None:
+    return None if value == 0 and not isinstance(value, bool) else _interval(value)
+
+
 def _unit_interval(value: Any) -> str | None:
     return None if _is_number(value) and 0.0 <= value < 1.0 else "give a number from 0 to below 1 (0.95 is usual)"
 
@@ -271,6 +280,34 @@ class MuonConfig:
         "A checkpoint that was trained with other rules than the flags ask for (Adam instead of Muon, other splits): "
         "error, or accept: go on with the new rules; weights and the state that both have are kept.",
         check=_one_of("error", "accept"),
+    )
+    qk_clip_rule: str = _knob(
+        "q_only",
+        "--qk-clip of query heads that share a key head (GQA, MQA): q_only scales a head's query rows alone; group, "
+        "Megatron's rule, all heads of a group by its loudest; exact scales the key and makes up for it in the other "
+        "heads' queries.",
+        check=_one_of("q_only", "group", "exact"),
+    )
+    qk_clip_norm: str = _knob(
+        "skip",
+        "--qk-clip of layers with --qk-layernorm, where the size of query and key weights does not matter: skip them, "
+        "or clip the gains of the norms.",
+        check=_one_of("skip", "gains"),
+    )
+    qk_logits: str = _knob(
+        "auto",
+        "Where --qk-clip and --log-max-attention-logit get attention logits from: scores of Megatron's local "
+        "attention; te, TransformerEngine's own maxima; exact, queries times keys in chunks, with any attention; lse, "
+        "the log-sum-exp of a flash kernel (an upper bound); own, the core attention calls "
+        "megatron_muon.qk_clip.record; auto: scores or te, and exact where TransformerEngine has no maxima.",
+        check=_one_of("auto", "scores", "te", "exact", "lse", "own"),
+    )
+    qk_logits_interval: int = _knob(1, "Measure attention logits, and clip, in every so many-th step.", check=_interval)
+    qk_log_layers: int = _knob(
+        0,
+        "Iterations between records of each attention layer's largest logit (TensorBoard, W&B, --muon-log-jsonl); 0: "
+        "never.",
+        check=_interval_or_never,
     )
     log_jsonl: str = _knob(
         "",

@@ -3,11 +3,15 @@
 Megatron-Core's ``DotProductAttention`` lacks the arguments that multi-latent attention passes (``k_channels`` and
 ``v_channels``: keys and values of different widths) and reads the widths from ``config.kv_channels``. The redirects
 keep its class, parameters and softmax, and replace the constructor's widths and the forward pass.
+
+Under context parallelism, which upstream leaves to TransformerEngine, each rank gathers the keys and values of all
+ranks and attends with its own queries: what a ring does in parts, at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import math
@@ -15,9 +19,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_muon._patching import Patch
-from megatron_muon.cpu.settings import CONTEXT_PARALLEL
+from megatron_muon.errors import ConfigError
 
 __all__ = ["PATCHES", "attention_scores", "weighted_values"]
 
@@ -76,17 +81,30 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
         softmax_scale: float | None = None,
         **kwargs: Any,
     ) -> None:
-        if CONTEXT_PARALLEL.applies(config.context_parallel_size):
-            raise CONTEXT_PARALLEL.error(config.context_parallel_size)
         if k_channels is not None and softmax_scale is None:
             softmax_scale = 1.0 / math.sqrt(k_channels)
-        original(self, config, *args, softmax_scale=softmax_scale, **kwargs)
+        original(self, _without_context(config), *args, softmax_scale=softmax_scale, **kwargs)
+        self.config = config
+        if config.context_parallel_size > 1 and self.scale_mask_softmax.window_size is not None:
+            raise ConfigError(
+                f"--context-parallel-size = {config.context_parallel_size} with --window-size on the CPU: attention "
+                "with a sliding window needs TransformerEngine and a GPU; leave one of the two out."
+            )
         # What remains of the constructor's arithmetic with kv_channels; forward takes the widths from its arguments.
         self.hidden_size_per_attention_head = k_channels or self.hidden_size_per_attention_head
         if v_channels is not None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
     return init
+
+
+def _without_context(config: Any) -> Any:
+    """The config without context parallelism, for upstream's constructor, which asserts that there is none."""
+    if config.context_parallel_size == 1:
+        return config
+    config = copy.copy(config)
+    config.context_parallel_size = 1
+    return config
 
 
 def _forward(
@@ -108,11 +126,59 @@ def _forward(
         )
     if attention_bias is not None:
         raise NotImplementedError("attention_bias needs TransformerEngine's attention, which needs a GPU")
+    if self.config.context_parallel_size > 1:
+        group = _context_group(self)
+        attention_mask = _mask_of_rank(self, attention_mask, query.size(0), group)
+        key, value = _GatherSequence.apply(key, group), _GatherSequence.apply(value, group)
     scores = attention_scores(query, key, self.softmax_scale)
     probs = self.scale_mask_softmax(scores, attention_mask, self.softmax_offset)
     with _dropout_generator(self.config):
         probs = self.attention_dropout(probs)
     return weighted_values(probs, value)
+
+
+def _context_group(attention: Any) -> dist.ProcessGroup:
+    group = getattr(attention.pg_collection, "cp", None)
+    return group or importlib.import_module("megatron.core.parallel_state").get_context_parallel_group()
+
+
+def _mask_of_rank(
+    attention: Any, mask: torch.Tensor | None, queries: int, group: dist.ProcessGroup
+) -> torch.Tensor | None:
+    """The mask with this rank's queries for rows: as given, or causal by their places in the sequence."""
+    if mask is not None or attention.attn_mask_type.name != "causal":
+        return mask
+    mine = places_in_sequence(queries, group.rank(), group.size())
+    return torch.arange(queries * group.size()) > mine[:, None]
+
+
+def places_in_sequence(length: int, rank: int, ranks: int) -> torch.Tensor:
+    """Where the ``length`` tokens of a context-parallel rank stand in the sequence.
+
+    Megatron cuts it into 2 x ranks pieces and gives each rank two, from both ends inwards, so that causal masks leave
+    all the same work.
+    """
+    piece = torch.arange(length // 2)
+    return torch.cat([piece + rank * (length // 2), piece + (2 * ranks - 1 - rank) * (length // 2)])
+
+
+class _GatherSequence(torch.autograd.Function):
+    """``[s / cp, ...]`` of each rank -> ``[s, ...]`` in the order of the sequence, on all; gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(parts, part.contiguous(), group=group)
+        ctx.group, ctx.length = group, part.size(0)
+        places = [places_in_sequence(part.size(0), rank, group.size()) for rank in range(group.size())]
+        return torch.cat(parts)[torch.cat(places).argsort()]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grads
+        total = grad.contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total[places_in_sequence(ctx.length, ctx.group.rank(), ctx.group.size())], None
 
 
 def _dropout_generator(config: Any) -> contextlib.AbstractContextManager[None]:
@@ -128,8 +194,12 @@ PATCHES: list[Patch] = [
     Patch(
         f"{_TARGET}.__init__",
         _wrap_init,
-        "multi-latent attention passes k_channels and v_channels, upstream has none; context parallelism, which "
-        "upstream refuses by an assertion, is refused with the way out",
+        "multi-latent attention passes k_channels and v_channels, upstream has none; context parallelism is upstream's "
+        "TransformerEngine attention's only",
     ),
-    Patch(f"{_TARGET}.forward", lambda original: _forward, "widths of keys and values may differ"),
+    Patch(
+        f"{_TARGET}.forward",
+        lambda original: _forward,
+        "widths of keys and values may differ; keys and values are gathered over context-parallel ranks",
+    ),
 ]

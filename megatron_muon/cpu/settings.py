@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_muon.errors import ConfigError
 
-__all__ = ["CHANGES", "CONTEXT_PARALLEL", "REFUSALS", "Change", "Refusal", "change_arguments", "refuse_in_config"]
+__all__ = ["CHANGES", "REFUSALS", "Change", "Refusal", "change_arguments", "refuse_in_config"]
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,11 @@ class Refusal:
         name: of the setting.
         way_out: what to do.
         applies: whether a value is refused.
-        unless: for a value that only some layers refuse: whether Megatron-LM's arguments describe a model without such
-            layers. A ``TransformerConfig`` does not know its layers, so there the layers refuse when they are built.
     """
 
     name: str
     way_out: str
     applies: Callable[[Any], bool] = bool
-    unless: Callable[[Any], bool] | None = None
 
     @property
     def flag(self) -> str:
@@ -66,16 +63,6 @@ def _is_gpu_attention(value: Any) -> bool:
     return getattr(value, "name", str(value)) in ("flash", "fused")
 
 
-def _has_no_attention(args: Any) -> bool:
-    """Whether no layer of the model that ``args`` describe is one of attention (linear attention does not count)."""
-    pattern = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
-    if pattern is not None:
-        return not set("*+D") & set(pattern)
-    linear = getattr(args, "linear_attention_freq", None)  # a number N means that each N-th layer is of attention
-    variant = getattr(args, "experimental_attention_variant", None)
-    return variant == "gated_delta_net" and isinstance(linear, list) and all(linear)
-
-
 CHANGES: tuple[Change, ...] = (
     Change("distributed_backend", "gloo", "NCCL needs GPUs", _is_nccl),
     Change("transformer_impl", "local", "TransformerEngine's modules need a GPU", _is_te),
@@ -90,14 +77,6 @@ CHANGES: tuple[Change, ...] = (
     Change("use_te_activation_func", False, "a TransformerEngine kernel"),
 )
 
-CONTEXT_PARALLEL = Refusal(
-    "context_parallel_size",
-    "attention with context parallelism needs TransformerEngine and a GPU; use --context-parallel-size 1, or a model "
-    "without attention: layers M (Mamba), G (GatedDeltaNet), - (MLP) and E (experts) of --hybrid-layer-pattern",
-    lambda v: v is not None and v > 1,
-    unless=_has_no_attention,
-)
-
 REFUSALS: tuple[Refusal, ...] = (
     Refusal("fp8", "FP8 needs TransformerEngine and a GPU: use --bf16 or fp32"),
     Refusal("fp8_format", "FP8 needs TransformerEngine and a GPU: use --bf16 or fp32"),
@@ -108,7 +87,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("cuda_graph_impl", "CUDA graphs need a GPU: use --cuda-graph-impl none", lambda v: v not in (None, "none")),
     Refusal("attention_backend", "use --attention-backend auto, unfused or local", _is_gpu_attention),
     Refusal("use_flash_attn", "flash attention needs a GPU: leave the flag out"),
-    CONTEXT_PARALLEL,
     Refusal("use_megatron_fsdp", "Megatron-FSDP needs NCCL: use --use-distributed-optimizer"),
     Refusal("use_torch_fsdp2", "FSDP2 is not supported on the CPU: use --use-distributed-optimizer"),
     Refusal("use_precision_aware_optimizer", "it needs TransformerEngine's FusedAdam and a GPU: leave the flag out"),
@@ -142,7 +120,7 @@ def change_arguments(args: Any) -> list[str]:
     Raises:
         ConfigError: an argument is in :data:`REFUSALS`.
     """
-    _refuse(args, [refusal for refusal in REFUSALS if refusal.unless is None or not refusal.unless(args)])
+    _refuse(args, REFUSALS)
     if args.transformer_impl == "inference_optimized":
         raise ConfigError("--transformer-impl inference_optimized needs a GPU: use --transformer-impl local")
     lines = []
@@ -158,10 +136,10 @@ def refuse_in_config(config: Any) -> None:
     """Check a ``TransformerConfig`` that was made in code.
 
     Raises:
-        ConfigError: a field is in :data:`REFUSALS`, whatever the layers are, or in :data:`CHANGES` with a value that
+        ConfigError: a field is in :data:`REFUSALS`, or in :data:`CHANGES` with a value that
             must be changed.
     """
-    _refuse(config, [refusal for refusal in REFUSALS if refusal.unless is None])
+    _refuse(config, REFUSALS)
     for change in CHANGES:
         current = getattr(config, change.name, None)
         # transformer_impl only selects a layer specification, which whoever builds a config in code selects too.

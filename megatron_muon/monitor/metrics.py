@@ -26,6 +26,8 @@ class TrainPoint:
         seconds: time of one iteration.
         optimizer_seconds: its part in the optimizer step.
         after_start: whether it is among the first points of a process, whose times include compilation.
+        max_attention_logit: the largest of the model since the previous point, or None if it was not measured.
+        heads_clipped: how many times QK-clip has clipped a head since then, or None.
     """
 
     iteration: int
@@ -35,6 +37,8 @@ class TrainPoint:
     seconds: float
     optimizer_seconds: float
     after_start: bool
+    max_attention_logit: float | None = None
+    heads_clipped: int | None = None
 
 
 @dataclass
@@ -117,6 +121,8 @@ def read(path: str | Path) -> Metrics:
                     seconds=record["seconds"],
                     optimizer_seconds=record["optimizer_seconds"],
                     after_start=since_start <= _WARM_UP_POINTS,
+                    max_attention_logit=record.get("max_attention_logit"),
+                    heads_clipped=record.get("heads_clipped"),
                 )
             )
         elif record["kind"] == "valid" and record["set"].startswith("validation"):

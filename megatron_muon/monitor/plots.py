@@ -20,7 +20,7 @@ from megatron_muon.monitor.summary import WINDOW, smoothed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["METRICS_FILE", "find_runs", "main", "plot_losses", "write_csv"]
+__all__ = ["METRICS_FILE", "find_runs", "main", "plot_logits", "plot_losses", "write_csv"]
 
 METRICS_FILE = "metrics.jsonl"
 """Name of a run's file of JSON lines inside its folder."""
@@ -101,6 +101,39 @@ def plot_losses(runs: Mapping[str, Metrics], path: Path, title: str | None = Non
         train_axes.set_ylim(*limits)
     if train_axes.lines:
         train_axes.legend(frameon=False)
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    with _replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:])
+
+
+def plot_logits(runs: Mapping[str, Metrics], threshold: float, path: Path, title: str | None = None) -> None:
+    """The largest attention logit and the training loss over the steps, side by side.
+
+    Args:
+        runs: by the name in the legend, in the order of colours; logits are on a logarithmic scale.
+        threshold: of QK-clip, drawn as a line.
+        path: picture to write; its suffix is the format.
+        title: above the panels.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
+    logit_axes, loss_axes = figure.subplots(1, 2)
+    for (name, run), colour, line in zip(
+        runs.items(), itertools.cycle(_COLOURS), itertools.cycle(_STYLES), strict=False
+    ):
+        style = {"color": colour, "linestyle": line}
+        points = [point for point in run.train if (point.max_attention_logit or 0.0) > 0.0]
+        logits = [point.max_attention_logit or 0.0 for point in points]
+        logit_axes.plot([point.iteration for point in points], logits, label=name, **style)
+        _draw_train(loss_axes, name, run, style)
+    logit_axes.axhline(threshold, color="0.5", linewidth=0.8)
+    logit_axes.set_yscale("log")
+    _finish(logit_axes, "Largest attention logit")
+    _finish(loss_axes, "Training loss")
+    loss_axes.set_ylabel("cross-entropy (nats per token)")
+    logit_axes.legend(frameon=False)
     if title:
         figure.suptitle(title, fontsize="medium")
     with _replacing(path) as partial:

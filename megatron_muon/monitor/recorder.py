@@ -75,14 +75,14 @@ class Recorder:
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def log(self, iteration: int, interval: float, interval_restarts: bool, **scalars: float | int | None) -> None:
+    def log(self, iteration: int, interval: float, interval_restarts: bool, **scalars: Any) -> None:
         """Write the averages since the last call. The device must have been waited for.
 
         Args:
             iteration: the last one that counts.
             interval: seconds that Megatron's interval timer shows.
             interval_restarts: whether that timer is set to zero after this.
-            **scalars: written as they are; None where there is no value.
+            **scalars: written as they are (numbers, or numbers by name); None where there is no value.
         """
         iterations = self._advanced + self._skipped
         self.write(

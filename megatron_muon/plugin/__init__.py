@@ -17,6 +17,7 @@ from megatron_muon.plugin import (
     optimizer_config,
     options,
     ownership,
+    qk_clip,
     recording,
     registry,
 )
@@ -36,6 +37,7 @@ def _all_patches() -> list[Patch]:
         checkpointing,
         checkpoint_files,
         datasets,
+        qk_clip,
         recording,
     )
     return [patch for room in rooms for patch in room.patches()]

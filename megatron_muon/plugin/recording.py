@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_muon._patching import Patch
 from megatron_muon.monitor.recorder import Recorder, Stopwatch
+from megatron_muon.plugin import qk_clip
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,7 @@ class _Hooks:
                 grad_norm=values["grad_norm"],
                 consumed_samples=_megatron_args().consumed_train_samples,
                 peak_memory_bytes=_peak_memory(),
+                **qk_clip.log_scalars(iteration),
             )
             return result
 

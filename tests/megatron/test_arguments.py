@@ -54,6 +54,8 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         "--muon-param-rule *.weight=whole --muon-param-rule *.linear_qkv.weight=adam --muon-scalar-lr 1e-4 "
         "--muon-ns-dtype fp16 "
         "--muon-ns-backend torch --muon-tp-wire-dtype bf16 --muon-chunk-mb 64 --muon-ckpt-changes accept "
+        "--muon-qk-clip-rule exact --muon-qk-clip-norm gains --muon-qk-logits lse --muon-qk-logits-interval 10 "
+        "--muon-qk-log-layers 100 "
     )
     read = pool.run(parse, 1, flags)[0]
     expected = MuonConfig(
@@ -85,6 +87,11 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         tp_wire_dtype="bf16",
         chunk_mb=64.0,
         ckpt_changes="accept",
+        qk_clip_rule="exact",
+        qk_clip_norm="gains",
+        qk_logits="lse",
+        qk_logits_interval=10,
+        qk_log_layers=100,
     )
     assert read == {**dataclasses.asdict(expected), "layer_wise": False, "optimizer": "muon"}
     for field in dataclasses.fields(MuonConfig):

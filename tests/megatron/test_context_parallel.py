@@ -1,20 +1,18 @@
 """Context parallelism: one model, its sequences on one rank or divided over several.
 
-On the CPU it works for layers that exchange heads for tokens (Mamba's mixer, GatedDeltaNet) and for layers that see one
-token at a time (MLP, experts). Softmax attention needs TransformerEngine and is refused.
+Mamba's mixer and GatedDeltaNet exchange heads for tokens, attention gathers keys and values, and MLPs and experts see
+one token at a time.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_muon.cpu.settings import change_arguments
 from megatron_muon.errors import ConfigError
 from megatron_muon.monitor import metrics
 from tests.megatron import harness
@@ -38,6 +36,8 @@ DELTA: dict[str, Any] = {
     "linear_num_value_heads": 4,
 }
 POLICY = {"mamba_in_proj": "split", "gdn_in_proj": "split"}
+ATTENTION: dict[str, Any] = {"num_query_groups": 2}
+LATENT: dict[str, Any] = {**MLA, "position": "rope"}
 STEPS = 8
 
 
@@ -60,10 +60,14 @@ class Model(NamedTuple):
 
 # float32. Measured (tensor or data parallelism / context parallelism, alone or with others): losses of about 4 differ
 # by up to 3.0e-7 / 3.0e-7, norms of gradients by 3.6e-7 / 4.2e-7 of their size, weights of MAMBA by 2.7e-7 / 4.8e-7,
-# those of DELTA by 1.6e-6 / 1.4e-6.
+# those of DELTA by 1.6e-6 / 1.4e-6, of ATTENTION by 2.5e-7 / 4.4e-7, of LATENT by 1.2e-7 (data) / 2.1e-6, of the hybrid
+# with attention by 1.5e-5 / 3.2e-6.
 MODELS = {
     "mamba": Model(MAMBA, rate=0.01, weights=5e-6, moved=0.04),
     "delta": Model(DELTA, rate=0.003, weights=1.5e-5, moved=0.009),
+    "attention": Model(ATTENTION, rate=0.01, weights=5e-6, moved=0.03),
+    "latent": Model(LATENT, rate=0.003, weights=2e-5, moved=0.009),
+    "hybrid": Model(MAMBA_AND_ATTENTION, rate=0.01, weights=3e-5, moved=0.04),
 }
 LOSS_TOLERANCE = 4e-6
 NORM_TOLERANCE = 4e-6
@@ -156,6 +160,12 @@ CASES = {
     "delta-cp4": ("delta", 4, Layout(cp=4), {}),
     "delta-cp2_ep2": ("delta", 2, Layout(cp=2, ep=2), {}),
     "delta-cp2_tp2_sp": ("delta", 4, Layout(cp=2, tp=2, sp=True), {}),
+    "attention-cp2": ("attention", 2, Layout(cp=2), {}),
+    "attention-cp4": ("attention", 4, Layout(cp=4), {}),
+    "attention-cp2_tp2_sp": ("attention", 4, Layout(cp=2, tp=2, sp=True), {}),
+    "attention-cp2_pp2": ("attention", 4, Layout(cp=2, pp=2), {}),
+    "latent-cp2": ("latent", 2, Layout(cp=2), {}),
+    "hybrid-cp2_layer_wise": ("hybrid", 2, Layout(cp=2, layer_wise=True), {}),
     "delta-cp2_dp2_ep2_layer_wise": ("delta", 4, Layout(cp=2, ep=2, layer_wise=True), {}),
 }
 
@@ -219,28 +229,20 @@ def test_resume(pool: RankPool, tmp_path: Path, layer_wise: bool) -> None:
     assert pool.run(second_half, 4, layout, folder)[0] == after != before
 
 
-def refusal(build: dict[str, Any]) -> str:
-    """What building a model under context parallelism raises."""
-    layout = Layout(cp=2)
+def window(layout: Layout) -> str:
+    """What building a model with a sliding window raises."""
     layout.initialize()
     try:
-        harness.build_model(layout, **build)
+        harness.build_model(layout, window_size=(4, 0))
     except ConfigError as error:
         return str(error)
     return ""
 
 
-WAY_OUT = "use --context-parallel-size 1, or a model without attention"
-
-
-@pytest.mark.parametrize(
-    "build",
-    [{}, MLA, MAMBA_AND_ATTENTION, {**MAMBA_AND_ATTENTION, **MLA, "pattern": "M+M-"}],
-    ids=lambda b: str(len(b)),
-)
-def test_attention_is_refused_when_the_model_is_built(pool: RankPool, build: dict[str, Any]) -> None:
-    for message in pool.run(refusal, 2, build):
-        assert message.startswith("--context-parallel-size = 2 cannot be honoured on the CPU") and WAY_OUT in message
+def test_sliding_windows_are_refused(pool: RankPool) -> None:
+    message, _ = pool.run(window, 2, Layout(cp=2))
+    assert message.startswith("--context-parallel-size = 2 with --window-size on the CPU") and "leave one" in message
+    assert pool.run(window, 1, Layout())[0] == ""
 
 
 def train_delta_gpt(layout: Layout) -> list[float]:
@@ -252,45 +254,6 @@ def test_gpt_with_linear_attention_only(pool: RankPool) -> None:
     expected = pool.run(train_delta_gpt, 1, Layout())[0]
     assert pool.run(train_delta_gpt, 2, Layout(cp=2))[0] == pytest.approx(expected, abs=LOSS_TOLERANCE)
     assert expected[-1] < expected[0]
-
-
-def arguments(**changes: Any) -> SimpleNamespace:
-    return SimpleNamespace(transformer_impl="local", context_parallel_size=2, **changes)
-
-
-DELTA_GPT = {"experimental_attention_variant": "gated_delta_net"}
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        {},
-        {"hybrid_layer_pattern": "M*M-"},
-        {"hybrid_layer_pattern": "M-|M+"},
-        {"hybrid_layer_pattern": "MDM-"},
-        {"hybrid_layer_pattern": None, "hybrid_override_pattern": "M*M-"},
-        {**DELTA_GPT, "linear_attention_freq": 2},
-        {**DELTA_GPT, "linear_attention_freq": [1, 1, 0]},
-        {"experimental_attention_variant": None, "linear_attention_freq": [1, 1]},
-    ],
-    ids=str,
-)
-def test_arguments_with_attention_are_refused(model: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"^--context-parallel-size = 2 cannot be .*{WAY_OUT}"):
-        change_arguments(arguments(**model))
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"hybrid_layer_pattern": "MG-E|M-"},
-        {"hybrid_layer_pattern": None, "hybrid_override_pattern": "M-"},
-        {**DELTA_GPT, "linear_attention_freq": [1, 1, 1]},
-    ],
-    ids=str,
-)
-def test_arguments_without_attention_pass(model: dict[str, Any]) -> None:
-    assert change_arguments(arguments(**model)) == []
 
 
 def test_unedited_script(tmp_path: Path) -> None:

@@ -183,7 +183,6 @@ def test_arguments_are_changed_and_reported() -> None:
         ({"fp8": "hybrid"}, "--fp8 = hybrid .*--bf16"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
         ({"attention_backend": SimpleNamespace(name="flash")}, "--attention-backend"),
-        ({"context_parallel_size": 2}, "--context-parallel-size = 2"),
         ({"use_megatron_fsdp": True}, "--use-distributed-optimizer"),
         ({"moe_token_dispatcher_type": "flex"}, "alltoall"),
         ({"transformer_impl": "inference_optimized"}, "--transformer-impl"),

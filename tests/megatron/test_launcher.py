@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_muon.checkpoint import folders
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
 FLAGS = (
@@ -65,6 +67,52 @@ def test_unedited_script_trains_and_resumes(tmp_path: Path, parallelism: str) ->
     train(*flags, *checkpoint, "--train-iters", "6", "--exit-interval", "3", log=log)
     halves = train(*flags, *checkpoint, "--train-iters", "6", log=log)
     assert halves == whole
+
+
+def test_attention_logits_are_clipped_and_logged(tmp_path: Path) -> None:
+    """In the log and the record, with an unedited script and without TransformerEngine."""
+    log = tmp_path / "log.jsonl"
+    flags = "--qk-clip --qk-clip-threshold 0.01 --log-max-attention-logit --muon-qk-log-layers 2 --train-iters 4"
+    flags += f" --optimizer muon --muon-log-jsonl {log}"
+    result = launch(str(SCRIPT), *FLAGS.split(), *flags.split())
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "QK-clip: 8 heads in 2 layers are clipped above 0.01 (alpha 0.5, shared keys: q_only)" in result.stdout
+    points = [line for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == "train"]
+    for point in points:
+        value, iteration = point["max_attention_logit"], point["iteration"]
+        assert value > 0.01 and 0 < point["heads_clipped"] <= 8
+        assert f"QK-clip after iteration {iteration}: max attention logit {value:.5g}" in result.stdout
+        layers = point.get("max_attention_logits")
+        assert (layers is not None) == (iteration % 2 == 0)
+        if layers is not None:
+            assert list(layers) == [f"decoder.layers.{i}.self_attention" for i in range(2)]
+            assert max(layers.values()) == value
+
+
+def test_slices_are_clipped_before_they_are_gathered(tmp_path: Path) -> None:
+    """Adam: parameters gathered while the next step computes, against whole weights on every rank."""
+    overlap = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+    clip = "--bf16 --qk-clip --qk-clip-threshold 0.01 --lr 1e-2 --clip-grad 0 --train-iters 5 --optimizer adam"
+    found = []
+    for number, flags in enumerate(("", overlap)):
+        log = tmp_path / f"{number}.jsonl"
+        losses = train(*clip.split(), *flags.split(), log=log)
+        points = [line for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == "train"]
+        found.append((losses, [(point["max_attention_logit"], point["heads_clipped"]) for point in points]))
+    assert found[0] == found[1] and min(clipped for _, clipped in found[0][1]) > 0
+
+
+@pytest.mark.slow
+def test_checkpoints_written_in_the_background(tmp_path: Path) -> None:
+    """Each iteration, while the next ones are trained, by a process that lives as long as the run."""
+    whole = train("--train-iters", "6", log=tmp_path / "whole.jsonl")
+    folder = str(tmp_path / "checkpoint")
+    flags = ["--save", folder, "--load", folder, "--save-interval", "1", "--train-iters", "6"]
+    flags += ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+    log = tmp_path / "halves.jsonl"
+    train(*flags, "--exit-interval", "3", log=log)
+    assert train(*flags, log=log) == whole
+    assert [folders.is_whole(tmp_path / "checkpoint" / f"iter_{i:07d}") for i in range(1, 7)] == [True] * 6
 
 
 def test_model_from_a_builder(tmp_path: Path) -> None:

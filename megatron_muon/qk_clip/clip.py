@@ -1,0 +1,227 @@
+"""QK-clip of one model: measured in its forward passes, applied inside its optimizer's step.
+
+A step goes like this. While the forward passes run, each attention layer writes its maxima into one buffer of the whole
+model. Before the update one all-reduce (maximum) makes the buffer the same on all ranks, and all factors are computed
+from it. As soon as an inner optimizer has updated its tensors - float32 masters where there are any, whole or in
+slices - the rows of queries and keys among them are multiplied; Megatron-Core copies and gathers them after that, as
+always. Nothing here waits for the device or branches on what it holds: a factor of 1 changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_muon.qk_clip.factors import Heads, factor_table
+from megatron_muon.qk_clip.measure import Gauge
+from megatron_muon.qk_clip.rows import Rows
+
+__all__ = ["ClipSettings", "QKClip", "Target", "scale_rows"]
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """What is done with the maxima.
+
+    Attributes:
+        clip: whether weights are clipped; otherwise maxima are only reported.
+        threshold: tau.
+        alpha: share of the factor that queries take.
+        rule: for heads that share a key head.
+        interval: measure and clip in every so many-th step.
+        log_layers: steps between logs of each layer's maximum; 0 never.
+    """
+
+    clip: bool
+    threshold: float
+    alpha: float
+    rule: str
+    interval: int = 1
+    log_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor that an optimizer updates, and the factors of its elements.
+
+    Attributes:
+        tensor: whole, of the parameter's shape, or a flat slice of it.
+        rows: the parameter's.
+        start: of the slice in the flattened parameter; None if ``tensor`` is whole.
+    """
+
+    tensor: torch.Tensor
+    rows: Rows
+    start: int | None = None
+
+
+@torch.no_grad()
+def scale_rows(target: Target, factors: torch.Tensor) -> None:
+    """Multiply the rows of a parameter, or of a slice of it, in place.
+
+    Args:
+        target: what to multiply.
+        factors: (rows of the parameter,) one for each row.
+    """
+    tensor, offset = target.tensor, target.rows.offset
+    columns = target.rows.param.numel() // factors.numel()
+    start = target.start or 0
+    stop = start + tensor.numel()
+    flat = tensor.view(-1)
+    first, last = -(-start // columns), stop // columns
+    if first > last:  # a slice inside one row
+        parts = [(flat, factors[last : last + 1])]
+    else:
+        head, tail = first * columns - start, last * columns - start
+        parts = [
+            (flat[:head], factors[first - 1 : first]),
+            (flat[head:tail].view(-1, columns), factors[first:last, None]),
+            (flat[tail:], factors[last : last + 1]),
+        ]
+    for part, factor in parts:
+        if part.numel():
+            part.mul_(factor)
+            if offset:
+                # (w + offset) * f - offset in a form that leaves w as it is, to the last bit, where f is 1.
+                part.add_(factor - 1, alpha=offset)
+
+
+class QKClip:
+    """The maxima and factors of a model on this rank.
+
+    Args:
+        names: of all attention layers of the model, on all ranks, in order.
+        heads: all their heads.
+        settings: what to do with the maxima.
+        device: of the model.
+        dtype: of maxima and factors.
+        group: over which maxima are reduced: all ranks of the model, by default of the run. One collective then serves
+            data, context and tensor parallelism, and tells every rank of the layers of other pipeline stages.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        heads: Heads,
+        settings: ClipSettings,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.names = list(names)
+        self.heads = heads
+        self.settings = settings
+        self.gauges: list[Gauge] = []
+        self.rows: list[Rows] = []
+        self._group = group
+        self._maxima = torch.full((heads.count,), float("-inf"), dtype=dtype, device=device)
+        self._last = self._maxima.clone()
+        self._peak = self._maxima.clone()
+        self._clipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._clipped_since = torch.zeros((), dtype=torch.int64, device=device)
+        self._steps = 0
+        self._factors: dict[int, torch.Tensor] | None = None
+        self._targets: dict[torch.optim.Optimizer, list[Target]] = {}
+
+    def maxima_of(self, first: int, count: int) -> torch.Tensor:
+        """The part of the buffer that belongs to ``count`` heads from the model's head ``first`` on."""
+        return self._maxima[first : first + count]
+
+    def watch(self, targets: Sequence[tuple[torch.optim.Optimizer, Target]]) -> None:
+        """Clip these tensors whenever their optimizer has updated them inside :meth:`step`."""
+        for inner, target in targets:
+            if inner not in self._targets:
+                self._targets[inner] = []
+                inner.register_step_post_hook(self._after_update)
+            self._targets[inner].append(target)
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the step that comes is measured."""
+        return self._steps % self.settings.interval == 0
+
+    def step(self, update: Any) -> Any:
+        """Run the optimizer's step with clipping.
+
+        Args:
+            update: the step, without arguments. If it leaves the weights alone (overflow), nothing is clipped; the
+                maxima are forgotten all the same.
+
+        Returns:
+            what ``update`` returns.
+        """
+        if self.measuring:
+            self._reduce()
+            if self.settings.clip:
+                self._factors = self._row_factors()
+        try:
+            return update()
+        finally:
+            self._factors = None
+            self._maxima.fill_(float("-inf"))
+            self._steps += 1
+            for gauge in self.gauges:
+                gauge.active = self.measuring
+
+    def _reduce(self) -> None:
+        dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX, group=self._group)
+        self._last.copy_(self._maxima)
+        torch.maximum(self._peak, self._last, out=self._peak)
+        self._clipped.copy_((self._last > self.settings.threshold).sum())
+        self._clipped_since.add_(self._clipped)
+
+    def _row_factors(self) -> dict[int, torch.Tensor]:
+        """The factors of the rows of each parameter on this rank, by its identity."""
+        settings = self.settings
+        table = factor_table(self._maxima, self.heads, settings.threshold, settings.alpha, settings.rule)
+        return {id(rows.param): table[rows.index] for rows in self.rows}
+
+    def _after_update(self, inner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._factors is not None:
+            for target in self._targets[inner]:
+                scale_rows(target, self._factors[id(target.rows.param)])
+
+    @property
+    def max_logit(self) -> torch.Tensor:
+        """The largest logit of the last measured step over the whole model: a scalar on the device."""
+        return self._last.max()
+
+    @property
+    def heads_clipped(self) -> torch.Tensor:
+        """How many heads of the whole model were above the threshold in the last measured step, on the device."""
+        return self._clipped
+
+    def scalars(self) -> dict[str, float]:
+        """For a log: the largest logit and the number of heads above the threshold since the last call.
+
+        Waits for the device: call it where the host has waited already.
+        """
+        peak, clipped = self._peak.max().item(), int(self._clipped_since.item())
+        self._peak.fill_(float("-inf"))
+        self._clipped_since.zero_()
+        return {"max_attention_logit": peak, "heads_clipped": clipped}
+
+    def by_layer(self) -> dict[str, float]:
+        """The largest logit of each layer in the last measured step. Waits for the device."""
+        values = self._last.new_full((self.heads.layers,), float("-inf"))
+        values = values.scatter_reduce(0, self.heads.layer, self._last, "amax")
+        return dict(zip(self.names, values.tolist(), strict=True))
+
+    def describe(self) -> Iterator[str]:
+        """What is clipped, in words."""
+        settings = self.settings
+        heads, layers = self.heads.count, self.heads.layers
+        if not settings.clip:
+            yield f"attention logits of {heads} heads in {layers} layers are measured, not clipped"
+        else:
+            shared = "" if bool(self.heads.alone.all()) else f", shared keys: {settings.rule}"
+            yield (
+                f"{heads} heads in {layers} layers are clipped above {settings.threshold:g} "
+                f"(alpha {settings.alpha:g}{shared})"
+            )
+        if settings.interval > 1:
+            yield f"measured in every {settings.interval}th step"

@@ -1,0 +1,64 @@
+"""Where QK-clip gets logits from when TransformerEngine is there: built, for its kernels need a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.megatron.harness import Layout
+from tests.pool import RankPool
+from tests.te import models, needs_transformer_engine
+
+pytestmark = needs_transformer_engine
+
+
+def sources(source: str, bf16: bool, mla: bool) -> tuple[set[str], set[bool], list[str]]:
+    """Sources of all layers, whether TransformerEngine is asked for maxima, and the names of clipped weights."""
+    import megatron_muon
+    from megatron_muon.plugin import qk_clip
+    from tests.megatron.test_qk_clip import plain_optimizer
+
+    layout = Layout(tp=2)
+    layout.initialize()
+    options = megatron_muon.MuonConfig(qk_logits=source)
+    megatron_muon.install(options)
+    changes = {**(models.MODELS["mla"] if mla else {}), "qk_clip": True, "qk_layernorm": False, "bf16": bf16}
+    models.MODELS["clipped"] = changes
+    model = models.build_model(layout, "clipped")
+    optimizer = plain_optimizer(model, layout)
+    clip = qk_clip._build(optimizer.config, [model], options, optimizer)
+    cores = [module for module in model.modules() if hasattr(module, "muon_qk_gauge")]
+    found = {qk_clip.source_of(core, source, "layer") for core in cores}
+    names = {param: name for name, param in model.named_parameters()}
+    return found, {core.return_max_logit for core in cores}, [names[rows.param] for rows in clip.rows]
+
+
+@pytest.mark.parametrize("mla", [False, True])
+@pytest.mark.parametrize(
+    ("source", "bf16", "expected", "asked"),
+    [
+        ("auto", True, "te", True),
+        ("auto", False, "exact", False),
+        ("te", True, "te", True),
+        ("lse", True, "lse", False),
+    ],
+)
+def test_sources(pool: RankPool, source: str, bf16: bool, expected: str, asked: bool, mla: bool) -> None:
+    found, returned, names = pool.run(sources, 2, source, bf16, mla)[0]
+    assert found == {expected} and returned == {asked}
+    kinds = {name.partition("self_attention.")[2] for name in names}
+    weights = {"linear_q_up_proj.weight", "linear_kv_up_proj.weight"} if mla else {"linear_qkv.weight"}
+    assert kinds == weights
+
+
+def refusal() -> str:
+    from megatron_muon.errors import ConfigError
+
+    try:
+        sources("te", False, False)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_float32_has_no_maxima(pool: RankPool) -> None:
+    assert "TransformerEngine 2.9 or later and bfloat16 or float16. Use auto or exact." in pool.run(refusal, 2)[0]
