@@ -12,6 +12,7 @@ from megatron_muon.plugin import install, is_installed, uninstall
 from megatron_muon.version import __version__
 
 __all__ = [
+    "AdaptiveMuon",
     "ConfigError",
     "Muon",
     "MuonConfig",
@@ -31,6 +32,10 @@ def __getattr__(name: str) -> object:
         from megatron_muon.optimizers.muon import Muon
 
         return Muon
+    if name == "AdaptiveMuon":
+        from megatron_muon.optimizers.adaptive import AdaptiveMuon
+
+        return AdaptiveMuon
     if name in ("ParamGroups", "check_partition", "param_groups"):
         from megatron_muon.routing import partition
 

@@ -88,6 +88,18 @@ def _coefficient_type(value: Any) -> str | None:
     return None if value in names else f"choose one of {', '.join(names)} (as emerging-optimizers names them)"
 
 
+def _variant(value: Any) -> str | None:
+    from megatron_muon.optimizers.sizes import VARIANTS
+
+    return _one_of("none", *VARIANTS)(value)
+
+
+def _scale_mode(value: Any) -> str | None:
+    from megatron_muon.orthogonalize.scale import SCALE_MODES
+
+    return _one_of(*SCALE_MODES)(value)
+
+
 def _custom_coefficients(value: Any) -> str | None:
     from megatron_muon.orthogonalize.coefficients import parse_triple
 
@@ -192,10 +204,11 @@ class MuonConfig:
     )
     scale_mode: str = _knob(
         "spectral",
-        "Factor on the orthogonalized update of an m x n matrix: spectral sqrt(max(m, n)), shape_scaling "
-        "sqrt(max(1, m/n)), unit_rms_norm sqrt(m/n), aspect_ratio sqrt(max(m, n)/min(m, n)), none 1. "
+        "Factor on the orthogonalized update of an m x n matrix: spectral sqrt(max(m, n)), moonlight 0.2 times that "
+        "(Adam's update size), update_norm whatever gives it an RMS of 1, shape_scaling sqrt(max(1, m/n)), "
+        "unit_rms_norm sqrt(m/n), aspect_ratio sqrt(max(m, n)/min(m, n)), none 1. "
         "m and n are those of the whole logical matrix, never of a shard.",
-        check=_one_of("spectral", "shape_scaling", "unit_rms_norm", "aspect_ratio", "none"),
+        check=_scale_mode,
     )
     extra_scale_factor: float = _knob(
         1.0,
@@ -275,6 +288,19 @@ class MuonConfig:
         "Peak learning rate of what the scalar optimizer updates; the minimum is scaled alike. 0: that of Muon, --lr.",
         check=_not_negative,
     )
+    variant: str = _knob(
+        "none",
+        "What differs from plain Muon: polargrad, the update times the nuclear norm of the momentum; hyperball, "
+        "weights keep their Frobenius norm and the learning rate is an angle; none.",
+        check=_variant,
+    )
+    weight_decay_method: str = _knob(
+        "decoupled",
+        "Weight decay of matrices: decoupled by learning rate x weight decay; independent by the weight decay alone; "
+        "independent_scheduled by weight decay x learning rate / peak learning rate; l2 added to the gradient; "
+        "cautious as decoupled, where weight and update agree in sign.",
+        check=_one_of("decoupled", "independent", "independent_scheduled", "l2", "cautious"),
+    )
     ckpt_changes: str = _knob(
         "error",
         "A checkpoint that was trained with other rules than the flags ask for (Adam instead of Muon, other splits): "
@@ -343,6 +369,11 @@ class MuonConfig:
             raise ConfigError(
                 f"--muon-coefficient-type {self.coefficient_type} with {len(self.custom_coefficients)} "
                 "--muon-custom-coefficients: give custom and at least one a,b,c, or neither."
+            )
+        if self.variant == "hyperball" and self.scale_mode != "none":
+            raise ConfigError(
+                f"--muon-variant hyperball with --muon-scale-mode {self.scale_mode}: the radius of the weight decides "
+                "about the size of its updates. Add --muon-scale-mode none."
             )
         if self.tp_mode == "gram" and self.ns_type == "bf16":
             raise ConfigError(

@@ -20,7 +20,7 @@ from megatron_muon.orthogonalize.gram import prescale
 from megatron_muon.orthogonalize.newton_schulz import normalized
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["Part", "Wire", "execute"]
+__all__ = ["Part", "Reduce", "Wire", "execute"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,10 @@ class Part:
 Read = Callable[[list[Part], list[torch.Tensor]], None]
 """Fills the batches (each (matrices, rows, columns) on this rank) with what is to be orthogonalized."""
 
-Write = Callable[[list[Part], list[torch.Tensor]], None]
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+"""Sums a tensor over the ranks that hold the other parts of the same matrices; may change it."""
+
+Write = Callable[[list[Part], list[torch.Tensor], Reduce], None]
 """Takes the orthogonalized matrices (each (matrices, rows, columns) on this rank)."""
 
 
@@ -147,7 +150,11 @@ class _Task:
 
     def unpack(self, batches: list[torch.Tensor]) -> None:
         """Hand out this rank's part of each orthogonalized batch."""
-        self.run.write(*self._parts(batches))
+        self.run.write(*self._parts(batches), self.reduce)
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that hold parts of the chunk's matrices."""
+        return self.exchange.all_reduce(tensor)
 
     def orthogonalize(self, x: torch.Tensor) -> torch.Tensor:
         """Whole matrices (matrices, p, q)."""
@@ -168,6 +175,10 @@ class _Task:
 
 class _Local(_Task):
     """Matrices that this rank holds whole."""
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Nothing is elsewhere."""
+        return tensor
 
     def compute(self) -> None:
         self.unpack([self.orthogonalize(x) for x in self.pack(self.run.local_dtype)])

@@ -13,17 +13,19 @@ import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.engine.execute import Part, Read, Write
+from megatron_muon.engine.execute import Part, Read, Reduce, Write
 from megatron_muon.engine.plan import Weight, check_weight
 from megatron_muon.engine.shards import shard_of
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, update_rows
+from megatron_muon.optimizers.sizes import VARIANTS
+from megatron_muon.optimizers.stages import Matrices, Update, Variant
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
-from megatron_muon.orthogonalize.scale import scale_factor
+from megatron_muon.orthogonalize.scale import UPDATE_NORM, scale_factor
 from megatron_muon.routing.layout import ORTHOGONALIZE, SCALAR, MatrixLayout, layout_of
 
 __all__ = ["Muon"]
@@ -37,6 +39,8 @@ class Muon(torch.optim.Optimizer):
         M <- momentum * M + (1 - momentum) * G
         U  = momentum * M + (1 - momentum) * G   if nesterov else   M
         W <- (1 - lr * weight_decay) * W - lr * extra_scale_factor * scale(m, n) * NewtonSchulz(U)
+
+    A ``variant`` changes U before the iteration or the result after it (:mod:`megatron_muon.optimizers.stages`).
 
     A parameter may hold several logical matrices, and rows that follow the scalar optimizer's rule (attribute
     ``matrix_layout``, see :mod:`megatron_muon.routing`); it may be a 3-D stack of such weights, and one rank's shard
@@ -54,7 +58,10 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate.
         momentum: decay of the momentum, 0 <= momentum < 1.
         nesterov: whether to use Nesterov momentum.
-        weight_decay: decoupled weight decay; multiplied by ``lr`` alone.
+        weight_decay: weight decay; decoupled, it is multiplied by ``lr`` alone.
+        weight_decay_method: ``decoupled``, ``independent`` (W shrinks by ``weight_decay`` itself),
+            ``independent_scheduled`` (by it times lr / peak lr, arXiv 2512.05620), ``l2`` (added to the gradient) or
+            ``cautious`` (decoupled, where W and update agree in sign).
         scale_mode: see :func:`megatron_muon.orthogonalize.scale.scale_factor`.
         extra_scale_factor: a further factor on the update.
         coefficient_type: see :func:`megatron_muon.orthogonalize.coefficients.coefficients`.
@@ -74,14 +81,12 @@ class Muon(torch.optim.Optimizer):
         scalar_eps: its eps (Adam).
         scalar_lr_mult: its learning rate, as a multiple of the group's.
         scalar_wd_mult: its weight decay, as a multiple of the group's.
+        variant: what differs from plain Muon: a name of :data:`megatron_muon.optimizers.sizes.VARIANTS`, or an object.
 
     Raises:
         ValueError: for a wrong value (:class:`megatron_muon.ConfigError`), a parameter that is not 2-D, or a fused
             weight whose shards ``tp_mode`` cannot split.
     """
-
-    checkpoint_rule = "muon"
-    """What checkpoints call the rule of these weights."""
 
     def __init__(
         self,
@@ -110,6 +115,8 @@ class Muon(torch.optim.Optimizer):
         scalar_eps: float = 1e-8,
         scalar_lr_mult: float = 1.0,
         scalar_wd_mult: float = 1.0,
+        weight_decay_method: str = "decoupled",
+        variant: str | Variant = "none",
     ) -> None:
         if lr < 0.0:
             raise ValueError(f"lr {lr}: give a number of at least 0")
@@ -131,7 +138,10 @@ class Muon(torch.optim.Optimizer):
             tp_wire_dtype=tp_wire_dtype,
             chunk_mb=chunk_mb,
             scalar_optimizer=scalar_optimizer,
+            weight_decay_method=weight_decay_method,
+            variant=variant if isinstance(variant, str) else "none",
         ).validate()
+        self.variant = VARIANTS.get(variant, Variant)() if isinstance(variant, str) else variant
         self.tp_group = tp_group
         self.expert_tp_group = expert_tp_group
         triples = tuple(map(parse_triple, self.config.custom_coefficients))
@@ -147,6 +157,11 @@ class Muon(torch.optim.Optimizer):
             "scalar_wd_mult": scalar_wd_mult,
         }
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "step": 0, **scalar})
+
+    @property
+    def checkpoint_rule(self) -> str:
+        """What checkpoints call the rule of these weights."""
+        return self.variant.name
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``; refuses what cannot be orthogonalized."""
@@ -189,7 +204,7 @@ class Muon(torch.optim.Optimizer):
         if jobs:
             with _matmul_precision(self.config.fp32_matmul_prec):
                 self._engine_for([job.param for job in jobs]).run(
-                    _reader(self.config.nesterov, jobs), self._writer(jobs)
+                    _reader(self.config.nesterov, jobs, self.variant), self._writer(jobs)
                 )
         for group in self.param_groups:
             self._step_scalar_rows(group, [job for job in jobs if job.group is group])
@@ -214,6 +229,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(param)
             if group["scalar_optimizer"] == "adam" and layout_of(param).has_scalar_rows:
                 state.setdefault(SECOND_MOMENT, torch.zeros_like(param))
+            self.variant.init_state(param, state)
 
     def _begin_group(self, group: dict[str, Any]) -> list[_Job]:
         """Everything elementwise that precedes the iteration: momentum and weight decay."""
@@ -225,10 +241,36 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[param]["momentum_buffer"] for param in params]
         grads = [param.grad.to(buffer.dtype) for param, buffer in zip(params, buffers, strict=True)]
         layouts = [layout_of(param) for param in params]
+        if self.config.weight_decay_method == "l2" and group["weight_decay"] != 0.0 and self.variant.decays:
+            # Copies: Megatron reads its gradient buffer again, and rows under Adam have their own decay.
+            grads = [grad.clone() for grad in grads]
+            torch._foreach_add_(_rows(grads, layouts), _rows(params, layouts), alpha=group["weight_decay"])
         torch._foreach_lerp_(_rows(buffers, layouts), _rows(grads, layouts), 1.0 - group["momentum"])
-        if group["weight_decay"] != 0.0:
-            torch._foreach_mul_(_rows(params, layouts), 1.0 - group["lr"] * group["weight_decay"])
+        factor = self._decay_factor(group)
+        if factor != 1.0:
+            torch._foreach_mul_(_rows(params, layouts), factor)
         return [_Job(group, *job) for job in zip(params, grads, buffers, strict=True)]
+
+    def _decay_factor(self, group: dict[str, Any]) -> float:
+        """What weights are multiplied by before the update is added; 1 for the methods that act elsewhere."""
+        decay: float = group["weight_decay"]
+        if not self.variant.decays:
+            return 1.0
+        match self.config.weight_decay_method:
+            case "decoupled":
+                return 1.0 - group["lr"] * decay
+            case "independent":
+                return 1.0 - decay
+            case "independent_scheduled":
+                return 1.0 - decay * group["lr"] / self._peak_lr(group)
+        return 1.0
+
+    def _peak_lr(self, group: dict[str, Any]) -> float:
+        """Of the schedule: Megatron-Core's and torch's schedulers note it in the group."""
+        peak: float = group.get("max_lr") or group.get("initial_lr") or self.defaults["lr"]
+        if not peak:
+            raise ConfigError("--muon-weight-decay-method independent_scheduled without --lr: give the peak rate.")
+        return peak
 
     def _step_scalar_rows(self, group: dict[str, Any], jobs: list[_Job]) -> None:
         mixed = [job for job in jobs if layout_of(job.param).has_scalar_rows]
@@ -283,20 +325,62 @@ class Muon(torch.optim.Optimizer):
 
     def _writer(self, jobs: list[_Job]) -> Write:
         """Applies directions to the weights."""
-        mode, extra = self.config.scale_mode, self.config.extra_scale_factor
+        measured = self.config.scale_mode == UPDATE_NORM
+        cautious = self.config.weight_decay_method == "cautious" and self.variant.decays
 
-        def write(parts: list[Part], directions: list[torch.Tensor]) -> None:
+        def write(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
+            matrices = None
+            if self.variant.adapts or self.variant.retracts or measured:
+                matrices = self._matrices(jobs, parts, directions, reduce)
+                directions = self._adapted(matrices, measured)
             pairs: dict[float, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
             for part, direction in zip(parts, directions, strict=True):
                 job = jobs[part.item.weight]
-                scale = scale_factor(mode, part.item.rows, part.item.columns) * extra
-                for pair in part.piece.pairs(job.param, direction):
-                    pairs[-job.group["lr"] * scale].append(pair)
-            for alpha, views in pairs.items():
-                weights, updates = zip(*views, strict=True)
-                torch._foreach_add_(weights, updates, alpha=alpha)
+                scale = scale_factor(self.config.scale_mode, part.item.rows, part.item.columns)
+                alpha = -job.group["lr"] * scale * self.config.extra_scale_factor
+                views = part.piece.pairs(job.param, direction)
+                pairs[alpha] += views
+                if cautious and job.group["weight_decay"] != 0.0:
+                    _decay_cautiously(views, job.group["lr"] * job.group["weight_decay"])
+            for alpha, found in pairs.items():
+                if found:
+                    weights, updates = zip(*found, strict=True)
+                    torch._foreach_add_(weights, updates, alpha=alpha)
+            if matrices is not None and self.variant.retracts:
+                self.variant.retract(matrices)
 
         return write
+
+    def _matrices(
+        self, jobs: list[_Job], parts: list[Part], directions: list[torch.Tensor], reduce: Reduce
+    ) -> Matrices:
+        pairs = zip(parts, directions, strict=True)
+        return Matrices([self._update(jobs[part.item.weight], part, each) for part, each in pairs], reduce)
+
+    def _adapted(self, matrices: Matrices, measured: bool) -> list[torch.Tensor]:
+        """Directions after P4; if ``measured``, with the norm that an orthogonal matrix has."""
+        adapted = self.variant.adapt(matrices)
+        if not measured:
+            return adapted
+        norms = matrices.norms(adapted)
+        wanted = [min(update.rows, update.columns) ** 0.5 for update in matrices.updates]
+        tiny = torch.finfo(adapted[0].dtype).tiny
+        return [x * (size / norm.clamp_min(tiny)) for x, size, norm in zip(adapted, wanted, norms, strict=True)]
+
+    def _update(self, job: _Job, part: Part, direction: torch.Tensor) -> Update:
+        weight = self._weight(job.param)
+        return Update(
+            param=job.param,
+            state=self.state[job.param],
+            grad=job.grad,
+            momentum=job.buffer,
+            nesterov=job.group["momentum"] if self.config.nesterov else 1.0,
+            piece=part.piece,
+            rows=part.item.rows,
+            columns=part.item.columns,
+            divides_columns=weight.dim == -1,
+            direction=direction.to(torch.promote_types(direction.dtype, job.buffer.dtype)),
+        )
 
 
 @dataclass(frozen=True)
@@ -309,7 +393,13 @@ class _Job:
     buffer: torch.Tensor
 
 
-def _reader(nesterov: bool, jobs: list[_Job]) -> Read:
+def _decay_cautiously(views: list[tuple[torch.Tensor, torch.Tensor]], rate: float) -> None:
+    """Decay the elements that the update makes smaller (as Dion's cautious decay)."""
+    for weight, direction in views:
+        weight.sub_(weight * (weight * direction > 0), alpha=rate)
+
+
+def _reader(nesterov: bool, jobs: list[_Job], variant: Variant) -> Read:
     """Packs the momentum, or Nesterov's mix of gradient and momentum."""
 
     def read(parts: list[Part], slots: list[torch.Tensor]) -> None:
@@ -325,6 +415,7 @@ def _reader(nesterov: bool, jobs: list[_Job]) -> Read:
             sources, targets, mixed_in = zip(*found, strict=True)
             # The gradient itself stays as it is: Megatron reads its buffer again (logging, gradient norms).
             torch._foreach_copy_(targets, torch._foreach_lerp(mixed_in, sources, momentum) if nesterov else sources)
+        variant.transform(slots)
 
     return read
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["scale_factor"]
+__all__ = ["SCALE_MODES", "UPDATE_NORM", "scale_factor"]
+
+SCALE_MODES = ("spectral", "moonlight", "update_norm", "shape_scaling", "unit_rms_norm", "aspect_ratio", "none")
+"""Choices of ``--muon-scale-mode``."""
+
+UPDATE_NORM = "update_norm"
+"""The mode whose factor depends on the update, not on its shape alone."""
 
 
 def scale_factor(mode: str, m: int, n: int) -> float:
@@ -17,7 +23,9 @@ def scale_factor(mode: str, m: int, n: int) -> float:
             ``shape_scaling`` sqrt(max(1, m/n)) (Jordan, https://kellerjordan.github.io/posts/muon);
             ``unit_rms_norm`` sqrt(m/n): RMS-to-RMS operator norm 1 (Bernstein; Scion, arXiv 2502.07529);
             ``aspect_ratio`` sqrt(max(m, n)/min(m, n)): spectral norm sqrt(aspect ratio), whichever side is longer;
-            ``none`` 1.
+            ``moonlight`` 0.2 sqrt(max(m, n)): the RMS of Adam's updates (arXiv 2502.16982);
+            ``update_norm`` sqrt(max(m, n)), to be corrected by the measured norm, so that the RMS is 1 at any rank (the
+            same paper's alternative); ``none`` 1.
         m: rows of the whole logical matrix: after the split of a fused weight, before the tensor-parallel cut.
         n: its columns.
 
@@ -25,8 +33,10 @@ def scale_factor(mode: str, m: int, n: int) -> float:
         ValueError: for an unknown mode.
     """
     match mode:
-        case "spectral":
+        case "spectral" | "update_norm":
             return math.sqrt(max(m, n))
+        case "moonlight":
+            return 0.2 * math.sqrt(max(m, n))
         case "shape_scaling":
             return math.sqrt(max(1.0, m / n))
         case "unit_rms_norm":
@@ -35,4 +45,4 @@ def scale_factor(mode: str, m: int, n: int) -> float:
             return math.sqrt(max(m, n) / min(m, n))
         case "none":
             return 1.0
-    raise ValueError(f"scale mode {mode!r}: choose spectral, shape_scaling, unit_rms_norm, aspect_ratio or none")
+    raise ValueError(f"scale mode {mode!r}: choose one of {', '.join(SCALE_MODES)}")

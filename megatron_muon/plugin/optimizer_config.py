@@ -21,7 +21,7 @@ __all__ = ["REFUSED", "check_optimizer_config", "is_layer_wise", "is_ours", "pat
 
 _CONFIG = "megatron.core.optimizer.optimizer_config:OptimizerConfig"
 
-OPTIMIZERS = ("muon",)
+OPTIMIZERS = ("muon", "adaptive_muon")
 """Names that this package registers; ``dist_<name>`` is Megatron's older spelling for the layer-wise form."""
 
 

@@ -36,6 +36,7 @@ def _with_our_entries(original: dict[str, Any]) -> dict[str, Any]:
     from megatron.core.optimizer.emerging_optimizers import EmergingOptimizerEntry
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
+    from megatron_muon.optimizers.adaptive import AdaptiveMuon
     from megatron_muon.optimizers.muon import Muon
 
     ours = ParamKey(predicate=ParamPredicate(name=_PREDICATE, fn=_is_nonlinear_or_embedding))
@@ -48,12 +49,13 @@ def _with_our_entries(original: dict[str, Any]) -> dict[str, Any]:
         return dataclasses.replace(entry, default_param_overrides=overrides)
 
     entries = {name: with_our_predicate(entry) for name, entry in original.items()}
-    entries["muon"] = EmergingOptimizerEntry(
-        optimizer_cls=Muon,
-        init_state_fn=_init_state,
-        config_to_kwargs=_muon_kwargs,
-        default_param_overrides={ours: {"optimizer": "adam"}},
-    )
+    for name, cls, kwargs in (("muon", Muon, _muon_kwargs), ("adaptive_muon", AdaptiveMuon, _adaptive_kwargs)):
+        entries[name] = EmergingOptimizerEntry(
+            optimizer_cls=cls,
+            init_state_fn=_init_state,
+            config_to_kwargs=kwargs,
+            default_param_overrides={ours: {"optimizer": "adam"}},
+        )
     return entries
 
 
@@ -107,4 +109,20 @@ def _muon_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collec
         "weight_decay": config.weight_decay,
         "tp_group": pg_collection.tp,
         "expert_tp_group": getattr(pg_collection, "expt_tp", pg_collection.tp),
+    }
+
+
+def _adaptive_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
+    """Those of :class:`megatron_muon.optimizers.adaptive.AdaptiveMuon`: Megatron's own flags, too."""
+    kwargs = _muon_kwargs(config, model_chunks, pg_collection)
+    variant = kwargs.pop("variant")
+    if variant != "none":
+        raise ConfigError(
+            f"{flag('variant')} {variant} with --optimizer adaptive_muon: these are two variants; give one of them."
+        )
+    return {
+        **kwargs,
+        "moment2_method": config.adaptive_muon_moment2_method,
+        "beta2": config.adaptive_muon_beta2,
+        "moment2_eps": config.adaptive_muon_eps,
     }

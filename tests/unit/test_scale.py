@@ -31,5 +31,5 @@ def test_agrees_with_emerging_optimizers() -> None:
 
 
 def test_unknown_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"spectrl.*choose spectral"):
+    with pytest.raises(ValueError, match=r"spectrl.*choose one of spectral"):
         scale_factor("spectrl", 2, 2)

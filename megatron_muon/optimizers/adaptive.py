@@ -1,0 +1,179 @@
+"""Muon with second moments of its directions: AdaMuon, NorMuon, NAMO, on whole logical matrices at every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.muon import Muon
+from megatron_muon.optimizers.stages import Matrices, Variant
+
+__all__ = ["METHODS", "AdaptiveMuon"]
+
+
+class _SecondMoment(Variant):
+    """What the methods share.
+
+    Args:
+        beta2: decay of the second moment.
+        eps: keeps divisions finite.
+    """
+
+    adapts = True
+
+    state_name = "moment2_buffer"
+    """Of the second moment; another name where it means something else, so that none is taken for the other's."""
+
+    def __init__(self, beta2: float, eps: float) -> None:
+        self.beta2 = beta2
+        self.eps = eps
+
+    def _average(self, matrices: Matrices, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Move each weight's second moment towards ``values``, and return it in their form."""
+        found = []
+        for update, value in zip(matrices.updates, values, strict=True):
+            moment = update.state[self.state_name]
+            for stored, new in update.pairs(moment, value):
+                stored.lerp_(new.to(stored.dtype), 1.0 - self.beta2)
+            found.append(update.batch_of(moment))
+        return found
+
+
+class AdaMuonEO(_SecondMoment):
+    """emerging-optimizers' ``adamuon``: V <- EMA(O^2), O / (sqrt(V) + eps), elementwise."""
+
+    name = "adamuon_eo"
+
+    def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
+        """V, of the weight's shape."""
+        if self.state_name not in state:
+            state[self.state_name] = torch.zeros_like(param)
+
+    def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
+        """Divide each element by the root of its second moment."""
+        moments = self._average(matrices, [update.direction.square() for update in matrices.updates])
+        return [
+            update.direction / moment.sqrt_().add_(self.eps)
+            for update, moment in zip(matrices.updates, moments, strict=True)
+        ]
+
+
+class AdaMuon(AdaMuonEO):
+    """AdaMuon (arXiv 2507.11005): O = NS(sign(u)), divided like Adam's, with the RMS of an orthogonal matrix."""
+
+    name = "adamuon"
+
+    def transform(self, batches: Sequence[torch.Tensor]) -> None:
+        """The sign of the momentum."""
+        for batch in batches:
+            batch.sign_()
+
+    def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
+        """Divided, and brought to the norm sqrt(min(m, n)) that a semi-orthogonal matrix has."""
+        divided = super().adapt(matrices)
+        norms = matrices.norms(divided)
+        return [
+            tensor.mul_(min(update.rows, update.columns) ** 0.5 / norm.clamp_min(self.eps))
+            for update, tensor, norm in zip(matrices.updates, divided, norms, strict=True)
+        ]
+
+
+class NorMuon(_SecondMoment):
+    """NorMuon (arXiv 2510.05491): v <- EMA(mean of O^2 over a row), O / sqrt(v), at the norm of O."""
+
+    name = "normuon"
+    state_name = "normuon_moment2"
+
+    def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
+        """v, one number for each row of the weight."""
+        if self.state_name not in state:
+            state[self.state_name] = torch.zeros_like(param[..., :1])
+
+    def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
+        """Rows of equal size, in the long run."""
+        updates = matrices.updates
+        squares = [update.direction.square() for update in updates]
+        sums = matrices.row_sums(squares)
+        moments = self._average(matrices, [total / update.columns for update, total in zip(updates, sums, strict=True)])
+        adapted = [
+            update.direction * moment.clamp_min_(self.eps).rsqrt_()
+            for update, moment in zip(updates, moments, strict=True)
+        ]
+        before, after = matrices.norms([update.direction for update in updates]), matrices.norms(adapted)
+        return [
+            tensor.mul_(norm / new.clamp_min(self.eps))
+            for tensor, norm, new in zip(adapted, before, after, strict=True)
+        ]
+
+
+class NAMO(_SecondMoment):
+    """NAMO (arXiv 2602.17080): alpha O with alpha = |u| / (sqrt(v) + eps), v <- EMA(|G|^2), Frobenius norms."""
+
+    name = "namo"
+    state_name = "namo_moment2"
+
+    def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
+        """v of each matrix, repeated in each of its rows, so that it is saved and resharded with them."""
+        if self.state_name not in state:
+            state[self.state_name] = torch.zeros_like(param[..., :1])
+
+    def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
+        """Scaled by how much of the gradient the momentum holds."""
+        updates = matrices.updates
+        grads = [update.batch_of(update.grad) for update in updates]
+        mixes = [update.mix() for update in updates]
+        squares = matrices.sums([grad.square() for grad in grads])
+        rows = [
+            square.expand(*update.direction.shape[:-1], 1).contiguous()
+            for update, square in zip(updates, squares, strict=True)
+        ]
+        moments = self._average(matrices, rows)
+        return [
+            update.direction * (norm / moment.sqrt_().add_(self.eps))
+            for update, norm, moment in zip(updates, matrices.norms(mixes), moments, strict=True)
+        ]
+
+
+METHODS: dict[str, type[_SecondMoment]] = {cls.name: cls for cls in (AdaMuon, AdaMuonEO, NorMuon, NAMO)}
+"""By name."""
+
+
+class AdaptiveMuon(Muon):
+    """Muon whose directions are divided by second moments.
+
+    Args:
+        params: as of :class:`Muon`.
+        lr: as of :class:`Muon`.
+        moment2_method: one of :data:`METHODS`. ``adamuon`` is the paper's; ``adamuon_eo`` what emerging-optimizers and
+            Megatron-Core call so, without the sign and the RMS.
+        beta2: decay of the second moment, 0 <= beta2 < 1.
+        moment2_eps: keeps its division finite.
+        **options: of :class:`Muon`.
+
+    Raises:
+        ConfigError: for a wrong value.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        moment2_method: str = "adamuon",
+        beta2: float = 0.95,
+        moment2_eps: float = 1e-8,
+        **options: Any,
+    ) -> None:
+        if moment2_method not in METHODS:
+            raise ConfigError(
+                f"--adaptive-muon-moment2-method {moment2_method}: choose one of {', '.join(METHODS)} "
+                "(adamuon is the paper's, adamuon_eo emerging-optimizers')."
+            )
+        if not 0.0 <= beta2 < 1.0:
+            raise ConfigError(f"--adaptive-muon-beta2 {beta2}: give a number from 0 to below 1 (0.95 is usual).")
+        if not moment2_eps > 0.0:
+            raise ConfigError(f"--adaptive-muon-eps {moment2_eps}: give a positive number (1e-8 is usual).")
+        super().__init__(params, lr, variant=METHODS[moment2_method](beta2, moment2_eps), **options)

@@ -1,0 +1,151 @@
+"""The stages of a step at which variants of Muon differ, and what each is given.
+
+A step of :class:`megatron_muon.optimizers.muon.Muon` goes through
+
+* P1 gradient, momentum, and their Nesterov mix u;
+* P2 :meth:`Variant.transform`: what is done to u before it is orthogonalized (elementwise);
+* P3 the direction O: Newton-Schulz of whole logical matrices, by the engine;
+* P4 :meth:`Variant.adapt`: second moments on O;
+* P5 the size of the update: scale mode, or its measured RMS;
+* P6 weight decay, P7 the addition, and :meth:`Variant.retract`: back to where weights must lie;
+* P8 hooks after the step (QK-clip).
+
+A variant is a subclass of :class:`Variant`. It sees pieces of matrices, as they lie on this rank, and gets norms and
+means of whole matrices by asking :class:`Matrices`, which adds up what tensor-parallel ranks hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_muon.engine.execute import Reduce
+from megatron_muon.engine.pieces import Piece
+
+__all__ = ["Matrices", "Update", "Variant"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """Some matrices of one block of one weight, in a step.
+
+    Attributes:
+        param: the weight (this rank's shard), decayed but not yet updated.
+        state: of the weight.
+        grad: of the weight (this rank's shard).
+        momentum: its momentum buffer.
+        nesterov: weight of the momentum in Nesterov's mix with the gradient; 1 if the momentum is taken as it is.
+        piece: where the matrices lie in tensors of the weight's shape.
+        rows: m of each whole logical matrix.
+        columns: n of each.
+        divides_columns: whether tensor parallelism divides the columns of the matrices (their rows otherwise, or
+            nothing: then there is nothing to add up).
+        direction: (matrices, rows on this rank, columns on this rank), float32 or wider: O.
+    """
+
+    param: torch.Tensor
+    state: dict[str, Any]
+    grad: torch.Tensor
+    momentum: torch.Tensor
+    nesterov: float
+    piece: Piece
+    rows: int
+    columns: int
+    divides_columns: bool
+    direction: torch.Tensor
+
+    def mix(self) -> torch.Tensor:
+        """u: what was orthogonalized, as a new batch."""
+        return torch.lerp(self.batch_of(self.grad), self.batch_of(self.momentum), self.nesterov)
+
+    def pairs(self, tensor: torch.Tensor, batch: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of equal shapes of a tensor of the weight's shape (or with one column) and of a batch like it."""
+        return self.piece.pairs(tensor, batch)
+
+    def batch_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A new batch with what these matrices have in a tensor of the weight's shape, or with one column."""
+        columns = self.direction.size(-1) if tensor.size(-1) > 1 or self.direction.size(-1) == 1 else 1
+        batch = self.direction.new_empty((*self.direction.shape[:-1], columns))
+        for source, target in self.pairs(tensor, batch):
+            target.copy_(source)
+        return batch
+
+
+class Matrices:
+    """Sums over whole matrices of a list of updates: one collective for each call, for all of them."""
+
+    def __init__(self, updates: Sequence[Update], reduce: Reduce) -> None:
+        self.updates = updates
+        self._reduce = reduce
+
+    def sums(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The sum of each matrix of each batch.
+
+        Args:
+            tensors: (matrices, rows, columns) for each update, on this rank.
+
+        Returns:
+            (matrices, 1, 1) for each, over the whole matrices.
+        """
+        return self._add_up([tensor.sum(dim=(-2, -1), keepdim=True) for tensor in tensors])
+
+    def row_sums(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The sum of each row of each matrix: (matrices, rows on this rank, 1) for each update."""
+        found = [tensor.sum(dim=-1, keepdim=True) for tensor in tensors]
+        divided = [index for index, update in enumerate(self.updates) if update.divides_columns]
+        for index, total in zip(divided, self._add_up([found[index] for index in divided]), strict=True):
+            found[index] = total
+        return found
+
+    def norms(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The Frobenius norm of each matrix: (matrices, 1, 1) for each update."""
+        return [total.sqrt_() for total in self.sums([tensor.square() for tensor in tensors])]
+
+    def _add_up(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        if not parts:
+            return []
+        total = self._reduce(torch.cat([part.reshape(-1) for part in parts]))
+        sizes = [part.numel() for part in parts]
+        return [chunk.view(part.shape) for chunk, part in zip(total.split(sizes), parts, strict=True)]
+
+
+class Variant:
+    """Plain Muon: nothing before and after the direction. Variants override what they change."""
+
+    name = "muon"
+    """In checkpoints: state of another variant is not taken for its own."""
+
+    adapts = False
+    """Whether :meth:`adapt` does anything: plain Muon adds directions without a copy."""
+
+    decays = True
+    """Whether weight decay makes sense: on a sphere it would be undone."""
+
+    retracts = False
+    """Whether :meth:`retract` does anything."""
+
+    def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
+        """Create what the variant keeps of a weight, where it is missing.
+
+        Tensors of the weight's shape, or with 1 in place of rows or columns, are saved and resharded like the weight.
+        """
+
+    def transform(self, batches: Sequence[torch.Tensor]) -> None:
+        """P2, in place, on momentum that is packed to be orthogonalized."""
+
+    def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
+        """P4: directions to be added to the weights, before their scale.
+
+        Args:
+            matrices: the updates; ``direction`` may be changed in place.
+
+        Returns:
+            one tensor of its direction's shape for each update.
+        """
+        return [update.direction for update in matrices.updates]
+
+    def retract(self, matrices: Matrices) -> None:
+        """P7, after the addition: change the weights (``param`` of each update) in place."""

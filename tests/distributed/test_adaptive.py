@@ -1,0 +1,233 @@
+"""Muon with second moments on tensor-parallel shards, in float64, against the papers' rules on single matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.adaptive import METHODS, AdaptiveMuon
+from megatron_muon.orthogonalize import coefficients
+from megatron_muon.orthogonalize.scale import scale_factor
+from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
+from tests.pool import RankPool
+from tests.reference import orthogonalized
+
+# One query group is 4 + 2 + 2 rows; 32 rows are four groups.
+QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
+HEADS = MatrixLayout("qkv", tuple(Section(section.name, section.rows, matrix_rows=2) for section in QKV.sections))
+STEPS, LR, MOMENTUM, BETA2, EPS = 4, 0.1, 0.8, 0.6, 1e-9
+EXACT = ["auto", "owner", "gram", "duplicated", "distributed"]
+# float64: sums in another order, amplified by the slope of the iteration and by divisions by small second moments.
+TOLERANCE = 1e-8
+
+
+def weight(m: int, n: int, seed: int) -> torch.Tensor:
+    return torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def grad(shape: tuple[int, int], step: int) -> torch.Tensor:
+    """Rows and columns of unlike sizes, so that second moments matter."""
+    rows = torch.linspace(0.5, 2.0, shape[0], dtype=torch.float64)[:, None]
+    return weight(*shape, seed=10 + step) * rows * (1 + step)
+
+
+def written_out(method: str, scale_mode: str, nesterov: bool, start: torch.Tensor, grads: list) -> torch.Tensor:
+    """One matrix, by the rules of variants' papers (AdaMuon 2507.11005, NorMuon 2510.05491, NAMO 2602.17080)."""
+    w, (m, n) = start.clone(), start.shape
+    momentum, second = torch.zeros_like(w), 0.0
+    steps = coefficients("quintic", 5)
+    for g in grads:
+        momentum = MOMENTUM * momentum + (1 - MOMENTUM) * g
+        u = MOMENTUM * momentum + (1 - MOMENTUM) * g if nesterov else momentum
+        o = orthogonalized(u.sign() if method == "adamuon" else u, steps)
+        if method in ("adamuon", "adamuon_eo"):
+            second = BETA2 * second + (1 - BETA2) * o**2
+            a = o / (second**0.5 + EPS)
+            if method == "adamuon":
+                a = a * (min(m, n) ** 0.5 / a.norm())
+        elif method == "normuon":
+            second = BETA2 * second + (1 - BETA2) * (o**2).mean(dim=1, keepdim=True)
+            a = o / second.clamp_min(EPS) ** 0.5
+            a = a * (o.norm() / a.norm())
+        else:
+            second = BETA2 * second + (1 - BETA2) * g.norm() ** 2
+            a = o * (u.norm() / (second**0.5 + EPS))
+        a = a * ((m * n) ** 0.5 / a.norm()) if scale_mode == "update_norm" else a * scale_factor(scale_mode, m, n)
+        w = w * (1 - LR * 0.3) - LR * 0.2 * a
+    return w
+
+
+def train(param: torch.nn.Parameter, method: str, cut: Any, **options: Any) -> AdaptiveMuon:
+    optimizer = AdaptiveMuon(
+        [param],
+        lr=LR,
+        momentum=MOMENTUM,
+        weight_decay=0.3,
+        extra_scale_factor=0.2,
+        fp32_matmul_prec="highest",
+        moment2_method=method,
+        beta2=BETA2,
+        moment2_eps=EPS,
+        **options,
+    )
+    for step in range(STEPS):
+        param.grad = cut(step).contiguous()
+        optimizer.step()
+    return optimizer
+
+
+def shards(
+    shape: tuple[int, int], dim: int, layout: MatrixLayout, method: str, options: dict[str, Any]
+) -> torch.Tensor:
+    """Train this rank's shard, then put the shards together."""
+
+    def cut(whole: torch.Tensor) -> torch.Tensor:
+        return whole.chunk(dist.get_world_size(), dim=dim)[dist.get_rank()]
+
+    param = torch.nn.Parameter(cut(weight(*shape, seed=1)).clone())
+    param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, dim, layout
+    optimizer = train(param, method, lambda step: cut(grad(shape, step)), tp_group=dist.group.WORLD, **options)
+    moment = optimizer.state[param][optimizer.variant.state_name]
+    assert moment.shape in (param.shape, (param.size(0), 1))
+    parts = [torch.empty_like(param) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, param.detach().contiguous())
+    return torch.cat(parts, dim=dim)
+
+
+def rows_of(layout: MatrixLayout, shape: tuple[int, int]) -> list[list[int]]:
+    """Row numbers of each logical matrix, from the sections as they are written down above."""
+    if not layout.sections:
+        return [list(range(shape[0]))]
+    found: dict[Any, list[int]] = {}
+    row = 0
+    for period in range(shape[0] // 8):
+        for section in layout.sections:
+            for index in range(section.rows):
+                key = (section.name, period, index // 2) if section.matrix_rows else section.name
+                found.setdefault(key, []).append(row)
+                row += 1
+    return list(found.values())
+
+
+def expected(
+    shape: tuple[int, int], layout: MatrixLayout, method: str, scale_mode: str, nesterov: bool
+) -> torch.Tensor:
+    start = weight(*shape, seed=1)
+    for rows in rows_of(layout, shape):
+        grads = [grad(shape, step)[rows] for step in range(STEPS)]
+        start[rows] = written_out(method, scale_mode, nesterov, start[rows], grads)
+    return start
+
+
+CASES = {
+    "rows, tall": ((32, 12), 0, WHOLE),
+    "rows, wide": ((12, 32), 0, WHOLE),
+    "columns, tall": ((32, 12), 1, WHOLE),
+    "columns, wide": ((12, 32), 1, WHOLE),
+    "rows, split": ((32, 12), 0, QKV),
+    "columns, split": ((32, 12), 1, QKV),
+    "rows, heads": ((32, 12), 0, HEADS),
+    "more ranks than groups": ((16, 12), 0, QKV),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale_mode", ["moonlight", "update_norm"])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("layout", [WHOLE, QKV, HEADS], ids=["whole", "split", "heads"])
+def test_one_process(method: str, scale_mode: str, nesterov: bool, layout: MatrixLayout) -> None:
+    shape = (32, 12)
+    param = torch.nn.Parameter(weight(*shape, seed=1))
+    param.matrix_layout = layout
+    train(param, method, lambda step: grad(shape, step), scale_mode=scale_mode, nesterov=nesterov)
+    reference = expected(shape, layout, method, scale_mode, nesterov)
+    torch.testing.assert_close(param.detach(), reference, rtol=0, atol=TOLERANCE)
+
+
+def grid(cases: dict[str, Any], methods: list[str], modes: list[str]) -> dict[tuple[str, str, str], torch.Tensor]:
+    options = {"scale_mode": "update_norm", "nesterov": True}
+    return {
+        (name, method, mode): shards(*cases[name], method, {**options, "tp_mode": mode})
+        for name in cases
+        for method in methods
+        for mode in modes
+    }
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int) -> None:
+    """Every method, division, layout and way of exchange."""
+    cases = {name: case for name, case in CASES.items() if ranks == 4 or name != "more ranks than groups"}
+    results = pool.run(grid, ranks, cases, list(METHODS), EXACT)
+    for (name, method, mode), result in results[0].items():
+        shape, _, layout = cases[name]
+        reference = expected(shape, layout, method, "update_norm", True)
+        message = f"{name}, {method}, {mode}"
+        torch.testing.assert_close(
+            result, reference, rtol=0, atol=TOLERANCE, msg=lambda text, message=message: f"{message}: {text}"
+        )
+        assert all(torch.equal(result, other[name, method, mode]) for other in results)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_gradients_change_nothing(method: str) -> None:
+    param = torch.nn.Parameter(weight(8, 6, seed=1))
+    before = param.detach().clone()
+    optimizer = AdaptiveMuon([param], lr=LR, weight_decay=0.0, moment2_method=method, scale_mode="update_norm")
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stacks_of_experts_are_single_matrices(method: str) -> None:
+    start = torch.stack([weight(8, 6, seed=seed) for seed in range(3)])
+    stack = torch.nn.Parameter(start.clone())
+    stack.matrix_layout = WHOLE.stack()
+    train(stack, method, lambda step: torch.stack([grad((8, 6), step + seed) for seed in range(3)]))
+    for seed in range(3):
+        single = torch.nn.Parameter(start[seed].clone())
+        train(single, method, lambda step, seed=seed: grad((8, 6), step + seed))
+        torch.testing.assert_close(stack[seed], single, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("m", "n"), [(8, 8), (12, 5), (5, 12)])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_rms_of_moonlights_updates(m: int, n: int, rank: int | None) -> None:
+    """0.2 with the measured norm at any rank; with the factor by shape 0.2 sqrt(rank / min(m, n))."""
+    from megatron_muon import Muon
+
+    full = weight(m, n, seed=3)
+    gradient = full if rank is None else weight(m, rank, seed=4) @ weight(rank, n, seed=5)
+    for mode, extra in (("update_norm", 0.2), ("moonlight", 1.0)):
+        param = torch.nn.Parameter(torch.zeros(m, n, dtype=torch.float64))
+        options = {
+            "scale_mode": mode,
+            "extra_scale_factor": extra,
+            "coefficient_type": "deepseekv4",
+            "num_ns_steps": 10,
+        }
+        optimizer = Muon([param], lr=1.0, weight_decay=0.0, fp32_matmul_prec="highest", **options)
+        param.grad = gradient
+        optimizer.step()
+        rms = param.detach().square().mean().sqrt().item()
+        wanted = 0.2 if mode == "update_norm" else 0.2 * ((rank or min(m, n)) / min(m, n)) ** 0.5
+        assert rms == pytest.approx(wanted, rel=1e-9 if mode == "update_norm" else 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"moment2_method": "adam"}, "--adaptive-muon-moment2-method adam: choose one of adamuon, adamuon_eo"),
+        ({"beta2": 1.0}, "--adaptive-muon-beta2 1.0: give a number from 0 to below 1"),
+        ({"moment2_eps": 0.0}, "--adaptive-muon-eps 0.0: give a positive number"),
+    ],
+)
+def test_wrong_values(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        AdaptiveMuon([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+    assert message in str(error.value)
