@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,3 +185,29 @@ def test_scheduled_decay_does_not_depend_on_the_learning_rate() -> None:
         found.append(param.detach())
     torch.testing.assert_close(found[0], found[1], rtol=1e-15, atol=0)
     assert not torch.equal(found[0], weight(8, 6, seed=1))
+
+
+def example_of_the_docs(dim: int) -> torch.Tensor:
+    """``docs/variants.md``'s variant on a shard: the updates of all ranks, put together."""
+    text = (Path(__file__).parents[2] / "docs" / "variants.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    param = torch.nn.Parameter(weight(32, 12, seed=1).chunk(ranks, dim=dim)[rank].contiguous())
+    names: dict[str, Any] = {"params": [param]}
+    exec(code, names)
+    param.tensor_model_parallel, param.partition_dim = True, dim
+    before = param.detach().clone()
+    options = {"scale_mode": "none", "weight_decay": 0.0, "fp32_matmul_prec": "highest"}
+    optimizer = Muon([param], lr=1.0, variant=names["EqualRows"](), tp_group=dist.group.WORLD, **options)
+    param.grad = grad((32, 12), 0).chunk(ranks, dim=dim)[rank].contiguous()
+    optimizer.step()
+    parts = [torch.empty_like(param) for _ in range(ranks)]
+    dist.all_gather(parts, (before - param.detach()).contiguous())
+    return torch.cat(parts, dim=dim)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_example_of_the_docs(pool: RankPool, dim: int) -> None:
+    o = orthogonalized(0.05 * grad((32, 12), 0), coefficients("quintic", 5))
+    expected = o / o.square().mean(dim=1, keepdim=True).sqrt()
+    torch.testing.assert_close(pool.run(example_of_the_docs, 2, dim)[0], expected, rtol=0, atol=TOLERANCE)

@@ -55,7 +55,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         "--muon-ns-dtype fp16 "
         "--muon-ns-backend torch --muon-tp-wire-dtype bf16 --muon-chunk-mb 64 --muon-ckpt-changes accept "
         "--muon-qk-clip-rule exact --muon-qk-clip-norm gains --muon-qk-logits lse --muon-qk-logits-interval 10 "
-        "--muon-qk-log-layers 100 "
+        "--muon-qk-log-layers 100 --muon-variant polargrad --muon-weight-decay-method cautious "
     )
     read = pool.run(parse, 1, flags)[0]
     expected = MuonConfig(
@@ -92,6 +92,8 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         qk_logits="lse",
         qk_logits_interval=10,
         qk_log_layers=100,
+        variant="polargrad",
+        weight_decay_method="cautious",
     )
     assert read == {**dataclasses.asdict(expected), "layer_wise": False, "optimizer": "muon"}
     for field in dataclasses.fields(MuonConfig):
@@ -118,7 +120,7 @@ def test_layer_wise_form(pool: RankPool, flags: str) -> None:
         ("--muon-num-ns-steps 0", "--muon-num-ns-steps 0: give a whole number of at least 1 (5 is usual)."),
         ("--muon-num-ns-steps five", "--muon-num-ns-steps five: give a whole number of at least 1 (5 is usual)."),
         ("--muon-momentum 1.5", "--muon-momentum 1.5: give a number from 0 to below 1 (0.95 is usual)."),
-        ("--muon-scale-mode wide", "--muon-scale-mode wide: choose one of spectral, shape_scaling, unit_rms_norm"),
+        ("--muon-scale-mode wide", "--muon-scale-mode wide: choose one of spectral, moonlight, update_norm"),
         (
             "--muon-tp-mode gather",
             "--muon-tp-mode gather: choose one of auto, owner, gram, duplicated, distributed, blockwise.",
