@@ -425,7 +425,12 @@ def decisions(optimizer: str, checkpoint_format: str) -> bool:
 
 @pytest.mark.parametrize(
     ("optimizer", "checkpoint_format", "by_cost"),
-    [("muon", "torch_dist", True), ("muon", "torch", False), ("adaptive_muon", "torch_dist", False)],
+    [
+        ("muon", "torch_dist", True),
+        ("muon", "torch", False),
+        ("adaptive_muon", "torch_dist", True),
+        ("soap", "torch_dist", False),
+    ],
 )
 def test_when_lists_stay_upstreams(pool: RankPool, optimizer: str, checkpoint_format: str, by_cost: bool) -> None:
     """Other optimizers', and those of ``--ckpt-format torch``, whose files have no names."""
