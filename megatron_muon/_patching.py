@@ -8,19 +8,28 @@ hand them to a :class:`PatchSet`, which
   so that nobody has to import this package first and nothing is imported that the user does not use;
 * also replaces the copies that ``from module import name`` left in other modules;
 * puts everything back on :meth:`PatchSet.revert`.
+
+A Megatron-LM with our git patches (``patches/``) has extension points where these changes belong. A patch whose target
+is one is handed to it, and no attribute is replaced: the function itself asks who wraps it. This is decided for each
+patch, so a fork may take some of the git patches and leave others.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-__all__ = ["Patch", "PatchSet"]
+__all__ = ["EXTENSION_POINTS", "Patch", "PatchSet"]
+
+EXTENSION_POINTS = "megatron.core.extension_points"
+"""The module in which a patched Megatron-LM keeps its extension points, by the targets of patches."""
 
 _MISSING = object()
 
@@ -39,6 +48,10 @@ class Patch:
             the package of ``target``. ``__main__`` is searched too unless the tuple is empty. Empty means no copies
             are replaced, which is needed where the replacement is an object that others hold for its own sake
             (``torch.optim.AdamW``): on revert they would lose it.
+        point: the extension point of a patched Megatron-LM, where it is another function than ``target``.
+        make_at_point: what ``point`` is given in place of ``make``.
+        fixed_by: a word in the source of a ``target`` that needs this change no more, in later versions or with our git
+            patches; None if every version needs it.
     """
 
     target: str
@@ -46,6 +59,9 @@ class Patch:
     reason: str
     create: bool = False
     copies_in: tuple[str, ...] | None = None
+    point: str | None = None
+    make_at_point: Callable[[Any], Any] | None = None
+    fixed_by: str | None = None
 
     @property
     def module(self) -> str:
@@ -64,13 +80,19 @@ class PatchSet:
     Args:
         name: shown in error messages.
         patches: in the order of application; several patches may have the same target, each sees the one before.
+
+    Attributes:
+        active: whether the set is applied.
+        native: targets of the patches that needed no hook so far: an extension point took them, or upstream's function
+            does what they are for.
     """
 
     def __init__(self, name: str, patches: Iterable[Patch] = ()) -> None:
         self.name = name
         self.patches = list(patches)
         self.active = False
-        self._undo: list[tuple[Any, str, Any]] = []
+        self.native: list[str] = []
+        self._undo: list[Callable[[], None]] = []
         self._copied: list[_Copied] = []
 
     def describe(self) -> list[tuple[str, str]]:
@@ -102,14 +124,10 @@ class PatchSet:
         """
         _FINDER.forget(self)
         while self._undo:
-            owner, name, value = self._undo.pop()
-            if value is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
+            self._undo.pop()()
         self._replace_copies([copied.reversed() for copied in reversed(self._copied)])
-        self._undo.clear()
         self._copied.clear()
+        self.native.clear()
         self.active = False
 
     def imported(self, module: ModuleType, patches: Iterable[Patch]) -> None:
@@ -121,6 +139,8 @@ class PatchSet:
 
     def _apply_one(self, module: ModuleType, patch: Patch) -> list[_Copied]:
         """Apply one patch; returns what its module may have handed out to others by ``from module import name``."""
+        if self._give_to_point(patch):
+            return []
         owner: Any = module
         *parents, name = patch.path.split(".")
         for parent in parents:
@@ -132,6 +152,9 @@ class PatchSet:
                 f"{self.name}: {patch.target} does not exist in the installed version, and without it this would not "
                 f"hold: {patch.reason}"
             )
+        if patch.fixed_by is not None and patch.fixed_by in _source_of(original):
+            self.native.append(patch.target)
+            return []
         replacement = patch.make(None if original is _MISSING else original)
         self._set(owner, name, own, replacement)
         unknown = original is _MISSING or original is replacement or _is_constant(replacement)
@@ -144,8 +167,22 @@ class PatchSet:
             return []
         return [copied]
 
+    def _give_to_point(self, patch: Patch) -> bool:
+        """Hand the patch to the extension point that its target is in a patched Megatron-LM, if it is one."""
+        points = getattr(sys.modules.get(EXTENSION_POINTS), "points", {})
+        point = points.get(patch.point or patch.target)
+        if point is None:
+            return False
+        make = patch.make_at_point or patch.make
+        point.add(make)
+        self._undo.append(functools.partial(point.remove, make))
+        self.native.append(patch.target)
+        return True
+
     def _set(self, owner: Any, name: str, original: Any, value: Any) -> None:
-        self._undo.append((owner, name, original))
+        missing = original is _MISSING
+        back = functools.partial(delattr, owner, name) if missing else functools.partial(setattr, owner, name, original)
+        self._undo.append(back)
         setattr(owner, name, value)
 
     def _replace_copies(self, copied: Sequence[_Copied]) -> None:
@@ -166,6 +203,14 @@ class PatchSet:
                     current = entry.replacement
                 if current is not value:
                     self._set(module, attribute, value, current)
+
+
+def _source_of(value: Any) -> str:
+    """The source of a function; empty if there is only its code."""
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return ""
 
 
 def _is_constant(value: Any) -> bool:

@@ -1,9 +1,12 @@
 """The hooks into Megatron-Core. No other room but ``cpu`` knows its internals.
 
-Each file holds the hooks of one subject as a function ``patches()``; :func:`install` applies them all.
+Each file holds the hooks of one subject as a function ``patches()``; :func:`install` applies them all. In a Megatron-LM
+with the git patches of ``patches/`` they are given to its extension points, and :func:`load` needs no call.
 """
 
 from __future__ import annotations
+
+import os
 
 from megatron_muon._patching import Patch, PatchSet
 from megatron_muon.config import MuonConfig
@@ -14,6 +17,7 @@ from megatron_muon.plugin import (
     datasets,
     factory,
     layer_wise,
+    native,
     optimizer_config,
     options,
     ownership,
@@ -23,7 +27,7 @@ from megatron_muon.plugin import (
 )
 from megatron_muon.plugin.version import check_megatron_core
 
-__all__ = ["describe", "install", "is_installed", "uninstall"]
+__all__ = ["describe", "install", "is_installed", "load", "uninstall"]
 
 
 def _all_patches() -> list[Patch]:
@@ -40,7 +44,7 @@ def _all_patches() -> list[Patch]:
         qk_clip,
         recording,
     )
-    return [patch for room in rooms for patch in room.patches()]
+    return native.for_points(patch for room in rooms for patch in room.patches())
 
 
 _PATCHES = PatchSet("megatron_muon", _all_patches())
@@ -50,7 +54,8 @@ def install(config: MuonConfig | None = None) -> None:
     """Make Megatron-Core's optimizer factory and command line use this package's Muon.
 
     May be called any number of times, before or after the import of Megatron-Core; nothing is imported for it. Call it
-    before the model and the ``OptimizerConfig`` are built. :func:`uninstall` undoes it.
+    before the model and the ``OptimizerConfig`` are built. :func:`uninstall` undoes it. Where Megatron-LM has extension
+    points for some of the hooks, or needs them no more, only the others are made, and a line says so.
 
     Args:
         config: routing options other than the defaults, for code that wraps its model in DDP with the distributed
@@ -63,6 +68,7 @@ def install(config: MuonConfig | None = None) -> None:
     if not _PATCHES.active:
         check_megatron_core()
         _PATCHES.apply()
+        _print_native()
     if config is not None:
         options.set_current(config.validate())
 
@@ -78,6 +84,28 @@ def is_installed() -> bool:
     return _PATCHES.active
 
 
+def load() -> None:
+    """What a patched Megatron-LM calls, before its first extension point runs, where this package is installed."""
+    install()
+
+
 def describe() -> list[tuple[str, str]]:
-    """``(target, reason)`` of every hook."""
-    return _PATCHES.describe()
+    """``(target, reason)`` of every hook; the reason says so where the Megatron-Core on the path needs no hook."""
+    found = set(native.native_targets(_PATCHES.patches))
+    return [
+        (target, f"{reason} (native: nothing is hooked)" if target in found else reason)
+        for target, reason in _PATCHES.describe()
+    ]
+
+
+def _print_native() -> None:
+    """Say what is native, if anything is, on the first rank."""
+    found = native.native_targets(_PATCHES.patches)
+    if not found or os.environ.get("RANK", "0") != "0":
+        return
+    hooked = list(dict.fromkeys(patch.target for patch in _PATCHES.patches if patch.target not in found))
+    rest = f"hooked: {', '.join(hooked)}" if hooked else "nothing is hooked"
+    print(
+        f"megatron_muon: this Megatron-LM has {len(found)} of {len(found) + len(hooked)} hooks natively; {rest}",
+        flush=True,
+    )

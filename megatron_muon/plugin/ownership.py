@@ -80,6 +80,10 @@ def _with_tag(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        # A patched Megatron-LM tags in_proj itself, which would outweigh --muon-gdn-in-proj as a user's tag does.
+        weight = getattr(self.in_proj, "weight", None)
+        if weight is not None and hasattr(weight, "skip_orthogonalization"):
+            del weight.skip_orthogonalization
         tag(self, options.current())
 
     return __init__

@@ -13,6 +13,22 @@ __all__ = ["SUPPORTED", "check_megatron_core"]
 SUPPORTED = (0, 19)
 """Major and minor version of megatron-core whose internals the hooks are written for."""
 
+KNOWN: dict[tuple[int, ...], str] = {
+    (
+        0,
+        18,
+    ): "0.18 lacks functions that are hooked (GatedDeltaNet's base class, the metadata of fp32 copies), and others "
+    "differ; patches/core_v0.18.2 has the fixes that need no plug-in.",
+    (
+        0,
+        20,
+    ): "0.20 has use_muon = False for weights that Muon leaves alone (this package reads it too) and other functions "
+    "where the layer-wise optimizer and checkpoints are hooked.",
+}
+"""What is known about other versions."""
+
+ELSE = "docs/upgrading.md says how to find what has moved, and how to carry the hooks over."
+
 
 def check_megatron_core() -> None:
     """Refuse a missing or unsupported megatron-core, without importing it.
@@ -38,5 +54,10 @@ def check_megatron_core() -> None:
         raise ConfigError(
             f"megatron-core {'.'.join(map(str, found)) or 'of an unknown version'} in {folder} is not supported: this "
             f"version of megatron-muon hooks megatron-core {wanted}.x. Install 'megatron-core=={wanted}.*', or put a "
-            f"checkout of Megatron-LM at core_v{wanted}.0 first on the path."
+            f"checkout of Megatron-LM at core_v{wanted}.0 first on the path. {_known(found)}"
         )
+
+
+def _known(found: tuple[int, ...]) -> str:
+    """What users of another version can be told."""
+    return " ".join(filter(None, (KNOWN.get(found[:2]), ELSE)))

@@ -123,9 +123,14 @@ def test_install_imports_neither_megatron_core_nor_training() -> None:
 
 
 @pytest.mark.parametrize(
-    "version,message", [((0, 18, 2), "megatron-core 0.18.2 in "), ((0, 20, 0), "megatron-core 0.20.0 in ")]
+    "version,message,known",
+    [
+        ((0, 18, 2), "megatron-core 0.18.2 in ", "GatedDeltaNet's base class"),
+        ((0, 20, 0), "megatron-core 0.20.0 in ", "use_muon = False"),
+        ((0, 21, 1), "megatron-core 0.21.1 in ", "first on the path. docs/upgrading.md says"),
+    ],
 )
-def test_other_versions_are_refused(tmp_path, version: tuple[int, int, int], message: str) -> None:
+def test_other_versions_are_refused(tmp_path, version: tuple[int, int, int], message: str, known: str) -> None:
     package = tmp_path / "megatron" / "core"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise AssertionError('must not be imported')\n")
@@ -142,6 +147,7 @@ def test_other_versions_are_refused(tmp_path, version: tuple[int, int, int], mes
     """
     output = run(code)
     assert output.startswith(message) and "hooks megatron-core 0.19.x" in output and output.endswith("False\n")
+    assert known in output and "docs/upgrading.md says how to find what has moved" in output
 
 
 def test_missing_megatron_core_is_refused() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
-from megatron_muon._patching import Patch, PatchSet
+from megatron_muon._patching import EXTENSION_POINTS, Patch, PatchSet
 
 SOURCES = {
     "__init__.py": "",
@@ -124,5 +127,71 @@ def test_apply_and_revert_twice(package: str) -> None:
     patches.apply()
     assert source.greet() == "HELLO"
     patches.revert()
+    patches.revert()
+    assert source.greet() == "hello"
+
+
+@pytest.fixture
+def points(package: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The extension points of a patched upstream, whose ``greet`` is one."""
+    path = Path(__file__).parents[2] / "tools" / "upstream" / "extension_points.py"
+    spec = importlib.util.spec_from_file_location(EXTENSION_POINTS, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module._loaded = True
+    monkeypatch.setitem(sys.modules, EXTENSION_POINTS, module)
+    source = Path(importlib.import_module(package).__path__[0], "source.py")
+    head = f"from {EXTENSION_POINTS} import extension_point\n"
+    source.write_text(head + source.read_text().replace("def greet", "@extension_point\ndef greet"))
+    for name in ("megatron", "megatron.core"):  # no import of the real ones for it
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name) or ModuleType(name))
+    return module.points
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_point_is_given_what_is_for_it(package: str, points: dict[str, Any], imported: bool) -> None:
+    """Several sets, reverted in any order; no attribute is replaced."""
+    if imported:
+        importlib.import_module(f"{package}.user")
+    shout = Patch("upstream_example.source:greet", lambda original: lambda: original() + "!", "for the test")
+    size = Patch("upstream_example.source:Child.size", lambda size: size + 1, "no point")
+    one, two = PatchSet("one", [GREET, size]), PatchSet("two", [shout])
+    one.apply()
+    two.apply()
+    user, source = importlib.import_module(f"{package}.user"), importlib.import_module(f"{package}.source")
+    assert user.greet is user.hail is source.greet is points["upstream_example.source:greet"].call
+    assert user.greet() == "HELLO!" and source.Child.size == 2
+    assert (one.native, two.native) == (["upstream_example.source:greet"], ["upstream_example.source:greet"])
+    one.revert()
+    assert user.greet() == "hello!" and source.Child.size == 1 and one.native == []
+    two.revert()
+    assert user.greet() == "hello" and user.greet is source.greet
+
+
+def test_a_point_with_another_name(package: str, points: dict[str, Any]) -> None:
+    value = Patch(
+        "upstream_example.source:flag",
+        lambda original: "on",
+        "for the test",
+        point="upstream_example.source:greet",
+        make_at_point=lambda original: lambda: original() + " at the point",
+    )
+    patches = PatchSet("test", [value])
+    patches.apply()
+    source = importlib.import_module(f"{package}.source")
+    assert source.greet() == "hello at the point" and source.flag is None
+    assert patches.native == ["upstream_example.source:flag"]
+    patches.revert()
+    assert source.greet() == "hello"
+
+
+@pytest.mark.parametrize("word,native", [('"hello"', True), ("bonjour", False)])
+def test_what_is_fixed_upstream_is_left_alone(package: str, word: str, native: bool) -> None:
+    patches = PatchSet("test", [Patch("upstream_example.source:greet", louder, "for the test", fixed_by=word)])
+    source = importlib.import_module(f"{package}.source")
+    patches.apply()
+    assert source.greet() == ("hello" if native else "HELLO")
+    assert patches.native == (["upstream_example.source:greet"] if native else [])
     patches.revert()
     assert source.greet() == "hello"

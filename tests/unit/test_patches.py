@@ -1,0 +1,228 @@
+"""The git patches: what the tool makes, applied by git, and this package on sources that have all or some of them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_muon import plugin
+from tests.patched import patched_tree, run, stored_patches
+from tools.upstream.__main__ import ROOT, folder_of, installed, version_of
+from tools.upstream.build import build
+from tools.upstream.edits import Change, path_of
+from tools.upstream.git import AUTHOR, EMAIL
+from tools.upstream.series import RELEASES
+
+VERSION = version_of(installed())
+pytestmark = pytest.mark.skipif(VERSION not in RELEASES, reason=f"no patches for megatron-core {VERSION}")
+SERIES = RELEASES["0.19.2"]
+OTHER_NAMES = {  # extension points are functions, these hooks' targets are not
+    "megatron.core.optimizer.emerging_optimizers:get_emerging_optimizers": (
+        "megatron.core.optimizer.emerging_optimizers:_EMERGING_OPTIMIZERS"
+    ),
+    "megatron.core.extensions.transformer_engine:TEDotProductAttention.__init__": (
+        "megatron.core.extensions.transformer_engine:TEDotProductAttention"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tree() -> Iterator[Path]:
+    with patched_tree() as folder:
+        yield folder
+
+
+def targets(changes: tuple[Change, ...]) -> set[str]:
+    """The targets of the hooks that ``changes`` make native."""
+    return {OTHER_NAMES.get(name, name) for change in changes for name in (*change.points, *change.fixes)}
+
+
+def closure(change: Change) -> set[int]:
+    """The numbers in the series of a change and of what it needs."""
+    found = {SERIES.index(change)}
+    return found.union(*(closure(needed) for needed in change.needs))
+
+
+def test_the_patches_are_what_the_tool_makes() -> None:
+    made = build(installed(), RELEASES[VERSION])
+    assert {path.name: path.read_bytes() for path in stored_patches()} == made
+
+
+def test_every_hook_has_a_patch() -> None:
+    hooks = {target for target, _ in plugin.describe()}
+    missing = hooks - targets(SERIES)
+    assert not missing, f"tools/upstream/series.py has no patch for {sorted(missing)}"
+    assert targets(SERIES) == hooks
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "patches").glob("core_v*")), ids=lambda folder: folder.name)
+def test_every_patch_can_be_sent(folder: Path) -> None:
+    """An author without a machine, a message that says why, lines that fit, and nothing of this package."""
+    for path in folder.glob("*.patch"):
+        text = path.read_text()
+        header, _, diff = text.partition("\ndiff --git ")
+        assert f"\nFrom: {AUTHOR} <{EMAIL}>\n" in header, path.name
+        assert len(re.split(r"\n\n", header)) >= 2 and all(len(line) <= 80 for line in header.splitlines()), path.name
+        added = [line[1:] for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++")]
+        assert added and all(len(line) <= 100 and line == line.rstrip() for line in added), path.name
+        assert not re.search(r"megatron_muon|/(work|home|tmp|root|usr)/", "\n".join(added)), path.name
+
+
+@pytest.mark.parametrize("version", RELEASES)
+def test_patches_follow_the_series(version: str) -> None:
+    """Those of other versions cannot be made again without the sources: at least messages and lines are the series'."""
+    paths = sorted(folder_of(version).glob("*.patch"))
+    assert len(paths) == len(RELEASES[version])
+    for path, change in zip(paths, RELEASES[version], strict=True):
+        header, _, diff = path.read_text().partition("\ndiff --git ")
+        assert change.body in header and change.subject in header.replace("\n ", " "), path.name
+        added = "".join(f"{line[1:]}\n" for line in diff.splitlines() if line.startswith("+"))
+        for edit in change.edits:
+            assert f"+++ b/{edit.path}\n" in diff, path.name
+            new = [line for line in edit.new.splitlines() if line.strip() and line not in edit.old.splitlines()]
+            assert all(line in added for line in new), path.name
+
+
+def test_the_index_names_every_patch() -> None:
+    text = (ROOT / "patches" / "README.md").read_text()
+    for folder in (ROOT / "patches").glob("core_v*"):
+        for path in folder.glob("*.patch"):
+            assert path.stem.split("-")[0] in text and path.read_text(), path.name
+    for change in SERIES:
+        assert change.subject in text, change.subject
+        for target in targets((change,)):
+            assert target.rpartition(":")[2] in text, target
+
+
+@pytest.mark.parametrize("change", SERIES, ids=lambda change: change.subject)
+def test_each_applies_with_no_more_than_it_needs(change: Change) -> None:
+    paths = {path_of(installed(), name) for each in SERIES for name in each.points} | {
+        edit.path for each in SERIES for edit in each.edits
+    }
+    with patched_tree([stored_patches()[number] for number in sorted(closure(change))], paths) as tree:
+        for name in (*change.points, *change.fixes):
+            text = (tree / path_of(tree, name)).read_text()
+            compile(text, name, "exec")
+            imported = "from megatron.core.extension_points import extension_point\n" in text
+            assert imported == bool(re.search(r"@extension_point|= extension_point\(", text)), name
+
+
+EVERYTHING = """
+import importlib, json, sys
+TARGETS = json.loads(sys.argv[1]) if len(sys.argv) > 1 else []
+def load_all():
+    from megatron_muon import plugin
+    for module in sorted({patch.module for patch in plugin._PATCHES.patches}):
+        importlib.import_module(module)
+def snapshot():
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.") and name != "megatron.core.extension_points":
+            for attribute, value in list(vars(module).items()):
+                found[name, attribute] = id(value)
+                if isinstance(value, type) and value.__module__.startswith("megatron."):
+                    for member, inner in list(vars(value).items()):
+                        found[name, attribute, member] = id(inner)
+    return found
+"""
+
+
+CHECK_POINTS = """
+from megatron.core.extension_points import load_plugins, points
+load_plugins()  # finds this package, which is installed
+assert all("(native: nothing is hooked)" in reason for _, reason in plugin.describe())
+print(json.dumps({name: len(point._makes) for name, point in points.items()}))
+megatron_muon.uninstall()
+assert all(point.current is point.original for point in points.values())
+assert snapshot() == before
+"""
+
+
+def check_points(output: str, announcements: int) -> None:
+    """Each point has each hook once, and each installation said that nothing was hooked."""
+    *said, counts = output.splitlines()
+    hooks = [target for target, _ in plugin.describe()]
+    count = len(set(hooks))
+    line = f"megatron_muon: this Megatron-LM has {count} of {count} hooks natively; nothing is hooked"
+    assert said == [line] * announcements
+    fixed = {target for change in SERIES for target in change.fixes}
+    expected = {target: hooks.count(target) for target in hooks if target not in fixed}
+    assert {OTHER_NAMES.get(name, name): made for name, made in json.loads(counts).items()} == expected
+
+
+def test_the_first_call_finds_the_plugin(tree: Path) -> None:
+    """Imports do not; install() after it hooks nothing."""
+    code = EVERYTHING + textwrap.dedent("""
+        import megatron.core.optimizer, megatron.training.training
+        assert not [name for name in sys.modules if name.startswith("megatron_muon")]
+        megatron.core.optimizer.OptimizerConfig(optimizer="muon", lr=0.1)
+        import megatron_muon
+        from megatron_muon import plugin
+        assert plugin.is_installed()
+        load_all()
+        during = snapshot()
+        megatron_muon.install()
+        plugin.uninstall()
+        before = snapshot()
+        assert during == before, [key for key in during if during[key] != before.get(key)]
+        megatron_muon.install()
+    """)
+    check_points(run(code + CHECK_POINTS, tree), 2)
+
+
+def test_install_before_the_imports_hooks_nothing_twice(tree: Path) -> None:
+    """No attribute of Megatron is replaced."""
+    code = EVERYTHING + textwrap.dedent("""
+        import megatron_muon
+        from megatron_muon import plugin
+        megatron_muon.install()
+        assert not [name for name in sys.modules if name.startswith("megatron.")]
+        load_all()
+        during = snapshot()
+        megatron_muon.uninstall()
+        before = snapshot()
+        assert during == before, [key for key in during if during[key] != before.get(key)]
+        megatron_muon.install()
+    """)
+    check_points(run(code + CHECK_POINTS, tree), 2)
+
+
+def test_a_fork_with_some_of_the_patches() -> None:
+    """What it has is native, what it lacks is hooked: each target one of the two, and without install() too."""
+    some = [0, 1, 5, 7]  # the predicate, the tag, extension points, ownership
+    native = targets(tuple(SERIES[number] for number in some))
+    code = EVERYTHING + textwrap.dedent("""
+        load_all()
+        before = snapshot()
+        import torch
+        from megatron.core.optimizer.emerging_optimizers import _is_nonlinear_or_embedding
+        assert not _is_nonlinear_or_embedding(torch.nn.Parameter(torch.ones(2, 2)))
+        from megatron_muon import plugin
+        assert plugin.is_installed()
+        for target, reason in plugin.describe():
+            module, _, path = target.partition(":")
+            key = (module, *path.split("."))
+            replaced = snapshot()[key] != before.get(key)
+            print(json.dumps([target, "(native" in reason, replaced]))
+    """)
+    with patched_tree([stored_patches()[number] for number in some]) as tree:
+        said, *lines = run(code, tree).splitlines()
+    count = len({target for target, _ in plugin.describe()})
+    assert said.startswith(f"megatron_muon: this Megatron-LM has {len(native)} of {count} hooks natively; hooked: ")
+    for target, is_native, replaced in map(json.loads, lines):
+        assert is_native == (target in native), target
+        if not target.endswith("TEDotProductAttention"):  # hooked, but without TransformerEngine nothing is replaced
+            assert replaced == (target not in native), target
+
+
+def test_upstream_style(tree: Path) -> None:
+    """Points are declared right on the function; the new module imports the standard library alone."""
+    module = ast.parse((tree / "megatron/core/extension_points.py").read_text())
+    imported = [node.module for node in ast.walk(module) if isinstance(node, ast.ImportFrom)]
+    assert imported == ["collections.abc", "importlib.metadata", "typing"]

@@ -1,0 +1,1 @@
+"""What ``patches/`` is made of: extension points, small fixes, and the messages of their commits."""
