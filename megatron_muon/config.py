@@ -69,6 +69,10 @@ def _positive(value: Any) -> str | None:
     return None if _is_number(value) and value > 0.0 and math.isfinite(value) else "give a positive number"
 
 
+def _tolerance(value: Any) -> str | None:
+    return None if _is_number(value) and 0.0 < value <= 1.0 else "give a number above 0, at most 1 (0.01 is usual)"
+
+
 def _not_negative(value: Any) -> str | None:
     return None if _is_number(value) and value >= 0.0 and math.isfinite(value) else "give a number of at least 0"
 
@@ -293,6 +297,18 @@ class MuonConfig:
         "What differs from plain Muon: polargrad, the update times the nuclear norm of the momentum; hyperball, "
         "weights keep their Frobenius norm and the learning rate is an angle; none.",
         check=_variant,
+    )
+    sphere_radius: float = _knob(
+        2.0,
+        "Spectral norm of m x n matrices with --optimizer spectral_sphere, in units of sqrt(m / n). 0: what each has "
+        "at the start.",
+        check=_not_negative,
+    )
+    sphere_tolerance: float = _knob(
+        0.01,
+        "How closely --optimizer spectral_sphere solves for its multiplier: 3 + log2(1 / tolerance) iterations a step; "
+        "1: one, without the multiplier (MuonSphere).",
+        check=_tolerance,
     )
     weight_decay_method: str = _knob(
         "decoupled",

@@ -20,7 +20,7 @@ from megatron_muon.orthogonalize.gram import prescale
 from megatron_muon.orthogonalize.newton_schulz import normalized
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["Part", "Reduce", "Wire", "execute"]
+__all__ = ["Part", "Read", "Reduce", "Wire", "Write", "execute", "visit"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,32 @@ def execute(
         previous, task = task, following
     if previous is not None:
         previous.finish()
+
+
+def visit(
+    plan: Plan,
+    orthogonalizer: Orthogonalizer,
+    exchanges: Mapping[str, Exchange],
+    wire: Wire,
+    local_dtype: torch.dtype,
+    counters: Counters,
+    look: Write,
+) -> None:
+    """Show all matrices of a plan, chunk after chunk, without orthogonalizing anything.
+
+    Args:
+        plan: as of :func:`execute`.
+        orthogonalizer: as of :func:`execute`.
+        exchanges: as of :func:`execute`.
+        wire: as of :func:`execute`.
+        local_dtype: of the batches that ``look`` is given, whose contents mean nothing.
+        counters: to be increased by what ``look`` sends.
+        look: called for each chunk, on all ranks of its group.
+    """
+    run = _Run(plan, orthogonalizer, wire, local_dtype, counters, lambda parts, slots: None, look)
+    for chunk in plan.chunks:
+        task = _TASKS[chunk.mode](run, chunk, exchanges.get(chunk.group))
+        task.unpack(task.pack(local_dtype))
 
 
 class _Task:

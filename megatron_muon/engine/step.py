@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_muon.engine.choose import choose_plan
 from megatron_muon.engine.describe import describe
 from megatron_muon.engine.exchange import Counters, Exchange
-from megatron_muon.engine.execute import Read, Wire, Write, execute
+from megatron_muon.engine.execute import Read, Wire, Write, execute, visit
 from megatron_muon.engine.modes import GRAM, Machine, Sizes
 from megatron_muon.engine.plan import Plan, Policy, Weight
 from megatron_muon.errors import ConfigError
@@ -106,6 +106,16 @@ class StepEngine:
             self.plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, read, write
         )
         self.counters.steps += 1
+
+    def visit(self, look: Write) -> None:
+        """Show all matrices, without orthogonalizing anything.
+
+        Args:
+            look: called for each chunk with its parts, batches of their shapes, and the sum over the ranks of a part.
+        """
+        if not self._agreed:
+            self._check_agreement()
+        visit(self.plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, look)
 
     def _check_agreement(self) -> None:
         """Compare the plans of all ranks of each group: a difference would hang the step or mix up weights."""

@@ -28,7 +28,7 @@ from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.scale import UPDATE_NORM, scale_factor
 from megatron_muon.routing.layout import ORTHOGONALIZE, SCALAR, MatrixLayout, layout_of
 
-__all__ = ["Muon"]
+__all__ = ["Job", "Muon", "reader"]
 
 
 class Muon(torch.optim.Optimizer):
@@ -203,12 +203,15 @@ class Muon(torch.optim.Optimizer):
         jobs = [job for group in self.param_groups for job in self._begin_group(group)]
         if jobs:
             with _matmul_precision(self.config.fp32_matmul_prec):
-                self._engine_for([job.param for job in jobs]).run(
-                    _reader(self.config.nesterov, jobs, self.variant), self._writer(jobs)
-                )
+                self._update_matrices(jobs)
         for group in self.param_groups:
             self._step_scalar_rows(group, [job for job in jobs if job.group is group])
         return loss
+
+    def _update_matrices(self, jobs: list[Job]) -> None:
+        """P2 to P7, for all matrices."""
+        engine = self._engine_for([job.param for job in jobs])
+        engine.run(reader(self.config.nesterov, jobs, self.variant), self._writer(jobs))
 
     def prepare(self) -> StepEngine | None:
         """Plan the step for all parameters, without communication; the step makes up for it if this is not called.
@@ -231,7 +234,7 @@ class Muon(torch.optim.Optimizer):
                 state.setdefault(SECOND_MOMENT, torch.zeros_like(param))
             self.variant.init_state(param, state)
 
-    def _begin_group(self, group: dict[str, Any]) -> list[_Job]:
+    def _begin_group(self, group: dict[str, Any]) -> list[Job]:
         """Everything elementwise that precedes the iteration: momentum and weight decay."""
         self._init_group(group)
         params = [param for param in group["params"] if param.grad is not None]
@@ -249,7 +252,7 @@ class Muon(torch.optim.Optimizer):
         factor = self._decay_factor(group)
         if factor != 1.0:
             torch._foreach_mul_(_rows(params, layouts), factor)
-        return [_Job(group, *job) for job in zip(params, grads, buffers, strict=True)]
+        return [Job(group, *job) for job in zip(params, grads, buffers, strict=True)]
 
     def _decay_factor(self, group: dict[str, Any]) -> float:
         """What weights are multiplied by before the update is added; 1 for the methods that act elsewhere."""
@@ -272,7 +275,7 @@ class Muon(torch.optim.Optimizer):
             raise ConfigError("--muon-weight-decay-method independent_scheduled without --lr: give the peak rate.")
         return peak
 
-    def _step_scalar_rows(self, group: dict[str, Any], jobs: list[_Job]) -> None:
+    def _step_scalar_rows(self, group: dict[str, Any], jobs: list[Job]) -> None:
         mixed = [job for job in jobs if layout_of(job.param).has_scalar_rows]
         if not mixed:
             return
@@ -323,7 +326,7 @@ class Muon(torch.optim.Optimizer):
     def _groups(self) -> dict[str, dist.ProcessGroup | None]:
         return {"tensor-parallel": self.tp_group, "expert tensor-parallel": self.expert_tp_group}
 
-    def _writer(self, jobs: list[_Job]) -> Write:
+    def _writer(self, jobs: list[Job]) -> Write:
         """Applies directions to the weights."""
         measured = self.config.scale_mode == UPDATE_NORM
         cautious = self.config.weight_decay_method == "cautious" and self.variant.decays
@@ -351,9 +354,7 @@ class Muon(torch.optim.Optimizer):
 
         return write
 
-    def _matrices(
-        self, jobs: list[_Job], parts: list[Part], directions: list[torch.Tensor], reduce: Reduce
-    ) -> Matrices:
+    def _matrices(self, jobs: list[Job], parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> Matrices:
         pairs = zip(parts, directions, strict=True)
         return Matrices([self._update(jobs[part.item.weight], part, each) for part, each in pairs], reduce)
 
@@ -367,7 +368,7 @@ class Muon(torch.optim.Optimizer):
         tiny = torch.finfo(adapted[0].dtype).tiny
         return [x * (size / norm.clamp_min(tiny)) for x, size, norm in zip(adapted, wanted, norms, strict=True)]
 
-    def _update(self, job: _Job, part: Part, direction: torch.Tensor) -> Update:
+    def _update(self, job: Job, part: Part, direction: torch.Tensor) -> Update:
         weight = self._weight(job.param)
         return Update(
             param=job.param,
@@ -384,7 +385,7 @@ class Muon(torch.optim.Optimizer):
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """A parameter in one step."""
 
     group: dict[str, Any]
@@ -399,7 +400,7 @@ def _decay_cautiously(views: list[tuple[torch.Tensor, torch.Tensor]], rate: floa
         weight.sub_(weight * (weight * direction > 0), alpha=rate)
 
 
-def _reader(nesterov: bool, jobs: list[_Job], variant: Variant) -> Read:
+def reader(nesterov: bool, jobs: list[Job], variant: Variant) -> Read:
     """Packs the momentum, or Nesterov's mix of gradient and momentum."""
 
     def read(parts: list[Part], slots: list[torch.Tensor]) -> None:

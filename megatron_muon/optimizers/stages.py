@@ -94,11 +94,38 @@ class Matrices:
 
     def row_sums(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The sum of each row of each matrix: (matrices, rows on this rank, 1) for each update."""
-        found = [tensor.sum(dim=-1, keepdim=True) for tensor in tensors]
-        divided = [index for index, update in enumerate(self.updates) if update.divides_columns]
-        for index, total in zip(divided, self._add_up([found[index] for index in divided]), strict=True):
-            found[index] = total
-        return found
+        return self._over_columns([tensor.sum(dim=-1, keepdim=True) for tensor in tensors])
+
+    def row_products(self, tensors: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """W v: (matrices, rows on this rank, 1) from (matrices, columns on this rank, 1), for each update."""
+        return self._over_columns([tensor @ vector for tensor, vector in zip(tensors, vectors, strict=True)])
+
+    def column_products(self, tensors: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """W^T u: (matrices, columns on this rank, 1) from (matrices, rows on this rank, 1), for each update."""
+        return self._over_rows([tensor.mT @ vector for tensor, vector in zip(tensors, vectors, strict=True)])
+
+    def norms_over_rows(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The norm of vectors with an entry for each row, (matrices, rows on this rank, 1): (matrices, 1, 1)."""
+        squares = [vector.square().sum(dim=-2, keepdim=True) for vector in vectors]
+        return [total.sqrt() for total in self._over_rows(squares)]
+
+    def norms_over_columns(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The norm of vectors with an entry for each column, (matrices, columns on this rank, 1): (matrices, 1, 1)."""
+        squares = [vector.square().sum(dim=-2, keepdim=True) for vector in vectors]
+        return [total.sqrt() for total in self._over_columns(squares)]
+
+    def _over_columns(self, partial: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Complete sums over columns: where ranks have all columns, each has the whole sum."""
+        return self._add_up_some(partial, [update.divides_columns for update in self.updates])
+
+    def _over_rows(self, partial: list[torch.Tensor]) -> list[torch.Tensor]:
+        return self._add_up_some(partial, [not update.divides_columns for update in self.updates])
+
+    def _add_up_some(self, partial: list[torch.Tensor], divided: Sequence[bool]) -> list[torch.Tensor]:
+        indices = [index for index, is_divided in enumerate(divided) if is_divided]
+        for index, total in zip(indices, self._add_up([partial[index] for index in indices]), strict=True):
+            partial[index] = total
+        return partial
 
     def norms(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The Frobenius norm of each matrix: (matrices, 1, 1) for each update."""

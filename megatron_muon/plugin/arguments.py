@@ -12,7 +12,7 @@ from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
-from megatron_muon.plugin.optimizer_config import REFUSED, is_ours, refuse
+from megatron_muon.plugin.optimizer_config import OPTIMIZERS, REFUSED, is_ours, refuse
 
 __all__ = ["from_arguments", "patches"]
 
@@ -50,6 +50,7 @@ def _with_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[..
                 _add_flag(group, field)
         finally:
             parser.conflict_handler = handler
+        _add_optimizers(parser)
         _mend_help(parser)
         return parser
 
@@ -78,6 +79,13 @@ def _add_flag(group: argparse._ArgumentGroup, field: Field[Any]) -> None:
         group.add_argument(
             option, dest=dest, type=_parse(kind), default=field.default, metavar=kind.__name__.upper(), help=help_text
         )
+
+
+def _add_optimizers(parser: argparse.ArgumentParser) -> None:
+    """``--optimizer`` takes the names of a fixed list."""
+    for action in parser._actions:
+        if action.dest == "optimizer" and action.choices is not None:
+            action.choices = list(dict.fromkeys([*action.choices, *OPTIMIZERS]))
 
 
 def _mend_help(parser: argparse.ArgumentParser) -> None:

@@ -17,11 +17,11 @@ from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig
 from megatron_muon.errors import ConfigError
 
-__all__ = ["REFUSED", "check_optimizer_config", "is_layer_wise", "is_ours", "patches", "refuse"]
+__all__ = ["OPTIMIZERS", "REFUSED", "check_optimizer_config", "is_layer_wise", "is_ours", "patches", "refuse"]
 
 _CONFIG = "megatron.core.optimizer.optimizer_config:OptimizerConfig"
 
-OPTIMIZERS = ("muon", "adaptive_muon")
+OPTIMIZERS = ("muon", "adaptive_muon", "spectral_sphere")
 """Names that this package registers; ``dist_<name>`` is Megatron's older spelling for the layer-wise form."""
 
 

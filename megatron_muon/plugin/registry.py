@@ -38,6 +38,7 @@ def _with_our_entries(original: dict[str, Any]) -> dict[str, Any]:
 
     from megatron_muon.optimizers.adaptive import AdaptiveMuon
     from megatron_muon.optimizers.muon import Muon
+    from megatron_muon.optimizers.sphere import SpectralSphere
 
     ours = ParamKey(predicate=ParamPredicate(name=_PREDICATE, fn=_is_nonlinear_or_embedding))
 
@@ -49,7 +50,11 @@ def _with_our_entries(original: dict[str, Any]) -> dict[str, Any]:
         return dataclasses.replace(entry, default_param_overrides=overrides)
 
     entries = {name: with_our_predicate(entry) for name, entry in original.items()}
-    for name, cls, kwargs in (("muon", Muon, _muon_kwargs), ("adaptive_muon", AdaptiveMuon, _adaptive_kwargs)):
+    for name, cls, kwargs in (
+        ("muon", Muon, _muon_kwargs),
+        ("adaptive_muon", AdaptiveMuon, _adaptive_kwargs),
+        ("spectral_sphere", SpectralSphere, _sphere_kwargs),
+    ):
         entries[name] = EmergingOptimizerEntry(
             optimizer_cls=cls,
             init_state_fn=_init_state,
@@ -114,15 +119,34 @@ def _muon_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collec
 
 def _adaptive_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
     """Those of :class:`megatron_muon.optimizers.adaptive.AdaptiveMuon`: Megatron's own flags, too."""
-    kwargs = _muon_kwargs(config, model_chunks, pg_collection)
-    variant = kwargs.pop("variant")
-    if variant != "none":
-        raise ConfigError(
-            f"{flag('variant')} {variant} with --optimizer adaptive_muon: these are two variants; give one of them."
-        )
     return {
-        **kwargs,
+        **_kwargs_without_variant(config, model_chunks, pg_collection),
         "moment2_method": config.adaptive_muon_moment2_method,
         "beta2": config.adaptive_muon_beta2,
         "moment2_eps": config.adaptive_muon_eps,
     }
+
+
+def _sphere_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
+    """Those of :class:`megatron_muon.optimizers.sphere.SpectralSphere`."""
+    muon = MuonConfig.from_optimizer_config(config)
+    if muon.scalar_optimizer != "adam":
+        raise ConfigError(
+            f"{flag('scalar_optimizer')} {muon.scalar_optimizer} with --optimizer spectral_sphere: Megatron-Core knows "
+            "it for muon and adaptive_muon only; use adam."
+        )
+    return {
+        **_kwargs_without_variant(config, model_chunks, pg_collection),
+        "radius": muon.sphere_radius,
+        "tolerance": muon.sphere_tolerance,
+    }
+
+
+def _kwargs_without_variant(config: Any, model_chunks: Any, pg_collection: Any) -> dict[str, Any]:
+    kwargs = _muon_kwargs(config, model_chunks, pg_collection)
+    variant = kwargs.pop("variant")
+    if variant != "none":
+        raise ConfigError(
+            f"{flag('variant')} {variant} with --optimizer {config.optimizer}: these are two variants; give one."
+        )
+    return kwargs

@@ -56,6 +56,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         "--muon-ns-backend torch --muon-tp-wire-dtype bf16 --muon-chunk-mb 64 --muon-ckpt-changes accept "
         "--muon-qk-clip-rule exact --muon-qk-clip-norm gains --muon-qk-logits lse --muon-qk-logits-interval 10 "
         "--muon-qk-log-layers 100 --muon-variant polargrad --muon-weight-decay-method cautious "
+        "--muon-sphere-radius 1.5 --muon-sphere-tolerance 0.1 "
     )
     read = pool.run(parse, 1, flags)[0]
     expected = MuonConfig(
@@ -94,10 +95,19 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         qk_log_layers=100,
         variant="polargrad",
         weight_decay_method="cautious",
+        sphere_radius=1.5,
+        sphere_tolerance=0.1,
     )
     assert read == {**dataclasses.asdict(expected), "layer_wise": False, "optimizer": "muon"}
     for field in dataclasses.fields(MuonConfig):
         assert getattr(expected, field.name) != field.default, f"{field.name} is not exercised"
+
+
+@pytest.mark.parametrize("optimizer", ["adaptive_muon", "spectral_sphere"])
+def test_names_of_variants(pool: RankPool, optimizer: str) -> None:
+    """Layer-wise too, as for muon."""
+    assert pool.run(parse, 1, f"--optimizer {optimizer}")[0]["optimizer"] == optimizer
+    assert pool.run(parse, 1, f"--optimizer {optimizer} --use-distributed-optimizer")[0]["layer_wise"] is True
 
 
 def test_a_later_flag_turns_an_earlier_one_off(pool: RankPool) -> None:

@@ -26,6 +26,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "update_norm": {"muon_scale_mode": "update_norm"},
     "polargrad": {"muon_variant": "polargrad", "muon_scale_mode": "none", "muon_extra_scale_factor": 1.0},
     "hyperball": {"muon_variant": "hyperball", "muon_scale_mode": "none"},
+    "sphere": {
+        "name": "spectral_sphere",
+        "muon_coefficient_type": "polar_express",
+        "muon_num_ns_steps": 8,
+        "muon_sphere_tolerance": 0.1,
+    },
 }
 LAYOUTS = {
     "tp2": (2, Layout(tp=2)),
@@ -73,7 +79,7 @@ def resume(layout: Layout, optimizer: dict[str, Any], folder: str) -> list[float
     return run.losses(2)
 
 
-@pytest.mark.parametrize("name", ["adamuon_eo", "normuon", "namo", "hyperball"])
+@pytest.mark.parametrize("name", ["adamuon_eo", "normuon", "namo", "hyperball", "sphere"])
 def test_state_is_saved_for_every_layout(pool: RankPool, weights: str, tmp_path: Path, name: str) -> None:
     """TP 2 to TP 4 (more ranks than query groups), PP 2 and layer-wise; without its state the losses would differ."""
     folder = str(tmp_path / "checkpoint")

@@ -1,0 +1,285 @@
+"""Muon on the spectral sphere: every logical matrix W keeps its spectral norm R.
+
+The steepest direction that keeps it to first order solves
+
+    max <G, Phi>   with   |Phi|_2 <= 1   and   <Theta, Phi> = 0,   Theta = u v^T,
+
+u and v being W's top singular vectors. Its solution is Phi = msign(G + lambda Theta) where
+h(lambda) = <Theta, msign(G + lambda Theta)> = 0 (Su, https://kexue.fm/archives/11241; Xie et al., arXiv 2601.08393).
+h does not decrease, so lambda is enclosed from both sides, in a fixed number of evaluations on the device. Each is one
+pass of the step engine over all weights, whatever their layouts and the way of exchange. The result is the combination
+of both sides that has h = 0: it is feasible, and where h jumps over 0 (which msign does when its argument loses rank)
+it is the solution, which no lambda gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_muon.engine.execute import Part, Read, Reduce, Write
+from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.muon import Job, Muon, reader
+from megatron_muon.optimizers.stages import Matrices, Update, Variant
+
+__all__ = ["SpectralSphere", "Sphere", "evaluations"]
+
+LEFT = "left_singular_vector"
+RADIUS = "sphere_radius"
+MULTIPLIER = "sphere_multiplier"
+
+_FIRST_ITERATIONS = 40
+"""Power iterations in the first step of a weight, which knows nothing of its singular vectors."""
+
+_ITERATIONS = 3
+"""Power iterations in a later step: they start from those of the step before."""
+
+_FIRST_WIDTH = 0.05
+"""How far from the first lambda the other side is looked for; doubled until it is found. The gradient has norm 1."""
+
+
+def evaluations(tolerance: float) -> int:
+    """Passes over all weights: two to enclose lambda, and one for each halving of what encloses it.
+
+    Args:
+        tolerance: 1 for a single one at lambda 0 (MuonSphere); otherwise between 0 and 1.
+    """
+    return 1 if tolerance >= 1 else 3 + math.ceil(math.log2(1 / tolerance))
+
+
+class Sphere(Variant):
+    """What a weight on its sphere keeps: radius, lambda, and the top left singular vector of each logical matrix.
+
+    The numbers of a matrix are repeated in each of its rows, so that they are saved and resharded with them.
+    """
+
+    name = "spectral_sphere"
+    decays = False
+
+    def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
+        """One number a row each; zeros are filled in the first step."""
+        for name in (LEFT, RADIUS, MULTIPLIER):
+            if name not in state:
+                state[name] = torch.zeros_like(param[..., :1])
+
+
+@dataclass
+class _Solve:
+    """The search for lambda for some matrices of one weight: tensors of shape (matrices, ., .).
+
+    Attributes:
+        norm: |u|_F of the momentum.
+        left: u of Theta, rows on this rank.
+        right: v of Theta, columns on this rank.
+        radius: R.
+        value: lambda, to be evaluated next.
+        sides: what is known below 0 and above: lambda, h, Phi, and whether it is known.
+    """
+
+    norm: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    radius: torch.Tensor
+    value: torch.Tensor
+    width: float = _FIRST_WIDTH
+    sides: list[_Side] = field(default_factory=list)
+
+    def take(self, phi: torch.Tensor, h: torch.Tensor, number: int) -> None:
+        """Take note of an evaluation and choose the next lambda."""
+        if not self.sides:
+            self.sides = [_Side.unknown(phi, h) for _ in range(2)]
+        below, above = self.sides
+        below.take(h < 0, self.value, h, phi)
+        above.take(h >= 0, self.value, h, phi)
+        middle = (below.value + above.value) / 2
+        if number % 2:
+            # Where a line through both sides is 0, but not closer to one than a tenth of the way.
+            share = (below.h / (below.h - above.h)).clamp(0.1, 0.9)
+            middle = below.value + share * (above.value - below.value)
+        outside = torch.where(above.known, above.value - self.width, below.value + self.width)
+        self.value = torch.where(below.known & above.known, middle, outside)
+        self.width *= 2
+
+    def result(self) -> torch.Tensor:
+        """The combination of both sides that has h = 0; where there is one side only, that one."""
+        below, above = self.sides
+        share = torch.where(above.h > below.h, above.h / (above.h - below.h), torch.ones_like(above.h))
+        share = torch.where(below.known & above.known, share, below.known.to(share.dtype))
+        return torch.lerp(above.phi, below.phi, share)
+
+
+@dataclass
+class _Side:
+    """The nearest evaluation below or above 0."""
+
+    value: torch.Tensor
+    h: torch.Tensor
+    phi: torch.Tensor
+    known: torch.Tensor
+
+    @classmethod
+    def unknown(cls, phi: torch.Tensor, h: torch.Tensor) -> _Side:
+        return cls(
+            torch.zeros_like(h), torch.zeros_like(h), torch.zeros_like(phi), torch.zeros_like(h, dtype=torch.bool)
+        )
+
+    def take(self, mask: torch.Tensor, value: torch.Tensor, h: torch.Tensor, phi: torch.Tensor) -> None:
+        self.value = torch.where(mask, value, self.value)
+        self.h = torch.where(mask, h, self.h)
+        self.phi = torch.where(mask, phi, self.phi)
+        self.known = self.known | mask
+
+
+Key = tuple[int, int, int, int]
+
+
+class SpectralSphere(Muon):
+    """Muon whose weights keep their spectral norms: W <- W - lr R Phi, after W has been brought back to |W|_2 = R.
+
+    Weight decay does nothing to these weights, and neither do scale modes. Use coefficients that reach 1, such as
+    ``polar_express`` with 8 steps.
+
+    Args:
+        params: as of :class:`Muon`.
+        lr: relative to R.
+        radius: R = radius * sqrt(m / n); 0: the norm that each matrix has in its first step.
+        tolerance: how closely lambda is enclosed, relative to a first guess; 1: not at all (MuonSphere).
+        **options: of :class:`Muon`.
+
+    Raises:
+        ConfigError: for a wrong value.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, *, radius: float = 2.0, tolerance: float = 1e-2, **options: Any
+    ) -> None:
+        if radius < 0:
+            raise ConfigError(f"--muon-sphere-radius {radius}: give a number of at least 0 (2 is usual, 0: as it is).")
+        if not 0 < tolerance <= 1:
+            raise ConfigError(f"--muon-sphere-tolerance {tolerance}: give a number above 0, at most 1 (0.01 is usual).")
+        self.radius = radius
+        self.evaluations = evaluations(tolerance)
+        super().__init__(params, lr, variant=Sphere(), **options)
+
+    def _update_matrices(self, jobs: list[Job]) -> None:
+        engine = self._engine_for([job.param for job in jobs])
+        solves: dict[Key, _Solve] = {}
+        engine.visit(self._preparer(jobs, solves))
+        read = reader(self.config.nesterov, jobs, self.variant)
+        for number in range(self.evaluations):
+            engine.run(_shifted(read, solves), self._evaluator(jobs, solves, number))
+        engine.visit(self._finisher(jobs, solves))
+
+    def _preparer(self, jobs: list[Job], solves: dict[Key, _Solve]) -> Write:
+        def prepare(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
+            matrices = self._matrices(jobs, parts, slots, reduce)
+            updates = matrices.updates
+            norms = matrices.norms([update.mix() for update in updates])
+            weights = [update.batch_of(update.param) for update in updates]
+            first = [jobs[part.item.weight].group["step"] == 1 for part in parts]
+            left, right, sizes = _top_singular(matrices, weights, _FIRST_ITERATIONS if any(first) else _ITERATIONS)
+            for index, (part, update) in enumerate(zip(parts, updates, strict=True)):
+                solves[_key(part)] = self._begin(
+                    update, weights[index], norms[index], left[index], right[index], sizes[index]
+                )
+
+        return prepare
+
+    def _begin(
+        self,
+        update: Update,
+        weight: torch.Tensor,
+        norm: torch.Tensor,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        size: torch.Tensor,
+    ) -> _Solve:
+        """Bring a weight back to its sphere, and take lambda from where the last step left it."""
+        own = self.radius * math.sqrt(update.rows / update.columns)
+        radius = update.batch_of(update.state[RADIUS])[:, :1]
+        radius = torch.where(radius > 0, radius, torch.full_like(radius, own) if own else size)
+        value = update.batch_of(update.state[MULTIPLIER])[:, :1] if self.evaluations > 1 else torch.zeros_like(radius)
+        factor = torch.where(size > 0, radius / size, torch.ones_like(size))
+        for stored, new in update.pairs(update.param, weight * factor):
+            stored.copy_(new)
+        _store(update, LEFT, left)
+        _store(update, RADIUS, radius.expand(-1, left.size(1), 1))
+        return _Solve(norm, left, right, radius, value)
+
+    def _evaluator(self, jobs: list[Job], solves: dict[Key, _Solve], number: int) -> Write:
+        def evaluate(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
+            matrices = self._matrices(jobs, parts, directions, reduce)
+            found = [solves[_key(part)] for part in parts]
+            values = [
+                each.left * update.direction * each.right.mT
+                for each, update in zip(found, matrices.updates, strict=True)
+            ]
+            for each, update, h in zip(found, matrices.updates, matrices.sums(values), strict=True):
+                each.take(update.direction, h, number)
+
+        return evaluate
+
+    def _finisher(self, jobs: list[Job], solves: dict[Key, _Solve]) -> Write:
+        def finish(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
+            for part, update in zip(parts, self._matrices(jobs, parts, slots, reduce).updates, strict=True):
+                each = solves[_key(part)]
+                rate = -jobs[part.item.weight].group["lr"]
+                for weight, step in update.pairs(update.param, each.result() * each.radius):
+                    weight.add_(step, alpha=rate)
+                _store(update, MULTIPLIER, each.value.expand(-1, update.direction.size(1), 1))
+
+        return finish
+
+
+def _store(update: Update, name: str, batch: torch.Tensor) -> None:
+    for stored, value in update.pairs(update.state[name], batch.contiguous()):
+        stored.copy_(value)
+
+
+def _key(part: Part) -> Key:
+    return (part.item.weight, part.item.block, part.item.start, part.item.stop)
+
+
+def _shifted(read: Read, solves: dict[Key, _Solve]) -> Read:
+    """Packs G + lambda Theta with |G|_F = 1. A gradient of zeros stays one: its weight does not move."""
+
+    def shifted(parts: list[Part], slots: list[torch.Tensor]) -> None:
+        read(parts, slots)
+        for part, slot in zip(parts, slots, strict=True):
+            each = solves[_key(part)]
+            there = each.norm > 0
+            slot.mul_(torch.where(there, 1.0 / each.norm, torch.zeros_like(each.norm)).to(slot.dtype))
+            theta = (each.left * torch.where(there, each.value, torch.zeros_like(each.value))) @ each.right.mT
+            slot.add_(theta.to(slot.dtype))
+
+    return shifted
+
+
+def _top_singular(
+    matrices: Matrices, weights: Sequence[torch.Tensor], iterations: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Power iteration on W W^T from the stored left vector, or from the sums of W's rows, alike on all ranks.
+
+    Returns:
+        u (matrices, rows on this rank, 1), v (matrices, columns on this rank, 1) and the norm (matrices, 1, 1) of each.
+    """
+    updates = matrices.updates
+    stored = [update.batch_of(update.state[LEFT]) for update in updates]
+    norms = matrices.norms_over_rows(stored)
+    starts = matrices.row_sums(weights)
+    left = [torch.where(norm > 0, u, start) for u, norm, start in zip(stored, norms, starts, strict=True)]
+    for _ in range(iterations):
+        right = matrices.column_products(weights, left)
+        right = _unit(right, matrices.norms_over_columns(right))
+        left = matrices.row_products(weights, right)
+        sizes = matrices.norms_over_rows(left)
+        left = _unit(left, sizes)
+    return left, right, sizes
+
+
+def _unit(vectors: list[torch.Tensor], norms: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [v / norm.clamp_min(torch.finfo(v.dtype).tiny) for v, norm in zip(vectors, norms, strict=True)]

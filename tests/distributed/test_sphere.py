@@ -1,0 +1,152 @@
+"""Muon on the spectral sphere, in float64: closed forms, duality, and tensor-parallel shards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.sphere import SpectralSphere, evaluations
+from tests.distributed.test_adaptive import CASES, HEADS, QKV, WHOLE, grad, rows_of, weight
+from tests.pool import RankPool
+
+# Ten steps that bring every singular value to 1 within 5e-4 (variants of lesser reach would blur h).
+SHARP = {"coefficient_type": "deepseekv4", "num_ns_steps": 10, "fp32_matmul_prec": "highest", "eps": 1e-30}
+TOLERANCE = 1e-3
+
+
+def one_step(start: torch.Tensor, gradient: torch.Tensor, tolerance: float, lr: float = 1.0) -> torch.Tensor:
+    """Phi of a step from a weight that is on its sphere."""
+    param = torch.nn.Parameter(start.clone())
+    optimizer = SpectralSphere([param], lr=lr, momentum=0.0, radius=0.0, tolerance=tolerance, **SHARP)
+    param.grad = gradient
+    optimizer.step()
+    return (start - param.detach()) / (lr * torch.linalg.matrix_norm(start, 2))
+
+
+@pytest.mark.parametrize(
+    ("entries", "objective"),
+    [
+        # bc < -d^2: a rotation, lambda -(a + d)
+        ((0.3, 2.0, -1.0, 0.2), None),
+        # bc > d^2: a reflection, lambda d - a
+        ((0.3, 2.0, 1.0, 0.2), None),
+        # neither: no lambda has h = 0; the combination of both sides
+        ((0.5, 0.3, 0.2, 1.0), 1.0647065),
+        ((1.0, 0.0, 0.0, 2.0), 2.0),
+    ],
+)
+def test_two_by_two(entries: tuple[float, ...], objective: float | None) -> None:
+    g = torch.tensor(entries, dtype=torch.float64).view(2, 2)
+    start = torch.diag(torch.tensor([1.0, 0.1], dtype=torch.float64))
+    phi = one_step(start, g, 1e-6)
+    a, b, c, d = entries
+    if objective is None:
+        s, sign = b * c, (1 if b * c > 0 else -1)
+        lam = d - a if s > 0 else -(a + d)
+        shifted = g + lam * torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+        u, _, v = torch.linalg.svd(shifted)
+        torch.testing.assert_close(phi, u @ v, rtol=0, atol=TOLERANCE)
+        assert torch.det(phi).item() == pytest.approx(-sign, abs=TOLERANCE)
+    else:
+        assert (g * phi).sum().item() == pytest.approx(objective, abs=2 * TOLERANCE)
+    assert phi[0, 0].abs() < TOLERANCE
+    assert torch.linalg.matrix_norm(phi, 2) < 1 + TOLERANCE
+
+
+@pytest.mark.parametrize(("m", "n"), [(6, 4), (4, 6), (5, 5), (3, 1)])
+def test_duality_gap(m: int, n: int) -> None:
+    """<G, Phi> equals the least of |G + lambda Theta|_*: no feasible direction is better."""
+    start, g = weight(m, n, seed=3), weight(m, n, seed=4)
+    phi = one_step(start, g, 1e-7)
+    u, _, v = torch.linalg.svd(start)
+    theta = u[:, :1] @ v[:1]
+    assert (theta * phi).sum().abs() < TOLERANCE
+    grid = torch.linspace(-4, 4, 4001, dtype=torch.float64)[:, None, None] * g.norm()
+    bound = torch.linalg.matrix_norm(g + grid * theta, "nuc").min()
+    assert (g * phi).sum().item() == pytest.approx(bound.item(), rel=2e-3)
+    unconstrained = torch.linalg.matrix_norm(g, "nuc")
+    assert (g * phi).sum() < unconstrained
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-5])
+def test_spectral_norm_stays_to_first_order(tolerance: float) -> None:
+    """Its change falls with the square of the learning rate; that of Muon with the learning rate."""
+    start, g = weight(8, 6, seed=5), weight(8, 6, seed=6)
+    norm = torch.linalg.matrix_norm(start, 2)
+    drift = []
+    for lr in (1e-1, 1e-2):
+        after = start - lr * norm * one_step(start, g, tolerance, lr)
+        drift.append((torch.linalg.matrix_norm(after, 2) / norm - 1).abs().item())
+    assert drift[1] < drift[0] / 30 and drift[0] < 0.05
+
+
+@pytest.mark.parametrize("layout", [WHOLE, QKV, HEADS], ids=["whole", "split", "heads"])
+def test_each_matrix_has_its_sphere(layout: Any) -> None:
+    shape, radius = (32, 12), 2.0
+    param = torch.nn.Parameter(weight(*shape, seed=1))
+    param.matrix_layout = layout
+    optimizer = SpectralSphere([param], lr=0.005, momentum=0.8, radius=radius, weight_decay=0.5, **SHARP)
+    for step in range(6):
+        param.grad = grad(shape, step)
+        optimizer.step()
+    for rows in rows_of(layout, shape):
+        wanted = radius * (len(rows) / 12) ** 0.5
+        assert torch.linalg.matrix_norm(param[rows].detach(), 2).item() == pytest.approx(wanted, rel=2e-2)
+
+
+def shards(name: str, mode: str) -> torch.Tensor:
+    shape, dim, layout = CASES[name]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    param = torch.nn.Parameter(weight(*shape, seed=1).chunk(ranks, dim=dim)[rank].clone())
+    param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, dim, layout
+    optimizer = SpectralSphere([param], lr=0.05, momentum=0.8, tp_mode=mode, tp_group=dist.group.WORLD, **SHARP)
+    for step in range(3):
+        param.grad = grad(shape, step).chunk(ranks, dim=dim)[rank].contiguous()
+        optimizer.step()
+    parts = [torch.empty_like(param) for _ in range(ranks)]
+    dist.all_gather(parts, param.detach().contiguous())
+    return torch.cat(parts, dim=dim)
+
+
+def grid() -> dict[tuple[str, str], torch.Tensor]:
+    every = {(name, mode): shards(name, mode) for name in CASES for mode in ("owner", "distributed")}
+    return {**every, ("rows, split", "gram"): shards("rows, split", "gram")}
+
+
+def test_shards_get_the_update_of_the_whole(pool: RankPool) -> None:
+    for (name, mode), result in pool.run(grid, 4)[0].items():
+        shape, _, layout = CASES[name]
+        param = torch.nn.Parameter(weight(*shape, seed=1))
+        param.matrix_layout = layout
+        optimizer = SpectralSphere([param], lr=0.05, momentum=0.8, **SHARP)
+        for step in range(3):
+            param.grad = grad(shape, step)
+            optimizer.step()
+        torch.testing.assert_close(
+            result, param.detach(), rtol=0, atol=1e-7, msg=lambda text, name=name, mode=mode: f"{name} {mode}: {text}"
+        )
+
+
+def test_zero_gradients_only_retract() -> None:
+    param = torch.nn.Parameter(weight(6, 4, seed=1))
+    optimizer = SpectralSphere([param], lr=0.1, radius=0.0, **SHARP)
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), weight(6, 4, seed=1), rtol=1e-12, atol=0)
+
+
+def test_number_of_evaluations() -> None:
+    assert [evaluations(tolerance) for tolerance in (1.0, 0.5, 1e-2, 1e-4)] == [1, 4, 10, 17]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"radius": -1.0}, "--muon-sphere-radius -1.0"), ({"tolerance": 0.0}, "--muon-sphere-tolerance 0.0")],
+)
+def test_wrong_values(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SpectralSphere([torch.nn.Parameter(torch.zeros(2, 2))], **options)
