@@ -126,6 +126,7 @@ class PatchSet:
         while self._undo:
             self._undo.pop()()
         self._replace_copies([copied.reversed() for copied in reversed(self._copied)])
+        self._undo.clear()  # what the line above has set must stay
         self._copied.clear()
         self.native.clear()
         self.active = False

@@ -120,6 +120,18 @@ def test_a_created_attribute_disappears_again(package: str) -> None:
     assert not hasattr(source, "new")
 
 
+def test_copies_made_meanwhile_stay_reverted(package: str) -> None:
+    """A module that is imported between apply and revert holds the replacement; each revert puts the original there."""
+    importlib.import_module("upstream_example.source")
+    patches = PatchSet("test", [GREET])
+    for _ in range(3):
+        patches.apply()
+        user = importlib.import_module("upstream_example.user")
+        assert (user.greet(), user.hail()) == ("HELLO", "HELLO")
+        patches.revert()
+        assert (user.greet(), user.hail()) == ("hello", "hello")
+
+
 def test_apply_and_revert_twice(package: str) -> None:
     source = importlib.import_module(f"{package}.source")
     patches = PatchSet("test", [GREET])
