@@ -164,7 +164,8 @@ class Request(dict[str, Any]):
         for each, place in zip(self.held, self.places, strict=True):
             self.choices.append([])
             for state in each.tensors:
-                choice = choose(each, place, state, self._replica(each, place), stored, buckets.get(each.param))
+                bucket, fresh = buckets.get(each.param), self._is_new(each, place)
+                choice = choose(each, place, state, self._replica(each, place), stored, bucket, fresh)
                 if isinstance(choice, str):
                     problems.append(choice)
                     continue
@@ -204,8 +205,10 @@ class Request(dict[str, Any]):
             for choice in choices:
                 if choice.state == MASTER and not choice.is_read:
                     read[choice.state] = each.param.data
-                elif not choice.is_read:
+                elif not choice.is_read and choice.state == ESTIMATED:
                     read[choice.state] = _second_moment(each, place, read)
+                elif not choice.is_read:
+                    continue  # it starts as every weight's does
                 scatter(each, choice.state, read[choice.state])
         self._check_contents()
         self._set_steps(self.stored.step)
@@ -236,6 +239,13 @@ class Request(dict[str, Any]):
         if held.slices is not None:
             return (pipeline, shard, held.slices.holders.index(held.slices.rank))
         return (pipeline, shard, 0 if held.owned else data)
+
+    def _is_new(self, held: Held, place: Place) -> bool:
+        """Whether the checkpoint's weight had another rule, so that it may lack what this one's keeps."""
+        assert self.stored is not None
+        record = self.stored.record
+        rule = None if record is None or record.converted else record.rule(place.name)
+        return rule is None or rule.name != held.rule
 
     def _change(self, held: Held, place: Place, choices: list[Choice]) -> str | None:
         assert self.stored is not None

@@ -68,7 +68,13 @@ class Choice:
 
 
 def choose(
-    held: Held, place: Place, state: str, replica: Replica, stored: Stored, bucket: Bucket | None = None
+    held: Held,
+    place: Place,
+    state: str,
+    replica: Replica,
+    stored: Stored,
+    bucket: Bucket | None = None,
+    fresh: bool = False,
 ) -> Choice | str:
     """Find the source of a state.
 
@@ -79,6 +85,7 @@ def choose(
         replica: (pipeline, tensor, data) rank among those that read it.
         stored: the checkpoint's contents.
         bucket: where the distributed optimizer that saved it had the weight, if it did.
+        fresh: whether a state that is not there may start anew: the weight had another rule.
 
     Returns:
         the choice, or what is wrong.
@@ -105,7 +112,9 @@ def choose(
         return wrong
     if state == MASTER:
         return Choice(state, MODEL)
-    return Choice(state, None) if state == ESTIMATED else f"{place.name}: there is no {state}"
+    if state == ESTIMATED or (fresh and state not in _ALTERNATIVES):
+        return Choice(state, None)
+    return f"{place.name}: there is no {state}"
 
 
 def _slice_of_bucket(key: str, bucket: Bucket, tensor: torch.Tensor, replica: Replica) -> ShardedTensor:

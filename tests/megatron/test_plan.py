@@ -320,7 +320,6 @@ def test_settings_of_gpus_do_not_matter(planner: ProcessPoolExecutor) -> None:
         "--fp8 hybrid",
         "--cuda-graph-impl local",
         "--attention-backend flash",
-        "--context-parallel-size 2",
     ]
     assert (document["layout"]["context"], document["layout"]["data"]) == (2, 4)
 
