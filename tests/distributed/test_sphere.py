@@ -113,8 +113,9 @@ def shards(name: str, mode: str) -> torch.Tensor:
 
 
 def grid() -> dict[tuple[str, str], torch.Tensor]:
-    every = {(name, mode): shards(name, mode) for name in CASES for mode in ("owner", "distributed")}
-    return {**every, ("rows, split", "gram"): shards("rows, split", "gram")}
+    every = {(name, mode): shards(name, mode) for name in CASES for mode in ("auto",)}
+    others = (("rows, split", "gram"), ("columns, wide", "owner"), ("rows, tall", "distributed"))
+    return {**every, **{(name, mode): shards(name, mode) for name, mode in others}}
 
 
 def test_shards_get_the_update_of_the_whole(pool: RankPool) -> None:
