@@ -98,6 +98,18 @@ def _variant(value: Any) -> str | None:
     return _one_of("none", *VARIANTS)(value)
 
 
+def _qk_clip_rule(value: Any) -> str | None:
+    from megatron_muon.qk_clip.factors import RULES
+
+    return _one_of(*RULES)(value)
+
+
+def _qk_logits(value: Any) -> str | None:
+    from megatron_muon.qk_clip.measure import SOURCES
+
+    return _one_of(*SOURCES)(value)
+
+
 def _scale_mode(value: Any) -> str | None:
     from megatron_muon.orthogonalize.scale import SCALE_MODES
 
@@ -328,7 +340,7 @@ class MuonConfig:
         "--qk-clip of query heads that share a key head (GQA, MQA): q_only scales a head's query rows alone; group, "
         "Megatron's rule, all heads of a group by its loudest; exact scales the key and makes up for it in the other "
         "heads' queries.",
-        check=_one_of("q_only", "group", "exact"),
+        check=_qk_clip_rule,
     )
     qk_clip_norm: str = _knob(
         "skip",
@@ -342,7 +354,7 @@ class MuonConfig:
         "attention; te, TransformerEngine's own maxima; exact, queries times keys in chunks, with any attention; lse, "
         "the log-sum-exp of a flash kernel (an upper bound); own, the core attention calls "
         "megatron_muon.qk_clip.record; auto: scores or te, and exact where TransformerEngine has no maxima.",
-        check=_one_of("auto", "scores", "te", "exact", "lse", "own"),
+        check=_qk_logits,
     )
     qk_logits_interval: int = _knob(1, "Measure attention logits, and clip, in every so many-th step.", check=_interval)
     qk_log_layers: int = _knob(

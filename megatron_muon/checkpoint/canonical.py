@@ -67,7 +67,7 @@ def _replica(held: Held, place: Place) -> Replica:
 
 
 def _rule(held: Held) -> Rule:
-    layout = layout_text(layout_of(held.param)) if hasattr(held.inner, "variant") else ""
+    layout = layout_text(layout_of(held.param)) if hasattr(held.inner, "checkpoint_rule") else ""
     return Rule(held.rule, layout, tuple(sorted(held.tensors)))
 
 

@@ -111,12 +111,3 @@ class Held:
             if isinstance(value, torch.Tensor) and name != STEP
         }
         return found if self.master is None else {"fp32_param": self.master, **found}
-
-
-def __getattr__(name: str) -> Any:
-    """``held_by`` under its old address; imported when asked for, since ``plugin`` imports this package."""
-    if name != "held_by":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from megatron_muon.plugin.optimizer_state import held_by
-
-    return held_by

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon._patching import Patch
+from megatron_muon.context_parallel import balanced_positions, gathered
 from megatron_muon.errors import ConfigError
 
 __all__ = ["PATCHES", "attention_scores", "weighted_values"]
@@ -148,18 +149,8 @@ def _mask_of_rank(
     """The mask with this rank's queries for rows: as given, or causal by their places in the sequence."""
     if mask is not None or attention.attn_mask_type.name != "causal":
         return mask
-    mine = places_in_sequence(queries, group.rank(), group.size())
+    mine = balanced_positions(queries, group.rank(), group.size())
     return torch.arange(queries * group.size()) > mine[:, None]
-
-
-def places_in_sequence(length: int, rank: int, ranks: int) -> torch.Tensor:
-    """Where the ``length`` tokens of a context-parallel rank stand in the sequence.
-
-    Megatron cuts it into 2 x ranks pieces and gives each rank two, from both ends inwards, so that causal masks leave
-    all the same work.
-    """
-    piece = torch.arange(length // 2)
-    return torch.cat([piece + rank * (length // 2), piece + (2 * ranks - 1 - rank) * (length // 2)])
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -167,18 +158,15 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
-        dist.all_gather(parts, part.contiguous(), group=group)
         ctx.group, ctx.length = group, part.size(0)
-        places = [places_in_sequence(part.size(0), rank, group.size()) for rank in range(group.size())]
-        return torch.cat(parts)[torch.cat(places).argsort()]
+        return gathered(part, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (grad,) = grads
         total = grad.contiguous()
         dist.all_reduce(total, group=ctx.group)
-        return total[places_in_sequence(ctx.length, ctx.group.rank(), ctx.group.size())], None
+        return total[balanced_positions(ctx.length, ctx.group.rank(), ctx.group.size())], None
 
 
 def _dropout_generator(config: Any) -> contextlib.AbstractContextManager[None]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_muon.context_parallel import balanced_positions, gathered
 from megatron_muon.errors import ConfigError
 
 __all__ = ["SOURCES", "Gauge", "key_maxima", "log_sum_exp", "record", "score_maxima", "source_of"]
@@ -283,12 +284,10 @@ def key_maxima(
     """
     queries, batch, heads, _ = query.shape
     positions = torch.arange(queries, device=query.device)
-    key_positions = torch.arange(key.size(0), device=key.device)
     if cp_group is not None and cp_group.size() > 1:
-        key = gather_keys(key, cp_group)
+        key = gathered(key, cp_group)
         positions = balanced_positions(queries, cp_group.rank(), cp_group.size(), query.device)
-        every = [balanced_positions(queries, rank, cp_group.size(), key.device) for rank in range(cp_group.size())]
-        key_positions = torch.cat(every)
+    key_positions = torch.arange(key.size(0), device=key.device)
     groups = key.size(2)
     flat_key = key.permute(1, 2, 3, 0)  # batch, key heads, channels, keys
     flat_query = query.permute(1, 2, 0, 3).unflatten(1, (groups, heads // groups))
@@ -303,19 +302,6 @@ def key_maxima(
             mask = rows if mask is None else mask | rows
         found = torch.maximum(found, score_maxima(scores, mask) * scale)
     return found
-
-
-def gather_keys(key: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The keys of all ranks of a group, one rank's after another's."""
-    parts = [torch.empty_like(key, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(parts, key.contiguous(), group=group)
-    return torch.cat(parts)
-
-
-def balanced_positions(length: int, rank: int, ranks: int, device: torch.device) -> torch.Tensor:
-    """Positions in the sequence of the ``length`` tokens of a context-parallel rank."""
-    piece = torch.arange(length // 2, device=device)
-    return torch.cat([piece + rank * (length // 2), piece + (2 * ranks - 1 - rank) * (length // 2)])
 
 
 def log_sum_exp(

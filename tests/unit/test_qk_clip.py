@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
+from megatron_muon.context_parallel import balanced_positions
 from megatron_muon.qk_clip.clip import Target, scale_rows
 from megatron_muon.qk_clip.factors import RULES, Heads, factor_table, gammas
 from megatron_muon.qk_clip.measure import (
     Gauge,
     attach,
-    balanced_positions,
     hidden_keys,
     key_maxima,
     log_sum_exp,
