@@ -378,18 +378,18 @@ class _Log:
 
     def _print(self, clip: QKClip, iteration: int) -> None:
         self.scalars = clip.scalars()
-        print(
-            f" QK-clip after iteration {iteration}: max attention logit {self.scalars['max_attention_logit']:.5g}, "
-            f"heads clipped {self.scalars['heads_clipped']}",
-            flush=True,
-        )
+        clipped = f", heads clipped {self.scalars['heads_clipped']}" if clip.settings.clip else ""
+        logit = self.scalars["max_attention_logit"]
+        print(f" QK-clip after iteration {iteration}: max attention logit {logit:.5g}{clipped}", flush=True)
 
     def _to_writers(self, clip: QKClip, iteration: int) -> None:
         training = sys.modules["megatron.training.global_vars"]
         tensorboard, wandb = training.get_tensorboard_writer(), training.get_wandb_writer()
         if not tensorboard and not wandb:
             return
-        values = {"max attention logit": clip.max_logit.item(), "heads clipped": clip.heads_clipped.item()}
+        values = {"max attention logit": clip.max_logit.item()}
+        if clip.settings.clip:
+            values["heads clipped"] = clip.heads_clipped.item()
         if (interval := clip.settings.log_layers) and iteration % interval == 0:
             values |= clip.by_layer()
         for name, value in values.items():

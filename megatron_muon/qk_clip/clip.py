@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_muon.qk_clip.factors import Heads, factor_table
+from megatron_muon.qk_clip.factors import Heads, factor_table, gammas
 from megatron_muon.qk_clip.measure import Gauge
 from megatron_muon.qk_clip.rows import Rows
 
@@ -171,8 +171,9 @@ class QKClip:
         dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX, group=self._group)
         self._last.copy_(self._maxima)
         torch.maximum(self._peak, self._last, out=self._peak)
-        self._clipped.copy_((self._last > self.settings.threshold).sum())
-        self._clipped_since.add_(self._clipped)
+        if self.settings.clip:
+            self._clipped.copy_((gammas(self._last, self.settings.threshold) < 1).sum())
+            self._clipped_since.add_(self._clipped)
 
     def _row_factors(self) -> dict[int, torch.Tensor]:
         """The factors of the rows of each parameter on this rank, by its identity."""
@@ -192,18 +193,18 @@ class QKClip:
 
     @property
     def heads_clipped(self) -> torch.Tensor:
-        """How many heads of the whole model were above the threshold in the last measured step, on the device."""
+        """How many heads of the whole model were clipped in the last measured step, on the device."""
         return self._clipped
 
     def scalars(self) -> dict[str, float]:
-        """For a log: the largest logit and the number of heads above the threshold since the last call.
+        """For a log: the largest logit and, if weights are clipped, how many heads were since the last call.
 
         Waits for the device: call it where the host has waited already.
         """
         peak, clipped = self._peak.max().item(), int(self._clipped_since.item())
         self._peak.fill_(float("-inf"))
         self._clipped_since.zero_()
-        return {"max_attention_logit": peak, "heads_clipped": clipped}
+        return {"max_attention_logit": peak, **({"heads_clipped": clipped} if self.settings.clip else {})}
 
     def by_layer(self) -> dict[str, float]:
         """The largest logit of each layer in the last measured step. Waits for the device."""

@@ -166,7 +166,8 @@ def _from_scores(core: Any) -> Callable[..., None]:
         causal = hidden is None and rows > 1 and _name(softmax.attn_mask_type) == "causal"
         if window is not None or causal:
             positions = torch.arange(columns, device=scores.device)
-            hidden = hidden_keys(positions[-rows:], positions, window)
+            left, right = window or (-1, 0)
+            hidden = hidden_keys(positions[-rows:], positions, (left, max(right, 0)))
         gauge.take(score_maxima(scores, hidden) * (softmax.scale or 1.0))
 
     return hook
@@ -212,22 +213,26 @@ def _from_inputs(core: Any, measure: Callable[..., torch.Tensor], gauge: Gauge) 
 
 
 def hidden_keys(
-    query_positions: torch.Tensor, key_positions: torch.Tensor, window: tuple[int, int] | None = None
+    query_positions: torch.Tensor, key_positions: torch.Tensor, window: tuple[int, int] = (-1, 0)
 ) -> torch.Tensor:
-    """Which keys a causal mask hides.
+    """Which keys a window hides; by default a causal one.
 
     Args:
         query_positions: (queries,) in the sequence.
         key_positions: (keys,).
-        window: how many keys to the left (-1: all) and to the right of itself a query sees; None: all to the left.
+        window: how many keys to the left and to the right of itself a query sees; -1: all.
 
     Returns:
         (queries, keys) bool, True where hidden.
     """
     distance = query_positions[:, None] - key_positions[None, :]
-    left, right = window or (-1, 0)
-    hidden = distance < -max(right, 0)
-    return hidden if left < 0 else hidden | (distance > left)
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    left, right = window
+    if left >= 0:
+        hidden |= distance > left
+    if right >= 0:
+        hidden |= distance < -right
+    return hidden
 
 
 def score_maxima(scores: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
@@ -291,12 +296,14 @@ def key_maxima(
     groups = key.size(2)
     flat_key = key.permute(1, 2, 3, 0)  # batch, key heads, channels, keys
     flat_query = query.permute(1, 2, 0, 3).unflatten(1, (groups, heads // groups))
+    left, right = window or (-1, -1)
+    seen = (left, 0 if causal else right)
     step = max(1, _CHUNK // (batch * heads * key.size(0)))
     found = query.new_full((heads,), float("-inf"), dtype=torch.promote_types(query.dtype, torch.float32))
     for first in range(0, queries, step):
         some = flat_query[..., first : first + step, :]
         scores = torch.matmul(some.flatten(2, 3), flat_key).unflatten(2, (heads // groups, -1)).flatten(1, 2)
-        mask = hidden_keys(positions[first : first + step], key_positions, window) if causal or window else None
+        mask = None if seen == (-1, -1) else hidden_keys(positions[first : first + step], key_positions, seen)
         if hidden is not None:
             rows = hidden if hidden.size(-2) == 1 else hidden[..., first : first + step, :]
             mask = rows if mask is None else mask | rows
@@ -321,10 +328,17 @@ def log_sum_exp(
     Raises:
         ConfigError: for a mask other than causal or none, a window, or context parallelism.
     """
-    if hidden is not None or (window is not None and window[0] >= 0) or (cp_group is not None and cp_group.size() > 1):
+    left, right = window or (-1, -1)
+    windowed = left >= 0 or (right >= 0 and not causal)
+    if hidden is not None or windowed or (cp_group is not None and cp_group.size() > 1):
         raise ConfigError(
             "--muon-qk-logits lse: the flash kernel knows causal and full attention on whole sequences; with other "
             "masks, sliding windows and context parallelism use --muon-qk-logits exact."
+        )
+    if query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"--muon-qk-logits lse with {query.dtype} on a GPU: the flash kernel takes bfloat16 and float16. Use "
+            "--bf16, or --muon-qk-logits exact."
         )
     share = query.size(2) // key.size(2)
     q = query.permute(1, 2, 0, 3)

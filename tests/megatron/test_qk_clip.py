@@ -602,6 +602,20 @@ def test_writers_of_the_last_rank_get_scalars(pool: RankPool) -> None:
     assert lines[1][1] > 0
 
 
+def only_measured() -> tuple[bool, dict[str, float]]:
+    run = small_run(qk_clip=False, log_max_attention_logit=True)
+    clip = run.chunks[0].muon_qk_clip
+    before = [rows.param for rows in clip.rows]
+    run.losses(1)
+    return not before, clip.scalars()
+
+
+def test_what_is_only_measured_counts_no_clipped_heads(pool: RankPool) -> None:
+    unclipped, scalars = pool.run(only_measured, 1)[0]
+    assert unclipped and list(scalars) == ["max_attention_logit"]
+    assert scalars["max_attention_logit"] > 0.05  # the threshold
+
+
 class Explosion(NamedTuple):
     """A training with a large learning rate on query and key projections."""
 

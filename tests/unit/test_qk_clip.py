@@ -127,16 +127,18 @@ def reference_maxima(query: torch.Tensor, key: torch.Tensor, scale: float, hidde
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("window", [None, (3, 0)])
+@pytest.mark.parametrize("window", [None, (-1, -1), (3, 0), (2, 1)])
 def test_maxima_from_queries_and_keys(groups: int, window: tuple[int, int] | None, monkeypatch) -> None:
     monkeypatch.setattr("megatron_muon.qk_clip.measure._CHUNK", 70)  # chunks of one query, and of one head
     query = torch.randn(9, 2, 4, 8, dtype=torch.float64)
     key = torch.randn(9, 2, groups, 8, dtype=torch.float64)
     positions = torch.arange(9)
-    hidden = hidden_keys(positions, positions, window)
-    found = key_maxima(query, key, 0.3, window=window)
-    torch.testing.assert_close(found, reference_maxima(query, key, 0.3, hidden))
-    torch.testing.assert_close(key_maxima(query, key, 0.3, causal=False), reference_maxima(query, key, 0.3, None))
+    behind = positions[:, None] - positions
+    left, right = window or (-1, -1)
+    outside = (behind > left if left >= 0 else behind > 99) | (behind < -right if right >= 0 else behind < -99)
+    causal, full = key_maxima(query, key, 0.3, window=window), key_maxima(query, key, 0.3, window=window, causal=False)
+    torch.testing.assert_close(causal, reference_maxima(query, key, 0.3, (behind < 0) | outside))
+    torch.testing.assert_close(full, reference_maxima(query, key, 0.3, outside))
 
 
 def test_maxima_with_a_mask_of_padding(monkeypatch) -> None:
