@@ -153,6 +153,44 @@ def test_tensor_parallel_shards_are_clipped_as_the_whole(pool: RankPool, name: s
     assert all(torch.equal(part.before, first.before) and torch.equal(part.after, first.after) for part in parts)
 
 
+def clip_given(layout: Layout, initial: str, result: str, options: dict[str, Any], build: dict[str, Any]) -> None:
+    """Clip the weights of one folder by given logits and leave them in another."""
+    from megatron_muon.plugin import qk_clip
+
+    layout.initialize()
+    chunks = harness.build_model(layout, qk_clip=True, qk_clip_threshold=100.0, **build)
+    harness.load_weights(chunks, initial)
+    optimizer = plain_optimizer(chunks[0], layout)
+    clip = qk_clip._build(optimizer.config, chunks, MuonConfig(**options), optimizer)
+    clip._maxima.copy_(torch.linspace(-50, 400, clip.heads.count))
+    clip.step(optimizer.optimizer.step)
+    harness.save_weights(chunks, result)
+
+
+def read(folder: str, build: dict[str, Any]) -> dict[str, torch.Tensor]:
+    Layout().initialize()
+    chunks = harness.build_model(Layout(), **build)
+    harness.load_weights(chunks, folder)
+    return {name: param.detach().clone() for name, param in chunks[0].named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa-exact", "gqa-gate-exact", "gqa-bias", "mla"])
+def test_reassembled_weights_are_those_of_one_rank(pool: RankPool, tmp_path: Path, name: str) -> None:
+    """Bit for bit; at TP 4 there are more ranks than query groups."""
+    options, build = EXACT[name]
+    initial = str(tmp_path / "initial")
+    pool.run(harness.save_initial_weights, 1, initial, **build)
+    found = []
+    for ranks in (1, 2, 4):
+        result = str(tmp_path / f"tp{ranks}")
+        pool.run(clip_given, ranks, Layout(tp=ranks), initial, result, options, build)
+        found.append(pool.run(read, 1, result, build)[0])
+    before = pool.run(read, 1, initial, build)[0]
+    assert any(not torch.equal(before[key], value) for key, value in found[0].items())
+    for weights in found[1:]:
+        assert all(torch.equal(weights[key], value) for key, value in found[0].items())
+
+
 @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("policy", ["skip", "gains"])
