@@ -128,7 +128,10 @@ def _custom_coefficients(value: Any) -> str | None:
     return None
 
 
-PARAM_CHOICES = ("adam", "muon", "split", "whole", "per_head")
+DIRECTIONS = ("stiefel", "sign", "row_norm", "col_norm")
+"""Choices of ``param_rule`` that change how the update of a matrix is found; its split stays that of its own rule."""
+
+PARAM_CHOICES = ("adam", "muon", "split", "whole", "per_head", *DIRECTIONS)
 """What ``param_rule`` can decide; ``muon`` leaves the way to the weight's own rule."""
 
 
@@ -209,8 +212,10 @@ class MuonConfig:
     router: str = _knob("muon", "Who updates the routers of experts: muon or adam.", check=_one_of("muon", "adam"))
     param_rule: tuple[str, ...] = _knob(
         (),
-        "GLOB=adam|muon|split|whole|per_head: decide about the weights whose names match, whatever the other rules "
-        "say. Repeatable; the last match counts. Layers are numbered over the whole model.",
+        "GLOB=adam|muon|split|whole|per_head|sign|row_norm|col_norm|stiefel: decide about the weights whose names "
+        "match, whatever the other rules say. sign, row_norm and col_norm move them within a ball of "
+        "--muon-ball-radius (Scion); stiefel keeps their singular values at 1 (--optimizer stiefel_muon). "
+        "Repeatable; the last match counts. Layers are numbered over the whole model.",
         check=_param_rules,
     )
     unknown_2d: str = _knob(
@@ -321,6 +326,12 @@ class MuonConfig:
         "How closely --optimizer spectral_sphere solves for its multiplier: 3 + log2(1 / tolerance) iterations a step; "
         "1: one, without the multiplier (MuonSphere).",
         check=_tolerance,
+    )
+    ball_radius: float = _knob(
+        1.0,
+        "Size of the updates of weights that --muon-param-rule gives to sign, row_norm or col_norm: their RMS; of "
+        "weights other than tables, over the number of their columns (not for col_norm).",
+        check=_positive,
     )
     weight_decay_method: str = _knob(
         "decoupled",

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_muon.checkpoint.fingerprint import MODULUS
 from megatron_muon.checkpoint.keys import name_of
-from megatron_muon.routing.layout import SCALAR, MatrixLayout
+from megatron_muon.routing.layout import MSIGN, SCALAR, MatrixLayout
 from megatron_muon.version import __version__
 
 __all__ = ["ACCEPT", "RECORD", "Record", "Rule", "WeightRecord", "layout_text", "numbers_of"]
@@ -184,7 +184,8 @@ def layout_text(layout: MatrixLayout) -> str:
         for section in layout.sections
     )
     text = ", ".join(dict.fromkeys(sections))
-    return f"{layout.kind}: {text}" if text else layout.kind
+    kind = layout.kind if layout.direction == MSIGN else f"{layout.kind} by {layout.direction}"
+    return f"{kind}: {text}" if text else kind
 
 
 def numbers_of(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

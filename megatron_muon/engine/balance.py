@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_muon.engine.shards import Shard
-from megatron_muon.routing.layout import SCALAR, layout_of
+from megatron_muon.routing.layout import BALLS, SCALAR, layout_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
 __all__ = ["Job", "assign_owners", "cost_of_weight"]
@@ -47,7 +47,8 @@ class Job:
 def cost_of_weight(param: torch.Tensor, shard: Shard | None, steps: int) -> int:
     """Operations in the products of Newton-Schulz for one update of ``param``, of each rank that takes part.
 
-    A step on a p x q matrix, p <= q, multiplies X X^T, its square, and that with X: 4 p^2 q + 2 p^3 operations.
+    A step on a p x q matrix, p <= q, multiplies X X^T, its square, and that with X: 4 p^2 q + 2 p^3 operations. A
+    weight in a ball of entries, rows or columns counts with its elements.
 
     Args:
         param: 2-D, or a 3-D stack of experts; annotated, see :mod:`megatron_muon.routing`.
@@ -64,9 +65,11 @@ def cost_of_weight(param: torch.Tensor, shard: Shard | None, steps: int) -> int:
     if _is_nonlinear_or_embedding(param):
         return 0
     shape = tuple(param.shape) if shard is None else shard.whole_shape(param.shape)
-    total = 0
-    for block in layout_of(param).blocks(shape):
-        if block.rule != SCALAR:
+    total, layout = 0, layout_of(param)
+    for block in layout.blocks(shape):
+        if layout.direction in BALLS:
+            total += block.numel
+        elif block.rule != SCALAR:
             p, q = sorted((block.rows, block.columns))
             total += block.count * steps * (4 * p * p * q + 2 * p**3)
     return total if shard is None else total // shard.size

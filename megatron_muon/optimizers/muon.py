@@ -14,10 +14,12 @@ from torch.optim.optimizer import ParamsT
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.execute import Part, Read, Reduce, Write
+from megatron_muon.engine.modes import BLOCKWISE, DUPLICATED
 from megatron_muon.engine.plan import Weight, check_weight
 from megatron_muon.engine.shards import shard_of
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, update_rows
 from megatron_muon.optimizers.sizes import VARIANTS
@@ -25,8 +27,8 @@ from megatron_muon.optimizers.stages import Matrices, Update, Variant
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
-from megatron_muon.orthogonalize.scale import UPDATE_NORM, scale_factor
-from megatron_muon.routing.layout import ORTHOGONALIZE, SCALAR, MatrixLayout, layout_of
+from megatron_muon.orthogonalize.scale import UPDATE_NORM, ball_factor, scale_factor
+from megatron_muon.routing.layout import BALLS, MSIGN, ORTHOGONALIZE, SCALAR, MatrixLayout, layout_of
 
 __all__ = ["Job", "Muon", "reader"]
 
@@ -51,6 +53,7 @@ class Muon(torch.optim.Optimizer):
     under Adam's rule.
 
     Attributes:
+        directions: the kinds of updates that it has, see :class:`megatron_muon.routing.layout.MatrixLayout`.
         products_note: which kernels multiply and why, once the step is planned.
 
     Args:
@@ -82,11 +85,15 @@ class Muon(torch.optim.Optimizer):
         scalar_lr_mult: its learning rate, as a multiple of the group's.
         scalar_wd_mult: its weight decay, as a multiple of the group's.
         variant: what differs from plain Muon: a name of :data:`megatron_muon.optimizers.sizes.VARIANTS`, or an object.
+        ball_radius: size of the updates of weights whose layout has a direction of
+            :data:`megatron_muon.routing.layout.BALLS`, see :mod:`megatron_muon.optimizers.balls`.
 
     Raises:
         ValueError: for a wrong value (:class:`megatron_muon.ConfigError`), a parameter that is not 2-D, or a fused
             weight whose shards ``tp_mode`` cannot split.
     """
+
+    directions: tuple[str, ...] = (MSIGN, *BALLS)
 
     def __init__(
         self,
@@ -117,6 +124,7 @@ class Muon(torch.optim.Optimizer):
         scalar_wd_mult: float = 1.0,
         weight_decay_method: str = "decoupled",
         variant: str | Variant = "none",
+        ball_radius: float = 1.0,
     ) -> None:
         if lr < 0.0:
             raise ValueError(f"lr {lr}: give a number of at least 0")
@@ -140,14 +148,14 @@ class Muon(torch.optim.Optimizer):
             scalar_optimizer=scalar_optimizer,
             weight_decay_method=weight_decay_method,
             variant=variant if isinstance(variant, str) else "none",
+            ball_radius=ball_radius,
         ).validate()
         self.variant = VARIANTS.get(variant, Variant)() if isinstance(variant, str) else variant
         self.tp_group = tp_group
         self.expert_tp_group = expert_tp_group
         triples = tuple(map(parse_triple, self.config.custom_coefficients))
         self._coefficients = coefficients(coefficient_type, num_ns_steps, triples)
-        self._engine: StepEngine | None = None
-        self._planned: tuple[int, ...] = ()
+        self._engines: dict[str, tuple[tuple[int, ...], StepEngine]] = {}
         self.products_note = ""
         scalar = {
             "scalar_optimizer": scalar_optimizer,
@@ -172,6 +180,7 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(
                     f"Muon updates {layout.dims}-D weights, got shape {tuple(param.shape)}: give it to Adam"
                 )
+            self._check_direction(layout)
             weight = self._weight(param)
             check_weight(weight, self.config.tp_mode)
             if weight.is_broken and layout.has_scalar_rows:
@@ -181,6 +190,18 @@ class Muon(torch.optim.Optimizer):
                     "optimizer's rule. Give it to Adam (--muon-param-rule 'NAME=adam') or treat it as one matrix "
                     "(--muon-param-rule 'NAME=whole')."
                 )
+
+    def _check_direction(self, layout: MatrixLayout) -> None:
+        if layout.direction not in self.directions:
+            raise ConfigError(
+                f"--muon-param-rule ...={layout.direction} (a {layout.kind} weight) with an optimizer that has no such "
+                "updates: use --optimizer stiefel_muon, or another choice."
+            )
+        if layout.direction in BALLS and not self.variant.decays:
+            raise ConfigError(
+                f"--muon-param-rule ...={layout.direction} (a {layout.kind} weight) with {self.variant.name}, which "
+                "has no weight decay: such a weight would leave its ball. Give it to Adam, or use --optimizer muon."
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``; groups of older checkpoints get the entries that they lack."""
@@ -203,24 +224,47 @@ class Muon(torch.optim.Optimizer):
         jobs = [job for group in self.param_groups for job in self._begin_group(group)]
         if jobs:
             with _matmul_precision(self.config.fp32_matmul_prec):
-                self._update_matrices(jobs)
+                self._update_jobs(jobs)
         for group in self.param_groups:
             self._step_scalar_rows(group, [job for job in jobs if job.group is group])
         return loss
 
+    def _update_jobs(self, jobs: list[Job]) -> None:
+        """P2 to P7, for all matrices: those of each direction together, in the same order on all ranks."""
+        for direction in self.directions:
+            some = [job for job in jobs if layout_of(job.param).direction == direction]
+            if some and direction == MSIGN:
+                self._update_matrices(some)
+            elif some:
+                self._update_otherwise(some, direction)
+
     def _update_matrices(self, jobs: list[Job]) -> None:
-        """P2 to P7, for all matrices."""
+        """Those whose direction is an orthogonalized matrix."""
         engine = self._engine_for([job.param for job in jobs])
         engine.run(reader(self.config.nesterov, jobs, self.variant), self._writer(jobs))
+
+    def _update_otherwise(self, jobs: list[Job], direction: str) -> None:
+        """Those whose direction is of another kind: in the ball of entries, rows or columns."""
+        write = self._ball_writer(jobs)
+
+        def look(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
+            write(parts, ball_directions(self._matrices(jobs, parts, slots, reduce), direction), reduce)
+
+        self._engine_for([job.param for job in jobs], direction).visit(look)
 
     def prepare(self) -> StepEngine | None:
         """Plan the step for all parameters, without communication; the step makes up for it if this is not called.
 
         Returns:
-            the engine, which has the plan; None if this rank has no parameters.
+            the engine, which has the plan; None if this rank has no parameters to orthogonalize.
         """
         params = [param for group in self.param_groups for param in group["params"]]
-        return self._engine_for(params) if params else None
+        engines = {}
+        for direction in self.directions:
+            some = [param for param in params if layout_of(param).direction == direction]
+            if some:
+                engines[direction] = self._engine_for(some, direction)
+        return engines.get(MSIGN)
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Create missing state. Megatron-Core calls this with False before it loads a checkpoint."""
@@ -232,7 +276,8 @@ class Muon(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(param)
             if group["scalar_optimizer"] == "adam" and layout_of(param).has_scalar_rows:
                 state.setdefault(SECOND_MOMENT, torch.zeros_like(param))
-            self.variant.init_state(param, state)
+            if layout_of(param).direction == MSIGN:
+                self.variant.init_state(param, state)
 
     def _begin_group(self, group: dict[str, Any]) -> list[Job]:
         """Everything elementwise that precedes the iteration: momentum and weight decay."""
@@ -290,14 +335,21 @@ class Muon(torch.optim.Optimizer):
             _rows(seconds, layouts[: len(seconds)], SCALAR),
         )
 
-    def _engine_for(self, params: list[torch.Tensor]) -> StepEngine:
-        """The engine for these parameters; a new one only if they are others than before."""
+    def _engine_for(self, params: list[torch.Tensor], direction: str = MSIGN) -> StepEngine:
+        """The engine for these parameters of one direction; a new one only if they are others than before."""
         key = tuple(map(id, params))
-        if self._engine is None or key != self._planned:
-            self._engine, self._planned = self._new_engine(params), key
-        return self._engine
+        planned, engine = self._engines.get(direction, ((), None))
+        if engine is None or key != planned:
+            engine = self._new_engine(params, self.config.tp_mode if direction == MSIGN else self._whole_mode)
+            self._engines[direction] = key, engine
+        return engine
 
-    def _new_engine(self, params: list[torch.Tensor]) -> StepEngine:
+    @property
+    def _whole_mode(self) -> str:
+        """Of directions that are not orthogonalized: nothing but sums is exchanged for them."""
+        return BLOCKWISE if self.config.tp_mode == BLOCKWISE else DUPLICATED
+
+    def _new_engine(self, params: list[torch.Tensor], mode: str) -> StepEngine:
         config, first = self.config, params[0]
         precision = precision_of(config, first.dtype)
         with _matmul_precision(config.fp32_matmul_prec):
@@ -306,7 +358,7 @@ class Muon(torch.optim.Optimizer):
             [self._weight(param) for param in params],
             {name: group for name, group in self._groups.items() if group is not None},
             Orthogonalizer(self._coefficients, precision.iteration, config.eps, products),
-            mode=config.tp_mode,
+            mode=mode,
             dtype=precision.own,
             wire_dtype=precision.wire,
             chunk_mb=config.chunk_mb,
@@ -327,32 +379,54 @@ class Muon(torch.optim.Optimizer):
         return {"tensor-parallel": self.tp_group, "expert tensor-parallel": self.expert_tp_group}
 
     def _writer(self, jobs: list[Job]) -> Write:
-        """Applies directions to the weights."""
+        """Applies orthogonalized directions to the weights."""
         measured = self.config.scale_mode == UPDATE_NORM
-        cautious = self.config.weight_decay_method == "cautious" and self.variant.decays
+        apply = self._applier(jobs, self._scale)
 
         def write(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
             matrices = None
             if self.variant.adapts or self.variant.retracts or measured:
                 matrices = self._matrices(jobs, parts, directions, reduce)
                 directions = self._adapted(matrices, measured)
+            apply(parts, directions)
+            if matrices is not None and self.variant.retracts:
+                self.variant.retract(matrices)
+
+        return write
+
+    def _ball_writer(self, jobs: list[Job]) -> Write:
+        """Applies directions in balls to the weights."""
+
+        def factor(part: Part) -> float:
+            return ball_factor(layout_of(jobs[part.item.weight].param), part.item.columns, self.config.ball_radius)
+
+        apply = self._applier(jobs, factor)
+        return lambda parts, directions, reduce: apply(parts, directions)
+
+    def _scale(self, part: Part) -> float:
+        shape = part.item.rows, part.item.columns
+        return scale_factor(self.config.scale_mode, *shape) * self.config.extra_scale_factor
+
+    def _applier(
+        self, jobs: list[Job], factor: Callable[[Part], float]
+    ) -> Callable[[list[Part], list[torch.Tensor]], None]:
+        """Adds directions to the weights: learning rate times ``factor`` of each."""
+        cautious = self.config.weight_decay_method == "cautious" and self.variant.decays
+
+        def apply(parts: list[Part], directions: list[torch.Tensor]) -> None:
             pairs: dict[float, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
             for part, direction in zip(parts, directions, strict=True):
                 job = jobs[part.item.weight]
-                scale = scale_factor(self.config.scale_mode, part.item.rows, part.item.columns)
-                alpha = -job.group["lr"] * scale * self.config.extra_scale_factor
                 views = part.piece.pairs(job.param, direction)
-                pairs[alpha] += views
+                pairs[-job.group["lr"] * factor(part)] += views
                 if cautious and job.group["weight_decay"] != 0.0:
                     _decay_cautiously(views, job.group["lr"] * job.group["weight_decay"])
             for alpha, found in pairs.items():
                 if found:
                     weights, updates = zip(*found, strict=True)
                     torch._foreach_add_(weights, updates, alpha=alpha)
-            if matrices is not None and self.variant.retracts:
-                self.variant.retract(matrices)
 
-        return write
+        return apply
 
     def _matrices(self, jobs: list[Job], parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> Matrices:
         pairs = zip(parts, directions, strict=True)

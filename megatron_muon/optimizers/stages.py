@@ -96,6 +96,10 @@ class Matrices:
         """The sum of each row of each matrix: (matrices, rows on this rank, 1) for each update."""
         return self._over_columns([tensor.sum(dim=-1, keepdim=True) for tensor in tensors])
 
+    def column_sums(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The sum of each column of each matrix: (matrices, 1, columns on this rank) for each update."""
+        return self._over_rows([tensor.sum(dim=-2, keepdim=True) for tensor in tensors])
+
     def row_products(self, tensors: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """W v: (matrices, rows on this rank, 1) from (matrices, columns on this rank, 1), for each update."""
         return self._over_columns([tensor @ vector for tensor, vector in zip(tensors, vectors, strict=True)])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["SCALE_MODES", "UPDATE_NORM", "scale_factor"]
+from megatron_muon.routing.layout import COLUMN_NORM, TABLE, MatrixLayout
+
+__all__ = ["SCALE_MODES", "UPDATE_NORM", "ball_factor", "scale_factor"]
 
 SCALE_MODES = ("spectral", "moonlight", "update_norm", "shape_scaling", "unit_rms_norm", "aspect_ratio", "none")
 """Choices of ``--muon-scale-mode``."""
@@ -46,3 +48,15 @@ def scale_factor(mode: str, m: int, n: int) -> float:
         case "none":
             return 1.0
     raise ValueError(f"scale mode {mode!r}: choose one of {', '.join(SCALE_MODES)}")
+
+
+def ball_factor(layout: MatrixLayout, columns: int, radius: float) -> float:
+    """Factor on the direction of a weight in a ball, see :mod:`megatron_muon.optimizers.balls`.
+
+    Args:
+        layout: of the weight; its ``kind`` tells tables from layers.
+        columns: n of the matrix.
+        radius: ``--muon-ball-radius``.
+    """
+    summed = layout.kind != TABLE and layout.direction != COLUMN_NORM
+    return radius / columns if summed else radius

@@ -18,6 +18,7 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+from megatron_muon.routing.layout import BALLS
 
 __all__ = ["DENSE", "EXPERT", "Step", "StepPlanner"]
 
@@ -78,7 +79,9 @@ class Step:
             planner: knows the options.
             weights: of the rank.
         """
-        self.planner, self.weights = planner, tuple(weights)
+        # Updates in balls of entries, rows or columns cost next to nothing.
+        self.planner = planner
+        self.weights = tuple(weight for weight in weights if weight.layout.direction not in BALLS)
         self._engines: dict[str, StepEngine] = {}
         self._costs: dict[tuple[str, ...], Cost] = {}
 

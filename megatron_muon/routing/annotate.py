@@ -14,9 +14,9 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from megatron_muon.config import MuonConfig, flag, parse_param_rule
+from megatron_muon.config import DIRECTIONS, MuonConfig, flag, parse_param_rule
 from megatron_muon.errors import ConfigError
-from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE
+from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN
 from megatron_muon.routing.predicate import REASON_ATTRIBUTE, is_vector
 from megatron_muon.routing.rules import is_expert_container, rules_of
 from megatron_muon.routing.rules.embedding import output_embeddings
@@ -133,6 +133,7 @@ def _claims(module: torch.nn.Module, options: MuonConfig) -> Claims:
     for param, treatment in output_embeddings(module):
         claims[param] = treatment
     _adapters_follow_their_base(module, claims)
+    _tied_tables_are_layers(module, claims)
     return claims
 
 
@@ -152,6 +153,15 @@ def _adapters_follow_their_base(module: torch.nn.Module, claims: Claims) -> None
             if factor.size(0) == base.size(0):
                 mine = claims[factor]
                 claims[factor] = dataclasses.replace(its, kind=f"{mine.kind} of {its.kind}", tags=mine.tags)
+
+
+def _tied_tables_are_layers(module: torch.nn.Module, claims: Claims) -> None:
+    """A table that is the output layer, too, multiplies features; on every pipeline stage that has a copy of it."""
+    for model in module.modules():
+        if getattr(model, "share_embeddings_and_output_weights", False):
+            for name, param in model.named_parameters():
+                if param in claims and (name.endswith("word_embeddings.weight") or name == "output_layer.weight"):
+                    claims[param] = dataclasses.replace(claims[param], kind="output")
 
 
 def _unclaimed(param: torch.Tensor, options: MuonConfig, claim: Treatment | None) -> Treatment:
@@ -195,7 +205,12 @@ def _write(name: str, param: torch.Tensor, treatment: Treatment, choice: str, ov
                 f"{flag('param_rule')} {override}: {name} has shape {tuple(param.shape)}; Muon updates matrices."
             )
         return  # by its shape the predicate leaves it to the scalar optimizer
-    setattr(param, LAYOUT_ATTRIBUTE, treatment.variants[_variant(name, param, treatment, choice, override)])
+    direction = choice if choice in DIRECTIONS else MSIGN
+    layout = treatment.variants[_variant(name, param, treatment, "muon" if direction != MSIGN else choice, override)]
+    if direction != MSIGN:
+        kind = layout.kind if layout.sections else treatment.kind
+        layout = dataclasses.replace(layout, kind=kind, direction=direction)
+    setattr(param, LAYOUT_ATTRIBUTE, layout)
     if override is not None or treatment.forced:
         _skip(param, False, "")
 

@@ -13,13 +13,41 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["LAYOUT_ATTRIBUTE", "ORTHOGONALIZE", "SCALAR", "WHOLE", "Block", "MatrixLayout", "Section", "layout_of"]
+__all__ = [
+    "BALLS",
+    "COLUMN_NORM",
+    "LAYOUT_ATTRIBUTE",
+    "MSIGN",
+    "ORTHOGONALIZE",
+    "ROW_NORM",
+    "SCALAR",
+    "SIGN",
+    "STIEFEL",
+    "TABLE",
+    "WHOLE",
+    "Block",
+    "MatrixLayout",
+    "Section",
+    "layout_of",
+]
 
 LAYOUT_ATTRIBUTE = "matrix_layout"
 """Name of the attribute that carries the layout on a parameter and on its fp32 main copy."""
 
 ORTHOGONALIZE = "orthogonalize"
 SCALAR = "scalar"
+
+MSIGN = "msign"
+SIGN = "sign"
+ROW_NORM = "row_norm"
+COLUMN_NORM = "col_norm"
+STIEFEL = "stiefel"
+
+TABLE = "embedding"
+"""Kind of a weight whose rows are looked up."""
+
+BALLS = (SIGN, ROW_NORM, COLUMN_NORM)
+"""Directions that need no orthogonalization: see :mod:`megatron_muon.optimizers.balls`."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +112,14 @@ class MatrixLayout:
         kind: what the weight is, for messages and the report (``whole``, ``qkv``, ``glu``, ...).
         sections: the rows of one period in memory order; empty for a weight that is one matrix.
         stacked: whether the weight is 3-D: (experts, rows, columns), each expert with this layout.
+        direction: how the update of a matrix is found: :data:`MSIGN`, orthogonalized; one of :data:`BALLS`; or
+            :data:`STIEFEL`, which keeps its singular values at 1.
     """
 
     kind: str
     sections: tuple[Section, ...] = ()
     stacked: bool = False
+    direction: str = MSIGN
 
     @property
     def period(self) -> int:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron_muon.config import MuonConfig, flag
-from megatron_muon.orthogonalize.scale import scale_factor
+from megatron_muon.orthogonalize.scale import ball_factor, scale_factor
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE, strip_wrappers
-from megatron_muon.routing.layout import SCALAR, Block, layout_of
+from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, WHOLE, Block, MatrixLayout, layout_of
 from megatron_muon.routing.predicate import exclusion_reason
 
 __all__ = ["Route", "collect", "pattern", "render"]
@@ -28,6 +28,7 @@ class Route:
         blocks: its logical matrices, if Muon updates it.
         reason: why Muon does not update it, if it does not.
         override: the ``--muon-param-rule`` that decided, if one did.
+        layout: its layout, if Muon updates it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Route:
     blocks: tuple[Block, ...]
     reason: str
     override: str = ""
+    layout: MatrixLayout = WHOLE
 
     @property
     def muon(self) -> bool:
@@ -88,9 +90,10 @@ def _route(name: str, param: torch.nn.Parameter, ranks: int) -> Route:
         shape[axis] *= ranks
         divided = f"{'rows' if dim == 0 else 'columns'} / {ranks}"
     reason = exclusion_reason(param)
-    blocks = layout_of(param).blocks(tuple(shape)) if reason is None else []
+    layout = layout_of(param) if reason is None else WHOLE
+    blocks = layout.blocks(tuple(shape)) if reason is None else []
     override = getattr(param, OVERRIDE_ATTRIBUTE, "")
-    return Route(pattern(name), tuple(shape), divided, tuple(blocks), reason or "", override)
+    return Route(pattern(name), tuple(shape), divided, tuple(blocks), reason or "", override, layout)
 
 
 def render(routes: Sequence[Route], options: MuonConfig, *, notes: Sequence[str] = ()) -> str:
@@ -118,15 +121,20 @@ def render(routes: Sequence[Route], options: MuonConfig, *, notes: Sequence[str]
 def _row(route: Route, count: int, options: MuonConfig) -> tuple[str, ...]:
     optimizer = "muon" if route.muon else options.scalar_optimizer
     detail = ", ".join(_matrices(block, options) for block in route.blocks) if route.muon else route.reason
-    scales = [
-        "-"
-        if block.rule == SCALAR
-        else f"{scale_factor(options.scale_mode, block.rows, block.columns) * options.extra_scale_factor:.3g}"
-        for block in route.blocks
-    ]
+    if route.layout.direction != MSIGN:
+        detail = f"{route.layout.direction}: {detail}"
+    scales = [_scale(route.layout, block, options) for block in route.blocks]
     scale = scales[0] if len(set(scales)) == 1 else ", ".join(scales)
     parameters = f"{count * route.numel:,}"
     return (route.name, str(count), parameters, _times(route.shape), route.divided, optimizer, detail, scale)
+
+
+def _scale(layout: MatrixLayout, block: Block, options: MuonConfig) -> str:
+    if block.rule == SCALAR or layout.direction == STIEFEL:
+        return "-"
+    if layout.direction in BALLS:
+        return f"{ball_factor(layout, block.columns, options.ball_radius):.3g}"
+    return f"{scale_factor(options.scale_mode, block.rows, block.columns) * options.extra_scale_factor:.3g}"
 
 
 def _matrices(block: Block, options: MuonConfig) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from megatron_muon.config import MuonConfig
+from megatron_muon.routing.layout import TABLE
 from megatron_muon.routing.treatment import ADAM, Claim, Treatment
 
 __all__ = ["bert", "embedding", "vision_tower"]
 
-_TABLE = Treatment("embedding", ADAM, reason="embedding table")
+_TABLE = Treatment(TABLE, ADAM, reason="embedding table")
 
 
 def embedding(module: Any, options: MuonConfig) -> Iterator[Claim]:

@@ -1,0 +1,47 @@
+"""Directions of norm balls: what Scion (arXiv 2502.07529) gives weights that are no hidden matrices.
+
+The steepest direction within the unit ball of a norm needs no orthogonalization if the norm is one of entries, rows or
+columns. For a matrix u of momentum, all with RMS 1 where nothing is zero:
+
+* ``sign``: the sign of each entry (the largest entry is bounded);
+* ``row_norm``: each row divided by its RMS (an output layer's logits, or the rows that an embedding looks up);
+* ``col_norm``: each column divided by its RMS.
+
+A weight that multiplies inputs of n features is moved by 1/n of that, so that its outputs change by at most the radius
+(for columns: by the radius, each); rows of a table are looked up, not summed, and move by the radius itself.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_muon.optimizers.stages import Matrices
+from megatron_muon.routing.layout import COLUMN_NORM, ROW_NORM
+
+__all__ = ["ball_directions"]
+
+
+def ball_directions(matrices: Matrices, direction: str) -> list[torch.Tensor]:
+    """The direction of each update, from its momentum.
+
+    Args:
+        matrices: the updates; their own ``direction`` means nothing.
+        direction: one of :data:`megatron_muon.routing.layout.BALLS`.
+
+    Returns:
+        (matrices, rows on this rank, columns on this rank) for each. Zeros stay zeros.
+    """
+    mixes = [update.mix() for update in matrices.updates]
+    if direction not in (ROW_NORM, COLUMN_NORM):
+        return [mix.sign_() for mix in mixes]
+    squares = [mix.square() for mix in mixes]
+    if direction == ROW_NORM:
+        sums, counts = matrices.row_sums(squares), [update.columns for update in matrices.updates]
+    else:
+        sums, counts = matrices.column_sums(squares), [update.rows for update in matrices.updates]
+    return [_divided(mix, total / count) for mix, total, count in zip(mixes, sums, counts, strict=True)]
+
+
+def _divided(mix: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    # Of a row of zeros nothing is divided by: its direction is zero.
+    return mix.mul_(torch.where(mean_square > 0, mean_square.rsqrt(), torch.zeros_like(mean_square)))
