@@ -6,9 +6,13 @@ import re
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.pool import RankPool
 from tests.slow_cases import SLOW_CASES
+
+# Matrices of tests are tiny: threads would only wait for one another, for seconds where a core has other work.
+torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker

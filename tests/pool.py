@@ -1,7 +1,8 @@
 """A pool of gloo ranks that live as long as the test session.
 
 Importing torch and Megatron-Core takes seconds per process; a test that starts its own ranks pays them each time. Here
-a test sends a function to ranks that are already there::
+a test sends a function to ranks that are already there, and which were forked from a process that has imported all
+(:mod:`tests.preload`)::
 
     def losses(steps):              # top level of the test module, runs on every rank
         ...
@@ -43,7 +44,8 @@ class RankPool:
     """Ranks 0 .. n-1, started when first needed."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tests.preload"])
         self._workers: list[tuple[Any, Connection]] = []
         self._calls = 0
 
