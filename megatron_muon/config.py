@@ -110,6 +110,12 @@ def _qk_logits(value: Any) -> str | None:
     return _one_of(*SOURCES)(value)
 
 
+def _stiefel_solver(value: Any) -> str | None:
+    from megatron_muon.optimizers.stiefel_solvers import SOLVERS
+
+    return _one_of(*SOLVERS)(value)
+
+
 def _scale_mode(value: Any) -> str | None:
     from megatron_muon.orthogonalize.scale import SCALE_MODES
 
@@ -130,6 +136,30 @@ def _custom_coefficients(value: Any) -> str | None:
 
 DIRECTIONS = ("stiefel", "sign", "row_norm", "col_norm")
 """Choices of ``param_rule`` that change how the update of a matrix is found; its split stays that of its own rule."""
+
+
+def parse_transfer(base: str) -> tuple[int, int]:
+    """Width and depth of a ``WIDTHxDEPTH``.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    width, _, depth = base.partition("x")
+    found = int(width), int(depth)
+    if min(found) < 1:
+        raise ValueError(base)
+    return found
+
+
+def _transfer(value: Any) -> str | None:
+    if value == "":
+        return None
+    try:
+        parse_transfer(value)
+    except (AttributeError, ValueError):
+        return "give WIDTHxDEPTH, hidden size and layers of the model that was tuned, such as 256x4"
+    return None
+
 
 PARAM_CHOICES = ("adam", "muon", "split", "whole", "per_head", *DIRECTIONS)
 """What ``param_rule`` can decide; ``muon`` leaves the way to the weight's own rule."""
@@ -210,12 +240,18 @@ class MuonConfig:
         check=_one_of("adam", "split", "whole"),
     )
     router: str = _knob("muon", "Who updates the routers of experts: muon or adam.", check=_one_of("muon", "adam"))
+    lora_a: str = _knob(
+        "muon",
+        "Who updates the A factors (rank x inputs) of LoRA adapters: muon, or adam, since they are very wide and "
+        "ill-conditioned. B factors stay Muon's.",
+        check=_one_of("muon", "adam"),
+    )
     param_rule: tuple[str, ...] = _knob(
         (),
-        "GLOB=adam|muon|split|whole|per_head|sign|row_norm|col_norm|stiefel: decide about the weights whose names "
-        "match, whatever the other rules say. sign, row_norm and col_norm move them within a ball of "
-        "--muon-ball-radius (Scion); stiefel keeps their singular values at 1 (--optimizer stiefel_muon). "
-        "Repeatable; the last match counts. Layers are numbered over the whole model.",
+        "GLOB=CHOICE: decide about the weights whose names match, whatever the other rules say. adam; muon (by its own "
+        "rule), split, whole, per_head; sign, row_norm, col_norm: moved within a ball of --muon-ball-radius (Scion); "
+        "stiefel: singular values stay at 1 (--optimizer stiefel_muon). Repeatable; the last match counts. Layers are "
+        "numbered over the whole model.",
         check=_param_rules,
     )
     unknown_2d: str = _knob(
@@ -226,8 +262,9 @@ class MuonConfig:
     scale_mode: str = _knob(
         "spectral",
         "Factor on the orthogonalized update of an m x n matrix: spectral sqrt(max(m, n)), moonlight 0.2 times that "
-        "(Adam's update size), update_norm whatever gives it an RMS of 1, shape_scaling sqrt(max(1, m/n)), "
-        "unit_rms_norm sqrt(m/n), aspect_ratio sqrt(max(m, n)/min(m, n)), none 1. "
+        "(Adam's update size), moonlight_hidden 0.2 sqrt(hidden size), update_norm whatever gives it an RMS of 1, "
+        "shape_scaling sqrt(max(1, m/n)), unit_rms_norm sqrt(m/n), spectral_norm the same over the measured spectral "
+        "norm, aspect_ratio sqrt(max(m, n)/min(m, n)), none 1. "
         "m and n are those of the whole logical matrix, never of a shard.",
         check=_scale_mode,
     )
@@ -327,6 +364,23 @@ class MuonConfig:
         "1: one, without the multiplier (MuonSphere).",
         check=_tolerance,
     )
+    stiefel_solver: str = _knob(
+        "admm",
+        "How --optimizer stiefel_muon finds the direction along the manifold for weights that --muon-param-rule gives "
+        "to stiefel: admm, dual_ascent or fixed_point.",
+        check=_stiefel_solver,
+    )
+    stiefel_iterations: int = _knob(
+        0,
+        "Iterations of that solver in each step. 0: its own default, 10 for admm, 100 for dual_ascent, 20 for "
+        "fixed_point.",
+        check=_interval_or_never,
+    )
+    stiefel_radius: float = _knob(
+        1.0,
+        "All singular values of matrices on the manifold, with --optimizer stiefel_muon; --lr is relative to it.",
+        check=_positive,
+    )
     ball_radius: float = _knob(
         1.0,
         "Size of the updates of weights that --muon-param-rule gives to sign, row_norm or col_norm: their RMS; of "
@@ -339,6 +393,19 @@ class MuonConfig:
         "independent_scheduled by weight decay x learning rate / peak learning rate; l2 added to the gradient; "
         "cautious as decoupled, where weight and update agree in sign.",
         check=_one_of("decoupled", "independent", "independent_scheduled", "l2", "cautious"),
+    )
+    scalar_weight_decay_method: str = _knob(
+        "decoupled",
+        "Weight decay of what the scalar optimizer updates: decoupled by its learning rate x weight decay; "
+        "independent_scheduled by weight decay x learning rate / peak learning rate, whatever the peak is.",
+        check=_one_of("decoupled", "independent_scheduled"),
+    )
+    transfer: str = _knob(
+        "",
+        "WIDTHxDEPTH: hidden size and layers of the model on which learning rate, weight decay, eps and "
+        "--init-method-std were tuned; this run's are scaled to its own size (arXiv 2512.05620). Needs "
+        "--muon-scale-mode unit_rms_norm or spectral_norm and --muon-weight-decay-method independent_scheduled.",
+        check=_transfer,
     )
     ckpt_changes: str = _knob(
         "error",
@@ -414,11 +481,29 @@ class MuonConfig:
                 f"--muon-variant hyperball with --muon-scale-mode {self.scale_mode}: the radius of the weight decides "
                 "about the size of its updates. Add --muon-scale-mode none."
             )
+        if self.transfer:
+            self._check_transfer()
         if self.tp_mode == "gram" and self.ns_type == "bf16":
             raise ConfigError(
                 "--muon-tp-mode gram in bfloat16: Gram Newton-Schulz needs more bits. Add --muon-ns-dtype fp16 (or "
                 "fp32), or use --muon-tp-mode auto."
             )
+
+    def _check_transfer(self) -> None:
+        given = f"{flag('transfer')} {self.transfer}"
+        if self.scale_mode not in ("unit_rms_norm", "spectral_norm"):
+            raise ConfigError(
+                f"{given} with --muon-scale-mode {self.scale_mode}: its best learning rate changes with the width. Add "
+                "--muon-scale-mode unit_rms_norm (or spectral_norm), on the tuned model and on this one."
+            )
+        if self.weight_decay_method != "independent_scheduled":
+            raise ConfigError(
+                f"{given} with --muon-weight-decay-method {self.weight_decay_method}: only independent_scheduled does "
+                "not depend on learning rates that differ. Add --muon-weight-decay-method independent_scheduled, on "
+                "the tuned model and on this one."
+            )
+        if self.variant != "none":
+            raise ConfigError(f"{given} with --muon-variant {self.variant}: there is no rule for it; use none.")
 
     @property
     def ns_type(self) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_muon.engine.shards import Shard
-from megatron_muon.routing.layout import BALLS, SCALAR, layout_of
+from megatron_muon.routing.layout import BALLS, SCALAR, STIEFEL, layout_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
 __all__ = ["Job", "assign_owners", "cost_of_weight"]
@@ -44,7 +44,7 @@ class Job:
     movable: bool = True
 
 
-def cost_of_weight(param: torch.Tensor, shard: Shard | None, steps: int) -> int:
+def cost_of_weight(param: torch.Tensor, shard: Shard | None, steps: int, stiefel_steps: int = 0) -> int:
     """Operations in the products of Newton-Schulz for one update of ``param``, of each rank that takes part.
 
     A step on a p x q matrix, p <= q, multiplies X X^T, its square, and that with X: 4 p^2 q + 2 p^3 operations. A
@@ -54,6 +54,7 @@ def cost_of_weight(param: torch.Tensor, shard: Shard | None, steps: int) -> int:
         param: 2-D, or a 3-D stack of experts; annotated, see :mod:`megatron_muon.routing`.
         shard: how tensor parallelism divides it; None if it is whole. Its ranks share the work.
         steps: of Newton-Schulz.
+        stiefel_steps: of Newton-Schulz, in all iterations of the solver, for a weight on the Stiefel manifold.
 
     Returns:
         The sum over its logical matrices, without rows under the scalar optimizer's rule; 0 for a weight that Muon does
@@ -66,12 +67,13 @@ def cost_of_weight(param: torch.Tensor, shard: Shard | None, steps: int) -> int:
         return 0
     shape = tuple(param.shape) if shard is None else shard.whole_shape(param.shape)
     total, layout = 0, layout_of(param)
+    each = stiefel_steps if layout.direction == STIEFEL else steps
     for block in layout.blocks(shape):
         if layout.direction in BALLS:
             total += block.numel
         elif block.rule != SCALAR:
             p, q = sorted((block.rows, block.columns))
-            total += block.count * steps * (4 * p * p * q + 2 * p**3)
+            total += block.count * each * (4 * p * p * q + 2 * p**3)
     return total if shard is None else total // shard.size
 
 

@@ -7,7 +7,7 @@ collectives, which NCCL runs on a stream of its own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,11 @@ import torch
 from megatron_muon.engine.exchange import Counters, Exchange, Pending
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LOCAL, OWNER
 from megatron_muon.engine.pieces import Piece
-from megatron_muon.engine.plan import Chunk, Item, Kind, Plan
+from megatron_muon.engine.plan import Batch, Chunk, Item, Kind, Plan
 from megatron_muon.orthogonalize.gram import prescale
-from megatron_muon.orthogonalize.newton_schulz import normalized
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["Part", "Read", "Reduce", "Wire", "Write", "execute", "visit"]
+__all__ = ["Part", "Read", "Reduce", "Solve", "Wire", "Write", "execute", "visit"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,10 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 Write = Callable[[list[Part], list[torch.Tensor], Reduce], None]
 """Takes the orthogonalized matrices (each (matrices, rows, columns) on this rank)."""
+
+Solve = Callable[[list[int], list[torch.Tensor]], torch.Tensor]
+"""Computes one batch of whole matrices from several of their shape (matrices, p, q), p <= q: of which weights the
+matrices are, by index, and one batch for each read. The result has the same shape and dtype."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,14 @@ class _Run:
     wire: Wire
     local_dtype: torch.dtype
     counters: Counters
-    read: Read
+    reads: tuple[Read, ...]
     write: Write
+    solve: Solve | None = None
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """A dimension for the tensors of each matrix that :attr:`solve` wants: they are packed next to one another."""
+        return () if self.solve is None else (len(self.reads),)
 
 
 def execute(
@@ -83,10 +92,11 @@ def execute(
     wire: Wire,
     local_dtype: torch.dtype,
     counters: Counters,
-    read: Read,
+    read: Read | Sequence[Read],
     write: Write,
+    solve: Solve | None = None,
 ) -> None:
-    """Orthogonalize everything in a plan.
+    """Orthogonalize everything in a plan, or do with it what ``solve`` does.
 
     Args:
         plan: the same on all ranks of each group.
@@ -95,10 +105,12 @@ def execute(
         wire: dtypes of what is sent.
         local_dtype: in which matrices that are not sent are packed.
         counters: to be increased.
-        read: called for each chunk before it is exchanged.
+        read: called for each chunk before it is exchanged; with ``solve``, one for each tensor that it wants.
         write: called for each chunk when it is done.
+        solve: what to compute of whole matrices; only for plans in which each has an owner.
     """
-    run = _Run(plan, orthogonalizer, wire, local_dtype, counters, read, write)
+    reads = (read,) if callable(read) else tuple(read)
+    run = _Run(plan, orthogonalizer, wire, local_dtype, counters, reads, write, solve)
     tasks = (_TASKS[chunk.mode](run, chunk, exchanges.get(chunk.group)) for chunk in plan.chunks)
     previous, task = None, next(tasks, None)
     if task is not None:
@@ -135,7 +147,7 @@ def visit(
         counters: to be increased by what ``look`` sends.
         look: called for each chunk, on all ranks of its group.
     """
-    run = _Run(plan, orthogonalizer, wire, local_dtype, counters, lambda parts, slots: None, look)
+    run = _Run(plan, orthogonalizer, wire, local_dtype, counters, (lambda parts, slots: None,), look)
     for chunk in plan.chunks:
         task = _TASKS[chunk.mode](run, chunk, exchanges.get(chunk.group))
         task.unpack(task.pack(local_dtype))
@@ -166,12 +178,14 @@ class _Task:
         """Hand out the result."""
 
     def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        """This rank's part of each batch, (matrices, rows, columns), contiguous."""
+        """This rank's part of each batch, (matrices, [tensors,] rows, columns), contiguous."""
+        run = self.run
         batches = [
-            torch.empty((batch.count, *batch.kind.part(self.rank)), dtype=dtype, device=self.run.wire.device)
+            torch.empty((batch.count, *run.stack, *batch.kind.part(self.rank)), dtype=dtype, device=run.wire.device)
             for batch in self.chunk.batches
         ]
-        self.run.read(*self._parts(batches))
+        for number, read in enumerate(run.reads):
+            read(*self._parts([batch[:, number] if run.stack else batch for batch in batches]))
         return batches
 
     def unpack(self, batches: list[torch.Tensor]) -> None:
@@ -186,6 +200,13 @@ class _Task:
         """Whole matrices (matrices, p, q)."""
         self.run.counters.flops += x.size(0) * self.run.orthogonalizer.flops(*x.shape[-2:])
         return self.run.orthogonalizer(x)
+
+    def transform(self, batch: Batch, first: int, x: torch.Tensor) -> torch.Tensor:
+        """Whole matrices of a batch, from ``first`` on: orthogonalized, or what the run's ``solve`` makes of them."""
+        if self.run.solve is None:
+            return self.orthogonalize(x)
+        weights = [item.weight for item in batch.items for _ in range(item.count)]
+        return self.run.solve(weights[first : first + x.size(0)], list(x.unbind(1)))
 
     def _parts(self, batches: list[torch.Tensor]) -> tuple[list[Part], list[torch.Tensor]]:
         """The items of all batches, each with its slice of the batch, the right way round."""
@@ -207,7 +228,8 @@ class _Local(_Task):
         return tensor
 
     def compute(self) -> None:
-        self.unpack([self.orthogonalize(x) for x in self.pack(self.run.local_dtype)])
+        packed = self.pack(self.run.local_dtype)
+        self.unpack([self.transform(batch, 0, x) for batch, x in zip(self.chunk.batches, packed, strict=True)])
 
 
 class _Duplicated(_Task):
@@ -261,12 +283,13 @@ class _Owner(_Task):
         pieces: list[list[torch.Tensor]] = [[] for _ in self.chunk.batches]
         for rank in range(self.exchange.size):
             for index, batch in enumerate(self.chunk.batches):
-                shape = (batch.counts[self.rank], *batch.kind.part(rank))
+                shape = (batch.counts[self.rank], *self.run.stack, *batch.kind.part(rank))
                 pieces[index].append(received[offset : offset + _numel(shape)].view(shape))
                 offset += _numel(shape)
         for batch, shards in zip(self.chunk.batches, pieces, strict=True):
             whole = torch.cat(shards, dim=batch.kind.dim)
-            mine.append(self.orthogonalize(whole) if whole.size(0) else whole)
+            first = sum(batch.counts[: self.rank])
+            mine.append(self.transform(batch, first, whole) if whole.size(0) else whole)
         self.pending = self._send([x.to(self.run.wire.back) for x in mine], forth=False)
 
     def finish(self) -> None:
@@ -289,7 +312,7 @@ class _Owner(_Task):
                 first = sum(batch.counts[:rank]) if forth else 0
                 if forth:
                     segment = tensor[first : first + batch.counts[rank]]
-                    here += batch.counts[self.rank] * _numel(batch.kind.part(rank))
+                    here += batch.counts[self.rank] * _numel((*self.run.stack, *batch.kind.part(rank)))
                 else:
                     segment = tensor.split(batch.kind.parts, dim=batch.kind.dim)[rank]
                     here += batch.counts[rank] * _numel(batch.kind.part(self.rank))
@@ -323,8 +346,7 @@ class _Gram(_Task):
 
     def _normalized(self, kind: Kind, x: torch.Tensor) -> torch.Tensor:
         orthogonalizer = self.run.orthogonalizer
-        scale = prescale(orthogonalizer.dtype, kind.p)
-        return normalized(x, orthogonalizer.dtype, orthogonalizer.eps, scale=scale, reduce=self.exchange.all_reduce)
+        return orthogonalizer.normalized(x, prescale(orthogonalizer.dtype, kind.p), self.exchange.all_reduce)
 
     def _polynomials(self, partial: list[torch.Tensor], segment: int, scales: list[float]) -> list[torch.Tensor]:
         """Send the partial Gram matrices, compute the polynomials of those owned, and get those of all."""

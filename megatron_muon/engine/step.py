@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,8 +11,8 @@ import torch.distributed as dist
 from megatron_muon.engine.choose import choose_plan
 from megatron_muon.engine.describe import describe
 from megatron_muon.engine.exchange import Counters, Exchange
-from megatron_muon.engine.execute import Read, Wire, Write, execute, visit
-from megatron_muon.engine.modes import GRAM, Machine, Sizes
+from megatron_muon.engine.execute import Read, Solve, Wire, Write, execute, visit
+from megatron_muon.engine.modes import GRAM, LOCAL, OWNER, Machine, Sizes
 from megatron_muon.engine.plan import Plan, Policy, Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -104,6 +105,39 @@ class StepEngine:
             self._check_agreement()
         execute(
             self.plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, read, write
+        )
+        self.counters.steps += 1
+
+    def solve(self, reads: Sequence[Read], solve: Solve, write: Write) -> None:
+        """Compute something else of whole matrices, once: each at its owner, from several tensors.
+
+        They are sent and packed in the dtype of the matrices that stay, whatever the wire's is.
+
+        Args:
+            reads: fill batches with what is wanted of each matrix, one for each tensor.
+            solve: computes whole batches, see :data:`megatron_muon.engine.execute.Solve`.
+            write: takes the result.
+
+        Raises:
+            ValueError: if the plan has matrices without an owner (modes other than ``owner`` and ``blockwise``).
+            RuntimeError: on the first call, on all ranks, if they do not hold the same plan.
+        """
+        others = sorted({chunk.mode for chunk in self.plan.chunks} - {LOCAL, OWNER})
+        if others:
+            raise ValueError(f"whole matrices are wanted; in mode {others[0]} nobody owns them")
+        if not self._agreed:
+            self._check_agreement()
+        wire = dataclasses.replace(self.wire, dtype=self.local_dtype, back=self.local_dtype)
+        execute(
+            self.plan,
+            self.orthogonalizer,
+            self._exchanges,
+            wire,
+            self.local_dtype,
+            self.counters,
+            reads,
+            write,
+            solve,
         )
         self.counters.steps += 1
 

@@ -14,12 +14,13 @@ from torch.optim.optimizer import ParamsT
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.execute import Part, Read, Reduce, Write
-from megatron_muon.engine.modes import BLOCKWISE, DUPLICATED
+from megatron_muon.engine.modes import BLOCKWISE, DUPLICATED, OWNER
 from megatron_muon.engine.plan import Weight, check_weight
 from megatron_muon.engine.shards import shard_of
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.balls import ball_directions
+from megatron_muon.optimizers.power import UPDATE_LEFT, spectrally_normalized
 from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, update_rows
 from megatron_muon.optimizers.sizes import VARIANTS
@@ -27,10 +28,10 @@ from megatron_muon.optimizers.stages import Matrices, Update, Variant
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
-from megatron_muon.orthogonalize.scale import UPDATE_NORM, ball_factor, scale_factor
-from megatron_muon.routing.layout import BALLS, MSIGN, ORTHOGONALIZE, SCALAR, MatrixLayout, layout_of
+from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM, UPDATE_NORM, ball_factor, scale_factor
+from megatron_muon.routing.layout import BALLS, MSIGN, ORTHOGONALIZE, SCALAR, STIEFEL, MatrixLayout, layout_of
 
-__all__ = ["Job", "Muon", "reader"]
+__all__ = ["Job", "Muon", "matmul_precision", "reader"]
 
 
 class Muon(torch.optim.Optimizer):
@@ -87,6 +88,9 @@ class Muon(torch.optim.Optimizer):
         variant: what differs from plain Muon: a name of :data:`megatron_muon.optimizers.sizes.VARIANTS`, or an object.
         ball_radius: size of the updates of weights whose layout has a direction of
             :data:`megatron_muon.routing.layout.BALLS`, see :mod:`megatron_muon.optimizers.balls`.
+        hidden_size: of the model, for ``scale_mode="moonlight_hidden"``.
+        damping_depth: not 0: ``eps`` is damping that fits models of all sizes: eps sqrt(n / m) / damping_depth is added
+            to the norm of an m x n matrix (arXiv 2512.05620), see :mod:`megatron_muon.transfer`.
 
     Raises:
         ValueError: for a wrong value (:class:`megatron_muon.ConfigError`), a parameter that is not 2-D, or a fused
@@ -125,6 +129,8 @@ class Muon(torch.optim.Optimizer):
         weight_decay_method: str = "decoupled",
         variant: str | Variant = "none",
         ball_radius: float = 1.0,
+        hidden_size: int = 0,
+        damping_depth: float = 0.0,
     ) -> None:
         if lr < 0.0:
             raise ValueError(f"lr {lr}: give a number of at least 0")
@@ -150,6 +156,15 @@ class Muon(torch.optim.Optimizer):
             variant=variant if isinstance(variant, str) else "none",
             ball_radius=ball_radius,
         ).validate()
+        if scale_mode == MOONLIGHT_HIDDEN and hidden_size < 1:
+            raise ConfigError(
+                f"--muon-scale-mode {MOONLIGHT_HIDDEN} with hidden_size {hidden_size}: give the model's hidden size, "
+                "or use --muon-scale-mode moonlight."
+            )
+        if damping_depth < 0.0:
+            raise ConfigError(f"damping_depth {damping_depth}: give a positive number, or 0 for none.")
+        self.hidden_size = hidden_size
+        self._damped = damping_depth > 0.0
         self.variant = VARIANTS.get(variant, Variant)() if isinstance(variant, str) else variant
         self.tp_group = tp_group
         self.expert_tp_group = expert_tp_group
@@ -164,7 +179,8 @@ class Muon(torch.optim.Optimizer):
             "scalar_lr_mult": scalar_lr_mult,
             "scalar_wd_mult": scalar_wd_mult,
         }
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "step": 0, **scalar})
+        own = {"momentum": momentum, "weight_decay": weight_decay, "damping_depth": damping_depth}
+        super().__init__(params, {"lr": lr, "step": 0, **own, **scalar})
 
     @property
     def checkpoint_rule(self) -> str:
@@ -223,7 +239,7 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         jobs = [job for group in self.param_groups for job in self._begin_group(group)]
         if jobs:
-            with _matmul_precision(self.config.fp32_matmul_prec):
+            with matmul_precision(self.config.fp32_matmul_prec):
                 self._update_jobs(jobs)
         for group in self.param_groups:
             self._step_scalar_rows(group, [job for job in jobs if job.group is group])
@@ -278,6 +294,8 @@ class Muon(torch.optim.Optimizer):
                 state.setdefault(SECOND_MOMENT, torch.zeros_like(param))
             if layout_of(param).direction == MSIGN:
                 self.variant.init_state(param, state)
+                if self.config.scale_mode == SPECTRAL_NORM and UPDATE_LEFT not in state:
+                    state[UPDATE_LEFT] = torch.zeros_like(param[..., :1])
 
     def _begin_group(self, group: dict[str, Any]) -> list[Job]:
         """Everything elementwise that precedes the iteration: momentum and weight decay."""
@@ -289,14 +307,20 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[param]["momentum_buffer"] for param in params]
         grads = [param.grad.to(buffer.dtype) for param, buffer in zip(params, buffers, strict=True)]
         layouts = [layout_of(param) for param in params]
-        if self.config.weight_decay_method == "l2" and group["weight_decay"] != 0.0 and self.variant.decays:
+        # Those on a manifold do not decay: the way back to it would undo that.
+        decaying = [index for index, layout in enumerate(layouts) if layout.direction != STIEFEL]
+        decaying_layouts = [layouts[index] for index in decaying]
+        decaying_rows = _rows([params[index] for index in decaying], decaying_layouts)
+        l2 = self.config.weight_decay_method == "l2" and self.variant.decays
+        if l2 and group["weight_decay"] != 0.0 and decaying_rows:
             # Copies: Megatron reads its gradient buffer again, and rows under Adam have their own decay.
             grads = [grad.clone() for grad in grads]
-            torch._foreach_add_(_rows(grads, layouts), _rows(params, layouts), alpha=group["weight_decay"])
+            grad_rows = _rows([grads[index] for index in decaying], decaying_layouts)
+            torch._foreach_add_(grad_rows, decaying_rows, alpha=group["weight_decay"])
         torch._foreach_lerp_(_rows(buffers, layouts), _rows(grads, layouts), 1.0 - group["momentum"])
         factor = self._decay_factor(group)
-        if factor != 1.0:
-            torch._foreach_mul_(_rows(params, layouts), factor)
+        if factor != 1.0 and decaying_rows:
+            torch._foreach_mul_(decaying_rows, factor)
         return [Job(group, *job) for job in zip(params, grads, buffers, strict=True)]
 
     def _decay_factor(self, group: dict[str, Any]) -> float:
@@ -340,24 +364,25 @@ class Muon(torch.optim.Optimizer):
         key = tuple(map(id, params))
         planned, engine = self._engines.get(direction, ((), None))
         if engine is None or key != planned:
-            engine = self._new_engine(params, self.config.tp_mode if direction == MSIGN else self._whole_mode)
+            engine = self._new_engine(params, self._mode_of(direction))
             self._engines[direction] = key, engine
         return engine
 
-    @property
-    def _whole_mode(self) -> str:
-        """Of directions that are not orthogonalized: nothing but sums is exchanged for them."""
-        return BLOCKWISE if self.config.tp_mode == BLOCKWISE else DUPLICATED
+    def _mode_of(self, direction: str) -> str:
+        """Of tensor parallelism: for balls nothing but sums is exchanged, the manifold wants whole matrices."""
+        if direction == MSIGN or self.config.tp_mode == BLOCKWISE:
+            return self.config.tp_mode
+        return OWNER if direction == STIEFEL else DUPLICATED
 
     def _new_engine(self, params: list[torch.Tensor], mode: str) -> StepEngine:
         config, first = self.config, params[0]
         precision = precision_of(config, first.dtype)
-        with _matmul_precision(config.fp32_matmul_prec):
+        with matmul_precision(config.fp32_matmul_prec):
             products, self.products_note = choose_products(config.ns_backend, first.device, precision.iteration)
         return StepEngine(
             [self._weight(param) for param in params],
             {name: group for name, group in self._groups.items() if group is not None},
-            Orthogonalizer(self._coefficients, precision.iteration, config.eps, products),
+            Orthogonalizer(self._coefficients, precision.iteration, config.eps, products, damped=self._damped),
             mode=mode,
             dtype=precision.own,
             wire_dtype=precision.wire,
@@ -380,14 +405,16 @@ class Muon(torch.optim.Optimizer):
 
     def _writer(self, jobs: list[Job]) -> Write:
         """Applies orthogonalized directions to the weights."""
-        measured = self.config.scale_mode == UPDATE_NORM
+        measured = self.config.scale_mode in (UPDATE_NORM, SPECTRAL_NORM)
         apply = self._applier(jobs, self._scale)
 
         def write(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
             matrices = None
             if self.variant.adapts or self.variant.retracts or measured:
                 matrices = self._matrices(jobs, parts, directions, reduce)
-                directions = self._adapted(matrices, measured)
+                directions = self.variant.adapt(matrices)
+            if matrices is not None and measured:
+                directions = self._resized(matrices, directions, jobs[parts[0].item.weight].group["step"])
             apply(parts, directions)
             if matrices is not None and self.variant.retracts:
                 self.variant.retract(matrices)
@@ -404,8 +431,8 @@ class Muon(torch.optim.Optimizer):
         return lambda parts, directions, reduce: apply(parts, directions)
 
     def _scale(self, part: Part) -> float:
-        shape = part.item.rows, part.item.columns
-        return scale_factor(self.config.scale_mode, *shape) * self.config.extra_scale_factor
+        factor = scale_factor(self.config.scale_mode, part.item.rows, part.item.columns, self.hidden_size)
+        return factor * self.config.extra_scale_factor
 
     def _applier(
         self, jobs: list[Job], factor: Callable[[Part], float]
@@ -432,15 +459,14 @@ class Muon(torch.optim.Optimizer):
         pairs = zip(parts, directions, strict=True)
         return Matrices([self._update(jobs[part.item.weight], part, each) for part, each in pairs], reduce)
 
-    def _adapted(self, matrices: Matrices, measured: bool) -> list[torch.Tensor]:
-        """Directions after P4; if ``measured``, with the norm that an orthogonal matrix has."""
-        adapted = self.variant.adapt(matrices)
-        if not measured:
-            return adapted
-        norms = matrices.norms(adapted)
+    def _resized(self, matrices: Matrices, directions: list[torch.Tensor], step: int) -> list[torch.Tensor]:
+        """P5, measured: directions with the norm that an orthogonal matrix has, Frobenius or spectral."""
+        if self.config.scale_mode == SPECTRAL_NORM:
+            return spectrally_normalized(matrices, directions, step)
+        norms = matrices.norms(directions)
         wanted = [min(update.rows, update.columns) ** 0.5 for update in matrices.updates]
-        tiny = torch.finfo(adapted[0].dtype).tiny
-        return [x * (size / norm.clamp_min(tiny)) for x, size, norm in zip(adapted, wanted, norms, strict=True)]
+        tiny = torch.finfo(directions[0].dtype).tiny
+        return [x * (size / norm.clamp_min(tiny)) for x, size, norm in zip(directions, wanted, norms, strict=True)]
 
     def _update(self, job: Job, part: Part, direction: torch.Tensor) -> Update:
         weight = self._weight(job.param)
@@ -491,8 +517,16 @@ def reader(nesterov: bool, jobs: list[Job], variant: Variant) -> Read:
             # The gradient itself stays as it is: Megatron reads its buffer again (logging, gradient norms).
             torch._foreach_copy_(targets, torch._foreach_lerp(mixed_in, sources, momentum) if nesterov else sources)
         variant.transform(slots)
+        if slots and jobs[parts[0].item.weight].group["damping_depth"]:
+            torch._foreach_mul_(slots, [_damping_scale(jobs, part) for part in parts])
 
     return read
+
+
+def _damping_scale(jobs: list[Job], part: Part) -> float:
+    """Where the iteration adds eps to the norm of u times this, it adds eps sqrt(n / m) / depth to that of u."""
+    depth: float = jobs[part.item.weight].group["damping_depth"]
+    return depth * (part.item.rows / part.item.columns) ** 0.5
 
 
 def _rows(
@@ -504,7 +538,7 @@ def _rows(
 
 
 @contextlib.contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str) -> Iterator[None]:
     """float32 products in TF32 where asked for; the process-wide setting is put back."""
     before = torch.get_float32_matmul_precision()
     # "medium" converts to bfloat16 by itself, so that float32 products (there are none then) may stay exact.

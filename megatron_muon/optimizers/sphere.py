@@ -15,7 +15,6 @@ it is the solution, which no lambda gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,8 @@ import torch
 from megatron_muon.engine.execute import Part, Read, Reduce, Write
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Job, Muon, reader
-from megatron_muon.optimizers.stages import Matrices, Update, Variant
+from megatron_muon.optimizers.power import store_rows, top_singular
+from megatron_muon.optimizers.stages import Update, Variant
 
 __all__ = ["SpectralSphere", "Sphere", "evaluations"]
 
@@ -181,7 +181,7 @@ class SpectralSphere(Muon):
             norms = matrices.norms([update.mix() for update in updates])
             weights = [update.batch_of(update.param) for update in updates]
             first = [jobs[part.item.weight].group["step"] == 1 for part in parts]
-            left, right, sizes = _top_singular(matrices, weights, _FIRST_ITERATIONS if any(first) else _ITERATIONS)
+            left, right, sizes = top_singular(matrices, weights, LEFT, _FIRST_ITERATIONS if any(first) else _ITERATIONS)
             for index, (part, update) in enumerate(zip(parts, updates, strict=True)):
                 solves[_key(part)] = self._begin(
                     update, weights[index], norms[index], left[index], right[index], sizes[index]
@@ -206,8 +206,8 @@ class SpectralSphere(Muon):
         factor = torch.where(size > 0, radius / size, torch.ones_like(size))
         for stored, new in update.pairs(update.param, weight * factor):
             stored.copy_(new)
-        _store(update, LEFT, left)
-        _store(update, RADIUS, radius.expand(-1, left.size(1), 1))
+        store_rows(update, LEFT, left)
+        store_rows(update, RADIUS, radius.expand(-1, left.size(1), 1))
         return _Solve(norm, left, right, radius, value)
 
     def _evaluator(self, jobs: list[Job], solves: dict[Key, _Solve], number: int) -> Write:
@@ -230,14 +230,9 @@ class SpectralSphere(Muon):
                 rate = -jobs[part.item.weight].group["lr"]
                 for weight, step in update.pairs(update.param, each.result() * each.radius):
                     weight.add_(step, alpha=rate)
-                _store(update, MULTIPLIER, each.value.expand(-1, update.direction.size(1), 1))
+                store_rows(update, MULTIPLIER, each.value.expand(-1, update.direction.size(1), 1))
 
         return finish
-
-
-def _store(update: Update, name: str, batch: torch.Tensor) -> None:
-    for stored, value in update.pairs(update.state[name], batch.contiguous()):
-        stored.copy_(value)
 
 
 def _key(part: Part) -> Key:
@@ -257,29 +252,3 @@ def _shifted(read: Read, solves: dict[Key, _Solve]) -> Read:
             slot.add_(theta.to(slot.dtype))
 
     return shifted
-
-
-def _top_singular(
-    matrices: Matrices, weights: Sequence[torch.Tensor], iterations: int
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Power iteration on W W^T from the stored left vector, or from the sums of W's rows, alike on all ranks.
-
-    Returns:
-        u (matrices, rows on this rank, 1), v (matrices, columns on this rank, 1) and the norm (matrices, 1, 1) of each.
-    """
-    updates = matrices.updates
-    stored = [update.batch_of(update.state[LEFT]) for update in updates]
-    norms = matrices.norms_over_rows(stored)
-    starts = matrices.row_sums(weights)
-    left = [torch.where(norm > 0, u, start) for u, norm, start in zip(stored, norms, starts, strict=True)]
-    for _ in range(iterations):
-        right = matrices.column_products(weights, left)
-        right = _unit(right, matrices.norms_over_columns(right))
-        left = matrices.row_products(weights, right)
-        sizes = matrices.norms_over_rows(left)
-        left = _unit(left, sizes)
-    return left, right, sizes
-
-
-def _unit(vectors: list[torch.Tensor], norms: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [v / norm.clamp_min(torch.finfo(v.dtype).tiny) for v, norm in zip(vectors, norms, strict=True)]

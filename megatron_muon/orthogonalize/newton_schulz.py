@@ -62,7 +62,13 @@ def newton_schulz(
 
 
 def normalized(
-    x: torch.Tensor, dtype: torch.dtype, eps: float, *, scale: float = 1.0, reduce: Reduce | None = None
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    eps: float,
+    *,
+    scale: float = 1.0,
+    reduce: Reduce | None = None,
+    damped: bool = False,
 ) -> torch.Tensor:
     """``scale * x / ||x||_F``, rounded once to ``dtype``.
 
@@ -72,13 +78,15 @@ def normalized(
         eps: lower bound of the norm.
         scale: a power of two.
         reduce: sums over the ranks, if ``x`` is this rank's shard of each matrix.
+        damped: add ``eps`` to the norm instead (arXiv 2512.05620).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     square_sum = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).square_()
     if reduce is not None:
         square_sum = reduce(square_sum)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    return torch.mul(x, scale / square_sum.sqrt_().clamp_min_(eps), out=out)  # in ``wide``, rounded once
+    norm = square_sum.sqrt_().add_(eps) if damped else square_sum.sqrt_().clamp_min_(eps)
+    return torch.mul(x, scale / norm, out=out)  # in ``wide``, rounded once
 
 
 def standard_iteration(

@@ -53,6 +53,8 @@ class Orthogonalizer:
         dtype: torch.dtype,
         eps: float = 1e-7,
         products: TorchProducts | None = None,
+        *,
+        damped: bool = False,
     ) -> None:
         """
         Args:
@@ -60,10 +62,12 @@ class Orthogonalizer:
             dtype: of the iteration: float64, float32, bfloat16 or float16.
             eps: lower bound of the norm that a matrix is divided by.
             products: how to multiply; torch's by default.
+            damped: whether ``eps`` is added to the norm, rather than a lower bound of it.
         """
         self.coefficients = coefficients
         self.dtype = dtype
         self.eps = eps
+        self.damped = damped
         self.products = products or TorchProducts()
         self.restarts = best_restarts(coefficients, dtype)
 
@@ -121,10 +125,10 @@ class Orthogonalizer:
     def _iterate(self, x: torch.Tensor) -> torch.Tensor:
         p, q = x.shape[-2:]
         if not self._gram_pays(p, q):
-            return standard_iteration(normalized(x, self.dtype, self.eps), self.coefficients, self.products)
+            return standard_iteration(self.normalized(x), self.coefficients, self.products)
         assert self.restarts is not None
         scale = prescale(self.dtype, p)
-        batch = normalized(x, self.dtype, self.eps, scale=scale)
+        batch = self.normalized(x, scale)
         return gram_iteration(batch, self.coefficients, self.restarts, self.products, scale)
 
     def sharded(self, x: torch.Tensor, reduce: Reduce) -> torch.Tensor:
@@ -134,8 +138,11 @@ class Orthogonalizer:
             x: (batch, p, columns of this rank), any p.
             reduce: sums over the ranks.
         """
-        batch = normalized(x, self.dtype, self.eps, reduce=reduce)
-        return standard_iteration(batch, self.coefficients, self.products, reduce)
+        return standard_iteration(self.normalized(x, reduce=reduce), self.coefficients, self.products, reduce)
+
+    def normalized(self, x: torch.Tensor, scale: float = 1.0, reduce: Reduce | None = None) -> torch.Tensor:
+        """Where the iteration starts: see :func:`megatron_muon.orthogonalize.newton_schulz.normalized`."""
+        return normalized(x, self.dtype, self.eps, scale=scale, reduce=reduce, damped=self.damped)
 
     def polynomials(self, gram: torch.Tensor, segment: int, scale: float = 1.0) -> torch.Tensor:
         """``Q`` of one segment from the Gram matrices of whole matrices.

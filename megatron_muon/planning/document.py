@@ -12,10 +12,9 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine import MODES
 from megatron_muon.engine.prediction import Choice
-from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.planning.cost import RankLoad
 from megatron_muon.planning.survey import Plan
-from megatron_muon.routing.layout import ORTHOGONALIZE, SCALAR, Block
+from megatron_muon.routing.layout import SCALAR
 from megatron_muon.routing.report import Route
 
 __all__ = ["by_optimizer", "bytes_in", "collectives_in", "dtype_name", "flops_in", "optimizer_share", "over_ranks"]
@@ -153,17 +152,10 @@ def _class(route: Route, count: int, options: MuonConfig) -> dict[str, Any]:
         "reason": route.reason,
         "override": route.override,
         "divided": route.divided,
-        "blocks": [_block(block, options) for block in route.blocks],
+        "blocks": [{**asdict(block), "scale_factor": route.scale(block, options)} for block in route.blocks],
     }
 
 
 def _rule(route: Route) -> str:
     rules = {block.rule for block in route.blocks} or {SCALAR}
     return "mixed" if len(rules) > 1 else rules.pop()
-
-
-def _block(block: Block, options: MuonConfig) -> dict[str, Any]:
-    scale = None
-    if block.rule == ORTHOGONALIZE:
-        scale = scale_factor(options.scale_mode, block.rows, block.columns) * options.extra_scale_factor
-    return {**asdict(block), "scale_factor": scale}

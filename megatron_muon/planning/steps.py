@@ -39,12 +39,14 @@ class StepPlanner:
         orthogonalizer: the iteration.
     """
 
-    def __init__(self, options: MuonConfig) -> None:
+    def __init__(self, options: MuonConfig, passes: int = 1) -> None:
         """
         Args:
             options: validated.
+            passes: how often a step orthogonalizes all matrices; the spectral sphere does so several times.
         """
         self.options = options
+        self.passes = passes
         # Megatron's optimizers update float32 weights: main copies, or the model's own.
         self.precision = precision_of(options, torch.float32)
         triples = tuple(map(parse_triple, options.custom_coefficients))
@@ -112,7 +114,8 @@ class Step:
         if key not in self._costs:
             wire, orthogonalizer = engine.wire, self.planner.orthogonalizer
             sizes = Sizes(wire.dtype.itemsize, wire.back.itemsize, wire.gram.itemsize)
-            self._costs[key] = predict(engine.plan, orthogonalizer, sizes, group_ranks, engine.local_dtype)
+            once = predict(engine.plan, orthogonalizer, sizes, group_ranks, engine.local_dtype)
+            self._costs[key] = sum([once] * self.planner.passes, Cost())
         return self._costs[key]
 
     def choices(self, mode: str) -> Counter[Choice]:

@@ -16,6 +16,7 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.prediction import Choice
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.sphere import evaluations
 from megatron_muon.planning.cost import (
     RankLoad,
     Weight,
@@ -151,7 +152,8 @@ class _Survey:
         self.routes: list[Route] = []
         self.weights: list[Weight] = []
         self.stages: list[StagePlan] = []
-        self.planner = StepPlanner(options)
+        sphere = args.optimizer.removeprefix("dist_") == "spectral_sphere"
+        self.planner = StepPlanner(options, evaluations(options.sphere_tolerance) if sphere else 1)
         self.refusals: dict[str, str] = {}
         self.mtp_routes: list[Route] = []
         self.attention_flops = 0
@@ -204,7 +206,13 @@ class _Survey:
 
     def _route(self, name: str, param: torch.nn.Parameter) -> Route:
         layout = self.layout
-        return collect([(name, param)], self.options, tp_size=layout.tensor, expert_tp_size=layout.expert_tensor)[0]
+        return collect(
+            [(name, param)],
+            self.options,
+            tp_size=layout.tensor,
+            expert_tp_size=layout.expert_tensor,
+            hidden_size=self.args.hidden_size,
+        )[0]
 
     def _weight(self, name: str, param: torch.nn.Parameter, owners: dict[torch.Tensor, Owners]) -> Weight:
         routed = bool(getattr(param, "expert_tp", False))

@@ -24,6 +24,8 @@ from megatron_muon.plugin import (
     qk_clip,
     recording,
     registry,
+    stiefel,
+    transfer,
 )
 from megatron_muon.plugin.version import check_megatron_core
 
@@ -36,12 +38,14 @@ def _all_patches() -> list[Patch]:
         arguments,
         ownership,
         registry,
+        transfer,
         factory,
         layer_wise,
         checkpointing,
         checkpoint_files,
         datasets,
         qk_clip,
+        stiefel,
         recording,
     )
     return native.for_points(patch for room in rooms for patch in room.patches())

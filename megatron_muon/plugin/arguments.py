@@ -12,7 +12,7 @@ from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
-from megatron_muon.plugin.optimizer_config import OPTIMIZERS, REFUSED, is_ours, refuse
+from megatron_muon.plugin.optimizer_config import OPTIMIZERS, REFUSED, check_transfer, is_ours, refuse
 
 __all__ = ["from_arguments", "patches"]
 
@@ -148,14 +148,40 @@ def from_arguments(args: argparse.Namespace) -> MuonConfig:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     """Refuse what Megatron refuses late, badly or not at all. Runs before Megatron's own checks."""
-    options.set_current(from_arguments(args))
+    muon = from_arguments(args)
+    options.set_current(muon)
     name = args.optimizer
+    check_transfer(name, muon)
+    _check_groups(args, muon)
     layer_wise = args.use_distributed_optimizer or name.startswith("dist_")
     refuse(args, REFUSED_FLAGS)
     if args.ckpt_format not in ("torch", "torch_dist"):
         raise ConfigError(f"--ckpt-format {args.ckpt_format} with --optimizer {name}: use torch_dist (or torch).")
     if layer_wise:
         _check_layer_wise(args)
+
+
+def _check_groups(args: argparse.Namespace, muon: MuonConfig) -> None:
+    """What these flags do to param groups outweighs what others do, or contradicts it."""
+    for name, asked in (("transfer", muon.transfer), ("scalar_weight_decay_method", muon.scalar_weight_decay_method)):
+        if asked not in ("", "decoupled") and args.weight_decay_incr_style != "constant":
+            raise ConfigError(
+                f"{flag(name)} {asked} with --weight-decay-incr-style {args.weight_decay_incr_style}: the weight decay "
+                "of each param group is fixed then; use constant."
+            )
+    if not muon.transfer:
+        return
+    for name in ("use_mup", "init_method_xavier_uniform"):
+        if getattr(args, name, False):
+            raise ConfigError(
+                f"{flag('transfer')} {muon.transfer} with --{name.replace('_', '-')}: these are two rules for one "
+                "thing; give one."
+            )
+    if not args.untie_embeddings_and_output_weights:
+        raise ConfigError(
+            f"{flag('transfer')} {muon.transfer} with an output layer that is the embedding, too: the rule has another "
+            "learning rate for each. Add --untie-embeddings-and-output-weights."
+        )
 
 
 def _check_layer_wise(args: argparse.Namespace) -> None:

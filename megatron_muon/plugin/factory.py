@@ -14,9 +14,12 @@ from megatron_muon._patching import Patch
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
+from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.plugin import options
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_layer_wise, is_ours
-from megatron_muon.plugin.registry import scalar_overrides
+from megatron_muon.plugin.optimizer_state import leaves
+from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
+from megatron_muon.plugin.transfer import group_overrides, transfer_of
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names, report
 from megatron_muon.routing.partition import refuse_uneven, refuse_unmatched
 from megatron_muon.routing.predicate import exclusion_reason
@@ -46,30 +49,34 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
         pg_collection: Any = None,
     ) -> Any:
         if not is_ours(config.optimizer):
+            watch([], config.optimizer)
             for chunk in model_chunks:
-                annotate(chunk, options.without_refusal())
+                annotate(chunk, options.without_refusal(), adapters=False)
             return original(config, model_chunks, config_overrides, pg_collection)
         muon = check_optimizer_config(config)
-        _route(model_chunks, muon)
+        _route(config, model_chunks, muon)
         groups = pg_collection or _default_groups()
         _check_groups(groups)
         _check_buffers(config, model_chunks)
         # A copy: Megatron adds its own entries to the caller's dictionary.
-        overrides = {**(config_overrides or {}), **scalar_overrides(config, muon, config_overrides or {})}
+        others = config_overrides or {}
+        overrides = {**others, **group_overrides(config, muon, model_chunks, others)}
         optimizer = original(config, model_chunks, overrides, pg_collection)
         _check_partition(optimizer, model_chunks, groups)
+        watch([part.optimizer for part, _ in leaves(optimizer)], config.optimizer)
         _print_report(muon, config, model_chunks, groups, _planned(optimizer))
         return optimizer
 
     return _get_megatron_emerging_optimizer
 
 
-def _route(model_chunks: Sequence[torch.nn.Module], muon: MuonConfig) -> None:
+def _route(config: Any, model_chunks: Sequence[torch.nn.Module], muon: MuonConfig) -> None:
     """Decide about every weight; a rule of the user must match somewhere in the whole model.
 
     Raises:
         ConfigError: from :func:`annotate`, on every rank with the message of the first that has one: the ranks that
-            have no such weight would wait for the others in the next collective.
+            have no such weight would wait for the others in the next collective. Or if the optimizer is for weights of
+            a direction that no rank has.
     """
     matched: set[str] = set()
     problem = None
@@ -79,11 +86,12 @@ def _route(model_chunks: Sequence[torch.nn.Module], muon: MuonConfig) -> None:
     except ConfigError as error:
         problem = str(error)
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (matched, problem))
-    for _, message in gathered:
+    dist.all_gather_object(gathered, (matched, problem, any(map(has_stiefel, model_chunks))))
+    for _, message, _ in gathered:
         if message is not None:
             raise ConfigError(message)
-    refuse_unmatched(muon, set().union(*(rules for rules, _ in gathered)))
+    refuse_unmatched(muon, set().union(*(rules for rules, _, _ in gathered)))
+    check_stiefel(config.optimizer, any(found for _, _, found in gathered))
 
 
 def _default_groups() -> Any:
@@ -208,6 +216,8 @@ def _planned(optimizer: Any) -> list[str]:
         muon = None if hasattr(part, "chained_optimizers") else getattr(part, "optimizer", None)
         if isinstance(muon, Muon) and (engine := muon.prepare()) is not None:
             lines += [*engine.describe(), f"products: {muon.products_note}"]
+        if isinstance(muon, StiefelMuon):
+            lines += muon.notes()
     return list(dict.fromkeys(lines))
 
 
@@ -215,6 +225,8 @@ def _print_report(
     muon: MuonConfig, config: Any, model_chunks: Sequence[torch.nn.Module], groups: Any, planned: list[str]
 ) -> None:
     """Gather the routes of all pipeline stages and experts, and print the table on rank 0."""
+    from megatron.core.utils import get_model_config
+
     routes: list[report.Route] = []
     for chunk in model_chunks:
         dense: list[tuple[str, torch.nn.Parameter]] = []
@@ -226,6 +238,7 @@ def _print_report(
             options=muon,
             tp_size=groups.tp.size(),
             expert_tp_size=getattr(groups, "expt_tp", groups.tp).size(),
+            hidden_size=getattr(get_model_config(chunk), "hidden_size", 0),
         )
         # One rank speaks for each set of replicas and shards.
         if _is_first(groups, "tp", "dp_cp"):
@@ -236,7 +249,8 @@ def _print_report(
     dist.all_gather_object(gathered, routes)
     if dist.get_rank() == 0:
         everything = [route for part in gathered for route in part]
-        text = report.render(everything, muon, notes=[*_notes(muon, config, groups), *planned])
+        notes = [*_notes(muon, config, groups), *_transfer_notes(muon, model_chunks), *planned]
+        text = report.render(everything, muon, notes=notes)
         print(f"megatron_muon {__version__}\n{text}", flush=True)
 
 
@@ -246,12 +260,23 @@ def _is_first(groups: Any, *names: str) -> bool:
     return all(group is None or group.rank() == 0 for group in found)
 
 
+def _transfer_notes(muon: MuonConfig, model_chunks: Sequence[torch.nn.Module]) -> list[str]:
+    transfer = transfer_of(muon, model_chunks)
+    if transfer is None:
+        return []
+    return [
+        f"transfer from {muon.transfer}: {transfer.width:g} times wider, {transfer.depth:g} times deeper; learning "
+        f"rate of Adam's matrices and the output layer / {transfer.width:g}, of what ends a residual branch / "
+        f"{transfer.depth:g}; weight decay / {transfer.width:g}"
+    ]
+
+
 def _notes(muon: MuonConfig, config: Any, groups: Any) -> list[str]:
     notes = [
         f"Newton-Schulz: {muon.num_ns_steps} steps, {muon.coefficient_type} coefficients; update scale "
         f"{muon.scale_mode} x {muon.extra_scale_factor:g}",
         f"momentum {muon.momentum:g}{', Nesterov' if muon.nesterov else ''}; learning rate {config.lr}, weight decay "
-        f"{config.weight_decay} (decoupled); tensor parallel {groups.tp.size()}: {muon.tp_mode}",
+        f"{config.weight_decay} ({muon.weight_decay_method}); tensor parallel {groups.tp.size()}: {muon.tp_mode}",
     ]
     if muon.tp_mode == "blockwise" and groups.tp.size() > 1:
         notes.append(

@@ -25,6 +25,7 @@ from megatron_muon._patching import Patch
 from megatron_muon.engine.balance import Job, assign_owners, cost_of_weight
 from megatron_muon.engine.shards import shard_of
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.stiefel_solvers import SOLVERS
 from megatron_muon.plugin import options
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
@@ -347,7 +348,8 @@ def _cost_in(pg_collection: Any) -> Callable[[torch.Tensor], int]:
     else:
         dense = getattr(pg_collection, "tp", None)
         expert = getattr(pg_collection, "expt_tp", dense)
-    steps = options.current().num_ns_steps
+    muon = options.current()
+    stiefel_steps = SOLVERS[muon.stiefel_solver].steps(muon.stiefel_iterations)
 
     def cost(param: torch.Tensor) -> int:
         divided = getattr(param, "tensor_model_parallel", False) and not _is_nonlinear_or_embedding(param)
@@ -357,6 +359,6 @@ def _cost_in(pg_collection: Any) -> Callable[[torch.Tensor], int]:
                 "parallel_state nor pg_collection has: its owner cannot be chosen. Give "
                 "megatron.training.training.wrap_model_chunks_with_ddp a pg_collection with tp and expt_tp."
             )
-        return cost_of_weight(param, shard_of(param, dense, expert), steps)
+        return cost_of_weight(param, shard_of(param, dense, expert), muon.num_ns_steps, stiefel_steps)
 
     return cost

@@ -14,14 +14,14 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_muon._patching import Patch
-from megatron_muon.config import PREFIX, MuonConfig
+from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 
 __all__ = ["OPTIMIZERS", "REFUSED", "check_optimizer_config", "is_layer_wise", "is_ours", "patches", "refuse"]
 
 _CONFIG = "megatron.core.optimizer.optimizer_config:OptimizerConfig"
 
-OPTIMIZERS = ("muon", "adaptive_muon", "spectral_sphere")
+OPTIMIZERS = ("muon", "adaptive_muon", "spectral_sphere", "stiefel_muon")
 """Names that this package registers; ``dist_<name>`` is Megatron's older spelling for the layer-wise form."""
 
 
@@ -82,7 +82,29 @@ def check_optimizer_config(config: Any, *, pairs: bool = True) -> MuonConfig:
             "--overlap-param-gather-with-optimizer-step with layer-wise Muon: not supported by Megatron-Core; leave it "
             "off (--overlap-param-gather works)."
         )
-    return MuonConfig.from_optimizer_config(config, pairs=pairs)
+    muon = MuonConfig.from_optimizer_config(config, pairs=pairs)
+    check_transfer(config.optimizer, muon)
+    return muon
+
+
+def check_transfer(optimizer: str, muon: MuonConfig) -> None:
+    """``--muon-transfer`` goes with some optimizers only.
+
+    Raises:
+        ConfigError: naming the flag and the way out.
+    """
+    name = optimizer.removeprefix("dist_")
+    if muon.transfer and name not in ("muon", "adaptive_muon"):
+        raise ConfigError(
+            f"{flag('transfer')} {muon.transfer} with --optimizer {name}: there is no rule for it; use muon or "
+            "adaptive_muon."
+        )
+    if muon.transfer and name == "adaptive_muon" and muon.scale_mode != "spectral_norm":
+        raise ConfigError(
+            f"{flag('transfer')} {muon.transfer} with --optimizer adaptive_muon and --muon-scale-mode "
+            f"{muon.scale_mode}: second moments change the spectral norm of updates. Add --muon-scale-mode "
+            "spectral_norm."
+        )
 
 
 def patches() -> list[Patch]:

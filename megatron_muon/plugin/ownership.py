@@ -60,7 +60,7 @@ def _with_annotation(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def tag_params_for_buffer_routing(model_chunks: Sequence[torch.nn.Module]) -> None:
         for chunk in model_chunks:
-            annotate(chunk, options.without_refusal())
+            annotate(chunk, options.without_refusal(), adapters=False)
         original(model_chunks)
 
     return tag_params_for_buffer_routing

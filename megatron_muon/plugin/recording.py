@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_muon._patching import Patch
 from megatron_muon.monitor.recorder import Recorder, Stopwatch
-from megatron_muon.plugin import qk_clip
+from megatron_muon.plugin import qk_clip, stiefel
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,7 @@ class _Hooks:
                 consumed_samples=_megatron_args().consumed_train_samples,
                 peak_memory_bytes=_peak_memory(),
                 **qk_clip.log_scalars(iteration),
+                **stiefel.log_scalars(),
             )
             return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ import torch
 from megatron_muon._patching import Patch
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError
+from megatron_muon.plugin.transfer import scalar_numbers, transfer_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
-__all__ = ["patches", "scalar_overrides"]
+__all__ = ["patches"]
 
 _PREDICATE = "nonlinear_or_embedding"
 
@@ -39,6 +40,7 @@ def _with_our_entries(original: dict[str, Any]) -> dict[str, Any]:
     from megatron_muon.optimizers.adaptive import AdaptiveMuon
     from megatron_muon.optimizers.muon import Muon
     from megatron_muon.optimizers.sphere import SpectralSphere
+    from megatron_muon.optimizers.stiefel import StiefelMuon
 
     ours = ParamKey(predicate=ParamPredicate(name=_PREDICATE, fn=_is_nonlinear_or_embedding))
 
@@ -54,6 +56,7 @@ def _with_our_entries(original: dict[str, Any]) -> dict[str, Any]:
         ("muon", Muon, _muon_kwargs),
         ("adaptive_muon", AdaptiveMuon, _adaptive_kwargs),
         ("spectral_sphere", SpectralSphere, _sphere_kwargs),
+        ("stiefel_muon", StiefelMuon, _stiefel_kwargs),
     ):
         entries[name] = EmergingOptimizerEntry(
             optimizer_cls=cls,
@@ -70,29 +73,6 @@ def _init_state(optimizer: Any, config: Any = None) -> None:
         optimizer._init_group(group, skip_non_grad_params=False)
 
 
-def scalar_overrides(config: Any, muon: MuonConfig, others: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Megatron's override that gives what the scalar optimizer updates its own learning rate (``--muon-scalar-lr``).
-
-    Weights whose rate another override sets (``--decoupled-lr``) keep that.
-
-    Raises:
-        ConfigError: if there is no learning rate to scale.
-    """
-    if not muon.scalar_lr:
-        return {}
-    if not config.lr:
-        raise ConfigError(f"{flag('scalar_lr')} {muon.scalar_lr} without --lr: give --lr, the rate of Muon's weights.")
-    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
-
-    def is_scalar(param: torch.nn.Parameter, name: str) -> bool:
-        taken = any("max_lr" in override and key.matches(param, name) for key, override in others.items())
-        return _is_nonlinear_or_embedding(param) and not taken
-
-    key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="muon_scalar_lr", fn=is_scalar))
-    min_lr = (config.min_lr or 0.0) * muon.scalar_lr / config.lr
-    return {key: {"max_lr": muon.scalar_lr, "min_lr": min_lr}}
-
-
 @functools.cache
 def _knobs() -> list[str]:
     """Knobs that the optimizer itself takes; the others are routing's, the factory's and the monitor's."""
@@ -104,12 +84,16 @@ def _knobs() -> list[str]:
 def _muon_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
     """Constructor arguments of :class:`megatron_muon.Muon` from Megatron's ``OptimizerConfig``."""
     muon = MuonConfig.from_optimizer_config(config)
+    from megatron.core.utils import get_model_config
+
+    transfer = transfer_of(muon, model_chunks)
     scalar = ("adam_beta1", "adam_beta2") if muon.scalar_optimizer == "adam" else ("lion_beta1", "lion_beta2")
     return {
         **{name: getattr(muon, name) for name in _knobs()},
         "scalar_betas": tuple(getattr(config, name) for name in scalar),
-        "scalar_eps": config.adam_eps,
-        "scalar_lr_mult": muon.scalar_lr / config.lr if muon.scalar_lr else 1.0,
+        **scalar_numbers(config, muon, transfer),
+        "damping_depth": 0.0 if transfer is None else 1.0,
+        "hidden_size": get_model_config(model_chunks[0]).hidden_size,
         "lr": config.lr,
         "weight_decay": config.weight_decay,
         "tp_group": pg_collection.tp,
@@ -119,27 +103,51 @@ def _muon_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collec
 
 def _adaptive_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
     """Those of :class:`megatron_muon.optimizers.adaptive.AdaptiveMuon`: Megatron's own flags, too."""
+    transfer = transfer_of(MuonConfig.from_optimizer_config(config), model_chunks)
     return {
         **_kwargs_without_variant(config, model_chunks, pg_collection),
         "moment2_method": config.adaptive_muon_moment2_method,
         "beta2": config.adaptive_muon_beta2,
-        "moment2_eps": config.adaptive_muon_eps,
+        # Elementwise, after Newton-Schulz: sqrt(m n) grows with the width (arXiv 2512.05620, table 2).
+        "moment2_eps": config.adaptive_muon_eps / (1.0 if transfer is None else transfer.width),
     }
 
 
 def _sphere_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
     """Those of :class:`megatron_muon.optimizers.sphere.SpectralSphere`."""
-    muon = MuonConfig.from_optimizer_config(config)
-    if muon.scalar_optimizer != "adam":
-        raise ConfigError(
-            f"{flag('scalar_optimizer')} {muon.scalar_optimizer} with --optimizer spectral_sphere: Megatron-Core knows "
-            "it for muon and adaptive_muon only; use adam."
-        )
+    muon = _only_with_adam(config)
     return {
         **_kwargs_without_variant(config, model_chunks, pg_collection),
         "radius": muon.sphere_radius,
         "tolerance": muon.sphere_tolerance,
     }
+
+
+def _stiefel_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
+    """Those of :class:`megatron_muon.optimizers.stiefel.StiefelMuon`."""
+    muon = _only_with_adam(config)
+    return {
+        **_kwargs_without_variant(config, model_chunks, pg_collection),
+        "solver": muon.stiefel_solver,
+        "iterations": muon.stiefel_iterations,
+        "radius": muon.stiefel_radius,
+    }
+
+
+def _only_with_adam(config: Any) -> MuonConfig:
+    """The options of an optimizer that Megatron-Core itself does not know.
+
+    Raises:
+        ConfigError: for another scalar optimizer.
+    """
+    muon = MuonConfig.from_optimizer_config(config)
+    if muon.scalar_optimizer != "adam":
+        name = config.optimizer.removeprefix("dist_")
+        raise ConfigError(
+            f"{flag('scalar_optimizer')} {muon.scalar_optimizer} with --optimizer {name}: Megatron-Core knows "
+            "it for muon and adaptive_muon only; use adam."
+        )
+    return muon
 
 
 def _kwargs_without_variant(config: Any, model_chunks: Any, pg_collection: Any) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import torch
 
 from megatron_muon.config import DIRECTIONS, MuonConfig, flag, parse_param_rule
 from megatron_muon.errors import ConfigError
+from megatron_muon.routing.adapters import check_adapters
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN
-from megatron_muon.routing.predicate import REASON_ATTRIBUTE, is_vector
+from megatron_muon.routing.predicate import REASON_ATTRIBUTE, _is_nonlinear_or_embedding, is_divided, is_vector
 from megatron_muon.routing.rules import is_expert_container, rules_of
 from megatron_muon.routing.rules.embedding import output_embeddings
-from megatron_muon.routing.rules.linear import adapted, is_linear, linear
+from megatron_muon.routing.rules.linear import LORA_FACTOR, adapted, is_linear, linear
 from megatron_muon.routing.treatment import ADAM, SPLIT, UNKNOWN, WHOLE_MATRIX, Treatment
 
 __all__ = ["OVERRIDE_ATTRIBUTE", "annotate", "global_names", "strip_wrappers", "tag"]
@@ -34,7 +35,7 @@ _BY_HAND = "skip_orthogonalization_by_hand"
 Claims = dict[torch.Tensor, Treatment]
 
 
-def annotate(module: torch.nn.Module, options: MuonConfig | None = None) -> set[str]:
+def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adapters: bool = True) -> set[str]:
     """Put layouts and tags on the trainable weights of ``module``.
 
     Sets ``matrix_layout`` on every weight that Muon updates, ``skip_orthogonalization`` (with
@@ -45,13 +46,14 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None) -> set[
     Args:
         module: a model chunk, wrapped or not, or any ``torch.nn.Module``.
         options: the routing options; the defaults if None.
+        adapters: whether to look if Muon can do its work on adapters; not before it is known that Muon will come.
 
     Returns:
         Those of ``options.param_rule`` that match a weight of this module.
 
     Raises:
-        ConfigError: naming every weight that no rule can classify, with the option that decides it; or the weight whose
-            shape does not allow the split that is asked for.
+        ConfigError: naming every weight that no rule can classify, with the option that decides it; the weight whose
+            shape does not allow the split that is asked for; or adapters with magnitudes of their own (DoRA).
     """
     options = options or MuonConfig()
     mark_experts(module)
@@ -73,7 +75,18 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None) -> set[
             _write(name, param, treatment, treatment.choice, None)
     if unknown:
         _refuse(unknown)
+    if adapters:
+        check_adapters(module, _factors_of_muon(module))
     return matched
+
+
+def _factors_of_muon(module: torch.nn.Module) -> dict[torch.Tensor, str]:
+    """Trainable factors of adapters that are not the scalar optimizer's, with their names."""
+    return {
+        param: name
+        for name, param in global_names(module)
+        if param.requires_grad and hasattr(param, LORA_FACTOR) and not _is_nonlinear_or_embedding(param)
+    }
 
 
 def tag(module: torch.nn.Module, options: MuonConfig) -> None:
@@ -150,9 +163,19 @@ def _adapters_follow_their_base(module: torch.nn.Module, claims: Claims) -> None
             continue
         its = claims[base]
         for factor in factors:
-            if factor.size(0) == base.size(0):
+            if _has_rows_of(factor, base):
                 mine = claims[factor]
                 claims[factor] = dataclasses.replace(its, kind=f"{mine.kind} of {its.kind}", tags=mine.tags)
+
+
+def _has_rows_of(factor: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether the rows of a B factor are those of its base, as whole weights.
+
+    Megatron-Bridge divides the B of a layer that every rank holds whole (a router, ``linear_proj``).
+    """
+    if is_divided(factor, 0) and not is_divided(base, 0):
+        return base.size(0) % factor.size(0) == 0
+    return factor.size(0) == base.size(0)
 
 
 def _tied_tables_are_layers(module: torch.nn.Module, claims: Claims) -> None:

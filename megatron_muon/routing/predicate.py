@@ -6,7 +6,7 @@ import torch
 
 from megatron_muon.routing.layout import layout_of
 
-__all__ = ["REASON_ATTRIBUTE", "_is_nonlinear_or_embedding", "exclusion_reason", "is_vector"]
+__all__ = ["REASON_ATTRIBUTE", "_is_nonlinear_or_embedding", "exclusion_reason", "is_divided", "is_vector"]
 
 REASON_ATTRIBUTE = "skip_orthogonalization_reason"
 """Attribute that says why ``skip_orthogonalization`` was set; a tag set by hand has none."""
@@ -48,9 +48,9 @@ def exclusion_reason(param: torch.Tensor) -> str | None:
 
 def is_vector(param: torch.Tensor) -> bool:
     """Whether the whole weight of which ``param`` may be a shard has a single row or column."""
-    return any(size == 1 and not _is_cut(param, dim) for dim, size in enumerate(param.shape[-2:]))
+    return any(size == 1 and not is_divided(param, dim) for dim, size in enumerate(param.shape[-2:]))
 
 
-def _is_cut(param: torch.Tensor, dim: int) -> bool:
+def is_divided(param: torch.Tensor, dim: int) -> bool:
     """Whether tensor parallelism divides ``param`` along ``dim``: a size of 1 there says nothing of the whole."""
     return bool(getattr(param, "tensor_model_parallel", False)) and getattr(param, "partition_dim", -1) == dim

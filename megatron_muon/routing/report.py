@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_muon.config import MuonConfig, flag
-from megatron_muon.orthogonalize.scale import ball_factor, scale_factor
+from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, ball_factor, scale_factor
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE, strip_wrappers
 from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, WHOLE, Block, MatrixLayout, layout_of
 from megatron_muon.routing.predicate import exclusion_reason
@@ -29,6 +29,7 @@ class Route:
         reason: why Muon does not update it, if it does not.
         override: the ``--muon-param-rule`` that decided, if one did.
         layout: its layout, if Muon updates it.
+        hidden_size: of the model; 0 if it is not known.
     """
 
     name: str
@@ -38,6 +39,17 @@ class Route:
     reason: str
     override: str = ""
     layout: MatrixLayout = WHOLE
+    hidden_size: int = 0
+
+    def scale(self, block: Block, options: MuonConfig) -> float | None:
+        """Factor on the direction of the matrices of a block; None where there is none, or it cannot be told here."""
+        hidden = options.scale_mode == MOONLIGHT_HIDDEN and not self.hidden_size
+        if block.rule == SCALAR or self.layout.direction == STIEFEL or hidden:
+            return None
+        if self.layout.direction in BALLS:
+            return ball_factor(self.layout, block.columns, options.ball_radius)
+        factor = scale_factor(options.scale_mode, block.rows, block.columns, self.hidden_size)
+        return factor * options.extra_scale_factor
 
     @property
     def muon(self) -> bool:
@@ -66,6 +78,7 @@ def collect(
     *,
     tp_size: int = 1,
     expert_tp_size: int = 1,
+    hidden_size: int = 0,
 ) -> list[Route]:
     """One :class:`Route` for each trainable parameter.
 
@@ -74,15 +87,16 @@ def collect(
         options: the options.
         tp_size: number of ranks in the tensor-parallel group.
         expert_tp_size: number of ranks in that of the experts.
+        hidden_size: of the model; 0 if it is not known.
     """
     return [
-        _route(name, param, expert_tp_size if getattr(param, "expert_tp", False) else tp_size)
+        _route(name, param, expert_tp_size if getattr(param, "expert_tp", False) else tp_size, hidden_size)
         for name, param in named_parameters
         if param.requires_grad
     ]
 
 
-def _route(name: str, param: torch.nn.Parameter, ranks: int) -> Route:
+def _route(name: str, param: torch.nn.Parameter, ranks: int, hidden_size: int) -> Route:
     shape, divided = list(param.shape), ""
     dim = getattr(param, "partition_dim", -1)
     if getattr(param, "tensor_model_parallel", False) and ranks > 1 and 0 <= dim < len(shape):
@@ -93,7 +107,7 @@ def _route(name: str, param: torch.nn.Parameter, ranks: int) -> Route:
     layout = layout_of(param) if reason is None else WHOLE
     blocks = layout.blocks(tuple(shape)) if reason is None else []
     override = getattr(param, OVERRIDE_ATTRIBUTE, "")
-    return Route(pattern(name), tuple(shape), divided, tuple(blocks), reason or "", override, layout)
+    return Route(pattern(name), tuple(shape), divided, tuple(blocks), reason or "", override, layout, hidden_size)
 
 
 def render(routes: Sequence[Route], options: MuonConfig, *, notes: Sequence[str] = ()) -> str:
@@ -123,18 +137,11 @@ def _row(route: Route, count: int, options: MuonConfig) -> tuple[str, ...]:
     detail = ", ".join(_matrices(block, options) for block in route.blocks) if route.muon else route.reason
     if route.layout.direction != MSIGN:
         detail = f"{route.layout.direction}: {detail}"
-    scales = [_scale(route.layout, block, options) for block in route.blocks]
+    factors = [route.scale(block, options) for block in route.blocks]
+    scales = ["-" if factor is None else f"{factor:.3g}" for factor in factors]
     scale = scales[0] if len(set(scales)) == 1 else ", ".join(scales)
     parameters = f"{count * route.numel:,}"
     return (route.name, str(count), parameters, _times(route.shape), route.divided, optimizer, detail, scale)
-
-
-def _scale(layout: MatrixLayout, block: Block, options: MuonConfig) -> str:
-    if block.rule == SCALAR or layout.direction == STIEFEL:
-        return "-"
-    if layout.direction in BALLS:
-        return f"{ball_factor(layout, block.columns, options.ball_radius):.3g}"
-    return f"{scale_factor(options.scale_mode, block.rows, block.columns) * options.extra_scale_factor:.3g}"
 
 
 def _matrices(block: Block, options: MuonConfig) -> str:

@@ -190,13 +190,21 @@ def build_model(
     position: str = "rope",
     tied: bool = False,
     pattern: str | None = None,
+    transfer: str = "",
     **changes: Any,
 ) -> list:
-    """The model chunks of this rank, without DDP: a GPT, or with a layer pattern a ``HybridModel``."""
+    """The model chunks of this rank, without DDP: a GPT, or with a layer pattern a ``HybridModel``.
+
+    ``transfer``: the base of ``--muon-transfer``, for which initial weights are scaled.
+    """
     from megatron.core import parallel_state
     from megatron.core.transformer.module import Float16Module
 
     config = transformer_config(layout, bf16=bf16, **changes)
+    if transfer:
+        from megatron_muon.transfer import scale_initialization
+
+        scale_initialization(config, transfer)
     chunks = []
     for vp_stage in range(layout.vpp) if layout.vpp else [None]:
         chunk = model_class(config, pattern, vp_stage)(
@@ -381,6 +389,8 @@ def start(
     if install:
         megatron_muon.install(routing_options(optimizer or {}) if early else None)
     layout.initialize(seed)
+    if transfer := (optimizer or {}).get("muon_transfer"):
+        model["transfer"] = transfer
     chunks = wrap(build_model(layout, data=data, bf16=bf16, **model), layout, param_layout=param_layout)
     if weights is not None:
         load_weights(chunks, weights)

@@ -51,12 +51,15 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         "--muon-fp32-matmul-prec highest --muon-tp-mode distributed --muon-scalar-optimizer lion "
         "--muon-log-jsonl losses.jsonl --muon-qkv whole --muon-mla-up split --muon-mla-down whole --muon-glu whole "
         "--muon-gdn-in-proj split --muon-mamba-in-proj split --muon-router adam --muon-unknown-2d adam "
+        "--muon-lora-a adam "
         "--muon-param-rule *.weight=whole --muon-param-rule *.linear_qkv.weight=adam --muon-scalar-lr 1e-4 "
         "--muon-ns-dtype fp16 "
         "--muon-ns-backend torch --muon-tp-wire-dtype bf16 --muon-chunk-mb 64 --muon-ckpt-changes accept "
         "--muon-qk-clip-rule exact --muon-qk-clip-norm gains --muon-qk-logits lse --muon-qk-logits-interval 10 "
         "--muon-qk-log-layers 100 --muon-variant polargrad --muon-weight-decay-method cautious "
         "--muon-sphere-radius 1.5 --muon-sphere-tolerance 0.1 "
+        "--muon-stiefel-solver fixed_point --muon-stiefel-iterations 12 --muon-stiefel-radius 1.5 "
+        "--muon-ball-radius 2 --muon-scalar-weight-decay-method independent_scheduled "
     )
     read = pool.run(parse, 1, flags)[0]
     expected = MuonConfig(
@@ -80,6 +83,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         gdn_in_proj="split",
         mamba_in_proj="split",
         router="adam",
+        lora_a="adam",
         unknown_2d="adam",
         param_rule=("*.weight=whole", "*.linear_qkv.weight=adam"),
         scalar_lr=1e-4,
@@ -97,13 +101,47 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         weight_decay_method="cautious",
         sphere_radius=1.5,
         sphere_tolerance=0.1,
+        stiefel_solver="fixed_point",
+        stiefel_iterations=12,
+        stiefel_radius=1.5,
+        ball_radius=2.0,
+        scalar_weight_decay_method="independent_scheduled",
     )
     assert read == {**dataclasses.asdict(expected), "layer_wise": False, "optimizer": "muon"}
     for field in dataclasses.fields(MuonConfig):
-        assert getattr(expected, field.name) != field.default, f"{field.name} is not exercised"
+        exercised = getattr(expected, field.name) != field.default
+        assert exercised or field.name == "transfer", f"{field.name} is not exercised"  # goes with few others
 
 
-@pytest.mark.parametrize("optimizer", ["adaptive_muon", "spectral_sphere"])
+TRANSFER = (
+    "--optimizer muon --muon-transfer 128x2 --muon-scale-mode unit_rms_norm "
+    "--muon-weight-decay-method independent_scheduled "
+)
+
+
+def test_transfer_arrives(pool: RankPool) -> None:
+    read = pool.run(parse, 1, TRANSFER + "--untie-embeddings-and-output-weights")[0]
+    assert read["transfer"] == "128x2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "with an output layer that is the embedding, too"),
+        ("--use-mup", "--muon-transfer 128x2 with --use-mup"),
+        ("--init-method-xavier-uniform", "--muon-transfer 128x2 with --init-method-xavier-uniform"),
+        (
+            "--weight-decay-incr-style linear --start-weight-decay 0.1 --end-weight-decay 0.2",
+            "--muon-transfer 128x2 with --weight-decay-incr-style linear",
+        ),
+        ("--optimizer spectral_sphere", "--muon-transfer 128x2 with --optimizer spectral_sphere"),
+    ],
+)
+def test_what_transfer_does_not_go_with(pool: RankPool, flags: str, message: str) -> None:
+    assert message in pool.run(parse, 1, TRANSFER + flags)[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adaptive_muon", "spectral_sphere", "stiefel_muon"])
 def test_names_of_variants(pool: RankPool, optimizer: str) -> None:
     """Layer-wise too, as for muon."""
     assert pool.run(parse, 1, f"--optimizer {optimizer}")[0]["optimizer"] == optimizer
@@ -130,7 +168,7 @@ def test_layer_wise_form(pool: RankPool, flags: str) -> None:
         ("--muon-num-ns-steps 0", "--muon-num-ns-steps 0: give a whole number of at least 1 (5 is usual)."),
         ("--muon-num-ns-steps five", "--muon-num-ns-steps five: give a whole number of at least 1 (5 is usual)."),
         ("--muon-momentum 1.5", "--muon-momentum 1.5: give a number from 0 to below 1 (0.95 is usual)."),
-        ("--muon-scale-mode wide", "--muon-scale-mode wide: choose one of spectral, moonlight, update_norm"),
+        ("--muon-scale-mode wide", "--muon-scale-mode wide: choose one of spectral, moonlight, moonlight_hidden"),
         (
             "--muon-tp-mode gather",
             "--muon-tp-mode gather: choose one of auto, owner, gram, duplicated, distributed, blockwise.",

@@ -95,6 +95,23 @@ def test_convert_muon_to_adam(pool: RankPool, muon: Path, tmp_path: Path) -> Non
     assert_same(masters(str(muon)), masters(again))
 
 
+NORMUON: dict[str, Any] = {"optimizer": {"name": "adaptive_muon", "adaptive_muon_moment2_method": "normuon"}}
+
+
+def test_convert_a_variant(pool: RankPool, tmp_path: Path) -> None:
+    """NorMuon's second moments mean nothing to Adam, and start anew where a run goes back; weights are kept."""
+    source, again, back = (str(tmp_path / name) for name in ("normuon/iter_0000003", "again", "back"))
+    pool.run(train_and_save, 2, Layout(tp=2), NORMUON, source, FULLY)
+    folder = convert(pool, Path(source), tmp_path / "adam", "adam")
+    pool.run(resume, 2, Layout(ddp_buffers=True), ADAM, folder, OURS, again)
+    assert_same(masters(source), masters(again))
+    folder = convert(pool, Path(folder), tmp_path / "muon", "muon")
+    accept = {"optimizer": {**NORMUON["optimizer"], "muon_ckpt_changes": "accept"}}
+    losses = pool.run(resume, 2, Layout(tp=2), accept, folder, OURS, back)[0]
+    assert_same(masters(source), masters(back))
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [

@@ -69,6 +69,35 @@ def test_unedited_script_trains_and_resumes(tmp_path: Path, parallelism: str) ->
     assert halves == whole
 
 
+def test_transfer_from_a_smaller_model(tmp_path: Path) -> None:
+    """Initial weights are scaled before an unedited script builds its model: otherwise the optimizer refuses it."""
+    log = tmp_path / "log.jsonl"
+    flags = "--muon-transfer 32x1 --muon-scale-mode unit_rms_norm --muon-weight-decay-method independent_scheduled"
+    flags += f" --tensor-model-parallel-size 2 --train-iters 4 --optimizer muon --muon-log-jsonl {log}"
+    result = launch(str(SCRIPT), *FLAGS.split(), *flags.split())
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "transfer from 32x1: 2 times wider, 2 times deeper" in result.stdout
+    losses = [
+        line["losses"]["lm loss"] for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == "train"
+    ]
+    assert losses[-1] < losses[0]
+
+
+def test_how_nearly_tangent_updates_are_is_logged(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    flags = "--optimizer stiefel_muon --muon-param-rule *.linear_qkv.weight=stiefel --tensor-model-parallel-size 2"
+    flags += f" --train-iters 3 --muon-log-jsonl {log}"
+    result = launch(str(SCRIPT), *FLAGS.split(), *flags.split())
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "Stiefel manifold: 2 weights of this rank at radius 1; admm, 10 iterations" in result.stdout
+    points = [line for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == "train"]
+    assert len(points) == 3
+    for point in points:
+        value, iteration = point["stiefel_tangency"], point["iteration"]
+        assert 0 < value < 0.05
+        assert f"Stiefel manifold after iteration {iteration}: tangency residual {value:.3g}" in result.stdout
+
+
 def test_attention_logits_are_clipped_and_logged(tmp_path: Path) -> None:
     """In the log and the record, with an unedited script and without TransformerEngine."""
     log = tmp_path / "log.jsonl"

@@ -31,7 +31,7 @@ class TestCommandLine:
     def test_wrong_rules(self, pool: RankPool, rule: str) -> None:
         answer = pool.run(parse, 1, f"--optimizer muon --muon-param-rule *.bias=adam --muon-param-rule {rule}")[0]
         assert isinstance(answer, str) and answer.startswith("--muon-param-rule ")
-        assert f"{rule!r} is not GLOB=CHOICE with a choice of adam, muon, split, whole, per_head." in answer
+        assert f"{rule!r} is not GLOB=CHOICE with a choice of adam, muon, split, whole, per_head, " in answer
 
     @pytest.mark.parametrize(
         "flags,message",
@@ -43,6 +43,7 @@ class TestCommandLine:
             ("--muon-gdn-in-proj muon", "--muon-gdn-in-proj muon: choose one of adam, split, per_head, whole."),
             ("--muon-mamba-in-proj per_head", "--muon-mamba-in-proj per_head: choose one of adam, split, whole."),
             ("--muon-router whole", "--muon-router whole: choose one of muon, adam."),
+            ("--muon-lora-a whole", "--muon-lora-a whole: choose one of muon, adam."),
             ("--muon-unknown-2d lion", "--muon-unknown-2d lion: choose one of error, adam, muon."),
             ("--muon-scalar-lr -1", "--muon-scalar-lr -1.0: give a number of at least 0."),
             ("--muon-qkv per_head --muon-no-split-qkv", "--muon-qkv per_head with --muon-no-split-qkv: these contradi"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 
 from megatron_muon.engine.balance import Job, assign_owners, cost_of_weight
 from megatron_muon.engine.shards import Shard
-from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, SCALAR, MatrixLayout, Section
+from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, SCALAR, STIEFEL, WHOLE, MatrixLayout, Section
 
 PLENTY = 10**9
 
@@ -231,3 +232,8 @@ def test_cost_is_that_of_the_logical_matrices(
     param: torch.nn.Parameter, shard: Shard | None, expected: int, steps: int
 ) -> None:
     assert cost_of_weight(param, shard, steps) == steps * expected
+
+
+def test_weights_on_the_stiefel_manifold_cost_what_their_solver_takes() -> None:
+    param = weight((12, 8), dataclasses.replace(WHOLE, direction=STIEFEL))
+    assert cost_of_weight(param, None, 5, 210) == 210 * step_cost(8, 12)

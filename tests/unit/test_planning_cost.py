@@ -299,3 +299,14 @@ def test_attention() -> None:
 def test_sizes_of_groups() -> None:
     layout = Layout(world=2048, tensor=2, expert_tensor=1, pipeline=16, context=2, expert=64)
     assert (layout.ranks_of_stage, layout.data, layout.expert_data) == (128, 64, 2)
+
+
+def test_the_sphere_orthogonalizes_several_times() -> None:
+    weight = Weight("w", (8, 6), WHOLE).engine_weight
+    once, ten = (StepPlanner(MuonConfig(), passes).step([weight]).cost("auto", {}) for passes in (1, 10))
+    assert once == Cost(standard(8, 6), 0, 0) and ten.flops == 10 * once.flops
+
+
+def test_weights_in_balls_cost_no_newton_schulz() -> None:
+    layout = MatrixLayout("embedding", direction="sign")
+    assert work_of(Weight("w", (10, 8), layout), "auto") == [Cost()]

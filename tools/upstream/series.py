@@ -407,6 +407,19 @@ optimizer step) can stand around the functions that have them.""",
     ),
 )
 
+INITIAL_WEIGHTS = Change(
+    "Extension points: initial weights",
+    """\
+Hyperparameter transfer scales the standard deviation of initial weights to
+width and depth. The config has one for hidden layers and one for the ends of
+branches; the output layer shares the first, and needs one of its own.""",
+    needs=(FLAGS,),
+    points=(
+        "megatron.training.argument_utils:core_transformer_config_from_args",
+        "megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
+    ),
+)
+
 IN_PROJ_0_18 = dataclasses.replace(
     IN_PROJ,
     edits=tuple(dataclasses.replace(edit, path="megatron/core/ssm/gated_delta_net.py") for edit in IN_PROJ.edits),
@@ -436,6 +449,7 @@ RELEASES = {
         FILES,
         QK_CLIP,
         RECORD,
+        INITIAL_WEIGHTS,
     ),
     # This package does not run on 0.18, so that there is nothing to extend: what stands alone.
     "0.18.2": (PREDICATE, IN_PROJ_0_18, HELPERS, HELP, RANK_FILES_0_18),

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from megatron_muon.config import MuonConfig
-from megatron_muon.routing.treatment import UNKNOWN, WHOLE_MATRIX, Claim, Treatment
+from megatron_muon.config import MuonConfig, flag
+from megatron_muon.routing.treatment import ADAM, UNKNOWN, WHOLE_MATRIX, Claim, Treatment
 
 __all__ = [
     "LORA_FACTOR",
     "adapted",
+    "adapter_name",
     "factors_of",
     "hidden",
     "is_adapter",
@@ -21,6 +22,7 @@ __all__ = [
     "linear",
     "low_rank_adapter",
     "matrices_of",
+    "parts_of",
     "weight_of",
 ]
 
@@ -99,25 +101,42 @@ def linear(module: Any, options: MuonConfig) -> Iterator[Claim]:
 
 
 def low_rank_adapter(module: Any, options: MuonConfig) -> Iterator[Claim]:
-    """LoRA: tags its factors, whatever layers they are."""
+    """LoRA: tags its factors, whatever layers they are.
+
+    A is rank x inputs, so wide and ill-conditioned that orthogonalizing it may not pay: ``--muon-lora-a adam``.
+    """
     for weight, factor in factors_of(module):
-        yield weight, Treatment(f"LoRA {factor}", WHOLE_MATRIX, tags={LORA_FACTOR: factor})
+        choice = ADAM if factor == "A" and options.lora_a == "adam" else WHOLE_MATRIX
+        reason = f"LoRA {factor}, rank x inputs ({flag('lora_a')} {options.lora_a})"
+        yield weight, Treatment(f"LoRA {factor}", choice, reason=reason, tags={LORA_FACTOR: factor})
+
+
+_FACTORS = {"linear_in": "A", "lora_A": "A", "lora_a": "A", "linear_out": "B", "lora_B": "B", "lora_b": "B"}
+"""``linear_in`` and ``linear_out`` are the names in NeMo and Megatron-Bridge, the others those of Hugging Face's peft
+(there dictionaries of layers) and of torchtune."""
 
 
 def factors_of(adapter: Any) -> Iterator[tuple[torch.nn.Parameter, str]]:
-    """The factors of a low-rank adapter, each with ``"A"`` or ``"B"``.
+    """The factors of a low-rank adapter, each with ``"A"`` or ``"B"``."""
+    for _, weight, factor in parts_of(adapter):
+        yield weight, factor
 
-    ``linear_in`` (A) and ``linear_out`` (B) are the names in NeMo and Megatron-Bridge, ``lora_A`` and ``lora_B`` those
-    of Hugging Face's peft (there a dictionary of layers).
-    """
-    for names, factor in ((("linear_in", "lora_A", "lora_a"), "A"), (("linear_out", "lora_B", "lora_b"), "B")):
-        for name in names:
-            layer = getattr(adapter, name, None)
-            layers = layer.values() if isinstance(layer, torch.nn.ModuleDict) else [layer]
-            for each in layers:
-                weight = getattr(each, "weight", None)
-                if isinstance(weight, torch.nn.Parameter) and weight.dim() == 2:
-                    yield weight, factor
+
+def parts_of(adapter: Any) -> Iterator[tuple[str, torch.nn.Parameter, str]]:
+    """The factors of an adapter: the name of each in a dictionary of adapters (or nothing), the weight, A or B."""
+    for name, factor in _FACTORS.items():
+        layer = getattr(adapter, name, None)
+        layers = layer.items() if isinstance(layer, torch.nn.ModuleDict) else [("", layer)]
+        for key, each in layers:
+            weight = getattr(each, "weight", None)
+            if isinstance(weight, torch.nn.Parameter) and weight.dim() == 2:
+                yield key, weight, factor
+
+
+def adapter_name(factor: str) -> str:
+    """The name of the adapter, from that of one of its factors."""
+    parts = factor.split(".")
+    return ".".join(parts[: next((i for i, part in enumerate(parts) if part in _FACTORS), len(parts))])
 
 
 def is_adapter(module: torch.nn.Module) -> bool:

@@ -1,0 +1,82 @@
+"""Spectral norms of many matrices by power iterations that start where the last step ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_muon.optimizers.stages import Matrices, Update
+
+__all__ = ["UPDATE_LEFT", "spectrally_normalized", "store_rows", "top_singular"]
+
+UPDATE_LEFT = "update_left_vector"
+"""State of ``--muon-scale-mode spectral_norm``: the top left singular vector of the last update, a number a row."""
+
+_EARLY_STEPS = 50
+_EARLY_ITERATIONS = 5
+"""Updates change fast at first: arXiv 2512.05620, appendix F."""
+
+
+def top_singular(
+    matrices: Matrices, tensors: Sequence[torch.Tensor], state: str, iterations: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Power iteration on A A^T from the stored left vector, or from the sums of A's rows, alike on all ranks.
+
+    Args:
+        matrices: the updates.
+        tensors: A of each, (matrices, rows on this rank, columns on this rank).
+        state: where the left vector was stored: (rows, 1); zeros: nothing yet.
+        iterations: at least 1.
+
+    Returns:
+        u (matrices, rows on this rank, 1), v (matrices, columns on this rank, 1) and the norm (matrices, 1, 1) of each,
+        which is never above the spectral norm.
+    """
+    stored = [
+        update.batch_of(update.state[state]).to(a.dtype) for update, a in zip(matrices.updates, tensors, strict=True)
+    ]
+    norms = matrices.norms_over_rows(stored)
+    starts = matrices.row_sums(tensors)
+    left = [torch.where(norm > 0, u, start) for u, norm, start in zip(stored, norms, starts, strict=True)]
+    for _ in range(iterations):
+        right = matrices.column_products(tensors, left)
+        right = _unit(right, matrices.norms_over_columns(right))
+        left = matrices.row_products(tensors, right)
+        sizes = matrices.norms_over_rows(left)
+        left = _unit(left, sizes)
+    return left, right, sizes
+
+
+def spectrally_normalized(matrices: Matrices, tensors: Sequence[torch.Tensor], step: int) -> list[torch.Tensor]:
+    """Each matrix divided by its spectral norm, which one warm power iteration a step estimates (five in the first 50).
+
+    The estimate is from below. It is never taken smaller than |A|_F / sqrt(min(m, n)), which the spectral norm cannot
+    fall under either, so that an update is not blown up while singular vectors are still being found.
+
+    Args:
+        matrices: the updates, whose state has :data:`UPDATE_LEFT`.
+        tensors: A of each, (matrices, rows on this rank, columns on this rank).
+        step: number of the step, from 1.
+
+    Source:
+        arXiv 2512.05620, appendix F.
+    """
+    iterations = _EARLY_ITERATIONS if step <= _EARLY_STEPS else 1
+    left, _, sizes = top_singular(matrices, tensors, UPDATE_LEFT, iterations)
+    found = []
+    for update, a, u, size, norm in zip(matrices.updates, tensors, left, sizes, matrices.norms(tensors), strict=True):
+        store_rows(update, UPDATE_LEFT, u)
+        least = norm / min(update.rows, update.columns) ** 0.5
+        found.append(a / torch.maximum(size, least).clamp_min(torch.finfo(a.dtype).tiny))
+    return found
+
+
+def store_rows(update: Update, name: str, batch: torch.Tensor) -> None:
+    """Write a number a row, (matrices, rows on this rank, 1), to a state of the weight."""
+    for stored, value in update.pairs(update.state[name], batch.contiguous()):
+        stored.copy_(value)
+
+
+def _unit(vectors: list[torch.Tensor], norms: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [v / norm.clamp_min(torch.finfo(v.dtype).tiny) for v, norm in zip(vectors, norms, strict=True)]

@@ -1,0 +1,194 @@
+"""Steepest descent on the Stiefel manifold: the tangent problem, three ways to solve it, and the way back.
+
+For W with orthonormal columns (m rows, n <= m columns, W^T W = I) and a gradient G, the steepest direction of spectral
+norm 1 along the manifold solves
+
+    max <G, Phi>   with   |Phi|_2 <= 1   and   W^T Phi + Phi^T W = 0.
+
+Its dual is min |G + 2 W L|_* over symmetric L, and Phi = msign(G + 2 W L) where that has full rank (Bernstein,
+https://thinkingmachines.ai/blog/modular-manifolds; Su, https://kexue.fm/archives/11221).
+
+Everything works on whole batches (matrices, m, n), float32 or wider, in fixed numbers of matrix products: nothing waits
+for the device. The matrix sign is the package's Newton-Schulz with coefficients that converge to 1, in the numbers
+given: 16 bits would leave errors of 1e-2, which add up over the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_muon.orthogonalize.coefficients import coefficients
+from megatron_muon.orthogonalize.newton_schulz import newton_schulz
+from megatron_muon.orthogonalize.products import TorchProducts
+
+__all__ = ["PLACING_STEPS", "SIGN_STEPS", "SOLVERS", "Msign", "Solver", "defect", "msign", "tangency", "tangent"]
+
+SIGN_STEPS = 10
+"""Newton-Schulz steps of a matrix sign: singular values above 3e-4 of the Frobenius norm come to 1 in all digits."""
+
+PLACING_STEPS = 20
+"""The same for weights that come from elsewhere: above 3e-7. Square Gaussian ones reach down to 1e-6."""
+
+_FLOOR = 1e-18
+"""Norms below are not divided by: their squares would vanish in float32."""
+
+
+class Msign:
+    """The matrix sign U V^T of U S V^T: Newton-Schulz in the dtype of its argument."""
+
+    def __init__(self, products: TorchProducts | None = None) -> None:
+        """
+        Args:
+            products: how to multiply; torch's by default.
+        """
+        self._products = products or TorchProducts()
+
+    def __call__(self, x: torch.Tensor, steps: int = SIGN_STEPS) -> torch.Tensor:
+        """(matrices, m, n) of singular values 1, or 0 where ``x`` has 0.
+
+        Args:
+            x: (matrices, m, n), float32 or wider.
+            steps: of Newton-Schulz.
+        """
+        return newton_schulz(x, coefficients("polar_express", steps), eps=_FLOOR, products=self._products)
+
+
+msign = Msign()
+"""With torch's products."""
+
+
+def admm(weight: torch.Tensor, gradient: torch.Tensor, iterations: int, msign: Msign = msign) -> torch.Tensor:
+    """Alternating directions on the dual, min |X|_* with X = G + 2 W L (Buchanan,
+    https://sdbuchanan.com/blog/manifold-muon); the result is minus their multiplier Omega.
+
+    It is feasible after any number of iterations (|Phi|_2 <= 1, to the accuracy of the matrix sign), which
+    msign(G + 2 W L) is not. With P = -Omega, the thresholding X = SVT(B) of singular values and the step of Omega by
+    rho (X - G - 2 W L) come to P = clip(rho B), singular values clipped at 1, and X = B - P / rho. Clipping takes two
+    matrix signs; eigh would be exact, but waits for the device and is slow on it.
+
+    The penalty is 4 for 4 columns, as published, and grows with the root of their number, as the singular values of a
+    gradient of norm 1 fall: with 4 for all, ten iterations on 512 x 384 are still a quarter below the optimum.
+    """
+    rho = 2.0 * weight.size(-1) ** 0.5
+    phi = torch.zeros_like(gradient)
+    x = gradient - 0.5 * weight @ _twice_symmetric(weight.mT @ gradient)
+    for _ in range(iterations):
+        multiplier = 0.25 * _twice_symmetric(weight.mT @ (x - gradient - phi / rho))
+        shifted = gradient + 2.0 * weight @ multiplier + phi / rho
+        phi = _clipped(shifted * rho, msign)
+        x = shifted - phi / rho
+    return phi
+
+
+def dual_ascent(weight: torch.Tensor, gradient: torch.Tensor, iterations: int, msign: Msign = msign) -> torch.Tensor:
+    """Descent on the dual along its subgradient W^T Phi + Phi^T W, with steps .01 (1 - t / T) (Bernstein)."""
+    multiplier = -0.25 * _twice_symmetric(weight.mT @ gradient)
+    for number in range(iterations):
+        phi = msign(gradient + 2.0 * weight @ multiplier)
+        multiplier -= 0.01 * (1.0 - number / iterations) * _twice_symmetric(weight.mT @ phi)
+    return msign(gradient + 2.0 * weight @ multiplier)
+
+
+def fixed_point(weight: torch.Tensor, gradient: torch.Tensor, iterations: int, msign: Msign = msign) -> torch.Tensor:
+    """Phi = msign(G + W X) and X from Phi's tangency in turn (Su).
+
+    With Q = (G + W X)^T Phi, X solves Q X + X Q = -2 sym(Q W^T G), by Q's eigenvectors. Their computation waits for the
+    device on GPUs.
+    """
+    product = weight.mT @ gradient
+    x = -0.5 * _twice_symmetric(product)
+    for _ in range(iterations - 1):
+        shifted = gradient + weight @ x
+        q = shifted.mT @ msign(shifted)
+        values, vectors = torch.linalg.eigh(0.5 * _twice_symmetric(q))
+        right = vectors.mT @ _twice_symmetric(q @ product) @ vectors
+        sums = values.unsqueeze(-1) + values.unsqueeze(-2)
+        # Of a gradient of zeros, or one that lacks rank, sums vanish: what they divide is 0, too, but for rounding.
+        floor = torch.finfo(sums.dtype).eps * sums.amax(dim=(-2, -1), keepdim=True)
+        quotient = torch.where(sums > floor, right / sums, torch.zeros_like(right))
+        x = -vectors @ quotient @ vectors.mT
+    return msign(gradient + weight @ x)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A way to solve the tangent problem.
+
+    Attributes:
+        solve: as :func:`admm`.
+        iterations: its default.
+        msigns: matrix signs in each iteration.
+    """
+
+    solve: Callable[[torch.Tensor, torch.Tensor, int, Msign], torch.Tensor]
+    iterations: int
+    msigns: int
+
+    def steps(self, iterations: int = 0) -> int:
+        """Newton-Schulz steps in one update of a weight, with the way back to the manifold.
+
+        Args:
+            iterations: of the solver; 0: its default.
+        """
+        return ((iterations or self.iterations) * self.msigns + 1) * SIGN_STEPS
+
+
+SOLVERS = {
+    "admm": Solver(admm, 10, 2),
+    "dual_ascent": Solver(dual_ascent, 100, 1),
+    "fixed_point": Solver(fixed_point, 20, 1),
+}
+"""By the names that ``--muon-stiefel-solver`` takes."""
+
+
+def tangent(
+    weight: torch.Tensor, gradient: torch.Tensor, solver: str = "admm", iterations: int = 0, msign: Msign = msign
+) -> torch.Tensor:
+    """The steepest tangent direction at each weight of a batch.
+
+    Args:
+        weight: (matrices, m, n) with m >= n and orthonormal columns, float32 or wider.
+        gradient: of the same shape and dtype; its scale does not matter.
+        solver: one of :data:`SOLVERS`.
+        iterations: of the solver; 0: its default.
+        msign: the matrix sign.
+
+    Returns:
+        Phi, (matrices, m, n): zeros for a gradient of zeros. How nearly it is tangent, :func:`tangency` says.
+    """
+    way = SOLVERS[solver]
+    norms = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True)
+    # Always of norm 1: the direction does not depend on the gradient's scale, but the solvers' step sizes do.
+    unit = gradient / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    return way.solve(weight, unit, iterations or way.iterations, msign)
+
+
+def tangency(weight: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """(matrices,): |W^T Phi + Phi^T W|_F / n, how far each direction is from the tangent space."""
+    return torch.linalg.matrix_norm(_twice_symmetric(weight.mT @ direction)) / weight.size(-1)
+
+
+def defect(weight: torch.Tensor) -> torch.Tensor:
+    """(matrices, 1, 1): |W^T W - I|_F / sqrt(n), how far each weight is from the manifold."""
+    gram = weight.mT @ weight
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return torch.linalg.matrix_norm(gram, keepdim=True) / weight.size(-1) ** 0.5
+
+
+def _clipped(x: torch.Tensor, msign: Msign) -> torch.Tensor:
+    """Singular values s clipped at 1: (s + 1 - |s - 1|) / 2, with the sign of s - 1 from that of H - I, X = O H.
+
+    A sign that has not converged does no harm: where s is near 1 it is multiplied by s - 1, and where O has not, s is
+    small, and O drops out.
+    """
+    o = msign(x)
+    shifted = 0.5 * _twice_symmetric(o.mT @ x)
+    shifted.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return 0.5 * (x + o - (x - o) @ msign(shifted))
+
+
+def _twice_symmetric(x: torch.Tensor) -> torch.Tensor:
+    return x + x.mT

@@ -1,0 +1,195 @@
+"""Learning rates, weight decay and eps by weight, and initial weights: what ``--muon-transfer`` and two smaller flags
+(``--muon-scalar-lr``, ``--muon-scalar-weight-decay-method``) make of Megatron-Core's param groups."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megatron_muon._patching import Patch
+from megatron_muon.config import MuonConfig, flag
+from megatron_muon.errors import ConfigError
+from megatron_muon.plugin import options
+from megatron_muon.routing.annotate import global_names
+from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
+from megatron_muon.transfer import BASE_ATTRIBUTE, Role, Transfer, roles, scale_initialization
+
+__all__ = ["group_overrides", "patches", "scalar_numbers", "transfer_of"]
+
+Override = dict[str, float]
+
+
+def patches() -> list[Patch]:
+    """Hooks on how models get their initial weights."""
+    return [
+        Patch(
+            "megatron.training.argument_utils:core_transformer_config_from_args",
+            _with_scaled_initialization,
+            "--muon-transfer: initial weights fit the size of the model",
+        ),
+        Patch(
+            "megatron.core.models.common.language_module.language_module:"
+            "LanguageModule.setup_embeddings_and_output_layer",
+            _with_scaled_readout,
+            "--muon-transfer: the output layer starts smaller than hidden layers; Megatron-Core gives both one method",
+        ),
+    ]
+
+
+def _with_scaled_initialization(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def core_transformer_config_from_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        config = original(args, *rest, **kwargs)
+        if base := options.current().transfer:
+            scale_initialization(config, base)
+        return config
+
+    return core_transformer_config_from_args
+
+
+def _with_scaled_readout(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def setup_embeddings_and_output_layer(self: Any) -> None:
+        base = getattr(self.config, BASE_ATTRIBUTE, "")
+        layer = getattr(self, "output_layer", None)
+        weight = None if layer is None or self.share_embeddings_and_output_weights else layer.weight
+        if base and weight is not None:
+            with torch.no_grad():
+                weight.mul_(Transfer.of(base, self.config).width ** -0.5)
+        original(self)
+
+    return setup_embeddings_and_output_layer
+
+
+def transfer_of(muon: MuonConfig, model_chunks: Sequence[torch.nn.Module]) -> Transfer | None:
+    """The sizes of the model against those of ``--muon-transfer``; None without the flag.
+
+    Raises:
+        ConfigError: if the model was built without initial weights that fit.
+    """
+    if not muon.transfer:
+        return None
+    from megatron.core.utils import get_model_config
+
+    config = get_model_config(model_chunks[0])
+    found = Transfer.of(muon.transfer, config)
+    scaled = getattr(config, BASE_ATTRIBUTE, "")
+    if scaled != muon.transfer and (found.width, found.depth) != (1.0, 1.0):
+        raise ConfigError(
+            f"{flag('transfer')} {muon.transfer}: the model was built with initial weights "
+            + (f"for {scaled}" if scaled else "that do not fit its size")
+            + f". Call megatron_muon.transfer.scale_initialization(config, {muon.transfer!r}) before it is built."
+        )
+    return found
+
+
+def group_overrides(
+    config: Any, muon: MuonConfig, model_chunks: Sequence[torch.nn.Module], others: Mapping[Any, Any]
+) -> dict[Any, Any]:
+    """Megatron's overrides for the param groups.
+
+    Args:
+        config: the ``OptimizerConfig``.
+        muon: its options.
+        model_chunks: with routes on their weights.
+        others: the overrides that there are already. A weight whose rate one of them sets (``--decoupled-lr``) keeps
+            it.
+
+    Raises:
+        ConfigError: if there is no learning rate to scale, or two rules for one thing.
+    """
+    if not (muon.transfer or muon.scalar_lr or muon.scalar_weight_decay_method != "decoupled"):
+        return {}
+    _check(config, muon)
+    transfer = transfer_of(muon, model_chunks)
+    found: dict[tuple[tuple[str, float], ...], set[torch.nn.Parameter]] = {}
+    for chunk in model_chunks:
+        known = {} if transfer is None else roles(chunk, global_names(chunk))
+        for name, param in chunk.named_parameters():  # the names that Megatron's keys are matched with
+            taken = [override for key, override in others.items() if "max_lr" in override and key.matches(param, name)]
+            rate = taken[0]["max_lr"] if taken else None
+            override = _override(config, muon, transfer, param, known.get(param), rate)
+            found.setdefault(tuple(sorted(override.items())), set()).add(param)
+    return {_key(number, params): dict(override) for number, (override, params) in enumerate(found.items()) if override}
+
+
+def _key(number: int, params: set[torch.nn.Parameter]) -> Any:
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+
+    predicate = ParamWithNamePredicate(name=f"megatron_muon_{number}", fn=lambda param, name: param in params)
+    return ParamKey(with_name_predicate=predicate)
+
+
+def _check(config: Any, muon: MuonConfig) -> None:
+    if not config.lr:
+        for name in ("scalar_lr", "transfer"):
+            if value := getattr(muon, name):
+                raise ConfigError(f"{flag(name)} {value} without --lr: give --lr, the rate of Muon's weights.")
+        raise ConfigError(
+            f"{flag('scalar_weight_decay_method')} {muon.scalar_weight_decay_method} without --lr: give the peak rate."
+        )
+    if muon.transfer and config.decoupled_lr is not None:
+        raise ConfigError(
+            f"{flag('transfer')} {muon.transfer} with --decoupled-lr {config.decoupled_lr}: the rule gives embeddings "
+            "and output layers their rates. Leave --decoupled-lr away; --muon-scalar-lr is the base of Adam's rates."
+        )
+
+
+def _override(
+    config: Any,
+    muon: MuonConfig,
+    transfer: Transfer | None,
+    param: torch.nn.Parameter,
+    role: Role | None,
+    rate: float | None,
+) -> Override:
+    """What is particular about one weight's group."""
+    scalar = _is_nonlinear_or_embedding(param)
+    override: Override = {}
+    factor = muon.scalar_lr / config.lr if scalar and muon.scalar_lr else 1.0
+    if transfer is not None and role is not None:
+        factor *= transfer.rate(role) if scalar else transfer.branch(role)
+        if not scalar:
+            override["damping_depth"] = transfer.damping_depth(role)
+        elif muon.scalar_optimizer == "adam":
+            override["eps"] = config.adam_eps * transfer.eps(role)
+    if rate is None and factor != 1.0:
+        # "lr" for loops without Megatron's scheduler, which sets it from the other two.
+        override["lr"] = override["max_lr"] = config.lr * factor
+        override["min_lr"] = (config.min_lr or 0.0) * factor
+    static = muon.transfer or muon.scalar_weight_decay_method == "independent_scheduled"
+    width = 1.0 if transfer is None else transfer.width
+    if scalar and static:
+        # AdamW shrinks a weight by its learning rate times this: by the schedule times weight decay / width.
+        peak = rate or override.get("max_lr", config.lr)
+        override.update(_decay(config.weight_decay / width / peak))
+    elif transfer is not None:
+        override.update(_decay(config.weight_decay / width))
+    return override
+
+
+def _decay(value: float) -> Override:
+    """For Megatron's scheduler, and for loops that have none."""
+    return {"start_wd": value, "end_wd": value, "weight_decay": value}
+
+
+def scalar_numbers(config: Any, muon: MuonConfig, transfer: Transfer | None) -> dict[str, float]:
+    """Arguments of Muon for rows within its weights that follow the scalar optimizer's rule.
+
+    They are rows of input projections: matrices to the rule of transfer.
+    """
+    factor = muon.scalar_lr / config.lr if muon.scalar_lr else 1.0
+    eps = config.adam_eps
+    if transfer is not None:
+        role = Role("matrix", in_layer=True)
+        factor *= transfer.rate(role)
+        eps *= transfer.eps(role)
+    static = transfer is not None or muon.scalar_weight_decay_method == "independent_scheduled"
+    return {
+        "scalar_lr_mult": factor,
+        "scalar_wd_mult": 1.0 / (config.lr * factor) if static else 1.0,
+        "scalar_eps": eps,
+    }

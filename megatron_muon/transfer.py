@@ -1,0 +1,214 @@
+"""Hyperparameter transfer: what was tuned on a small model, for a wider and deeper one (arXiv 2512.05620).
+
+``--muon-transfer 256x4`` says that learning rate, weight decay, eps and initial weights were tuned on a model of hidden
+size 256 with 4 layers. With D and L, how many times wider and deeper this model is:
+
+* Muon's matrices: the update has RMS-to-RMS norm 1 (``unit_rms_norm``, or ``spectral_norm``), so that the rate stays;
+  eps sqrt(n / m) / L is added to the norm of the m x n matrix that is orthogonalized.
+* Adam's matrices, and the output layer: learning rate / D. Adam's eps: / D, and / L within layers; that of the output
+  layer stays. Tables and vectors keep the learning rate.
+* Residual branches count 1 / L. Instead of a multiplier in the forward pass, which checkpoints and inference would have
+  to know of, the layer that ends a branch is itself 1 / L: its initial weights, and its learning rate.
+* Weight decay: lambda / D of every weight, times the schedule, whatever its learning rate.
+* Initial weights: standard deviation / sqrt(D); of the output layer / D; tables as they are. Zeros at the ends of
+  branches: what random ones give falls with the depth, and learning rates would not fit.
+
+Here is the arithmetic; :mod:`megatron_muon.plugin.transfer` applies it in Megatron-Core.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_muon.config import flag, parse_transfer
+from megatron_muon.errors import ConfigError
+from megatron_muon.routing.layout import layout_of
+from megatron_muon.routing.predicate import is_vector
+from megatron_muon.routing.rules.linear import LORA_FACTOR
+
+__all__ = ["Role", "Transfer", "roles", "scale_initialization"]
+
+TABLE, READOUT, MATRIX, VECTOR = "table", "readout", "matrix", "vector"
+
+BASE_ATTRIBUTE = "muon_transfer"
+"""Attribute of a model's config that says for which base its initial weights were scaled."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a weight is to the rule.
+
+    Attributes:
+        kind: :data:`TABLE` (rows are looked up), :data:`READOUT` (the output layer), :data:`MATRIX`, :data:`VECTOR`.
+        in_layer: whether it is in a layer, whose gradients get smaller with the number of layers.
+        ends_branch: whether what it gives is added to the residual stream.
+    """
+
+    kind: str
+    in_layer: bool = False
+    ends_branch: bool = False
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How many times wider and deeper a model is than the one that was tuned.
+
+    Attributes:
+        width: D.
+        depth: L.
+    """
+
+    width: float
+    depth: float
+
+    @classmethod
+    def of(cls, base: str, config: Any) -> Transfer:
+        """From ``--muon-transfer`` and the config of the whole model (never the layers of a pipeline stage).
+
+        Raises:
+            ConfigError: if the config has no hidden size or no number of layers.
+        """
+        width, depth = parse_transfer(base)
+        for name in ("hidden_size", "num_layers"):
+            if not getattr(config, name, None):
+                raise ConfigError(
+                    f"{flag('transfer')} {base}: the model's config says {name} {getattr(config, name, None)}, so that "
+                    "its size cannot be compared with the base's. Set it to that of the whole model."
+                )
+        return cls(config.hidden_size / width, config.num_layers / depth)
+
+    def rate(self, role: Role) -> float:
+        """Factor on Adam's learning rate."""
+        factor = 1.0 / self.width if role.kind in (MATRIX, READOUT) else 1.0
+        return factor * self.branch(role)
+
+    def branch(self, role: Role) -> float:
+        """Factor on any learning rate: 1 / L of what ends a branch."""
+        return 1.0 / self.depth if role.ends_branch else 1.0
+
+    def eps(self, role: Role) -> float:
+        """Factor on Adam's eps."""
+        return (1.0 if role.kind == READOUT else 1.0 / self.width) / self.damping_depth(role)
+
+    def damping_depth(self, role: Role) -> float:
+        """By what eps is divided for depth: what ends a branch gets its gradient without the 1 / L of the branch."""
+        return self.depth if role.in_layer and not role.ends_branch else 1.0
+
+
+_LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
+_ENDS = re.compile(r"\.(?:linear_proj|linear_fc2|out_proj|fc2_latent_proj)\.(?:weight|bias)\d*$")
+
+
+def roles(module: torch.nn.Module, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[Any, Role]:
+    """The role of each parameter.
+
+    Args:
+        module: a model chunk.
+        named_parameters: of it, names in the whole model.
+
+    Raises:
+        ConfigError: for a model to which the rule cannot be applied: tied output layers, norms at the end of branches,
+            adapters, layers whose last projection is not known.
+    """
+    named = list(named_parameters)
+    _refuse(module, named)
+    # Routed experts of a latent MoE end in the latent space; a projection from it ends the branch.
+    latent = {name.rpartition(".fc2_latent_proj.")[0] for name, _ in named if ".fc2_latent_proj." in name}
+    tables = _tables(module)
+    found = {}
+    for name, param in named:
+        in_layer = _LAYER.search(name) is not None
+        inner = any(name.startswith(f"{moe}.experts.") for moe in latent)
+        ends = in_layer and _ENDS.search(name) is not None and not inner
+        found[param] = Role(_kind(param, tables), in_layer, ends)
+    _check_layers(named, found)
+    return found
+
+
+def _kind(param: torch.nn.Parameter, tables: set[torch.Tensor]) -> str:
+    if param in tables:
+        return TABLE
+    if getattr(param, "is_embedding_or_output_parameter", False):
+        return READOUT
+    return VECTOR if param.dim() != layout_of(param).dims or is_vector(param) else MATRIX
+
+
+def _tables(module: torch.nn.Module) -> set[torch.Tensor]:
+    tables = (
+        submodule
+        for submodule in module.modules()
+        if isinstance(submodule, torch.nn.Embedding) or type(submodule).__name__ == "VocabParallelEmbedding"
+    )
+    return {param for table in tables for param in table.parameters(recurse=False)}
+
+
+def _refuse(module: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]) -> None:
+    for submodule in module.modules():
+        if getattr(submodule, "share_embeddings_and_output_weights", False):
+            raise ConfigError(
+                f"{flag('transfer')} with an output layer that is the embedding, too: the rule has another learning "
+                "rate for each. Add --untie-embeddings-and-output-weights."
+            )
+    for name, param in named:
+        if hasattr(param, LORA_FACTOR):
+            raise ConfigError(
+                f"{flag('transfer')} with a low-rank adapter ({name}): adapters need no base, "
+                "--muon-scale-mode unit_rms_norm alone gives their factors rates that fit every rank and width."
+            )
+        if re.search(r"\.post_\w*(?:norm|layernorm)\.", name) and _LAYER.search(name):
+            raise ConfigError(
+                f"{flag('transfer')} with a norm at the end of a residual branch ({name}), which would undo the "
+                "branch's factor 1 / depth. Train without such norms, or without the flag."
+            )
+
+
+def _check_layers(named: list[tuple[str, torch.nn.Parameter]], found: dict[Any, Role]) -> None:
+    ends: dict[str, bool] = {}
+    for name, param in named:
+        match = _LAYER.search(name)
+        if match is not None:
+            layer = name[: match.end()].rstrip(".")
+            ends[layer] = ends.get(layer, False) or found[param].ends_branch
+    for layer, ended in ends.items():
+        if not ended:
+            raise ConfigError(
+                f"{flag('transfer')}: {layer} has no linear_proj, linear_fc2, out_proj or fc2_latent_proj, so that it "
+                "is not known which of its weights end a residual branch. Train such layers without the flag."
+            )
+
+
+def scale_initialization(config: Any, base: str) -> None:
+    """Let a model start from weights that fit its size. Call it before the model is built.
+
+    Scripts of ``megatron.training`` need not: ``--muon-transfer`` does it.
+
+    Args:
+        config: a Megatron-Core ``TransformerConfig``; its ``init_method`` is replaced: normal, ``init_method_std``
+            being that of the base. So is ``output_layer_init_method``, by which branches end: zeros.
+        base: as ``--muon-transfer``: ``WIDTHxDEPTH``.
+
+    Raises:
+        ConfigError: for a wrong base, or a config that scales by itself (``use_mup``).
+    """
+    if getattr(config, "use_mup", False):
+        raise ConfigError(f"{flag('transfer')} {base} with --use-mup: these are two rules for one thing; give one.")
+    transfer = Transfer.of(base, config)
+    config.init_method = _Normal(config.init_method_std / math.sqrt(transfer.width))
+    config.output_layer_init_method = torch.nn.init.zeros_
+    setattr(config, BASE_ATTRIBUTE, base)
+
+
+@dataclass(frozen=True)
+class _Normal:
+    """Initial weights of mean 0; an object, since configs are copied and pickled."""
+
+    std: float
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.init.normal_(tensor, mean=0.0, std=self.std)

@@ -1,0 +1,204 @@
+"""``--muon-transfer`` on real models: what every weight's group gets, initial weights, branches, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_muon.errors import ConfigError
+from tests.megatron import harness
+from tests.megatron.harness import Layout
+from tests.megatron.test_routing import GDN
+from tests.pool import RankPool
+
+LR, DECAY, EPS = 0.01, 0.1, 1e-8
+RULE = {"muon_scale_mode": "unit_rms_norm", "muon_weight_decay_method": "independent_scheduled"}
+# The harness's model has hidden size 32 and 4 layers.
+WIDER_AND_DEEPER = {**RULE, "muon_transfer": "8x2", "lr": LR, "min_lr": LR / 10}
+WIDTH, DEPTH = 4.0, 2.0
+# The norm of all gradients differs: those of last projections are L times as large without a multiplier.
+NO_CLIPPING = {"clip_grad": 0.0}
+
+Group = dict[str, float | None]
+
+
+def groups(optimizer: dict[str, Any], model: dict[str, Any], layout: Layout = Layout()) -> dict[str, Group]:  # noqa: B008
+    """The numbers of each weight's group."""
+    from megatron_muon.routing.annotate import global_names
+
+    run = harness.start(layout, optimizer=optimizer, **model)
+    names = {param: name for chunk in run.chunks for name, param in global_names(chunk)}
+    keys = ("max_lr", "min_lr", "start_wd", "weight_decay", "eps", "damping_depth", "scalar_lr_mult", "scalar_wd_mult")
+    return {
+        names[param]: {key: group.get(key) for key in keys}
+        for group in run.optimizer.param_groups
+        for param in group["params"]
+    }
+
+
+def check(found: dict[str, Group], name: str, rate: float, eps: float | None, depth: float | None) -> None:
+    """One weight: factors on learning rate and Adam's eps, and Muon's depth. Weight decay follows from the rate."""
+    group = next(group for full, group in found.items() if full.endswith(name))
+    assert group["max_lr"] == pytest.approx(LR * rate), name
+    assert group["min_lr"] == pytest.approx(LR / 10 * rate), name
+    assert group["damping_depth"] == depth, name
+    if eps is None:
+        assert group["weight_decay"] == pytest.approx(DECAY / WIDTH), name
+    else:
+        assert group["eps"] == pytest.approx(EPS * eps), name
+        # AdamW shrinks by rate x this: the same share of every weight, whatever its rate.
+        assert group["weight_decay"] * group["max_lr"] == pytest.approx(DECAY / WIDTH), name
+    assert group["start_wd"] == group["weight_decay"], name
+
+
+def test_groups_of_a_gpt(pool: RankPool) -> None:
+    found = pool.run(groups, 1, WIDER_AND_DEEPER, {"qk_layernorm": True, "add_bias_linear": True})[0]
+    layer = "layers.1"
+    check(found, f"{layer}.self_attention.linear_qkv.weight", 1.0, None, DEPTH)
+    check(found, f"{layer}.mlp.linear_fc1.weight", 1.0, None, DEPTH)
+    check(found, f"{layer}.self_attention.linear_proj.weight", 1 / DEPTH, None, 1.0)
+    check(found, f"{layer}.mlp.linear_fc2.weight", 1 / DEPTH, None, 1.0)
+    check(found, f"{layer}.mlp.linear_fc2.bias", 1 / DEPTH, 1 / WIDTH, None)
+    check(found, f"{layer}.mlp.linear_fc1.bias", 1.0, 1 / WIDTH / DEPTH, None)
+    check(found, f"{layer}.self_attention.q_layernorm.weight", 1.0, 1 / WIDTH / DEPTH, None)
+    check(found, "embedding.word_embeddings.weight", 1.0, 1 / WIDTH, None)
+    check(found, "final_layernorm.weight", 1.0, 1 / WIDTH, None)
+    check(found, "output_layer.weight", 1 / WIDTH, 1.0, None)
+
+
+def test_groups_of_other_layers(pool: RankPool) -> None:
+    """Experts, a GatedDeltaNet in_proj that is Adam's, and one whose gates' rows are."""
+    found = pool.run(groups, 1, WIDER_AND_DEEPER, {"num_moe_experts": 2})[0]
+    check(found, "mlp.experts.local_experts.1.linear_fc1.weight", 1.0, None, DEPTH)
+    check(found, "mlp.experts.local_experts.1.linear_fc2.weight", 1 / DEPTH, None, 1.0)
+    check(found, "mlp.router.weight", 1.0, None, DEPTH)
+    found = pool.run(groups, 1, WIDER_AND_DEEPER, GDN)[0]
+    check(found, "self_attention.in_proj.weight", 1 / WIDTH, 1 / WIDTH / DEPTH, None)
+    check(found, "self_attention.out_proj.weight", 1 / DEPTH, None, 1.0)
+    check(found, "self_attention.conv1d.weight", 1.0, 1 / WIDTH / DEPTH, None)
+    found = pool.run(groups, 1, {**WIDER_AND_DEEPER, "muon_gdn_in_proj": "split"}, GDN)[0]
+    check(found, "self_attention.in_proj.weight", 1.0, None, DEPTH)
+    rows = next(group for name, group in found.items() if name.endswith("in_proj.weight"))
+    assert rows["scalar_lr_mult"] == pytest.approx(1 / WIDTH)
+    assert rows["scalar_lr_mult"] * LR * rows["weight_decay"] * rows["scalar_wd_mult"] == pytest.approx(DECAY / WIDTH)
+
+
+def test_static_decay_and_a_rate_of_adams_own(pool: RankPool) -> None:
+    """Without transfer; and a base of Adam's rates with it."""
+    options = {
+        "lr": LR,
+        "min_lr": LR,
+        "muon_scalar_lr": 0.002,
+        "muon_scalar_weight_decay_method": "independent_scheduled",
+    }
+    found = pool.run(groups, 1, options, {})[0]
+    for name, group in found.items():
+        if group["eps"] is not None:
+            assert group["max_lr"] == pytest.approx(0.002), name
+            assert group["max_lr"] * group["weight_decay"] == pytest.approx(DECAY), name
+        else:
+            assert (group["max_lr"], group["weight_decay"]) == (LR, DECAY), name
+    found = pool.run(groups, 1, {**WIDER_AND_DEEPER, "muon_scalar_lr": 0.002}, {})[0]
+    assert found["output_layer.weight"]["max_lr"] == pytest.approx(0.002 / WIDTH)
+    assert found["decoder.layers.0.mlp.linear_fc1.weight"]["max_lr"] == LR
+
+
+def deviations(base: str, layout: Layout) -> dict[str, float]:
+    """RMS of initial weights, without the optimizer."""
+    layout.initialize()
+    chunks = harness.build_model(layout, transfer=base, hidden_size=256, ffn_hidden_size=512, num_attention_heads=16)
+    return {name: param.square().mean().sqrt().item() for name, param in chunks[0].named_parameters()}
+
+
+def test_initial_weights(pool: RankPool) -> None:
+    """Against the standard deviations of the base, whose own are those of Megatron-Core without the flag."""
+    same, base = (pool.run(installed, 1, name)[0] for name in ("256x4", ""))
+    found = pool.run(installed, 1, "64x1")[0]
+    ratios = {
+        "embedding.word_embeddings.weight": 1.0,
+        "decoder.layers.0.self_attention.linear_qkv.weight": 1 / 2,
+        "decoder.layers.3.mlp.linear_fc1.weight": 1 / 2,
+        "output_layer.weight": 1 / 4,
+    }
+    for name, ratio in ratios.items():
+        # Zeros take no random numbers, so that other weights are drawn than without the flag.
+        assert same[name] == pytest.approx(base[name], rel=0.02), name
+        assert found[name] / same[name] == pytest.approx(ratio, rel=1e-5), name
+    for name in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):
+        assert found[f"decoder.layers.2.{name}"] == same[f"decoder.layers.2.{name}"] == 0.0
+
+
+def installed(base: str) -> dict[str, float]:
+    import megatron_muon
+
+    megatron_muon.install()
+    return deviations(base, Layout())
+
+
+def with_multipliers(weights: str, steps: int) -> list[float]:
+    """Training by forward multipliers 1 / L, as the paper has it."""
+    run = harness.start(
+        Layout(),
+        weights=weights,
+        optimizer={**RULE, "muon_scalar_weight_decay_method": "independent_scheduled", **NO_CLIPPING},
+    )
+    for name, module in harness.unwrap(run.chunks[0]).named_modules():
+        if name.endswith(("linear_proj", "linear_fc2")):
+            module.register_forward_hook(lambda module, args, output: (output[0] / DEPTH, output[1]))
+    return run.losses(steps)
+
+
+def by_transfer(weights: str, steps: int) -> list[float]:
+    """The same model by ``--muon-transfer``: the projections themselves learn at 1 / L."""
+    return harness.start(Layout(), weights=weights, optimizer={**RULE, "muon_transfer": "32x2", **NO_CLIPPING}).losses(
+        steps
+    )
+
+
+def test_branches_are_those_of_a_forward_multiplier(pool: RankPool, tmp_path: Path) -> None:
+    """A checkpoint of such a run needs no multiplier to be used. Differences are those of eps alone."""
+    folder = str(tmp_path / "initial")
+    pool.run(harness.save_initial_weights, 1, folder, transfer="32x2")
+    expected = pool.run(with_multipliers, 1, folder, 6)[0]
+    found = pool.run(by_transfer, 1, folder, 6)[0]
+    assert found == pytest.approx(expected, abs=2e-5)
+    assert expected[-1] < expected[0] - 0.1
+
+
+def refused(optimizer: dict[str, Any], model: dict[str, Any], scaled: bool = True) -> str:
+    import megatron_muon
+
+    megatron_muon.install()
+    try:
+        if scaled:
+            harness.start(Layout(), optimizer=optimizer, **model)
+        else:
+            Layout().initialize()
+            chunks = harness.wrap(harness.build_model(Layout(), **model), Layout())
+            from megatron.core.optimizer import get_megatron_optimizer
+
+            get_megatron_optimizer(harness.optimizer_config(Layout(), **optimizer), chunks)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "model", "message"),
+    [
+        ({}, {"tied": True}, "--untie-embeddings-and-output-weights"),
+        ({"decoupled_lr": 0.1}, {}, "--muon-transfer 8x2 with --decoupled-lr 0.1"),
+        ({"lr": None, "min_lr": None}, {}, "--muon-transfer 8x2 without --lr"),
+        ({"name": "spectral_sphere"}, {}, "--muon-transfer 8x2 with --optimizer spectral_sphere"),
+        ({"name": "adaptive_muon"}, {}, "Add --muon-scale-mode spectral_norm"),
+    ],
+)
+def test_what_is_refused(pool: RankPool, optimizer: dict[str, Any], model: dict[str, Any], message: str) -> None:
+    assert message in pool.run(refused, 1, {**WIDER_AND_DEEPER, **optimizer}, model)[0]
+
+
+def test_a_model_that_was_not_scaled_is_refused(pool: RankPool) -> None:
+    message = pool.run(refused, 1, WIDER_AND_DEEPER, {}, False)[0]
+    assert "Call megatron_muon.transfer.scale_initialization(config, '8x2') before it is built" in message

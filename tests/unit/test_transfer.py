@@ -1,0 +1,176 @@
+"""The arithmetic of hyperparameter transfer: eps, weight decay, explicit spectral norms, sizes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_muon import Muon, MuonConfig
+from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.adaptive import AdaptiveMuon
+from megatron_muon.orthogonalize import coefficients
+from megatron_muon.transfer import MATRIX, READOUT, TABLE, VECTOR, Role, Transfer, scale_initialization
+from tests.reference import orthogonalized
+
+RULE = {"scale_mode": "unit_rms_norm", "weight_decay_method": "independent_scheduled"}
+EXACT = {"fp32_matmul_prec": "highest", "weight_decay": 0.0, "momentum": 0.0}
+
+
+def matrix(m: int, n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def one_step(gradient: torch.Tensor, depth: float, **options: Any) -> torch.Tensor:
+    """The update of a weight of zeros in a group of this depth."""
+    param = torch.nn.Parameter(torch.zeros_like(gradient))
+    optimizer = Muon([{"params": [param], "damping_depth": depth}], lr=1.0, damping_depth=1.0, **EXACT, **options)
+    param.grad = gradient
+    optimizer.step()
+    return -param.detach()
+
+
+@pytest.mark.parametrize("eps", [1e-7, 0.3])
+def test_gradients_and_eps_that_shrink_with_depth_give_the_same_update(eps: float) -> None:
+    """Exactly: the damping of a deeper model is that of the base."""
+    gradient = matrix(12, 8)
+    base = one_step(gradient, 1.0, scale_mode="unit_rms_norm", eps=eps)
+    for depth in (2.0, 8.0):
+        assert torch.equal(one_step(gradient / depth, depth, scale_mode="unit_rms_norm", eps=eps), base)
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 8), (8, 12), (8, 8)])
+@pytest.mark.parametrize("depth", [1.0, 3.0])
+def test_eps_is_added_with_its_factors(m: int, n: int, depth: float) -> None:
+    """eps sqrt(n / m) / L, with an eps that matters."""
+    gradient, eps = matrix(m, n), 2000.0
+    damped = gradient / (gradient.norm() + eps * (n / m) ** 0.5 / depth)
+    # The reference divides by the norm; to start it from a smaller matrix, its steps are written out.
+    x = damped if m <= n else damped.mT
+    for a, b, c in coefficients("quintic", 5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    expected = (x if m <= n else x.mT) * (m / n) ** 0.5
+    found = one_step(gradient, depth, scale_mode="unit_rms_norm", eps=eps)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    undamped = orthogonalized(gradient, coefficients("quintic", 5)) * (m / n) ** 0.5
+    assert (found - undamped).norm() > 0.05 * undamped.norm()
+
+
+@pytest.mark.parametrize("method", ["independent_scheduled", "decoupled"])
+def test_static_decay_does_not_depend_on_the_rate(method: str) -> None:
+    """Ten times the learning rate: what decay alone does to a weight is the same, bit for bit."""
+
+    def decayed(peak: float) -> torch.Tensor:
+        param = torch.nn.Parameter(matrix(6, 4))
+        optimizer = Muon([{"params": [param], "max_lr": peak}], lr=peak, weight_decay=0.1, weight_decay_method=method)
+        for share in (0.25, 0.5, 1.0, 0.5):
+            optimizer.param_groups[0]["lr"] = peak * share
+            param.grad = torch.zeros_like(param)
+            optimizer.step()
+        return param.detach()
+
+    assert torch.equal(decayed(0.01), decayed(0.1)) == (method == "independent_scheduled")
+
+
+def test_factors() -> None:
+    """Table 2 of arXiv 2512.05620 for 4 times the width and 2 times the depth; what ends a branch is 1 / L itself."""
+    transfer = Transfer(width=4.0, depth=2.0)
+    rows = {
+        Role(TABLE): (1.0, 1 / 4, 1.0),
+        Role(READOUT): (1 / 4, 1.0, 1.0),
+        Role(MATRIX, in_layer=True): (1 / 4, 1 / 8, 2.0),
+        Role(VECTOR, in_layer=True): (1.0, 1 / 8, 2.0),
+        Role(VECTOR): (1.0, 1 / 4, 1.0),
+        Role(MATRIX, in_layer=True, ends_branch=True): (1 / 8, 1 / 4, 1.0),
+        Role(VECTOR, in_layer=True, ends_branch=True): (1 / 2, 1 / 4, 1.0),
+    }
+    for role, expected in rows.items():
+        assert (transfer.rate(role), transfer.eps(role), transfer.damping_depth(role)) == expected, role
+
+
+def model_config(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"hidden_size": 512, "num_layers": 12, "init_method_std": 0.02, **changes})
+
+
+def test_sizes_come_from_the_whole_models_config() -> None:
+    assert Transfer.of("128x3", model_config()) == Transfer(4.0, 4.0)
+    for name, value in (("num_layers", 0), ("num_layers", None), ("hidden_size", None)):
+        with pytest.raises(ConfigError, match=f"--muon-transfer 128x3: the model's config says {name} {value}"):
+            Transfer.of("128x3", model_config(**{name: value}))
+
+
+def test_initial_weights() -> None:
+    config = model_config()
+    scale_initialization(config, "128x3")
+    assert config.init_method.std == pytest.approx(0.02 / 2)
+    assert torch.equal(config.output_layer_init_method(torch.ones(3, 2)), torch.zeros(3, 2))
+    assert config.muon_transfer == "128x3"
+    with pytest.raises(ConfigError, match="--muon-transfer 128x3 with --use-mup"):
+        scale_initialization(model_config(use_mup=True), "128x3")
+
+
+@pytest.mark.parametrize("base", ["128", "x", "128x", "0x4", "128x-2", "axb", 5])
+def test_wrong_bases(base: Any) -> None:
+    with pytest.raises(ConfigError, match=f"--muon-transfer {base}: give WIDTHxDEPTH"):
+        MuonConfig(transfer=base, **RULE).validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale_mode": "moonlight"}, "--muon-transfer 128x3 with --muon-scale-mode moonlight"),
+        ({"weight_decay_method": "decoupled"}, "--muon-transfer 128x3 with --muon-weight-decay-method decoupled"),
+        ({"variant": "polargrad"}, "--muon-transfer 128x3 with --muon-variant polargrad"),
+    ],
+)
+def test_what_does_not_transfer(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MuonConfig(transfer="128x3", **{**RULE, **options}).validate()
+    MuonConfig(transfer="128x3", **RULE).validate()
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 8), (8, 12), (24, 24)])
+@pytest.mark.parametrize("method", ["muon", "adamuon_eo"])
+def test_explicit_spectral_norm(m: int, n: int, method: str) -> None:
+    """The spectral norm of an update is lr sqrt(m / n), within what a few power iterations know; never far above."""
+    param = torch.nn.Parameter(torch.zeros(m, n, dtype=torch.float64))
+    options = {"lr": 1.0, "scale_mode": "spectral_norm", "fp32_matmul_prec": "highest", "weight_decay": 0.0}
+    kind: Any = Muon if method == "muon" else AdaptiveMuon
+    extra = {} if method == "muon" else {"moment2_method": method}
+    optimizer = kind([param], momentum=0.9, **options, **extra)
+    sizes = []
+    for step in range(60):
+        before = param.detach().clone()
+        param.grad = matrix(m, n, seed=1) + 0.1 * matrix(m, n, seed=step + 2)
+        optimizer.step()
+        sizes.append(torch.linalg.matrix_norm(param.detach() - before, 2).item() / (m / n) ** 0.5)
+    assert max(sizes) < 1.25
+    # Muon's singular values lie between 0.978 and 1.032 here, almost equal: which of them is found does not matter.
+    assert sizes[-1] == pytest.approx(1.0, abs=0.055 if method == "muon" else 0.03)
+    assert optimizer.state[param]["update_left_vector"].shape == (m, 1)
+
+
+def test_explicit_spectral_norm_is_never_blown_up() -> None:
+    """A start that is orthogonal to the update: the estimate of its size is 0, and the Frobenius norm bounds it."""
+    param = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+    optimizer = Muon([param], lr=1.0, scale_mode="spectral_norm", **EXACT)
+    param.grad = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)  # rows sum to 0
+    optimizer.step()
+    assert torch.linalg.matrix_norm(param.detach(), 2).item() == pytest.approx(2**0.5, rel=1e-6)
+
+
+def test_hidden_size_of_moonlights_baseline() -> None:
+    with pytest.raises(ConfigError, match="--muon-scale-mode moonlight_hidden with hidden_size 0"):
+        Muon([torch.nn.Parameter(torch.zeros(2, 2))], scale_mode="moonlight_hidden")
+    gradient = matrix(6, 4)
+    updates = {}
+    for mode, options in (("none", {}), ("moonlight_hidden", {"hidden_size": 25})):
+        param = torch.nn.Parameter(torch.zeros_like(gradient))
+        optimizer = Muon([param], lr=1.0, scale_mode=mode, **options, **EXACT)
+        param.grad = gradient
+        optimizer.step()
+        updates[mode] = param.detach()
+    torch.testing.assert_close(updates["moonlight_hidden"], updates["none"] * 0.2 * 5.0, rtol=1e-12, atol=0)
