@@ -1,23 +1,24 @@
 # make train   set up, then train the example with Muon and with Adam and compare
 # make train-hybrid   the same with a GatedDeltaNet hybrid
 # make test    set up, then run lint, type check and the whole test suite
+# make results   do the experiments of docs/results again, small trainings on the CPU (an hour or more)
 # make te      build TransformerEngine too (with a CUDA compiler, no GPU), for make test-te
 # make help    all targets
 #
 # Variables: PYTHON=/path/to/python3.12    the interpreter of the virtual environment
 #            TORCH="torch==2.8.0 --index-url URL"   another torch build (a CPU one saves gigabytes)
-#            ARGS="..."                    further arguments of train, test and bench
+#            ARGS="..."                    further arguments of train, test, bench and results
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 export PYTHON TORCH
 
-.PHONY: help setup train train-hybrid test test-slow test-te te lint bench clean
+.PHONY: help setup train train-hybrid test test-slow test-te te lint bench results clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
-	@echo "Targets: setup train train-hybrid test test-slow test-te te lint bench clean"
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@echo "Targets: setup train train-hybrid test test-slow test-te te lint bench results clean"
 
 setup: $(STAMP)
 
@@ -51,6 +52,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@$(RUN) -m megatron_muon bench $(ARGS)
+
+results: $(STAMP)
+	@$(RUN) -m tools.results $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,170 @@
+"""Arithmetic, text and pages of ``tools/results``."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.results import arithmetic, coordinates, corpus, moonlight, report, sphere, stiefel, transfer
+from tools.results.__main__ import parse_arguments
+from tools.results.model import HEAD, Setting
+from tools.results.records import Context, Record, Sweep, to_json
+
+
+def parabola(lowest: float, rates: list[float]) -> dict[float, float]:
+    return {rate: 1.0 + 0.3 * (math.log2(rate) - math.log2(lowest)) ** 2 for rate in rates}
+
+
+GRID = [2.0**exponent for exponent in range(-8, -3)]
+
+
+@pytest.mark.parametrize("lowest", [2**-6.4, 2**-6, 2**-5.7])
+def test_the_lowest_point_of_a_parabola_is_found_between_rates(lowest: float) -> None:
+    losses = parabola(lowest, GRID)
+    assert arithmetic.interpolated(losses) == pytest.approx(lowest)
+    assert arithmetic.best(losses) == 2**-6
+    assert arithmetic.is_at_end(losses) == 0
+
+
+def test_there_is_no_parabola_at_an_end_or_beside_a_run_that_diverged() -> None:
+    rising = {1.0: 2.0, 2.0: 3.0, 4.0: 4.0}
+    assert arithmetic.interpolated(rising) is None and arithmetic.is_at_end(rising) == -1
+    assert arithmetic.optimum(rising) == 1.0
+    falling = {1.0: 3.0, 2.0: 2.0, 4.0: 1.0}
+    assert arithmetic.interpolated(falling) is None and arithmetic.is_at_end(falling) == 1
+    assert arithmetic.interpolated({1.0: 2.0, 2.0: 1.0, 4.0: math.inf}) is None
+    assert arithmetic.interpolated({1.0: 2.0, 2.0: 2.0, 4.0: 2.0}) is None
+
+
+def test_runs_that_diverged_are_never_the_best() -> None:
+    assert arithmetic.best({1.0: math.inf, 2.0: 3.0}) == 2.0
+    with pytest.raises(ValueError, match="every run diverged"):
+        arithmetic.best({1.0: math.inf})
+
+
+def test_cells_and_slopes() -> None:
+    assert arithmetic.cells(0.04, 0.01) == 2.0
+    widths = [64, 128, 256, 512]
+    assert arithmetic.slope(widths, [3 * width**-0.5 for width in widths]) == pytest.approx(-0.5)
+    assert arithmetic.slope(widths, [2.0] * 4) == 0.0
+
+
+def test_shifts_are_counted_from_the_smallest_width() -> None:
+    losses = {64: parabola(2**-6.2, GRID), 128: parabola(2**-5.1, GRID)}
+    assert transfer.shifts(losses)[128] == pytest.approx({"grid": 1.0, "interpolated": 1.1})
+    assert "+1 (+1.10 interpolated) at width 128" in transfer.findings("rule", losses)[0]
+
+
+def test_findings_say_where_the_grid_ends() -> None:
+    losses = {64: parabola(2**-6, GRID), 128: parabola(2**-2, GRID)}
+    assert "at width 128 it is at the end of what was tried" in transfer.findings("rule", losses)[0]
+
+
+def test_the_table_marks_the_best_and_what_diverged() -> None:
+    lines = report.loss_table("width", {"64": {0.5: 2.0, 1.0: 1.5, 2.0: math.inf}}).splitlines()
+    assert lines[2] == "| 64 | 2.0000 | **1.5000** | diverged | 1 | at the end |"
+
+
+def test_rare_characters_share_a_number() -> None:
+    numbers = corpus.number_characters("a" * 50 + "b" * 30 + "c")
+    assert numbers == {"a": 1, "b": 2}
+
+
+def test_batches_follow_from_the_step_and_validation_covers_its_text() -> None:
+    data = corpus.load()
+    assert int(data.train.max()) < corpus.VOCABULARY and len(data.valid) > 100_000
+    first, again, other = (data.batch(step, 1, 2, 16) for step in (0, 0, 1))
+    assert first["tokens"].equal(again["tokens"]) and not first["tokens"].equal(other["tokens"])
+    assert first["tokens"][:, 1:].equal(first["labels"][:, :-1])
+    pieces = [data.valid_batch(number, 3, 2, 16)["tokens"] for number in range(3)]
+    assert len({tuple(row) for piece in pieces for row in piece.tolist()}) == 6
+
+
+def record(loss: float) -> Record:
+    return Record(loss, loss + 0.1, [3.0, loss], 0.2, 0.1, {})
+
+
+def test_a_sweep_is_the_mean_over_seeds_and_grows_to_the_side_of_its_best(tmp_path: Path) -> None:
+    class Counted(Context):
+        def record(self, setting: Setting, watch: object = None) -> Record:
+            return record(abs(math.log2(setting.rate) + 2) + 0.01 * (setting.seed - self.seed))
+
+    sweep = Counted(tmp_path, seeds=2).sweep(Setting(64, 2, "adam", 0.0), [2**-6, 2**-5, 2**-4])
+    assert list(sweep.records) == [2**-6, 2**-5, 2**-4, 2**-3, 2**-2]
+    assert sweep.best == 2**-2 and sweep.best_loss == pytest.approx(0.005)
+    json.dumps(sweep.as_json())
+
+
+def test_a_record_is_made_once(tmp_path: Path) -> None:
+    calls = []
+
+    def make() -> dict[str, object]:
+        calls.append(1)
+        return {"loss": math.inf}
+
+    context = Context(tmp_path)
+    assert [context.cached({"rate": 1}, make) for _ in range(2)] == [{"loss": None}] * 2
+    assert len(calls) == 1
+    replace(context, fresh=True).cached({"rate": 1}, make)
+    assert len(calls) == 2
+
+
+def test_numbers_that_json_lacks_are_null() -> None:
+    assert to_json({"a": [math.nan, 1.0], "b": (math.inf,)}) == {"a": [None, 1.0], "b": [None]}
+
+
+def test_the_command_of_a_page(tmp_path: Path) -> None:
+    assert report.command("sphere", Context(tmp_path)) == 'make results ARGS="sphere"'
+    words = report.command("sphere", Context(tmp_path, seeds=3, steps=20))
+    assert words == 'make results ARGS="sphere --steps 20 --seeds 3"'
+
+
+def test_a_table_of_one_rate() -> None:
+    assert Sweep({0.5: [record(1.0)]}).train_losses == {0.5: 1.1}
+
+
+def test_chance_is_said_with_its_size_or_as_unknown() -> None:
+    one, two = Sweep({0.5: [record(1.0)]}), Sweep({0.5: [record(1.0), record(1.2)]})
+    assert "one seed only" in sphere.chance({"a": one, "b": two})
+    assert sphere.chance({"a": two}).endswith("at most 0.1414.")
+    assert "b: the best loss, 1.1000, is 0.1000 above that of a" in sphere.findings({"a": one, "b": two}, "a")[0]
+
+
+def test_the_factor_of_updates_is_compared_with_the_best_one() -> None:
+    text = " ".join(moonlight.factor_findings({0.1: 2.0, 0.2: 1.75, 0.4: 1.5, 0.8: 3.0}))
+    assert "F = 0.4 has the lowest loss, 1.5000, inside of what was tried" in text
+    assert "F = 0.2 is 0.2500 above the lowest loss" in text
+
+
+def test_best_rates_are_compared_with_adams() -> None:
+    losses = {title: parabola(2**-6, GRID) for title in moonlight.TITLES.values()}
+    losses[moonlight.TITLES["none"]] = parabola(2**-4.9, [*GRID, 2**-3, 2**-2])
+    moved = {text.partition(": ")[0]: text for text in moonlight.rate_findings(losses)}
+    assert "+0 factors of two" in moved[moonlight.TITLES["moonlight"]]
+    assert "+1 factors of two (+1.10 interpolated)" in moved[moonlight.TITLES["none"]]
+
+
+def test_slopes_are_told_flat_or_not() -> None:
+    slopes = {"width": {"middle": 0.01, "last": 0.2, "logits": -0.5}}
+    text = coordinates.findings("rule", slopes)[0]
+    assert "within 0.05 of none at the half of the layers" in text and "multiplies the change by 0.71" in text
+
+
+def test_query_key_and_value_rows_of_a_fused_weight() -> None:
+    heads, width = 2, 3
+    weight = torch.arange(heads * 3 * HEAD * width).view(-1, width)
+    query, key, value = stiefel.split(weight)
+    assert query[0].equal(weight[0]) and key[0].equal(weight[HEAD]) and value[-1].equal(weight[-1])
+    assert query[HEAD].equal(weight[3 * HEAD])
+
+
+@pytest.mark.parametrize("words", [["nothing"], ["sphere", "--steps", "0"], ["--seeds", "0"]])
+def test_wrong_arguments_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(words)
+    assert " ".join(words[-2:]) in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Small experiments whose results are committed under ``docs/results``: ``python -m tools.results``."""
