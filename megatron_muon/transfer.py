@@ -102,7 +102,7 @@ class Transfer:
 
 
 _LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
-_ENDS = re.compile(r"\.(?:linear_proj|linear_fc2|out_proj|fc2_latent_proj)\.(?:weight|bias)\d*$")
+_ENDS = re.compile(r"\.(?:linear_proj|linear_fc2|out_proj)\.(?:weight|bias)\d*$")
 
 
 def roles(module: torch.nn.Module, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[Any, Role]:
@@ -118,14 +118,11 @@ def roles(module: torch.nn.Module, named_parameters: Iterable[tuple[str, torch.n
     """
     named = list(named_parameters)
     _refuse(module, named)
-    # Routed experts of a latent MoE end in the latent space; a projection from it ends the branch.
-    latent = {name.rpartition(".fc2_latent_proj.")[0] for name, _ in named if ".fc2_latent_proj." in name}
     tables = _tables(module)
     found = {}
     for name, param in named:
         in_layer = _LAYER.search(name) is not None
-        inner = any(name.startswith(f"{moe}.experts.") for moe in latent)
-        ends = in_layer and _ENDS.search(name) is not None and not inner
+        ends = in_layer and _ENDS.search(name) is not None
         found[param] = Role(_kind(param, tables), in_layer, ends)
     _check_layers(named, found)
     return found
@@ -178,8 +175,8 @@ def _check_layers(named: list[tuple[str, torch.nn.Parameter]], found: dict[Any, 
     for layer, ended in ends.items():
         if not ended:
             raise ConfigError(
-                f"{flag('transfer')}: {layer} has no linear_proj, linear_fc2, out_proj or fc2_latent_proj, so that it "
-                "is not known which of its weights end a residual branch. Train such layers without the flag."
+                f"{flag('transfer')}: {layer} has no linear_proj, linear_fc2 or out_proj, so that it is not known "
+                "which of its weights end a residual branch. Train such layers without the flag."
             )
 
 
@@ -194,10 +191,16 @@ def scale_initialization(config: Any, base: str) -> None:
         base: as ``--muon-transfer``: ``WIDTHxDEPTH``.
 
     Raises:
-        ConfigError: for a wrong base, or a config that scales by itself (``use_mup``).
+        ConfigError: for a wrong base, or a config that it does not fit: one that scales by itself (``use_mup``), or
+            with two projections in a row at the end of a branch (``moe_latent_size``).
     """
     if getattr(config, "use_mup", False):
         raise ConfigError(f"{flag('transfer')} {base} with --use-mup: these are two rules for one thing; give one.")
+    if getattr(config, "moe_latent_size", None):
+        raise ConfigError(
+            f"{flag('transfer')} {base} with --moe-latent-size {config.moe_latent_size}: experts and the projection "
+            "from their latent space would both start from zeros, and stay there. Train such a model without the flag."
+        )
     transfer = Transfer.of(base, config)
     config.init_method = _Normal(config.init_method_std / math.sqrt(transfer.width))
     config.output_layer_init_method = torch.nn.init.zeros_
