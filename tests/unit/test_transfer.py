@@ -110,7 +110,7 @@ def test_initial_weights() -> None:
     assert config.muon_transfer == "128x3"
     with pytest.raises(ConfigError, match="--muon-transfer 128x3 with --use-mup"):
         scale_initialization(model_config(use_mup=True), "128x3")
-    with pytest.raises(ConfigError, match="with --moe-latent-size 64: .* would both start from zeros"):
+    with pytest.raises(ConfigError, match=r"with --moe-latent-size 64: .* would both start from zeros"):
         scale_initialization(model_config(moe_latent_size=64), "128x3")
 
 
