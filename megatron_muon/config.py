@@ -70,7 +70,7 @@ def _positive(value: Any) -> str | None:
 
 
 def _tolerance(value: Any) -> str | None:
-    return None if _is_number(value) and 0.0 < value <= 1.0 else "give a number above 0, at most 1 (0.01 is usual)"
+    return None if _is_number(value) and 0.0 < value <= 1.0 else "give a number above 0, at most 1 (0.1 is usual)"
 
 
 def _not_negative(value: Any) -> str | None:
@@ -359,7 +359,7 @@ class MuonConfig:
         check=_not_negative,
     )
     sphere_tolerance: float = _knob(
-        0.01,
+        0.1,
         "How closely --optimizer spectral_sphere solves for its multiplier: 3 + log2(1 / tolerance) iterations a step; "
         "1: one, without the multiplier (MuonSphere).",
         check=_tolerance,

@@ -155,12 +155,12 @@ class SpectralSphere(Muon):
     """
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, *, radius: float = 2.0, tolerance: float = 1e-2, **options: Any
+        self, params: Any, lr: float = 1e-3, *, radius: float = 2.0, tolerance: float = 0.1, **options: Any
     ) -> None:
         if radius < 0:
             raise ConfigError(f"--muon-sphere-radius {radius}: give a number of at least 0 (2 is usual, 0: as it is).")
         if not 0 < tolerance <= 1:
-            raise ConfigError(f"--muon-sphere-tolerance {tolerance}: give a number above 0, at most 1 (0.01 is usual).")
+            raise ConfigError(f"--muon-sphere-tolerance {tolerance}: give a number above 0, at most 1 (0.1 is usual).")
         self.radius = radius
         self.evaluations = evaluations(tolerance)
         super().__init__(params, lr, variant=Sphere(), **options)

@@ -140,6 +140,23 @@ def test_zero_gradients_only_retract() -> None:
     torch.testing.assert_close(param.detach(), weight(6, 4, seed=1), rtol=1e-12, atol=0)
 
 
+def test_few_evaluations_are_enough() -> None:
+    """lambda goes on from the step before: seven evaluations a step and seventeen train alike."""
+
+    def trained(tolerance: float) -> torch.Tensor:
+        param = torch.nn.Parameter(weight(24, 16, seed=1))
+        optimizer = SpectralSphere([param], lr=0.02, momentum=0.9, radius=0.0, tolerance=tolerance, **SHARP)
+        for step in range(12):
+            param.grad = 0.3 * weight(24, 16, seed=2) + weight(24, 16, seed=10 + step) + 0.5 * param.detach()
+            optimizer.step()
+        return param.detach()
+
+    few, many, none = trained(0.1), trained(1e-4), trained(1.0)
+    moved = (many - weight(24, 16, seed=1)).norm()
+    assert (few - many).norm() < 2e-3 * moved
+    assert (none - many).norm() > 0.1 * moved
+
+
 def test_number_of_evaluations() -> None:
     assert [evaluations(tolerance) for tolerance in (1.0, 0.5, 1e-2, 1e-4)] == [1, 4, 10, 17]
 

@@ -31,7 +31,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "name": "spectral_sphere",
         "muon_coefficient_type": "polar_express",
         "muon_num_ns_steps": 8,
-        "muon_sphere_tolerance": 0.1,
     },
     "stiefel": {"name": "stiefel_muon", "muon_param_rule": ("*.self_attention.*=stiefel",)},
 }

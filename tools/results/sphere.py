@@ -24,7 +24,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "Muon": {"optimizer": "muon", "options": {"muon_scale_mode": "unit_rms_norm"}},
     "MuonSphere": {"optimizer": "spectral_sphere", "options": {**_SPHERE, "muon_sphere_tolerance": 1.0}},
     "sphere, tolerance 0.1": {"optimizer": "spectral_sphere", "options": {**_SPHERE, "muon_sphere_tolerance": 0.1}},
-    "sphere, tolerance 0.01": {"optimizer": "spectral_sphere", "options": {**_SPHERE, "muon_sphere_tolerance": 0.01}},
+    "sphere, tolerance 0.5": {"optimizer": "spectral_sphere", "options": {**_SPHERE, "muon_sphere_tolerance": 0.5}},
 }
 REFERENCE = "Muon"
 
