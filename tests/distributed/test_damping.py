@@ -1,0 +1,89 @@
+"""Damped iterations and measured spectral norms on tensor-parallel shards, against whole weights on one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_muon import Muon
+from tests.distributed.test_adaptive import CASES, EVERY_MODE, EXACT, grad, weight
+from tests.pool import RankPool
+
+# Far more than the norm of the momentum: five steps of the iteration make up for much of what is damped.
+OPTIONS: dict[str, Any] = {
+    "lr": 0.1,
+    "momentum": 0.8,
+    "nesterov": True,
+    "eps": 50_000.0,
+    "damping_depth": 2.0,
+    "fp32_matmul_prec": "highest",
+}
+STEPS = 3
+
+
+def train(param: torch.nn.Parameter, cut: Any, **options: Any) -> None:
+    optimizer = Muon([param], **OPTIONS, **options)
+    for step in range(STEPS):
+        param.grad = cut(step).contiguous()
+        optimizer.step()
+
+
+def shards(name: str, scale_mode: str, tp_mode: str) -> torch.Tensor:
+    shape, dim, layout = CASES[name]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+
+    def cut(whole: torch.Tensor) -> torch.Tensor:
+        return whole.chunk(ranks, dim=dim)[rank]
+
+    param = torch.nn.Parameter(cut(weight(*shape, seed=1)).clone())
+    param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, dim, layout
+    train(
+        param,
+        lambda step: cut(grad(shape, step)),
+        tp_group=dist.group.WORLD,
+        scale_mode=scale_mode,
+        tp_mode=tp_mode,
+    )
+    parts = [torch.empty_like(param) for _ in range(ranks)]
+    dist.all_gather(parts, param.detach().contiguous())
+    return torch.cat(parts, dim=dim)
+
+
+SCALE_MODES = ("unit_rms_norm", "spectral_norm")
+
+
+def grid() -> dict[tuple[str, str, str], torch.Tensor]:
+    return {
+        (name, scale_mode, mode): shards(name, scale_mode, mode)
+        for name in CASES
+        for scale_mode in SCALE_MODES
+        for mode in (EXACT if name in EVERY_MODE else ["auto"])
+    }
+
+
+def whole(name: str, scale_mode: str, **changes: Any) -> torch.Tensor:
+    shape, _, layout = CASES[name]
+    param = torch.nn.Parameter(weight(*shape, seed=1))
+    param.matrix_layout = layout
+    train(param, lambda step: grad(shape, step), scale_mode=scale_mode, **changes)
+    return param.detach()
+
+
+def test_shards_get_the_update_of_the_whole(pool: RankPool) -> None:
+    results = pool.run(grid, 4)
+    for key, result in results[0].items():
+        name, scale_mode, _ = key
+        torch.testing.assert_close(
+            result, whole(name, scale_mode), rtol=0, atol=1e-8, msg=lambda text, key=key: f"{key}: {text}"
+        )
+        assert all(torch.equal(result, other[key]) for other in results)
+
+
+@pytest.mark.parametrize("scale_mode", SCALE_MODES)
+def test_the_damping_is_felt(monkeypatch: pytest.MonkeyPatch, scale_mode: str) -> None:
+    damped = whole("rows, tall", scale_mode)
+    monkeypatch.setitem(OPTIONS, "eps", 1e-7)
+    assert (damped - whole("rows, tall", scale_mode)).norm() > 0.01 * damped.norm()
