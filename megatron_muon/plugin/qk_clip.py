@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon._patching import Patch
-from megatron_muon.config import MuonConfig
+from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
 from megatron_muon.plugin.arguments import from_arguments
@@ -29,7 +29,8 @@ from megatron_muon.qk_clip.clip import ClipSettings, QKClip, Target
 from megatron_muon.qk_clip.factors import Heads
 from megatron_muon.qk_clip.measure import Gauge, attach, source_of
 from megatron_muon.qk_clip.rows import Attention, Rows, has_norm, norm_rows, projection_rows
-from megatron_muon.routing import global_names
+from megatron_muon.routing import _is_nonlinear_or_embedding, global_names
+from megatron_muon.routing.layout import STIEFEL, layout_of
 
 __all__ = ["clip_of", "log_scalars", "patches"]
 
@@ -128,15 +129,42 @@ def _build(config: Any, chunks: Sequence[torch.nn.Module], muon: MuonConfig, opt
     heads = Heads.of([(each.heads, each.groups) for each in found], param.device)
     dtype = torch.promote_types(param.dtype, torch.float32)
     clip = QKClip([each.name for each in found], heads, settings, param.device, dtype)
-    notes, problem = _together(lambda: _fill(clip, found, layers, muon, optimizer))
+    kept = _keeper(config, muon)
+    notes, problem = _together(lambda: _fill(clip, found, layers, muon, optimizer, kept))
     notes = _gather(notes, problem)
     if dist.get_rank() == 0:
         print("\n".join(f"QK-clip: {line}" for line in [*clip.describe(), *notes]), flush=True)
     return clip
 
 
+def _keeper(config: Any, muon: MuonConfig) -> str:
+    """What keeps the sizes of all of Muon's matrices, so that clipping them is undone; empty if nothing does."""
+    if not is_ours(config.optimizer):
+        return ""
+    if config.optimizer.removeprefix("dist_") == "spectral_sphere":
+        return f"--optimizer {config.optimizer}"
+    return f"{flag('variant')} {muon.variant}" if muon.variant == "hyperball" else ""
+
+
+def _refuse_kept(layer: Attention, rows: Sequence[Rows], kept: str) -> None:
+    """Refuse to clip weights whose sizes are put back by the next step.
+
+    Raises:
+        ConfigError: if ``rows`` has one.
+    """
+    for param in (each.param for each in rows):
+        if _is_nonlinear_or_embedding(param):
+            continue
+        keeper = f"{flag('param_rule')} GLOB=stiefel" if layout_of(param).direction == STIEFEL else kept
+        if keeper:
+            raise ConfigError(
+                f"--qk-clip with {keeper}: {layer.name}'s query and key weights get the size back in the next step "
+                f"that clipping takes from them. Leave --qk-clip off, or give them to Adam ({flag('param_rule')})."
+            )
+
+
 def _fill(
-    clip: QKClip, found: Sequence[_Found], layers: Sequence[Attention], muon: MuonConfig, optimizer: Any
+    clip: QKClip, found: Sequence[_Found], layers: Sequence[Attention], muon: MuonConfig, optimizer: Any, kept: str
 ) -> list[str]:
     """Connect this rank's layers and optimizer to the clip; what there is to say about them."""
     number = {each.name: index for index, each in enumerate(found)}
@@ -154,6 +182,7 @@ def _fill(
         notes.append(f"logits from {_SOURCES[source]} ({type(core).__name__})")
         if clip.settings.clip:
             rows = _rows(layer, index, first[index], clip.heads, muon, notes)
+            _refuse_kept(layer, rows, kept)
             clip.rows += rows
     if clip.settings.clip:
         clip.watch(list(_targets(optimizer, clip.rows)))
