@@ -29,12 +29,12 @@ import torch
 from megatron_muon.config import flag, parse_transfer
 from megatron_muon.errors import ConfigError
 from megatron_muon.routing.layout import layout_of
-from megatron_muon.routing.predicate import is_vector
+from megatron_muon.routing.predicate import is_divided, is_vector
 from megatron_muon.routing.rules.linear import LORA_FACTOR
 
 __all__ = ["Role", "Transfer", "roles", "scale_initialization"]
 
-TABLE, READOUT, MATRIX, VECTOR = "table", "readout", "matrix", "vector"
+TABLE, READOUT, MATRIX, VECTOR = KINDS = ("table", "readout", "matrix", "vector")
 
 BASE_ATTRIBUTE = "muon_transfer"
 """Attribute of a model's config that says for which base its initial weights were scaled."""
@@ -74,7 +74,7 @@ class Transfer:
         Raises:
             ConfigError: if the config has no hidden size or no number of layers.
         """
-        width, depth = parse_transfer(base)
+        width, depth = _parsed(base)
         for name in ("hidden_size", "num_layers"):
             if not getattr(config, name, None):
                 raise ConfigError(
@@ -101,7 +101,15 @@ class Transfer:
         return self.depth if role.in_layer and not role.ends_branch else 1.0
 
 
+def _parsed(base: str) -> tuple[int, int]:
+    try:
+        return parse_transfer(base)
+    except (AttributeError, ValueError):
+        raise ConfigError(f"{flag('transfer')} {base}: give WIDTHxDEPTH, such as 256x4.") from None
+
+
 _LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
+_BRANCH = re.compile(r"(.*(?:^|\.)layers\.\d+\.(?:self_attention|cross_attention|mlp|mixer))\.")
 _ENDS = re.compile(r"\.(?:linear_proj|linear_fc2|out_proj)\.(?:weight|bias)\d*$")
 
 
@@ -124,7 +132,7 @@ def roles(module: torch.nn.Module, named_parameters: Iterable[tuple[str, torch.n
         in_layer = _LAYER.search(name) is not None
         ends = in_layer and _ENDS.search(name) is not None
         found[param] = Role(_kind(param, tables), in_layer, ends)
-    _check_layers(named, found)
+    _check_branches(found, dict(named))
     return found
 
 
@@ -133,6 +141,8 @@ def _kind(param: torch.nn.Parameter, tables: set[torch.Tensor]) -> str:
         return TABLE
     if getattr(param, "is_embedding_or_output_parameter", False):
         return READOUT
+    if param.dim() == 2 and param.size(0) == 1 and param.size(1) > 1 and not is_divided(param, 0):
+        return MATRIX  # a gate: one output, but it sums over its inputs
     return VECTOR if param.dim() != layout_of(param).dims or is_vector(param) else MATRIX
 
 
@@ -146,6 +156,13 @@ def _tables(module: torch.nn.Module) -> set[torch.Tensor]:
 
 
 def _refuse(module: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]) -> None:
+    found = (getattr(getattr(submodule, "config", None), "hidden_size", None) for submodule in module.modules())
+    sizes = sorted({size for size in found if size is not None})
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"{flag('transfer')} with parts of different hidden sizes ({', '.join(map(str, sizes))}): the base has "
+            "one. Train such a model without the flag."
+        )
     for submodule in module.modules():
         if getattr(submodule, "share_embeddings_and_output_weights", False):
             raise ConfigError(
@@ -165,18 +182,18 @@ def _refuse(module: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]
             )
 
 
-def _check_layers(named: list[tuple[str, torch.nn.Parameter]], found: dict[Any, Role]) -> None:
+def _check_branches(found: dict[Any, Role], named: dict[str, torch.nn.Parameter]) -> None:
+    """Every residual branch that has weights must have one that is known to end it."""
     ends: dict[str, bool] = {}
-    for name, param in named:
-        match = _LAYER.search(name)
+    for name, param in named.items():
+        match = _BRANCH.match(name)
         if match is not None:
-            layer = name[: match.end()].rstrip(".")
-            ends[layer] = ends.get(layer, False) or found[param].ends_branch
-    for layer, ended in ends.items():
+            ends[match[1]] = ends.get(match[1], False) or found[param].ends_branch
+    for branch, ended in ends.items():
         if not ended:
             raise ConfigError(
-                f"{flag('transfer')}: {layer} has no linear_proj, linear_fc2 or out_proj, so that it is not known "
-                "which of its weights end a residual branch. Train such layers without the flag."
+                f"{flag('transfer')}: {branch} has no linear_proj, linear_fc2 or out_proj, so that it is not known "
+                "which of its weights end the residual branch. Train such layers without the flag."
             )
 
 
@@ -202,9 +219,23 @@ def scale_initialization(config: Any, base: str) -> None:
             "from their latent space would both start from zeros, and stay there. Train such a model without the flag."
         )
     transfer = Transfer.of(base, config)
+    _refuse_own_methods(config, base)
     config.init_method = _Normal(config.init_method_std / math.sqrt(transfer.width))
     config.output_layer_init_method = torch.nn.init.zeros_
     setattr(config, BASE_ATTRIBUTE, base)
+
+
+def _refuse_own_methods(config: Any, base: str) -> None:
+    """Initial weights of the user's own making are not replaced in silence."""
+    if hasattr(config, BASE_ATTRIBUTE):
+        return  # they are this module's
+    for name in ("init_method", "output_layer_init_method"):
+        method = getattr(config, name, None)
+        if method is not None and getattr(method, "func", None) is not torch.nn.init.normal_:
+            raise ConfigError(
+                f"{flag('transfer')} {base} with {name} {method}: the rule needs normal initial weights whose "
+                "deviation it can set. Give the config init_method_std instead."
+            )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from megatron_muon.checkpoint.keys import ALONE, PREFIX
 from megatron_muon.checkpoint.record import Rule
 from megatron_muon.checkpoint.sharding import Place, Replica, tensors_of
 from megatron_muon.checkpoint.stored import Stored
+from megatron_muon.optimizers.power import UPDATE_LEFT
+from megatron_muon.optimizers.sphere import LEFT, MULTIPLIER
 
 __all__ = ["ESTIMATED", "MASTER", "Choice", "choose", "difference", "estimated_second_moment"]
 
@@ -38,6 +40,9 @@ _SAME = {MASTER: (MASTER, "param", MODEL)}
 """Names that mean the same rule."""
 
 ESTIMATED = "exp_avg_sq"
+
+_WARM_STARTS = (UPDATE_LEFT, LEFT, MULTIPLIER)
+"""Where iterations go on from: without them they start anew, and find the same."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def choose(
         return wrong
     if state == MASTER:
         return Choice(state, MODEL)
-    if state == ESTIMATED or (fresh and state not in _ALTERNATIVES):
+    if state == ESTIMATED or state in _WARM_STARTS or (fresh and state not in _ALTERNATIVES):
         return Choice(state, None)
     return f"{place.name}: there is no {state}"
 

@@ -169,6 +169,12 @@ def _check_groups(args: argparse.Namespace, muon: MuonConfig) -> None:
                 f"{flag(name)} {asked} with --weight-decay-incr-style {args.weight_decay_incr_style}: the weight decay "
                 "of each param group is fixed then; use constant."
             )
+    for name in ("transfer", "scalar_lr"):
+        if getattr(muon, name) and args.lr_warmup_init:
+            raise ConfigError(
+                f"{flag(name)} {getattr(muon, name)} with --lr-warmup-init {args.lr_warmup_init}: Megatron-Core starts "
+                "all param groups from it, whatever their own peak is. Use 0."
+            )
     if not muon.transfer:
         return
     for name in ("use_mup", "init_method_xavier_uniform"):

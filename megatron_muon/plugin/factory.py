@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,8 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
         _check_buffers(config, model_chunks)
         # A copy: Megatron adds its own entries to the caller's dictionary.
         others = config_overrides or {}
-        overrides = {**others, **group_overrides(config, muon, model_chunks, others)}
+        ours = _on_all_ranks(lambda: group_overrides(config, muon, model_chunks, others))
+        overrides = {**others, **ours}
         optimizer = original(config, model_chunks, overrides, pg_collection)
         _check_partition(optimizer, model_chunks, groups)
         watch([part.optimizer for part, _ in leaves(optimizer)], config.optimizer)
@@ -78,20 +79,35 @@ def _route(config: Any, model_chunks: Sequence[torch.nn.Module], muon: MuonConfi
             have no such weight would wait for the others in the next collective. Or if the optimizer is for weights of
             a direction that no rank has.
     """
-    matched: set[str] = set()
-    problem = None
+
+    def route() -> tuple[set[str], bool]:
+        matched = set().union(*(annotate(chunk, muon) for chunk in model_chunks))
+        return matched, any(map(has_stiefel, model_chunks))
+
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, _on_all_ranks(route))
+    refuse_unmatched(muon, set().union(*(rules for rules, _ in gathered)))
+    check_stiefel(config.optimizer, any(found for _, found in gathered))
+
+
+def _on_all_ranks[T](work: Callable[[], T]) -> T:
+    """The result of ``work``, which every rank does for itself.
+
+    Raises:
+        ConfigError: on all ranks, with the message of the first that has one: the others would wait for it in the next
+            collective.
+    """
+    result, problem = None, None
     try:
-        for chunk in model_chunks:
-            matched |= annotate(chunk, muon)
+        result = work()
     except ConfigError as error:
         problem = str(error)
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (matched, problem, any(map(has_stiefel, model_chunks))))
-    for _, message, _ in gathered:
+    dist.all_gather_object(gathered, problem)
+    for message in gathered:
         if message is not None:
             raise ConfigError(message)
-    refuse_unmatched(muon, set().union(*(rules for rules, _, _ in gathered)))
-    check_stiefel(config.optimizer, any(found for _, _, found in gathered))
+    return cast("T", result)
 
 
 def _default_groups() -> Any:

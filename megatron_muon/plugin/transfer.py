@@ -15,7 +15,7 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
 from megatron_muon.routing.annotate import global_names
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
-from megatron_muon.transfer import BASE_ATTRIBUTE, Role, Transfer, roles, scale_initialization
+from megatron_muon.transfer import BASE_ATTRIBUTE, KINDS, Role, Transfer, roles, scale_initialization
 
 __all__ = ["group_overrides", "patches", "scalar_numbers", "transfer_of"]
 
@@ -55,7 +55,7 @@ def _with_scaled_readout(original: Callable[..., None]) -> Callable[..., None]:
     def setup_embeddings_and_output_layer(self: Any) -> None:
         base = getattr(self.config, BASE_ATTRIBUTE, "")
         layer = getattr(self, "output_layer", None)
-        weight = None if layer is None or self.share_embeddings_and_output_weights else layer.weight
+        weight = None if self.share_embeddings_and_output_weights else getattr(layer, "weight", None)
         if base and weight is not None:
             with torch.no_grad():
                 weight.mul_(Transfer.of(base, self.config).width ** -0.5)
@@ -77,7 +77,7 @@ def transfer_of(muon: MuonConfig, model_chunks: Sequence[torch.nn.Module]) -> Tr
     config = get_model_config(model_chunks[0])
     found = Transfer.of(muon.transfer, config)
     scaled = getattr(config, BASE_ATTRIBUTE, "")
-    if scaled != muon.transfer and (found.width, found.depth) != (1.0, 1.0):
+    if scaled != muon.transfer:
         raise ConfigError(
             f"{flag('transfer')} {muon.transfer}: the model was built with initial weights "
             + (f"for {scaled}" if scaled else "that do not fit its size")
@@ -112,8 +112,20 @@ def group_overrides(
             taken = [override for key, override in others.items() if "max_lr" in override and key.matches(param, name)]
             rate = taken[0]["max_lr"] if taken else None
             override = _override(config, muon, transfer, param, known.get(param), rate)
+            _check_conflicts(name, param, override, others)
             found.setdefault(tuple(sorted(override.items())), set()).add(param)
     return {_key(number, params): dict(override) for number, (override, params) in enumerate(found.items()) if override}
+
+
+def _check_conflicts(name: str, param: torch.nn.Parameter, override: Override, others: Mapping[Any, Any]) -> None:
+    """Refuse what Megatron-Core would call a conflict without saying between what."""
+    for key, other in others.items():
+        both = sorted(override.keys() & other.keys())
+        if both and key.matches(param, name):
+            raise ConfigError(
+                f"{name}: {flag('transfer')} (or {flag('scalar_weight_decay_method')}, {flag('scalar_lr')}) sets "
+                f"{', '.join(both)} of its param group, and so does an override of yours. Give one of them."
+            )
 
 
 def _key(number: int, params: set[torch.nn.Parameter]) -> Any:
@@ -130,6 +142,13 @@ def _check(config: Any, muon: MuonConfig) -> None:
                 raise ConfigError(f"{flag(name)} {value} without --lr: give --lr, the rate of Muon's weights.")
         raise ConfigError(
             f"{flag('scalar_weight_decay_method')} {muon.scalar_weight_decay_method} without --lr: give the peak rate."
+        )
+    static = muon.transfer or muon.scalar_weight_decay_method != "decoupled"
+    if static and not getattr(config, "decoupled_weight_decay", True):
+        raise ConfigError(
+            f"OptimizerConfig.decoupled_weight_decay False with {flag('transfer')} or "
+            f"{flag('scalar_weight_decay_method')}: weight decay that is added to gradients depends on the learning "
+            "rate. Leave it True."
         )
     if muon.transfer and config.decoupled_lr is not None:
         raise ConfigError(
@@ -161,19 +180,31 @@ def _override(
         override["lr"] = override["max_lr"] = config.lr * factor
         override["min_lr"] = (config.min_lr or 0.0) * factor
     static = muon.transfer or muon.scalar_weight_decay_method == "independent_scheduled"
+    mark = 0 if role is None else _number(role)
     width = 1.0 if transfer is None else transfer.width
     if scalar and static:
         # AdamW shrinks a weight by its learning rate times this: by the schedule times weight decay / width.
         peak = rate or override.get("max_lr", config.lr)
-        override.update(_decay(config.weight_decay / width / peak))
+        override.update(_decay(config.weight_decay / width / peak, mark))
     elif transfer is not None:
-        override.update(_decay(config.weight_decay / width))
+        override.update(_decay(config.weight_decay / width, mark))
     return override
 
 
-def _decay(value: float) -> Override:
-    """For Megatron's scheduler, and for loops that have none."""
+def _decay(value: float, mark: int) -> Override:
+    """Weight decay, for Megatron's scheduler and for loops that have none.
+
+    Where it loads param groups, Megatron-Core tells them apart by rates and weight decay alone, not by what else we set
+    (eps, depth), and would give one group the numbers of another. So groups of different roles differ in digits of
+    their weight decay that do not matter: in the twelfth, or by 1e-24 where there is none.
+    """
+    value = value * (1.0 + mark * 2.0**-40) + mark * 2.0**-80
     return {"start_wd": value, "end_wd": value, "weight_decay": value}
+
+
+def _number(role: Role) -> int:
+    """Another one for each role."""
+    return 4 * KINDS.index(role.kind) + 2 * role.in_layer + role.ends_branch
 
 
 def scalar_numbers(config: Any, muon: MuonConfig, transfer: Transfer | None) -> dict[str, float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_muon.errors import ConfigError
 from tests.megatron import harness
@@ -167,6 +169,91 @@ def test_branches_are_those_of_a_forward_multiplier(pool: RankPool, tmp_path: Pa
     assert expected[-1] < expected[0] - 0.1
 
 
+def numbers(run: Any) -> dict[str, Group]:
+    """What tells the groups of a run's weights apart, by the weights' names."""
+    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.routing.annotate import global_names
+
+    names = {param: name for chunk in run.chunks for name, param in global_names(chunk)}
+    keys = ("eps", "damping_depth", "max_lr", "start_wd", "wd_mult")
+    return {names[held.param]: {key: held.group.get(key) for key in keys} for held in held_by(run.optimizer)}
+
+
+def save(layout: Layout, folder: str) -> list[float]:
+    run = harness.start(layout, optimizer=WIDER_AND_DEEPER, early=True)
+    run.losses(2)
+    harness.save_run(run, folder)
+    return run.losses(2)
+
+
+def resume(layout: Layout, folder: str) -> tuple[dict[str, Group], dict[str, Group], list[float]]:
+    run = harness.start(layout, optimizer=WIDER_AND_DEEPER, early=True)
+    before = numbers(run)
+    harness.load_run(run, folder)
+    return before, numbers(run), run.losses(2)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(layer_wise=True)], ids=["plain", "layer_wise"])
+def test_groups_keep_their_numbers_at_resume(pool: RankPool, tmp_path: Path, layout: Layout) -> None:
+    """Megatron-Core tells param groups apart by rates and decay alone, and they differ in eps and depth, too."""
+    ranks, folder = (2 if layout.layer_wise else 1), str(tmp_path / "saved")
+    expected = pool.run(save, ranks, layout, folder)
+    for (before, after, losses), going_on in zip(pool.run(resume, ranks, layout, folder), expected, strict=True):
+        assert after == before and len({group["eps"] for group in after.values()}) > 2
+        assert losses == going_on
+
+
+def in_torch_format() -> tuple[dict[str, Group], dict[str, Group]]:
+    """Groups before and after Megatron's own state dictionary is loaded, which ``--ckpt-format torch`` keeps."""
+    run = harness.start(Layout(), optimizer=WIDER_AND_DEEPER)
+    run.losses(2)
+    before = numbers(run)
+    run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    return before, numbers(run)
+
+
+def test_torch_format(pool: RankPool) -> None:
+    before, after = pool.run(in_torch_format, 1)[0]
+    assert after == before
+
+
+def on_one_stage(conflict: bool) -> str:
+    """A layer of the last stage whose branch has no known end; or an override of the user's for its weights."""
+    from megatron.core import parallel_state
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.optimizer.optimizer_config import ParamKey
+
+    import megatron_muon
+
+    megatron_muon.install()
+    layout = Layout(pp=2)
+    layout.initialize()
+    chunks = harness.build_model(layout, transfer="8x2")
+    if parallel_state.is_pipeline_last_stage() and not conflict:
+        mlp = harness.unwrap(chunks[0]).decoder.layers[1].mlp
+        mlp.last = mlp.linear_fc2
+        del mlp.linear_fc2
+    overrides = {ParamKey(name="*final_layernorm.weight"): {"eps": 1e-6}} if conflict else None
+    try:
+        chunks = harness.wrap(chunks, layout)
+        get_megatron_optimizer(harness.optimizer_config(layout, **WIDER_AND_DEEPER), chunks, overrides)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("conflict", "message"),
+    [
+        (False, "decoder.layers.3.mlp has no linear_proj, linear_fc2 or out_proj"),
+        (True, "final_layernorm.weight: --muon-transfer (or"),
+    ],
+)
+def test_what_one_stage_cannot_do_stops_all(pool: RankPool, conflict: bool, message: str) -> None:
+    for found in pool.run(on_one_stage, 2, conflict):
+        assert message in found
+
+
 def refused(optimizer: dict[str, Any], model: dict[str, Any], scaled: bool = True) -> str:
     import megatron_muon
 
@@ -193,6 +280,12 @@ def refused(optimizer: dict[str, Any], model: dict[str, Any], scaled: bool = Tru
         ({"lr": None, "min_lr": None}, {}, "--muon-transfer 8x2 without --lr"),
         ({"name": "spectral_sphere"}, {}, "--muon-transfer 8x2 with --optimizer spectral_sphere"),
         ({"name": "adaptive_muon"}, {}, "Add --muon-scale-mode spectral_norm"),
+        ({"decoupled_weight_decay": False}, {}, "OptimizerConfig.decoupled_weight_decay False with --muon-transfer"),
+        (
+            {},
+            {"init_method": torch.nn.init.xavier_normal_},
+            "8x2 with init_method <function xavier",
+        ),
     ],
 )
 def test_what_is_refused(pool: RankPool, optimizer: dict[str, Any], model: dict[str, Any], message: str) -> None:

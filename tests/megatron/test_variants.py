@@ -118,6 +118,14 @@ def test_state_of_another_variant_is_refused(pool: RankPool, weights: str, tmp_p
     assert isinstance(pool.run(resume, 1, Layout(), accepted, folder)[0], list)
 
 
+def test_a_measured_norm_starts_anew_where_it_was_not_measured(pool: RankPool, weights: str, tmp_path: Path) -> None:
+    """Its singular vectors are found again in a few steps: no reason to refuse a checkpoint, and momentum is kept."""
+    folder = str(tmp_path / "checkpoint")
+    pool.run(save, 1, Layout(), weights, {"muon_scale_mode": "unit_rms_norm"}, folder)
+    losses = pool.run(resume, 1, Layout(), {"muon_scale_mode": "spectral_norm"}, folder)[0]
+    assert isinstance(losses, list), losses
+
+
 def wrong_method() -> str:
     try:
         harness.start(Layout(), optimizer=adaptive("adam"), **GQA)

@@ -12,7 +12,7 @@ from megatron_muon import Muon, MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.adaptive import AdaptiveMuon
 from megatron_muon.orthogonalize import coefficients
-from megatron_muon.transfer import MATRIX, READOUT, TABLE, VECTOR, Role, Transfer, scale_initialization
+from megatron_muon.transfer import MATRIX, READOUT, TABLE, VECTOR, Role, Transfer, roles, scale_initialization
 from tests.reference import orthogonalized
 
 RULE = {"scale_mode": "unit_rms_norm", "weight_decay_method": "independent_scheduled"}
@@ -89,6 +89,26 @@ def test_factors() -> None:
     }
     for role, expected in rows.items():
         assert (transfer.rate(role), transfer.eps(role), transfer.damping_depth(role)) == expected, role
+
+
+def test_a_gate_is_a_matrix() -> None:
+    """One output, but it sums over its inputs; a column has one input."""
+    module = torch.nn.ModuleDict({"gate": torch.nn.Linear(8, 1), "column": torch.nn.Linear(1, 8, bias=False)})
+    found = {name: role.kind for (name, _), role in zip(module.named_parameters(), roles_of(module), strict=True)}
+    assert found == {"gate.weight": MATRIX, "gate.bias": VECTOR, "column.weight": VECTOR}
+
+
+def roles_of(module: torch.nn.Module) -> list[Role]:
+    return list(roles(module, module.named_parameters()).values())
+
+
+def test_parts_of_other_sizes_are_refused() -> None:
+    """A vision tower has a base of its own."""
+    module = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
+    for part, size in zip(module, (256, 512), strict=True):
+        part.config = SimpleNamespace(hidden_size=size)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"parts of different hidden sizes \(256, 512\)"):
+        roles_of(module)
 
 
 def model_config(**changes: Any) -> SimpleNamespace:
