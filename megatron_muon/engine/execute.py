@@ -143,14 +143,15 @@ def visit(
         orthogonalizer: as of :func:`execute`.
         exchanges: as of :func:`execute`.
         wire: as of :func:`execute`.
-        local_dtype: of the batches that ``look`` is given, whose contents mean nothing.
+        local_dtype: of the batches that ``look`` is given. They have shape, dtype and device of those that
+            :func:`execute` hands out, but take no memory: they are views of one element, without meaning.
         counters: to be increased by what ``look`` sends.
         look: called for each chunk, on all ranks of its group.
     """
-    run = _Run(plan, orthogonalizer, wire, local_dtype, counters, (lambda parts, slots: None,), look)
+    run = _Run(plan, orthogonalizer, wire, local_dtype, counters, (), look)
     for chunk in plan.chunks:
         task = _TASKS[chunk.mode](run, chunk, exchanges.get(chunk.group))
-        task.unpack(task.pack(local_dtype))
+        task.unpack(task.blanks(local_dtype))
 
 
 class _Task:
@@ -187,6 +188,11 @@ class _Task:
         for number, read in enumerate(run.reads):
             read(*self._parts([batch[:, number] if run.stack else batch for batch in batches]))
         return batches
+
+    def blanks(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """What :meth:`unpack` takes in shape and dtype, without memory."""
+        element = torch.zeros((), dtype=dtype, device=self.run.wire.device)
+        return [element.expand(batch.count, *batch.kind.part(self.rank)) for batch in self.chunk.batches]
 
     def unpack(self, batches: list[torch.Tensor]) -> None:
         """Hand out this rank's part of each orthogonalized batch."""

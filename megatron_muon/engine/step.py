@@ -145,7 +145,8 @@ class StepEngine:
         """Show all matrices, without orthogonalizing anything.
 
         Args:
-            look: called for each chunk with its parts, batches of their shapes, and the sum over the ranks of a part.
+            look: called for each chunk with its parts, batches of their shapes without contents (they take no memory,
+                and cannot be written to), and the sum over the ranks of a part.
         """
         if not self._agreed:
             self._check_agreement()

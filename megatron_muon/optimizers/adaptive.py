@@ -10,8 +10,9 @@ import torch
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.stages import Matrices, Variant
+from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM
 
-__all__ = ["METHODS", "AdaptiveMuon"]
+__all__ = ["METHODS", "AdaptiveMuon", "check_scale_mode"]
 
 
 class _SecondMoment(Variant):
@@ -141,6 +142,24 @@ METHODS: dict[str, type[_SecondMoment]] = {cls.name: cls for cls in (AdaMuon, Ad
 """By name."""
 
 
+def check_scale_mode(method: str, scale_mode: str) -> None:
+    """Refuse NAMO with a measured scale.
+
+    Args:
+        method: one of :data:`METHODS`.
+        scale_mode: see :func:`megatron_muon.orthogonalize.scale.scale_factor`.
+
+    Raises:
+        ConfigError: naming both flags and the way out.
+    """
+    if method == NAMO.name and scale_mode in (UPDATE_NORM, SPECTRAL_NORM):
+        raise ConfigError(
+            f"--adaptive-muon-moment2-method namo with --muon-scale-mode {scale_mode}: the mode divides out the number "
+            "by which NAMO multiplies each update, so that nothing is left of it. Use a scale by shape, such as "
+            "--muon-scale-mode spectral or moonlight, or --adaptive-muon-moment2-method normuon or adamuon."
+        )
+
+
 class AdaptiveMuon(Muon):
     """Muon whose directions are divided by second moments.
 
@@ -176,4 +195,5 @@ class AdaptiveMuon(Muon):
             raise ConfigError(f"--adaptive-muon-beta2 {beta2}: give a number from 0 to below 1 (0.95 is usual).")
         if not moment2_eps > 0.0:
             raise ConfigError(f"--adaptive-muon-eps {moment2_eps}: give a positive number (1e-8 is usual).")
+        check_scale_mode(moment2_method, options.get("scale_mode", "spectral"))
         super().__init__(params, lr, variant=METHODS[moment2_method](beta2, moment2_eps), **options)

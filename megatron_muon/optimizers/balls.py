@@ -31,14 +31,14 @@ def ball_directions(matrices: Matrices, direction: str) -> list[torch.Tensor]:
     Returns:
         (matrices, rows on this rank, columns on this rank) for each. Zeros stay zeros.
     """
+    # One batch for each, changed in place: a table is a single item of a chunk, however large it is.
     mixes = [update.mix() for update in matrices.updates]
     if direction not in (ROW_NORM, COLUMN_NORM):
         return [mix.sign_() for mix in mixes]
-    squares = [mix.square() for mix in mixes]
     if direction == ROW_NORM:
-        sums, counts = matrices.row_sums(squares), [update.columns for update in matrices.updates]
+        sums, counts = matrices.row_squares(mixes), [update.columns for update in matrices.updates]
     else:
-        sums, counts = matrices.column_sums(squares), [update.rows for update in matrices.updates]
+        sums, counts = matrices.column_squares(mixes), [update.rows for update in matrices.updates]
     return [_divided(mix, total / count) for mix, total, count in zip(mixes, sums, counts, strict=True)]
 
 

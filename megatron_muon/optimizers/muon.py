@@ -99,6 +99,9 @@ class Muon(torch.optim.Optimizer):
 
     directions: tuple[str, ...] = (MSIGN, *BALLS)
 
+    scales = True
+    """Whether the scale mode acts on its orthogonalized updates, and keeps state for them."""
+
     def __init__(
         self,
         params: ParamsT,
@@ -294,7 +297,7 @@ class Muon(torch.optim.Optimizer):
                 state.setdefault(SECOND_MOMENT, torch.zeros_like(param))
             if layout_of(param).direction == MSIGN:
                 self.variant.init_state(param, state)
-                if self.config.scale_mode == SPECTRAL_NORM and UPDATE_LEFT not in state:
+                if self.scales and self.config.scale_mode == SPECTRAL_NORM and UPDATE_LEFT not in state:
                     state[UPDATE_LEFT] = torch.zeros_like(param[..., :1])
 
     def _begin_group(self, group: dict[str, Any]) -> list[Job]:
@@ -480,7 +483,7 @@ class Muon(torch.optim.Optimizer):
             rows=part.item.rows,
             columns=part.item.columns,
             divides_columns=weight.dim == -1,
-            direction=direction.to(torch.promote_types(direction.dtype, job.buffer.dtype)),
+            direction=_converted(direction, torch.promote_types(direction.dtype, job.buffer.dtype)),
         )
 
 
@@ -492,6 +495,13 @@ class Job:
     param: torch.Tensor
     grad: torch.Tensor
     buffer: torch.Tensor
+
+
+def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In another dtype; what is but one element, however large it looks (``StepEngine.visit``), stays one."""
+    if any(direction.stride()):
+        return direction.to(dtype)
+    return direction.new_zeros((), dtype=dtype).expand(direction.shape)
 
 
 def _decay_cautiously(views: list[tuple[torch.Tensor, torch.Tensor]], rate: float) -> None:

@@ -154,6 +154,8 @@ class SpectralSphere(Muon):
         ConfigError: for a wrong value.
     """
 
+    scales = False
+
     def __init__(
         self, params: Any, lr: float = 1e-3, *, radius: float = 2.0, tolerance: float = 0.1, **options: Any
     ) -> None:

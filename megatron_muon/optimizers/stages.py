@@ -43,7 +43,9 @@ class Update:
         columns: n of each.
         divides_columns: whether tensor parallelism divides the columns of the matrices (their rows otherwise, or
             nothing: then there is nothing to add up).
-        direction: (matrices, rows on this rank, columns on this rank), float32 or wider: O.
+        direction: (matrices, rows on this rank, columns on this rank), float32 or wider: O. Before there is one
+            (:meth:`megatron_muon.engine.step.StepEngine.visit`), of that shape and dtype, but a single element in
+            memory: only to be read from, and without meaning.
     """
 
     param: torch.Tensor
@@ -59,7 +61,11 @@ class Update:
 
     def mix(self) -> torch.Tensor:
         """u: what was orthogonalized, as a new batch."""
-        return torch.lerp(self.batch_of(self.grad), self.batch_of(self.momentum), self.nesterov)
+        mixed = self.batch_of(self.momentum)
+        if self.nesterov != 1.0:
+            for grad, momentum in self.pairs(self.grad, mixed):
+                torch.lerp(grad.to(mixed.dtype), momentum, self.nesterov, out=momentum)
+        return mixed
 
     def pairs(self, tensor: torch.Tensor, batch: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Views of equal shapes of a tensor of the weight's shape (or with one column) and of a batch like it."""
@@ -99,6 +105,14 @@ class Matrices:
     def column_sums(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The sum of each column of each matrix: (matrices, 1, columns on this rank) for each update."""
         return self._over_rows([tensor.sum(dim=-2, keepdim=True) for tensor in tensors])
+
+    def row_squares(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The sum of the squares of each row, as :meth:`row_sums`, without a copy of the tensors."""
+        return self._over_columns([_squares(tensor, -1) for tensor in tensors])
+
+    def column_squares(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The sum of the squares of each column, as :meth:`column_sums`, without a copy of the tensors."""
+        return self._over_rows([_squares(tensor, -2) for tensor in tensors])
 
     def row_products(self, tensors: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """W v: (matrices, rows on this rank, 1) from (matrices, columns on this rank, 1), for each update."""
@@ -141,6 +155,10 @@ class Matrices:
         total = self._reduce(torch.cat([part.reshape(-1) for part in parts]))
         sizes = [part.numel() for part in parts]
         return [chunk.view(part.shape) for chunk, part in zip(total.split(sizes), parts, strict=True)]
+
+
+def _squares(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.linalg.vector_norm(tensor, dim=dim, keepdim=True).square_()
 
 
 class Variant:

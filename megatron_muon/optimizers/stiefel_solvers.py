@@ -103,7 +103,10 @@ def fixed_point(weight: torch.Tensor, gradient: torch.Tensor, iterations: int, m
     for _ in range(iterations - 1):
         shifted = gradient + weight @ x
         q = shifted.mT @ msign(shifted)
-        values, vectors = torch.linalg.eigh(0.5 * _twice_symmetric(q))
+        # Of NaN eigh raises, on the owner alone, for whom its peers would wait. The result is NaN all the same, by the
+        # gradient that msign is given.
+        finite = torch.nan_to_num(_twice_symmetric(q), nan=0.0, posinf=0.0, neginf=0.0)
+        values, vectors = torch.linalg.eigh(0.5 * finite)
         right = vectors.mT @ _twice_symmetric(q @ product) @ vectors
         sums = values.unsqueeze(-1) + values.unsqueeze(-2)
         # Of a gradient of zeros, or one that lacks rank, sums vanish: what they divide is 0, too, but for rounding.

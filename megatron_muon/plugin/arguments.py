@@ -12,7 +12,7 @@ from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
-from megatron_muon.plugin.optimizer_config import OPTIMIZERS, REFUSED, check_transfer, is_ours, refuse
+from megatron_muon.plugin.optimizer_config import OPTIMIZERS, REFUSED, check_adaptive, check_transfer, is_ours, refuse
 
 __all__ = ["from_arguments", "patches"]
 
@@ -151,6 +151,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     muon = from_arguments(args)
     options.set_current(muon)
     name = args.optimizer
+    check_adaptive(args, muon)
     check_transfer(name, muon)
     _check_groups(args, muon)
     layer_wise = args.use_distributed_optimizer or name.startswith("dist_")

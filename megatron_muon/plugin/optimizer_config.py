@@ -16,8 +16,9 @@ from typing import Any
 from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.adaptive import check_scale_mode
 
-__all__ = ["OPTIMIZERS", "REFUSED", "check_optimizer_config", "is_layer_wise", "is_ours", "patches", "refuse"]
+__all__ = ["OPTIMIZERS", "REFUSED", "check_adaptive", "check_optimizer_config", "is_layer_wise", "is_ours", "patches", "refuse"]
 
 _CONFIG = "megatron.core.optimizer.optimizer_config:OptimizerConfig"
 
@@ -83,8 +84,31 @@ def check_optimizer_config(config: Any, *, pairs: bool = True) -> MuonConfig:
             "off (--overlap-param-gather works)."
         )
     muon = MuonConfig.from_optimizer_config(config, pairs=pairs)
+    check_adaptive(config, muon)
     check_transfer(config.optimizer, muon)
     return muon
+
+
+def check_adaptive(settings: Any, muon: MuonConfig) -> None:
+    """NAMO does not go with all scale modes, and so not with ``--muon-transfer``.
+
+    Args:
+        settings: an ``OptimizerConfig`` or parsed arguments.
+        muon: the options in it.
+
+    Raises:
+        ConfigError: naming the flags and the way out.
+    """
+    if settings.optimizer.removeprefix("dist_") != "adaptive_muon":
+        return
+    method = settings.adaptive_muon_moment2_method
+    if muon.transfer and method == "namo":
+        raise ConfigError(
+            f"{flag('transfer')} {muon.transfer} with --adaptive-muon-moment2-method namo: there is no rule for it, "
+            "since its updates are no larger or smaller with their shape alone. Use --adaptive-muon-moment2-method "
+            "normuon or adamuon, with --muon-scale-mode spectral_norm."
+        )
+    check_scale_mode(method, muon.scale_mode)
 
 
 def check_transfer(optimizer: str, muon: MuonConfig) -> None:

@@ -32,6 +32,10 @@ OVERRIDE_ATTRIBUTE = "muon_override"
 _BY_HAND = "skip_orthogonalization_by_hand"
 """Attribute that keeps a tag of the user while a ``--muon-param-rule`` outweighs it."""
 
+_EMBEDDING = "embedding.word_embeddings.weight"
+_OUTPUT_LAYER = "output_layer.weight"
+"""Names, in a model of Megatron-Core, of what ``share_embeddings_and_output_weights`` makes one weight."""
+
 Claims = dict[torch.Tensor, Treatment]
 
 
@@ -58,10 +62,12 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adap
     options = options or MuonConfig()
     mark_experts(module)
     claims = _claims(module, options)
+    shared = _names_of_shared_weights(module)
     unknown, matched = [], set()
-    for name, param in global_names(module):
+    for own_name, param in global_names(module):
         if not param.requires_grad:
             continue
+        name = shared.get(param, own_name)
         treatment = claims.get(param)
         if treatment is None or treatment.choice == UNKNOWN:
             treatment = _unclaimed(param, options, treatment)
@@ -116,6 +122,24 @@ def global_names(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parame
     }
     for name, param in module.named_parameters():
         yield strip_wrappers(_renumber(name, numbers)), param
+
+
+def _names_of_shared_weights(module: torch.nn.Module) -> dict[torch.Tensor, str]:
+    """Output layers that are tied to an embedding -> the name of that embedding in the whole model.
+
+    The last pipeline stage has a copy of the table under the name of the output layer. Rules that decide by name must
+    decide alike about all copies: they get the same gradients, and with different updates would drift apart.
+    """
+    tied = {
+        param
+        for model in module.modules()
+        if getattr(model, "share_embeddings_and_output_weights", False)
+        for name, param in model.named_parameters()
+        if name == _OUTPUT_LAYER
+    }
+    return {
+        param: name.removesuffix(_OUTPUT_LAYER) + _EMBEDDING for name, param in global_names(module) if param in tied
+    }
 
 
 def _renumber(name: str, numbers: dict[str, str]) -> str:
@@ -183,7 +207,7 @@ def _tied_tables_are_layers(module: torch.nn.Module, claims: Claims) -> None:
     for model in module.modules():
         if getattr(model, "share_embeddings_and_output_weights", False):
             for name, param in model.named_parameters():
-                if param in claims and (name.endswith("word_embeddings.weight") or name == "output_layer.weight"):
+                if param in claims and (name.endswith("word_embeddings.weight") or name == _OUTPUT_LAYER):
                     claims[param] = dataclasses.replace(claims[param], kind="output")
 
 

@@ -120,7 +120,8 @@ def refuse_unmatched(options: MuonConfig, matched: set[str]) -> None:
     """
     for rule in options.param_rule:
         if rule not in matched:
+            tied = " An output layer that is tied to the embedding goes by embedding.word_embeddings.weight."
             raise ConfigError(
                 f"{flag('param_rule')} {rule!r}: no trainable weight has such a name. Names are those of the report, "
-                f"with layer numbers of the whole model; * stands for any text."
+                f"with layer numbers of the whole model; * stands for any text.{tied if 'output' in rule else ''}"
             )
