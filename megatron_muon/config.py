@@ -485,8 +485,8 @@ class MuonConfig:
             self._check_transfer()
         if self.variant == "polargrad" and self.scale_mode in ("update_norm", "spectral_norm"):
             raise ConfigError(
-                f"--muon-variant polargrad with --muon-scale-mode {self.scale_mode}: the mode divides out the number by "
-                "which PolarGrad multiplies each update, so that nothing is left of it. Add --muon-scale-mode none."
+                f"--muon-variant polargrad with --muon-scale-mode {self.scale_mode}: the mode divides out the number "
+                "by which PolarGrad multiplies each update, so that nothing is left of it. Add --muon-scale-mode none."
             )
         if self.tp_mode == "gram" and self.ns_type == "bf16":
             raise ConfigError(

@@ -18,7 +18,16 @@ from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.adaptive import check_scale_mode
 
-__all__ = ["OPTIMIZERS", "REFUSED", "check_adaptive", "check_optimizer_config", "is_layer_wise", "is_ours", "patches", "refuse"]
+__all__ = [
+    "OPTIMIZERS",
+    "REFUSED",
+    "check_adaptive",
+    "check_optimizer_config",
+    "is_layer_wise",
+    "is_ours",
+    "patches",
+    "refuse",
+]
 
 _CONFIG = "megatron.core.optimizer.optimizer_config:OptimizerConfig"
 
@@ -101,12 +110,13 @@ def check_adaptive(settings: Any, muon: MuonConfig) -> None:
     """
     if settings.optimizer.removeprefix("dist_") != "adaptive_muon":
         return
-    method = settings.adaptive_muon_moment2_method
+    # Parsed arguments have it only where Megatron has a flag for it; its OptimizerConfig, which comes later, always.
+    method = getattr(settings, "adaptive_muon_moment2_method", "")
     if muon.transfer and method == "namo":
         raise ConfigError(
             f"{flag('transfer')} {muon.transfer} with --adaptive-muon-moment2-method namo: there is no rule for it, "
-            "since its updates are no larger or smaller with their shape alone. Use --adaptive-muon-moment2-method "
-            "normuon or adamuon, with --muon-scale-mode spectral_norm."
+            "since the size of its updates depends on that of gradients. Use --adaptive-muon-moment2-method normuon or "
+            "adamuon, with --muon-scale-mode spectral_norm."
         )
     check_scale_mode(method, muon.scale_mode)
 

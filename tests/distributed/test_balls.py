@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import Muon
+from megatron_muon.benchmark.observe import LiveBytes
 from megatron_muon.errors import ConfigError
 from megatron_muon.routing.layout import BALLS, COLUMN_NORM, ROW_NORM, SIGN, TABLE, WHOLE, MatrixLayout
 from tests.distributed.test_adaptive import CASES, grad, rows_of, weight
@@ -93,6 +94,42 @@ def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int) -> None:
             atol=1e-12,
             msg=lambda text, name=name, direction=direction: f"{name} {direction}: {text}",
         )
+
+
+@pytest.mark.parametrize("direction", BALLS)
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_takes_the_memory_of_one_table(direction: str, nesterov: bool, dtype: torch.dtype) -> None:
+    """A table is one item of a chunk, however large it is: there are no further copies of it."""
+    param = torch.nn.Parameter(torch.randn(512, 256, generator=torch.Generator().manual_seed(1)).to(dtype))
+    param.matrix_layout = MatrixLayout(TABLE, direction=direction)
+    optimizer = Muon([param], lr=LR, nesterov=nesterov)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    with LiveBytes() as seen:
+        optimizer.step()
+    # The batch in float32; with Nesterov's momentum, a gradient of 16 bits in float32, too.
+    copies = 2 if nesterov and dtype == torch.bfloat16 else 1
+    assert seen.peak <= (copies + 0.05) * 4 * param.numel()
+
+
+@pytest.mark.parametrize("direction", BALLS)
+def test_nesterovs_mix(direction: str) -> None:
+    """The mix of gradient and momentum, which both stay as they are."""
+    param = torch.nn.Parameter(weight(6, 4, seed=1))
+    param.matrix_layout = MatrixLayout(TABLE, direction=direction)
+    start, g = param.detach().clone(), weight(6, 4, seed=2)
+    optimizer = Muon([param], lr=LR, momentum=MOMENTUM, weight_decay=DECAY, ball_radius=RADIUS, nesterov=True)
+    momentum = torch.zeros_like(g)
+    for _ in range(2):
+        param.grad = g.clone()
+        optimizer.step()
+        momentum = MOMENTUM * momentum + (1 - MOMENTUM) * g
+        # written_out's first momentum is a multiple of what it is given: balls do not see the factor.
+        start = written_out(direction, start, [MOMENTUM * momentum + (1 - MOMENTUM) * g], table=True)
+    torch.testing.assert_close(param.detach(), start, rtol=0, atol=1e-12)
+    torch.testing.assert_close(optimizer.state[param]["momentum_buffer"], momentum, rtol=0, atol=1e-12)
+    assert torch.equal(param.grad, g)
 
 
 @pytest.mark.parametrize("direction", BALLS)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_muon import Muon
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.stiefel import StiefelMuon
-from megatron_muon.optimizers.stiefel_solvers import msign, tangent
+from megatron_muon.optimizers.stiefel_solvers import SOLVERS, msign, tangent
 from megatron_muon.routing.layout import STIEFEL, WHOLE, MatrixLayout
 from tests.distributed import test_adaptive
 from tests.distributed.test_adaptive import HEADS, QKV, grad, rows_of, weight
@@ -71,6 +71,15 @@ def test_one_process(name: str, nesterov: bool) -> None:
     torch.testing.assert_close(param.detach(), written_out(shape, layout, nesterov), rtol=0, atol=1e-12)
     assert set(optimizer.state[param]) == {"momentum_buffer"}
     assert optimizer.tangency is not None and 0 < optimizer.tangency.item() < 0.05
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_gradient_of_nan_gives_a_weight_of_nan(solver: str) -> None:
+    param = stiefel((12, 8))
+    optimizer = StiefelMuon([param], lr=LR, solver=solver, iterations=3)
+    param.grad = torch.full_like(param, float("nan"))
+    optimizer.step()
+    assert param.isnan().all()
 
 
 def shards(name: str, options: dict[str, Any]) -> tuple[torch.Tensor, float]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import types
 from typing import Any
 
 import pytest
 
 from megatron_muon import MuonConfig
+from megatron_muon.errors import ConfigError
+from megatron_muon.plugin.optimizer_config import check_adaptive
 from tests.pool import RankPool
 
 MODEL = (
@@ -139,6 +142,47 @@ def test_transfer_arrives(pool: RankPool) -> None:
 )
 def test_what_transfer_does_not_go_with(pool: RankPool, flags: str, message: str) -> None:
     assert message in pool.run(parse, 1, TRANSFER + flags)[0]
+
+
+TRANSFERRED = {"transfer": "128x2", "weight_decay_method": "independent_scheduled"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"scale_mode": "update_norm"}, "--adaptive-muon-moment2-method namo with --muon-scale-mode update_norm: the"),
+        *(
+            ({**TRANSFERRED, "scale_mode": mode}, "--muon-transfer 128x2 with --adaptive-muon-moment2-method namo: the")
+            for mode in ("spectral_norm", "unit_rms_norm")
+        ),
+    ],
+)
+def test_namo_without_a_scale_by_shape_is_refused(given: dict[str, Any], message: str) -> None:
+    """The way out of either is no way into the other."""
+    settings = types.SimpleNamespace(optimizer="dist_adaptive_muon", adaptive_muon_moment2_method="namo")
+    with pytest.raises(ConfigError) as error:
+        check_adaptive(settings, MuonConfig(**given).validate())
+    assert str(error.value).startswith(message) and "normuon or adamuon" in str(error.value)
+    check_adaptive(settings, MuonConfig(scale_mode="moonlight"))
+    settings.adaptive_muon_moment2_method = "normuon"
+    check_adaptive(settings, MuonConfig(**given))
+
+
+def namo_in_code() -> str:
+    import megatron_muon
+
+    megatron_muon.install()
+    from megatron.core.optimizer import OptimizerConfig
+
+    try:
+        OptimizerConfig(optimizer="adaptive_muon", adaptive_muon_moment2_method="namo", muon_scale_mode="spectral_norm")
+    except megatron_muon.ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_namo_in_an_optimizer_config(pool: RankPool) -> None:
+    assert "namo with --muon-scale-mode spectral_norm" in pool.run(namo_in_code, 1)[0]
 
 
 @pytest.mark.parametrize("optimizer", ["adaptive_muon", "spectral_sphere", "stiefel_muon"])

@@ -118,6 +118,52 @@ def test_muon_for_the_embedding(pool: RankPool) -> None:
     assert (result["embedding.word_embeddings.weight"], result["output_layer.weight"]) == ("muon", "adam")
 
 
+def train_tied(layout: Layout, weights: str, rules: tuple[str, ...]) -> tuple[list[float], list[Any]] | str:
+    """Losses of three steps, and this rank's copies of the table that is the output layer, too; or the error."""
+    import megatron_muon
+
+    optimizer = {"muon_param_rule": rules, "muon_ball_radius": 3.0}
+    try:
+        run = harness.start(layout, weights=weights, optimizer=optimizer, early=True, tied=True)
+    except megatron_muon.ConfigError as error:
+        return str(error)
+    losses = run.losses(3)
+    names = ("embedding.word_embeddings.weight", "output_layer.weight")
+    copies = [(name, param) for name, param in harness.unwrap(run.chunks[0]).named_parameters() if name in names]
+    return losses, [(name, param.detach().clone()) for name, param in copies]
+
+
+@pytest.fixture(scope="module")
+def tied_weights(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("tied") / "initial")
+    pool.run(harness.save_initial_weights, 1, folder, tied=True)
+    return folder
+
+
+def test_copies_of_a_tied_table_go_by_one_rule(pool: RankPool, tied_weights: str) -> None:
+    """The last stage has its copy under the name of the output layer."""
+    rules = ("*word_embeddings*=row_norm", "*layers.1*=adam")
+    expected = pool.run(train_tied, 1, Layout(), tied_weights, rules)[0]
+    first, last = pool.run(train_tied, 2, Layout(pp=2), tied_weights, rules)
+    assert first[0] == pytest.approx(expected[0], abs=1e-4) and last[0] == first[0]
+    ((name, table),), ((other_name, other),) = first[1], last[1]
+    assert (name, other_name) == ("embedding.word_embeddings.weight", "output_layer.weight")
+    assert torch.equal(table, other)
+    torch.testing.assert_close(table, expected[1][0][1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout,ranks", [(Layout(), 1), (Layout(pp=2), 2)])
+def test_a_rule_for_a_tied_output_layer_matches_nothing(
+    pool: RankPool, tied_weights: str, layout: Layout, ranks: int
+) -> None:
+    """With one stage there is no such weight; so there is none with two."""
+    rules = ("*word_embeddings*=row_norm", "output_layer*=sign")
+    for answer in pool.run(train_tied, ranks, layout, tied_weights, rules):
+        assert isinstance(answer, str)
+        assert answer.startswith("--muon-param-rule 'output_layer*=sign': no trainable weight has such a name.")
+        assert answer.endswith("tied to the embedding goes by embedding.word_embeddings.weight.")
+
+
 def build_on_buffers(
     installed: dict[str, Any] | None, optimizer: dict[str, Any], model: dict[str, Any], bf16: bool
 ) -> tuple[str, list[float]]:

@@ -205,6 +205,46 @@ class TestParamRule:
         assert not _is_nonlinear_or_embedding(gate.table)
 
 
+class Table(torch.nn.Module):
+    """Megatron-Core's ``LanguageModelEmbedding``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word_embeddings = torch.nn.Embedding(10, 8)
+
+
+class LastStage(torch.nn.Module):
+    """Of a GPT: its output layer, and with multi-token prediction another copy of the embedding."""
+
+    def __init__(self, shared: bool, predicts: bool = False) -> None:
+        super().__init__()
+        self.share_embeddings_and_output_weights = shared
+        if predicts:
+            self.embedding = Table()
+        self.output_layer = torch.nn.Linear(8, 10, bias=False)
+
+
+class TestSharedWeights:
+    """Copies of one weight are decided about by one name."""
+
+    RULES = ("*word_embeddings*=row_norm", "*output_layer*=sign")
+
+    @pytest.mark.parametrize("predicts", [False, True])
+    def test_tied(self, predicts: bool) -> None:
+        """In a larger model, too, such as one with a vision tower."""
+        model = torch.nn.ModuleDict({"language_model": LastStage(shared=True, predicts=predicts)})
+        assert annotate(model, options(*self.RULES)) == {self.RULES[0]}
+        found = [param.matrix_layout for param in model.parameters()]
+        assert [(layout.direction, layout.kind) for layout in found] == [("row_norm", "output")] * (1 + predicts)
+        assert annotate(model, options("language_model.embedding.*=adam")) == {"language_model.embedding.*=adam"}
+
+    def test_untied(self) -> None:
+        model = LastStage(shared=False, predicts=True)
+        assert annotate(model, options(*self.RULES)) == set(self.RULES)
+        assert model.output_layer.weight.matrix_layout.direction == "sign"
+        assert model.embedding.word_embeddings.weight.matrix_layout.direction == "row_norm"
+
+
 class TestTagsSetByHand:
     @pytest.mark.parametrize("tag", [{"skip_orthogonalization": True}, {"use_muon": False}])
     def test_stay(self, tag: dict[str, bool]) -> None:

@@ -56,6 +56,15 @@ def test_wrong_values_are_refused(field: str, value: object, message: str) -> No
         dataclasses.replace(MuonConfig(), **{field: value}).validate()
 
 
+@pytest.mark.parametrize("mode", ["update_norm", "spectral_norm"])
+def test_polargrad_with_a_measured_scale_is_refused(mode: str) -> None:
+    """Every update would have the size that the mode gives it, and PolarGrad's own would be gone."""
+    with pytest.raises(
+        ConfigError, match=f"--muon-variant polargrad with --muon-scale-mode {mode}: .*-scale-mode none"
+    ):
+        MuonConfig(variant="polargrad", scale_mode=mode).validate()
+
+
 def test_every_field_has_a_check_and_a_help_text() -> None:
     for field in dataclasses.fields(MuonConfig):
         assert callable(field.metadata["check"]) and field.metadata["help"].endswith(".")

@@ -122,6 +122,18 @@ def test_poor_gradients(solver: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_gradients_that_are_no_numbers(solver: str, wrong: float) -> None:
+    """They give directions that are none, too, and no exception: peers would wait for the rank that raises it."""
+    weight, gradient = torch.cat([on_manifold(8, 4, 9)] * 2), torch.cat([sample(8, 4, 10)] * 2)
+    expected = tangent(weight[1:], gradient[1:], solver)
+    gradient[0, 2, 1] = wrong
+    found = tangent(weight, gradient, solver)
+    assert found[0].isnan().all()
+    torch.testing.assert_close(found[1:], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_batch_is_its_matrices(solver: str) -> None:
     weight = torch.cat([on_manifold(9, 4, seed) for seed in range(3)])
     gradient = torch.cat([sample(9, 4, seed) * 10.0**seed for seed in range(3)])
