@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.stages import Matrices, Variant
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM
 
-__all__ = ["METHODS", "AdaptiveMuon", "check_scale_mode"]
+__all__ = ["METHODS", "AdaptiveMuon", "check_second_moment"]
 
 
 class _SecondMoment(Variant):
@@ -142,16 +143,27 @@ METHODS: dict[str, type[_SecondMoment]] = {cls.name: cls for cls in (AdaMuon, Ad
 """By name."""
 
 
-def check_scale_mode(method: str, scale_mode: str) -> None:
-    """Refuse NAMO with a measured scale.
+def check_second_moment(method: str, beta2: float, eps: float, scale_mode: str) -> None:
+    """Refuse wrong values, and NAMO with a measured scale.
 
     Args:
         method: one of :data:`METHODS`.
+        beta2: decay of the second moment.
+        eps: keeps its division finite.
         scale_mode: see :func:`megatron_muon.orthogonalize.scale.scale_factor`.
 
     Raises:
-        ConfigError: naming both flags and the way out.
+        ConfigError: naming the flags, the values and the way out.
     """
+    if method not in METHODS:
+        raise ConfigError(
+            f"--adaptive-muon-moment2-method {method}: choose one of {', '.join(METHODS)} "
+            "(adamuon is the paper's, adamuon_eo emerging-optimizers')."
+        )
+    if not (isinstance(beta2, (int, float)) and 0.0 <= beta2 < 1.0):
+        raise ConfigError(f"--adaptive-muon-beta2 {beta2}: give a number from 0 to below 1 (0.95 is usual).")
+    if not (isinstance(eps, (int, float)) and 0.0 < eps < math.inf):
+        raise ConfigError(f"--adaptive-muon-eps {eps}: give a positive number (1e-8 is usual).")
     if method == NAMO.name and scale_mode in (UPDATE_NORM, SPECTRAL_NORM):
         raise ConfigError(
             f"--adaptive-muon-moment2-method namo with --muon-scale-mode {scale_mode}: the mode divides out the number "
@@ -186,14 +198,5 @@ class AdaptiveMuon(Muon):
         moment2_eps: float = 1e-8,
         **options: Any,
     ) -> None:
-        if moment2_method not in METHODS:
-            raise ConfigError(
-                f"--adaptive-muon-moment2-method {moment2_method}: choose one of {', '.join(METHODS)} "
-                "(adamuon is the paper's, adamuon_eo emerging-optimizers')."
-            )
-        if not 0.0 <= beta2 < 1.0:
-            raise ConfigError(f"--adaptive-muon-beta2 {beta2}: give a number from 0 to below 1 (0.95 is usual).")
-        if not moment2_eps > 0.0:
-            raise ConfigError(f"--adaptive-muon-eps {moment2_eps}: give a positive number (1e-8 is usual).")
-        check_scale_mode(moment2_method, options.get("scale_mode", "spectral"))
+        check_second_moment(moment2_method, beta2, moment2_eps, options.get("scale_mode", "spectral"))
         super().__init__(params, lr, variant=METHODS[moment2_method](beta2, moment2_eps), **options)

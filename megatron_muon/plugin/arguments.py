@@ -48,6 +48,7 @@ def _with_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[..
             group = parser.add_argument_group("muon (megatron_muon)")
             for field in fields(MuonConfig):
                 _add_flag(group, field)
+            _add_adaptive_flags(group)
         finally:
             parser.conflict_handler = handler
         _add_optimizers(parser)
@@ -78,6 +79,34 @@ def _add_flag(group: argparse._ArgumentGroup, field: Field[Any]) -> None:
         kind = type(field.default)
         group.add_argument(
             option, dest=dest, type=_parse(kind), default=field.default, metavar=kind.__name__.upper(), help=help_text
+        )
+
+
+_ADAPTIVE_FLAGS = {
+    "adaptive_muon_moment2_method": (
+        "Second moment of --optimizer adaptive_muon: adamuon (the paper's), adamuon_eo (emerging-optimizers'), normuon "
+        "or namo."
+    ),
+    "adaptive_muon_beta2": "Decay of the second moment of --optimizer adaptive_muon, from 0 to below 1.",
+    "adaptive_muon_eps": "Keeps the division by the second moment of --optimizer adaptive_muon finite.",
+}
+"""Fields that Megatron-Core's ``OptimizerConfig`` has, and its command line has not."""
+
+
+def _add_adaptive_flags(group: argparse._ArgumentGroup) -> None:
+    from megatron.core.optimizer import OptimizerConfig
+
+    defaults = {field.name: field.default for field in fields(OptimizerConfig)}
+    for name, help_text in _ADAPTIVE_FLAGS.items():
+        default: Any = defaults[name]
+        kind = type(default)
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            type=_parse(kind),
+            default=default,
+            metavar=kind.__name__.upper(),
+            help=f"{help_text} Default: {default}.",
         )
 
 

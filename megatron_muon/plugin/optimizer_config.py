@@ -16,7 +16,7 @@ from typing import Any
 from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
-from megatron_muon.optimizers.adaptive import check_scale_mode
+from megatron_muon.optimizers.adaptive import check_second_moment
 
 __all__ = [
     "OPTIMIZERS",
@@ -99,7 +99,7 @@ def check_optimizer_config(config: Any, *, pairs: bool = True) -> MuonConfig:
 
 
 def check_adaptive(settings: Any, muon: MuonConfig) -> None:
-    """NAMO does not go with all scale modes, and so not with ``--muon-transfer``.
+    """Check the flags of ``adaptive_muon``. NAMO does not go with all scale modes, nor with ``--muon-transfer``.
 
     Args:
         settings: an ``OptimizerConfig`` or parsed arguments.
@@ -110,15 +110,14 @@ def check_adaptive(settings: Any, muon: MuonConfig) -> None:
     """
     if settings.optimizer.removeprefix("dist_") != "adaptive_muon":
         return
-    # Parsed arguments have it only where Megatron has a flag for it; its OptimizerConfig, which comes later, always.
-    method = getattr(settings, "adaptive_muon_moment2_method", "")
+    method = settings.adaptive_muon_moment2_method
     if muon.transfer and method == "namo":
         raise ConfigError(
             f"{flag('transfer')} {muon.transfer} with --adaptive-muon-moment2-method namo: there is no rule for it, "
             "since the size of its updates depends on that of gradients. Use --adaptive-muon-moment2-method normuon or "
             "adamuon, with --muon-scale-mode spectral_norm."
         )
-    check_scale_mode(method, muon.scale_mode)
+    check_second_moment(method, settings.adaptive_muon_beta2, settings.adaptive_muon_eps, muon.scale_mode)
 
 
 def check_transfer(optimizer: str, muon: MuonConfig) -> None:

@@ -159,13 +159,57 @@ TRANSFERRED = {"transfer": "128x2", "weight_decay_method": "independent_schedule
 )
 def test_namo_without_a_scale_by_shape_is_refused(given: dict[str, Any], message: str) -> None:
     """The way out of either is no way into the other."""
-    settings = types.SimpleNamespace(optimizer="dist_adaptive_muon", adaptive_muon_moment2_method="namo")
+    settings = types.SimpleNamespace(
+        optimizer="dist_adaptive_muon",
+        adaptive_muon_moment2_method="namo",
+        adaptive_muon_beta2=0.95,
+        adaptive_muon_eps=1e-8,
+    )
     with pytest.raises(ConfigError) as error:
         check_adaptive(settings, MuonConfig(**given).validate())
     assert str(error.value).startswith(message) and "normuon or adamuon" in str(error.value)
     check_adaptive(settings, MuonConfig(scale_mode="moonlight"))
     settings.adaptive_muon_moment2_method = "normuon"
     check_adaptive(settings, MuonConfig(**given))
+
+
+def parse_adaptive(flags: str) -> tuple[Any, ...] | str:
+    """The second moment's part of the OptimizerConfig that Megatron makes of flags, or the error."""
+    import megatron_muon
+
+    megatron_muon.install()
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.training import get_megatron_optimizer_config
+
+    sys.argv = ["pretrain.py", *MODEL.split(), "--optimizer", "adaptive_muon", *flags.split()]
+    try:
+        args = parse_args()
+        validate_args(args)
+        config, _ = get_megatron_optimizer_config(args)
+    except megatron_muon.ConfigError as error:
+        return str(error)
+    return (config.adaptive_muon_moment2_method, config.adaptive_muon_beta2, config.adaptive_muon_eps)
+
+
+def test_flags_of_second_moments_arrive(pool: RankPool) -> None:
+    """Megatron-Core has the fields, and no flags for them."""
+    assert pool.run(parse_adaptive, 1, "")[0] == ("adamuon", 0.95, 1e-8)
+    flags = "--adaptive-muon-moment2-method normuon --adaptive-muon-beta2 0.9 --adaptive-muon-eps 1e-6"
+    assert pool.run(parse_adaptive, 1, flags)[0] == ("normuon", 0.9, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--adaptive-muon-moment2-method adam",
+        "--adaptive-muon-beta2 1.0",
+        "--adaptive-muon-beta2 much",
+        "--adaptive-muon-eps 0.0",
+        "--adaptive-muon-eps inf",
+    ],
+)
+def test_wrong_flags_of_second_moments(pool: RankPool, flags: str) -> None:
+    assert str(pool.run(parse_adaptive, 1, flags)[0]).startswith(f"{flags}: ")
 
 
 def namo_in_code() -> str:
