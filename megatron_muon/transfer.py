@@ -46,7 +46,8 @@ class Role:
 
     Attributes:
         kind: :data:`TABLE` (rows are looked up), :data:`READOUT` (the output layer), :data:`MATRIX`, :data:`VECTOR`.
-        in_layer: whether it is in a layer, whose gradients get smaller with the number of layers.
+        in_layer: whether it is in a layer, whose gradients get smaller with the number of layers; not in those of
+            multi-token prediction.
         ends_branch: whether what it gives is added to the residual stream.
     """
 
@@ -110,6 +111,7 @@ def _parsed(base: str) -> tuple[int, int]:
 
 _LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
 _BRANCH = re.compile(r"(.*(?:^|\.)layers\.\d+\.(?:self_attention|cross_attention|mlp|mixer))\.")
+_MTP = re.compile(r"(?:^|\.)mtp\.layers\.\d+\.")
 _ENDS = re.compile(r"\.(?:linear_proj|linear_fc2|out_proj)\.(?:weight|bias)\d*$")
 
 
@@ -129,10 +131,11 @@ def roles(module: torch.nn.Module, named_parameters: Iterable[tuple[str, torch.n
     tables = _tables(module)
     found = {}
     for name, param in named:
-        in_layer = _LAYER.search(name) is not None
+        # Multi-token prediction starts a residual stream of its own, of one layer in models of all depths.
+        in_layer = _LAYER.search(name) is not None and _MTP.search(name) is None
         ends = in_layer and _ENDS.search(name) is not None
         found[param] = Role(_kind(param, tables), in_layer, ends)
-    _check_branches(found, dict(named))
+    _check_branches(name for name, _ in named)
     return found
 
 
@@ -182,13 +185,13 @@ def _refuse(module: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]
             )
 
 
-def _check_branches(found: dict[Any, Role], named: dict[str, torch.nn.Parameter]) -> None:
+def _check_branches(names: Iterable[str]) -> None:
     """Every residual branch that has weights must have one that is known to end it."""
     ends: dict[str, bool] = {}
-    for name, param in named.items():
+    for name in names:
         match = _BRANCH.match(name)
         if match is not None:
-            ends[match[1]] = ends.get(match[1], False) or found[param].ends_branch
+            ends[match[1]] = ends.get(match[1], False) or _ENDS.search(name) is not None
     for branch, ended in ends.items():
         if not ended:
             raise ConfigError(

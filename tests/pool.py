@@ -43,9 +43,15 @@ class RankError(AssertionError):
 class RankPool:
     """Ranks 0 .. n-1, started when first needed."""
 
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.preload"])
+    def __init__(self, *, forked: bool = True) -> None:
+        """
+        Args:
+            forked: from the process that all pools share; if not, ranks import everything by themselves, under the
+                environment and the paths that there are when they start.
+        """
+        self._context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
+        if forked:
+            self._context.set_forkserver_preload(["tests.preload"])
         self._workers: list[tuple[Any, Connection]] = []
         self._calls = 0
 

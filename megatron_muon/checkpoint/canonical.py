@@ -224,15 +224,28 @@ class Request(dict[str, Any]):
     def take_numbers(self, names: Collection[str]) -> None:
         """Give the param groups what the checkpoint has, for ``--use-checkpoint-opt_param-scheduler``.
 
+        All ranks must call this.
+
         Args:
             names: of entries of param groups.
+
+        Raises:
+            CheckpointError: if they belong to another ``--muon-transfer``.
         """
+        found = []
         record = None if self.stored is None else self.stored.record
         for each, place in zip(self.held, self.places, strict=True):
             rule = None if record is None else record.rule(place.name)
             if record is not None and rule is not None and rule.name == each.rule:
-                numbers = record.numbers[rule.numbers]
-                each.group.update({name: numbers[name] for name in names if name in numbers and name in each.group})
+                found.append((place.name, each.group, record.numbers[rule.numbers]))
+        raise_together(
+            [name for name, group, numbers in found if _other_transfer(group, numbers)],
+            "--use-checkpoint-opt_param-scheduler: learning rates and weight decay of the checkpoint belong to another "
+            "--muon-transfer (or --adam-eps) than this run's:",
+            "Take those of the checkpoint, or leave --use-checkpoint-opt_param-scheduler away.",
+        )
+        for _, group, numbers in found:
+            group.update({name: numbers[name] for name in names if name in numbers and name in group})
 
     def _replica(self, held: Held, place: Place) -> Replica:
         pipeline, shard, data = place.replica
@@ -305,6 +318,13 @@ class Request(dict[str, Any]):
             if not _counts_in_state(inner):
                 for group in inner.param_groups:
                     group[STEP] = step
+
+
+def _other_transfer(group: Mapping[str, Any], numbers: Mapping[str, Any]) -> bool:
+    """Whether Muon's groups were made by ``--muon-transfer``, and by another one or without it."""
+    damped = [each.get("damping_depth", 0.0) for each in (group, numbers)]
+    changed = damped[0] != damped[1] or group.get("scalar_eps") != numbers.get("scalar_eps", group.get("scalar_eps"))
+    return any(damped) and changed
 
 
 def _counts_in_state(inner: torch.optim.Optimizer) -> bool:

@@ -156,7 +156,7 @@ class Muon(torch.optim.Optimizer):
             chunk_mb=chunk_mb,
             scalar_optimizer=scalar_optimizer,
             weight_decay_method=weight_decay_method,
-            variant=variant if isinstance(variant, str) else "none",
+            variant=_name(variant),
             ball_radius=ball_radius,
         ).validate()
         if scale_mode == MOONLIGHT_HIDDEN and hidden_size < 1:
@@ -495,6 +495,12 @@ class Job:
     param: torch.Tensor
     grad: torch.Tensor
     buffer: torch.Tensor
+
+
+def _name(variant: str | Variant) -> str:
+    """What options call a variant; ``none`` for one that they do not know."""
+    name = variant if isinstance(variant, str) else variant.name
+    return name if isinstance(variant, str) or name in VARIANTS else "none"
 
 
 def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

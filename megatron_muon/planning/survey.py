@@ -31,7 +31,7 @@ from megatron_muon.planning.model import Stage, build_stages
 from megatron_muon.planning.ownership import Owners, owners_of_stage
 from megatron_muon.planning.steps import StepPlanner
 from megatron_muon.routing import annotate, global_names
-from megatron_muon.routing.layout import layout_of
+from megatron_muon.routing.layout import STIEFEL, layout_of
 from megatron_muon.routing.partition import refuse_unmatched
 from megatron_muon.routing.predicate import exclusion_reason
 from megatron_muon.routing.report import Route, collect, pattern
@@ -258,6 +258,12 @@ class _Survey:
             notes.append(
                 "Down projections of latent attention are counted as divided by tensor parallelism, as Megatron's own "
                 "layers do it; TransformerEngine's hold them whole."
+            )
+        on_manifold = sum(weight.layout is not None and weight.layout.direction == STIEFEL for weight in self.weights)
+        if on_manifold:
+            notes.append(
+                f"{on_manifold} weights on the Stiefel manifold are counted as plain Muon's: the iterations of "
+                f"--muon-stiefel-solver {self.options.stiefel_solver} are not."
             )
         return notes
 

@@ -290,7 +290,8 @@ def test_memory_is_bounded_by_the_chunk_and_not_by_the_weights(pool: RankPool, m
         assert left == left_of_many == 0
         assert matrices * MATRIX <= few
         assert max(few, many) <= MOST_BOUNDS[mode] * matrices * MATRIX, (few / MATRIX, many / MATRIX)
-        assert many <= 1.02 * few
+        # On one core gloo's threads may hold what was sent of one more chunk, of both ranks, in every try.
+        assert many <= few + 2 * matrices * MATRIX
 
 
 # Nothing waits for the device.

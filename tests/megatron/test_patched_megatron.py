@@ -40,7 +40,7 @@ def tree() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def patched_pool(tree: Path) -> Iterator[RankPool]:
     """Ranks that import the patched sources."""
-    pool = RankPool()
+    pool = RankPool(forked=False)
     before = list(sys.path)
     sys.path[:0] = search_path(tree)  # new ranks get it from this process
     try:

@@ -336,6 +336,12 @@ def test_a_shared_embedding_counts_once(planner: ProcessPoolExecutor) -> None:
     assert sum(stage["parameters"] for stage in two["stages"]) == one["total_parameters"] + 64 * 32
 
 
+def test_what_is_not_counted_is_told(planner: ProcessPoolExecutor) -> None:
+    flags = [*TINY, *GROUPS, "--optimizer", "stiefel_muon", "--muon-param-rule", "*.linear_qkv.weight=stiefel"]
+    (note,) = planner.submit(document_of, flags, 1).result()["notes"]
+    assert "weights on the Stiefel manifold are counted as plain Muon's" in note and "admm" in note
+
+
 def test_modes_that_cannot_be(planner: ProcessPoolExecutor) -> None:
     """Two query groups on four ranks: a shard does not hold a group. In bfloat16, Gram is not accurate."""
     flags = [*TINY, *GROUPS, "--tensor-model-parallel-size", "4"]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.errors import ConfigError
+from megatron_muon.transfer import Role
 from tests.megatron import harness
 from tests.megatron.harness import Layout
+from tests.megatron.test_layout_rules import multi_token_prediction
 from tests.megatron.test_routing import GDN
 from tests.pool import RankPool
 
@@ -85,6 +89,30 @@ def test_groups_of_other_layers(pool: RankPool) -> None:
     rows = next(group for name, group in found.items() if name.endswith("in_proj.weight"))
     assert rows["scalar_lr_mult"] == pytest.approx(1 / WIDTH)
     assert rows["scalar_lr_mult"] * LR * rows["weight_decay"] * rows["scalar_wd_mult"] == pytest.approx(DECAY / WIDTH)
+
+
+def roles_of_multi_token_prediction() -> dict[str, Role]:
+    from megatron_muon.routing.annotate import annotate, global_names
+    from megatron_muon.transfer import roles
+
+    Layout().initialize()
+    model = multi_token_prediction(Layout())
+    annotate(model)
+    named = list(global_names(model))
+    found = roles(model, named)
+    return {name: found[param] for name, param in named if name.startswith("mtp.") or ".1." in name}
+
+
+def test_multi_token_prediction_is_no_deeper_in_a_deeper_model(pool: RankPool) -> None:
+    """It starts a stream of its own, of one layer."""
+    found = pool.run(roles_of_multi_token_prediction, 1)[0]
+    mtp = {name: role for name, role in found.items() if name.startswith("mtp.")}
+    assert any(name.endswith("eh_proj.weight") for name in mtp) and any(
+        name.endswith("linear_fc2.weight") for name in mtp
+    )
+    assert not any(role.in_layer or role.ends_branch for role in mtp.values())
+    decoder = found["decoder.layers.1.mlp.linear_fc2.weight"]
+    assert decoder.in_layer and decoder.ends_branch
 
 
 def test_static_decay_and_a_rate_of_adams_own(pool: RankPool) -> None:
@@ -201,6 +229,39 @@ def test_groups_keep_their_numbers_at_resume(pool: RankPool, tmp_path: Path, lay
     for (before, after, losses), going_on in zip(pool.run(resume, ranks, layout, folder), expected, strict=True):
         assert after == before and len({group["eps"] for group in after.values()}) > 2
         assert losses == going_on
+
+
+def with_the_checkpoints_schedule(folder: str, optimizer: dict[str, Any]) -> dict[str, Group] | str:
+    """Resumed under ``--use-checkpoint-opt_param-scheduler``."""
+    from megatron_muon.plugin import options
+
+    run = harness.start(Layout(), optimizer=optimizer, early=True)
+    arguments = SimpleNamespace(use_checkpoint_opt_param_scheduler=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options, "training_arguments", lambda: arguments)
+        try:
+            harness.load_run(run, folder)
+        except CheckpointError as error:
+            return str(error)
+    return numbers(run)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [{**RULE, "lr": 0.5, "min_lr": 0.0}, {**WIDER_AND_DEEPER, "muon_transfer": "16x2", "lr": 0.5, "min_lr": 0.0}],
+    ids=["without", "another"],
+)
+def test_rates_of_the_checkpoint_belong_to_its_transfer(
+    pool: RankPool, tmp_path: Path, optimizer: dict[str, Any]
+) -> None:
+    folder = str(tmp_path / "saved")
+    pool.run(save, 1, Layout(), folder)
+    found = pool.run(with_the_checkpoints_schedule, 1, folder, {**WIDER_AND_DEEPER, "lr": 0.5, "min_lr": 0.0})[0]
+    assert found["decoder.layers.0.self_attention.linear_qkv.weight"]["max_lr"] == LR
+    assert found["output_layer.weight"]["max_lr"] == pytest.approx(LR / WIDTH)
+    message = pool.run(with_the_checkpoints_schedule, 1, folder, optimizer)[0]
+    assert isinstance(message, str) and message.startswith("--use-checkpoint-opt_param-scheduler: learning rates")
+    assert "self_attention.linear_proj.weight[3]" in message
 
 
 def in_torch_format() -> tuple[dict[str, Group], dict[str, Group]]:

@@ -12,6 +12,7 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.routing.layout import STIEFEL, layout_of
 from tests.megatron import harness
 from tests.megatron.harness import Layout
+from tests.megatron.test_routing import MOE
 from tests.pool import RankPool
 
 GQA = {"num_query_groups": 2}
@@ -81,6 +82,44 @@ def test_losses_do_not_depend_on_the_layout(pool: RankPool, weights: str, name: 
     for ranks, layout in list(LAYOUTS.values())[1:]:
         found = pool.run(train, ranks, layout, weights, VARIANTS[name])[0]
         assert found == pytest.approx(expected, abs=TOLERANCE.get(name, 1e-4)), layout
+
+
+EXPERTS = {**MOE, **GQA}
+
+
+@pytest.fixture(scope="module")
+def weights_of_experts(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("variants") / "experts")
+    pool.run(harness.save_initial_weights, 1, folder, **EXPERTS)
+    return folder
+
+
+def train_experts(layout: Layout, weights: str, optimizer: dict[str, Any]) -> list[float]:
+    return harness.start(layout, weights=weights, optimizer=optimizer, early=True, **EXPERTS).losses(STEPS)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {
+            **VARIANTS["scion"],
+            "muon_param_rule": ("*.experts.*linear_fc1*=col_norm", "*.experts.*linear_fc2*=row_norm"),
+        },
+        {"name": "stiefel_muon", "muon_param_rule": ("*.experts.*=stiefel",)},
+        VARIANTS["sphere"],
+        VARIANTS["normuon"],
+    ],
+    ids=["balls", "stiefel", "sphere", "normuon"],
+)
+def test_experts_have_a_tensor_parallel_group_of_their_own(
+    pool: RankPool, weights_of_experts: str, optimizer: dict[str, Any]
+) -> None:
+    """Whole experts where other weights are divided, and divided experts beside them."""
+    expected = pool.run(train_experts, 1, Layout(), weights_of_experts, optimizer)[0]
+    assert expected[-1] < expected[0]
+    for layout in (Layout(tp=2, etp=1, sp=True), Layout(tp=2, sp=True), Layout(tp=2, etp=1, sp=True, layer_wise=True)):
+        found = pool.run(train_experts, 2, layout, weights_of_experts, optimizer)[0]
+        assert found == pytest.approx(expected, abs=1e-4), layout
 
 
 def save(layout: Layout, weights: str, optimizer: dict[str, Any], folder: str) -> list[float]:

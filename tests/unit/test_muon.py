@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from megatron_muon import ConfigError, Muon
+from megatron_muon.optimizers.sizes import Hyperball, PolarGrad
+from megatron_muon.optimizers.stages import Variant
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
@@ -191,6 +193,13 @@ def test_matmul_precision_of_the_process_is_put_back() -> None:
     before = torch.get_float32_matmul_precision()
     Muon([param], fp32_matmul_prec="high").step()
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(("variant", "scale_mode"), [(PolarGrad(), "update_norm"), (Hyperball(), "spectral")])
+def test_variants_given_as_objects_are_checked_as_their_names_are(variant: Variant, scale_mode: str) -> None:
+    for given in (variant, variant.name):
+        with pytest.raises(ConfigError, match=f"--muon-variant {variant.name} with --muon-scale-mode {scale_mode}"):
+            Muon([_parameter(2, 2)], variant=given, scale_mode=scale_mode)
 
 
 def test_bad_input_is_refused() -> None:

@@ -38,7 +38,7 @@ class Process:
 
     def __init__(self, **environment: str) -> None:
         self.environment = {"OMP_NUM_THREADS": "1", **environment}
-        self.pool = RankPool()
+        self.pool = RankPool(forked=False)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
