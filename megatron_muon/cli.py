@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_muon.errors import ConfigError
+from megatron_muon.leaving import LeaveAtOnce
 from megatron_muon.version import __version__
 
 __all__ = ["main"]
@@ -80,13 +82,27 @@ def _run(args: argparse.Namespace) -> None:
     # The script must see what it would see if Python had been started with it.
     sys.argv = [str(script), *args.script_args]
     _replace_working_directory(str(script.resolve().parent))
+    leaving = LeaveAtOnce()
     try:
-        _prepare(args.device)
-        runpy.run_path(str(script), run_name="__main__")
+        on_cpu = _prepare(args.device)
+        with _noting_the_end(leaving if on_cpu else None):
+            runpy.run_path(str(script), run_name="__main__")
     except ConfigError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"megatron_muon: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def _noting_the_end(leaving: LeaveAtOnce | None) -> Iterator[None]:
+    try:
+        yield
+    except SystemExit as exit_call:
+        if leaving is not None:
+            leaving.at(exit_call)
+        raise
+    if leaving is not None:
+        leaving.status = 0
 
 
 def _replace_working_directory(folder: str) -> None:
@@ -104,8 +120,8 @@ def _replace_working_directory(folder: str) -> None:
         sys.path.append(own)
 
 
-def _prepare(device: str) -> None:
-    """Choose the device and install the hooks, before the script imports Megatron."""
+def _prepare(device: str) -> bool:
+    """Choose the device and install the hooks, before the script imports Megatron; whether it is the CPU."""
     import torch
 
     import megatron_muon
@@ -113,11 +129,13 @@ def _prepare(device: str) -> None:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise ConfigError("--device cuda: torch finds no GPU on this machine. Use --device cpu, or auto.")
-    if device == "cpu" or (device == "auto" and not available):
+    on_cpu = device == "cpu" or (device == "auto" and not available)
+    if on_cpu:
         from megatron_muon import cpu
 
         cpu.install()
     megatron_muon.install()
+    return on_cpu
 
 
 def _bench(argv: list[str]) -> None:

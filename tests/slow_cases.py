@@ -4,6 +4,14 @@ Regular expressions that are searched in a test's name, from its file on.
 """
 
 SLOW_CASES = (
+    r"test_interrupted_saves.py::test_killed_while_saving",
+    r"test_launcher.py::test_model_from_a_builder",
+    r"test_bench.py::test_tensor_parallel$",
+    r"test_install.py::test_any_order_of_imports\[(order3|import megatron_muon;|import megatron.core;)",
+    r"test_checkpoints.py.*\[(latent_attention|hybrid)-.*-to-pp2\]",
+    r"test_qk_clip.py::test_large_learning_rate\[mla\]",
+    r"test_qk_clip.py::test_training_does_not_depend.*\[gate-tp4",
+    r"test_context_parallel.py.*\[mamba-cp2_tp2\]",
     r"test_adam_baseline.py.*\[1\]",
     r"test_checkpoint_migration.py.*\[(to_layer_wise-plain_dp2|to_tp2-plain_tp2)\]",
     r"test_checkpoint_safety.py::test_saved_by_the_persistent_worker.*\[(plain|tensor_parallel)\]",
@@ -36,7 +44,7 @@ SLOW_CASES = (
     r"test_layer_wise_balance.py::test_owners_follow_the_function\[(dense|experts|tensor)\]",
     r"test_layer_wise_balance.py::test_older_assignment\[.*-dense\]",
     r"test_layer_wise_balance.py::test_training_equals_the_plain_run\[(buckets|four replicas|expert parallel|older)",
-    r"test_layer_wise_balance.py::test_plans_of_published_models\[(llama3_8b|llama3_70b|nemotron_h_8b|qwen3_30b_a3b)\]",
+    r"test_layer_wise_balance.py::test_plans_of_published_models\[(llama3_8b|llama3_70b|nemotron_h_8b|qwen3_30b_a3b|qwen3_next_80b_a3b)\]",
     r"test_layouts.py.*\[(pp2|dp2_layer_wise|moe_dp2_layer_wise|gated_delta_net_dp2_layer_wise)\]",
     r"test_patched_megatron.py::test_same_losses_as_through_the_hooks\[gated_delta_net\]",
     r"test_plan.py::test_published_models\[(llama3_8b|llama3_70b|nemotron_h_8b|qwen3_30b_a3b)\]",

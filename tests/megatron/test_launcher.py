@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,34 @@ def launch(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
                 child.kill()
             process.wait()
     return subprocess.CompletedProcess(line, process.returncode, output, errors)
+
+
+LAST_WORDS = """
+import atexit, os, sys
+
+class Late:
+    def __del__(self, mark=os.mkdir):
+        mark("taken_down")
+
+sys.late = Late()
+atexit.register(lambda: open("at_exit", "w").close())
+print("trained", end="")
+sys.exit({status})
+"""
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_the_end_of_a_script(tmp_path: Path, status: int) -> None:
+    """Its status, its output and its functions of atexit; but Python does not take itself down under gloo's threads."""
+    script = tmp_path / "script.py"
+    script.write_text(LAST_WORDS.replace("{status}", str(status)))
+    line = [sys.executable, "-m", "megatron_muon", "run", "--device", "cpu", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (result.returncode, result.stdout) == (status, "trained")
+    assert (tmp_path / "at_exit").exists() and not (tmp_path / "taken_down").exists()
+    plain = subprocess.run([sys.executable, str(script)], cwd=tmp_path, timeout=TIMEOUT)
+    assert plain.returncode == status and (tmp_path / "taken_down").exists()
 
 
 def train(*flags: str, log: Path, script: Path = SCRIPT) -> list[float]:
