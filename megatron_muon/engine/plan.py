@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -217,6 +218,17 @@ class Plan:
     def groups(self) -> list[str]:
         """Names of the groups that exchange something, in the order of first use."""
         return list(dict.fromkeys(chunk.group for chunk in self.chunks if chunk.group))
+
+    def portions(self, chunks: int) -> Iterator[Plan]:
+        """Plans of at most ``chunks`` chunks, for work that must go over some matrices again before it takes others.
+
+        Each is of one group, and groups come in the order of their names: the ranks of one may differ in the chunks of
+        another, and must meet in the same order all the same.
+        """
+        for group in sorted({chunk.group for chunk in self.chunks}):
+            mine = [chunk for chunk in self.chunks if chunk.group == group]
+            for some in itertools.batched(mine, chunks):
+                yield dataclasses.replace(self, chunks=some)
 
 
 def make_plan(

@@ -91,21 +91,21 @@ class StepEngine:
         """The step in words, for the report."""
         return describe(self.plan, self.orthogonalizer)
 
-    def run(self, read: Read, write: Write) -> None:
+    def run(self, read: Read, write: Write, portion: Plan | None = None) -> None:
         """Orthogonalize everything once.
 
         Args:
             read: fills batches with what is to be orthogonalized, see :data:`megatron_muon.engine.execute.Read`.
             write: takes the result, see :data:`megatron_muon.engine.execute.Write`.
+            portion: one of :meth:`Plan.portions`, if not everything.
 
         Raises:
             RuntimeError: on the first call, on all ranks, if they do not hold the same plan.
         """
         if not self._agreed:
             self._check_agreement()
-        execute(
-            self.plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, read, write
-        )
+        plan = portion or self.plan
+        execute(plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, read, write)
         self.counters.steps += 1
 
     def solve(self, reads: Sequence[Read], solve: Solve, write: Write) -> None:
@@ -141,16 +141,18 @@ class StepEngine:
         )
         self.counters.steps += 1
 
-    def visit(self, look: Write) -> None:
+    def visit(self, look: Write, portion: Plan | None = None) -> None:
         """Show all matrices, without orthogonalizing anything.
 
         Args:
             look: called for each chunk with its parts, batches of their shapes without contents (they take no memory,
                 and cannot be written to), and the sum over the ranks of a part.
+            portion: one of :meth:`Plan.portions`, if not everything.
         """
         if not self._agreed:
             self._check_agreement()
-        visit(self.plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, look)
+        plan = portion or self.plan
+        visit(plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, look)
 
     def _check_agreement(self) -> None:
         """Compare the plans of all ranks of each group: a difference would hang the step or mix up weights."""

@@ -20,7 +20,7 @@ from megatron_muon.engine.shards import shard_of
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.balls import ball_directions
-from megatron_muon.optimizers.power import UPDATE_LEFT, spectrally_normalized
+from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts, spectrally_normalized
 from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, update_rows
 from megatron_muon.optimizers.sizes import VARIANTS
@@ -174,6 +174,7 @@ class Muon(torch.optim.Optimizer):
         triples = tuple(map(parse_triple, self.config.custom_coefficients))
         self._coefficients = coefficients(coefficient_type, num_ns_steps, triples)
         self._engines: dict[str, tuple[tuple[int, ...], StepEngine]] = {}
+        self.starts = WarmStarts()
         self.products_note = ""
         scalar = {
             "scalar_optimizer": scalar_optimizer,
@@ -225,6 +226,7 @@ class Muon(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``; groups of older checkpoints get the entries that they lack."""
         super().__setstate__(state)
+        self.starts = WarmStarts()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -465,14 +467,15 @@ class Muon(torch.optim.Optimizer):
     def _resized(self, matrices: Matrices, directions: list[torch.Tensor], step: int) -> list[torch.Tensor]:
         """P5, measured: directions with the norm that an orthogonal matrix has, Frobenius or spectral."""
         if self.config.scale_mode == SPECTRAL_NORM:
-            return spectrally_normalized(matrices, directions, step)
+            return spectrally_normalized(matrices, directions, step, self.starts)
         norms = matrices.norms(directions)
         wanted = [min(update.rows, update.columns) ** 0.5 for update in matrices.updates]
         tiny = torch.finfo(directions[0].dtype).tiny
         return [x * (size / norm.clamp_min(tiny)) for x, size, norm in zip(directions, wanted, norms, strict=True)]
 
     def _update(self, job: Job, part: Part, direction: torch.Tensor) -> Update:
-        weight = self._weight(job.param)
+        shard = shard_of(job.param, self.tp_group, self.expert_tp_group)
+        divides_columns = shard is not None and shard.dim == -1
         return Update(
             param=job.param,
             state=self.state[job.param],
@@ -482,7 +485,8 @@ class Muon(torch.optim.Optimizer):
             piece=part.piece,
             rows=part.item.rows,
             columns=part.item.columns,
-            divides_columns=weight.dim == -1,
+            divides_columns=divides_columns,
+            first_column=shard.group.rank() * job.param.size(-1) if shard is not None and divides_columns else 0,
             direction=_converted(direction, torch.promote_types(direction.dtype, job.buffer.dtype)),
         )
 

@@ -6,22 +6,57 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_muon.engine.pieces import Piece
 from megatron_muon.optimizers.stages import Matrices, Update
 
-__all__ = ["UPDATE_LEFT", "spectrally_normalized", "store_rows", "top_singular"]
+__all__ = ["UPDATE_LEFT", "WarmStarts", "spectrally_normalized", "store_rows", "top_singular"]
 
 UPDATE_LEFT = "update_left_vector"
 """State of ``--muon-scale-mode spectral_norm``: the top left singular vector of the last update, a number a row."""
+
+_COLD_ITERATIONS = 64
+"""Where nothing is known of the singular vectors."""
+
+_BITS = 0xFFFFFFFF
 
 _EARLY_STEPS = 50
 _EARLY_ITERATIONS = 5
 """Updates change fast at first: arXiv 2512.05620, appendix F."""
 
 
+class WarmStarts:
+    """Tells how many power iterations matrices need, by whether they have singular vectors to start from.
+
+    A weight may be without at any step: a checkpoint of another optimizer, or of another split, has none for it.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[tuple[torch.Tensor, Piece]] = set()
+
+    def iterations(self, matrices: Matrices, tensors: Sequence[torch.Tensor], state: str, usual: int) -> int:
+        """``usual``, or more if some of the matrices have no vector; alike on all ranks that hold parts of them.
+
+        Args:
+            matrices: the updates.
+            tensors: as of :func:`top_singular`.
+            state: as of :func:`top_singular`.
+            usual: iterations from a vector of the step before.
+        """
+        keys = {(update.param, update.piece) for update in matrices.updates}
+        if keys <= self._known:
+            return usual
+        self._known |= keys
+        stored = matrices.norms_over_rows([update.batch_of(update.state[state]) for update in matrices.updates])
+        # Zeros have no vectors, in any step.
+        missing = [(size == 0) & (norm > 0) for size, norm in zip(stored, matrices.norms(tensors), strict=True)]
+        # Waits for the device, once for each matrix in a process.
+        return max(usual, _COLD_ITERATIONS) if bool(torch.cat([each.flatten() for each in missing]).any()) else usual
+
+
 def top_singular(
     matrices: Matrices, tensors: Sequence[torch.Tensor], state: str, iterations: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Power iteration on A A^T from the stored left vector, or from the sums of A's rows, alike on all ranks.
+    """Power iteration on A A^T from the stored left vector, or from one that is the same at every layout.
 
     Args:
         matrices: the updates.
@@ -37,7 +72,7 @@ def top_singular(
         update.batch_of(update.state[state]).to(a.dtype) for update, a in zip(matrices.updates, tensors, strict=True)
     ]
     norms = matrices.norms_over_rows(stored)
-    starts = matrices.row_sums(tensors)
+    starts = matrices.row_products(tensors, _first_vectors(matrices, tensors))
     left = [torch.where(norm > 0, u, start) for u, norm, start in zip(stored, norms, starts, strict=True)]
     for _ in range(iterations):
         right = matrices.column_products(tensors, left)
@@ -48,7 +83,9 @@ def top_singular(
     return left, right, sizes
 
 
-def spectrally_normalized(matrices: Matrices, tensors: Sequence[torch.Tensor], step: int) -> list[torch.Tensor]:
+def spectrally_normalized(
+    matrices: Matrices, tensors: Sequence[torch.Tensor], step: int, starts: WarmStarts
+) -> list[torch.Tensor]:
     """Each matrix divided by its spectral norm, which one warm power iteration a step estimates (five in the first 50).
 
     The estimate is from below. It is never taken smaller than |A|_F / sqrt(min(m, n)), which the spectral norm cannot
@@ -58,11 +95,12 @@ def spectrally_normalized(matrices: Matrices, tensors: Sequence[torch.Tensor], s
         matrices: the updates, whose state has :data:`UPDATE_LEFT`.
         tensors: A of each, (matrices, rows on this rank, columns on this rank).
         step: number of the step, from 1.
+        starts: of the optimizer.
 
     Source:
         arXiv 2512.05620, appendix F.
     """
-    iterations = _EARLY_ITERATIONS if step <= _EARLY_STEPS else 1
+    iterations = starts.iterations(matrices, tensors, UPDATE_LEFT, _EARLY_ITERATIONS if step <= _EARLY_STEPS else 1)
     left, _, sizes = top_singular(matrices, tensors, UPDATE_LEFT, iterations)
     found = []
     for update, a, u, size, norm in zip(matrices.updates, tensors, left, sizes, matrices.norms(tensors), strict=True):
@@ -76,6 +114,28 @@ def store_rows(update: Update, name: str, batch: torch.Tensor) -> None:
     """Write a number a row, (matrices, rows on this rank, 1), to a state of the weight."""
     for stored, value in update.pairs(update.state[name], batch.contiguous()):
         stored.copy_(value)
+
+
+def _first_vectors(matrices: Matrices, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """(columns on this rank, 1) for each: noise in [-1, 1) by the number of the column in the whole matrix.
+
+    Not ones: there are matrices whose rows sum to 0.
+    """
+    ranges = [
+        (update.first_column, update.first_column + tensor.size(-1))
+        for update, tensor in zip(matrices.updates, tensors, strict=True)
+    ]
+    noise = _noise(max((stop for _, stop in ranges), default=0), tensors)
+    return [noise[start:stop, None].to(tensor.dtype) for (start, stop), tensor in zip(ranges, tensors, strict=True)]
+
+
+def _noise(count: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Bits of whole numbers, mixed (Wang's hash), so that nothing depends on generators or devices."""
+    x = torch.arange(count, dtype=torch.int64, device=tensors[0].device if tensors else None)
+    x = ((x ^ 61) ^ (x >> 16)) * 9 & _BITS
+    x = ((x ^ (x >> 4)) * 0x27D4EB2D) & _BITS
+    x = x ^ (x >> 15)
+    return x.double() / 2**31 - 1.0
 
 
 def _unit(vectors: list[torch.Tensor], norms: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -32,11 +32,12 @@ LEFT = "left_singular_vector"
 RADIUS = "sphere_radius"
 MULTIPLIER = "sphere_multiplier"
 
-_FIRST_ITERATIONS = 40
-"""Power iterations in the first step of a weight, which knows nothing of its singular vectors."""
-
 _ITERATIONS = 3
-"""Power iterations in a later step: they start from those of the step before."""
+"""Power iterations in a step: they start from the vectors of the step before."""
+
+_CHUNKS = 4
+"""So many chunks are solved at a time: the exchange of one is under way while another is computed, and what is kept of
+a matrix between evaluations (two directions) is kept of these alone."""
 
 _FIRST_WIDTH = 0.05
 """How far from the first lambda the other side is looked for; doubled until it is found. The gradient has norm 1."""
@@ -169,12 +170,13 @@ class SpectralSphere(Muon):
 
     def _update_matrices(self, jobs: list[Job]) -> None:
         engine = self._engine_for([job.param for job in jobs])
-        solves: dict[Key, _Solve] = {}
-        engine.visit(self._preparer(jobs, solves))
         read = reader(self.config.nesterov, jobs, self.variant)
-        for number in range(self.evaluations):
-            engine.run(_shifted(read, solves), self._evaluator(jobs, solves, number))
-        engine.visit(self._finisher(jobs, solves))
+        for some in engine.plan.portions(_CHUNKS):
+            solves: dict[Key, _Solve] = {}
+            engine.visit(self._preparer(jobs, solves), some)
+            for number in range(self.evaluations):
+                engine.run(_shifted(read, solves), self._evaluator(jobs, solves, number), some)
+            engine.visit(self._finisher(jobs, solves), some)
 
     def _preparer(self, jobs: list[Job], solves: dict[Key, _Solve]) -> Write:
         def prepare(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
@@ -182,8 +184,8 @@ class SpectralSphere(Muon):
             updates = matrices.updates
             norms = matrices.norms([update.mix() for update in updates])
             weights = [update.batch_of(update.param) for update in updates]
-            first = [jobs[part.item.weight].group["step"] == 1 for part in parts]
-            left, right, sizes = top_singular(matrices, weights, LEFT, _FIRST_ITERATIONS if any(first) else _ITERATIONS)
+            iterations = self.starts.iterations(matrices, weights, LEFT, _ITERATIONS)
+            left, right, sizes = top_singular(matrices, weights, LEFT, iterations)
             for index, (part, update) in enumerate(zip(parts, updates, strict=True)):
                 solves[_key(part)] = self._begin(
                     update, weights[index], norms[index], left[index], right[index], sizes[index]

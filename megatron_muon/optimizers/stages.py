@@ -43,6 +43,7 @@ class Update:
         columns: n of each.
         divides_columns: whether tensor parallelism divides the columns of the matrices (their rows otherwise, or
             nothing: then there is nothing to add up).
+        first_column: number of this rank's first column in the whole matrices.
         direction: (matrices, rows on this rank, columns on this rank), float32 or wider: O. Before there is one
             (:meth:`megatron_muon.engine.step.StepEngine.visit`), of that shape and dtype, but a single element in
             memory: only to be read from, and without meaning.
@@ -57,6 +58,7 @@ class Update:
     rows: int
     columns: int
     divides_columns: bool
+    first_column: int
     direction: torch.Tensor
 
     def mix(self) -> torch.Tensor:

@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_muon import Muon
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.power import _noise
 from megatron_muon.optimizers.sphere import SpectralSphere, evaluations
 from tests.distributed.test_adaptive import CASES, HEADS, QKV, WHOLE, grad, rows_of, weight
+from tests.distributed.test_engine import live_bytes
 from tests.pool import RankPool
 
 # Ten steps that bring every singular value to 1 within 5e-4 (variants of lesser reach would blur h).
@@ -169,6 +172,87 @@ def test_few_evaluations_are_enough() -> None:
     moved = (many - weight(24, 16, seed=1)).norm()
     assert (few - many).norm() < 2e-3 * moved
     assert (none - many).norm() > 0.1 * moved
+
+
+# [[1, -1], [-1, 1]] and blocks of it: rows and columns sum to 0, so that nothing comes of a power iteration from ones.
+ZERO_SUMS = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64).repeat(3, 2)
+
+
+def zero_sums(dim: int, scale: float) -> float:
+    """The spectral norm after a step without gradient, of shards put together."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    param = torch.nn.Parameter((scale * ZERO_SUMS).chunk(ranks, dim=dim)[rank].clone())
+    param.tensor_model_parallel, param.partition_dim = True, dim
+    optimizer = SpectralSphere([param], lr=0.1, radius=2.0, tp_group=dist.group.WORLD, **SHARP)
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    parts = [torch.empty_like(param) for _ in range(ranks)]
+    dist.all_gather(parts, param.detach().contiguous())
+    return torch.linalg.matrix_norm(torch.cat(parts, dim=dim), 2).item()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_rows_that_sum_to_zero_have_singular_vectors_too(pool: RankPool, dim: int) -> None:
+    wanted = 2.0 * (6 / 4) ** 0.5
+    assert pool.run(zero_sums, 2, dim, 5.0) == pytest.approx([wanted, wanted], rel=1e-12)
+
+
+def test_power_iterations_start_alike_at_every_division() -> None:
+    """From the same vector, cut by columns; noise, not a pattern, without a mean."""
+    whole = _noise(4096, [torch.zeros(1)])
+    assert torch.equal(whole[:64], _noise(64, [torch.zeros(1)]))
+    assert whole.abs().max() <= 1 and whole.mean().abs() < 0.03 and whole.var().item() == pytest.approx(1 / 3, rel=0.05)
+    waves = torch.fft.rfft(whole).abs()[1:] / (4096 / 3) ** 0.5
+    assert waves.max() < 3.5 and len(whole.unique()) == 4096
+
+
+@pytest.mark.parametrize("radius", [0.0, 2.0])
+def test_sphere_of_a_weight_that_another_optimizer_has_trained(radius: float) -> None:
+    """At step 101 it has no singular vectors yet, nor a radius: both are found as in a first step."""
+    start, other = weight(96, 64, seed=1), 2.0 * (96 / 64) ** 0.5
+    param = torch.nn.Parameter(start.clone())
+    muon = Muon([param])
+    param.grad = weight(96, 64, seed=2)
+    muon.step()
+    state = muon.state_dict()
+    state["param_groups"][0]["step"] = 100
+    param.data = start.clone()
+    optimizer = SpectralSphere([param], radius=radius, **SHARP)
+    optimizer.load_state_dict(state)
+    param.grad = torch.zeros_like(param)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    norm = torch.linalg.matrix_norm(start, 2).item() if radius == 0 else other
+    assert optimizer.state[param]["sphere_radius"].max().item() == pytest.approx(norm, rel=5e-3)
+    assert torch.linalg.matrix_norm(param.detach(), 2).item() == pytest.approx(norm, rel=5e-3)
+
+
+SIDE = 64
+MATRIX = 4 * SIDE * SIDE
+
+
+def peaks(numbers: list[int]) -> list[int]:
+    """The most bytes that a step takes, with so many divided weights, four of which fit into a chunk of each rank."""
+    found, group = [], dist.group.WORLD
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for number in numbers:
+        params = [torch.nn.Parameter(weight(SIDE, SIDE, seed).float().chunk(ranks)[rank]) for seed in range(number)]
+        for param in params:
+            param.tensor_model_parallel, param.partition_dim = True, 0
+            param.grad = param.detach().clone()
+        optimizer = SpectralSphere(
+            params, tp_group=group, tp_mode="owner", ns_dtype="fp32", chunk_mb=4 * MATRIX / 2**20
+        )
+        optimizer.step()
+        found.append(min(live_bytes(optimizer.step)[0] for _ in range(4)))
+    return found
+
+
+def test_memory_does_not_grow_with_the_model(pool: RankPool) -> None:
+    """Directions are kept of four chunks, which are 32 matrices here, 16 on each rank: not of all weights."""
+    for few, many in pool.run(peaks, 2, [64, 192]):
+        assert few > 16 * MATRIX
+        assert many <= 1.15 * few
 
 
 def test_number_of_evaluations() -> None:

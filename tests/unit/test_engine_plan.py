@@ -555,6 +555,33 @@ def test_shards_that_cannot_be_treated_are_refused(mode: str, layout: MatrixLayo
         plan_of([Weight(shape, layout, -2, "tp", 4)], mode)
 
 
+@pytest.mark.parametrize("number", [1, 3, 100])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_portions_are_all_chunks_group_by_group(seed: int, number: int) -> None:
+    """A rank with more chunks of its own has the same portions of a group that it shares."""
+    weights = random_weights(seed, 2)
+    plan = plan_of(weights, chunk_bytes=1 << 12)
+    portions = list(plan.portions(number))
+    assert all(1 <= len(portion.chunks) <= number for portion in portions)
+    assert all(len({chunk.group for chunk in portion.chunks}) == 1 for portion in portions)
+    groups = [portion.chunks[0].group for portion in portions]
+    assert groups == sorted(groups)
+    for group in {*plan.groups(), ""}:
+        found = [chunk for portion in portions for chunk in portion.chunks if chunk.group == group]
+        assert found == [chunk for chunk in plan.chunks if chunk.group == group]
+    more = plan_of([*weights, *(Weight((8, 8), WHOLE) for _ in range(40))], chunk_bytes=1 << 12)
+    for group in plan.groups():
+        mine, theirs = (
+            [
+                [batch.kind for chunk in portion.chunks for batch in chunk.batches]
+                for portion in each.portions(number)
+                if portion.chunks[0].group == group
+            ]
+            for each in (plan, more)
+        )
+        assert mine == theirs
+
+
 def test_nothing_to_plan() -> None:
     scalar = MatrixLayout("gates", (Section("gate", 4, SCALAR),))
     assert plan_of([]).chunks == ()

@@ -176,12 +176,27 @@ def test_explicit_spectral_norm(m: int, n: int, method: str) -> None:
 
 
 def test_explicit_spectral_norm_is_never_blown_up() -> None:
-    """A start that is orthogonal to the update: the estimate of its size is 0, and the Frobenius norm bounds it."""
+    """A vector that is orthogonal to the next update: its estimate is 0, and the Frobenius norm bounds the size."""
     param = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
     optimizer = Muon([param], lr=1.0, scale_mode="spectral_norm", **EXACT)
-    param.grad = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)  # rows sum to 0
+    for step, (gradient, size) in enumerate((([1.0, 0.0], 1.0), ([0.0, 1.0], 2**0.5), ([0.0, 1.0], 1.0))):
+        param.data.zero_()
+        param.grad = torch.diag(torch.tensor(gradient, dtype=torch.float64))
+        optimizer.param_groups[0]["step"] = 60 + step  # one iteration a step
+        if step == 2:  # after zeros, a vector is found again
+            optimizer.state[param]["update_left_vector"].zero_()
+        optimizer.step()
+        assert torch.linalg.matrix_norm(param.detach(), 2).item() == pytest.approx(size, rel=1e-6)
+
+
+@pytest.mark.parametrize("dim", [(4, 6), (6, 4)])
+def test_explicit_spectral_norm_of_rows_that_sum_to_zero(dim: tuple[int, int]) -> None:
+    param = torch.nn.Parameter(torch.zeros(dim, dtype=torch.float64))
+    optimizer = Muon([param], lr=1.0, scale_mode="spectral_norm", **EXACT)
+    param.grad = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64).repeat(dim[0] // 2, dim[1] // 2)
     optimizer.step()
-    assert torch.linalg.matrix_norm(param.detach(), 2).item() == pytest.approx(2**0.5, rel=1e-6)
+    found = torch.linalg.matrix_norm(param.detach(), 2).item()
+    assert found == pytest.approx((dim[0] / dim[1]) ** 0.5, rel=1e-6)
 
 
 def test_hidden_size_of_moonlights_baseline() -> None:
