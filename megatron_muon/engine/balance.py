@@ -10,7 +10,7 @@ model, tensor-parallel peers included (they hold shards of one shape, and costs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,9 @@ class Job:
     movable: bool = True
 
 
-def cost_of_weight(param: torch.Tensor, shard: Shard | None, steps: int, stiefel_steps: int = 0) -> int:
+def cost_of_weight(
+    param: torch.Tensor, shard: Shard | None, steps: int, stiefel: Callable[[int, int], int] | None = None
+) -> int:
     """Operations in the products of Newton-Schulz for one update of ``param``, of each rank that takes part.
 
     A step on a p x q matrix, p <= q, multiplies X X^T, its square, and that with X: 4 p^2 q + 2 p^3 operations. A
@@ -54,7 +56,7 @@ def cost_of_weight(param: torch.Tensor, shard: Shard | None, steps: int, stiefel
         param: 2-D, or a 3-D stack of experts; annotated, see :mod:`megatron_muon.routing`.
         shard: how tensor parallelism divides it; None if it is whole. Its ranks share the work.
         steps: of Newton-Schulz.
-        stiefel_steps: of Newton-Schulz, in all iterations of the solver, for a weight on the Stiefel manifold.
+        stiefel: operations of one p x q matrix on the Stiefel manifold.
 
     Returns:
         The sum over its logical matrices, without rows under the scalar optimizer's rule; 0 for a weight that Muon does
@@ -67,13 +69,13 @@ def cost_of_weight(param: torch.Tensor, shard: Shard | None, steps: int, stiefel
         return 0
     shape = tuple(param.shape) if shard is None else shard.whole_shape(param.shape)
     total, layout = 0, layout_of(param)
-    each = stiefel_steps if layout.direction == STIEFEL else steps
     for block in layout.blocks(shape):
         if layout.direction in BALLS:
             total += block.numel
         elif block.rule != SCALAR:
             p, q = sorted((block.rows, block.columns))
-            total += block.count * each * (4 * p * p * q + 2 * p**3)
+            plain = steps * (4 * p * p * q + 2 * p**3)
+            total += block.count * (plain if stiefel is None or layout.direction != STIEFEL else stiefel(p, q))
     return total if shard is None else total // shard.size
 
 

@@ -21,7 +21,7 @@ class Counters:
     Attributes:
         collectives: number of collective operations.
         bytes: sent to other ranks; all-gathers and all-reduces by the ring algorithm.
-        flops: operations in the matrix products of Newton-Schulz.
+        flops: operations in the matrix products of Newton-Schulz, and of solvers on manifolds.
         steps: number of optimizer steps.
     """
 

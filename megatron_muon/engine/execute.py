@@ -19,7 +19,7 @@ from megatron_muon.engine.plan import Batch, Chunk, Item, Kind, Plan
 from megatron_muon.orthogonalize.gram import prescale
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["Part", "Read", "Reduce", "Solve", "Wire", "Write", "execute", "visit"]
+__all__ = ["Flops", "Part", "Read", "Reduce", "Solve", "Wire", "Write", "execute", "visit"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,14 @@ Write = Callable[[list[Part], list[torch.Tensor], Reduce], None]
 Solve = Callable[[list[int], list[torch.Tensor]], torch.Tensor]
 """Computes one batch of whole matrices from several of their shape (matrices, p, q), p <= q: of which weights the
 matrices are, by index, and one batch for each read. The result has the same shape and dtype."""
+
+
+Flops = Callable[[int, int], int]
+"""Operations in the products for one p x q matrix."""
+
+
+def _none(p: int, q: int) -> int:
+    return 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,7 @@ class _Run:
     reads: tuple[Read, ...]
     write: Write
     solve: Solve | None = None
+    solve_flops: Flops = _none
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -95,6 +104,7 @@ def execute(
     read: Read | Sequence[Read],
     write: Write,
     solve: Solve | None = None,
+    solve_flops: Flops = _none,
 ) -> None:
     """Orthogonalize everything in a plan, or do with it what ``solve`` does.
 
@@ -108,9 +118,10 @@ def execute(
         read: called for each chunk before it is exchanged; with ``solve``, one for each tensor that it wants.
         write: called for each chunk when it is done.
         solve: what to compute of whole matrices; only for plans in which each has an owner.
+        solve_flops: what that takes, for the counters.
     """
     reads = (read,) if callable(read) else tuple(read)
-    run = _Run(plan, orthogonalizer, wire, local_dtype, counters, reads, write, solve)
+    run = _Run(plan, orthogonalizer, wire, local_dtype, counters, reads, write, solve, solve_flops)
     tasks = (_TASKS[chunk.mode](run, chunk, exchanges.get(chunk.group)) for chunk in plan.chunks)
     previous, task = None, next(tasks, None)
     if task is not None:
@@ -212,6 +223,7 @@ class _Task:
         if self.run.solve is None:
             return self.orthogonalize(x)
         weights = [item.weight for item in batch.items for _ in range(item.count)]
+        self.run.counters.flops += x.size(0) * self.run.solve_flops(batch.kind.p, batch.kind.q)
         return self.run.solve(weights[first : first + x.size(0)], list(x.unbind(1)))
 
     def _parts(self, batches: list[torch.Tensor]) -> tuple[list[Part], list[torch.Tensor]]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_muon.engine.choose import choose_plan
 from megatron_muon.engine.describe import describe
 from megatron_muon.engine.exchange import Counters, Exchange
-from megatron_muon.engine.execute import Read, Solve, Wire, Write, execute, visit
+from megatron_muon.engine.execute import Flops, Read, Solve, Wire, Write, execute, visit
 from megatron_muon.engine.modes import GRAM, LOCAL, OWNER, Machine, Sizes
 from megatron_muon.engine.plan import Plan, Policy, Weight
 from megatron_muon.errors import ConfigError
@@ -108,7 +108,7 @@ class StepEngine:
         execute(plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, read, write)
         self.counters.steps += 1
 
-    def solve(self, reads: Sequence[Read], solve: Solve, write: Write) -> None:
+    def solve(self, reads: Sequence[Read], solve: Solve, write: Write, flops: Flops) -> None:
         """Compute something else of whole matrices, once: each at its owner, from several tensors.
 
         They are sent and packed in the dtype of the matrices that stay, whatever the wire's is.
@@ -117,6 +117,7 @@ class StepEngine:
             reads: fill batches with what is wanted of each matrix, one for each tensor.
             solve: computes whole batches, see :data:`megatron_muon.engine.execute.Solve`.
             write: takes the result.
+            flops: what ``solve`` takes for one matrix, for the counters.
 
         Raises:
             ValueError: if the plan has matrices without an owner (modes other than ``owner`` and ``blockwise``).
@@ -138,6 +139,7 @@ class StepEngine:
             reads,
             write,
             solve,
+            flops,
         )
         self.counters.steps += 1
 

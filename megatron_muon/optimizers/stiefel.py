@@ -98,6 +98,9 @@ class StiefelMuon(Muon):
         found = f"Stiefel manifold: {count} weight{'s' if count != 1 else ''} of this rank at radius {self.radius:g}"
         return [f"{found}; {self.solver}, {self.iterations} iterations"] if count else []
 
+    def _flops(self, p: int, q: int) -> int:
+        return SOLVERS[self.solver].flops(p, q, self.iterations)
+
     def _update_otherwise(self, jobs: list[Job], direction: str) -> None:
         if direction != STIEFEL:
             super()._update_otherwise(jobs, direction)
@@ -110,7 +113,7 @@ class StiefelMuon(Muon):
             move = _Move(self, [job.group["lr"] for job in jobs], not self._placed.issuperset(params), Msign(products))
             # The variant of the other weights has no part in these.
             read = reader(self.config.nesterov, jobs, Variant())
-            engine.solve((read, _weights_reader(jobs)), move, _weights_writer(jobs))
+            engine.solve((read, _weights_reader(jobs)), move, _weights_writer(jobs), self._flops)
         self._placed.update(params)
         self.tangency = move.tangency
 

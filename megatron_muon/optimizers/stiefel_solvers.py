@@ -116,6 +116,26 @@ def fixed_point(weight: torch.Tensor, gradient: torch.Tensor, iterations: int, m
     return msign(gradient + weight @ x)
 
 
+def _admm_flops(m: int, n: int, iterations: int) -> int:
+    product = 2 * m * n * n
+    return 2 * product + iterations * (4 * product + _sign_flops(m, n) + _sign_flops(n, n))
+
+
+def _dual_ascent_flops(m: int, n: int, iterations: int) -> int:
+    product = 2 * m * n * n
+    return 2 * product + _sign_flops(m, n) + iterations * (2 * product + _sign_flops(m, n))
+
+
+def _fixed_point_flops(m: int, n: int, iterations: int) -> int:
+    """Without the eigenvalue problems, one of n x n in each iteration but one."""
+    product = 2 * m * n * n
+    return 2 * product + _sign_flops(m, n) + (iterations - 1) * (2 * product + _sign_flops(m, n) + 10 * n**3)
+
+
+def _sign_flops(m: int, n: int) -> int:
+    return SIGN_STEPS * (4 * m * n * n + 2 * n**3)
+
+
 @dataclass(frozen=True)
 class Solver:
     """A way to solve the tangent problem.
@@ -123,26 +143,28 @@ class Solver:
     Attributes:
         solve: as :func:`admm`.
         iterations: its default.
-        msigns: matrix signs in each iteration.
+        products: operations in its matrix products, for one m x n matrix and a number of iterations.
     """
 
     solve: Callable[[torch.Tensor, torch.Tensor, int, Msign], torch.Tensor]
     iterations: int
-    msigns: int
+    products: Callable[[int, int, int], int]
 
-    def steps(self, iterations: int = 0) -> int:
-        """Newton-Schulz steps in one update of a weight, with the way back to the manifold.
+    def flops(self, p: int, q: int, iterations: int = 0) -> int:
+        """Operations in the matrix products of one update, with the way back to the manifold and the residual.
 
         Args:
+            p: the shorter side of the matrix.
+            q: the longer side.
             iterations: of the solver; 0: its default.
         """
-        return ((iterations or self.iterations) * self.msigns + 1) * SIGN_STEPS
+        return self.products(q, p, iterations or self.iterations) + 2 * q * p * p + _sign_flops(q, p)
 
 
 SOLVERS = {
-    "admm": Solver(admm, 10, 2),
-    "dual_ascent": Solver(dual_ascent, 100, 1),
-    "fixed_point": Solver(fixed_point, 20, 1),
+    "admm": Solver(admm, 10, _admm_flops),
+    "dual_ascent": Solver(dual_ascent, 100, _dual_ascent_flops),
+    "fixed_point": Solver(fixed_point, 20, _fixed_point_flops),
 }
 """By the names that ``--muon-stiefel-solver`` takes."""
 

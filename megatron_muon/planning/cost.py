@@ -27,7 +27,7 @@ __all__ = [
     "choices_of_stage",
     "loads_of_stage",
     "refusals_of_stage",
-    "state_bytes_per_element",
+    "state_bytes",
 ]
 
 FLOAT32_BYTES = 4
@@ -50,8 +50,9 @@ class Weight:
         by_expert_data: whether its replicas are the ranks of the expert data-parallel group.
         element_bytes: bytes of one of its elements.
         replica: whether another pipeline stage has it too, which counts it (a shared embedding).
-        owners: (data-parallel rank, elements of optimizer state it holds) for each rank that holds some; None if every
-            rank holds the state of all elements.
+        owners: (data-parallel rank, elements whose optimizer state it holds) for each rank that holds some; None if
+            every rank holds the state of all elements.
+        state_elements: of Muon's state of a rank's shard, without a main copy; None for the momentum alone.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Weight:
     element_bytes: int = 2
     replica: bool = False
     owners: tuple[tuple[int, int], ...] | None = None
+    state_elements: int | None = None
 
     @property
     def numel(self) -> int:
@@ -95,15 +97,19 @@ class Weight:
         return engine.Weight(self.local_shape, self.layout, self.shard_dim, group, self.shards)
 
 
-def state_bytes_per_element(weight: Weight, scalar_optimizer: str) -> int:
-    """Bytes of optimizer state for each element of ``weight`` that a rank owns.
+def state_bytes(weight: Weight, elements: int, scalar_optimizer: str) -> int:
+    """Bytes of optimizer state of a rank that owns so many elements of its shard of ``weight``.
 
-    Float32 throughout: a main copy of a 16-bit weight; one moment for Muon and Lion, two for Adam and for Muon's
-    weights that hold rows under Adam's rule.
+    Float32 throughout: a main copy of a 16-bit weight; two moments for Adam, one for Lion; for Muon what it keeps.
     """
-    main = 0 if weight.element_bytes == FLOAT32_BYTES else 1
-    adam = scalar_optimizer == "adam" and (weight.layout is None or weight.layout.has_scalar_rows)
-    return (main + (2 if adam else 1)) * FLOAT32_BYTES
+    kept = elements if weight.element_bytes != FLOAT32_BYTES else 0
+    if weight.layout is None:
+        kept += elements * (2 if scalar_optimizer == "adam" else 1)
+    elif weight.state_elements is None:
+        kept += elements
+    else:
+        kept += elements * weight.state_elements // weight.local_numel
+    return kept * FLOAT32_BYTES
 
 
 @dataclass(frozen=True)
@@ -175,11 +181,10 @@ def _holdings(
     """For each data-parallel rank the bytes of state and the step of the weights that it owns."""
     state, everywhere = [0] * ranks, 0
     for weight in weights:
-        per_element = state_bytes_per_element(weight, scalar_optimizer)
         if weight.owners is None:
-            everywhere += weight.local_numel * per_element
+            everywhere += state_bytes(weight, weight.local_numel, scalar_optimizer)
         for rank, elements in weight.owners or ():
-            state[rank] += elements * per_element
+            state[rank] += state_bytes(weight, elements, scalar_optimizer)
     steps = _steps(weights, ranks, planner)
     return [(state[rank] + everywhere, steps[rank]) for rank in range(ranks)]
 

@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.engine.modes import AUTO, MODES, Cost, Sizes
+from megatron_muon.engine.modes import AUTO, BLOCKWISE, MODES, OWNER, Cost, Sizes
 from megatron_muon.engine.plan import Weight
 from megatron_muon.engine.prediction import Choice, matrices_by_mode, predict
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.precision import precision_of
+from megatron_muon.optimizers.stiefel_solvers import SIGN_STEPS, SOLVERS
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
-from megatron_muon.routing.layout import BALLS
+from megatron_muon.routing.layout import MSIGN, STIEFEL
 
 __all__ = ["DENSE", "EXPERT", "Step", "StepPlanner"]
 
@@ -52,6 +53,7 @@ class StepPlanner:
         triples = tuple(map(parse_triple, options.custom_coefficients))
         steps = coefficients(options.coefficient_type, options.num_ns_steps, triples)
         self.orthogonalizer = Orthogonalizer(steps, self.precision.iteration, options.eps)
+        self.manifold_work = _ManifoldWork(options)
         self._steps: dict[frozenset[tuple[Weight, int]], Step] = {}
 
     def step(self, weights: Sequence[Weight]) -> Step:
@@ -67,6 +69,7 @@ class StepPlanner:
         for mode in MODES:
             try:
                 step.engine(mode)
+                step.manifold_engine(mode)
             except ConfigError as error:
                 found[mode] = str(error)
         return found
@@ -83,8 +86,10 @@ class Step:
         """
         # Updates in balls of entries, rows or columns cost next to nothing.
         self.planner = planner
-        self.weights = tuple(weight for weight in weights if weight.layout.direction not in BALLS)
+        self.weights = tuple(weight for weight in weights if weight.layout.direction == MSIGN)
+        self.manifold = tuple(weight for weight in weights if weight.layout.direction == STIEFEL)
         self._engines: dict[str, StepEngine] = {}
+        self._manifold_engines: dict[str, StepEngine] = {}
         self._costs: dict[tuple[str, ...], Cost] = {}
 
     def engine(self, mode: str) -> StepEngine:
@@ -94,8 +99,15 @@ class Step:
             ConfigError: for what the mode cannot do.
         """
         if mode not in self._engines:
-            self._engines[mode] = self._new_engine(mode)
+            self._engines[mode] = self._new_engine(self.weights, mode)
         return self._engines[mode]
+
+    def manifold_engine(self, mode: str) -> StepEngine:
+        """That of weights on the Stiefel manifold, which are wanted whole in every mode that gives one update."""
+        whole = BLOCKWISE if mode == BLOCKWISE else OWNER
+        if whole not in self._manifold_engines:
+            self._manifold_engines[whole] = self._new_engine(self.manifold, whole)
+        return self._manifold_engines[whole]
 
     def cost(self, mode: str, group_ranks: Mapping[str, int]) -> Cost:
         """What a rank does in this step; see :func:`megatron_muon.engine.prediction.predict`.
@@ -107,6 +119,17 @@ class Step:
         Raises:
             ConfigError: for what the mode cannot do.
         """
+        found = self._cost(mode, group_ranks)
+        if not self.manifold:
+            return found
+        planner, engine = self.planner, self.manifold_engine(mode)
+        own = engine.local_dtype.itemsize
+        # Momentum and weights to the owners, the new weights back, as they are.
+        sizes = Sizes(2 * own, own, own)
+        return found + predict(engine.plan, planner.manifold_work, sizes, group_ranks, engine.local_dtype)
+
+    def _cost(self, mode: str, group_ranks: Mapping[str, int]) -> Cost:
+        """Of the weights that are orthogonalized."""
         if not any(weight.dim for weight in self.weights):
             mode = AUTO  # nothing is exchanged, so that all modes are one
         engine = self.engine(mode)
@@ -120,13 +143,13 @@ class Step:
 
     def choices(self, mode: str) -> Counter[Choice]:
         """How many matrices of which shape the ranks of the groups together treat in which way."""
-        return matrices_by_mode(self.engine(mode).plan)
+        return matrices_by_mode(self.engine(mode).plan) + matrices_by_mode(self.manifold_engine(mode).plan)
 
-    def _new_engine(self, mode: str) -> StepEngine:
+    def _new_engine(self, weights: tuple[Weight, ...], mode: str) -> StepEngine:
         options, precision = self.planner.options, self.planner.precision
-        ranks = {weight.group: weight.ranks for weight in self.weights if weight.dim}
+        ranks = {weight.group: weight.ranks for weight in weights if weight.dim}
         return StepEngine(
-            self.weights,
+            weights,
             {name: cast(dist.ProcessGroup, _Group(size)) for name, size in ranks.items()},
             self.planner.orthogonalizer,
             mode=mode,
@@ -135,6 +158,18 @@ class Step:
             chunk_mb=options.chunk_mb,
             device=_DEVICE,
         )
+
+
+class _ManifoldWork(Orthogonalizer):
+    """Tells what an update of a matrix on the Stiefel manifold takes."""
+
+    def __init__(self, options: MuonConfig) -> None:
+        super().__init__(coefficients("polar_express", SIGN_STEPS), torch.float32)
+        self._solver, self._iterations = SOLVERS[options.stiefel_solver], options.stiefel_iterations
+
+    def flops(self, p: int, q: int) -> int:
+        """Multiplications and additions that one p x q matrix takes."""
+        return self._solver.flops(p, q, self._iterations)
 
 
 class _Group:

@@ -29,9 +29,10 @@ from megatron_muon.planning.cost import (
 from megatron_muon.planning.flags import Layout, as_config_error, parse
 from megatron_muon.planning.model import Stage, build_stages
 from megatron_muon.planning.ownership import Owners, owners_of_stage
+from megatron_muon.planning.state import StateCounter
 from megatron_muon.planning.steps import StepPlanner
 from megatron_muon.routing import annotate, global_names
-from megatron_muon.routing.layout import STIEFEL, layout_of
+from megatron_muon.routing.layout import layout_of
 from megatron_muon.routing.partition import refuse_unmatched
 from megatron_muon.routing.predicate import exclusion_reason
 from megatron_muon.routing.report import Route, collect, pattern
@@ -152,8 +153,10 @@ class _Survey:
         self.routes: list[Route] = []
         self.weights: list[Weight] = []
         self.stages: list[StagePlan] = []
-        sphere = args.optimizer.removeprefix("dist_") == "spectral_sphere"
-        self.planner = StepPlanner(options, evaluations(options.sphere_tolerance) if sphere else 1)
+        optimizer = args.optimizer.removeprefix("dist_")
+        passes = evaluations(options.sphere_tolerance) if optimizer == "spectral_sphere" else 1
+        self.planner = StepPlanner(options, passes)
+        self.state = StateCounter(optimizer, options, args.adaptive_muon_moment2_method)
         self.refusals: dict[str, str] = {}
         self.mtp_routes: list[Route] = []
         self.attention_flops = 0
@@ -224,18 +227,21 @@ class _Survey:
         shape = list(param.shape)
         if divided:
             shape[shard_dim] *= ranks
+        division = (ranks, shard_dim) if divided else (1, -1)
+        layout = layout_of(param) if muon else None
         return Weight(
             name=pattern(name),
             shape=tuple(shape),
-            layout=layout_of(param) if muon else None,
-            shards=ranks if divided else 1,
-            shard_dim=shard_dim if divided else -1,
+            layout=layout,
+            shards=division[0],
+            shard_dim=division[1],
             routed=routed,
             copies=self.layout.expert if routed else 1,
             by_expert_data=not getattr(param, "allreduce", True),
             element_bytes=param.element_size(),
             replica=self._is_replica(param),
             owners=owners.get(param),
+            state_elements=None if layout is None else self.state.elements(tuple(shape), layout, *division),
         )
 
     def _is_replica(self, param: torch.nn.Parameter) -> bool:
@@ -259,12 +265,13 @@ class _Survey:
                 "Down projections of latent attention are counted as divided by tensor parallelism, as Megatron's own "
                 "layers do it; TransformerEngine's hold them whole."
             )
-        on_manifold = sum(weight.layout is not None and weight.layout.direction == STIEFEL for weight in self.weights)
-        if on_manifold:
+        if self.state.optimizer == "spectral_sphere":
             notes.append(
-                f"{on_manifold} weights on the Stiefel manifold are counted as plain Muon's: the iterations of "
-                f"--muon-stiefel-solver {self.options.stiefel_solver} are not."
+                f"Matrices on the spectral sphere are orthogonalized {self.planner.passes} times in a step. The sums "
+                "that find singular vectors and the multiplier are not counted."
             )
+        elif self.state.sums and self.layout.tensor > 1:
+            notes.append("Sums over whole matrices (norms, means of rows) that this variant needs are not counted.")
         return notes
 
 

@@ -349,7 +349,10 @@ def _cost_in(pg_collection: Any) -> Callable[[torch.Tensor], int]:
         dense = getattr(pg_collection, "tp", None)
         expert = getattr(pg_collection, "expt_tp", dense)
     muon = options.current()
-    stiefel_steps = SOLVERS[muon.stiefel_solver].steps(muon.stiefel_iterations)
+    solver = SOLVERS[muon.stiefel_solver]
+
+    def stiefel(p: int, q: int) -> int:
+        return solver.flops(p, q, muon.stiefel_iterations)
 
     def cost(param: torch.Tensor) -> int:
         divided = getattr(param, "tensor_model_parallel", False) and not _is_nonlinear_or_embedding(param)
@@ -359,6 +362,6 @@ def _cost_in(pg_collection: Any) -> Callable[[torch.Tensor], int]:
                 "parallel_state nor pg_collection has: its owner cannot be chosen. Give "
                 "megatron.training.training.wrap_model_chunks_with_ddp a pg_collection with tp and expt_tp."
             )
-        return cost_of_weight(param, shard_of(param, dense, expert), muon.num_ns_steps, stiefel_steps)
+        return cost_of_weight(param, shard_of(param, dense, expert), muon.num_ns_steps, stiefel)
 
     return cost

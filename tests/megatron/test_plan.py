@@ -337,9 +337,13 @@ def test_a_shared_embedding_counts_once(planner: ProcessPoolExecutor) -> None:
 
 
 def test_what_is_not_counted_is_told(planner: ProcessPoolExecutor) -> None:
-    flags = [*TINY, *GROUPS, "--optimizer", "stiefel_muon", "--muon-param-rule", "*.linear_qkv.weight=stiefel"]
-    (note,) = planner.submit(document_of, flags, 1).result()["notes"]
-    assert "weights on the Stiefel manifold are counted as plain Muon's" in note and "admm" in note
+    sphere = [*TINY, *GROUPS, "--optimizer", "spectral_sphere"]
+    (note,) = planner.submit(document_of, sphere, 1).result()["notes"]
+    assert "orthogonalized 7 times in a step" in note and "singular vectors" in note
+    divided = [*TINY, *GROUPS, "--optimizer", "adaptive_muon", "--tensor-model-parallel-size", "2"]
+    (note,) = planner.submit(document_of, divided, 2).result()["notes"]
+    assert "Sums over whole matrices" in note
+    assert planner.submit(document_of, [*TINY, *GROUPS], 1).result()["notes"] == []
 
 
 def test_modes_that_cannot_be(planner: ProcessPoolExecutor) -> None:
@@ -444,7 +448,9 @@ def measured(layout: Layout, bf16: bool, options: dict[str, Any]) -> Measured:
     for chunk in run.chunks:
         for param in chunk.parameters():
             param.main_grad = torch.ones_like(param, dtype=torch.float32)
-    engines = [engine for muon in muons(run.optimizer) if (engine := muon.prepare()) is not None]
+    for muon in muons(run.optimizer):
+        muon.prepare()
+    engines = [engine for muon in muons(run.optimizer) for _, engine in muon._engines.values()]
     for engine in engines:
         engine.counters.reset()
     with FlopCounterMode(display=False) as counter:
@@ -484,8 +490,34 @@ def in_mode(mode: str, ranks: int) -> tuple[list[str], dict[str, Any]]:
     return flags, {"optimizer": {"muon_tp_mode": mode, "muon_fp32_matmul_prec": "highest"}}
 
 
+def variant(name: str, **options: Any) -> tuple[list[str], dict[str, Any]]:
+    """Flags of the plan, and options of the run."""
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    return ["--optimizer", name, *flags], {"optimizer": {"name": name, **options}}
+
+
+STIEFEL_FLAGS, STIEFEL_OPTIONS = variant("stiefel_muon", muon_param_rule="*.linear_qkv.weight=stiefel")
+STIEFEL_OPTIONS["optimizer"]["muon_param_rule"] = ("*.linear_qkv.weight=stiefel",)
+ADAMUON_FLAGS, ADAMUON_OPTIONS = variant("adaptive_muon", adaptive_muon_moment2_method="adamuon")
+
 CASES = {
     "plain": (Layout(), 1, [], {}),
+    "adamuon": (Layout(), 1, ADAMUON_FLAGS, ADAMUON_OPTIONS),
+    "adamuon, layer-wise": (
+        Layout(layer_wise=True),
+        2,
+        [*ADAMUON_FLAGS, "--use-distributed-optimizer"],
+        ADAMUON_OPTIONS,
+    ),
+    "normuon": (Layout(), 1, *variant("adaptive_muon", adaptive_muon_moment2_method="normuon")),
+    "manifold": (Layout(), 1, STIEFEL_FLAGS, STIEFEL_OPTIONS),
+    "manifold, tensor": (Layout(tp=2), 2, ["--tensor-model-parallel-size", "2", *STIEFEL_FLAGS], STIEFEL_OPTIONS),
+    "manifold, layer-wise": (
+        Layout(layer_wise=True),
+        2,
+        [*STIEFEL_FLAGS, "--use-distributed-optimizer"],
+        STIEFEL_OPTIONS,
+    ),
     **{f"tensor {mode}": (Layout(tp=2), 2, *in_mode(mode, 2)) for mode in MODES},
     "four tensor-parallel ranks": (Layout(tp=4), 4, ["--tensor-model-parallel-size", "4"], {}),
     "cut query groups, owner": (Layout(tp=4), 4, *in_mode("owner", 4)),

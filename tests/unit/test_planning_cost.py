@@ -18,12 +18,13 @@ from megatron_muon.planning.cost import (
     choices_of_stage,
     loads_of_stage,
     refusals_of_stage,
-    state_bytes_per_element,
+    state_bytes,
 )
 from megatron_muon.planning.flags import Layout, Position
 from megatron_muon.planning.ownership import _pieces
+from megatron_muon.planning.state import StateCounter
 from megatron_muon.planning.steps import StepPlanner
-from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
+from megatron_muon.routing.layout import SCALAR, STIEFEL, WHOLE, MatrixLayout, Section
 
 QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
 PER_HEAD = MatrixLayout("qkv", (Section("q", 4, matrix_rows=2), Section("k", 2, matrix_rows=2)))
@@ -204,13 +205,47 @@ def test_precision_is_that_of_the_optimizer(weights: torch.dtype) -> None:
         (None, 2, "adam", 12),  # main copy, two moments
         (None, 4, "adam", 8),
         (None, 2, "lion", 8),
-        (GATED, 2, "adam", 12),  # the second moment has the shape of the whole weight
-        (GATED, 2, "lion", 8),
     ],
 )
 def test_state(layout: MatrixLayout | None, element_bytes: int, scalar_optimizer: str, expected: int) -> None:
     weight = Weight("w", (10, 8), layout, element_bytes=element_bytes)
-    assert state_bytes_per_element(weight, scalar_optimizer) == expected
+    assert state_bytes(weight, 80, scalar_optimizer) == 80 * expected
+    assert state_bytes(weight, 30, scalar_optimizer) == 30 * expected
+
+
+def test_state_of_variants() -> None:
+    """A shard of 5 x 8 with one tensor of its shape and one number a row beside the momentum."""
+    weight = Weight("w", (10, 8), WHOLE, shards=2, shard_dim=-2, state_elements=2 * 40 + 5)
+    assert state_bytes(weight, 40, "adam") == 4 * (40 + 85)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "method", "layout", "extra"),
+    [
+        ("muon", {}, "adamuon", WHOLE, ""),
+        ("muon", {}, "adamuon", GATED, "full"),  # the second moment has the shape of the whole weight
+        ("muon", {"scalar_optimizer": "lion"}, "adamuon", GATED, ""),
+        ("muon", {"scale_mode": "spectral_norm"}, "adamuon", WHOLE, "row"),
+        ("muon", {"scale_mode": "moonlight_hidden"}, "adamuon", WHOLE, ""),
+        ("muon", {"variant": "hyperball", "scale_mode": "none"}, "adamuon", WHOLE, "row"),
+        ("adaptive_muon", {}, "adamuon", WHOLE, "full"),
+        ("adaptive_muon", {}, "adamuon_eo", WHOLE, "full"),
+        ("adaptive_muon", {"scale_mode": "spectral_norm"}, "normuon", WHOLE, "row row"),
+        ("adaptive_muon", {}, "namo", WHOLE, "row"),
+        ("spectral_sphere", {}, "adamuon", WHOLE, "row row row"),
+        ("stiefel_muon", {}, "adamuon", MatrixLayout("linear", direction=STIEFEL), ""),
+        ("stiefel_muon", {"scale_mode": "spectral_norm"}, "adamuon", MatrixLayout("linear", direction="sign"), ""),
+    ],
+)
+def test_what_optimizers_keep(
+    optimizer: str, options: dict[str, str], method: str, layout: MatrixLayout, extra: str
+) -> None:
+    counter = StateCounter(optimizer, MuonConfig(**options), method)
+    full, rows = 1 + extra.count("full"), extra.count("row")
+    assert counter.elements((20, 8), layout) == full * 160 + rows * 20
+    assert counter.elements((20, 8), layout, 4, -2) == full * 40 + rows * 5
+    # Each of four ranks has a part of every row.
+    assert counter.elements((20, 8), layout, 4, -1) == full * 40 + rows * 20
 
 
 def test_plain_replicas_are_alike() -> None:

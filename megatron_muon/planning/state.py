@@ -1,0 +1,75 @@
+"""How much an optimizer keeps of a weight: asked of the optimizer itself, about a weight without contents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_muon.config import MuonConfig
+from megatron_muon.optimizers.adaptive import AdaptiveMuon
+from megatron_muon.optimizers.muon import Muon
+from megatron_muon.optimizers.sphere import SpectralSphere
+from megatron_muon.optimizers.stiefel import StiefelMuon
+from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM
+from megatron_muon.routing.layout import MatrixLayout
+
+__all__ = ["StateCounter"]
+
+
+class StateCounter:
+    """Counts the elements of the state of one optimizer."""
+
+    def __init__(self, optimizer: str, options: MuonConfig, moment2_method: str = "adamuon") -> None:
+        """
+        Args:
+            optimizer: its name, without ``dist_``.
+            options: validated.
+            moment2_method: of ``adaptive_muon``.
+        """
+        self.optimizer, self.options, self.moment2_method = optimizer, options, moment2_method
+        self._counted: dict[tuple[object, ...], int] = {}
+
+    @property
+    def sums(self) -> bool:
+        """Whether the step adds something up over whole matrices, which tensor-parallel ranks hold parts of."""
+        own = self._made(torch.nn.Parameter(torch.empty(1, 1, device="meta")))
+        return own.variant.adapts or own.variant.retracts or own.config.scale_mode in (UPDATE_NORM, SPECTRAL_NORM)
+
+    def elements(self, shape: tuple[int, ...], layout: MatrixLayout, shards: int = 1, shard_dim: int = -1) -> int:
+        """Of the state of one rank's shard of a weight, without a main copy.
+
+        Args:
+            shape: of the whole weight.
+            layout: its logical matrices.
+            shards: number of ranks that divide it.
+            shard_dim: what they divide: rows (-2) or columns (-1).
+        """
+        key = (shape, layout, shards, shard_dim)
+        if key not in self._counted:
+            param = torch.nn.Parameter(torch.empty(shape, device="meta"))
+            param.matrix_layout = layout  # type: ignore[attr-defined]
+            optimizer = self._made(param)
+            optimizer._init_group(optimizer.param_groups[0], skip_non_grad_params=False)
+            self._counted[key] = sum(
+                # Numbers of whole rows are on every rank that has a part of the row.
+                tensor.numel() if tensor.size(shard_dim) == 1 else tensor.numel() // shards
+                for tensor in optimizer.state[param].values()
+            )
+        return self._counted[key]
+
+    def _made(self, param: torch.nn.Parameter) -> Muon:
+        options = self.options
+        common: dict[str, Any] = {
+            "scalar_optimizer": options.scalar_optimizer,
+            "scale_mode": options.scale_mode,
+            "hidden_size": 1,
+        }
+        match self.optimizer:
+            case "adaptive_muon":
+                return AdaptiveMuon([param], moment2_method=self.moment2_method, **common)
+            case "spectral_sphere":
+                return SpectralSphere([param], **common)
+            case "stiefel_muon":
+                return StiefelMuon([param], **common)
+        return Muon([param], variant=options.variant, **common)
