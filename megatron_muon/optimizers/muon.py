@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +11,16 @@ import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.engine.execute import Part, Read, Reduce, Write
+from megatron_muon.engine.execute import Part, Reduce, Write
 from megatron_muon.engine.modes import BLOCKWISE, DUPLICATED, OWNER
 from megatron_muon.engine.plan import Weight, check_weight
 from megatron_muon.engine.shards import shard_of
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.balls import ball_directions
+from megatron_muon.optimizers.jobs import Job, decay_cautiously, reader, rows_of
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts, spectrally_normalized
-from megatron_muon.optimizers.precision import precision_of
+from megatron_muon.optimizers.precision import matmul_precision, precision_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, update_rows
 from megatron_muon.optimizers.sizes import VARIANTS
 from megatron_muon.optimizers.stages import Matrices, Update, Variant
@@ -29,9 +28,9 @@ from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM, UPDATE_NORM, ball_factor, scale_factor
-from megatron_muon.routing.layout import BALLS, MSIGN, ORTHOGONALIZE, SCALAR, STIEFEL, MatrixLayout, layout_of
+from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, MatrixLayout, layout_of
 
-__all__ = ["Job", "Muon", "matmul_precision", "reader"]
+__all__ = ["Muon"]
 
 
 class Muon(torch.optim.Optimizer):
@@ -315,14 +314,14 @@ class Muon(torch.optim.Optimizer):
         # Those on a manifold do not decay: the way back to it would undo that.
         decaying = [index for index, layout in enumerate(layouts) if layout.direction != STIEFEL]
         decaying_layouts = [layouts[index] for index in decaying]
-        decaying_rows = _rows([params[index] for index in decaying], decaying_layouts)
+        decaying_rows = rows_of([params[index] for index in decaying], decaying_layouts)
         l2 = self.config.weight_decay_method == "l2" and self.variant.decays
         if l2 and group["weight_decay"] != 0.0 and decaying_rows:
             # Copies: Megatron reads its gradient buffer again, and rows under Adam have their own decay.
             grads = [grad.clone() for grad in grads]
-            grad_rows = _rows([grads[index] for index in decaying], decaying_layouts)
+            grad_rows = rows_of([grads[index] for index in decaying], decaying_layouts)
             torch._foreach_add_(grad_rows, decaying_rows, alpha=group["weight_decay"])
-        torch._foreach_lerp_(_rows(buffers, layouts), _rows(grads, layouts), 1.0 - group["momentum"])
+        torch._foreach_lerp_(rows_of(buffers, layouts), rows_of(grads, layouts), 1.0 - group["momentum"])
         factor = self._decay_factor(group)
         if factor != 1.0 and decaying_rows:
             torch._foreach_mul_(decaying_rows, factor)
@@ -358,10 +357,10 @@ class Muon(torch.optim.Optimizer):
         seconds = [state[SECOND_MOMENT] for state in states] if group["scalar_optimizer"] == "adam" else []
         update_rows(
             group,
-            _rows([job.param for job in mixed], layouts, SCALAR),
-            _rows([job.grad for job in mixed], layouts, SCALAR),
-            _rows([state["momentum_buffer"] for state in states], layouts, SCALAR),
-            _rows(seconds, layouts[: len(seconds)], SCALAR),
+            rows_of([job.param for job in mixed], layouts, SCALAR),
+            rows_of([job.grad for job in mixed], layouts, SCALAR),
+            rows_of([state["momentum_buffer"] for state in states], layouts, SCALAR),
+            rows_of(seconds, layouts[: len(seconds)], SCALAR),
         )
 
     def _engine_for(self, params: list[torch.Tensor], direction: str = MSIGN) -> StepEngine:
@@ -452,7 +451,7 @@ class Muon(torch.optim.Optimizer):
                 views = part.piece.pairs(job.param, direction)
                 pairs[-job.group["lr"] * factor(part)] += views
                 if cautious and job.group["weight_decay"] != 0.0:
-                    _decay_cautiously(views, job.group["lr"] * job.group["weight_decay"])
+                    decay_cautiously(views, job.group["lr"] * job.group["weight_decay"])
             for alpha, found in pairs.items():
                 if found:
                     weights, updates = zip(*found, strict=True)
@@ -491,16 +490,6 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-@dataclass(frozen=True)
-class Job:
-    """A parameter in one step."""
-
-    group: dict[str, Any]
-    param: torch.Tensor
-    grad: torch.Tensor
-    buffer: torch.Tensor
-
-
 def _name(variant: str | Variant) -> str:
     """What options call a variant; ``none`` for one that they do not know."""
     name = variant if isinstance(variant, str) else variant.name
@@ -512,58 +501,3 @@ def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if any(direction.stride()):
         return direction.to(dtype)
     return direction.new_zeros((), dtype=dtype).expand(direction.shape)
-
-
-def _decay_cautiously(views: list[tuple[torch.Tensor, torch.Tensor]], rate: float) -> None:
-    """Decay the elements that the update makes smaller (as Dion's cautious decay)."""
-    for weight, direction in views:
-        weight.sub_(weight * (weight * direction > 0), alpha=rate)
-
-
-def reader(nesterov: bool, jobs: list[Job], variant: Variant) -> Read:
-    """Packs the momentum, or Nesterov's mix of gradient and momentum."""
-
-    def read(parts: list[Part], slots: list[torch.Tensor]) -> None:
-        views: dict[float, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
-        for part, slot in zip(parts, slots, strict=True):
-            job = jobs[part.item.weight]
-            pairs = part.piece.pairs(job.buffer, slot)
-            grads = part.piece.pairs(job.grad, slot) if nesterov else pairs
-            views[job.group["momentum"]] += [(*pair, grad) for pair, (grad, _) in zip(pairs, grads, strict=True)]
-        for momentum, found in views.items():
-            if not found:
-                continue
-            sources, targets, mixed_in = zip(*found, strict=True)
-            # The gradient itself stays as it is: Megatron reads its buffer again (logging, gradient norms).
-            torch._foreach_copy_(targets, torch._foreach_lerp(mixed_in, sources, momentum) if nesterov else sources)
-        variant.transform(slots)
-        if slots and jobs[parts[0].item.weight].group["damping_depth"]:
-            torch._foreach_mul_(slots, [_damping_scale(jobs, part) for part in parts])
-
-    return read
-
-
-def _damping_scale(jobs: list[Job], part: Part) -> float:
-    """Where the iteration adds eps to the norm of u times this, it adds eps sqrt(n / m) / depth to that of u."""
-    depth: float = jobs[part.item.weight].group["damping_depth"]
-    return depth * (part.item.rows / part.item.columns) ** 0.5
-
-
-def _rows(
-    tensors: Sequence[torch.Tensor], layouts: Sequence[MatrixLayout], rule: str = ORTHOGONALIZE
-) -> list[torch.Tensor]:
-    """Views of the rows under ``rule``, of all tensors."""
-    pairs = zip(tensors, layouts, strict=True)
-    return [view for tensor, layout in pairs for view in layout.rows_by_rule(tensor, rule)]
-
-
-@contextlib.contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """float32 products in TF32 where asked for; the process-wide setting is put back."""
-    before = torch.get_float32_matmul_precision()
-    # "medium" converts to bfloat16 by itself, so that float32 products (there are none then) may stay exact.
-    torch.set_float32_matmul_precision("high" if precision == "high" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -22,7 +22,8 @@ import torch
 
 from megatron_muon.engine.execute import Part, Read, Reduce, Write
 from megatron_muon.errors import ConfigError
-from megatron_muon.optimizers.muon import Job, Muon, reader
+from megatron_muon.optimizers.jobs import Job, reader
+from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.power import store_rows, top_singular
 from megatron_muon.optimizers.stages import Update, Variant
 

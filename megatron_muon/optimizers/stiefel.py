@@ -16,7 +16,9 @@ import torch
 
 from megatron_muon.engine.execute import Part, Read, Reduce, Write
 from megatron_muon.errors import ConfigError
-from megatron_muon.optimizers.muon import Job, Muon, matmul_precision, reader
+from megatron_muon.optimizers.jobs import Job, reader
+from megatron_muon.optimizers.muon import Muon
+from megatron_muon.optimizers.precision import matmul_precision
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.optimizers.stiefel_solvers import PLACING_STEPS, SOLVERS, Msign, defect, tangency, tangent
 from megatron_muon.orthogonalize.backends import choose_products
