@@ -481,6 +481,12 @@ class MuonConfig:
                 f"--muon-variant hyperball with --muon-scale-mode {self.scale_mode}: the radius of the weight decides "
                 "about the size of its updates. Add --muon-scale-mode none."
             )
+        for name, default in (("extra_scale_factor", 1.0), ("weight_decay_method", "decoupled")):
+            if self.variant == "hyperball" and getattr(self, name) != default:
+                raise ConfigError(
+                    f"--muon-variant hyperball with {flag(name)} {getattr(self, name)}: weights keep their norm, and "
+                    "the learning rate alone is the angle by which they turn. Leave it away."
+                )
         if self.transfer:
             self._check_transfer()
         if self.variant == "polargrad" and self.scale_mode in ("update_norm", "spectral_norm"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.optimizers.stages import Matrices, Variant
+from megatron_muon.optimizers.stages import Matrices, Variant, signs_
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM
 
 __all__ = ["METHODS", "AdaptiveMuon", "check_second_moment"]
@@ -71,7 +72,7 @@ class AdaMuon(AdaMuonEO):
     def transform(self, batches: Sequence[torch.Tensor]) -> None:
         """The sign of the momentum."""
         for batch in batches:
-            batch.sign_()
+            signs_(batch)
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Divided, and brought to the norm sqrt(min(m, n)) that a semi-orthogonal matrix has."""
@@ -199,4 +200,17 @@ class AdaptiveMuon(Muon):
         **options: Any,
     ) -> None:
         check_second_moment(moment2_method, beta2, moment2_eps, options.get("scale_mode", "spectral"))
+        self.beta2, self.moment2_eps = beta2, moment2_eps
         super().__init__(params, lr, variant=METHODS[moment2_method](beta2, moment2_eps), **options)
+        if moment2_method == NAMO.name and self.config.momentum**2 > beta2:
+            warnings.warn(
+                f"NAMO with momentum {self.config.momentum:g} and beta2 {beta2:g}: where a weight gets no gradients "
+                "for long (an expert without tokens), its second moment fades faster than its momentum, and updates "
+                "grow. Give a beta2 above the momentum's square.",
+                stacklevel=2,
+            )
+
+    @property
+    def checkpoint_options(self) -> dict[str, Any]:
+        """As of :class:`Muon`, with the numbers of the second moment."""
+        return {**super().checkpoint_options, "moment2_beta2": self.beta2, "moment2_eps": self.moment2_eps}

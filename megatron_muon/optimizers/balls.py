@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_muon.optimizers.stages import Matrices
+from megatron_muon.optimizers.stages import Matrices, signs_
 from megatron_muon.routing.layout import COLUMN_NORM, ROW_NORM
 
 __all__ = ["ball_directions"]
@@ -34,7 +34,7 @@ def ball_directions(matrices: Matrices, direction: str) -> list[torch.Tensor]:
     # One batch for each, changed in place: a table is a single item of a chunk, however large it is.
     mixes = [update.mix() for update in matrices.updates]
     if direction not in (ROW_NORM, COLUMN_NORM):
-        return [mix.sign_() for mix in mixes]
+        return [signs_(mix) for mix in mixes]
     if direction == ROW_NORM:
         sums, counts = matrices.row_squares(mixes), [update.columns for update in matrices.updates]
     else:

@@ -43,8 +43,9 @@ def reader(nesterov: bool, jobs: list[Job], variant: Variant) -> Read:
             # The gradient itself stays as it is: Megatron reads its buffer again (logging, gradient norms).
             torch._foreach_copy_(targets, torch._foreach_lerp(mixed_in, sources, momentum) if nesterov else sources)
         variant.transform(slots)
-        if slots and jobs[parts[0].item.weight].group["damping_depth"]:
-            torch._foreach_mul_(slots, [_damping_scale(jobs, part) for part in parts])
+        scales = [_damping_scale(jobs, part) for part in parts]
+        if any(scale != 1.0 for scale in scales):
+            torch._foreach_mul_(slots, scales)
 
     return read
 
@@ -52,7 +53,7 @@ def reader(nesterov: bool, jobs: list[Job], variant: Variant) -> Read:
 def _damping_scale(jobs: list[Job], part: Part) -> float:
     """Where the iteration adds eps to the norm of u times this, it adds eps sqrt(n / m) / depth to that of u."""
     depth: float = jobs[part.item.weight].group["damping_depth"]
-    return depth * (part.item.rows / part.item.columns) ** 0.5
+    return depth * (part.item.rows / part.item.columns) ** 0.5 if depth else 1.0
 
 
 def rows_of(

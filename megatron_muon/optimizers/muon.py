@@ -23,14 +23,19 @@ from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts, spectrally_n
 from megatron_muon.optimizers.precision import matmul_precision, precision_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, update_rows
 from megatron_muon.optimizers.sizes import VARIANTS
-from megatron_muon.optimizers.stages import Matrices, Update, Variant
+from megatron_muon.optimizers.stages import Matrices, Update, Variant, divided
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM, UPDATE_NORM, ball_factor, scale_factor
+from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, MatrixLayout, layout_of
 
 __all__ = ["Muon"]
+
+
+_ENGINES = 8
+"""So many are kept."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -172,8 +177,9 @@ class Muon(torch.optim.Optimizer):
         self.expert_tp_group = expert_tp_group
         triples = tuple(map(parse_triple, self.config.custom_coefficients))
         self._coefficients = coefficients(coefficient_type, num_ns_steps, triples)
-        self._engines: dict[str, tuple[tuple[int, ...], StepEngine]] = {}
+        self._engines: dict[tuple[str, tuple[int, ...]], StepEngine] = {}
         self.starts = WarmStarts()
+        self._first_lrs: list[float] = []
         self.products_note = ""
         scalar = {
             "scalar_optimizer": scalar_optimizer,
@@ -190,16 +196,25 @@ class Muon(torch.optim.Optimizer):
         """What checkpoints call the rule of these weights."""
         return self.variant.name
 
+    @property
+    def checkpoint_options(self) -> dict[str, Any]:
+        """What checkpoints tell of the options, beside the numbers of param groups, so that changes can be told."""
+        names = ["nesterov", "coefficient_type", "num_ns_steps"]
+        names += ["scale_mode", "extra_scale_factor"] if self.scales else []
+        names += ["weight_decay_method"] if self.variant.decays else []
+        return {"newton_schulz_eps": self.config.eps, **{name: getattr(self.config, name) for name in names}}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``; refuses what cannot be orthogonalized."""
         super().add_param_group(param_group)
+        self._first_lrs.append(self.param_groups[-1]["lr"])
         for param in self.param_groups[-1]["params"]:
             layout = layout_of(param)
             if param.dim() != layout.dims:
                 raise ValueError(
                     f"Muon updates {layout.dims}-D weights, got shape {tuple(param.shape)}: give it to Adam"
                 )
-            self._check_direction(layout)
+            self._check_direction(param, layout)
             weight = self._weight(param)
             check_weight(weight, self.config.tp_mode)
             if weight.is_broken and layout.has_scalar_rows:
@@ -210,15 +225,16 @@ class Muon(torch.optim.Optimizer):
                     "(--muon-param-rule 'NAME=whole')."
                 )
 
-    def _check_direction(self, layout: MatrixLayout) -> None:
+    def _check_direction(self, param: torch.Tensor, layout: MatrixLayout) -> None:
+        rule = getattr(param, OVERRIDE_ATTRIBUTE, f"NAME={layout.direction}")
         if layout.direction not in self.directions:
             raise ConfigError(
-                f"--muon-param-rule ...={layout.direction} (a {layout.kind} weight) with an optimizer that has no such "
+                f"--muon-param-rule '{rule}' (a {layout.kind} weight) with an optimizer that has no such "
                 "updates: use --optimizer stiefel_muon, or another choice."
             )
         if layout.direction in BALLS and not self.variant.decays:
             raise ConfigError(
-                f"--muon-param-rule ...={layout.direction} (a {layout.kind} weight) with {self.variant.name}, which "
+                f"--muon-param-rule '{rule}' (a {layout.kind} weight) with {self.variant.name}, which "
                 "has no weight decay: such a weight would leave its ball. Give it to Adam, or use --optimizer muon."
             )
 
@@ -294,8 +310,9 @@ class Muon(torch.optim.Optimizer):
             state = self.state[param]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(param)
-            if group["scalar_optimizer"] == "adam" and layout_of(param).has_scalar_rows:
-                state.setdefault(SECOND_MOMENT, torch.zeros_like(param))
+            has_second = group["scalar_optimizer"] == "adam" and layout_of(param).has_scalar_rows
+            if has_second and SECOND_MOMENT not in state:
+                state[SECOND_MOMENT] = torch.zeros_like(param)
             if layout_of(param).direction == MSIGN:
                 self.variant.init_state(param, state)
                 if self.scales and self.config.scale_mode == SPECTRAL_NORM and UPDATE_LEFT not in state:
@@ -342,8 +359,9 @@ class Muon(torch.optim.Optimizer):
         return 1.0
 
     def _peak_lr(self, group: dict[str, Any]) -> float:
-        """Of the schedule: Megatron-Core's and torch's schedulers note it in the group."""
-        peak: float = group.get("max_lr") or group.get("initial_lr") or self.defaults["lr"]
+        """Of the schedule, which Megatron-Core's and torch's schedulers note in the group; without, the first rate."""
+        number = next(index for index, each in enumerate(self.param_groups) if each is group)
+        peak: float = group.get("max_lr") or group.get("initial_lr") or self._first_lrs[number]
         if not peak:
             raise ConfigError("--muon-weight-decay-method independent_scheduled without --lr: give the peak rate.")
         return peak
@@ -364,13 +382,13 @@ class Muon(torch.optim.Optimizer):
         )
 
     def _engine_for(self, params: list[torch.Tensor], direction: str = MSIGN) -> StepEngine:
-        """The engine for these parameters of one direction; a new one only if they are others than before."""
-        key = tuple(map(id, params))
-        planned, engine = self._engines.get(direction, ((), None))
-        if engine is None or key != planned:
-            engine = self._new_engine(params, self._mode_of(direction))
-            self._engines[direction] = key, engine
-        return engine
+        """The engine for these parameters of one direction: those with gradients may alternate between steps."""
+        key = direction, tuple(map(id, params))
+        if key not in self._engines:
+            if len(self._engines) >= _ENGINES:
+                del self._engines[next(iter(self._engines))]
+            self._engines[key] = self._new_engine(params, self._mode_of(direction))
+        return self._engines[key]
 
     def _mode_of(self, direction: str) -> str:
         """Of tensor parallelism: for balls nothing but sums is exchanged, the manifold wants whole matrices."""
@@ -469,8 +487,7 @@ class Muon(torch.optim.Optimizer):
             return spectrally_normalized(matrices, directions, step, self.starts)
         norms = matrices.norms(directions)
         wanted = [min(update.rows, update.columns) ** 0.5 for update in matrices.updates]
-        tiny = torch.finfo(directions[0].dtype).tiny
-        return [x * (size / norm.clamp_min(tiny)) for x, size, norm in zip(directions, wanted, norms, strict=True)]
+        return [divided(x, norm / size) for x, size, norm in zip(directions, wanted, norms, strict=True)]
 
     def _update(self, job: Job, part: Part, direction: torch.Tensor) -> Update:
         shard = shard_of(job.param, self.tp_group, self.expert_tp_group)
@@ -486,7 +503,8 @@ class Muon(torch.optim.Optimizer):
             columns=part.item.columns,
             divides_columns=divides_columns,
             first_column=shard.group.rank() * job.param.size(-1) if shard is not None and divides_columns else 0,
-            direction=_converted(direction, torch.promote_types(direction.dtype, job.buffer.dtype)),
+            # Of bfloat16 weights, too, norms and second moments are taken in float32.
+            direction=_converted(direction, torch.promote_types(torch.float32, job.buffer.dtype)),
         )
 
 

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 import torch
 
 from megatron_muon.engine.pieces import Piece
-from megatron_muon.optimizers.stages import Matrices, Update
+from megatron_muon.optimizers.stages import Matrices, Update, divided
 
-__all__ = ["UPDATE_LEFT", "WarmStarts", "spectrally_normalized", "store_rows", "top_singular"]
+__all__ = ["UPDATE_LEFT", "WarmStarts", "spectrally_normalized", "store_rows", "store_vector", "top_singular"]
 
 UPDATE_LEFT = "update_left_vector"
 """State of ``--muon-scale-mode spectral_norm``: the top left singular vector of the last update, a number a row."""
 
 _COLD_ITERATIONS = 64
 """Where nothing is known of the singular vectors."""
+
+_LOOKS = 4
+"""So often a matrix of zeros is looked at again: experts may get no tokens for long."""
 
 _BITS = 0xFFFFFFFF
 
@@ -27,11 +30,12 @@ _EARLY_ITERATIONS = 5
 class WarmStarts:
     """Tells how many power iterations matrices need, by whether they have singular vectors to start from.
 
-    A weight may be without at any step: a checkpoint of another optimizer, or of another split, has none for it.
+    A weight may be without at any step: a checkpoint of another optimizer, or of another split, has none for it. So may
+    updates of zeros, which the first steps of a weight can have.
     """
 
     def __init__(self) -> None:
-        self._known: set[tuple[torch.Tensor, Piece]] = set()
+        self._looks: dict[tuple[torch.Tensor, Piece], int] = {}
 
     def iterations(self, matrices: Matrices, tensors: Sequence[torch.Tensor], state: str, usual: int) -> int:
         """``usual``, or more if some of the matrices have no vector; alike on all ranks that hold parts of them.
@@ -42,21 +46,24 @@ class WarmStarts:
             state: as of :func:`top_singular`.
             usual: iterations from a vector of the step before.
         """
-        keys = {(update.param, update.piece) for update in matrices.updates}
-        if keys <= self._known:
+        keys = [(update.param, update.piece) for update in matrices.updates]
+        if all(self._looks.get(key, 0) >= _LOOKS for key in keys):
             return usual
-        self._known |= keys
         stored = matrices.norms_over_rows([update.batch_of(update.state[state]) for update in matrices.updates])
-        # Zeros have no vectors, in any step.
-        missing = [(size == 0) & (norm > 0) for size, norm in zip(stored, matrices.norms(tensors), strict=True)]
-        # Waits for the device, once for each matrix in a process.
-        return max(usual, _COLD_ITERATIONS) if bool(torch.cat([each.flatten() for each in missing]).any()) else usual
+        norms = matrices.norms(tensors)
+        pairs = list(zip(stored, norms, strict=True))
+        missing = torch.stack([((size == 0) & (norm > 0)).any() for size, norm in pairs])
+        known = torch.stack([((size > 0) | (norm > 0)).all() for size, norm in pairs])
+        # Waits for the device, once for each matrix in a process, and a few times for one of zeros.
+        for key, is_known in zip(keys, known.tolist(), strict=True):
+            self._looks[key] = _LOOKS if is_known else self._looks.get(key, 0) + 1
+        return max(usual, _COLD_ITERATIONS) if any(missing.tolist()) else usual
 
 
 def top_singular(
     matrices: Matrices, tensors: Sequence[torch.Tensor], state: str, iterations: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Power iteration on A A^T from the stored left vector, or from one that is the same at every layout.
+    """Power iteration on A A^T from the stored left vector, or from noise that is the same at every layout.
 
     Args:
         matrices: the updates.
@@ -68,15 +75,19 @@ def top_singular(
         u (matrices, rows on this rank, 1), v (matrices, columns on this rank, 1) and the norm (matrices, 1, 1) of each,
         which is never above the spectral norm.
     """
-    stored = [
+    left = [
         update.batch_of(update.state[state]).to(a.dtype) for update, a in zip(matrices.updates, tensors, strict=True)
     ]
-    norms = matrices.norms_over_rows(stored)
-    starts = matrices.row_products(tensors, _first_vectors(matrices, tensors))
-    left = [torch.where(norm > 0, u, start) for u, norm, start in zip(stored, norms, starts, strict=True)]
-    for _ in range(iterations):
+    for number in range(iterations):
         right = matrices.column_products(tensors, left)
         right = _unit(right, matrices.norms_over_columns(right))
+        if number == 0:
+            # Nothing stored, or what is stored is orthogonal to A.
+            norms = matrices.norms_over_columns(right)
+            right = [
+                torch.where(norm > 0, v, start)
+                for norm, v, start in zip(norms, right, _first_vectors(matrices, tensors), strict=True)
+            ]
         left = matrices.row_products(tensors, right)
         sizes = matrices.norms_over_rows(left)
         left = _unit(left, sizes)
@@ -104,9 +115,9 @@ def spectrally_normalized(
     left, _, sizes = top_singular(matrices, tensors, UPDATE_LEFT, iterations)
     found = []
     for update, a, u, size, norm in zip(matrices.updates, tensors, left, sizes, matrices.norms(tensors), strict=True):
-        store_rows(update, UPDATE_LEFT, u)
+        store_vector(update, UPDATE_LEFT, u, size)
         least = norm / min(update.rows, update.columns) ** 0.5
-        found.append(a / torch.maximum(size, least).clamp_min(torch.finfo(a.dtype).tiny))
+        found.append(divided(a, torch.maximum(size, least)))
     return found
 
 
@@ -116,17 +127,30 @@ def store_rows(update: Update, name: str, batch: torch.Tensor) -> None:
         stored.copy_(value)
 
 
+def store_vector(update: Update, name: str, left: torch.Tensor, size: torch.Tensor) -> None:
+    """Write left vectors, (matrices, rows on this rank, 1); those of zeros stay what they were."""
+    kept = update.batch_of(update.state[name]).to(left.dtype)
+    store_rows(update, name, torch.where(size > 0, left, kept))
+
+
 def _first_vectors(matrices: Matrices, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """(columns on this rank, 1) for each: noise in [-1, 1) by the number of the column in the whole matrix.
+    """Unit vectors (columns on this rank, 1): noise by the number of the column in the whole matrix.
 
     Not ones: there are matrices whose rows sum to 0.
     """
-    ranges = [
-        (update.first_column, update.first_column + tensor.size(-1))
-        for update, tensor in zip(matrices.updates, tensors, strict=True)
+    most = max(
+        (max(update.columns, update.first_column + a.size(-1)) for update, a in _pairs(matrices, tensors)), default=0
+    )
+    noise = _noise(most, tensors)
+    norms = noise.square().cumsum(0).sqrt()
+    return [
+        (noise[update.first_column :][: a.size(-1), None] / norms[update.columns - 1]).to(a.dtype)
+        for update, a in _pairs(matrices, tensors)
     ]
-    noise = _noise(max((stop for _, stop in ranges), default=0), tensors)
-    return [noise[start:stop, None].to(tensor.dtype) for (start, stop), tensor in zip(ranges, tensors, strict=True)]
+
+
+def _pairs(matrices: Matrices, tensors: Sequence[torch.Tensor]) -> list[tuple[Update, torch.Tensor]]:
+    return list(zip(matrices.updates, tensors, strict=True))
 
 
 def _noise(count: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -139,4 +163,4 @@ def _noise(count: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _unit(vectors: list[torch.Tensor], norms: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [v / norm.clamp_min(torch.finfo(v.dtype).tiny) for v, norm in zip(vectors, norms, strict=True)]
+    return [divided(v, norm) for v, norm in zip(vectors, norms, strict=True)]

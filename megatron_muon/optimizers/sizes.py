@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from megatron_muon.optimizers.stages import Matrices, Variant
+from megatron_muon.engine.pieces import Piece
+from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.stages import Matrices, Variant, divided
 
-__all__ = ["VARIANTS", "Hyperball", "PolarGrad"]
+__all__ = ["VARIANTS", "Hyperball", "PolarGrad", "ZeroWeights"]
 
 RADIUS = "radius"
 """State of Hyperball."""
+
+
+class ZeroWeights:
+    """Stops a run at a matrix of zeros whose norm is to be kept: it would never move."""
+
+    def __init__(self, what: str, way_out: str) -> None:
+        """
+        Args:
+            what: keeps norms, for the message.
+            way_out: beside another rule for the weight.
+        """
+        self._what, self._way_out = what, way_out
+        self._seen: set[tuple[torch.Tensor, Piece]] = set()
+
+    def refuse(self, matrices: Matrices, radii: Sequence[torch.Tensor]) -> None:
+        """Look at matrices that have not been looked at yet, alike on all ranks that hold parts of them.
+
+        Args:
+            matrices: the updates.
+            radii: (matrices, ., 1) of each.
+
+        Raises:
+            ConfigError: naming the weight's kind and shape, and the way out.
+        """
+        keys = {(update.param, update.piece) for update in matrices.updates}
+        if keys <= self._seen:
+            return
+        self._seen |= keys
+        # Waits for the device, once for each matrix in a process.
+        zeros = torch.stack([(radius == 0).any() for radius in radii]).tolist()
+        for update, is_zero in zip(matrices.updates, zeros, strict=True):
+            if is_zero:
+                kind = update.piece.layout.kind
+                raise ConfigError(
+                    f"{self._what} with a {kind} weight whose {update.rows} x {update.columns} matrix is all zeros: it "
+                    f"would stay so for ever. Use {self._way_out}, other initial weights, or --muon-param-rule "
+                    "'NAME=adam' for it."
+                )
 
 
 class PolarGrad(Variant):
@@ -42,6 +83,9 @@ class Hyperball(Variant):
     retracts = True
     decays = False
 
+    def __init__(self) -> None:
+        self._zeros = ZeroWeights("--muon-variant hyperball (which keeps the norm of each matrix)", "--optimizer muon")
+
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
         """R of each matrix, repeated in each of its rows, so that it is saved and resharded with them; 0: not yet."""
         if RADIUS not in state:
@@ -52,17 +96,18 @@ class Hyperball(Variant):
         updates = matrices.updates
         norms = matrices.norms([update.batch_of(update.param) for update in updates])
         lengths = matrices.norms([update.direction for update in updates])
+        stored_radii = [update.batch_of(update.state[RADIUS]) for update in updates]
+        radii = [torch.where(radius > 0, radius, norm) for radius, norm in zip(stored_radii, norms, strict=True)]
+        self._zeros.refuse(matrices, radii)
         found = []
-        for update, norm, length in zip(updates, norms, lengths, strict=True):
-            radius = update.batch_of(update.state[RADIUS])
-            radius = torch.where(radius > 0, radius, norm)
+        for update, radius, length in zip(updates, radii, lengths, strict=True):
             for stored, value in update.pairs(update.state[RADIUS], radius):
                 stored.copy_(value)
-            found.append(update.direction * (radius / length.clamp_min(torch.finfo(length.dtype).tiny)))
+            found.append(divided(update.direction, length) * radius)
         return found
 
     def retract(self, matrices: Matrices) -> None:
-        """Back to the sphere. A weight that was zero at the start stays where the update takes it."""
+        """Back to the sphere."""
         updates = matrices.updates
         weights = [update.batch_of(update.param) for update in updates]
         for update, weight, norm in zip(updates, weights, matrices.norms(weights), strict=True):

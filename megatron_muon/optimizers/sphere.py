@@ -24,8 +24,9 @@ from megatron_muon.engine.execute import Part, Read, Reduce, Write
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.jobs import Job, reader
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.optimizers.power import store_rows, top_singular
-from megatron_muon.optimizers.stages import Update, Variant
+from megatron_muon.optimizers.power import store_rows, store_vector, top_singular
+from megatron_muon.optimizers.sizes import ZeroWeights
+from megatron_muon.optimizers.stages import Update, Variant, is_some
 
 __all__ = ["SpectralSphere", "Sphere", "evaluations"]
 
@@ -77,7 +78,9 @@ class _Solve:
         norm: |u|_F of the momentum.
         left: u of Theta, rows on this rank.
         right: v of Theta, columns on this rank.
+        size: of the weight, before it is brought back: its spectral norm.
         radius: R.
+        start: lambda of the step before.
         value: lambda, to be evaluated next.
         sides: what is known below 0 and above: lambda, h, Phi, and whether it is known.
     """
@@ -85,7 +88,9 @@ class _Solve:
     norm: torch.Tensor
     left: torch.Tensor
     right: torch.Tensor
+    size: torch.Tensor
     radius: torch.Tensor
+    start: torch.Tensor
     value: torch.Tensor
     width: float = _FIRST_WIDTH
     sides: list[_Side] = field(default_factory=list)
@@ -96,7 +101,7 @@ class _Solve:
             self.sides = [_Side.unknown(phi, h) for _ in range(2)]
         below, above = self.sides
         below.take(h < 0, self.value, h, phi)
-        above.take(h >= 0, self.value, h, phi)
+        above.take(~(h < 0), self.value, h, phi)  # NaN, too: it must show
         middle = (below.value + above.value) / 2
         if number % 2:
             # Where a line through both sides is 0, but not closer to one than a tenth of the way.
@@ -105,6 +110,11 @@ class _Solve:
         outside = torch.where(above.known, above.value - self.width, below.value + self.width)
         self.value = torch.where(below.known & above.known, middle, outside)
         self.width *= 2
+
+    @property
+    def has_problem(self) -> torch.Tensor:
+        """Whether there is something to solve: a gradient, and a weight."""
+        return is_some(self.norm) & is_some(self.size)
 
     def result(self) -> torch.Tensor:
         """The combination of both sides that has h = 0; where there is one side only, that one."""
@@ -165,9 +175,24 @@ class SpectralSphere(Muon):
             raise ConfigError(f"--muon-sphere-radius {radius}: give a number of at least 0 (2 is usual, 0: as it is).")
         if not 0 < tolerance <= 1:
             raise ConfigError(f"--muon-sphere-tolerance {tolerance}: give a number above 0, at most 1 (0.1 is usual).")
-        self.radius = radius
+        for name, default in (("scale_mode", "spectral"), ("extra_scale_factor", 1.0)):
+            if options.get(name, default) != default:
+                raise ConfigError(
+                    f"--muon-{name.replace('_', '-')} {options[name]} with spectral_sphere: the radius decides about "
+                    "the size of updates (--muon-sphere-radius). Leave it away."
+                )
+        self.radius, self.tolerance = radius, tolerance
         self.evaluations = evaluations(tolerance)
+        self._zeros = ZeroWeights(
+            "--muon-sphere-radius 0 (the norm that each matrix has at the start)", "--muon-sphere-radius 2"
+        )
         super().__init__(params, lr, variant=Sphere(), **options)
+
+    @property
+    def checkpoint_options(self) -> dict[str, Any]:
+        """As of :class:`Muon`, with those of the sphere."""
+        own = {"sphere_radius": self.radius, "sphere_tolerance": self.tolerance}
+        return {**super().checkpoint_options, **own}
 
     def _update_matrices(self, jobs: list[Job]) -> None:
         engine = self._engine_for([job.param for job in jobs])
@@ -191,6 +216,8 @@ class SpectralSphere(Muon):
                 solves[_key(part)] = self._begin(
                     update, weights[index], norms[index], left[index], right[index], sizes[index]
                 )
+            if not self.radius:
+                self._zeros.refuse(matrices, [solves[_key(part)].radius for part in parts])
 
         return prepare
 
@@ -206,21 +233,21 @@ class SpectralSphere(Muon):
         """Bring a weight back to its sphere, and take lambda from where the last step left it."""
         own = self.radius * math.sqrt(update.rows / update.columns)
         radius = update.batch_of(update.state[RADIUS])[:, :1]
-        radius = torch.where(radius > 0, radius, torch.full_like(radius, own) if own else size)
+        radius = torch.full_like(radius, own) if own else torch.where(radius > 0, radius, size)
         value = update.batch_of(update.state[MULTIPLIER])[:, :1] if self.evaluations > 1 else torch.zeros_like(radius)
         factor = torch.where(size > 0, radius / size, torch.ones_like(size))
         for stored, new in update.pairs(update.param, weight * factor):
             stored.copy_(new)
-        store_rows(update, LEFT, left)
+        store_vector(update, LEFT, left, size)
         store_rows(update, RADIUS, radius.expand(-1, left.size(1), 1))
-        return _Solve(norm, left, right, radius, value)
+        return _Solve(norm, left, right, size, radius, value, value)
 
     def _evaluator(self, jobs: list[Job], solves: dict[Key, _Solve], number: int) -> Write:
         def evaluate(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
             matrices = self._matrices(jobs, parts, directions, reduce)
             found = [solves[_key(part)] for part in parts]
             values = [
-                each.left * update.direction * each.right.mT
+                each.left * (update.direction @ each.right)
                 for each, update in zip(found, matrices.updates, strict=True)
             ]
             for each, update, h in zip(found, matrices.updates, matrices.sums(values), strict=True):
@@ -235,7 +262,9 @@ class SpectralSphere(Muon):
                 rate = -jobs[part.item.weight].group["lr"]
                 for weight, step in update.pairs(update.param, each.result() * each.radius):
                     weight.add_(step, alpha=rate)
-                store_rows(update, MULTIPLIER, each.value.expand(-1, update.direction.size(1), 1))
+                # Without a gradient, or singular vectors, h is 0 at every lambda: it stays where it was.
+                value = torch.where(each.has_problem, each.value, each.start)
+                store_rows(update, MULTIPLIER, value.expand(-1, update.direction.size(1), 1))
 
         return finish
 
@@ -251,7 +280,7 @@ def _shifted(read: Read, solves: dict[Key, _Solve]) -> Read:
         read(parts, slots)
         for part, slot in zip(parts, slots, strict=True):
             each = solves[_key(part)]
-            there = each.norm > 0
+            there = is_some(each.norm)
             slot.mul_(torch.where(there, 1.0 / each.norm, torch.zeros_like(each.norm)).to(slot.dtype))
             theta = (each.left * torch.where(there, each.value, torch.zeros_like(each.value))) @ each.right.mT
             slot.add_(theta.to(slot.dtype))

@@ -25,7 +25,7 @@ import torch
 from megatron_muon.engine.execute import Reduce
 from megatron_muon.engine.pieces import Piece
 
-__all__ = ["Matrices", "Update", "Variant"]
+__all__ = ["Matrices", "Update", "Variant", "divided", "is_some", "signs_"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,23 @@ class Matrices:
         total = self._reduce(torch.cat([part.reshape(-1) for part in parts]))
         sizes = [part.numel() for part in parts]
         return [chunk.view(part.shape) for chunk, part in zip(total.split(sizes), parts, strict=True)]
+
+
+def is_some(norm: torch.Tensor) -> torch.Tensor:
+    """Where a norm counts as one: not where the squares that it is the root of have lost digits, or vanished."""
+    return ~(norm <= 10.0 * torch.finfo(norm.dtype).tiny ** 0.5)  # NaN counts: it must show
+
+
+def divided(tensor: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """``tensor / norm``, and zeros where there is next to no norm: what has no direction is not blown up."""
+    return tensor * torch.where(is_some(norm), 1.0 / norm, torch.zeros_like(norm))
+
+
+def signs_(tensor: torch.Tensor) -> torch.Tensor:
+    """The sign of each element, in place and without a copy; NaN stays NaN, of which ``sign_`` makes 0."""
+    largest = torch.finfo(tensor.dtype).max
+    # Twice, so that the smallest number there is comes to 1, too.
+    return tensor.mul_(largest).mul_(largest).clamp_(-1.0, 1.0)
 
 
 def _squares(tensor: torch.Tensor, dim: int) -> torch.Tensor:

@@ -93,6 +93,12 @@ class StiefelMuon(Muon):
         super().__setstate__(state)
         self._placed = set()
 
+    @property
+    def checkpoint_options(self) -> dict[str, Any]:
+        """As of :class:`Muon`, with those of the manifold."""
+        own = {"stiefel_solver": self.solver, "stiefel_iterations": self.iterations, "stiefel_radius": self.radius}
+        return {**super().checkpoint_options, **own}
+
     def notes(self) -> list[str]:
         """What the report says of these weights."""
         params = [param for group in self.param_groups for param in group["params"]]
@@ -102,6 +108,10 @@ class StiefelMuon(Muon):
 
     def _flops(self, p: int, q: int) -> int:
         return SOLVERS[self.solver].flops(p, q, self.iterations)
+
+    def _update_jobs(self, jobs: list[Job]) -> None:
+        self.tangency = None
+        super()._update_jobs(jobs)
 
     def _update_otherwise(self, jobs: list[Job], direction: str) -> None:
         if direction != STIEFEL:

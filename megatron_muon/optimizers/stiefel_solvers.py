@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_muon.optimizers.stages import divided
 from megatron_muon.orthogonalize.coefficients import coefficients
 from megatron_muon.orthogonalize.newton_schulz import newton_schulz
 from megatron_muon.orthogonalize.products import TorchProducts
@@ -187,8 +188,7 @@ def tangent(
     way = SOLVERS[solver]
     norms = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True)
     # Always of norm 1: the direction does not depend on the gradient's scale, but the solvers' step sizes do.
-    unit = gradient / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-    return way.solve(weight, unit, iterations or way.iterations, msign)
+    return way.solve(weight, divided(gradient, norms), iterations or way.iterations, msign)
 
 
 def tangency(weight: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:

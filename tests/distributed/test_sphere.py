@@ -101,18 +101,13 @@ def test_each_matrix_has_its_sphere(layout: Any) -> None:
         assert torch.linalg.matrix_norm(param[rows].detach(), 2).item() == pytest.approx(wanted, rel=2e-2)
 
 
-def test_scale_modes_leave_no_state() -> None:
-    """None acts on the sphere; spectral_norm keeps a vector for each weight that it scales."""
-    param = torch.nn.Parameter(weight(8, 6, seed=1))
-    optimizer = SpectralSphere([param], scale_mode="spectral_norm", **SHARP)
-    param.grad = grad((8, 6), 0)
-    optimizer.step()
-    assert set(optimizer.state[param]) == {
-        "momentum_buffer",
-        "left_singular_vector",
-        "sphere_radius",
-        "sphere_multiplier",
-    }
+@pytest.mark.parametrize("options", [{"scale_mode": "spectral_norm"}, {"extra_scale_factor": 0.2}])
+def test_nothing_but_the_radius_scales(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(
+        ConfigError, match=f"--muon-{name.replace('_', '-')} .* with spectral_sphere: the radius decides"
+    ):
+        SpectralSphere([torch.nn.Parameter(weight(8, 6, seed=1))], **options, **SHARP)
 
 
 def shards(name: str, mode: str) -> torch.Tensor:

@@ -343,6 +343,8 @@ def optimizer_config(layout: Layout, *, name: str = "muon", bf16: bool = False, 
         "use_distributed_optimizer": layout.ddp_buffers and name == "adam",
         "use_layer_wise_distributed_optimizer": layout.layer_wise,
     }
+    if name == "spectral_sphere" or changes.get("muon_variant") == "hyperball":
+        del values["muon_extra_scale_factor"]  # refused: weights decide about the size of their updates
     values.update(changes)
     own = {key: values.pop(key) for key in list(values) if key not in _upstream_fields(OptimizerConfig)}
     config = OptimizerConfig(**values)
