@@ -81,7 +81,7 @@ def _record(held: Sequence[Held], places: Sequence[Place], model: dict[str, int]
     for (index, state), value in zip(counted, values, strict=True):
         sums[index][state] = value
     mine = [
-        WeightRecord(place.key, place.index, place.siblings, _rule(each), records.numbers_of(each.group), sums[index])
+        WeightRecord(place.key, place.index, place.siblings, _rule(each), records.numbers_of(each.numbers), sums[index])
         for index, (each, place) in enumerate(saved)
     ]
     everywhere: list[Any] = [None] * dist.get_world_size()
@@ -164,8 +164,12 @@ class Request(dict[str, Any]):
         for each, place in zip(self.held, self.places, strict=True):
             self.choices.append([])
             for state in each.tensors:
-                bucket, fresh = buckets.get(each.param), self._is_new(each, place)
-                choice = choose(each, place, state, self._replica(each, place), stored, bucket, fresh)
+                bucket, fresh, regrouped = (
+                    buckets.get(each.param),
+                    self._is_new(each, place),
+                    self._is_split(each, place),
+                )
+                choice = choose(each, place, state, self._replica(each, place), stored, bucket, fresh, regrouped)
                 if isinstance(choice, str):
                     problems.append(choice)
                     continue
@@ -255,10 +259,18 @@ class Request(dict[str, Any]):
 
     def _is_new(self, held: Held, place: Place) -> bool:
         """Whether the checkpoint's weight had another rule, so that it may lack what this one's keeps."""
+        rule = self._rule_before(place)
+        return rule is None or rule.name != held.rule
+
+    def _is_split(self, held: Held, place: Place) -> bool:
+        """Whether the checkpoint's weight was split into other matrices than this one."""
+        rule = self._rule_before(place)
+        return rule is not None and rule.layout != _rule(held).layout
+
+    def _rule_before(self, place: Place) -> Rule | None:
         assert self.stored is not None
         record = self.stored.record
-        rule = None if record is None or record.converted else record.rule(place.name)
-        return rule is None or rule.name != held.rule
+        return None if record is None or record.converted else record.rule(place.name)
 
     def _change(self, held: Held, place: Place, choices: list[Choice]) -> str | None:
         assert self.stored is not None

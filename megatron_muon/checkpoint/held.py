@@ -101,6 +101,11 @@ class Held:
         return getattr(self.inner, "checkpoint_rule", "adam" if "Adam" in name else name.lower())
 
     @property
+    def numbers(self) -> dict[str, Any]:
+        """Of its param group, and the optimizer's options."""
+        return {**getattr(self.inner, "checkpoint_options", {}), **self.group}
+
+    @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """State by name, ``fp32_param`` for the master weight among it; of the slice's shape if there are slices."""
         if self.key is None:

@@ -24,8 +24,8 @@ ACCEPT = "accept"
 
 FORMAT = 1
 
-_PASSING = ("params", "step", "lr", "weight_decay")
-"""Entries of param groups that the schedule sets, or that are stored otherwise."""
+_PASSING = ("params", "step", "lr", "weight_decay", "is_expert_parallel")
+"""Entries of param groups that the schedule or the parallel layout sets, or that are stored otherwise."""
 
 
 @dataclass(frozen=True)

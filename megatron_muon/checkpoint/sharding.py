@@ -183,15 +183,24 @@ def _described(
             f"{key}: a state of shape {tuple(tensor.shape)} cannot be saved for a weight of shape "
             f"{tuple(base.data.shape)}, which the model saves in blocks of rows. Give each row of the weight one."
         )
-    if not alone:
-        return replace(base, key=key, data=tensor, replica_id=replica)
-    build = base.build_fn
+    whole, build = tuple(base.data.shape), base.build_fn
 
-    def build_alone(*arguments: Any) -> Any:
-        built = build(*arguments)
-        return _refilled(built, map(_without_index, _tensors(built)))
+    def build_from(key: str, tensor: torch.Tensor, replica_id: Any, flattened_range: Any) -> Any:
+        # Some factories look at the shape of the weight: numbers of rows are cut as its rows are.
+        built = build(key, tensor.expand(whole), replica_id, flattened_range)
+        parts = _tensors(built)
+        if tuple(tensor.shape) != whole:
+            parts = (_narrowed(part, tensor) for part in parts)
+        return _refilled(built, map(_without_index, parts) if alone else parts)
 
-    return replace(base, key=key, data=tensor, replica_id=replica, build_fn=build_alone)
+    return replace(base, key=key, data=tensor, replica_id=replica, build_fn=build_from)
+
+
+def _narrowed(part: ShardedTensor, tensor: torch.Tensor) -> ShardedTensor:
+    """The same rows of a state that has 1 in place of some sizes."""
+    assert part.data is not None
+    kept = part.data[(slice(None), *(slice(0, size) for size in tensor.shape[1:]))]
+    return _shaped(part.without_data(), part.key, kept, part.replica_id)
 
 
 def _refilled(state: Any, parts: Iterator[ShardedTensor]) -> Any:

@@ -20,8 +20,10 @@ from megatron_muon.checkpoint.keys import ALONE, PREFIX
 from megatron_muon.checkpoint.record import Rule
 from megatron_muon.checkpoint.sharding import Place, Replica, tensors_of
 from megatron_muon.checkpoint.stored import Stored
+from megatron_muon.optimizers.adaptive import NAMO
 from megatron_muon.optimizers.power import UPDATE_LEFT
-from megatron_muon.optimizers.sphere import LEFT, MULTIPLIER
+from megatron_muon.optimizers.sizes import RADIUS as BALL_RADIUS
+from megatron_muon.optimizers.sphere import LEFT, MULTIPLIER, RADIUS
 
 __all__ = ["ESTIMATED", "MASTER", "Choice", "choose", "difference", "estimated_second_moment"]
 
@@ -43,6 +45,10 @@ ESTIMATED = "exp_avg_sq"
 
 _WARM_STARTS = (UPDATE_LEFT, LEFT, MULTIPLIER)
 """Where iterations go on from: without them they start anew, and find the same."""
+
+
+_OF_MATRICES = (*_WARM_STARTS, RADIUS, BALL_RADIUS, NAMO.state_name)
+"""What is one matrix's: of no use to the matrices that another split makes of the weight."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ def choose(
     stored: Stored,
     bucket: Bucket | None = None,
     fresh: bool = False,
+    regrouped: bool = False,
 ) -> Choice | str:
     """Find the source of a state.
 
@@ -91,10 +98,13 @@ def choose(
         stored: the checkpoint's contents.
         bucket: where the distributed optimizer that saved it had the weight, if it did.
         fresh: whether a state that is not there may start anew: the weight had another rule.
+        regrouped: whether the weight was split into other matrices.
 
     Returns:
         the choice, or what is wrong.
     """
+    if regrouped and state in _OF_MATRICES:
+        return Choice(state, None)
     target = held.tensors[state]
     # Zeros: of a vocabulary that was padded less, the last rows are not there to be read.
     tensor = target if held.slices is None else target.new_zeros(place.shape)

@@ -28,8 +28,8 @@ __all__ = ["patches"]
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
-_SCHEDULED = ("max_lr", "min_lr", "wd_mult", "start_wd", "end_wd")
-"""What the schedule reads from param groups."""
+_SCHEDULED = ("max_lr", "min_lr", "wd_mult", "start_wd", "end_wd", "scalar_lr_mult", "scalar_wd_mult")
+"""What the schedule reads from param groups, and what is told as a multiple of it."""
 
 
 def patches() -> list[Patch]:

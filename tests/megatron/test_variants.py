@@ -12,7 +12,7 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.routing.layout import STIEFEL, layout_of
 from tests.megatron import harness
 from tests.megatron.harness import Layout
-from tests.megatron.test_routing import MOE
+from tests.megatron.test_routing import GDN, MOE
 from tests.pool import RankPool
 
 GQA = {"num_query_groups": 2}
@@ -146,6 +146,70 @@ def test_state_is_saved_for_every_layout(pool: RankPool, weights: str, tmp_path:
     assert pool.run(resume, 2, Layout(tp=2), VARIANTS[name], folder)[0] == expected
     for ranks, layout in LAYOUTS.values():
         assert pool.run(resume, ranks, layout, VARIANTS[name], folder)[0] == pytest.approx(expected, abs=1e-4), layout
+
+
+MAMBA: dict[str, Any] = {
+    "pattern": "M*-M",
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "mamba_state_dim": 16,
+    "mamba_num_groups": 2,
+    **GQA,
+}
+IN_PROJ: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gdn": ({**GDN, **GQA}, {**VARIANTS["normuon"], "muon_gdn_in_proj": "split"}),
+    "mamba": (MAMBA, {**VARIANTS["sphere"], "muon_mamba_in_proj": "split"}),
+}
+
+
+def save_model(layout: Layout, model: dict[str, Any], optimizer: dict[str, Any], folder: str) -> list[float]:
+    run = harness.start(layout, optimizer=optimizer, early=True, **model)
+    run.losses(2)
+    harness.save_run(run, folder)
+    return run.losses(2)
+
+
+def resume_model(layout: Layout, model: dict[str, Any], optimizer: dict[str, Any], folder: str) -> list[float]:
+    run = harness.start(layout, optimizer=optimizer, early=True, **model)
+    harness.load_run(run, folder)
+    return run.losses(2)
+
+
+@pytest.mark.parametrize("kind", IN_PROJ)
+def test_numbers_of_rows_of_input_projections_are_saved(pool: RankPool, tmp_path: Path, kind: str) -> None:
+    """Models save these weights in blocks of rows, by functions that look at the weight's shape."""
+    folder = str(tmp_path / "checkpoint")
+    model, optimizer = IN_PROJ[kind]
+    expected = pool.run(save_model, 2, Layout(tp=2), model, optimizer, folder)[0]
+    assert pool.run(resume_model, 2, Layout(tp=2), model, optimizer, folder)[0] == expected
+    for ranks, layout in ((1, Layout()), (2, Layout(pp=2))):
+        found = pool.run(resume_model, ranks, layout, model, optimizer, folder)[0]
+        assert found == pytest.approx(expected, abs=1e-4), layout
+
+
+def norms_after_resume(optimizer: dict[str, Any], folder: str, heads: int) -> tuple[list[float], list[float]]:
+    """Of each of so many parts of a qkv weight, as loaded, and after a step that hardly moves it."""
+    run = harness.start(Layout(), optimizer={**optimizer, "lr": 1e-8, "min_lr": 1e-8}, early=True, **GQA)
+    harness.load_run(run, folder)
+    named = dict(run.chunks[0].named_parameters())
+    weight = named["module.decoder.layers.0.self_attention.linear_qkv.weight"]
+    found = []
+    for _ in range(2):
+        found.append([part.norm().item() for part in weight.detach().chunk(heads)])
+        run.losses(1)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("name", ["hyperball", "sphere"])
+def test_another_split_does_not_inherit_radii(pool: RankPool, weights: str, tmp_path: Path, name: str) -> None:
+    """Saved with q, k and v over all heads; then each head keeps its own norm, not that of all together."""
+    folder, heads = str(tmp_path / "checkpoint"), 8
+    radius = {"muon_sphere_radius": 0.0} if name == "sphere" else {}
+    pool.run(save, 1, Layout(), weights, {**VARIANTS[name], **radius}, folder)
+    for split in ("per_head", "whole"):
+        changes = {**VARIANTS[name], **radius, "muon_qkv": split, "muon_ckpt_changes": "accept"}
+        before, after = pool.run(norms_after_resume, 1, changes, folder, heads)[0]
+        assert after == pytest.approx(before, rel=5e-3), split
 
 
 def test_state_of_another_variant_is_refused(pool: RankPool, weights: str, tmp_path: Path) -> None:
