@@ -5,8 +5,8 @@ size 256 with 4 layers. With D and L, how many times wider and deeper this model
 
 * Muon's matrices: the update has RMS-to-RMS norm 1 (``unit_rms_norm``, or ``spectral_norm``), so that the rate stays;
   eps sqrt(n / m) / L is added to the norm of the m x n matrix that is orthogonalized.
-* Adam's matrices, and the output layer: learning rate / D. Adam's eps: / D, and / L within layers; that of the output
-  layer stays. Tables and vectors keep the learning rate.
+* Adam's matrices, and the output layer: learning rate / D. Adam's eps: / D, and / L within layers; it keeps the D where
+  the outputs are as many at every width (the output layer; routers and gates). Tables and vectors keep the rate.
 * Residual branches count 1 / L. Instead of a multiplier in the forward pass, which checkpoints and inference would have
   to know of, the layer that ends a branch is itself 1 / L: its initial weights, and its learning rate.
 * Weight decay: lambda / D of every weight, times the schedule, whatever its learning rate.
@@ -28,13 +28,14 @@ import torch
 
 from megatron_muon.config import flag, parse_transfer
 from megatron_muon.errors import ConfigError
-from megatron_muon.routing.layout import layout_of
+from megatron_muon.routing.layout import COLUMN_NORM, layout_of
+from megatron_muon.routing.layout import TABLE as TABLE_KIND
 from megatron_muon.routing.predicate import is_divided, is_vector
 from megatron_muon.routing.rules.linear import LORA_FACTOR
 
 __all__ = ["Role", "Transfer", "roles", "scale_initialization"]
 
-TABLE, READOUT, MATRIX, VECTOR = KINDS = ("table", "readout", "matrix", "vector")
+TABLE, READOUT, MATRIX, VECTOR, SELECTOR = KINDS = ("table", "readout", "matrix", "vector", "selector")
 
 BASE_ATTRIBUTE = "muon_transfer"
 """Attribute of a model's config that says for which base its initial weights were scaled."""
@@ -45,7 +46,8 @@ class Role:
     """What a weight is to the rule.
 
     Attributes:
-        kind: :data:`TABLE` (rows are looked up), :data:`READOUT` (the output layer), :data:`MATRIX`, :data:`VECTOR`.
+        kind: :data:`TABLE` (rows are looked up), :data:`READOUT` (the output layer), :data:`MATRIX`, :data:`VECTOR`,
+            :data:`SELECTOR` (a matrix whose number of outputs does not grow with the model: routers, gates).
         in_layer: whether it is in a layer, whose gradients get smaller with the number of layers; not in those of
             multi-token prediction.
         ends_branch: whether what it gives is added to the residual stream.
@@ -86,7 +88,7 @@ class Transfer:
 
     def rate(self, role: Role) -> float:
         """Factor on Adam's learning rate."""
-        factor = 1.0 / self.width if role.kind in (MATRIX, READOUT) else 1.0
+        factor = 1.0 / self.width if role.kind in (MATRIX, READOUT, SELECTOR) else 1.0
         return factor * self.branch(role)
 
     def branch(self, role: Role) -> float:
@@ -94,8 +96,8 @@ class Transfer:
         return 1.0 / self.depth if role.ends_branch else 1.0
 
     def eps(self, role: Role) -> float:
-        """Factor on Adam's eps."""
-        return (1.0 if role.kind == READOUT else 1.0 / self.width) / self.damping_depth(role)
+        """Factor on Adam's eps: 1 / (L x outputs), as gradients are."""
+        return (1.0 if role.kind in (READOUT, SELECTOR) else 1.0 / self.width) / self.damping_depth(role)
 
     def damping_depth(self, role: Role) -> float:
         """By what eps is divided for depth: what ends a branch gets its gradient without the 1 / L of the branch."""
@@ -128,24 +130,26 @@ def roles(module: torch.nn.Module, named_parameters: Iterable[tuple[str, torch.n
     """
     named = list(named_parameters)
     _refuse(module, named)
-    tables = _tables(module)
+    tables, routers = _tables(module), _routers(module)
     found = {}
     for name, param in named:
         # Multi-token prediction starts a residual stream of its own, of one layer in models of all depths.
         in_layer = _LAYER.search(name) is not None and _MTP.search(name) is None
         ends = in_layer and _ENDS.search(name) is not None
-        found[param] = Role(_kind(param, tables), in_layer, ends)
+        found[param] = Role(_kind(param, tables, routers), in_layer, ends)
     _check_branches(name for name, _ in named)
     return found
 
 
-def _kind(param: torch.nn.Parameter, tables: set[torch.Tensor]) -> str:
+def _kind(param: torch.nn.Parameter, tables: set[torch.Tensor], routers: set[torch.Tensor]) -> str:
     if param in tables:
         return TABLE
     if getattr(param, "is_embedding_or_output_parameter", False):
         return READOUT
     if param.dim() == 2 and param.size(0) == 1 and param.size(1) > 1 and not is_divided(param, 0):
-        return MATRIX  # a gate: one output, but it sums over its inputs
+        return SELECTOR  # a gate: one output, but it sums over its inputs
+    if param in routers:
+        return SELECTOR
     return VECTOR if param.dim() != layout_of(param).dims or is_vector(param) else MATRIX
 
 
@@ -156,6 +160,14 @@ def _tables(module: torch.nn.Module) -> set[torch.Tensor]:
         if isinstance(submodule, torch.nn.Embedding) or type(submodule).__name__ == "VocabParallelEmbedding"
     )
     return {param for table in tables for param in table.parameters(recurse=False)}
+
+
+def _routers(module: torch.nn.Module) -> set[torch.Tensor]:
+    """Weights of routers: (experts, hidden)."""
+    routers = (
+        submodule for submodule in module.modules() if "Router" in (base.__name__ for base in type(submodule).__mro__)
+    )
+    return {weight for router in routers if isinstance(weight := getattr(router, "weight", None), torch.nn.Parameter)}
 
 
 def _refuse(module: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]) -> None:
@@ -177,6 +189,12 @@ def _refuse(module: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]
             raise ConfigError(
                 f"{flag('transfer')} with a low-rank adapter ({name}): adapters need no base, "
                 "--muon-scale-mode unit_rms_norm alone gives their factors rates that fit every rank and width."
+            )
+        layout = layout_of(param)
+        if layout.direction == COLUMN_NORM and layout.kind != TABLE_KIND:
+            raise ConfigError(
+                f"{flag('transfer')} with {flag('param_rule')} '{name}=col_norm': columns move by the rate itself, "
+                "whatever their number, so that the best rate falls with the width. Use row_norm, sign or muon."
             )
         if re.search(r"\.post_\w*(?:norm|layernorm)\.", name) and _LAYER.search(name):
             raise ConfigError(

@@ -12,7 +12,9 @@ from megatron_muon import Muon, MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.adaptive import AdaptiveMuon
 from megatron_muon.orthogonalize import coefficients
-from megatron_muon.transfer import MATRIX, READOUT, TABLE, VECTOR, Role, Transfer, roles, scale_initialization
+from megatron_muon.routing.layout import TABLE as TABLE_KIND
+from megatron_muon.routing.layout import MatrixLayout
+from megatron_muon.transfer import MATRIX, READOUT, SELECTOR, TABLE, VECTOR, Role, Transfer, roles, scale_initialization
 from tests.reference import orthogonalized
 
 RULE = {"scale_mode": "unit_rms_norm", "weight_decay_method": "independent_scheduled"}
@@ -86,16 +88,45 @@ def test_factors() -> None:
         Role(VECTOR): (1.0, 1 / 4, 1.0),
         Role(MATRIX, in_layer=True, ends_branch=True): (1 / 8, 1 / 4, 1.0),
         Role(VECTOR, in_layer=True, ends_branch=True): (1 / 2, 1 / 4, 1.0),
+        Role(SELECTOR, in_layer=True): (1 / 4, 1 / 2, 2.0),
     }
     for role, expected in rows.items():
         assert (transfer.rate(role), transfer.eps(role), transfer.damping_depth(role)) == expected, role
 
 
-def test_a_gate_is_a_matrix() -> None:
-    """One output, but it sums over its inputs; a column has one input."""
+def test_a_gate_is_a_selector() -> None:
+    """One output at every size, which sums over its inputs; a column has one input."""
     module = torch.nn.ModuleDict({"gate": torch.nn.Linear(8, 1), "column": torch.nn.Linear(1, 8, bias=False)})
     found = {name: role.kind for (name, _), role in zip(module.named_parameters(), roles_of(module), strict=True)}
-    assert found == {"gate.weight": MATRIX, "gate.bias": VECTOR, "column.weight": VECTOR}
+    assert found == {"gate.weight": SELECTOR, "gate.bias": VECTOR, "column.weight": VECTOR}
+
+
+class Router(torch.nn.Module):
+    """As Megatron's: (experts, hidden)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(4, 8))
+
+
+class TopKRouter(Router):
+    pass
+
+
+def test_a_router_is_a_selector() -> None:
+    """As many experts at every width."""
+    assert [role.kind for role in roles_of(TopKRouter())] == [SELECTOR]
+    assert [role.kind for role in roles_of(torch.nn.Linear(8, 4, bias=False))] == [MATRIX]
+
+
+def test_columns_of_matrices_do_not_transfer() -> None:
+    """Of a table they are fine: its inputs are looked up, not summed."""
+    linear = torch.nn.Linear(8, 4, bias=False)
+    linear.weight.matrix_layout = MatrixLayout("linear", direction="col_norm")
+    with pytest.raises(ConfigError, match="--muon-transfer with --muon-param-rule 'weight=col_norm'"):
+        roles_of(linear)
+    linear.weight.matrix_layout = MatrixLayout(TABLE_KIND, direction="col_norm")
+    roles_of(linear)
 
 
 def roles_of(module: torch.nn.Module) -> list[Role]:
@@ -175,18 +206,31 @@ def test_explicit_spectral_norm(m: int, n: int, method: str) -> None:
     assert optimizer.state[param]["update_left_vector"].shape == (m, 1)
 
 
-def test_explicit_spectral_norm_is_never_blown_up() -> None:
-    """A vector that is orthogonal to the next update: its estimate is 0, and the Frobenius norm bounds the size."""
+def test_explicit_spectral_norm_is_never_blown_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where iterations start orthogonal to the update, its estimate is 0, and the Frobenius norm bounds the size."""
     param = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
     optimizer = Muon([param], lr=1.0, scale_mode="spectral_norm", **EXACT)
-    for step, (gradient, size) in enumerate((([1.0, 0.0], 1.0), ([0.0, 1.0], 2**0.5), ([0.0, 1.0], 1.0))):
+    monkeypatch.setattr("megatron_muon.optimizers.power._noise", lambda *_: torch.eye(2, dtype=torch.float64)[0])
+    for number, (gradient, size) in enumerate((([1.0, 0.0], 1.0), ([0.0, 1.0], 2**0.5))):
         param.data.zero_()
         param.grad = torch.diag(torch.tensor(gradient, dtype=torch.float64))
-        optimizer.param_groups[0]["step"] = 60 + step  # one iteration a step
-        if step == 2:  # after zeros, a vector is found again
-            optimizer.state[param]["update_left_vector"].zero_()
+        optimizer.param_groups[0]["step"] = 60 + number  # one iteration a step
         optimizer.step()
         assert torch.linalg.matrix_norm(param.detach(), 2).item() == pytest.approx(size, rel=1e-6)
+
+
+def test_singular_vectors_are_found_after_steps_of_zeros() -> None:
+    """AdaMuon's updates, whose singular values differ; their vectors outlive further zeros."""
+    param = torch.nn.Parameter(torch.zeros(48, 32, dtype=torch.float64))
+    optimizer = AdaptiveMuon([param], lr=1.0, scale_mode="spectral_norm", moment2_method="adamuon_eo", **EXACT)
+    sizes = []
+    for step in range(6):
+        before = param.detach().clone()
+        param.grad = matrix(48, 32, seed=1) if step in (2, 3, 5) else torch.zeros_like(param)
+        optimizer.param_groups[0]["step"] = 100 + step
+        optimizer.step()
+        sizes.append(torch.linalg.matrix_norm(param.detach() - before, 2).item() / 1.5**0.5)
+    assert sizes == pytest.approx([0.0, 0.0, 1.0, 1.0, 0.0, 1.0], abs=0.03)
 
 
 @pytest.mark.parametrize("dim", [(4, 6), (6, 4)])
