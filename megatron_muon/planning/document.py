@@ -32,9 +32,7 @@ def to_document(plan: Plan) -> dict[str, Any]:
             "total_parameters": sum(route.numel for route in plan.mtp_routes),
             "by_optimizer": by_optimizer(plan.mtp_routes, plan.options),
         },
-        "classes": [
-            _class(route, count, plan.options) for route, count in Counter([*plan.routes, *plan.mtp_routes]).items()
-        ],
+        "classes": [_class(route, count, plan) for route, count in Counter([*plan.routes, *plan.mtp_routes]).items()],
         "stages": [
             {"stage": stage.number, "parameters": stage.parameters, **_figures(stage.loads, plan.options.tp_mode)}
             for stage in plan.stages
@@ -141,7 +139,8 @@ def _choice(choice: Choice, count: int) -> dict[str, Any]:
     return {"mode": mode, "rows": rows, "columns": columns, "matrices": count}
 
 
-def _class(route: Route, count: int, options: MuonConfig) -> dict[str, Any]:
+def _class(route: Route, count: int, plan: Plan) -> dict[str, Any]:
+    options = plan.options
     return {
         "pattern": route.name,
         "count": count,
@@ -152,7 +151,9 @@ def _class(route: Route, count: int, options: MuonConfig) -> dict[str, Any]:
         "reason": route.reason,
         "override": route.override,
         "divided": route.divided,
-        "blocks": [{**asdict(block), "scale_factor": route.scale(block, options)} for block in route.blocks],
+        "blocks": [
+            {**asdict(block), "scale_factor": route.scale(block, options, plan.optimizer)} for block in route.blocks
+        ],
     }
 
 

@@ -36,6 +36,7 @@ from megatron_muon.routing.layout import layout_of
 from megatron_muon.routing.partition import refuse_unmatched
 from megatron_muon.routing.predicate import exclusion_reason
 from megatron_muon.routing.report import Route, collect, pattern
+from megatron_muon.transfer import roles
 
 __all__ = ["Plan", "StagePlan", "StepEstimate", "make_plan"]
 
@@ -78,6 +79,7 @@ class Plan:
 
     Attributes:
         layout: ranks and how they divide the work.
+        optimizer: its name.
         options: of Muon.
         layer_wise: whether each weight has one owner in its data-parallel group.
         routes: of every weight of the whole model, experts of all ranks included, replicas left out.
@@ -91,6 +93,7 @@ class Plan:
     """
 
     layout: Layout
+    optimizer: str
     options: MuonConfig
     layer_wise: bool
     routes: list[Route]
@@ -134,13 +137,14 @@ def make_plan(flags: Sequence[str], world: int | None = None, tokens: int | None
     Raises:
         ConfigError: for flags that cannot be trained with.
     """
-    from megatron_muon.plugin.arguments import from_arguments
+    from megatron_muon.plugin.arguments import check_flags, from_arguments
     from megatron_muon.plugin.optimizer_config import is_ours
 
     args, layout, left_out = parse(flags, world)
     if not is_ours(args.optimizer):
         raise ConfigError(f"--optimizer {args.optimizer}: the plan is that of Muon; add --optimizer muon.")
     options = from_arguments(args)
+    check_flags(args, options)
     with _quiet(), as_config_error():
         return _Survey(args, layout, options, left_out).plan(tokens)
 
@@ -163,17 +167,27 @@ class _Survey:
         self.has_shared_embedding = False
 
     def plan(self, tokens: int | None) -> Plan:
+        from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel
+        from megatron_muon.plugin.variants import check_adapters
+
         matched: set[str] = set()
+        found_stiefel = False
         for stage in build_stages(self.args):
             for chunk in stage.chunks:
                 matched |= annotate(chunk, self.options)
+                found_stiefel |= has_stiefel(chunk)
+                check_adapters(global_names(chunk), self.args, self.options)
+                if self.options.transfer:
+                    roles(chunk, global_names(chunk))
             self._add(stage)
         refuse_unmatched(self.options, matched)
+        check_stiefel(self.args.optimizer, found_stiefel)
         if self.options.tp_mode in self.refusals:
             raise ConfigError(self.refusals[self.options.tp_mode])
         args = self.args
         return Plan(
             self.layout,
+            args.optimizer,
             self.options,
             bool(args.use_layer_wise_distributed_optimizer),
             self.routes,
@@ -259,7 +273,9 @@ class _Survey:
         return StepEstimate(tokens, active, tokens * (6.0 * active + self.attention_flops))
 
     def _notes(self) -> list[str]:
-        notes = []
+        from megatron_muon.plugin.variants import describe
+
+        notes = describe(self.args, self.options)
         if self.args.multi_latent_attention and self.layout.tensor > 1:
             notes.append(
                 "Down projections of latent attention are counted as divided by tensor parallelism, as Megatron's own "

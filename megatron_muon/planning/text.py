@@ -18,16 +18,21 @@ from megatron_muon.planning.document import (
 )
 from megatron_muon.planning.survey import Plan
 from megatron_muon.routing import report
+from megatron_muon.routing.report import Route
 
 __all__ = ["render"]
 
 
 def render(plan: Plan) -> str:
     """The routing report, what each rank holds and does, and the optimizer's share of a step."""
-    parts = [_layout(plan), report.render(plan.routes, plan.options), f"{plan.total_parameters:,} parameters"]
+
+    def table(routes: Sequence[Route]) -> str:
+        return report.render(routes, plan.options, optimizer=plan.optimizer)
+
+    parts = [_layout(plan), table(plan.routes), f"{plan.total_parameters:,} parameters"]
     if plan.mtp_routes:
         extra = sum(route.numel for route in plan.mtp_routes)
-        parts += ["", "Multi-token prediction, besides:", report.render(plan.mtp_routes, plan.options)]
+        parts += ["", "Multi-token prediction, besides:", table(plan.mtp_routes)]
         parts += [f"{extra:,} parameters"]
     parts += ["", *_ranks(plan), "", *_modes(plan), "", *_step(plan)]
     notes = list(plan.notes)

@@ -13,8 +13,9 @@ from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
 from megatron_muon.plugin.optimizer_config import OPTIMIZERS, REFUSED, check_adaptive, check_transfer, is_ours, refuse
+from megatron_muon.plugin.variants import check_other_optimizer, check_variant
 
-__all__ = ["from_arguments", "patches"]
+__all__ = ["check_flags", "from_arguments", "patches"]
 
 
 def patches() -> list[Patch]:
@@ -151,6 +152,8 @@ def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
         if is_ours(args.optimizer):
             _check_arguments(args)
+        else:
+            check_other_optimizer(args)
         return original(args, *rest, **kwargs)
 
     return validate_args
@@ -180,15 +183,25 @@ def _check_arguments(args: argparse.Namespace) -> None:
     muon = from_arguments(args)
     options.set_current(muon)
     name = args.optimizer
-    check_adaptive(args, muon)
-    check_transfer(name, muon)
-    _check_groups(args, muon)
+    check_flags(args, muon)
     layer_wise = args.use_distributed_optimizer or name.startswith("dist_")
     refuse(args, REFUSED_FLAGS)
     if args.ckpt_format not in ("torch", "torch_dist"):
         raise ConfigError(f"--ckpt-format {args.ckpt_format} with --optimizer {name}: use torch_dist (or torch).")
     if layer_wise:
         _check_layer_wise(args)
+
+
+def check_flags(args: argparse.Namespace, muon: MuonConfig) -> None:
+    """Refuse options that do not go with each other, or with the optimizer; the plan does so, too.
+
+    Raises:
+        ConfigError: naming flags, values and the way out.
+    """
+    check_adaptive(args, muon)
+    check_transfer(args.optimizer, muon)
+    check_variant(args, muon)
+    _check_groups(args, muon)
 
 
 def _check_groups(args: argparse.Namespace, muon: MuonConfig) -> None:
@@ -207,6 +220,11 @@ def _check_groups(args: argparse.Namespace, muon: MuonConfig) -> None:
             )
     if not muon.transfer:
         return
+    if args.decoupled_lr is not None:
+        raise ConfigError(
+            f"{flag('transfer')} {muon.transfer} with --decoupled-lr {args.decoupled_lr}: the rule gives embeddings "
+            "and output layers their rates. Leave --decoupled-lr away; --muon-scalar-lr is the base of Adam's rates."
+        )
     for name in ("use_mup", "init_method_xavier_uniform"):
         if getattr(args, name, False):
             raise ConfigError(

@@ -20,6 +20,7 @@ from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_lay
 from megatron_muon.plugin.optimizer_state import leaves
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
 from megatron_muon.plugin.transfer import group_overrides, transfer_of
+from megatron_muon.plugin.variants import check_adapters, describe
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names, report
 from megatron_muon.routing.partition import refuse_uneven, refuse_unmatched
 from megatron_muon.routing.predicate import exclusion_reason
@@ -82,6 +83,8 @@ def _route(config: Any, model_chunks: Sequence[torch.nn.Module], muon: MuonConfi
 
     def route() -> tuple[set[str], bool]:
         matched = set().union(*(annotate(chunk, muon) for chunk in model_chunks))
+        for chunk in model_chunks:
+            check_adapters(global_names(chunk), config, muon)
         return matched, any(map(has_stiefel, model_chunks))
 
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -266,7 +269,7 @@ def _print_report(
     if dist.get_rank() == 0:
         everything = [route for part in gathered for route in part]
         notes = [*_notes(muon, config, groups), *_transfer_notes(muon, model_chunks), *planned]
-        text = report.render(everything, muon, notes=notes)
+        text = report.render(everything, muon, notes=notes, optimizer=config.optimizer)
         print(f"megatron_muon {__version__}\n{text}", flush=True)
 
 
@@ -288,12 +291,8 @@ def _transfer_notes(muon: MuonConfig, model_chunks: Sequence[torch.nn.Module]) -
 
 
 def _notes(muon: MuonConfig, config: Any, groups: Any) -> list[str]:
-    notes = [
-        f"Newton-Schulz: {muon.num_ns_steps} steps, {muon.coefficient_type} coefficients; update scale "
-        f"{muon.scale_mode} x {muon.extra_scale_factor:g}",
-        f"momentum {muon.momentum:g}{', Nesterov' if muon.nesterov else ''}; learning rate {config.lr}, weight decay "
-        f"{config.weight_decay} ({muon.weight_decay_method}); tensor parallel {groups.tp.size()}: {muon.tp_mode}",
-    ]
+    notes = describe(config, muon)
+    notes[1] += f"; tensor parallel {groups.tp.size()}: {muon.tp_mode}"
     if muon.tp_mode == "blockwise" and groups.tp.size() > 1:
         notes.append(
             "WARNING --muon-tp-mode blockwise: each tensor-parallel shard is orthogonalized by itself. This is not "

@@ -17,6 +17,7 @@ from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.adaptive import check_second_moment
+from megatron_muon.plugin.variants import check_variant
 
 __all__ = [
     "OPTIMIZERS",
@@ -95,6 +96,8 @@ def check_optimizer_config(config: Any, *, pairs: bool = True) -> MuonConfig:
     muon = MuonConfig.from_optimizer_config(config, pairs=pairs)
     check_adaptive(config, muon)
     check_transfer(config.optimizer, muon)
+    if pairs:
+        check_variant(config, muon)
     return muon
 
 

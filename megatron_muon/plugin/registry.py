@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from megatron_muon._patching import Patch
-from megatron_muon.config import MuonConfig, flag
-from megatron_muon.errors import ConfigError
+from megatron_muon.config import MuonConfig
 from megatron_muon.plugin.transfer import scalar_numbers, transfer_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
@@ -115,7 +114,7 @@ def _adaptive_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_co
 
 def _sphere_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
     """Those of :class:`megatron_muon.optimizers.sphere.SpectralSphere`."""
-    muon = _only_with_adam(config)
+    muon = MuonConfig.from_optimizer_config(config)
     return {
         **_kwargs_without_variant(config, model_chunks, pg_collection),
         "radius": muon.sphere_radius,
@@ -125,7 +124,7 @@ def _sphere_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_coll
 
 def _stiefel_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
     """Those of :class:`megatron_muon.optimizers.stiefel.StiefelMuon`."""
-    muon = _only_with_adam(config)
+    muon = MuonConfig.from_optimizer_config(config)
     return {
         **_kwargs_without_variant(config, model_chunks, pg_collection),
         "solver": muon.stiefel_solver,
@@ -134,27 +133,7 @@ def _stiefel_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_col
     }
 
 
-def _only_with_adam(config: Any) -> MuonConfig:
-    """The options of an optimizer that Megatron-Core itself does not know.
-
-    Raises:
-        ConfigError: for another scalar optimizer.
-    """
-    muon = MuonConfig.from_optimizer_config(config)
-    if muon.scalar_optimizer != "adam":
-        name = config.optimizer.removeprefix("dist_")
-        raise ConfigError(
-            f"{flag('scalar_optimizer')} {muon.scalar_optimizer} with --optimizer {name}: Megatron-Core knows "
-            "it for muon and adaptive_muon only; use adam."
-        )
-    return muon
-
-
 def _kwargs_without_variant(config: Any, model_chunks: Any, pg_collection: Any) -> dict[str, Any]:
     kwargs = _muon_kwargs(config, model_chunks, pg_collection)
-    variant = kwargs.pop("variant")
-    if variant != "none":
-        raise ConfigError(
-            f"{flag('variant')} {variant} with --optimizer {config.optimizer}: these are two variants; give one."
-        )
+    del kwargs["variant"]  # refused before, beside these
     return kwargs

@@ -41,13 +41,17 @@ class Route:
     layout: MatrixLayout = WHOLE
     hidden_size: int = 0
 
-    def scale(self, block: Block, options: MuonConfig) -> float | None:
+    def scale(self, block: Block, options: MuonConfig, optimizer: str = "muon") -> float | None:
         """Factor on the direction of the matrices of a block; None where there is none, or it cannot be told here."""
         hidden = options.scale_mode == MOONLIGHT_HIDDEN and not self.hidden_size
         if block.rule == SCALAR or self.layout.direction == STIEFEL or hidden:
             return None
         if self.layout.direction in BALLS:
             return ball_factor(self.layout, block.columns, options.ball_radius)
+        if optimizer.removeprefix("dist_") == "spectral_sphere":
+            return options.sphere_radius * (block.rows / block.columns) ** 0.5 or None
+        if options.variant == "hyperball":
+            return None  # the norm of each
         factor = scale_factor(options.scale_mode, block.rows, block.columns, self.hidden_size)
         return factor * options.extra_scale_factor
 
@@ -110,19 +114,20 @@ def _route(name: str, param: torch.nn.Parameter, ranks: int, hidden_size: int) -
     return Route(pattern(name), tuple(shape), divided, tuple(blocks), reason or "", override, layout, hidden_size)
 
 
-def render(routes: Sequence[Route], options: MuonConfig, *, notes: Sequence[str] = ()) -> str:
+def render(routes: Sequence[Route], options: MuonConfig, *, notes: Sequence[str] = (), optimizer: str = "muon") -> str:
     """The table as text.
 
     Args:
         routes: of the whole model; equal ones are counted together.
         options: for the names of the optimizers and the scale factors.
         notes: lines to print under it.
+        optimizer: its name.
     """
     counts: dict[Route, int] = {}
     for route in routes:
         counts[route] = counts.get(route, 0) + 1
     header = ("weight", "count", "parameters", "shape", "divided", "optimizer", "as", "scale")
-    rows = [_row(route, count, options) for route, count in counts.items()]
+    rows = [_row(route, count, options, optimizer) for route, count in counts.items()]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -132,16 +137,16 @@ def render(routes: Sequence[Route], options: MuonConfig, *, notes: Sequence[str]
     return "\n".join([*lines, *_totals(routes, options), *_overrides(routes), *notes])
 
 
-def _row(route: Route, count: int, options: MuonConfig) -> tuple[str, ...]:
-    optimizer = "muon" if route.muon else options.scalar_optimizer
+def _row(route: Route, count: int, options: MuonConfig, optimizer: str) -> tuple[str, ...]:
+    by = "muon" if route.muon else options.scalar_optimizer
     detail = ", ".join(_matrices(block, options) for block in route.blocks) if route.muon else route.reason
     if route.layout.direction != MSIGN:
         detail = f"{route.layout.direction}: {detail}"
-    factors = [route.scale(block, options) for block in route.blocks]
+    factors = [route.scale(block, options, optimizer) for block in route.blocks]
     scales = ["-" if factor is None else f"{factor:.3g}" for factor in factors]
     scale = scales[0] if len(set(scales)) == 1 else ", ".join(scales)
     parameters = f"{count * route.numel:,}"
-    return (route.name, str(count), parameters, _times(route.shape), route.divided, optimizer, detail, scale)
+    return (route.name, str(count), parameters, _times(route.shape), route.divided, by, detail, scale)
 
 
 def _matrices(block: Block, options: MuonConfig) -> str:

@@ -60,9 +60,8 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         "--muon-ns-backend torch --muon-tp-wire-dtype bf16 --muon-chunk-mb 64 --muon-ckpt-changes accept "
         "--muon-qk-clip-rule exact --muon-qk-clip-norm gains --muon-qk-logits lse --muon-qk-logits-interval 10 "
         "--muon-qk-log-layers 100 --muon-variant polargrad --muon-weight-decay-method cautious "
-        "--muon-sphere-radius 1.5 --muon-sphere-tolerance 0.2 "
-        "--muon-stiefel-solver fixed_point --muon-stiefel-iterations 12 --muon-stiefel-radius 1.5 "
-        "--muon-ball-radius 2 --muon-scalar-weight-decay-method independent_scheduled "
+        "--muon-ball-radius 2 --muon-param-rule output_layer*=sign "
+        "--muon-scalar-weight-decay-method independent_scheduled "
     )
     read = pool.run(parse, 1, flags)[0]
     expected = MuonConfig(
@@ -88,7 +87,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         router="adam",
         lora_a="adam",
         unknown_2d="adam",
-        param_rule=("*.weight=whole", "*.linear_qkv.weight=adam"),
+        param_rule=("*.weight=whole", "*.linear_qkv.weight=adam", "output_layer*=sign"),
         scalar_lr=1e-4,
         ns_dtype="fp16",
         ns_backend="torch",
@@ -102,18 +101,22 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         qk_log_layers=100,
         variant="polargrad",
         weight_decay_method="cautious",
-        sphere_radius=1.5,
-        sphere_tolerance=0.2,
-        stiefel_solver="fixed_point",
-        stiefel_iterations=12,
-        stiefel_radius=1.5,
         ball_radius=2.0,
         scalar_weight_decay_method="independent_scheduled",
     )
     assert read == {**dataclasses.asdict(expected), "layer_wise": False, "optimizer": "muon"}
     for field in dataclasses.fields(MuonConfig):
         exercised = getattr(expected, field.name) != field.default
-        assert exercised or field.name == "transfer", f"{field.name} is not exercised"  # goes with few others
+        # Those of other optimizers, and of transfer, which goes with few others, are exercised below.
+        assert exercised or field.name.startswith(("transfer", "sphere", "stiefel")), f"{field.name} is not exercised"
+
+
+def test_flags_of_other_optimizers_arrive(pool: RankPool) -> None:
+    read = pool.run(parse, 1, "--optimizer spectral_sphere --muon-sphere-radius 1.5 --muon-sphere-tolerance 0.2")[0]
+    assert (read["sphere_radius"], read["sphere_tolerance"]) == (1.5, 0.2)
+    flags = "--muon-stiefel-solver fixed_point --muon-stiefel-iterations 12 --muon-stiefel-radius 1.5"
+    read = pool.run(parse, 1, f"--optimizer dist_stiefel_muon --muon-param-rule *.linear_qkv.weight=stiefel {flags}")[0]
+    assert [read[f"stiefel_{name}"] for name in ("solver", "iterations", "radius")] == ["fixed_point", 12, 1.5]
 
 
 TRANSFER = (
@@ -138,6 +141,10 @@ def test_transfer_arrives(pool: RankPool) -> None:
             "--muon-transfer 128x2 with --weight-decay-incr-style linear",
         ),
         ("--optimizer spectral_sphere", "--muon-transfer 128x2 with --optimizer spectral_sphere"),
+        (
+            "--untie-embeddings-and-output-weights --decoupled-lr 1e-4",
+            "--muon-transfer 128x2 with --decoupled-lr 0.0001",
+        ),
     ],
 )
 def test_what_transfer_does_not_go_with(pool: RankPool, flags: str, message: str) -> None:
@@ -292,6 +299,53 @@ def test_layer_wise_form(pool: RankPool, flags: str) -> None:
 )
 def test_refusals(pool: RankPool, flags: str, message: str) -> None:
     answer = pool.run(parse, 1, f"--optimizer muon {flags}")[0]
+    assert isinstance(answer, str) and answer.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("muon --muon-sphere-radius 4", "--muon-sphere-radius 4.0 with --optimizer muon, which does not read it"),
+        ("muon --muon-stiefel-solver dual_ascent", "--muon-stiefel-solver dual_ascent with --optimizer muon, which"),
+        (
+            "spectral_sphere --muon-stiefel-radius 3",
+            "--muon-stiefel-radius 3.0 with --optimizer spectral_sphere, which",
+        ),
+        ("muon --muon-ball-radius 9", "--muon-ball-radius 9.0 without a weight that reads it: give some to"),
+        (
+            "muon --adaptive-muon-moment2-method namo",
+            "--adaptive-muon-moment2-method namo with --optimizer muon, which has no second moments",
+        ),
+        ("muon --adaptive-muon-beta2 0.7", "--adaptive-muon-beta2 0.7 with --optimizer muon, which has no second"),
+        ("adaptive_muon --muon-variant hyperball --muon-scale-mode none", "--muon-variant hyperball with --optimizer"),
+        ("stiefel_muon --muon-scalar-optimizer lion", "--muon-scalar-optimizer lion with --optimizer stiefel_muon"),
+        ("spectral_sphere --muon-scalar-optimizer lion", "--muon-scalar-optimizer lion with --optimizer spectral"),
+        ("spectral_sphere --muon-scale-mode moonlight", "--muon-scale-mode moonlight with --optimizer spectral_sphere"),
+        ("spectral_sphere --muon-extra-scale-factor 7", "--muon-extra-scale-factor 7.0 with --optimizer spectral"),
+        ("spectral_sphere --muon-weight-decay-method l2", "--muon-weight-decay-method l2 with --optimizer spectral"),
+        (
+            "muon --muon-variant hyperball --muon-scale-mode none --muon-extra-scale-factor 0.2",
+            "--muon-variant hyperball with --muon-extra-scale-factor 0.2: weights keep their norm",
+        ),
+        (
+            "muon --muon-variant hyperball --muon-scale-mode none --muon-weight-decay-method l2",
+            "--muon-variant hyperball with --muon-weight-decay-method l2: weights keep their norm",
+        ),
+        ("muon --muon-param-rule *.linear_qkv.weight=stiefel", "--muon-param-rule '*.linear_qkv.weight=stiefel' with"),
+        (
+            "spectral_sphere --muon-param-rule output_layer*=sign",
+            "--muon-param-rule 'output_layer*=sign' with spectral_sphere, which has no weight decay",
+        ),
+        (
+            "adam --muon-transfer 128x2",
+            "--muon-transfer 128x2 with --optimizer adam: it acts on what is updated beside",
+        ),
+        ("adam --muon-scalar-lr 1e-4", "--muon-scalar-lr 0.0001 with --optimizer adam: it acts on what is updated"),
+    ],
+)
+def test_what_an_optimizer_does_not_read_is_refused(pool: RankPool, flags: str, message: str) -> None:
+    """Before the model is built: a flag that is ignored is one that somebody relies on."""
+    answer = pool.run(parse, 1, f"--optimizer {flags}")[0]
     assert isinstance(answer, str) and answer.startswith(message)
 
 

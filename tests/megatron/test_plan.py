@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_muon import Muon
 from megatron_muon.engine import MODES
 from megatron_muon.engine.modes import Machine
+from megatron_muon.errors import ConfigError
 from megatron_muon.planning.flags import read_flags
 from tests.megatron import harness
 from tests.megatron.harness import Layout
@@ -338,12 +339,31 @@ def test_a_shared_embedding_counts_once(planner: ProcessPoolExecutor) -> None:
 
 def test_what_is_not_counted_is_told(planner: ProcessPoolExecutor) -> None:
     sphere = [*TINY, *GROUPS, "--optimizer", "spectral_sphere"]
-    (note,) = planner.submit(document_of, sphere, 1).result()["notes"]
-    assert "orthogonalized 7 times in a step" in note and "singular vectors" in note
+    notes = planner.submit(document_of, sphere, 1).result()["notes"]
+    assert "orthogonalized 7 times in a step" in notes[-1] and "singular vectors" in notes[-1]
     divided = [*TINY, *GROUPS, "--optimizer", "adaptive_muon", "--tensor-model-parallel-size", "2"]
-    (note,) = planner.submit(document_of, divided, 2).result()["notes"]
-    assert "Sums over whole matrices" in note
-    assert planner.submit(document_of, [*TINY, *GROUPS], 1).result()["notes"] == []
+    notes = planner.submit(document_of, divided, 2).result()["notes"]
+    assert "second moments: adamuon, beta2 0.95" in notes[-2] and "Sums over whole matrices" in notes[-1]
+    plain = planner.submit(document_of, [*TINY, *GROUPS], 1).result()["notes"]
+    assert len(plain) == 2 and plain[1] == "momentum 0.95; weight decay 0.01 (decoupled)"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "spectral_sphere --muon-scalar-optimizer lion",
+            "--muon-scalar-optimizer lion with --optimizer spectral",
+        ),
+        ("stiefel_muon", "--optimizer stiefel_muon without a weight on the Stiefel manifold"),
+        ("muon --muon-param-rule *.linear_qkv.weight=stiefel", "--muon-param-rule '*.linear_qkv.weight=stiefel' with"),
+        ("muon --muon-sphere-radius 1", "--muon-sphere-radius 1.0 with --optimizer muon"),
+    ],
+)
+def test_what_training_refuses_is_not_planned(planner: ProcessPoolExecutor, flags: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        planner.submit(document_of, [*TINY, *GROUPS, "--optimizer", *flags.split()], 1).result()
+    assert str(error.value).startswith(message)
 
 
 def test_modes_that_cannot_be(planner: ProcessPoolExecutor) -> None:
@@ -450,7 +470,7 @@ def measured(layout: Layout, bf16: bool, options: dict[str, Any]) -> Measured:
             param.main_grad = torch.ones_like(param, dtype=torch.float32)
     for muon in muons(run.optimizer):
         muon.prepare()
-    engines = [engine for muon in muons(run.optimizer) for _, engine in muon._engines.values()]
+    engines = [engine for muon in muons(run.optimizer) for engine in muon._engines.values()]
     for engine in engines:
         engine.counters.reset()
     with FlopCounterMode(display=False) as counter:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_muon import MuonConfig
+from megatron_muon.plugin.variants import describe
 from megatron_muon.routing import annotate
 from megatron_muon.routing.layout import SCALAR, WHOLE, Block, MatrixLayout, Section
 from megatron_muon.routing.report import Route, collect, pattern, render
@@ -202,3 +203,43 @@ def test_from_a_module_to_the_table() -> None:
 )
 def test_pattern(name: str, expected: str) -> None:
     assert pattern(name) == expected
+
+
+# What is said of variants.
+
+
+def described(optimizer: str, **options: Any) -> str:
+    settings = types.SimpleNamespace(
+        optimizer=optimizer,
+        lr=0.01,
+        weight_decay=0.1,
+        adaptive_muon_moment2_method="normuon",
+        adaptive_muon_beta2=0.9,
+        adaptive_muon_eps=1e-8,
+    )
+    return "\n".join(describe(settings, MuonConfig(**options)))
+
+
+def test_what_variants_say_of_themselves() -> None:
+    """Nothing that does not act."""
+    plain = described("muon", scale_mode="moonlight")
+    assert "update scale moonlight x 1" in plain and "weight decay 0.1 (decoupled)" in plain
+    assert "second moments: normuon, beta2 0.9, eps 1e-08" in described("dist_adaptive_muon")
+    sphere = described("spectral_sphere")
+    assert "spectral norm 2 sqrt(m / n)" in sphere and "tolerance 0.1, 7 iterations of Newton-Schulz" in sphere
+    assert "no weight decay" in sphere and "update scale" not in sphere and "weight decay 0.1" not in sphere
+    assert "the norm of each at the start" in described("spectral_sphere", sphere_radius=0.0)
+    assert "1 iteration, without the multiplier (MuonSphere)" in described("spectral_sphere", sphere_tolerance=1.0)
+    ball = described("muon", variant="hyperball", scale_mode="none")
+    assert "hyperball: weights keep their Frobenius norm" in ball and "weight decay 0.1" not in ball
+    assert "polargrad; update scale none x 1" in described("muon", variant="polargrad", scale_mode="none")
+
+
+def test_scales_of_weights_that_keep_their_norm() -> None:
+    route = one(parameter(32, 8, layout=WHOLE))
+    (block,) = route.blocks
+    assert route.scale(block, MuonConfig(), "spectral_sphere") == 2.0 * 2.0
+    assert route.scale(block, MuonConfig(sphere_radius=0.0), "dist_spectral_sphere") is None
+    assert route.scale(block, MuonConfig(variant="hyperball", scale_mode="none")) is None
+    table = render([route], MuonConfig(), optimizer="spectral_sphere")
+    assert table.splitlines()[2].endswith("  4")
