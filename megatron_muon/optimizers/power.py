@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_muon.engine.pieces import Piece
-from megatron_muon.optimizers.stages import Matrices, Update, divided
+from megatron_muon.optimizers.stages import Matrices, Update, divided, is_some
 
 __all__ = ["UPDATE_LEFT", "WarmStarts", "spectrally_normalized", "store_rows", "store_vector", "top_singular"]
 
@@ -80,14 +80,12 @@ def top_singular(
     ]
     for number in range(iterations):
         right = matrices.column_products(tensors, left)
-        right = _unit(right, matrices.norms_over_columns(right))
+        norms = matrices.norms_over_columns(right)
+        right = _unit(right, norms)
         if number == 0:
             # Nothing stored, or what is stored is orthogonal to A.
-            norms = matrices.norms_over_columns(right)
-            right = [
-                torch.where(norm > 0, v, start)
-                for norm, v, start in zip(norms, right, _first_vectors(matrices, tensors), strict=True)
-            ]
+            starts = _first_vectors(matrices, tensors)
+            right = [torch.where(is_some(norm), v, start) for norm, v, start in zip(norms, right, starts, strict=True)]
         left = matrices.row_products(tensors, right)
         sizes = matrices.norms_over_rows(left)
         left = _unit(left, sizes)

@@ -115,7 +115,7 @@ def test_flags_of_other_optimizers_arrive(pool: RankPool) -> None:
     read = pool.run(parse, 1, "--optimizer spectral_sphere --muon-sphere-radius 1.5 --muon-sphere-tolerance 0.2")[0]
     assert (read["sphere_radius"], read["sphere_tolerance"]) == (1.5, 0.2)
     flags = "--muon-stiefel-solver fixed_point --muon-stiefel-iterations 12 --muon-stiefel-radius 1.5"
-    read = pool.run(parse, 1, f"--optimizer dist_stiefel_muon --muon-param-rule *.linear_qkv.weight=stiefel {flags}")[0]
+    read = pool.run(parse, 1, f"--optimizer stiefel_muon --muon-param-rule *.linear_qkv.weight=stiefel {flags}")[0]
     assert [read[f"stiefel_{name}"] for name in ("solver", "iterations", "radius")] == ["fixed_point", 12, 1.5]
 
 
