@@ -8,16 +8,18 @@
 # Variables: PYTHON=/path/to/python3.12    the interpreter of the virtual environment
 #            TORCH="torch==2.8.0 --index-url URL"   another torch build (a CPU one saves gigabytes)
 #            ARGS="..."                    further arguments of train, test, bench and results
+#            JOBS=2                        processes of make test, side by side
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
+JOBS ?= 2
 export PYTHON TORCH
 
 .PHONY: help setup train train-hybrid test test-slow test-te te lint bench results clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
 	@echo "Targets: setup train train-hybrid test test-slow test-te te lint bench results clean"
 
 setup: $(STAMP)
@@ -32,8 +34,9 @@ train: $(STAMP)
 train-hybrid: $(STAMP)
 	@$(RUN) examples/demo.py --model hybrid $(ARGS)
 
+# Files, not tests, are shared out: ranks of a process live as long as it does.
 test: lint
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)
 	@$(RUN) -m pytest -m slow $(ARGS)

@@ -40,6 +40,7 @@ setup(
             "einops>=0.8",  # megatron-core's Mamba mixer imports it without requiring it
             "mypy>=1.13",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.8",
         ],
     },
