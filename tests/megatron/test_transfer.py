@@ -203,7 +203,7 @@ def numbers(run: Any) -> dict[str, Group]:
     from megatron_muon.routing.annotate import global_names
 
     names = {param: name for chunk in run.chunks for name, param in global_names(chunk)}
-    keys = ("eps", "damping_depth", "max_lr", "start_wd", "wd_mult")
+    keys = ("eps", "damping_depth", "max_lr", "start_wd", "wd_mult", "scalar_lr_mult", "scalar_wd_mult")
     return {names[held.param]: {key: held.group.get(key) for key in keys} for held in held_by(run.optimizer)}
 
 
@@ -259,6 +259,9 @@ def test_rates_of_the_checkpoint_belong_to_its_transfer(
     found = pool.run(with_the_checkpoints_schedule, 1, folder, {**WIDER_AND_DEEPER, "lr": 0.5, "min_lr": 0.0})[0]
     assert found["decoder.layers.0.self_attention.linear_qkv.weight"]["max_lr"] == LR
     assert found["output_layer.weight"]["max_lr"] == pytest.approx(LR / WIDTH)
+    # Of rows under Adam's rule, as multiples of what the group has.
+    multiples = found["decoder.layers.0.self_attention.linear_qkv.weight"]
+    assert multiples["scalar_wd_mult"] * multiples["scalar_lr_mult"] * LR == pytest.approx(1.0)
     message = pool.run(with_the_checkpoints_schedule, 1, folder, optimizer)[0]
     assert isinstance(message, str) and message.startswith("--use-checkpoint-opt_param-scheduler: learning rates")
     assert "self_attention.linear_proj.weight[3]" in message
