@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from megatron_muon import ConfigError, Muon, MuonConfig, param_groups
 from megatron_muon.orthogonalize.scale import scale_factor
+from megatron_muon.plugin.variants import check_adapters
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names
 from megatron_muon.routing.predicate import exclusion_reason
 from tests.megatron import harness
@@ -361,3 +363,19 @@ def test_dora_stops_all_ranks_of_megatron(pool: RankPool) -> None:
 def test_dora_with_adam_trains(pool: RankPool) -> None:
     routes, losses = pool.run(train, 2, Layout(tp=2), "dora", {"param_rule": ("*.adapter.linear_*.weight=adam",)})[0]
     assert "muon" not in routes.values() and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "changes"),
+    [("dist_spectral_sphere", {}), ("muon", {"variant": "hyperball", "scale_mode": "none"})],
+)
+def test_adapters_do_not_go_with_weights_that_keep_their_norm(optimizer: str, changes: dict[str, Any]) -> None:
+    """B starts from zeros: it would stay there, or be blown up to the radius."""
+    settings, muon = types.SimpleNamespace(optimizer=optimizer), MuonConfig(**changes)
+    module = model(bridge(BridgeAdapter()))
+    annotate(module)
+    with pytest.raises(ConfigError, match=r"adapter\.linear_in\.weight: a factor of a low-rank adapter with"):
+        check_adapters(global_names(module), settings, muon)
+    check_adapters(global_names(module), types.SimpleNamespace(optimizer="muon"), MuonConfig())
+    annotate(module, options("*adapter*=adam"))
+    check_adapters(global_names(module), settings, muon)
