@@ -164,12 +164,16 @@ class Request(dict[str, Any]):
         for each, place in zip(self.held, self.places, strict=True):
             self.choices.append([])
             for state in each.tensors:
-                bucket, fresh, regrouped = (
+                choice = choose(
+                    each,
+                    place,
+                    state,
+                    self._replica(each, place),
+                    stored,
                     buckets.get(each.param),
-                    self._is_new(each, place),
-                    self._is_split(each, place),
+                    fresh=self._is_new(each, place),
+                    regrouped=self._is_split(each, place),
                 )
-                choice = choose(each, place, state, self._replica(each, place), stored, bucket, fresh, regrouped)
                 if isinstance(choice, str):
                     problems.append(choice)
                     continue

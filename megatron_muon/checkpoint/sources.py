@@ -46,7 +46,6 @@ ESTIMATED = "exp_avg_sq"
 _WARM_STARTS = (UPDATE_LEFT, LEFT, MULTIPLIER)
 """Where iterations go on from: without them they start anew, and find the same."""
 
-
 _OF_MATRICES = (*_WARM_STARTS, RADIUS, BALL_RADIUS, NAMO.state_name)
 """What is one matrix's: of no use to the matrices that another split makes of the weight."""
 

@@ -33,7 +33,6 @@ from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, MatrixLa
 
 __all__ = ["Muon"]
 
-
 _ENGINES = 8
 """So many are kept."""
 

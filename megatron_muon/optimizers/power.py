@@ -52,12 +52,13 @@ class WarmStarts:
         stored = matrices.norms_over_rows([update.batch_of(update.state[state]) for update in matrices.updates])
         norms = matrices.norms(tensors)
         pairs = list(zip(stored, norms, strict=True))
-        missing = torch.stack([((size == 0) & (norm > 0)).any() for size, norm in pairs])
-        known = torch.stack([((size > 0) | (norm > 0)).all() for size, norm in pairs])
+        are_missing = torch.stack([((size == 0) & (norm > 0)).any() for size, norm in pairs])
+        are_known = torch.stack([((size > 0) | (norm > 0)).all() for size, norm in pairs])
         # Waits for the device, once for each matrix in a process, and a few times for one of zeros.
-        for key, is_known in zip(keys, known.tolist(), strict=True):
+        missing, known = torch.stack([are_missing, are_known]).tolist()
+        for key, is_known in zip(keys, known, strict=True):
             self._looks[key] = _LOOKS if is_known else self._looks.get(key, 0) + 1
-        return max(usual, _COLD_ITERATIONS) if any(missing.tolist()) else usual
+        return max(usual, _COLD_ITERATIONS) if any(missing) else usual
 
 
 def top_singular(

@@ -130,8 +130,9 @@ def grid() -> dict[tuple[str, str], torch.Tensor]:
     return {**every, **{(name, mode): shards(name, mode) for name, mode in others}}
 
 
-def test_shards_get_the_update_of_the_whole(pool: RankPool) -> None:
-    for (name, mode), result in pool.run(grid, 4)[0].items():
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int) -> None:
+    for (name, mode), result in pool.run(grid, ranks)[0].items():
         shape, _, layout = CASES[name]
         param = torch.nn.Parameter(weight(*shape, seed=1))
         param.matrix_layout = layout
