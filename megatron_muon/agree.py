@@ -1,0 +1,127 @@
+"""The one way in which ranks share a value or a failure.
+
+A rank that stops alone leaves the others waiting in their next collective, for minutes and without a reason. So what
+may fail on one rank is done under :class:`Ranks`: all ranks learn of the failure, and all of them raise it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+__all__ = ["Ranks", "is_on_all_ranks"]
+
+_SHARED = "raised_on_all_ranks"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """What one rank has: a pickled value, or a pickled error with its traceback."""
+
+    rank: int
+    value: bytes = b""
+    error: bytes = b""
+    trace: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Ranks that must agree.
+
+    All of them must make the same calls in the same order; each call is one exchange of small objects in each group,
+    on the groups' own backend.
+
+    Attributes:
+        groups: process groups that cover the ranks together, as rows and columns cover a grid: a model's
+            model-parallel group and its data-parallel group. One group covers its own ranks; none, this process alone.
+    """
+
+    groups: tuple[dist.ProcessGroup, ...]
+
+    @classmethod
+    def of_world(cls) -> Ranks:
+        """All ranks of the run, for what is theirs in common: flags, files. A model may live on fewer."""
+        world = dist.group.WORLD  # None in a process without ranks
+        return cls(()) if world is None else cls((world,))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first rank of all."""
+        return all(group.rank() == 0 for group in self.groups)
+
+    def gather[T](self, work: Callable[[], T]) -> list[T]:
+        """The results of ``work`` on every rank, in the same order everywhere (the first rank's first).
+
+        Args:
+            work: done on this rank; its result must be picklable, and small.
+
+        Raises:
+            Exception: on every rank, what ``work`` raised on the lowest rank that failed: the same type and message,
+                with the rank in a note. A type that cannot be pickled becomes a ``RuntimeError`` that names it.
+        """
+        own: BaseException | None = None
+        try:
+            mine = _Outcome(_rank(), value=pickle.dumps(work()))
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            own = error
+            mine = _Outcome(_rank(), error=_pickled(error), trace=traceback.format_exc())
+        outcomes = [mine]
+        for group in self.groups:
+            gathered: list[Any] = [None] * group.size()
+            dist.all_gather_object(gathered, outcomes, group=group)
+            outcomes = [outcome for part in gathered for outcome in part]
+        _raise_first(outcomes, own)
+        return [pickle.loads(outcome.value) for outcome in outcomes]
+
+    def together[T](self, work: Callable[[], T]) -> T:
+        """This rank's result of ``work``, which need not be picklable; fails as :meth:`gather` does."""
+        results: list[T] = []
+        self.gather(lambda: results.append(work()))
+        return results[0]
+
+    def from_first[T](self, work: Callable[[], T]) -> T:
+        """What the first rank alone finds by ``work``, on all ranks; fails as :meth:`gather` does."""
+        found: Sequence[T | None] = self.gather(lambda: work() if self.is_first else None)
+        return found[0]  # type: ignore[return-value]  # the first rank's
+
+
+def is_on_all_ranks(error: BaseException) -> bool:
+    """Whether all ranks that had to agree have raised ``error``: then one of them is enough to tell the user."""
+    return getattr(error, _SHARED, False)
+
+
+def _raise_first(outcomes: Sequence[_Outcome], own: BaseException | None) -> None:
+    """Raise the error of the lowest rank that has one, if any has."""
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if not failed:
+        return
+    first = min(failed, key=lambda outcome: outcome.rank)
+    if own is not None and first.rank == _rank():
+        error, cause = own, own.__cause__
+    else:
+        error, cause = pickle.loads(first.error), own
+        error.add_note(f"on rank {first.rank}:\n{first.trace}")
+    setattr(error, _SHARED, True)
+    raise error from cause
+
+
+def _pickled(error: BaseException) -> bytes:
+    """``error`` as other ranks can have it."""
+    try:
+        payload = pickle.dumps(error)
+        if str(pickle.loads(payload)) == str(error):  # an exception with arguments of its own may lose its message
+            return payload
+    except Exception:  # whatever its constructor makes of the arguments
+        pass
+    return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

@@ -1,0 +1,102 @@
+"""Ranks share a value or a failure: the same on all of them, whatever it is and whoever had it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_muon.agree import Ranks, is_on_all_ranks
+from megatron_muon.checkpoint.errors import CheckpointError
+from megatron_muon.errors import ConfigError
+from tests.pool import RankPool
+
+
+class OddError(Exception):
+    """Cannot be made again from its arguments."""
+
+    def __init__(self, left: str, right: str) -> None:
+        super().__init__(f"{left} and {right}")
+
+
+ERRORS = {
+    "refusal": lambda: ConfigError("--flag 3: give 4."),
+    "checkpoint": lambda: CheckpointError("it is damaged"),
+    "storage": lambda: OSError(28, "No space left on device"),
+    "bug": lambda: KeyError("weight"),
+    "odd": lambda: OddError("this", "that"),
+}
+
+
+def grid() -> Ranks:
+    """Four ranks as two by two: (0, 1), (2, 3) and (0, 2), (1, 3)."""
+    rank = dist.get_rank()
+    rows = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    columns = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    return Ranks((rows[rank // 2], columns[rank % 2]))
+
+
+def fail_on(failing: list[int], kind: str) -> dict[str, Any]:
+    ranks = grid()
+
+    def work() -> int:
+        if dist.get_rank() in failing:
+            raise ERRORS[kind]()
+        return dist.get_rank()
+
+    answer: dict[str, Any] = {}
+    for name in ("gather", "together", "from_first"):
+        try:
+            answer[name] = getattr(ranks, name)(work)
+        except Exception as error:
+            answer[name] = (type(error).__name__, str(error), is_on_all_ranks(error), getattr(error, "__notes__", []))
+    return answer
+
+
+def test_values(pool: RankPool) -> None:
+    for rank, answer in enumerate(pool.run(fail_on, 4, [], "bug")):
+        assert answer == {"gather": [0, 1, 2, 3], "together": rank, "from_first": 0}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_a_failure_of_one_rank_is_raised_on_all(pool: RankPool, kind: str) -> None:
+    error = ERRORS[kind]()
+    expected = (type(error).__name__, str(error), True)
+    if kind == "odd":
+        expected = ("RuntimeError", "OddError: this and that", True)
+    for rank, answer in enumerate(pool.run(fail_on, 4, [2, 3], kind)):
+        for name in ("gather", "together"):
+            if rank == 2 and kind == "odd":  # its own is whole
+                assert answer[name][:2] == ("OddError", "this and that")
+            else:
+                assert answer[name][:3] == expected
+            assert rank == 2 or "on rank 2" in answer[name][3][0]
+        assert answer["from_first"] == 0
+
+
+def unpicklable() -> str:
+    def work() -> Any:
+        return (lambda: 1) if dist.get_rank() == 1 else 1
+
+    ranks = Ranks.of_world()
+    assert ranks.together(work) is not None
+    try:
+        ranks.gather(work)
+    except Exception as error:
+        return type(error).__name__
+    return ""
+
+
+def test_a_value_that_cannot_travel_is_a_failure_on_all(pool: RankPool) -> None:
+    first, second = pool.run(unpicklable, 2)
+    assert first == second != ""
+
+
+def test_a_process_alone() -> None:
+    alone = Ranks.of_world()
+    assert alone == Ranks(())
+    assert alone.is_first
+    assert alone.gather(lambda: 3) == [3]
+    with pytest.raises(KeyError):
+        alone.together(lambda: {}["weight"])
