@@ -1,0 +1,51 @@
+"""The process groups of a model, and the ranks that they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_muon.agree import Ranks
+from megatron_muon.errors import ConfigError
+
+__all__ = ["groups_or_default", "ranks_of"]
+
+
+def groups_or_default(pg_collection: Any) -> Any:
+    """``pg_collection``, or for None Megatron-Core's ``ProcessGroupCollection`` of ``parallel_state``."""
+    if pg_collection is not None:
+        return pg_collection
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def ranks_of(pg_collection: Any) -> Ranks:
+    """All ranks that hold a part or a copy of a model: its model-parallel group by its data-parallel group.
+
+    They need not be those of the run: a model may have groups of its own, on some of the ranks.
+
+    Args:
+        pg_collection: Megatron-Core's ``ProcessGroupCollection`` of the model; None for that of ``parallel_state``. As
+            Megatron-Core's factory has it, ``mp`` is None if the model is not divided, and ``dp`` stands for a
+            ``dp_cp`` that is not there.
+
+    Raises:
+        ConfigError: if the collection does not say which ranks they are.
+    """
+    groups = groups_or_default(pg_collection)
+    tensor, pipeline, context, whole = (getattr(groups, name, None) for name in ("tp", "pp", "cp", "mp"))
+    model = [tensor, pipeline] if whole is None else [whole]
+    if "mp" not in vars(groups) and (tensor is None or pipeline is None):
+        raise ConfigError(
+            "pg_collection without mp: which ranks hold the model cannot be told. Give ProcessGroupCollection its mp "
+            "(tensor x pipeline parallel ranks), or mp=None for a model that is not divided."
+        )
+    data = getattr(groups, "dp_cp", None)
+    if data is None and (context is None or context.size() == 1):
+        data = getattr(groups, "dp", None)
+    if data is None:
+        raise ConfigError(
+            "pg_collection without dp_cp: which ranks hold the model cannot be told. Give ProcessGroupCollection its "
+            "dp_cp (data x context parallel ranks), or dp if there is no context parallelism."
+        )
+    return Ranks(tuple(group for group in (*model, data) if group is not None))
