@@ -9,28 +9,21 @@ import copy
 import dataclasses
 import functools
 import inspect
-import itertools
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_muon._patching import Patch
-from megatron_muon.config import MuonConfig, flag
+from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
 from megatron_muon.plugin.arguments import from_arguments
 from megatron_muon.plugin.optimizer_config import is_ours
-from megatron_muon.plugin.optimizer_state import held_by
-from megatron_muon.qk_clip.clip import ClipSettings, QKClip, Target
-from megatron_muon.qk_clip.factors import Heads
-from megatron_muon.qk_clip.measure import Gauge, attach, source_of
-from megatron_muon.qk_clip.rows import Attention, Rows, has_norm, norm_rows, projection_rows
-from megatron_muon.routing import _is_nonlinear_or_embedding, global_names
-from megatron_muon.routing.layout import STIEFEL, layout_of
+from megatron_muon.plugin.qk_clip_build import FLAGS, build_clip, check_numbers
+from megatron_muon.qk_clip.clip import QKClip
 
 __all__ = ["clip_of", "log_scalars", "patches"]
 
@@ -91,7 +84,7 @@ def _with_clip(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_megatron_optimizer(config: Any, model_chunks: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
         optimizer = original(config, model_chunks, *args, **kwargs)
         muon = MuonConfig.from_optimizer_config(config) if is_ours(config.optimizer) else options.current()
-        clip = _build(config, model_chunks, muon, optimizer)
+        clip = build_clip(config, model_chunks, muon, optimizer)
         if clip is not None:
             optimizer.step = functools.partial(clip.step, optimizer.step)
         for chunk in model_chunks:
@@ -102,244 +95,13 @@ def _with_clip(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_megatron_optimizer
 
 
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """What a rank has found of one layer, for all ranks to agree on."""
-
-    name: str
-    heads: int
-    groups: int
-    clip: bool
-    threshold: float
-    alpha: float
-
-
-def _build(config: Any, chunks: Sequence[torch.nn.Module], muon: MuonConfig, optimizer: Any) -> QKClip | None:
-    """The clip of a model; None if no layer asks for it, on any rank.
-
-    Raises:
-        ConfigError: on all ranks, with the message of the first that has one.
-    """
-    layers, problem = _together(lambda: list(_layers(chunks)))
-    found = sorted(_gather([_describe(layer) for layer in layers], problem), key=lambda each: _in_order(each.name))
-    if not found:
-        return None
-    settings = _settings(found, config, muon)
-    param = next(chunks[0].parameters())
-    heads = Heads.of([(each.heads, each.groups) for each in found], param.device)
-    dtype = torch.promote_types(param.dtype, torch.float32)
-    clip = QKClip([each.name for each in found], heads, settings, param.device, dtype)
-    kept = _keeper(config, muon)
-    notes, problem = _together(lambda: _fill(clip, found, layers, muon, optimizer, kept))
-    notes = _gather(notes, problem)
-    if dist.get_rank() == 0:
-        print("\n".join(f"QK-clip: {line}" for line in [*clip.describe(), *notes]), flush=True)
-    return clip
-
-
-def _keeper(config: Any, muon: MuonConfig) -> str:
-    """What keeps the sizes of all of Muon's matrices, so that clipping them is undone; empty if nothing does."""
-    if not is_ours(config.optimizer):
-        return ""
-    if config.optimizer.removeprefix("dist_") == "spectral_sphere":
-        return f"--optimizer {config.optimizer}"
-    return f"{flag('variant')} {muon.variant}" if muon.variant == "hyperball" else ""
-
-
-def _refuse_kept(layer: Attention, rows: Sequence[Rows], kept: str) -> None:
-    """Refuse to clip weights whose sizes are put back by the next step.
-
-    Raises:
-        ConfigError: if ``rows`` has one.
-    """
-    for param in (each.param for each in rows):
-        if _is_nonlinear_or_embedding(param):
-            continue
-        keeper = f"{flag('param_rule')} GLOB=stiefel" if layout_of(param).direction == STIEFEL else kept
-        if keeper:
-            raise ConfigError(
-                f"--qk-clip with {keeper}: {layer.name}'s query and key weights get the size back in the next step "
-                f"that clipping takes from them. Leave --qk-clip off, or give them to Adam ({flag('param_rule')})."
-            )
-
-
-def _fill(
-    clip: QKClip, found: Sequence[_Found], layers: Sequence[Attention], muon: MuonConfig, optimizer: Any, kept: str
-) -> list[str]:
-    """Connect this rank's layers and optimizer to the clip; what there is to say about them."""
-    number = {each.name: index for index, each in enumerate(found)}
-    first = list(itertools.accumulate((each.heads for each in found), initial=0))
-    notes: list[str] = []
-    for layer in layers:
-        index = number[layer.name]
-        core = layer.module.core_attention
-        cp = layer.module.pg_collection.cp
-        mine = clip.maxima_of(first[index] + layer.mine.start, layer.mine.stop - layer.mine.start)
-        gauge = Gauge(layer.name, mine, cp if cp is not None and cp.size() > 1 else None)
-        source = source_of(core, muon.qk_logits, layer.name)
-        attach(core, gauge, source)
-        clip.gauges.append(gauge)
-        notes.append(f"logits from {_SOURCES[source]} ({type(core).__name__})")
-        if clip.settings.clip:
-            rows = _rows(layer, index, first[index], clip.heads, muon, notes)
-            _refuse_kept(layer, rows, kept)
-            clip.rows += rows
-    if clip.settings.clip:
-        clip.watch(list(_targets(optimizer, clip.rows)))
-    return notes
-
-
-_SOURCES = {
-    "scores": "the attention's scores",
-    "te": "TransformerEngine",
-    "exact": "queries times keys, a second time",
-    "lse": "the flash kernel's log-sum-exp, an upper bound",
-    "own": "the core attention itself",
-}
-
-
-def _rows(layer: Attention, number: int, first: int, heads: Heads, muon: MuonConfig, notes: list[str]) -> list[Rows]:
-    """The rows to clip in a layer.
-
-    Raises:
-        ConfigError: if it has none.
-    """
-    if not has_norm(layer.module):
-        rows = list(projection_rows(layer, first, heads))
-        if not rows:
-            raise ConfigError(
-                f"--qk-clip: {layer.name} ({type(layer.module).__name__}) has no query and key projections that are "
-                "known. Leave --qk-clip off (--log-max-attention-logit alone measures)."
-            )
-        return rows
-    if muon.qk_clip_norm == "skip":
-        notes.append(
-            "WARNING queries and keys are normalised (--qk-layernorm), so that the size of their weights does not "
-            "matter: those layers are not clipped. --muon-qk-clip-norm gains clips the gains of the norms."
-        )
-        return []
-    rows = norm_rows(layer, number, heads)
-    if not rows:
-        raise ConfigError(
-            f"--muon-qk-clip-norm gains: the norms of {layer.name} have no gains, so that their logits are bounded "
-            "already. Use --muon-qk-clip-norm skip."
-        )
-    return rows
-
-
-def _layers(chunks: Sequence[torch.nn.Module]) -> Iterator[Attention]:
-    """The attention layers of this rank whose config asks for their logits; frozen ones do not count."""
-    for chunk in chunks:
-        names = {id(param): name for name, param in global_names(chunk)}
-        modules: Iterator[Any] = chunk.modules()
-        for module in modules:
-            core = getattr(module, "core_attention", None)
-            wanted = any(getattr(getattr(module, "config", None), flag, False) for flag in _FLAGS)
-            if not wanted or not isinstance(core, torch.nn.Module) or type(core).__name__ == "IdentityOp":
-                continue
-            if not any(param.requires_grad for param in module.parameters()):
-                continue
-            local, param = next(iter(module.named_parameters()))
-            heads = module.config.num_attention_heads
-            groups = module.config.num_query_groups if hasattr(module, "linear_qkv") else heads
-            tp = module.pg_collection.tp
-            yield Attention(names[id(param)].removesuffix(f".{local}"), module, heads, groups, tp.rank(), tp.size())
-
-
-_FLAGS = ("qk_clip", "log_max_attention_logit")
-
-
-def _describe(layer: Attention) -> _Found:
-    config = layer.module.config
-    return _Found(
-        layer.name, layer.heads, layer.groups, config.qk_clip, float(config.qk_clip_threshold), config.qk_clip_alpha
-    )
-
-
-def _together(work: Callable[[], list[Any]]) -> tuple[list[Any], str | None]:
-    """The result of ``work``, or what it refuses: other ranks must hear of it before anybody stops."""
-    try:
-        return work(), None
-    except ConfigError as error:
-        return [], str(error)
-
-
-def _gather(mine: list[Any], problem: str | None) -> list[Any]:
-    """What all ranks have, each thing once.
-
-    Raises:
-        ConfigError: with the message of the first rank that has a problem.
-    """
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (mine, problem))
-    for _, message in gathered:
-        if message is not None:
-            raise ConfigError(message)
-    return list(dict.fromkeys(item for items, _ in gathered for item in items))
-
-
-def _in_order(name: str) -> list[tuple[int, str]]:
-    """Sorts numbers in names as numbers."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
-
-
-def _settings(found: Sequence[_Found], config: Any, muon: MuonConfig) -> ClipSettings:
-    """What the layers' configs ask for.
-
-    Raises:
-        ConfigError: if they differ, or if the optimizer keeps weights in a form that cannot be clipped.
-    """
-    if len({(each.clip, each.threshold, each.alpha) for each in found}) > 1:
-        raise ConfigError(
-            "--qk-clip: the configs of the model's parts have different qk_clip, qk_clip_threshold or qk_clip_alpha; "
-            "give them the same."
-        )
-    _check_numbers(found[0].clip, found[0].threshold, found[0].alpha)
-    for name, way_out in _REFUSED.items():
-        if found[0].clip and getattr(config, name, False):
-            raise ConfigError(f"--{name.replace('_', '-')} with --qk-clip: {way_out}.")
-    return ClipSettings(
-        clip=found[0].clip,
-        threshold=found[0].threshold,
-        alpha=found[0].alpha,
-        rule=muon.qk_clip_rule,
-        interval=muon.qk_logits_interval,
-        log_layers=muon.qk_log_layers,
-    )
-
-
-_REFUSED = {
-    "use_precision_aware_optimizer": "its master weights are out of reach; leave one of the two off",
-    "optimizer_cpu_offload": "its master weights are out of reach; leave one of the two off",
-    "optimizer_cuda_graph": "the captured step would not clip; leave one of the two off",
-}
-
-
-def _check_numbers(clip: bool, threshold: float, alpha: float) -> None:
-    if clip and not 0.0 < alpha < 1.0:
-        raise ConfigError(f"--qk-clip-alpha {alpha}: give a number between 0 and 1 (0.5 is usual).")
-    if clip and not 0.0 < threshold < float("inf"):
-        raise ConfigError(f"--qk-clip-threshold {threshold}: give a positive number (100 is usual).")
-
-
-def _targets(optimizer: Any, rows: Sequence[Rows]) -> Iterator[tuple[torch.optim.Optimizer, Target]]:
-    """The tensors of this rank's optimizers that hold the weights to clip, whole or in slices."""
-    wanted = {id(each.param): each for each in rows}
-    for held in held_by(optimizer):
-        mine = wanted.get(id(held.param))
-        if mine is None or held.key is None:
-            continue
-        tensor = held.key if held.master is None else held.master
-        yield held.inner, Target(tensor, mine, None if held.slices is None else held.slices.mine[0])
-
-
 def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        asked = {name: getattr(args, name, False) for name in _FLAGS}
+        asked = {name: getattr(args, name, False) for name in FLAGS}
         if not any(asked.values()):
             return original(args, *rest, **kwargs)
-        _check_numbers(asked["qk_clip"], args.qk_clip_threshold, args.qk_clip_alpha)
+        check_numbers(asked["qk_clip"], args.qk_clip_threshold, args.qk_clip_alpha)
         for name in ("use_torch_fsdp2", "use_megatron_fsdp"):
             if asked["qk_clip"] and getattr(args, name, False):
                 raise ConfigError(
@@ -374,9 +136,9 @@ def _with_choice(original: Any) -> Any:
 
             wanted = options.current().qk_logits
             can = is_te_min_version("2.9.0") and config.params_dtype in (torch.bfloat16, torch.float16)
-            if any(getattr(config, flag, False) for flag in _FLAGS) and not (wanted in ("auto", "te") and can):
+            if any(getattr(config, flag, False) for flag in FLAGS) and not (wanted in ("auto", "te") and can):
                 config = copy.copy(config)
-                for flag in _FLAGS:
+                for flag in FLAGS:
                     setattr(config, flag, False)
             super().__init__(config, *args, **kwargs)
 

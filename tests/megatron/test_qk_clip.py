@@ -53,7 +53,7 @@ def forward(chunk: torch.nn.Module, sequences: int = 4) -> None:
 
 def clip_once(layout: Layout, share: float, options: dict[str, Any], build: dict[str, Any]) -> Clipped:
     """Clip a model in float64 so that its loudest head comes down to ``share`` of its logit."""
-    from megatron_muon.plugin import qk_clip
+    from megatron_muon.plugin.qk_clip_build import build_clip
 
     layout.initialize()
     (chunk,) = harness.build_model(layout, qk_clip=True, **{**ONE_LAYER, **build})
@@ -62,7 +62,7 @@ def clip_once(layout: Layout, share: float, options: dict[str, Any], build: dict
         if name.endswith(("layernorm.weight", "bias")):  # from where Megatron has ones and zeros
             param.data.add_(torch.linspace(-0.3, 0.3, param.numel(), dtype=param.dtype))
     optimizer = plain_optimizer(chunk, layout)
-    clip = qk_clip._build(optimizer.config, [chunk], MuonConfig(**options), optimizer)
+    clip = build_clip(optimizer.config, [chunk], MuonConfig(**options), optimizer)
     forward(chunk)
     dist.all_reduce(clip._maxima, op=dist.ReduceOp.MAX)
     before = clip._maxima.clone()
@@ -155,13 +155,13 @@ def test_tensor_parallel_shards_are_clipped_as_the_whole(pool: RankPool, name: s
 
 def clip_given(layout: Layout, initial: str, result: str, options: dict[str, Any], build: dict[str, Any]) -> None:
     """Clip the weights of one folder by given logits and leave them in another."""
-    from megatron_muon.plugin import qk_clip
+    from megatron_muon.plugin.qk_clip_build import build_clip
 
     layout.initialize()
     chunks = harness.build_model(layout, qk_clip=True, qk_clip_threshold=100.0, **build)
     harness.load_weights(chunks, initial)
     optimizer = plain_optimizer(chunks[0], layout)
-    clip = qk_clip._build(optimizer.config, chunks, MuonConfig(**options), optimizer)
+    clip = build_clip(optimizer.config, chunks, MuonConfig(**options), optimizer)
     clip._maxima.copy_(torch.linspace(-50, 400, clip.heads.count))
     clip.step(optimizer.optimizer.step)
     harness.save_weights(chunks, result)
@@ -462,7 +462,7 @@ def test_measured_in_every_third_step(pool: RankPool) -> None:
 
 def visited(kind: str) -> tuple[list[str], list[str], list[str]]:
     """Names of layers, of parameters that are clipped, and of all query and key projections."""
-    from megatron_muon.plugin import qk_clip
+    from megatron_muon.plugin.qk_clip_build import build_clip
 
     layout = Layout(tp=dist.get_world_size())
     layout.initialize()
@@ -472,7 +472,7 @@ def visited(kind: str) -> tuple[list[str], list[str], list[str]]:
         build = {"gdn": {**GDN, "qk_clip": True}, "mamba": {**MAMBA, "qk_clip": True}}[kind]
         (model,) = harness.build_model(layout, **build)
     optimizer = plain_optimizer(model, layout)
-    clip = qk_clip._build(optimizer.config, [model], MuonConfig(), optimizer)
+    clip = build_clip(optimizer.config, [model], MuonConfig(), optimizer)
     names = {param: name for name, param in model.named_parameters()}
     every = [name for name in names.values() if name.endswith("linear_qkv.weight")]
     return clip.names, [names[rows.param] for rows in clip.rows], every

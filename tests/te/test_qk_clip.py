@@ -14,7 +14,8 @@ pytestmark = needs_transformer_engine
 def sources(source: str, bf16: bool, mla: bool) -> tuple[set[str], set[bool], list[str]]:
     """Sources of all layers, whether TransformerEngine is asked for maxima, and the names of clipped weights."""
     import megatron_muon
-    from megatron_muon.plugin import qk_clip
+    from megatron_muon.plugin.qk_clip_build import build_clip
+    from megatron_muon.qk_clip.measure import source_of
     from tests.megatron.test_qk_clip import plain_optimizer
 
     layout = Layout(tp=2)
@@ -25,9 +26,9 @@ def sources(source: str, bf16: bool, mla: bool) -> tuple[set[str], set[bool], li
     models.MODELS["clipped"] = changes
     model = models.build_model(layout, "clipped")
     optimizer = plain_optimizer(model, layout)
-    clip = qk_clip._build(optimizer.config, [model], options, optimizer)
+    clip = build_clip(optimizer.config, [model], options, optimizer)
     cores = [module for module in model.modules() if hasattr(module, "muon_qk_gauge")]
-    found = {qk_clip.source_of(core, source, "layer") for core in cores}
+    found = {source_of(core, source, "layer") for core in cores}
     names = {param: name for name, param in model.named_parameters()}
     return found, {core.return_max_logit for core in cores}, [names[rows.param] for rows in clip.rows]
 
