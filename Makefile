@@ -54,7 +54,7 @@ lint: $(STAMP)
 	@$(RUN) -m mypy
 
 bench: $(STAMP)
-	@$(RUN) -m megatron_muon bench $(ARGS)
+	@$(RUN) -m tools.bench $(ARGS)
 
 results: $(STAMP)
 	@$(RUN) -m tools.results $(ARGS)

@@ -66,7 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("script", metavar="SCRIPT", help="the pretraining script")
     run.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
     run.set_defaults(command=_run)
-    commands.add_parser("bench", help="measure the optimizer step against those of Megatron-Core and others")
     commands.add_parser("plot", help="plot the losses of recorded runs")
     commands.add_parser(
         "plan", help="tell from a run's flags, without GPUs, who updates what and what the optimizer costs"
@@ -138,12 +137,6 @@ def _prepare(device: str) -> bool:
     return on_cpu
 
 
-def _bench(argv: list[str]) -> None:
-    from megatron_muon.benchmark import command
-
-    command.main(argv)
-
-
 def _plot(argv: list[str]) -> None:
     from megatron_muon.monitor import plots
 
@@ -162,4 +155,4 @@ def _ckpt(argv: list[str]) -> None:
     command.main(argv)
 
 
-_TOOLS: dict[str, Callable[[list[str]], None]] = {"bench": _bench, "ckpt": _ckpt, "plan": _plan, "plot": _plot}
+_TOOLS: dict[str, Callable[[list[str]], None]] = {"ckpt": _ckpt, "plan": _plan, "plot": _plot}

@@ -6,7 +6,6 @@ Regular expressions that are searched in a test's name, from its file on.
 SLOW_CASES = (
     r"test_interrupted_saves.py::test_killed_while_saving",
     r"test_launcher.py::test_model_from_a_builder",
-    r"test_bench.py::test_tensor_parallel$",
     r"test_install.py::test_any_order_of_imports\[(order3|import megatron_muon;|import megatron.core;)",
     r"test_checkpoints.py.*\[(latent_attention|hybrid)-.*-to-pp2\]",
     r"test_qk_clip.py::test_large_learning_rate\[mla\]",
@@ -15,7 +14,6 @@ SLOW_CASES = (
     r"test_adam_baseline.py.*\[1\]",
     r"test_checkpoint_migration.py.*\[(to_layer_wise-plain_dp2|to_tp2-plain_tp2)\]",
     r"test_checkpoint_safety.py::test_saved_by_the_persistent_worker.*\[(plain|tensor_parallel)\]",
-    r"test_bench.py::test_model_with_expert_parallelism",
     r"test_checkpoint_command.py::test_convert_adam_to_muon\[tp2\]",
     r"test_checkpoint_migration.py::test_buckets_of_adam_at_the_same_layout\[tp2_dp2\]",
     r"test_context_parallel.py::(test_unedited_script|test_resume\[True\])",

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import Muon
-from megatron_muon.benchmark.observe import LiveBytes
 from megatron_muon.errors import ConfigError
 from megatron_muon.routing.layout import BALLS, COLUMN_NORM, ROW_NORM, SIGN, TABLE, WHOLE, MatrixLayout
 from tests.distributed.test_adaptive import CASES, grad, rows_of, weight
 from tests.pool import RankPool
+from tools.bench.observe import LiveBytes
 
 STEPS, LR, MOMENTUM, DECAY, RADIUS = 4, 0.05, 0.8, 0.3, 3.0
 

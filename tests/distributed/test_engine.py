@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_muon import Muon
-from megatron_muon.benchmark.observe import LiveBytes
 from megatron_muon.engine.modes import MODES
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 from tests.pool import RankPool
 from tests.reference import orthogonalized
+from tools.bench.observe import LiveBytes
 
 QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
 GATED = MatrixLayout("gdn", (Section("q", 6), Section("beta", 2, SCALAR)))

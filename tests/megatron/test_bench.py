@@ -1,18 +1,18 @@
-"""``python -m megatron_muon bench`` as a user starts it: everything is there, and what can be known is right."""
+"""``python -m tools.bench`` as a user starts it: everything is there, and what can be known is right."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import subprocess
+import runpy
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 240
 
 # The quick dense case: 2 layers of hidden size 64 (4 heads of 16 in 2 query groups) and 96 rows of gate and of up.
 QUICK_DENSE = {"matrices": 14, "elements": 2 * (128 * 64 + 64 * 64 + 3 * 96 * 64)}
@@ -20,16 +20,13 @@ FLOAT32_BYTES = 4
 
 
 def bench(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
-    """Run it on CPUs; the document and the text."""
-    path = folder / "bench.json"
-    line = [sys.executable, "-m", "megatron_muon", "bench", "--quick", "--device", "cpu", "--json", str(path)]
-    done = subprocess.run(
-        [*line, "--threads", "1", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    progress = [text for text in done.stderr.splitlines() if not text.startswith("bench: ")]
-    assert not [text for text in progress if "Error" in text or "Traceback" in text], done.stderr
-    return json.loads(path.read_text()), done.stdout
+    """Run the module on CPUs, as ``python -m`` does; the document and the text."""
+    path, out, err = folder / "bench.json", io.StringIO(), io.StringIO()
+    line = ["--quick", "--device", "cpu", "--threads", "1", "--json", str(path), *arguments]
+    with mock.patch.object(sys, "argv", ["bench", *line]), redirect_stdout(out), redirect_stderr(err):
+        runpy.run_module("tools.bench", run_name="__main__")
+    assert all(text.startswith("bench: ") for text in err.getvalue().splitlines()), err.getvalue()
+    return json.loads(path.read_text()), out.getvalue()
 
 
 def named(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -81,6 +78,7 @@ def test_one_process(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+@pytest.mark.slow
 def test_tensor_parallel(tmp_path: Path) -> None:
     document, text = bench(tmp_path, "--case", "dense", "--tp", "2")
     assert [(case["dtype"], case["tp"], case["ranks"]) for case in document["cases"]] == [
@@ -117,6 +115,7 @@ MODEL = """
 """
 
 
+@pytest.mark.slow
 def test_model_with_expert_parallelism(tmp_path: Path) -> None:
     """Two of its layers, on two ranks that share the experts; the file's own sizes do not count."""
     file = tmp_path / "moe.args"

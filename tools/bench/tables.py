@@ -1,6 +1,6 @@
-"""Markdown tables of what ``python -m megatron_muon bench --json FILE`` found.
+"""Markdown tables of what ``python -m tools.bench --json FILE`` found.
 
-.venv/bin/python tools/bench_tables.py FILE > docs/results/bench.md
+python -m tools.bench.tables FILE > docs/results/bench.md
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(path: str) -> None:
     machine = document["machine"]
     versions = {name: number for name, number in document["versions"].items() if number != "not installed"}
     print("# The optimizer step, measured\n")
-    print("    python -m megatron_muon bench --json FILE\n    python tools/bench_tables.py FILE\n")
+    print("    python -m tools.bench --json FILE\n    python -m tools.bench.tables FILE\n")
     print(f"{', '.join(machine['gpus']) or machine['cpu']}, {machine['cores']} cores.", end=" ")
     print(f"{', '.join(f'{name} {number}' for name, number in versions.items())}.\n")
     print(

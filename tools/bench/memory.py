@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_muon.benchmark.cases import Case
-from megatron_muon.benchmark.contestants import contestants, forms_of
-from megatron_muon.benchmark.forms import FUSED
 from megatron_muon.errors import ConfigError
+from tools.bench.cases import Case
+from tools.bench.contestants import contestants, forms_of
+from tools.bench.forms import FUSED
 
 __all__ = ["free_bytes", "needed_bytes", "refuse_too_large"]
 

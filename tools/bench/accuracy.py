@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_muon.benchmark.contestants import Contestant
-from megatron_muon.benchmark.forms import Entry, Matrices, Tensors
-from megatron_muon.benchmark.ranks import World
 from megatron_muon.orthogonalize.coefficients import Coefficients, coefficients
 from megatron_muon.orthogonalize.scale import scale_factor
+from tools.bench.contestants import Contestant
+from tools.bench.forms import Entry, Matrices, Tensors
+from tools.bench.ranks import World
 
 __all__ = ["BOUNDS", "Errors", "Reference", "WrongUpdateError", "check", "exact_update", "update_errors"]
 

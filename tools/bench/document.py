@@ -7,15 +7,16 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from megatron_muon.benchmark.cases import Case
-from megatron_muon.benchmark.contestants import (
+from megatron_muon.version import __version__
+from tools.bench.cases import Case
+from tools.bench.contestants import (
     ADAMW,
     HYPERPARAMETERS,
     MOMENTUM,
@@ -24,36 +25,11 @@ from megatron_muon.benchmark.contestants import (
     UPSTREAM_DUPLICATED,
     UPSTREAM_FP32,
 )
-from megatron_muon.benchmark.ranks import World, cores
-from megatron_muon.benchmark.rounds import quantile, ratios
-from megatron_muon.version import __version__
+from tools.bench.found import Measured, Rate
+from tools.bench.ranks import World, cores
+from tools.bench.rounds import quantile, ratios
 
-if TYPE_CHECKING:
-    from megatron_muon.benchmark.measure import Measured
-
-__all__ = ["Rate", "machine", "of_case", "settings", "versions"]
-
-
-@dataclass(frozen=True)
-class Rate:
-    """The large square product of the same rounds.
-
-    Attributes:
-        size: its rows and columns.
-        dtype: of what is multiplied, as ``--dtype`` says it.
-        flops: operations of one rank in one call.
-        seconds: of each round, those of the slowest rank.
-    """
-
-    size: int
-    dtype: str
-    flops: int
-    seconds: list[float]
-
-    @property
-    def flops_per_second(self) -> float:
-        """Of one rank, while all multiply."""
-        return self.flops / statistics.median(self.seconds)
+__all__ = ["load", "machine", "of_case", "settings", "versions"]
 
 
 def of_case(

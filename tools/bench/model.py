@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_muon.benchmark.cases import Case, WeightSpec
 from megatron_muon.errors import ConfigError
 from megatron_muon.routing.layout import layout_of
+from tools.bench.cases import Case, WeightSpec
 
 __all__ = ["case_of_model", "first_layers"]
 

@@ -6,22 +6,23 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_muon.benchmark import document
-from megatron_muon.benchmark.accuracy import Errors, Reference, check, update_errors
-from megatron_muon.benchmark.cases import Case
-from megatron_muon.benchmark.contestants import Contestant, contestants, forms_of
-from megatron_muon.benchmark.forms import Tensors
-from megatron_muon.benchmark.observe import Observer, counted_products
-from megatron_muon.benchmark.ranks import World, groups_of
-from megatron_muon.benchmark.rounds import Gemm, Plan, round_count, timed_rounds
 from megatron_muon.engine.step import StepEngine
+from tools.bench import document
+from tools.bench.accuracy import Reference, check, update_errors
+from tools.bench.cases import Case
+from tools.bench.contestants import Contestant, contestants, forms_of
+from tools.bench.forms import Tensors
+from tools.bench.found import Measured, Rate, Traffic
+from tools.bench.observe import Observer, counted_products
+from tools.bench.ranks import World, groups_of
+from tools.bench.rounds import Gemm, Plan, round_count, timed_rounds
 
-__all__ = ["WARM_UP", "Measured", "Settings", "Traffic", "measure"]
+__all__ = ["WARM_UP", "Settings", "measure"]
 
 WARM_UP = 3
 """Steps before the timed ones: one whose update is checked, one that is observed, and a plain one."""
@@ -46,48 +47,6 @@ class Settings:
     plan: Plan
     gemm_size: int
     threads: int | None = None
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What one step of one rank took.
-
-    Attributes:
-        peak_bytes: greatest size of what the step allocates and has not freed.
-        product_dtype: of most matrix products that were seen.
-        collectives: number of collective operations.
-        bytes: sent to other ranks.
-        flops: operations of matrix products.
-        flops_needed: the same with symmetric results once; 0 if not known.
-    """
-
-    peak_bytes: int
-    product_dtype: str
-    collectives: int
-    bytes: float
-    flops: int
-    flops_needed: int = 0
-
-
-@dataclass
-class Measured:
-    """A contestant and what was found.
-
-    Attributes:
-        contestant: it.
-        optimizer: its optimizer.
-        errors: of its update; None if it orthogonalizes nothing.
-        traffic: of a step, by rank.
-        seconds: of each round, those of the slowest rank.
-        method: what our engine does for which shapes; empty for others.
-    """
-
-    contestant: Contestant
-    optimizer: torch.optim.Optimizer
-    errors: Errors | None = None
-    traffic: list[Traffic] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    method: dict[str, Any] = field(default_factory=dict)
 
 
 def measure(
@@ -164,7 +123,7 @@ class _Measurement:
         times = timed_rounds(world, steps, rounds)
         for runner in self.runners:
             runner.seconds = times[runner.contestant.name]
-        rate = document.Rate(self.settings.gemm_size, self.dtype, gemm.flops, times[GEMM])
+        rate = Rate(self.settings.gemm_size, self.dtype, gemm.flops, times[GEMM])
         return document.of_case(case, self.dtype, world, self.runners, rate, time.perf_counter() - begin)
 
     def _build(self, contestant: Contestant) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_muon.benchmark.ranks import World
+from tools.bench.ranks import World
 
 __all__ = ["Gemm", "Plan", "quantile", "ratios", "round_count", "timed_rounds"]
 

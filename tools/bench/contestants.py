@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from megatron_muon.benchmark.forms import FUSED, LOGICAL, UPSTREAM
-from megatron_muon.benchmark.ranks import Groups
+from tools.bench.forms import FUSED, LOGICAL, UPSTREAM
+from tools.bench.ranks import Groups
 
 __all__ = ["ADAMW", "OURS", "UPSTREAM_DISTRIBUTED", "UPSTREAM_DUPLICATED", "UPSTREAM_FP32"]
 __all__ += ["Contestant", "contestants", "forms_of"]
@@ -40,7 +40,7 @@ class Contestant:
     Attributes:
         name: unique in a case.
         package: that it is from.
-        form: of the weights that it gets, see :mod:`megatron_muon.benchmark.forms`.
+        form: of the weights that it gets, see :mod:`tools.bench.forms`.
         make: builds it.
         mode: of tensor parallelism; empty where nothing is divided, or for one that knows none.
         dtype: of the products that are asked for, as ``--dtype`` says it; empty if it has none.

@@ -1,4 +1,4 @@
-"""``python -m megatron_muon bench``."""
+"""The command: ``python -m tools.bench``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from megatron_muon.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megatron_muon.benchmark.cases import Case
-    from megatron_muon.benchmark.measure import Settings
+from tools.bench import document, text
+from tools.bench.accuracy import WrongUpdateError
+from tools.bench.cases import Case, cases_of_shapes, standard_cases
+from tools.bench.launch import launch
+from tools.bench.measure import Settings, measure
+from tools.bench.memory import refuse_too_large
+from tools.bench.model import case_of_model
+from tools.bench.ranks import choose_device, joined
+from tools.bench.rounds import Plan
+from tools.bench.start import RanksError
 
 __all__ = ["main"]
 
@@ -29,8 +37,8 @@ Without arguments: a dense model at tensor parallelism 1, 2 and 4, and small exp
 fp32 and bf16, in about ten minutes on two CPU cores. Ranks are started by the command itself, on CPUs (gloo) or GPUs
 (NCCL); under torchrun its processes are the ranks.
 
-  python -m megatron_muon bench --model examples/models/llama3_8b.args --layers 2 --dtype bf16
-  python -m megatron_muon bench --shapes 4096x4096*8,14336x4096*4 --tp 2
+  python -m tools.bench --model examples/models/llama3_8b.args --layers 2 --dtype bf16
+  python -m tools.bench --shapes 4096x4096*8,14336x4096*4 --tp 2
 """
 
 
@@ -46,20 +54,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(argv)
-    from megatron_muon.benchmark.accuracy import WrongUpdateError
-    from megatron_muon.benchmark.launch import RanksError
-
     try:
         _bench(args, argv)
     except (ConfigError, WrongUpdateError, RanksError) as error:
         if _rank() == 0:
-            print(f"megatron_muon bench: error: {error}", file=sys.stderr, flush=True)
+            print(f"bench: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_muon bench",
+        prog="python -m tools.bench",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -85,12 +90,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bench(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    import torch
-
-    from megatron_muon.benchmark import document, text
-    from megatron_muon.benchmark.memory import refuse_too_large
-    from megatron_muon.benchmark.ranks import choose_device
-
     _check(args)
     cases = _cases(args)
     cases, left_out = _that_fit(cases, args)
@@ -99,7 +98,7 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> None:
         refuse_too_large(case, args.dtype, torch.device(device))
     begin = time.time()
     whole: dict[str, Any] = {
-        "command": ["python", "-m", "megatron_muon", "bench", *argv],
+        "command": ["python", "-m", "tools.bench", *argv],
         "quick": args.quick,
         "machine": document.machine(device),
         "versions": document.versions(),
@@ -138,9 +137,6 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
-    from megatron_muon.benchmark.cases import cases_of_shapes, standard_cases
-    from megatron_muon.benchmark.model import case_of_model
-
     if args.model is not None:
         return [case_of_model(args.model, args.tp, args.ep, args.layers)]
     if args.shapes is not None:
@@ -154,8 +150,6 @@ def _that_fit(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Cas
     Raises:
         ConfigError: if there are none for a layout that was asked for by its size, or for any.
     """
-    import torch
-
     started = int(os.environ["WORLD_SIZE"]) if _started_by_launcher() else None
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and args.device != "cpu" else None
     kept, left_out = [], []
@@ -176,9 +170,6 @@ def _that_fit(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Cas
 
 
 def _settings(args: argparse.Namespace, device: str) -> Settings:
-    from megatron_muon.benchmark.measure import Settings
-    from megatron_muon.benchmark.rounds import Plan
-
     dtypes = tuple(dict.fromkeys(args.dtype))
     if args.quick:
         return Settings(dtypes, Plan(args.steps or 3), 256, args.threads)
@@ -187,10 +178,6 @@ def _settings(args: argparse.Namespace, device: str) -> Settings:
 
 def _measure(cases: Sequence[Case], settings: Settings, device: str, done: Callable[[dict[str, Any]], None]) -> None:
     """Here, or on ranks of our own."""
-    from megatron_muon.benchmark.launch import launch
-    from megatron_muon.benchmark.measure import measure
-    from megatron_muon.benchmark.ranks import joined
-
     if _started_by_launcher():
         with joined(device, settings.threads) as world:
             measure(cases, settings, world, done)
