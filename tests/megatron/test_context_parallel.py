@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 from megatron_muon.errors import ConfigError
 from megatron_muon.monitor import metrics
+from tests.launch import FLAGS, check, launch
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.test_cpu_mamba import MAMBA as MAMBA_AND_ATTENTION
 from tests.megatron.test_gdn_in_proj import inner_optimizers
-from tests.megatron.test_launcher import FLAGS, launch
 from tests.megatron.test_routing import GDN, MLA, MOE
 from tests.pool import RankPool
 
@@ -267,8 +267,7 @@ def test_unedited_script(tmp_path: Path) -> None:
     for ranks in (1, 2):
         log = tmp_path / f"{ranks}.jsonl"
         flags = f"{FLAGS} {model} {spec} --optimizer muon --train-iters 4 --muon-log-jsonl {log}".split()
-        result = launch(str(script), *flags, "--context-parallel-size", str(ranks), ranks=ranks)
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+        check(launch(str(script), *flags, "--context-parallel-size", str(ranks), ranks=ranks))
         curves.append([point.loss for point in metrics.read(log).train])
     one, two = curves
     assert len(one) == 4 and one[-1] < one[0]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_muon.monitor import metrics
-from tests.megatron.test_launcher import FLAGS, ROOT, TIMEOUT, launch
+from tests.launch import FLAGS, ROOT, TIMEOUT, check, launch
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -37,8 +37,7 @@ TOLERANCE = 4e-6
 def train(log: Path, *flags: str, script: Path = SCRIPT, tp: int = 1) -> list[float | None]:
     """Train on ``tp`` tensor-parallel ranks; the training losses of the log."""
     arguments = [*FLAGS.split(), *MUON.split(), "--muon-log-jsonl", str(log), *flags]
-    result = launch(str(script), *arguments, "--tensor-model-parallel-size", str(tp), ranks=tp)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    check(launch(str(script), *arguments, "--tensor-model-parallel-size", str(tp), ranks=tp))
     return [point.loss for point in metrics.read(log).train]
 
 
@@ -62,6 +61,7 @@ def test_megatrons_own_hybrid_model(tmp_path: Path) -> None:
     assert len(losses) == 6 and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     """The driver's flags and script, as ``make train-hybrid`` uses them."""
     line = [sys.executable, str(ROOT / "examples" / "demo.py"), "--model", "hybrid", "--steps", "2", "--device", "cpu"]

@@ -1,46 +1,18 @@
-"""The launcher with an unedited Megatron script, as a user starts it."""
+"""The launcher with an unedited Megatron script: once under ``torchrun``, else in forked ranks."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
+import torch
 
+from megatron_muon import cli
 from megatron_muon.checkpoint import folders
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
-FLAGS = (
-    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --group-query-attention "
-    "--num-query-groups 2 --seq-length 32 --max-position-embeddings 32 --position-embedding-type rope "
-    "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
-    "--micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 6 --lr-decay-style cosine "
-    "--eval-iters 1 --eval-interval 100 --log-interval 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 127 "
-    "--attention-dropout 0 --hidden-dropout 0 --num-workers 0"
-)
-TIMEOUT = 240
-
-
-def launch(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """``torchrun ... -m megatron_muon run`` on CPU ranks."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    line = [*start, "-m", "megatron_muon", "run", "--device", "cpu", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(line, cwd=ROOT, **pipes)
-    try:
-        output, errors = process.communicate(timeout=TIMEOUT)
-    finally:  # after a time-out torchrun and its ranks, which are in sessions of their own
-        if process.poll() is None:
-            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                child.kill()
-            process.wait()
-    return subprocess.CompletedProcess(line, process.returncode, output, errors)
-
+from tests.launch import FLAGS, ROOT, SCRIPT, TIMEOUT, check, launch, records, torchrun, train
 
 LAST_WORDS = """
 import atexit, os, sys
@@ -66,16 +38,27 @@ def test_the_end_of_a_script(tmp_path: Path, status: int) -> None:
     result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     assert (result.returncode, result.stdout) == (status, "trained")
     assert (tmp_path / "at_exit").exists() and not (tmp_path / "taken_down").exists()
-    plain = subprocess.run([sys.executable, str(script)], cwd=tmp_path, timeout=TIMEOUT)
-    assert plain.returncode == status and (tmp_path / "taken_down").exists()
+    if status:  # once: what the script would show if it were
+        plain = subprocess.run([sys.executable, str(script)], cwd=tmp_path, timeout=TIMEOUT)
+        assert plain.returncode == status and (tmp_path / "taken_down").exists()
 
 
-def train(*flags: str, log: Path, script: Path = SCRIPT) -> list[float]:
-    """Train with the flags of this module and ``flags``; the training losses of the log."""
-    result = launch(str(script), *FLAGS.split(), "--optimizer", "muon", "--muon-log-jsonl", str(log), *flags)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return [line["losses"]["lm loss"] for line in lines if line["kind"] == "train"]
+def test_under_torchrun(tmp_path: Path) -> None:
+    """New interpreters, in which the launcher comes before Megatron: the losses of forked ranks, bit for bit."""
+    flags = ["--tensor-model-parallel-size", "2", "--train-iters", "3"]
+    losses = train(*flags, log=tmp_path / "torchrun.jsonl", run=torchrun)
+    assert len(losses) == 3
+    assert losses == train(*flags, log=tmp_path / "forked.jsonl")
+
+
+def test_refusal_is_one_line_and_an_exit_code() -> None:
+    flags = [*FLAGS.split(), "--train-iters", "1", "--optimizer", "muon", "--fp16"]
+    message = "megatron_muon: error: --fp16 with --optimizer muon: Muon needs no loss scale; use --bf16 or float32."
+    for run in (torchrun, launch):
+        result = run(str(SCRIPT), *flags)
+        assert result.returncode != 0
+        assert result.stderr.splitlines().count(message) == 1
+        assert "Traceback" not in result.stderr.split("megatron_muon: error:")[0]
 
 
 @pytest.mark.parametrize(
@@ -103,12 +86,9 @@ def test_transfer_from_a_smaller_model(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     flags = "--muon-transfer 32x1 --muon-scale-mode unit_rms_norm --muon-weight-decay-method independent_scheduled"
     flags += f" --tensor-model-parallel-size 2 --train-iters 4 --optimizer muon --muon-log-jsonl {log}"
-    result = launch(str(SCRIPT), *FLAGS.split(), *flags.split())
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert "transfer from 32x1: 2 times wider, 2 times deeper" in result.stdout
-    losses = [
-        line["losses"]["lm loss"] for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == "train"
-    ]
+    output = check(launch(str(SCRIPT), *FLAGS.split(), *flags.split()))
+    assert "transfer from 32x1: 2 times wider, 2 times deeper" in output
+    losses = [point["losses"]["lm loss"] for point in records(log)]
     assert losses[-1] < losses[0]
 
 
@@ -116,15 +96,14 @@ def test_how_nearly_tangent_updates_are_is_logged(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     flags = "--optimizer stiefel_muon --muon-param-rule *.linear_qkv.weight=stiefel --tensor-model-parallel-size 2"
     flags += f" --train-iters 3 --muon-log-jsonl {log}"
-    result = launch(str(SCRIPT), *FLAGS.split(), *flags.split())
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert "Stiefel manifold: 2 weights of this rank at radius 1; admm, 10 iterations" in result.stdout
-    points = [line for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == "train"]
+    output = check(launch(str(SCRIPT), *FLAGS.split(), *flags.split()))
+    assert "Stiefel manifold: 2 weights of this rank at radius 1; admm, 10 iterations" in output
+    points = records(log)
     assert len(points) == 3
     for point in points:
         value, iteration = point["stiefel_tangency"], point["iteration"]
         assert 0 < value < 0.05
-        assert f"Stiefel manifold after iteration {iteration}: tangency residual {value:.3g}" in result.stdout
+        assert f"Stiefel manifold after iteration {iteration}: tangency residual {value:.3g}" in output
 
 
 def test_attention_logits_are_clipped_and_logged(tmp_path: Path) -> None:
@@ -132,14 +111,13 @@ def test_attention_logits_are_clipped_and_logged(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     flags = "--qk-clip --qk-clip-threshold 0.01 --log-max-attention-logit --muon-qk-log-layers 2 --train-iters 4"
     flags += f" --optimizer muon --muon-log-jsonl {log}"
-    result = launch(str(SCRIPT), *FLAGS.split(), *flags.split())
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert "QK-clip: 8 heads in 2 layers are clipped above 0.01 (alpha 0.5, shared keys: q_only)" in result.stdout
-    points = [line for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == "train"]
+    output = check(launch(str(SCRIPT), *FLAGS.split(), *flags.split()))
+    assert "QK-clip: 8 heads in 2 layers are clipped above 0.01 (alpha 0.5, shared keys: q_only)" in output
+    points = records(log)
     for point in points:
         value, iteration = point["max_attention_logit"], point["iteration"]
         assert value > 0.01 and 0 < point["heads_clipped"] <= 8
-        assert f"QK-clip after iteration {iteration}: max attention logit {value:.5g}" in result.stdout
+        assert f"QK-clip after iteration {iteration}: max attention logit {value:.5g}" in output
         layers = point.get("max_attention_logits")
         assert (layers is not None) == (iteration % 2 == 0)
         if layers is not None:
@@ -155,7 +133,7 @@ def test_slices_are_clipped_before_they_are_gathered(tmp_path: Path) -> None:
     for number, flags in enumerate(("", overlap)):
         log = tmp_path / f"{number}.jsonl"
         losses = train(*clip.split(), *flags.split(), log=log)
-        points = [line for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == "train"]
+        points = records(log)
         found.append((losses, [(point["max_attention_logit"], point["heads_clipped"]) for point in points]))
     assert found[0] == found[1] and min(clipped for _, clipped in found[0][1]) > 0
 
@@ -183,47 +161,30 @@ def test_model_from_a_builder(tmp_path: Path) -> None:
     assert builder == pytest.approx(provider, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "flags,message",
-    [
-        ("--fp16", "--fp16 with --optimizer muon: Muon needs no loss scale; use --bf16 or float32."),
-        ("--muon-num-ns-steps 0", "--muon-num-ns-steps 0: give a whole number of at least 1 (5 is usual)."),
-    ],
-)
-def test_refusal_is_one_line_and_an_exit_code(flags: str, message: str) -> None:
-    result = launch(str(SCRIPT), *FLAGS.split(), "--train-iters", "1", "--optimizer", "muon", *flags.split(), ranks=1)
-    assert result.returncode != 0
-    assert f"megatron_muon: error: {message}" in result.stderr.splitlines()
-    assert "Traceback" not in result.stderr.split("megatron_muon: error:")[0]
+def leave(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """What the command line leaves with, in this process."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(arguments)
+    return leaving.value.code
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_muon", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-
-
-def test_help() -> None:
-    top, run = command("--help"), command("run", "--help")
-    assert top.returncode == run.returncode == 0
-    assert "run a Megatron-LM pretraining script" in " ".join(top.stdout.split())
+def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert leave(monkeypatch, "--help") == 0
+    assert "run a Megatron-LM pretraining script" in " ".join(capsys.readouterr().out.split())
+    assert leave(monkeypatch, "run", "--help") == 0
+    text = capsys.readouterr().out
     for word in ("--device", "SCRIPT", "torchrun --nproc-per-node 8 -m megatron_muon run pretrain_gpt.py"):
-        assert word in run.stdout
+        assert word in text
 
 
-def test_missing_script() -> None:
-    result = command("run", "no_such_script.py")
-    assert result.returncode != 0
-    assert result.stderr.strip().endswith("no_such_script.py: no such file. Give the path of a pretraining script.")
+def test_missing_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = leave(monkeypatch, "run", "no_such_script.py")
+    assert str(message).endswith("no_such_script.py: no such file. Give the path of a pretraining script.")
 
 
-def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    result = command("run", "--device", "cuda", str(SCRIPT))
-    assert result.returncode == 2
-    assert "--device cuda: torch finds no GPU on this machine. Use --device cpu, or auto." in result.stderr
+def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert leave(monkeypatch, "run", "--device", "cuda", str(SCRIPT)) == 2
+    assert "--device cuda: torch finds no GPU on this machine. Use --device cpu, or auto." in capsys.readouterr().err

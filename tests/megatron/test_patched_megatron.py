@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.launch import FLAGS, SCRIPT, records, train
 from tests.megatron import harness
 from tests.megatron.harness import Layout
-from tests.megatron.test_launcher import FLAGS, SCRIPT, train
 from tests.megatron.test_routing import GDN
 from tests.patched import environment, patched_tree, search_path
 from tests.pool import RankPool
@@ -140,7 +139,7 @@ def test_a_script_trains_without_install(tree: Path, tmp_path: Path) -> None:
     log = tmp_path / "native.jsonl"
     flags = f"{SCRIPT_FLAGS} --optimizer muon --muon-log-jsonl {log}"
     output = launch(tree, *FLAGS.split(), *flags.split())
-    points = [line for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == "train"]
+    points = records(log)
     assert [point["losses"]["lm loss"] for point in points] == expected
     assert output.count("hooks natively; nothing is hooked") == 1
     assert "QK-clip: 8 heads in 2 layers are clipped above 0.01" in output
@@ -157,7 +156,7 @@ def test_checkpoints_move_between_the_two(tree: Path, tmp_path: Path) -> None:
     launch(tree, *FLAGS.split(), *native.split(), "--exit-interval", "1")
     train(*SCRIPT_FLAGS.split(), *save.split(), "--exit-interval", "2", log=log)
     launch(tree, *FLAGS.split(), *native.split())
-    points = [line for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == "train"]
+    points = records(log)
     assert [point["losses"]["lm loss"] for point in points] == expected
 
 

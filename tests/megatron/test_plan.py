@@ -28,9 +28,9 @@ from megatron_muon.engine import MODES
 from megatron_muon.engine.modes import Machine
 from megatron_muon.errors import ConfigError
 from megatron_muon.planning.flags import read_flags
+from tests.launch import launch
 from tests.megatron import harness
 from tests.megatron.harness import Layout
-from tests.megatron.test_launcher import launch
 from tests.megatron.test_routing import GDN, MLA
 from tests.pool import RankPool
 

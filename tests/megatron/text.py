@@ -38,7 +38,6 @@ class Text(Data):
     vocabulary: int = 1024
     sequence: int = 64
     global_batch: int = 16
-    micro_batch: int = 8
     order: int = 0
 
     def tokens(self, step: int, sample: int) -> torch.Tensor:
