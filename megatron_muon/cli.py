@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_muon import plugin
 from megatron_muon.errors import ConfigError
 from megatron_muon.leaving import LeaveAtOnce
 from megatron_muon.version import __version__
 
 __all__ = ["main"]
+
+TOOLS = {
+    "plot": "plot the losses of recorded runs",
+    "plan": "tell from a run's flags, without GPUs, who updates what and what the optimizer costs",
+    "ckpt": "inspect a checkpoint, or convert it from Adam to Muon or back",
+}
+"""Commands beside ``run``, a file each in :mod:`megatron_muon.commands`."""
 
 _RUN_DESCRIPTION = """\
 Run a Megatron-LM pretraining script, unedited, with this package's optimizers in place.
@@ -35,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: arguments without the program's name; those of the process by default.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in _TOOLS:  # they parse their own arguments, and are imported only when used
-        _TOOLS[argv[0]](argv[1:])
+    if argv and argv[0] in TOOLS:  # they parse their own arguments, and are imported only when used
+        importlib.import_module(f"megatron_muon.commands.{argv[0]}").main(argv[1:])
         return
     args = _parser().parse_args(argv)
     args.command(args)
@@ -66,11 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("script", metavar="SCRIPT", help="the pretraining script")
     run.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
     run.set_defaults(command=_run)
-    commands.add_parser("plot", help="plot the losses of recorded runs")
-    commands.add_parser(
-        "plan", help="tell from a run's flags, without GPUs, who updates what and what the optimizer costs"
-    )
-    commands.add_parser("ckpt", help="inspect a checkpoint, or convert it from Adam to Muon or back")
+    for name, text in TOOLS.items():
+        commands.add_parser(name, help=text)
     return parser
 
 
@@ -123,8 +129,6 @@ def _prepare(device: str) -> bool:
     """Choose the device and install the hooks, before the script imports Megatron; whether it is the CPU."""
     import torch
 
-    import megatron_muon
-
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise ConfigError("--device cuda: torch finds no GPU on this machine. Use --device cpu, or auto.")
@@ -133,26 +137,5 @@ def _prepare(device: str) -> bool:
         from megatron_muon import cpu
 
         cpu.install()
-    megatron_muon.install()
+    plugin.install()
     return on_cpu
-
-
-def _plot(argv: list[str]) -> None:
-    from megatron_muon.monitor import plots
-
-    plots.main(argv)
-
-
-def _plan(argv: list[str]) -> None:
-    from megatron_muon.planning import command
-
-    command.main(argv)
-
-
-def _ckpt(argv: list[str]) -> None:
-    from megatron_muon.checkpoint import command
-
-    command.main(argv)
-
-
-_TOOLS: dict[str, Callable[[list[str]], None]] = {"ckpt": _ckpt, "plan": _plan, "plot": _plot}

@@ -1,11 +1,7 @@
-"""Loss curves of recorded runs: a picture and a table of numbers.
-
-``python -m megatron_muon plot RUN...`` calls :func:`main`. Needs matplotlib.
-"""
+"""Loss curves of recorded runs: a picture and a table of numbers. Needs matplotlib."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import itertools
@@ -13,14 +9,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_muon.monitor import metrics as metrics_module
 from megatron_muon.monitor.metrics import Metrics
 from megatron_muon.monitor.summary import WINDOW, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["METRICS_FILE", "find_runs", "main", "plot_logits", "plot_losses", "write_csv"]
+__all__ = ["METRICS_FILE", "find_runs", "plot_logits", "plot_losses", "write_csv"]
 
 METRICS_FILE = "metrics.jsonl"
 """Name of a run's file of JSON lines inside its folder."""
@@ -206,30 +201,3 @@ def _replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line of ``python -m megatron_muon plot``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_muon plot", description="Plot the losses of runs recorded with --muon-log-jsonl."
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help=f"a file of JSON lines, a folder with {METRICS_FILE}, or a folder of such folders",
-    )
-    parser.add_argument("--out", type=Path, default=Path("losses.png"), help="picture to write (%(default)s)")
-    parser.add_argument("--csv", type=Path, help="also write the curves as a table")
-    parser.add_argument("--title", help="title of the picture")
-    arguments = parser.parse_args(argv)
-    try:
-        runs = {name: metrics_module.read(path) for name, path in find_runs(arguments.runs).items()}
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
-    plot_losses(runs, arguments.out, arguments.title)
-    print(f"wrote {arguments.out}")
-    if arguments.csv:
-        write_csv(runs, arguments.csv)
-        print(f"wrote {arguments.csv}")

@@ -27,7 +27,7 @@ from megatron_muon.optimizers.stages import Matrices, Update, Variant, divided
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
-from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM, UPDATE_NORM, ball_factor, scale_factor
+from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM, UPDATE_NORM, scale_factor
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, MatrixLayout, layout_of
 
@@ -446,7 +446,7 @@ class Muon(torch.optim.Optimizer):
         """Applies directions in balls to the weights."""
 
         def factor(part: Part) -> float:
-            return ball_factor(layout_of(jobs[part.item.weight].param), part.item.columns, self.config.ball_radius)
+            return layout_of(jobs[part.item.weight].param).ball_factor(part.item.columns, self.config.ball_radius)
 
         apply = self._applier(jobs, factor)
         return lambda parts, directions, reduce: apply(parts, directions)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_muon.routing.layout import COLUMN_NORM, TABLE, MatrixLayout
-
-__all__ = ["MOONLIGHT_HIDDEN", "SCALE_MODES", "SPECTRAL_NORM", "UPDATE_NORM", "ball_factor", "scale_factor"]
+__all__ = ["MOONLIGHT_HIDDEN", "SCALE_MODES", "SPECTRAL_NORM", "UPDATE_NORM", "scale_factor"]
 
 SCALE_MODES = (
     "spectral",
@@ -69,15 +67,3 @@ def scale_factor(mode: str, m: int, n: int, hidden_size: int = 0) -> float:
         case "none":
             return 1.0
     raise ValueError(f"scale mode {mode!r}: choose one of {', '.join(SCALE_MODES)}")
-
-
-def ball_factor(layout: MatrixLayout, columns: int, radius: float) -> float:
-    """Factor on the direction of a weight in a ball, see :mod:`megatron_muon.optimizers.balls`.
-
-    Args:
-        layout: of the weight; its ``kind`` tells tables from layers.
-        columns: n of the matrix.
-        radius: ``--muon-ball-radius``.
-    """
-    summed = layout.kind != TABLE and layout.direction != COLUMN_NORM
-    return radius / columns if summed else radius

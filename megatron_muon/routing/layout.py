@@ -136,6 +136,16 @@ class MatrixLayout:
         """Number of dimensions of a weight of this layout."""
         return 3 if self.stacked else 2
 
+    def ball_factor(self, columns: int, radius: float) -> float:
+        """Factor on the direction of a weight in a ball, see :mod:`megatron_muon.optimizers.balls`.
+
+        Args:
+            columns: n of the matrix.
+            radius: ``--muon-ball-radius``.
+        """
+        summed = self.kind != TABLE and self.direction != COLUMN_NORM
+        return radius / columns if summed else radius
+
     def fits(self, rows: int) -> bool:
         """Whether ``rows`` consecutive rows are whole periods."""
         return rows % self.period == 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_muon.config import MuonConfig, flag
-from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, ball_factor, scale_factor
+from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, scale_factor
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE, strip_wrappers
 from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, WHOLE, Block, MatrixLayout, layout_of
 from megatron_muon.routing.predicate import exclusion_reason
@@ -47,7 +47,7 @@ class Route:
         if block.rule == SCALAR or self.layout.direction == STIEFEL or hidden:
             return None
         if self.layout.direction in BALLS:
-            return ball_factor(self.layout, block.columns, options.ball_radius)
+            return self.layout.ball_factor(block.columns, options.ball_radius)
         if optimizer.removeprefix("dist_") == "spectral_sphere":
             return options.sphere_radius * (block.rows / block.columns) ** 0.5 or None
         if options.variant == "hyperball":

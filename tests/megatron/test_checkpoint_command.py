@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_muon.checkpoint import command, folders
+from megatron_muon.checkpoint import folders
 from megatron_muon.checkpoint.errors import CheckpointError
+from megatron_muon.commands import ckpt
 from tests.checkpoints import contents
 from tests.megatron import harness
 from tests.megatron.harness import Layout
@@ -35,7 +36,7 @@ def adam(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_inspect(muon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.main(["inspect", str(muon), "--contents", "--json", str(tmp_path / "found.json")])
+    ckpt.main(["inspect", str(muon), "--contents", "--json", str(tmp_path / "found.json")])
     text = capsys.readouterr().out
     assert "decoder.layers.self_attention.linear_qkv.weight" in text and "muon (qkv: q, k, v)" in text
     assert "all numbers are finite, and tensors are what was saved" in text
@@ -50,7 +51,7 @@ def test_inspect_finds_what_is_wrong(pool: RankPool, tmp_path: Path, capsys: pyt
     folder = tmp_path / "iter_0000003"
     pool.run(save_with_nan, 1, str(folder))
     with pytest.raises(SystemExit) as leaving:
-        command.main(["inspect", str(folder), "--contents"])
+        ckpt.main(["inspect", str(folder), "--contents"])
     assert leaving.value.code == 1
     assert "optimizer.state.momentum_buffer.decoder.layers.mlp.linear_fc2.weight has numbers that are not finite" in (
         capsys.readouterr().out
@@ -121,7 +122,7 @@ def test_convert_a_variant(pool: RankPool, tmp_path: Path) -> None:
 )
 def test_errors_in_one_line(muon: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as leaving:
-        command.main([argument.format(muon=muon) for argument in arguments])
+        ckpt.main([argument.format(muon=muon) for argument in arguments])
     assert leaving.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_muon.commands import plot
 from megatron_muon.monitor import plots, progress
 from megatron_muon.monitor.metrics import Metrics, TrainPoint, rewrite_until
 from megatron_muon.monitor.summary import WINDOW, smoothed, steps_to_reach, summarize
@@ -69,7 +70,7 @@ def runs_folder(tmp_path: Path) -> Path:
 
 def test_plot_command_writes_picture_and_table(runs_folder: Path, tmp_path: Path) -> None:
     picture, table = tmp_path / "out" / "losses.png", tmp_path / "out" / "curves.csv"
-    plots.main([str(runs_folder), "--out", str(picture), "--csv", str(table)])
+    plot.main([str(runs_folder), "--out", str(picture), "--csv", str(table)])
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in picture.parent.iterdir()) == ["curves.csv", "losses.png"]
     rows = list(csv.DictReader(table.open()))
@@ -88,7 +89,7 @@ def test_plot_command_takes_files_and_folders_and_refuses_what_is_no_run(
     with pytest.raises(ValueError, match="two runs are called 'adam'"):
         plots.find_runs([runs_folder / "adam", runs_folder])
     with pytest.raises(SystemExit):
-        plots.main([str(runs_folder.parent / "nowhere")])
+        plot.main([str(runs_folder.parent / "nowhere")])
     assert "no run here" in capsys.readouterr().err
 
 

@@ -49,8 +49,7 @@ def _plan(args: argparse.Namespace, flags: Sequence[str]) -> None:
     # Imports of Megatron-Core warn of every optional package that is missing.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    import megatron_muon
-    from megatron_muon import cpu
+    from megatron_muon import cpu, plugin
     from megatron_muon.planning import document, survey, text
     from megatron_muon.planning.flags import read_flags
 
@@ -59,7 +58,7 @@ def _plan(args: argparse.Namespace, flags: Sequence[str]) -> None:
         args = _with_options_of_file(args, file.plan_options)
         flags = [*file.flags, *flags]
     cpu.install()
-    megatron_muon.install()
+    plugin.install()
     plan = survey.make_plan(flags, args.world_size, args.tokens)
     print(text.render(plan))
     if args.json is not None:
