@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from megatron_muon.engine.modes import AUTO, GRAM, OWNER
-from megatron_muon.engine.plan import Plan, Policy, Weight, make_plan
+from megatron_muon.engine.plan import Plan, Weight
+from megatron_muon.engine.planner import Policy, make_plan
 from megatron_muon.engine.prediction import predict
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 

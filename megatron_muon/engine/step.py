@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_muon.engine.callbacks import Flops, Read, Solve, Write
 from megatron_muon.engine.choose import choose_plan
 from megatron_muon.engine.describe import describe
 from megatron_muon.engine.exchange import Counters, Exchange
-from megatron_muon.engine.execute import Flops, Read, Solve, Wire, Write, execute, visit
+from megatron_muon.engine.execute import execute, visit
 from megatron_muon.engine.modes import GRAM, LOCAL, OWNER, Machine, Sizes
-from megatron_muon.engine.plan import Plan, Policy, Weight
+from megatron_muon.engine.plan import Plan, Weight
+from megatron_muon.engine.planner import Policy
+from megatron_muon.engine.tasks import Wire
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
@@ -95,8 +98,8 @@ class StepEngine:
         """Orthogonalize everything once.
 
         Args:
-            read: fills batches with what is to be orthogonalized, see :data:`megatron_muon.engine.execute.Read`.
-            write: takes the result, see :data:`megatron_muon.engine.execute.Write`.
+            read: fills batches with what is to be orthogonalized, see :data:`megatron_muon.engine.callbacks.Read`.
+            write: takes the result, see :data:`megatron_muon.engine.callbacks.Write`.
             portion: one of :meth:`Plan.portions`, if not everything.
 
         Raises:
@@ -115,7 +118,7 @@ class StepEngine:
 
         Args:
             reads: fill batches with what is wanted of each matrix, one for each tensor.
-            solve: computes whole batches, see :data:`megatron_muon.engine.execute.Solve`.
+            solve: computes whole batches, see :data:`megatron_muon.engine.callbacks.Solve`.
             write: takes the result.
             flops: what ``solve`` takes for one matrix, for the counters.
 

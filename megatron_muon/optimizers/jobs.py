@@ -3,27 +3,73 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from megatron_muon.engine.execute import Part, Read
-from megatron_muon.optimizers.stages import Variant
-from megatron_muon.routing.layout import ORTHOGONALIZE, MatrixLayout
+from megatron_muon.engine.callbacks import Part, Read
+from megatron_muon.engine.shards import Shard
+from megatron_muon.optimizers.decay import WeightDecay
+from megatron_muon.optimizers.stages import Update, Variant
+from megatron_muon.routing.layout import ORTHOGONALIZE, STIEFEL, MatrixLayout, layout_of
 
-__all__ = ["Job", "decay_cautiously", "reader", "rows_of"]
+__all__ = ["Addition", "Job", "begin", "reader", "rows_of", "update_of"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A parameter in one step."""
+    """A parameter in one step.
+
+    Attributes:
+        group: its parameter group.
+        param: the weight (this rank's shard).
+        grad: of the weight's shape, in the dtype of its momentum.
+        state: of the weight.
+    """
 
     group: dict[str, Any]
     param: torch.Tensor
     grad: torch.Tensor
-    buffer: torch.Tensor
+    state: dict[str, Any]
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """The momentum, of the weight's shape."""
+        momentum: torch.Tensor = self.state["momentum_buffer"]
+        return momentum
+
+
+def begin(
+    group: dict[str, Any], params: list[torch.Tensor], states: list[dict[str, Any]], decay: WeightDecay, first_lr: float
+) -> list[Job]:
+    """P1, and the weight decay that precedes the update: everything elementwise, for one parameter group.
+
+    Args:
+        group: has momentum, learning rate and decay.
+        params: of the group, with gradients.
+        states: of them.
+        decay: the method.
+        first_lr: see :meth:`megatron_muon.optimizers.decay.WeightDecay.factor`.
+    """
+    buffers = [state["momentum_buffer"] for state in states]
+    grads = [cast(torch.Tensor, param.grad).to(buffer.dtype) for param, buffer in zip(params, buffers, strict=True)]
+    layouts = [layout_of(param) for param in params]
+    # Those on a manifold do not decay: the way back to it would undo that.
+    decaying = [index for index, layout in enumerate(layouts) if layout.direction != STIEFEL]
+    decaying_layouts = [layouts[index] for index in decaying]
+    decaying_rows = rows_of([params[index] for index in decaying], decaying_layouts)
+    if decay.on_gradients and group["weight_decay"] != 0.0 and decaying_rows:
+        # Copies: Megatron reads its gradient buffer again, and rows under Adam have their own decay.
+        grads = [grad.clone() for grad in grads]
+        grad_rows = rows_of([grads[index] for index in decaying], decaying_layouts)
+        torch._foreach_add_(grad_rows, decaying_rows, alpha=group["weight_decay"])
+    torch._foreach_lerp_(rows_of(buffers, layouts), rows_of(grads, layouts), 1.0 - group["momentum"])
+    factor = decay.factor(group, first_lr)
+    if factor != 1.0 and decaying_rows:
+        torch._foreach_mul_(decaying_rows, factor)
+    return [Job(group, *job) for job in zip(params, grads, states, strict=True)]
 
 
 def reader(nesterov: bool, jobs: list[Job], variant: Variant) -> Read:
@@ -64,7 +110,62 @@ def rows_of(
     return [view for tensor, layout in pairs for view in layout.rows_by_rule(tensor, rule)]
 
 
-def decay_cautiously(views: list[tuple[torch.Tensor, torch.Tensor]], rate: float) -> None:
-    """Decay the elements that the update makes smaller (as Dion's cautious decay)."""
-    for weight, direction in views:
-        weight.sub_(weight * (weight * direction > 0), alpha=rate)
+def update_of(job: Job, part: Part, direction: torch.Tensor, nesterov: bool, shard: Shard | None) -> Update:
+    """What variants see of some matrices.
+
+    Args:
+        job: of their weight.
+        part: which matrices.
+        direction: (matrices, rows, columns) on this rank.
+        nesterov: whether momentum is mixed with the gradient.
+        shard: that the weight is; None if every rank holds it whole.
+    """
+    divides_columns = shard is not None and shard.dim == -1
+    return Update(
+        param=job.param,
+        state=job.state,
+        grad=job.grad,
+        momentum=job.buffer,
+        nesterov=job.group["momentum"] if nesterov else 1.0,
+        piece=part.piece,
+        rows=part.item.rows,
+        columns=part.item.columns,
+        divides_columns=divides_columns,
+        first_column=shard.group.rank() * job.param.size(-1) if shard is not None and divides_columns else 0,
+        # Of bfloat16 weights, too, norms and second moments are taken in float32.
+        direction=_converted(direction, torch.promote_types(torch.float32, job.buffer.dtype)),
+    )
+
+
+def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In another dtype; what is but one element, however large it looks (``StepEngine.visit``), stays one."""
+    if any(direction.stride()):
+        return direction.to(dtype)
+    return direction.new_zeros((), dtype=dtype).expand(direction.shape)
+
+
+class Addition:
+    """P7: adds directions to the weights, learning rate times a factor of each."""
+
+    def __init__(self, jobs: list[Job], factor: Callable[[Part], float], decay: WeightDecay) -> None:
+        """
+        Args:
+            jobs: of the weights.
+            factor: of the directions of some matrices.
+            decay: the method: one of them acts here.
+        """
+        self._jobs, self._factor, self._decay = jobs, factor, decay
+
+    def __call__(self, parts: list[Part], directions: list[torch.Tensor]) -> None:
+        """Of the matrices of one chunk."""
+        pairs: dict[float, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        for part, direction in zip(parts, directions, strict=True):
+            job = self._jobs[part.item.weight]
+            views = part.piece.pairs(job.param, direction)
+            pairs[-job.group["lr"] * self._factor(part)] += views
+            if self._decay.is_cautious and job.group["weight_decay"] != 0.0:
+                self._decay.decay_cautiously(views, job.group["lr"] * job.group["weight_decay"])
+        for alpha, found in pairs.items():
+            if found:
+                weights, updates = zip(*found, strict=True)
+                torch._foreach_add_(weights, updates, alpha=alpha)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,30 +10,24 @@ import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.engine.execute import Part, Reduce, Write
-from megatron_muon.engine.modes import BLOCKWISE, DUPLICATED, OWNER
-from megatron_muon.engine.plan import Weight, check_weight
-from megatron_muon.engine.shards import shard_of
+from megatron_muon.engine.callbacks import Part, Reduce, Write
+from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.balls import ball_directions
-from megatron_muon.optimizers.jobs import Job, decay_cautiously, reader, rows_of
+from megatron_muon.optimizers.decay import WeightDecay
+from megatron_muon.optimizers.engines import Engines
+from megatron_muon.optimizers.jobs import Addition, Job, begin, reader, update_of
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts, spectrally_normalized
-from megatron_muon.optimizers.precision import matmul_precision, precision_of
-from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, update_rows
-from megatron_muon.optimizers.sizes import VARIANTS
-from megatron_muon.optimizers.stages import Matrices, Update, Variant, divided
-from megatron_muon.orthogonalize.backends import choose_products
-from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
-from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+from megatron_muon.optimizers.precision import matmul_precision
+from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, step_scalar_rows
+from megatron_muon.optimizers.sizes import VARIANTS, normalized
+from megatron_muon.optimizers.stages import Matrices, Variant
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM, UPDATE_NORM, scale_factor
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
-from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, MatrixLayout, layout_of
+from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
 
 __all__ = ["Muon"]
-
-_ENGINES = 8
-"""So many are kept."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -58,7 +51,7 @@ class Muon(torch.optim.Optimizer):
 
     Attributes:
         directions: the kinds of updates that it has, see :class:`megatron_muon.routing.layout.MatrixLayout`.
-        products_note: which kernels multiply and why, once the step is planned.
+        engines: plan and carry out its steps, see :class:`megatron_muon.optimizers.engines.Engines`.
 
     Args:
         params: 2-D parameters (3-D with a stacked layout) or param groups.
@@ -170,16 +163,11 @@ class Muon(torch.optim.Optimizer):
         if damping_depth < 0.0:
             raise ConfigError(f"damping_depth {damping_depth}: give a positive number, or 0 for none.")
         self.hidden_size = hidden_size
-        self._damped = damping_depth > 0.0
         self.variant = VARIANTS.get(variant, Variant)() if isinstance(variant, str) else variant
-        self.tp_group = tp_group
-        self.expert_tp_group = expert_tp_group
-        triples = tuple(map(parse_triple, self.config.custom_coefficients))
-        self._coefficients = coefficients(coefficient_type, num_ns_steps, triples)
-        self._engines: dict[tuple[str, tuple[int, ...]], StepEngine] = {}
+        self.engines = Engines(self.config, tp_group, expert_tp_group, damped=damping_depth > 0.0)
+        self._decay = WeightDecay(weight_decay_method, self.variant.decays)
         self.starts = WarmStarts()
         self._first_lrs: list[float] = []
-        self.products_note = ""
         scalar = {
             "scalar_optimizer": scalar_optimizer,
             "scalar_betas": scalar_betas,
@@ -214,15 +202,9 @@ class Muon(torch.optim.Optimizer):
                     f"Muon updates {layout.dims}-D weights, got shape {tuple(param.shape)}: give it to Adam"
                 )
             self._check_direction(param, layout)
-            weight = self._weight(param)
+            weight = self.engines.weight(param)
             check_weight(weight, self.config.tp_mode)
-            if weight.is_broken and layout.has_scalar_rows:
-                raise ConfigError(
-                    f"a {layout.kind} weight with {param.size(-2)} rows on each of {weight.ranks} tensor-parallel "
-                    f"ranks cuts through sections (periods of {layout.period} rows), some of which follow the scalar "
-                    "optimizer's rule. Give it to Adam (--muon-param-rule 'NAME=adam') or treat it as one matrix "
-                    "(--muon-param-rule 'NAME=whole')."
-                )
+            check_scalar_rows(weight)
 
     def _check_direction(self, param: torch.Tensor, layout: MatrixLayout) -> None:
         rule = getattr(param, OVERRIDE_ATTRIBUTE, f"NAME={layout.direction}")
@@ -256,12 +238,13 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        jobs = [job for group in self.param_groups for job in self._begin_group(group)]
+        groups = zip(self.param_groups, self._first_lrs, strict=True)
+        jobs = [job for group, first_lr in groups for job in self._begin_group(group, first_lr)]
         if jobs:
             with matmul_precision(self.config.fp32_matmul_prec):
                 self._update_jobs(jobs)
         for group in self.param_groups:
-            self._step_scalar_rows(group, [job for job in jobs if job.group is group])
+            step_scalar_rows(group, [job for job in jobs if job.group is group])
         return loss
 
     def _update_jobs(self, jobs: list[Job]) -> None:
@@ -275,7 +258,7 @@ class Muon(torch.optim.Optimizer):
 
     def _update_matrices(self, jobs: list[Job]) -> None:
         """Those whose direction is an orthogonalized matrix."""
-        engine = self._engine_for([job.param for job in jobs])
+        engine = self.engines.of([job.param for job in jobs])
         engine.run(reader(self.config.nesterov, jobs, self.variant), self._writer(jobs))
 
     def _update_otherwise(self, jobs: list[Job], direction: str) -> None:
@@ -285,7 +268,7 @@ class Muon(torch.optim.Optimizer):
         def look(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
             write(parts, ball_directions(self._matrices(jobs, parts, slots, reduce), direction), reduce)
 
-        self._engine_for([job.param for job in jobs], direction).visit(look)
+        self.engines.of([job.param for job in jobs], direction).visit(look)
 
     def prepare(self) -> StepEngine | None:
         """Plan the step for all parameters, without communication; the step makes up for it if this is not called.
@@ -298,7 +281,7 @@ class Muon(torch.optim.Optimizer):
         for direction in self.directions:
             some = [param for param in params if layout_of(param).direction == direction]
             if some:
-                engines[direction] = self._engine_for(some, direction)
+                engines[direction] = self.engines.of(some, direction)
         return engines.get(MSIGN)
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
@@ -317,126 +300,32 @@ class Muon(torch.optim.Optimizer):
                 if self.scales and self.config.scale_mode == SPECTRAL_NORM and UPDATE_LEFT not in state:
                     state[UPDATE_LEFT] = torch.zeros_like(param[..., :1])
 
-    def _begin_group(self, group: dict[str, Any]) -> list[Job]:
-        """Everything elementwise that precedes the iteration: momentum and weight decay."""
+    def _begin_group(self, group: dict[str, Any], first_lr: float) -> list[Job]:
+        """Everything elementwise that precedes the iteration."""
         self._init_group(group)
         params = [param for param in group["params"] if param.grad is not None]
         if not params:
             return []
         group["step"] += 1
-        buffers = [self.state[param]["momentum_buffer"] for param in params]
-        grads = [param.grad.to(buffer.dtype) for param, buffer in zip(params, buffers, strict=True)]
-        layouts = [layout_of(param) for param in params]
-        # Those on a manifold do not decay: the way back to it would undo that.
-        decaying = [index for index, layout in enumerate(layouts) if layout.direction != STIEFEL]
-        decaying_layouts = [layouts[index] for index in decaying]
-        decaying_rows = rows_of([params[index] for index in decaying], decaying_layouts)
-        l2 = self.config.weight_decay_method == "l2" and self.variant.decays
-        if l2 and group["weight_decay"] != 0.0 and decaying_rows:
-            # Copies: Megatron reads its gradient buffer again, and rows under Adam have their own decay.
-            grads = [grad.clone() for grad in grads]
-            grad_rows = rows_of([grads[index] for index in decaying], decaying_layouts)
-            torch._foreach_add_(grad_rows, decaying_rows, alpha=group["weight_decay"])
-        torch._foreach_lerp_(rows_of(buffers, layouts), rows_of(grads, layouts), 1.0 - group["momentum"])
-        factor = self._decay_factor(group)
-        if factor != 1.0 and decaying_rows:
-            torch._foreach_mul_(decaying_rows, factor)
-        return [Job(group, *job) for job in zip(params, grads, buffers, strict=True)]
-
-    def _decay_factor(self, group: dict[str, Any]) -> float:
-        """What weights are multiplied by before the update is added; 1 for the methods that act elsewhere."""
-        decay: float = group["weight_decay"]
-        if not self.variant.decays:
-            return 1.0
-        match self.config.weight_decay_method:
-            case "decoupled":
-                return 1.0 - group["lr"] * decay
-            case "independent":
-                return 1.0 - decay
-            case "independent_scheduled":
-                return 1.0 - decay * group["lr"] / self._peak_lr(group)
-        return 1.0
-
-    def _peak_lr(self, group: dict[str, Any]) -> float:
-        """Of the schedule, which Megatron-Core's and torch's schedulers note in the group; without, the first rate."""
-        number = next(index for index, each in enumerate(self.param_groups) if each is group)
-        peak: float = group.get("max_lr") or group.get("initial_lr") or self._first_lrs[number]
-        if not peak:
-            raise ConfigError("--muon-weight-decay-method independent_scheduled without --lr: give the peak rate.")
-        return peak
-
-    def _step_scalar_rows(self, group: dict[str, Any], jobs: list[Job]) -> None:
-        mixed = [job for job in jobs if layout_of(job.param).has_scalar_rows]
-        if not mixed:
-            return
-        layouts = [layout_of(job.param) for job in mixed]
-        states = [self.state[job.param] for job in mixed]
-        seconds = [state[SECOND_MOMENT] for state in states] if group["scalar_optimizer"] == "adam" else []
-        update_rows(
-            group,
-            rows_of([job.param for job in mixed], layouts, SCALAR),
-            rows_of([job.grad for job in mixed], layouts, SCALAR),
-            rows_of([state["momentum_buffer"] for state in states], layouts, SCALAR),
-            rows_of(seconds, layouts[: len(seconds)], SCALAR),
-        )
-
-    def _engine_for(self, params: list[torch.Tensor], direction: str = MSIGN) -> StepEngine:
-        """The engine for these parameters of one direction: those with gradients may alternate between steps."""
-        key = direction, tuple(map(id, params))
-        if key not in self._engines:
-            if len(self._engines) >= _ENGINES:
-                del self._engines[next(iter(self._engines))]
-            self._engines[key] = self._new_engine(params, self._mode_of(direction))
-        return self._engines[key]
-
-    def _mode_of(self, direction: str) -> str:
-        """Of tensor parallelism: for balls nothing but sums is exchanged, the manifold wants whole matrices."""
-        if direction == MSIGN or self.config.tp_mode == BLOCKWISE:
-            return self.config.tp_mode
-        return OWNER if direction == STIEFEL else DUPLICATED
-
-    def _new_engine(self, params: list[torch.Tensor], mode: str) -> StepEngine:
-        config, first = self.config, params[0]
-        precision = precision_of(config, first.dtype)
-        with matmul_precision(config.fp32_matmul_prec):
-            products, self.products_note = choose_products(config.ns_backend, first.device, precision.iteration)
-        return StepEngine(
-            [self._weight(param) for param in params],
-            {name: group for name, group in self._groups.items() if group is not None},
-            Orthogonalizer(self._coefficients, precision.iteration, config.eps, products, damped=self._damped),
-            mode=mode,
-            dtype=precision.own,
-            wire_dtype=precision.wire,
-            chunk_mb=config.chunk_mb,
-            device=first.device,
-        )
-
-    def _weight(self, param: torch.Tensor) -> Weight:
-        """What the engine must know of a parameter."""
-        shard = shard_of(param, self.tp_group, self.expert_tp_group)
-        layout = layout_of(param)
-        if shard is None:
-            return Weight(tuple(param.shape), layout)
-        name = "expert tensor-parallel" if getattr(param, "expert_tp", False) else "tensor-parallel"
-        return Weight(tuple(param.shape), layout, shard.dim, name, shard.size)
-
-    @property
-    def _groups(self) -> dict[str, dist.ProcessGroup | None]:
-        return {"tensor-parallel": self.tp_group, "expert tensor-parallel": self.expert_tp_group}
+        return begin(group, params, [self.state[param] for param in params], self._decay, first_lr)
 
     def _writer(self, jobs: list[Job]) -> Write:
         """Applies orthogonalized directions to the weights."""
-        measured = self.config.scale_mode in (UPDATE_NORM, SPECTRAL_NORM)
-        apply = self._applier(jobs, self._scale)
+        mode = self.config.scale_mode
+        measured = mode in (UPDATE_NORM, SPECTRAL_NORM)
+        add = Addition(jobs, self._scale, self._decay)
 
         def write(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
             matrices = None
             if self.variant.adapts or self.variant.retracts or measured:
                 matrices = self._matrices(jobs, parts, directions, reduce)
                 directions = self.variant.adapt(matrices)
-            if matrices is not None and measured:
-                directions = self._resized(matrices, directions, jobs[parts[0].item.weight].group["step"])
-            apply(parts, directions)
+            if matrices is not None and mode == SPECTRAL_NORM:
+                step = jobs[parts[0].item.weight].group["step"]
+                directions = spectrally_normalized(matrices, directions, step, self.starts)
+            elif matrices is not None and mode == UPDATE_NORM:
+                directions = normalized(matrices, directions)
+            add(parts, directions)
             if matrices is not None and self.variant.retracts:
                 self.variant.retract(matrices)
 
@@ -448,73 +337,23 @@ class Muon(torch.optim.Optimizer):
         def factor(part: Part) -> float:
             return layout_of(jobs[part.item.weight].param).ball_factor(part.item.columns, self.config.ball_radius)
 
-        apply = self._applier(jobs, factor)
-        return lambda parts, directions, reduce: apply(parts, directions)
+        add = Addition(jobs, factor, self._decay)
+        return lambda parts, directions, reduce: add(parts, directions)
 
     def _scale(self, part: Part) -> float:
         factor = scale_factor(self.config.scale_mode, part.item.rows, part.item.columns, self.hidden_size)
         return factor * self.config.extra_scale_factor
 
-    def _applier(
-        self, jobs: list[Job], factor: Callable[[Part], float]
-    ) -> Callable[[list[Part], list[torch.Tensor]], None]:
-        """Adds directions to the weights: learning rate times ``factor`` of each."""
-        cautious = self.config.weight_decay_method == "cautious" and self.variant.decays
-
-        def apply(parts: list[Part], directions: list[torch.Tensor]) -> None:
-            pairs: dict[float, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
-            for part, direction in zip(parts, directions, strict=True):
-                job = jobs[part.item.weight]
-                views = part.piece.pairs(job.param, direction)
-                pairs[-job.group["lr"] * factor(part)] += views
-                if cautious and job.group["weight_decay"] != 0.0:
-                    decay_cautiously(views, job.group["lr"] * job.group["weight_decay"])
-            for alpha, found in pairs.items():
-                if found:
-                    weights, updates = zip(*found, strict=True)
-                    torch._foreach_add_(weights, updates, alpha=alpha)
-
-        return apply
-
     def _matrices(self, jobs: list[Job], parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> Matrices:
-        pairs = zip(parts, directions, strict=True)
-        return Matrices([self._update(jobs[part.item.weight], part, each) for part, each in pairs], reduce)
-
-    def _resized(self, matrices: Matrices, directions: list[torch.Tensor], step: int) -> list[torch.Tensor]:
-        """P5, measured: directions with the norm that an orthogonal matrix has, Frobenius or spectral."""
-        if self.config.scale_mode == SPECTRAL_NORM:
-            return spectrally_normalized(matrices, directions, step, self.starts)
-        norms = matrices.norms(directions)
-        wanted = [min(update.rows, update.columns) ** 0.5 for update in matrices.updates]
-        return [divided(x, norm / size) for x, size, norm in zip(directions, wanted, norms, strict=True)]
-
-    def _update(self, job: Job, part: Part, direction: torch.Tensor) -> Update:
-        shard = shard_of(job.param, self.tp_group, self.expert_tp_group)
-        divides_columns = shard is not None and shard.dim == -1
-        return Update(
-            param=job.param,
-            state=self.state[job.param],
-            grad=job.grad,
-            momentum=job.buffer,
-            nesterov=job.group["momentum"] if self.config.nesterov else 1.0,
-            piece=part.piece,
-            rows=part.item.rows,
-            columns=part.item.columns,
-            divides_columns=divides_columns,
-            first_column=shard.group.rank() * job.param.size(-1) if shard is not None and divides_columns else 0,
-            # Of bfloat16 weights, too, norms and second moments are taken in float32.
-            direction=_converted(direction, torch.promote_types(torch.float32, job.buffer.dtype)),
-        )
+        """What variants see of a chunk."""
+        updates = []
+        for part, direction in zip(parts, directions, strict=True):
+            job = jobs[part.item.weight]
+            updates.append(update_of(job, part, direction, self.config.nesterov, self.engines.shard(job.param)))
+        return Matrices(updates, reduce)
 
 
 def _name(variant: str | Variant) -> str:
     """What options call a variant; ``none`` for one that they do not know."""
     name = variant if isinstance(variant, str) else variant.name
     return name if isinstance(variant, str) or name in VARIANTS else "none"
-
-
-def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In another dtype; what is but one element, however large it looks (``StepEngine.visit``), stays one."""
-    if any(direction.stride()):
-        return direction.to(dtype)
-    return direction.new_zeros((), dtype=dtype).expand(direction.shape)

@@ -12,10 +12,51 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-__all__ = ["SECOND_MOMENT", "update_rows"]
+from megatron_muon.engine.plan import Weight
+from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.jobs import Job, rows_of
+from megatron_muon.routing.layout import SCALAR, layout_of
+
+__all__ = ["SECOND_MOMENT", "check_scalar_rows", "step_scalar_rows", "update_rows"]
 
 SECOND_MOMENT = "exp_avg_sq"
 """Name of the state that Adam's rows need; of the whole weight's shape, so that it is saved and resharded as it is."""
+
+
+def check_scalar_rows(weight: Weight) -> None:
+    """Refuse a weight whose shards cut through such rows: no rank holds all of a section.
+
+    Raises:
+        ConfigError: naming the weight's kind, and what to do instead.
+    """
+    if weight.is_broken and weight.layout.has_scalar_rows:
+        raise ConfigError(
+            f"a {weight.layout.kind} weight with {weight.shape[-2]} rows on each of {weight.ranks} tensor-parallel "
+            f"ranks cuts through sections (periods of {weight.layout.period} rows), some of which follow the scalar "
+            "optimizer's rule. Give it to Adam (--muon-param-rule 'NAME=adam') or treat it as one matrix "
+            "(--muon-param-rule 'NAME=whole')."
+        )
+
+
+def step_scalar_rows(group: dict[str, Any], jobs: list[Job]) -> None:
+    """One step of the scalar optimizer on the rows that layouts give to it.
+
+    Args:
+        group: as of :func:`update_rows`.
+        jobs: of the group; those without such rows are left alone.
+    """
+    mixed = [job for job in jobs if layout_of(job.param).has_scalar_rows]
+    if not mixed:
+        return
+    layouts = [layout_of(job.param) for job in mixed]
+    seconds = [job.state[SECOND_MOMENT] for job in mixed] if group["scalar_optimizer"] == "adam" else []
+    update_rows(
+        group,
+        rows_of([job.param for job in mixed], layouts, SCALAR),
+        rows_of([job.grad for job in mixed], layouts, SCALAR),
+        rows_of([job.buffer for job in mixed], layouts, SCALAR),
+        rows_of(seconds, layouts[: len(seconds)], SCALAR),
+    )
 
 
 def update_rows(

@@ -1,4 +1,4 @@
-"""Variants that give an update, or a weight, a size of its own: PolarGrad and Hyperball."""
+"""Sizes of updates and of weights that are measured: scale mode ``update_norm``, PolarGrad and Hyperball."""
 
 from __future__ import annotations
 
@@ -11,10 +11,22 @@ from megatron_muon.engine.pieces import Piece
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.stages import Matrices, Variant, divided
 
-__all__ = ["VARIANTS", "Hyperball", "PolarGrad", "ZeroWeights"]
+__all__ = ["VARIANTS", "Hyperball", "PolarGrad", "ZeroWeights", "normalized"]
 
 RADIUS = "radius"
 """State of Hyperball."""
+
+
+def normalized(matrices: Matrices, directions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """P5 in scale mode ``update_norm``: directions with the Frobenius norm that an orthogonal matrix has.
+
+    Args:
+        matrices: the updates.
+        directions: of each, as they are to be added.
+    """
+    norms = matrices.norms(directions)
+    wanted = [min(update.rows, update.columns) ** 0.5 for update in matrices.updates]
+    return [divided(x, norm / size) for x, size, norm in zip(directions, wanted, norms, strict=True)]
 
 
 class ZeroWeights:

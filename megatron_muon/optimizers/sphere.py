@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon.engine.execute import Part, Read, Reduce, Write
+from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.jobs import Job, reader
 from megatron_muon.optimizers.muon import Muon
@@ -195,7 +195,7 @@ class SpectralSphere(Muon):
         return {**super().checkpoint_options, **own}
 
     def _update_matrices(self, jobs: list[Job]) -> None:
-        engine = self._engine_for([job.param for job in jobs])
+        engine = self.engines.of([job.param for job in jobs])
         read = reader(self.config.nesterov, jobs, self.variant)
         for some in engine.plan.portions(_CHUNKS):
             solves: dict[Key, _Solve] = {}

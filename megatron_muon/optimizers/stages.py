@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon.engine.execute import Reduce
+from megatron_muon.engine.callbacks import Reduce
 from megatron_muon.engine.pieces import Piece
 
 __all__ = ["Matrices", "Update", "Variant", "divided", "is_some", "signs_"]

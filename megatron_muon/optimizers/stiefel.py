@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon.engine.execute import Part, Read, Reduce, Write
+from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.jobs import Job, reader
 from megatron_muon.optimizers.muon import Muon
@@ -118,7 +118,7 @@ class StiefelMuon(Muon):
             super()._update_otherwise(jobs, direction)
             return
         params = [job.param for job in jobs]
-        engine = self._engine_for(params, direction)
+        engine = self.engines.of(params, direction)
         # 16 bits and TF32 leave errors that add up over the steps.
         with matmul_precision("highest"):
             products, _ = choose_products("auto", params[0].device, engine.local_dtype)

@@ -39,7 +39,7 @@ class Method:
 class Orthogonalizer:
     """Orthogonalizes batches of matrices of one shape.
 
-    Every matrix comes with rows <= columns, p x q; see :func:`megatron_muon.engine.plan.make_plan`, which turns tall
+    Every matrix comes with rows <= columns, p x q; see :func:`megatron_muon.engine.planner.make_plan`, which turns tall
     ones.
     """
 

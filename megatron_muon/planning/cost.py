@@ -15,8 +15,9 @@ from functools import cached_property
 from megatron_muon.engine import plan as engine
 from megatron_muon.engine.modes import AUTO, MODES, Cost
 from megatron_muon.engine.prediction import Choice
+from megatron_muon.optimizers.engines import DENSE, EXPERT
 from megatron_muon.planning.flags import Layout
-from megatron_muon.planning.steps import DENSE, EXPERT, Step, StepPlanner
+from megatron_muon.planning.steps import Step, StepPlanner
 from megatron_muon.routing.layout import MatrixLayout
 
 __all__ = [

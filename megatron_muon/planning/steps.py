@@ -21,10 +21,7 @@ from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import MSIGN, STIEFEL
 
-__all__ = ["DENSE", "EXPERT", "Step", "StepPlanner"]
-
-DENSE, EXPERT = "tensor-parallel", "expert tensor-parallel"
-"""Names of the groups that divide weights, as :class:`megatron_muon.Muon` has them."""
+__all__ = ["Step", "StepPlanner"]
 
 _DEVICE = torch.device("cuda")
 """A plan has no device: it is for the rates of an accelerator. Nothing is put there."""
@@ -114,7 +111,8 @@ class Step:
 
         Args:
             mode: of tensor parallelism.
-            group_ranks: the rank's number in the groups :data:`DENSE` and :data:`EXPERT`.
+            group_ranks: the rank's number in the groups :data:`megatron_muon.optimizers.engines.DENSE` and
+                ``EXPERT``.
 
         Raises:
             ConfigError: for what the mode cannot do.

@@ -234,7 +234,7 @@ def _planned(optimizer: Any) -> list[str]:
     for part in _parts(optimizer):
         muon = None if hasattr(part, "chained_optimizers") else getattr(part, "optimizer", None)
         if isinstance(muon, Muon) and (engine := muon.prepare()) is not None:
-            lines += [*engine.describe(), f"products: {muon.products_note}"]
+            lines += [*engine.describe(), f"products: {muon.engines.products_note}"]
         if isinstance(muon, StiefelMuon):
             lines += muon.notes()
     return list(dict.fromkeys(lines))

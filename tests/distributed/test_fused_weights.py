@@ -8,6 +8,7 @@ AdamW or Lion written out for the rows that follow the scalar optimizer's rule.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,10 @@ import torch.distributed as dist
 
 from megatron_muon import Muon
 from megatron_muon.engine.exchange import Counters
-from megatron_muon.engine.plan import Weight, check_weight
+from megatron_muon.engine.plan import Weight
+from megatron_muon.engine.planner import check_weight
+from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.scalar_rows import check_scalar_rows
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing.layout import SCALAR, MatrixLayout, Section
@@ -170,18 +174,25 @@ def parts_of(fused: Fused, ranks: int, seed: int) -> Parts:
     }
 
 
-def update_of_shards(name: str, mode: str, scalar_optimizer: str = "adam", pairs: bool = False) -> torch.Tensor:
-    """Train this rank's shard; the shards together.
+def updates_of_shards(
+    names: list[str], modes: list[str], scalar_optimizer: str = "adam", pairs: bool = False
+) -> dict[tuple[str, str], torch.Tensor]:
+    """Train this rank's shards, each by itself; the shards of each together.
 
     Args:
-        name: of the weight.
-        mode: of tensor parallelism.
+        names: of the weights.
+        modes: of tensor parallelism.
         scalar_optimizer: rule of the rows that are not orthogonalized.
-        pairs: whether the weight is an expert's, divided over pairs of ranks.
+        pairs: whether the weights are experts', divided over pairs of ranks.
     """
-    fused, group = {**WEIGHTS, **CUT_HEADS}[name], dist.group.WORLD
+    group = dist.group.WORLD
     if pairs:
         group = [dist.new_group([0, 1]), dist.new_group([2, 3])][dist.get_rank() // 2]
+    return {(name, mode): update_of_shards(name, mode, scalar_optimizer, group) for name in names for mode in modes}
+
+
+def update_of_shards(name: str, mode: str, scalar_optimizer: str, group: dist.ProcessGroup) -> torch.Tensor:
+    fused = {**WEIGHTS, **CUT_HEADS}[name]
     dim = fused.dim - 2
 
     def cut(parts: Parts) -> torch.Tensor:
@@ -189,7 +200,8 @@ def update_of_shards(name: str, mode: str, scalar_optimizer: str = "adam", pairs
         return whole.chunk(group.size(), dim=dim)[group.rank()].contiguous()
 
     param = torch.nn.Parameter(cut(parts_of(fused, group.size(), seed=1)))
-    param.tensor_model_parallel, param.partition_dim, param.expert_tp = True, fused.dim, pairs
+    param.tensor_model_parallel, param.partition_dim = True, fused.dim
+    param.expert_tp = group is not dist.group.WORLD
     param.matrix_layout = fused.layout(group.size() if fused.dim == 0 else 1)
     optimizer = Muon(
         [param], lr=LR, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY, extra_scale_factor=EXTRA,
@@ -205,8 +217,11 @@ def update_of_shards(name: str, mode: str, scalar_optimizer: str = "adam", pairs
     return torch.cat(shards, dim=dim)
 
 
-def expected_update(fused: Fused, ranks: int, scalar_optimizer: str = "adam") -> torch.Tensor:
+@functools.cache
+def expected_update(name: str, ranks: int, scalar_optimizer: str = "adam") -> torch.Tensor:
     """The same steps on the logical matrices, one by one, on one rank."""
+    fused = {**WEIGHTS, **CUT_HEADS}[name]
+    ranks = ranks if fused.dim == 0 else 1
     weights = parts_of(fused, ranks, seed=1)
     gradients = [parts_of(fused, ranks, seed=10 + step) for step in range(STEPS)]
     result = {}
@@ -252,71 +267,73 @@ def lion(weight: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:
     return weight
 
 
+def check(results: list[dict[tuple[str, str], torch.Tensor]], ranks: int, scalar_optimizer: str = "adam") -> None:
+    """What :func:`updates_of_shards` gives on each rank, for weights divided over ``ranks``."""
+    for result in results:
+        for (name, mode), found in result.items():
+            torch.testing.assert_close(
+                found,
+                expected_update(name, ranks, scalar_optimizer),
+                rtol=0,
+                atol=TOLERANCE,
+                msg=lambda text, message=f"{name}, {mode}": f"{message}: {text}",
+            )
+
+
 @pytest.mark.parametrize("mode", EXACT)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_update_is_that_of_the_logical_matrices(pool: RankPool, name: str, world_size: int, mode: str) -> None:
-    expected = expected_update(WEIGHTS[name], world_size if WEIGHTS[name].dim == 0 else 1)
-    for result in pool.run(update_of_shards, world_size, name, mode):
-        torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
+def test_update_is_that_of_the_logical_matrices(pool: RankPool, world_size: int, mode: str) -> None:
+    results = pool.run(updates_of_shards, world_size, list(WEIGHTS), [mode])
+    assert all(len(result) == len(WEIGHTS) for result in results)
+    check(results, world_size)
 
 
-@pytest.mark.parametrize("mode", ["owner", "gram", "distributed"])
-@pytest.mark.parametrize("name", EIGHT_RANKS)
-def test_update_on_eight_ranks(pool: RankPool, name: str, mode: str) -> None:
-    expected = expected_update(WEIGHTS[name], 8)
-    for result in pool.run(update_of_shards, 8, name, mode):
-        torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
+def test_update_on_eight_ranks(pool: RankPool) -> None:
+    check(pool.run(updates_of_shards, 8, list(EIGHT_RANKS), ["owner", "gram", "distributed"]), 8)
 
 
-@pytest.mark.parametrize("mode", ["owner", "gram", "distributed"])
-@pytest.mark.parametrize("name", ["gdn", "mamba", "experts_gdn"])
-def test_rows_under_the_rule_of_lion(pool: RankPool, name: str, mode: str) -> None:
-    expected = expected_update(WEIGHTS[name], 2, "lion")
-    for result in pool.run(update_of_shards, 2, name, mode, "lion"):
-        torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
+def test_rows_under_the_rule_of_lion(pool: RankPool) -> None:
+    names, modes = ["gdn", "mamba", "experts_gdn"], ["owner", "gram", "distributed"]
+    check(pool.run(updates_of_shards, 2, names, modes, "lion"), 2, "lion")
 
 
-@pytest.mark.parametrize("mode", EXACT)
-@pytest.mark.parametrize("name", ["glu", "experts_glu", "experts_columns"])
-def test_experts_over_their_own_group(pool: RankPool, name: str, mode: str) -> None:
+def test_experts_over_their_own_group(pool: RankPool) -> None:
     """Four tensor-parallel ranks, experts divided over pairs of them."""
-    expected = expected_update(WEIGHTS[name], 2 if WEIGHTS[name].dim == 0 else 1)
-    for result in pool.run(update_of_shards, 4, name, mode, pairs=True):
-        torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
+    check(pool.run(updates_of_shards, 4, ["glu", "experts_glu", "experts_columns"], EXACT, pairs=True), 2)
 
 
-def counters_of_a_step(name: str, mode: str) -> Counters:
-    fused, world = WEIGHTS[name], dist.get_world_size()
-    whole = row_orders.assemble(fused.order(world), parts_of(fused, world, seed=1))
-    param = torch.nn.Parameter(whole.chunk(world, dim=-2)[dist.get_rank()].contiguous())
-    param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, 0, fused.layout(world)
-    optimizer = Muon([param], tp_mode=mode, fp32_matmul_prec="highest", tp_group=dist.group.WORLD)
-    param.grad = param.detach().clone()
-    optimizer.step()
-    return optimizer.prepare().counters
-
-
-@pytest.mark.parametrize("mode", ["owner", "gram", "duplicated", "distributed"])
-def test_heads_are_updated_without_communication(pool: RankPool, mode: str) -> None:
-    for world_size in (2, 4):
-        for counters in pool.run(counters_of_a_step, world_size, "qkv_per_head", mode):
-            assert (counters.collectives, counters.bytes) == (0, 0) and counters.flops > 0
-
-
-@pytest.mark.parametrize("mode,collectives", [("owner", 2), ("duplicated", 1), ("distributed", 2 * 6)])
-def test_other_weights_are_exchanged_as_their_mode_says(pool: RankPool, mode: str, collectives: int) -> None:
-    """One message there and one back; one gather; or a norm and five Gram matrices for q with gate and for k with v."""
-    for counters in pool.run(counters_of_a_step, 2, "qkv", mode):
-        assert counters.collectives == collectives
-
-
-@pytest.mark.parametrize("mode", EXACT)
-def test_heads_that_shards_cut_are_put_together(pool: RankPool, mode: str) -> None:
+def test_heads_that_shards_cut_are_put_together(pool: RankPool) -> None:
     """Two groups on four ranks: no rank holds a whole group, and some heads are whole nowhere."""
-    expected = expected_update(CUT_HEADS["qkv_per_head_cut"], 4)
-    for result in pool.run(update_of_shards, 4, "qkv_per_head_cut", mode):
-        torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
+    check(pool.run(updates_of_shards, 4, list(CUT_HEADS), EXACT), 4)
+
+
+def counters_of_a_step(name: str, modes: list[str]) -> dict[str, Counters]:
+    """In each mode."""
+    fused, world, found = WEIGHTS[name], dist.get_world_size(), {}
+    whole = row_orders.assemble(fused.order(world), parts_of(fused, world, seed=1))
+    for mode in modes:
+        param = torch.nn.Parameter(whole.chunk(world, dim=-2)[dist.get_rank()].contiguous())
+        param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, 0, fused.layout(world)
+        optimizer = Muon([param], tp_mode=mode, fp32_matmul_prec="highest", tp_group=dist.group.WORLD)
+        param.grad = param.detach().clone()
+        optimizer.step()
+        found[mode] = optimizer.prepare().counters
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_heads_are_updated_without_communication(pool: RankPool, world_size: int) -> None:
+    modes = ["owner", "gram", "duplicated", "distributed"]
+    for by_mode in pool.run(counters_of_a_step, world_size, "qkv_per_head", modes):
+        for mode, counters in by_mode.items():
+            assert (counters.collectives, counters.bytes) == (0, 0) and counters.flops > 0, mode
+
+
+def test_other_weights_are_exchanged_as_their_mode_says(pool: RankPool) -> None:
+    """One message there and one back; one gather; or a norm and five Gram matrices for q with gate and for k with v."""
+    collectives = {"owner": 2, "duplicated": 1, "distributed": 2 * 6}
+    for by_mode in pool.run(counters_of_a_step, 2, "qkv", list(collectives)):
+        assert {mode: counters.collectives for mode, counters in by_mode.items()} == collectives
 
 
 def refusals() -> list[str]:
@@ -350,6 +367,15 @@ def test_what_a_mode_cannot_do_exactly_is_refused() -> None:
         assert answer.endswith(way_out)
     assert answers[6].startswith("28 rows are not a multiple of the 24 rows of the qkv layout")
     assert answers[7].startswith("20 rows are not a multiple of the 24 rows of the qkv layout")
+
+
+def test_shards_that_cut_through_rows_of_the_scalar_optimizer_are_refused() -> None:
+    gated = _layout("in_proj", {"q": 18, "beta": 6}, scalar=GATES)
+    check_scalar_rows(Weight((24, 10), gated, -2, "tp", 4))
+    check_scalar_rows(Weight((12, 10), _qkv(2).layout(4), -2, "tp", 4))
+    message = r"in_proj weight with 12 rows on each of 4 .*periods of 24 rows.* 'NAME=adam'.* 'NAME=whole'"
+    with pytest.raises(ConfigError, match=message):
+        check_scalar_rows(Weight((12, 10), gated, -2, "tp", 4))
 
 
 def test_what_a_stack_divides_is_counted_in_its_matrices(pool: RankPool) -> None:

@@ -136,7 +136,7 @@ def several(chunk_mb: float) -> tuple[list[torch.Tensor], int]:
     groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.01}]
     optimizer = StiefelMuon(groups, lr=LR, tp_group=dist.group.WORLD, chunk_mb=chunk_mb)
     optimizer.step()
-    engine = optimizer._engine_for([*params[::2], *params[1::2]], STIEFEL)
+    engine = optimizer.engines.of([*params[::2], *params[1::2]], STIEFEL)
     return [param.detach() for param in params], len(engine.plan.chunks)
 
 
@@ -168,7 +168,7 @@ def traffic() -> tuple[float, int]:
     optimizer = StiefelMuon([param], lr=LR, tp_group=dist.group.WORLD, tp_wire_dtype="bf16")
     param.grad = torch.ones_like(param)
     optimizer.step()
-    counters = optimizer._engine_for([param], STIEFEL).counters
+    counters = optimizer.engines.of([param], STIEFEL).counters
     total = torch.tensor([counters.bytes, counters.collectives], dtype=torch.float64)
     dist.all_reduce(total)
     return tuple(total.tolist())

@@ -470,7 +470,7 @@ def measured(layout: Layout, bf16: bool, options: dict[str, Any]) -> Measured:
             param.main_grad = torch.ones_like(param, dtype=torch.float32)
     for muon in muons(run.optimizer):
         muon.prepare()
-    engines = [engine for muon in muons(run.optimizer) for engine in muon._engines.values()]
+    engines = [engine for muon in muons(run.optimizer) for engine in muon.engines]
     for engine in engines:
         engine.counters.reset()
     with FlopCounterMode(display=False) as counter:

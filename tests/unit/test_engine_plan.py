@@ -1,114 +1,33 @@
-"""Plans, as functions of shapes: what must hold for any weights, checked on random ones, without any communication."""
+"""Plans, as functions of shapes: each matrix once, where it lies, and the same on every rank."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_muon.engine.modes import (
-    DISTRIBUTED,
-    DUPLICATED,
-    GRAM,
-    LOCAL,
-    MODES,
-    OWNER,
-    Cost,
-    Divided,
-    Machine,
-    Sizes,
-    cost_of,
-)
-from megatron_muon.engine.plan import Batch, Chunk, Item, Plan, Policy, Weight, make_plan
+from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, LOCAL, OWNER
+from megatron_muon.engine.plan import Item, Weight
 from megatron_muon.errors import ConfigError
-from megatron_muon.orthogonalize.coefficients import coefficients
-from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
-from megatron_muon.orthogonalize.products import BlockProducts
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
-
-FLOAT32 = Orthogonalizer(coefficients("quintic", 5), torch.float32, products=BlockProducts(8))
-BFLOAT16 = Orthogonalizer(coefficients("quintic", 5), torch.bfloat16)
-SIZES = Sizes(4, 4, 4)
-CPU = Machine.of("cpu")
-EXACT = (OWNER, GRAM, DUPLICATED, DISTRIBUTED)
-PLENTY = 1 << 28
-RANKS = (1, 2, 4, 8)
-SEEDS = range(8)
-
-
-def plan_of(
-    weights: list[Weight],
-    mode: str = "auto",
-    chunk_bytes: int = PLENTY,
-    iteration: Orthogonalizer = FLOAT32,
-    machine: Machine = CPU,
-) -> Plan:
-    return make_plan(weights, Policy(mode, SIZES, chunk_bytes, machine), iteration)
-
-
-# Random weights.
-
-
-def random_layout(pick: random.Random) -> MatrixLayout:
-    """No sections, or some, of names that may come twice, with heads or not, with rows of the scalar rule or not."""
-    if pick.random() < 0.3:
-        return WHOLE
-    head = pick.choice([0, 2, 2, 3])
-    treatment = {
-        "a": ("orthogonalize", head),
-        "b": ("orthogonalize", pick.choice([0, head])),
-        "c": ("orthogonalize", head),
-        "gate": (SCALAR, 0),
-    }
-    sections = []
-    for _ in range(pick.randrange(1, 5)):
-        name = pick.choice(list(treatment))
-        rule, m = treatment[name]
-        sections.append(Section(name, pick.randrange(1, 4) * (m or 1), rule, m))
-    return MatrixLayout("random", tuple(sections))
-
-
-def random_weight(pick: random.Random, ranks: int) -> Weight:
-    """Whole, or cut by rows or columns, by whole periods or through them; some are stacks of experts."""
-    layout, periods, columns = random_layout(pick), pick.randrange(1, 5), pick.randrange(1, 12)
-    heads = any(section.matrix_rows for section in layout.sections)
-    stack = pick.choice([(), (), (), (1,), (3,)])
-    layout = layout.stack() if stack else layout
-    rows, dim = layout.period * periods, pick.choice([0, -1, -2, -2]) if ranks > 1 else 0
-    if dim == -2 and not (heads and stack) and pick.random() < 0.8:
-        # Whole periods over all ranks, and in most cases not on each.
-        fitting = [part for part in range(1, 3 * layout.period) if part * ranks % layout.period == 0]
-        rows = pick.choice([part for part in fitting if part % layout.period] or fitting)
-    group = pick.choice(["tp", "expert tp"]) if dim else ""
-    return Weight((*stack, rows, columns), layout, dim, group, ranks if dim else 1)
-
-
-def random_weights(seed: int, ranks: int) -> list[Weight]:
-    """Some of them several times, as the layers of a model."""
-    pick = random.Random(seed * 31 + ranks)
-    different = [random_weight(pick, ranks) for _ in range(pick.randrange(1, 7))]
-    return [weight for weight in different for _ in range(pick.choice([1, 1, 2, 5]))]
-
-
-def modes_for(weights: list[Weight]) -> list[str]:
-    """All; without ``blockwise``, which refuses them, for shards that cut periods."""
-    return [mode for mode in MODES if mode != "blockwise" or not any(weight.is_broken for weight in weights)]
-
-
-def random_plans(seed: int, ranks: int) -> Iterator[tuple[Plan, int]]:
-    """In each mode with several bounds of chunks."""
-    weights = random_weights(seed, ranks)
-    for mode in modes_for(weights):
-        for bound in (1, 900, PLENTY):
-            yield plan_of(weights, mode, bound), bound
+from tests.random_weights import (
+    EXACT,
+    PLENTY,
+    RANKS,
+    SEEDS,
+    batches_of,
+    modes_for,
+    per_rank,
+    plan_of,
+    random_plans,
+    random_weights,
+)
 
 
 def test_random_weights_are_of_all_kinds() -> None:
@@ -137,17 +56,6 @@ def test_random_weights_are_of_all_kinds() -> None:
 
 
 # Each matrix once, and where it lies.
-
-
-def batches_of(plan: Plan) -> Iterator[tuple[Chunk, Batch]]:
-    for chunk in plan.chunks:
-        for batch in chunk.batches:
-            yield chunk, batch
-
-
-def per_rank(weight: Weight, chunk: Chunk) -> bool:
-    """Whether an item is about the matrices of one rank's shard, and not about those of the whole weight."""
-    return chunk.mode == LOCAL and weight.dim != 0
 
 
 def first_matrix(item: Item, weight: Weight, local: bool) -> int:
@@ -323,210 +231,7 @@ def test_digests_tell_plans_apart(other: dict[str, object]) -> None:
     assert len(one.digest("tp")) == 32
 
 
-# Owners.
-
-
-def loads_of(chunk: Chunk, iteration: Orthogonalizer) -> list[int]:
-    """Operations of each owner of a chunk."""
-    ranks = len(chunk.batches[0].kind.parts)
-    each = [(batch, iteration.flops(*sorted((batch.kind.p, batch.kind.q)))) for batch in chunk.batches]
-    return [sum(batch.counts[rank] * flops for batch, flops in each) for rank in range(ranks)]
-
-
-def costliest(chunk: Chunk, iteration: Orthogonalizer) -> int:
-    return max(iteration.flops(*sorted((batch.kind.p, batch.kind.q))) for batch in chunk.batches)
-
-
-@pytest.mark.parametrize("ranks", RANKS[1:])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_owners_have_equal_shares(seed: int, ranks: int) -> None:
-    """Each matrix has an owner, and in no chunk has one owner more to do than another by more than one matrix."""
-    for plan, _ in random_plans(seed, ranks):
-        for chunk, batch in batches_of(plan):
-            if chunk.mode not in (OWNER, GRAM):
-                assert batch.counts == ()
-                continue
-            assert len(batch.counts) == len(batch.kind.parts)
-            assert sum(batch.counts) == batch.count
-            assert max(batch.counts) - min(batch.counts) <= 1
-        for chunk in plan.chunks:
-            if chunk.mode in (OWNER, GRAM):
-                loads = loads_of(chunk, FLOAT32)
-                assert max(loads) - min(loads) <= costliest(chunk, FLOAT32)
-
-
-def test_odd_matrices_of_several_chunks_go_to_different_owners() -> None:
-    """Eleven matrices in chunks of one each: 3, 3, 3 and 2."""
-    plan = plan_of([Weight((8, 6), WHOLE, -1, "tp", 4)] * 11, OWNER, 1)
-    total = [sum(batch.counts[rank] for _, batch in batches_of(plan)) for rank in range(4)]
-    assert sorted(total) == [2, 3, 3, 3]
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("mode", [OWNER, GRAM])
-def test_fewer_matrices_than_ranks(mode: str, count: int) -> None:
-    plan = plan_of([Weight((8, 6), WHOLE, -1, "tp", 4)] * count, mode)
-    (batch,) = (batch for _, batch in batches_of(plan))
-    assert sorted(batch.counts) == [0] * (4 - count) + [1] * count
-
-
-@pytest.mark.parametrize(("count", "expected"), [(5, [1, 1, 1, 2]), (8, [2] * 4), (11, [2, 3, 3, 3])])
-def test_uneven_numbers(count: int, expected: list[int]) -> None:
-    plan = plan_of([Weight((8, 6), WHOLE, -1, "tp", 4)] * count, OWNER)
-    (batch,) = (batch for _, batch in batches_of(plan))
-    assert sorted(batch.counts) == expected
-
-
-# Chunks.
-
-
-def size_of(batch: Batch) -> int:
-    """Bytes of one whole float32 matrix."""
-    return 4 * batch.kind.p * batch.kind.q
-
-
-def rounding(batch: Batch) -> int:
-    """By how many bytes a batch may exceed what was asked for: matrices that lie in one unit are not parted."""
-    return size_of(batch) * (max(item.count // (item.stop - item.start) for item in batch.items) - 1)
-
-
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_chunks_keep_their_bound(seed: int, ranks: int) -> None:
-    """The bound, or one matrix if it is larger; for chunks that owners share, times their number.
-
-    An owner's own part is that, and less than one matrix more of each batch: odd matrices are dealt out by operations.
-    """
-    for plan, bound in random_plans(seed, ranks):
-        for chunk in plan.chunks:
-            sharers = len(chunk.batches[0].kind.parts) if chunk.mode in (OWNER, GRAM, DISTRIBUTED) else 1
-            room = max(bound, size_of(chunk.batches[0]))
-            total = sum(size_of(batch) * batch.count for batch in chunk.batches)
-            # Only the last batch can have been rounded up: nothing is put into a chunk that is over its bound.
-            slack = rounding(chunk.batches[-1])
-            assert total <= room * sharers + slack
-            if chunk.mode in (OWNER, GRAM):
-                for rank in range(sharers):
-                    owned = sum(size_of(batch) * batch.counts[rank] for batch in chunk.batches)
-                    assert owned < room + slack / sharers + sum(size_of(batch) for batch in chunk.batches)
-
-
-@pytest.mark.parametrize("mode", EXACT)
-def test_one_kind_keeps_the_bound_or_one_matrix(mode: str) -> None:
-    """24 matrices of 8 x 24, 768 bytes each: an owner has as many as fit, and one more if the bound is between."""
-    weights = [Weight((8, 6), WHOLE, -1, "tp", 4)] * 24
-    sharers = 1 if mode == DUPLICATED else 4
-    for bound in (1, 768, 1535, 1536, 3 * 768):
-        most = max(bound, 768) / 768
-        for chunk in plan_of(weights, mode, bound).chunks:
-            assert sum(batch.count for batch in chunk.batches) <= most * sharers
-            if mode in (OWNER, GRAM):
-                owned = [sum(batch.counts[rank] for batch in chunk.batches) for rank in range(4)]
-                assert max(owned) <= -(-most // 1)
-
-
-def test_no_bound_makes_one_chunk_of_each_mode_and_group() -> None:
-    for seed in SEEDS:
-        plan = plan_of(random_weights(seed, 4))
-        assert len(plan.chunks) == len({(chunk.mode, chunk.group) for chunk in plan.chunks})
-
-
-def test_a_chunk_without_exchange_comes_first() -> None:
-    """It is computed while the first exchange is under way."""
-    weights = [*[Weight((8, 6), WHOLE, -1, "tp", 4)] * 4, *[Weight((8, 6), WHOLE)] * 4]
-    modes = [chunk.mode for chunk in plan_of(weights, OWNER, 8 * 6 * 4).chunks]
-    assert modes == [LOCAL, OWNER, LOCAL, LOCAL, LOCAL]
-
-
-# Modes.
-
-
-def divided(count: int, p: int, q: int, dim: int, ranks: int) -> list[Weight]:
-    shape = (p, q // ranks) if dim == -1 else (p // ranks, q)
-    return [Weight(shape, WHOLE, dim, "tp", ranks)] * count
-
-
-def seconds_of(count: int, p: int, q: int, dim: int, ranks: int, iteration: Orthogonalizer, machine: Machine) -> dict:
-    """Of each exact mode that can be. Taller ones take part as their transposes."""
-    if p > q:
-        p, q, dim = q, p, -3 - dim
-    by_columns = dim == -1 or p == q
-    modes = [mode for mode in EXACT if mode != GRAM or (by_columns and iteration.restarts is not None)]
-    matrices = Divided(count, p, q, by_columns, ranks)
-    return {mode: cost_of(mode, matrices, iteration, SIZES).seconds(machine) for mode in modes}
-
-
-@pytest.mark.parametrize("iteration", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("ranks", RANKS[1:])
-def test_auto_takes_what_costs_least(ranks: int, iteration: Orthogonalizer) -> None:
-    """For numbers that can be shared evenly, and for fewer than there are ranks; all machines and shapes."""
-    taken = set()
-    machines = [CPU, Machine.of("cuda"), Machine(1e9, 1e12, 1e-9), Machine(1e15, 1e6, 0.0), Machine(1e15, 1e15, 1.0)]
-    for machine in machines:
-        for p, q in [(16, 16), (16, 64), (64, 16), (512, 512), (128, 2048), (2048, 128), (2048, 2048)]:
-            for dim in (-1, -2):
-                for count in (1, ranks - 1, ranks, 6 * ranks):
-                    plan = plan_of(divided(count, p, q, dim, ranks), "auto", 1 << 40, iteration, machine)
-                    expected = seconds_of(count, p, q, dim, ranks, iteration, machine)
-                    (mode,) = {chunk.mode for chunk in plan.chunks}
-                    assert expected[mode] == min(expected.values())
-                    taken.add(mode)
-    assert taken == (set(EXACT) if iteration is FLOAT32 else {OWNER, DUPLICATED, DISTRIBUTED})
-
-
-@pytest.mark.parametrize("ranks", RANKS[1:])
-def test_what_is_left_over_after_even_shares_may_have_another_mode(ranks: int) -> None:
-    """As many as can be shared evenly by their cheapest mode, the rest by theirs; all together if these agree."""
-    numbers = set()
-    for p, q in [(16, 64), (128, 512), (512, 512), (1024, 4096)]:
-        for count in range(ranks + 1, 3 * ranks):
-            plan = plan_of(divided(count, p, q, -1, ranks), "auto", 1 << 40)
-            by_mode = Counter({chunk.mode: sum(batch.count for batch in chunk.batches) for chunk in plan.chunks})
-            even = count - count % ranks
-            cheapest = {}
-            for number in (even, count - even, count):
-                if number:
-                    costs = seconds_of(number, p, q, -1, ranks, FLOAT32, CPU)
-                    cheapest[number] = min(costs, key=lambda mode: costs[mode])
-            if count == even or cheapest[even] == cheapest[count - even]:
-                assert by_mode == {cheapest[count]: count}
-            else:
-                assert by_mode == {cheapest[even]: even, cheapest[count - even]: count - even}
-            numbers.add(len(by_mode))
-    assert numbers == {1, 2}
-
-
-def test_costs_of_a_worked_example() -> None:
-    """Eight 4 x 16 matrices, cut by columns over four ranks, 4 bytes an element."""
-    iteration = Orthogonalizer(coefficients("quintic", 5), torch.float32)
-    args = (Divided(8, 4, 16, True, 4), iteration, SIZES)
-    # 128 elements of 8 shards there, 3/4 of them to others; 3/4 of two whole matrices back.
-    assert cost_of(OWNER, *args) == Cost(2 * iteration.flops(4, 16), (128 * 3 / 4 + 2 * 64 * 3 / 4) * 4, 2)
-    # By a ring each rank sends its shards three times.
-    assert cost_of(DUPLICATED, *args) == Cost(8 * iteration.flops(4, 16), 128 * 3 * 4, 1)
-    # Five Gram matrices and a norm of each matrix, all-reduced: 2 x 3/4 of the elements.
-    assert cost_of(DISTRIBUTED, *args) == Cost(8 * iteration.standard_flops(4, 4), 1.5 * 8 * (5 * 16 + 1) * 4, 6)
-    # Norms; three times triangles of 10: those of six matrices to their owners, those of two to three ranks.
-    flops = 3 * 8 * iteration.rectangular_flops(4, 4) + 2 * iteration.polynomial_flops(4)
-    assert cost_of(GRAM, *args) == Cost(flops, 1.5 * 8 * 4 + 3 * (6 + 6) * 10 * 4, 7)
-
-
-@pytest.mark.parametrize(
-    ("p", "q", "dim", "expected"),
-    [
-        (8, 32, -1, GRAM),
-        (32, 8, -2, GRAM),
-        (8, 8, -1, GRAM),
-        (8, 8, -2, GRAM),
-        (8, 32, -2, OWNER),
-        (32, 8, -1, OWNER),
-    ],
-)
-def test_gram_is_for_matrices_cut_along_their_longer_side(p: int, q: int, dim: int, expected: str) -> None:
-    plan = plan_of(divided(4, p, q, dim, 4), GRAM)
-    ((chunk, batch),) = batches_of(plan)
-    assert chunk.mode == expected
-    assert expected == OWNER or batch.kind.dim == -1
+# What is planned otherwise.
 
 
 @pytest.mark.parametrize("mode", EXACT)
@@ -538,7 +243,7 @@ def test_whole_heads_are_local_in_every_mode(mode: str) -> None:
 
 
 def test_blockwise_takes_each_shard_as_a_matrix() -> None:
-    plan = plan_of(divided(3, 8, 32, -1, 4), "blockwise")
+    plan = plan_of([Weight((8, 8), WHOLE, -1, "tp", 4)] * 3, "blockwise")
     ((chunk, batch),) = batches_of(plan)
     assert (chunk.mode, batch.kind.p, batch.kind.q, batch.count) == (LOCAL, 8, 8, 3)
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from megatron_muon import Muon, MuonConfig
 from megatron_muon.engine.modes import Machine, Sizes
-from megatron_muon.engine.plan import Policy, Weight, make_plan
+from megatron_muon.engine.plan import Weight
+from megatron_muon.engine.planner import Policy, make_plan
 from megatron_muon.optimizers.adaptive import AdaptiveMuon
 from megatron_muon.optimizers.sphere import MULTIPLIER, SpectralSphere
 from megatron_muon.orthogonalize import coefficients
@@ -353,7 +354,8 @@ def start_in_float64(layout: Layout) -> harness.Run:
         use_layer_wise_distributed_optimizer=False,
         use_layer_wise_param_layout=True,
     )
-    options = harness.optimizer_config(layout, name="spectral_sphere", params_dtype=torch.float64, clip_grad=0.0)
+    changes = {"params_dtype": torch.float64, "clip_grad": 0.0, "muon_sphere_tolerance": 0.5}
+    options = harness.optimizer_config(layout, name="spectral_sphere", **changes)
     return harness.Run(layout, wrapped, get_megatron_optimizer(options, wrapped))
 
 

@@ -69,7 +69,7 @@ from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing import _is_nonlinear_or_embedding
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
-from tests.distributed.test_engine import no_reading
+from tests.distributed.test_no_waiting import no_reading
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.pool import RankPool

@@ -78,7 +78,8 @@ def test_a_first_step_without_a_gradient_moves_nothing(name: str, nesterov: bool
 @pytest.mark.parametrize("name", VARIANTS)
 def test_momentum_that_fades_away_blows_nothing_up(name: str) -> None:
     """After one gradient, steps without any, until the last bits of momentum are gone: 0.1^60."""
-    param, optimizer = made(name, on_manifold(name, random(1)).clone(), momentum=0.1, lr=1e-3)
+    start = on_manifold(name, random(1))
+    param, optimizer = made(name, start.clone(), momentum=0.1, lr=1e-3)
     largest, usual = 0.0, 0.0
     for step in range(60):
         before = param.detach().clone()
@@ -90,7 +91,9 @@ def test_momentum_that_fades_away_blows_nothing_up(name: str) -> None:
     assert param.isfinite().all()
     # Of second moments, which fade too, updates may grow for some steps: by 1 / sqrt(1 - 0.95) at most.
     assert largest <= usual * (4.5 if "ada" in name or "normuon" in name else 1.2), (usual, largest)
-    assert moved < 1e-9 or name in KEEPS_NORMS or name == "stiefel"
+    # Back on the sphere or the manifold, a weight may still be rounded in another way.
+    brought_back = name in KEEPS_NORMS or name == "stiefel"
+    assert moved <= (1e-6 * start.norm().item() if brought_back else 0.0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -103,10 +106,13 @@ def test_nan_shows(name: str) -> None:
     assert param.isnan().any()
 
 
-@pytest.mark.parametrize("prec", ["medium", "high", "highest"])
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("prec", ["medium", pytest.param("high", marks=pytest.mark.slow), "highest"])
 def test_bfloat16_weights(name: str, prec: str) -> None:
-    """Of training loops without float32 copies: norms and second moments are taken in float32 all the same."""
+    """Of training loops without float32 copies: norms and second moments are taken in float32 all the same.
+
+    "high" asks for TF32, which CPUs do without: there it is "highest".
+    """
     exact, first = made(name, on_manifold(name, random(1)).bfloat16().float(), lr=0.1, momentum=0.0)
     param, optimizer = made(name, on_manifold(name, random(1)).bfloat16(), lr=0.1, momentum=0.0, fp32_matmul_prec=prec)
     start = param.detach().float().clone()
@@ -197,14 +203,14 @@ def test_weights_that_take_turns_do_not_need_new_plans() -> None:
     for step in range(20):
         params[step % 2].grad, params[1 - step % 2].grad = random(step), None
         optimizer.step()
-    assert len(optimizer._engines) == 2
+    assert len(list(optimizer.engines)) == 2
     for step in range(40):
         more = [torch.nn.Parameter(random(step))]
         optimizer.add_param_group({"params": more})
         more[0].grad = random(1)
         optimizer.step()
         more[0].grad = None
-    assert len(optimizer._engines) <= 8
+    assert len(list(optimizer.engines)) <= 8
 
 
 def test_namo_tells_that_updates_may_grow() -> None:

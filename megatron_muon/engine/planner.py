@@ -1,0 +1,328 @@
+"""Who orthogonalizes what, in which batches, with which messages: decided before the step, from shapes alone.
+
+The matrices in all weights are put into groups that have one shape and are divided in one way (*kinds*); groups are cut
+into chunks of bounded size; the matrices of a chunk are shared out over the tensor-parallel ranks. A plan is a function
+of shapes, group sizes and options, never of the rank: every rank of a group makes the same one, and they compare
+:meth:`megatron_muon.engine.plan.Plan.digest` before they trust it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_muon.engine.modes import (
+    AUTO,
+    BLOCKWISE,
+    DISTRIBUTED,
+    GRAM,
+    LOCAL,
+    OWNER,
+    Divided,
+    Machine,
+    Sizes,
+    cheapest_mode,
+    cost_of,
+)
+from megatron_muon.engine.pieces import block_rows_before, units_of
+from megatron_muon.engine.plan import Batch, Chunk, Item, Kind, Plan, Weight
+from megatron_muon.errors import ConfigError
+from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+from megatron_muon.routing.layout import SCALAR, Block
+
+__all__ = ["Policy", "check_weight", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a plan is made by.
+
+    Attributes:
+        mode: see :mod:`megatron_muon.engine.modes`.
+        sizes: bytes of the elements that are sent.
+        chunk_bytes: bound of the float32 matrices that a rank holds whole in one chunk; one larger matrix is a chunk.
+        machine: rates by which ``auto`` compares modes.
+    """
+
+    mode: str
+    sizes: Sizes
+    chunk_bytes: int
+    machine: Machine
+
+
+def make_plan(
+    weights: Sequence[Weight],
+    policy: Policy,
+    orthogonalizer: Orthogonalizer,
+    modes: Mapping[str, str] | None = None,
+) -> Plan:
+    """Plan a step.
+
+    Args:
+        weights: of this rank; those of one group are the same on all its ranks.
+        policy: mode and bounds.
+        orthogonalizer: knows what each shape costs.
+        modes: of single groups, instead of the policy's.
+
+    Raises:
+        ConfigError: for a weight that the mode cannot treat.
+    """
+    groups: dict[Kind, list[Item]] = defaultdict(list)
+    for index, weight in enumerate(weights):
+        check_weight(weight, policy.mode)
+        for kind, item in _items(index, weight, policy.mode):
+            groups[kind].append(item)
+    chosen = _with_modes(groups, policy, orthogonalizer, modes or {})
+    # Costliest first: what comes later evens out the owners' loads.
+    chosen.sort(key=lambda pair: (pair[0].mode, pair[0].group, -_weight_of(pair[0]), repr(pair[0])))
+    maker = _Chunks(policy, orthogonalizer)
+    for kind, items in chosen:
+        maker.add(kind, items)
+    chunks = maker.finish()
+    local = [chunk for chunk in chunks if chunk.mode == LOCAL]
+    exchanged = [chunk for chunk in chunks if chunk.mode != LOCAL]
+    # A chunk without exchange goes first: it is computed while the first exchange is under way.
+    return Plan(tuple(weights), (*local[:1], *exchanged, *local[1:]))
+
+
+def check_weight(weight: Weight, mode: str) -> None:
+    """Refuse what cannot be planned.
+
+    Raises:
+        ValueError: if the layout does not fit the weight.
+        ConfigError: if shards cut through what must stay whole.
+    """
+    layout = weight.layout
+    layout.blocks(weight.whole_shape)
+    if not weight.is_broken:
+        return
+    heads = any(section.matrix_rows for section in layout.sections)
+    if mode == BLOCKWISE or (layout.stacked and heads):
+        raise ConfigError(
+            f"--muon-tp-mode {mode}: a {layout.kind} weight with {weight.shape[-2]} rows on each of {weight.ranks} "
+            f"tensor-parallel ranks does not hold whole sections (periods of {layout.period} rows). Use --muon-tp-mode "
+            "auto, or treat the weight as one matrix (--muon-param-rule 'NAME=whole')."
+        )
+
+
+def _items(index: int, weight: Weight, mode: str) -> Iterator[tuple[Kind, Item]]:
+    """The matrices of one weight, with their kinds in mode ``auto`` if they must be exchanged."""
+    shape = weight.shape if mode == BLOCKWISE else weight.whole_shape
+    broken = weight.is_broken
+    for number, block in enumerate(weight.layout.blocks(shape)):
+        if block.rule == SCALAR:
+            continue
+        heads = weight.layout.sections and weight.layout.sections_of(number)[0].matrix_rows > 0
+        if weight.dim == 0 or mode == BLOCKWISE or (weight.dim == -2 and heads and not broken):
+            yield _whole_item(index, number, weight)
+        elif broken and heads:
+            for head in range(block.count):
+                yield _divided_item(index, number, weight, block, head, head + 1, 1)
+        else:
+            units = units_of(weight.layout, number, shape, broken)
+            yield _divided_item(index, number, weight, block, 0, units, block.count)
+
+
+def _whole_item(index: int, number: int, weight: Weight) -> tuple[Kind, Item]:
+    """Matrices that this rank holds whole."""
+    block = weight.layout.blocks(weight.shape)[number]
+    p, q = sorted((block.rows, block.columns))
+    units = units_of(weight.layout, number, weight.shape, False)
+    item = Item(index, number, 0, units, block.count, block.rows, block.columns, block.rows > block.columns)
+    return Kind(LOCAL, "", p, q), item
+
+
+def _divided_item(
+    index: int, number: int, weight: Weight, block: Block, start: int, stop: int, count: int
+) -> tuple[Kind, Item]:
+    """Matrices that the ranks of a group hold parts of."""
+    transposed = block.rows > block.columns
+    p, q = sorted((block.rows, block.columns))
+    if weight.dim == -1:
+        parts = (weight.shape[-1],) * weight.ranks
+    else:
+        parts = tuple(_rows_on(weight, number, block, start, rank) for rank in range(weight.ranks))
+    dim = -3 - weight.dim if transposed else weight.dim
+    item = Item(index, number, start, stop, count, block.rows, block.columns, transposed)
+    return Kind(AUTO, weight.group, p, q, dim, parts), item
+
+
+def _rows_on(weight: Weight, number: int, block: Block, start: int, rank: int) -> int:
+    """How many rows of a block's matrix lie on ``rank``; of matrix ``start`` if each is some rows of the block."""
+    rows = weight.shape[-2]
+    low, high = (block_rows_before(weight.layout, number, edge * rows) for edge in (rank, rank + 1))
+    if weight.layout.sections and weight.layout.sections_of(number)[0].matrix_rows:
+        first = start * block.rows
+        return max(0, min(high, first + block.rows) - max(low, first))
+    return high - low
+
+
+def _with_modes(
+    groups: Mapping[Kind, list[Item]], policy: Policy, orthogonalizer: Orthogonalizer, modes: Mapping[str, str]
+) -> list[tuple[Kind, list[Item]]]:
+    """Give matrices that must be exchanged their mode.
+
+    In ``auto`` even shares of a kind are judged by themselves; what is left over of all kinds of a group, less than one
+    matrix for each rank, together: one rank may take what is left of one kind, and another that of the next.
+    """
+    chosen: list[tuple[Kind, list[Item]]] = []
+    rests: dict[str, list[tuple[Kind, list[Item]]]] = defaultdict(list)
+    for kind, items in groups.items():
+        mode = modes.get(kind.group, policy.mode)
+        if kind.mode == LOCAL:
+            chosen.append((kind, items))
+        elif mode != AUTO:
+            chosen.append(_in_mode(kind, items, mode))
+        else:
+            count = _count(items)
+            even, rest = _cut(items, count - count % len(kind.parts))
+            if even:
+                mode = cheapest_mode(_question(kind, even), orthogonalizer, policy.sizes, policy.machine)
+                chosen.append(_in_mode(kind, even, mode))
+            if rest:
+                rests[kind.group].append((kind, rest))
+    for group in rests.values():
+        chosen += _spread(group, policy, orthogonalizer)
+    return chosen
+
+
+def _spread(
+    rests: list[tuple[Kind, list[Item]]], policy: Policy, orthogonalizer: Orthogonalizer
+) -> list[tuple[Kind, list[Item]]]:
+    """Modes of kinds that have fewer matrices than ranks: the costliest may be split, the others get owners."""
+    rests = sorted(rests, key=lambda pair: (-_weight_of(pair[0]), repr(pair[0])))
+    sizes, machine = policy.sizes, policy.machine
+    ranks = len(rests[0][0].parts)
+    questions = [_question(kind, items) for kind, items in rests]
+    split = [cheapest_mode(question, orthogonalizer, sizes, machine, without=OWNER) for question in questions]
+    of_split = [
+        cost_of(mode, question, orthogonalizer, sizes).seconds(machine)
+        for mode, question in zip(split, questions, strict=True)
+    ]
+    sent = [cost_of(OWNER, question, orthogonalizer, sizes).bytes / machine.bytes for question in questions]
+
+    def seconds(number: int) -> float:
+        """With the first ``number`` kinds split."""
+        loads = [0] * ranks
+        for question in questions[number:]:
+            for _ in range(question.count):
+                loads[loads.index(min(loads))] += orthogonalizer.flops(question.p, question.q)
+        messages = 2 * machine.latency if number < len(rests) else 0.0
+        return sum(of_split[:number]) + sum(sent[number:]) + messages + max(loads) / machine.flops
+
+    number = min(range(len(rests) + 1), key=seconds)
+    modes = [*split[:number], *[OWNER] * (len(rests) - number)]
+    return [_in_mode(kind, items, mode) for (kind, items), mode in zip(rests, modes, strict=True)]
+
+
+def _question(kind: Kind, items: Sequence[Item]) -> Divided:
+    """What the cost of a mode depends on."""
+    even = len(set(kind.parts)) == 1
+    return Divided(_count(items), kind.p, kind.q, even and (kind.dim == -1 or kind.p == kind.q), len(kind.parts))
+
+
+def _in_mode(kind: Kind, items: list[Item], mode: str) -> tuple[Kind, list[Item]]:
+    """The kind in a mode, with its matrices turned as the mode needs them."""
+    turn = (mode == DISTRIBUTED and kind.dim == -2) or (mode == GRAM and kind.dim == -2 and kind.p == kind.q)
+    if mode == GRAM and kind.dim == -2 and not turn:
+        mode = OWNER  # the rows of a Gram matrix need each other
+    if not turn:
+        return dataclasses.replace(kind, mode=mode), items
+    turned = [dataclasses.replace(item, transposed=not item.transposed) for item in items]
+    return dataclasses.replace(kind, mode=mode, p=kind.q, q=kind.p, dim=-1), turned
+
+
+class _Chunks:
+    """Fills chunks with matrices and shares them out."""
+
+    def __init__(self, policy: Policy, orthogonalizer: Orthogonalizer) -> None:
+        self.policy, self.orthogonalizer = policy, orthogonalizer
+        self.done: list[Chunk] = []
+        self.open: list[Batch] = []
+        self.room = 0
+        self.load: dict[str, list[int]] = {}
+        self.chunk_load: dict[int, int] = {}
+
+    def add(self, kind: Kind, items: list[Item]) -> None:
+        """Matrices of one kind, all that there are."""
+        if self.open and (self.open[0].kind.mode, self.open[0].kind.group) != (kind.mode, kind.group):
+            self._close()
+        size = 4 * kind.p * kind.q
+        while items:
+            if not self.open:
+                # Owners share the chunk: each holds the bound. In gram and distributed no rank holds a matrix whole.
+                shared = kind.mode in (OWNER, GRAM, DISTRIBUTED)
+                ranks = len(kind.parts) if shared else 1
+                self.room = max(self.policy.chunk_bytes, size) * ranks
+            elif size > self.room:
+                self._close()
+                continue
+            piece, items = _cut(items, self._take(kind, self.room // size, _count(items)))
+            self.room -= size * _count(piece)
+            self.open.append(Batch(kind, tuple(piece), self._share_out(kind, _count(piece))))
+            if items:
+                self._close()
+
+    @staticmethod
+    def _take(kind: Kind, room: int, left: int) -> int:
+        """How many matrices to put into the open chunk: even shares if more are to follow."""
+        number = max(1, min(room, left))
+        if kind.mode in (OWNER, GRAM) and len(kind.parts) <= number < left:
+            number -= number % len(kind.parts)
+        return number
+
+    def finish(self) -> list[Chunk]:
+        """All chunks."""
+        self._close()
+        return self.done
+
+    def _close(self) -> None:
+        if self.open:
+            kind = self.open[0].kind
+            self.done.append(Chunk(kind.mode, kind.group, tuple(self.open)))
+            self.open, self.chunk_load = [], {}
+
+    def _share_out(self, kind: Kind, number: int) -> tuple[int, ...]:
+        """Matrices for each rank: as even as can be, the odd ones to those with the least to do, here and before."""
+        if kind.mode not in (OWNER, GRAM):
+            return ()
+        ranks = len(kind.parts)
+        load = self.load.setdefault(kind.group, [0] * ranks)
+        counts = [number // ranks] * ranks
+        idle_first = sorted(range(ranks), key=lambda rank: (self.chunk_load.get(rank, 0), load[rank], rank))
+        for rank in idle_first[: number % ranks]:
+            counts[rank] += 1
+        cost = self.orthogonalizer.flops(*sorted((kind.p, kind.q)))
+        for rank, count in enumerate(counts):
+            load[rank] += count * cost
+            self.chunk_load[rank] = self.chunk_load.get(rank, 0) + count * cost
+        return tuple(counts)
+
+
+def _weight_of(kind: Kind) -> int:
+    """By what the costliest kind is found: about the operations of one matrix."""
+    p, q = sorted((kind.p, kind.q))
+    return p * p * (q + p)
+
+
+def _count(items: Sequence[Item]) -> int:
+    return sum(item.count for item in items)
+
+
+def _cut(items: Sequence[Item], number: int) -> tuple[list[Item], list[Item]]:
+    """The first ``number`` matrices, rounded up to whole units, and the others."""
+    first: list[Item] = []
+    for index, item in enumerate(items):
+        if number <= 0:
+            return first, list(items[index:])
+        units = item.stop - item.start
+        each = item.count // units
+        take = min(units, -(-number // each))
+        first.append(dataclasses.replace(item, stop=item.start + take, count=take * each))
+        number -= take * each
+        if take < units:
+            rest = dataclasses.replace(item, start=item.start + take, count=item.count - take * each)
+            return first, [rest, *items[index + 1 :]]
+    return first, []

@@ -1,0 +1,302 @@
+"""The work on one chunk, in each mode: pack, exchange, orthogonalize, unpack."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from megatron_muon.engine.callbacks import Flops, Part, Read, Solve, Write
+from megatron_muon.engine.exchange import Counters, Exchange, Pending
+from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LOCAL, OWNER
+from megatron_muon.engine.packing import flat, from_triangle, joined, lower_triangle, numel, padded
+from megatron_muon.engine.plan import Batch, Chunk, Kind, Plan
+from megatron_muon.orthogonalize.gram import prescale
+from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+
+__all__ = ["TASKS", "Run", "Task", "Wire"]
+
+
+@dataclass(frozen=True)
+class Wire:
+    """In which form matrices travel and are computed.
+
+    Attributes:
+        dtype: in which they are sent to be orthogonalized, and in which matrices that stay are packed.
+        back: in which they come back.
+        gram: in which partial Gram matrices and polynomials are sent.
+        device: of everything.
+    """
+
+    dtype: torch.dtype
+    back: torch.dtype
+    gram: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the work on every chunk needs."""
+
+    plan: Plan
+    orthogonalizer: Orthogonalizer
+    wire: Wire
+    local_dtype: torch.dtype
+    counters: Counters
+    reads: tuple[Read, ...]
+    write: Write
+    solve: Solve | None = None
+    solve_flops: Flops | None = None
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """A dimension for the tensors of each matrix that :attr:`solve` wants: they are packed next to one another."""
+        return () if self.solve is None else (len(self.reads),)
+
+
+class Task:
+    """The work on one chunk: :meth:`start` its exchange, :meth:`compute`, :meth:`finish`."""
+
+    def __init__(self, run: Run, chunk: Chunk, exchange: Exchange | None) -> None:
+        self.run, self.chunk = run, chunk
+        self._exchange = exchange
+        self.rank = 0 if exchange is None else exchange.rank
+
+    @property
+    def exchange(self) -> Exchange:
+        """Collectives of the chunk's group."""
+        assert self._exchange is not None, f"no process group {self.chunk.group!r}"
+        return self._exchange
+
+    def start(self) -> None:
+        """Send what the computation needs."""
+
+    def compute(self) -> None:
+        """Orthogonalize, and send what others need."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Hand out the result."""
+
+    def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """This rank's part of each batch, (matrices, [tensors,] rows, columns), contiguous."""
+        run = self.run
+        batches = [
+            torch.empty((batch.count, *run.stack, *batch.kind.part(self.rank)), dtype=dtype, device=run.wire.device)
+            for batch in self.chunk.batches
+        ]
+        for number, read in enumerate(run.reads):
+            read(*self._parts([batch[:, number] if run.stack else batch for batch in batches]))
+        return batches
+
+    def blanks(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """What :meth:`unpack` takes in shape and dtype, without memory."""
+        element = torch.zeros((), dtype=dtype, device=self.run.wire.device)
+        return [element.expand(batch.count, *batch.kind.part(self.rank)) for batch in self.chunk.batches]
+
+    def unpack(self, batches: list[torch.Tensor]) -> None:
+        """Hand out this rank's part of each orthogonalized batch."""
+        self.run.write(*self._parts(batches), self.reduce)
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that hold parts of the chunk's matrices."""
+        return self.exchange.all_reduce(tensor)
+
+    def orthogonalize(self, x: torch.Tensor) -> torch.Tensor:
+        """Whole matrices (matrices, p, q)."""
+        self.run.counters.flops += x.size(0) * self.run.orthogonalizer.flops(*x.shape[-2:])
+        return self.run.orthogonalizer(x)
+
+    def transform(self, batch: Batch, first: int, x: torch.Tensor) -> torch.Tensor:
+        """Whole matrices of a batch, from ``first`` on: orthogonalized, or what the run's ``solve`` makes of them."""
+        if self.run.solve is None:
+            return self.orthogonalize(x)
+        if self.run.solve_flops is not None:
+            self.run.counters.flops += x.size(0) * self.run.solve_flops(batch.kind.p, batch.kind.q)
+        weights = [item.weight for item in batch.items for _ in range(item.count)]
+        return self.run.solve(weights[first : first + x.size(0)], list(x.unbind(1)))
+
+    def _parts(self, batches: list[torch.Tensor]) -> tuple[list[Part], list[torch.Tensor]]:
+        """The items of all batches, each with its slice of the batch, the right way round."""
+        parts, slots = [], []
+        for batch, tensor in zip(self.chunk.batches, batches, strict=True):
+            offsets = itertools.accumulate((item.count for item in batch.items), initial=0)
+            for item, offset in zip(batch.items, offsets, strict=False):
+                slot = tensor[offset : offset + item.count]
+                parts.append(Part(item, item.piece(self.run.plan.weights[item.weight], self.rank)))
+                slots.append(slot.mT if item.transposed else slot)
+        return parts, slots
+
+
+class _Local(Task):
+    """Matrices that this rank holds whole."""
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Nothing is elsewhere."""
+        return tensor
+
+    def compute(self) -> None:
+        packed = self.pack(self.run.local_dtype)
+        self.unpack([self.transform(batch, 0, x) for batch, x in zip(self.chunk.batches, packed, strict=True)])
+
+
+class _Duplicated(Task):
+    """All-gather; every rank computes everything."""
+
+    def start(self) -> None:
+        mine = flat(self.pack(self.run.wire.dtype))
+        lengths = [self._length(rank) for rank in range(self.exchange.size)]
+        self.pending = self.exchange.all_gather(padded(mine, max(lengths)))
+
+    def compute(self) -> None:
+        shards = self.pending.wait()
+        offsets = [0] * self.exchange.size
+        results = []
+        for batch in self.chunk.batches:
+            pieces = []
+            for rank, shard in enumerate(shards):
+                shape = (batch.count, *batch.kind.part(rank))
+                pieces.append(shard[offsets[rank] : offsets[rank] + numel(shape)].view(shape))
+                offsets[rank] += numel(shape)
+            whole = self.orthogonalize(torch.cat(pieces, dim=batch.kind.dim))
+            results.append(whole.split(batch.kind.parts, dim=batch.kind.dim)[self.rank])
+        self.unpack(results)
+
+    def _length(self, rank: int) -> int:
+        return sum(batch.count * numel(batch.kind.part(rank)) for batch in self.chunk.batches)
+
+
+class _Distributed(Task):
+    """Each rank keeps its columns; Gram matrices are summed."""
+
+    def compute(self) -> None:
+        orthogonalizer = self.run.orthogonalizer
+        results = []
+        for x in self.pack(self.run.local_dtype):
+            self.run.counters.flops += x.size(0) * orthogonalizer.standard_flops(*x.shape[-2:])
+            results.append(orthogonalizer.sharded(x, self.exchange.all_reduce))
+        self.unpack(results)
+
+
+class _Owner(Task):
+    """All-to-all: shards to the owners, orthogonalized shards back."""
+
+    def start(self) -> None:
+        batches = self.pack(self.run.wire.dtype)
+        self.pending = self._send(batches, forth=True)
+
+    def compute(self) -> None:
+        received = self.pending.wait()
+        offset, mine = 0, []
+        pieces: list[list[torch.Tensor]] = [[] for _ in self.chunk.batches]
+        for rank in range(self.exchange.size):
+            for index, batch in enumerate(self.chunk.batches):
+                shape = (batch.counts[self.rank], *self.run.stack, *batch.kind.part(rank))
+                pieces[index].append(received[offset : offset + numel(shape)].view(shape))
+                offset += numel(shape)
+        for batch, shards in zip(self.chunk.batches, pieces, strict=True):
+            whole = torch.cat(shards, dim=batch.kind.dim)
+            first = sum(batch.counts[: self.rank])
+            mine.append(self.transform(batch, first, whole) if whole.size(0) else whole)
+        self.pending = self._send([x.to(self.run.wire.back) for x in mine], forth=False)
+
+    def finish(self) -> None:
+        received = self.pending.wait()
+        offset = 0
+        pieces: list[list[torch.Tensor]] = [[] for _ in self.chunk.batches]
+        for rank in range(self.exchange.size):
+            for index, batch in enumerate(self.chunk.batches):
+                shape = (batch.counts[rank], *batch.kind.part(self.rank))
+                pieces[index].append(received[offset : offset + numel(shape)].view(shape))
+                offset += numel(shape)
+        self.unpack([joined(shards) for shards in pieces])
+
+    def _send(self, batches: list[torch.Tensor], forth: bool) -> Pending:
+        """Forth: each owner's matrices of this rank's shards. Back: each rank's shards of this owner's matrices."""
+        segments, to, by = [], [], []
+        for rank in range(self.exchange.size):
+            there, here = 0, 0
+            for batch, tensor in zip(self.chunk.batches, batches, strict=True):
+                first = sum(batch.counts[:rank]) if forth else 0
+                if forth:
+                    segment = tensor[first : first + batch.counts[rank]]
+                    here += batch.counts[self.rank] * numel((*self.run.stack, *batch.kind.part(rank)))
+                else:
+                    segment = tensor.split(batch.kind.parts, dim=batch.kind.dim)[rank]
+                    here += batch.counts[rank] * numel(batch.kind.part(self.rank))
+                segments.append(segment)
+                there += segment.numel()
+            to.append(there)
+            by.append(here)
+        # One batch going forth lies in the order of the owners already.
+        send = batches[0].view(-1) if forth and len(batches) == 1 else flat(segments)
+        return self.exchange.all_to_all(send, to, by)
+
+
+class _Gram(Task):
+    """Partial Gram matrices to their owners, polynomials back."""
+
+    def compute(self) -> None:
+        run = self.run
+        batches = self.pack(run.local_dtype)
+        shards = [self._normalized(batch.kind, x) for batch, x in zip(self.chunk.batches, batches, strict=True)]
+        for segment in range(run.orthogonalizer.segment_count):
+            triangles = [lower_triangle(run.orthogonalizer.products.gram(x)) for x in shards]
+            scales = [prescale(x.dtype, x.size(-2)) if segment == 0 else 1.0 for x in shards]
+            polynomials = self._polynomials(triangles, segment, scales)
+            for index, (x, q) in enumerate(zip(shards, polynomials, strict=True)):
+                shards[index] = run.orthogonalizer.products.apply(q.to(x.dtype), x, 1.0 / scales[index])
+                run.counters.flops += x.size(0) * run.orthogonalizer.rectangular_flops(*x.shape[-2:])
+        for batch in self.chunk.batches:
+            own = batch.counts[self.rank]
+            run.counters.flops += own * run.orthogonalizer.polynomial_flops(batch.kind.p)
+        self.unpack(shards)
+
+    def _normalized(self, kind: Kind, x: torch.Tensor) -> torch.Tensor:
+        orthogonalizer = self.run.orthogonalizer
+        return orthogonalizer.normalized(x, prescale(orthogonalizer.dtype, kind.p), self.exchange.all_reduce)
+
+    def _polynomials(self, partial: list[torch.Tensor], segment: int, scales: list[float]) -> list[torch.Tensor]:
+        """Send the partial Gram matrices, compute the polynomials of those owned, and get those of all."""
+        wire = self.run.wire
+        counts = [batch.counts for batch in self.chunk.batches]
+        sizes = [x.size(-1) for x in partial]
+        ranks = range(self.exchange.size)
+        to = [sum(count[rank] * size for count, size in zip(counts, sizes, strict=True)) for rank in ranks]
+        ordered = [x.split(count)[rank] for rank in ranks for x, count in zip(partial, counts, strict=True)]
+        received = self.exchange.all_to_all(flat(ordered).to(wire.gram), to, [to[self.rank]] * len(to)).wait()
+        # Sums of partial Gram matrices in float32 at least.
+        wide = torch.promote_types(wire.gram, torch.float32)
+        total = received.view(len(to), -1).sum(dim=0, dtype=wide).to(self.run.orthogonalizer.dtype)
+        mine, offset = [], 0
+        for batch, count, size, scale in zip(self.chunk.batches, counts, sizes, scales, strict=True):
+            triangle = total[offset : offset + count[self.rank] * size].view(count[self.rank], size)
+            offset += count[self.rank] * size
+            gram = from_triangle(triangle, batch.kind.p)
+            q = self.run.orthogonalizer.polynomials(gram, segment, scale) if gram.size(0) else gram
+            mine.append(lower_triangle(q))
+        gathered = self.exchange.all_gather(padded(flat(mine).to(wire.gram), max(to))).wait()
+        return self._all_polynomials(gathered, sizes)
+
+    def _all_polynomials(self, gathered: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+        found: list[list[torch.Tensor]] = [[] for _ in sizes]
+        for rank, triangles in enumerate(gathered):
+            offset = 0
+            for index, (batch, size) in enumerate(zip(self.chunk.batches, sizes, strict=True)):
+                length = batch.counts[rank] * size
+                found[index].append(triangles[offset : offset + length].view(-1, size))
+                offset += length
+        return [
+            from_triangle(torch.cat(pieces), batch.kind.p)
+            for pieces, batch in zip(found, self.chunk.batches, strict=True)
+        ]
+
+
+TASKS: dict[str, type[Task]] = {
+    LOCAL: _Local,
+    OWNER: _Owner,
+    GRAM: _Gram,
+    DUPLICATED: _Duplicated,
+    DISTRIBUTED: _Distributed,
+}

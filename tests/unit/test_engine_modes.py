@@ -1,0 +1,103 @@
+"""The mode of each matrix: what costs least, and what each mode can do."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, OWNER, Cost, Divided, Machine, cost_of
+from megatron_muon.engine.plan import Weight
+from megatron_muon.orthogonalize.coefficients import coefficients
+from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+from megatron_muon.routing.layout import WHOLE
+from tests.random_weights import BFLOAT16, CPU, EXACT, FLOAT32, RANKS, SIZES, batches_of, plan_of
+
+
+def divided(count: int, p: int, q: int, dim: int, ranks: int) -> list[Weight]:
+    shape = (p, q // ranks) if dim == -1 else (p // ranks, q)
+    return [Weight(shape, WHOLE, dim, "tp", ranks)] * count
+
+
+def seconds_of(count: int, p: int, q: int, dim: int, ranks: int, iteration: Orthogonalizer, machine: Machine) -> dict:
+    """Of each exact mode that can be. Taller ones take part as their transposes."""
+    if p > q:
+        p, q, dim = q, p, -3 - dim
+    by_columns = dim == -1 or p == q
+    modes = [mode for mode in EXACT if mode != GRAM or (by_columns and iteration.restarts is not None)]
+    matrices = Divided(count, p, q, by_columns, ranks)
+    return {mode: cost_of(mode, matrices, iteration, SIZES).seconds(machine) for mode in modes}
+
+
+@pytest.mark.parametrize("iteration", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks", RANKS[1:])
+def test_auto_takes_what_costs_least(ranks: int, iteration: Orthogonalizer) -> None:
+    """For numbers that can be shared evenly, and for fewer than there are ranks; all machines and shapes."""
+    taken = set()
+    machines = [CPU, Machine.of("cuda"), Machine(1e9, 1e12, 1e-9), Machine(1e15, 1e6, 0.0), Machine(1e15, 1e15, 1.0)]
+    for machine in machines:
+        for p, q in [(16, 16), (16, 64), (64, 16), (512, 512), (128, 2048), (2048, 128), (2048, 2048)]:
+            for dim in (-1, -2):
+                for count in (1, ranks - 1, ranks, 6 * ranks):
+                    plan = plan_of(divided(count, p, q, dim, ranks), "auto", 1 << 40, iteration, machine)
+                    expected = seconds_of(count, p, q, dim, ranks, iteration, machine)
+                    (mode,) = {chunk.mode for chunk in plan.chunks}
+                    assert expected[mode] == min(expected.values())
+                    taken.add(mode)
+    assert taken == (set(EXACT) if iteration is FLOAT32 else {OWNER, DUPLICATED, DISTRIBUTED})
+
+
+@pytest.mark.parametrize("ranks", RANKS[1:])
+def test_what_is_left_over_after_even_shares_may_have_another_mode(ranks: int) -> None:
+    """As many as can be shared evenly by their cheapest mode, the rest by theirs; all together if these agree."""
+    numbers = set()
+    for p, q in [(16, 64), (128, 512), (512, 512), (1024, 4096)]:
+        for count in range(ranks + 1, 3 * ranks):
+            plan = plan_of(divided(count, p, q, -1, ranks), "auto", 1 << 40)
+            by_mode = Counter({chunk.mode: sum(batch.count for batch in chunk.batches) for chunk in plan.chunks})
+            even = count - count % ranks
+            cheapest = {}
+            for number in (even, count - even, count):
+                if number:
+                    costs = seconds_of(number, p, q, -1, ranks, FLOAT32, CPU)
+                    cheapest[number] = min(costs, key=lambda mode: costs[mode])
+            if count == even or cheapest[even] == cheapest[count - even]:
+                assert by_mode == {cheapest[count]: count}
+            else:
+                assert by_mode == {cheapest[even]: even, cheapest[count - even]: count - even}
+            numbers.add(len(by_mode))
+    assert numbers == {1, 2}
+
+
+def test_costs_of_a_worked_example() -> None:
+    """Eight 4 x 16 matrices, cut by columns over four ranks, 4 bytes an element."""
+    iteration = Orthogonalizer(coefficients("quintic", 5), torch.float32)
+    args = (Divided(8, 4, 16, True, 4), iteration, SIZES)
+    # 128 elements of 8 shards there, 3/4 of them to others; 3/4 of two whole matrices back.
+    assert cost_of(OWNER, *args) == Cost(2 * iteration.flops(4, 16), (128 * 3 / 4 + 2 * 64 * 3 / 4) * 4, 2)
+    # By a ring each rank sends its shards three times.
+    assert cost_of(DUPLICATED, *args) == Cost(8 * iteration.flops(4, 16), 128 * 3 * 4, 1)
+    # Five Gram matrices and a norm of each matrix, all-reduced: 2 x 3/4 of the elements.
+    assert cost_of(DISTRIBUTED, *args) == Cost(8 * iteration.standard_flops(4, 4), 1.5 * 8 * (5 * 16 + 1) * 4, 6)
+    # Norms; three times triangles of 10: those of six matrices to their owners, those of two to three ranks.
+    flops = 3 * 8 * iteration.rectangular_flops(4, 4) + 2 * iteration.polynomial_flops(4)
+    assert cost_of(GRAM, *args) == Cost(flops, 1.5 * 8 * 4 + 3 * (6 + 6) * 10 * 4, 7)
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "dim", "expected"),
+    [
+        (8, 32, -1, GRAM),
+        (32, 8, -2, GRAM),
+        (8, 8, -1, GRAM),
+        (8, 8, -2, GRAM),
+        (8, 32, -2, OWNER),
+        (32, 8, -1, OWNER),
+    ],
+)
+def test_gram_is_for_matrices_cut_along_their_longer_side(p: int, q: int, dim: int, expected: str) -> None:
+    plan = plan_of(divided(4, p, q, dim, 4), GRAM)
+    ((chunk, batch),) = batches_of(plan)
+    assert chunk.mode == expected
+    assert expected == OWNER or batch.kind.dim == -1
