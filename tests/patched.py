@@ -53,7 +53,9 @@ def search_path(tree: Path) -> list[str]:
 
 def environment(tree: Path, **variables: str) -> dict[str, str]:
     """The variables of a process that runs on the patched sources."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(search_path(tree)), "PYTHONWARNINGS": "ignore", **variables}
+    # Bytecode is kept beside the sources: several processes import the same tree.
+    own = {"PYTHONPATH": os.pathsep.join(search_path(tree)), "PYTHONWARNINGS": "ignore", "PYTHONDONTWRITEBYTECODE": ""}
+    return {**os.environ, **own, **variables}
 
 
 def run(code: str, tree: Path, **variables: str) -> str:

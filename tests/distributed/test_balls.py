@@ -13,6 +13,7 @@ from megatron_muon import Muon
 from megatron_muon.errors import ConfigError
 from megatron_muon.routing.layout import BALLS, COLUMN_NORM, ROW_NORM, SIGN, TABLE, WHOLE, MatrixLayout
 from tests.distributed.test_adaptive import CASES, grad, rows_of, weight
+from tests.pairwise import pairwise
 from tests.pool import RankPool
 from tools.bench.observe import LiveBytes
 
@@ -96,9 +97,9 @@ def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int) -> None:
         )
 
 
-@pytest.mark.parametrize("direction", BALLS)
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("direction", "nesterov", "dtype"), pairwise(BALLS, [False, True], [torch.float32, torch.bfloat16])
+)
 def test_a_step_takes_the_memory_of_one_table(direction: str, nesterov: bool, dtype: torch.dtype) -> None:
     """A table is one item of a chunk, however large it is: there are no further copies of it."""
     param = torch.nn.Parameter(torch.randn(512, 256, generator=torch.Generator().manual_seed(1)).to(dtype))

@@ -15,6 +15,7 @@ from megatron_muon import ConfigError, Muon
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.routing.layout import MatrixLayout
 from tests.distributed.test_adaptive import CASES, EXACT, HEADS, QKV, WHOLE, grad, rows_of, weight
+from tests.pairwise import covering
 from tests.pool import RankPool
 from tests.reference import orthogonalized
 
@@ -54,21 +55,26 @@ def train(param: torch.nn.Parameter, variant: str, cut: Any, **options: Any) -> 
     return optimizer
 
 
-def grid(cases: dict[str, Any]) -> dict[tuple[str, str, str], torch.Tensor]:
+def combinations(names: list[str]) -> list[tuple[str, str, str]]:
+    """Each case with each variant, and both with each mode."""
+    factors = (names, ("polargrad", "hyperball"), EXACT)
+    return [(names[i], factors[1][j], EXACT[k]) for i, j, k in covering([len(factor) for factor in factors])]
+
+
+def grid(names: list[str]) -> dict[tuple[str, str, str], torch.Tensor]:
     rank, ranks, found = dist.get_rank(), dist.get_world_size(), {}
-    for name, (shape, dim, layout) in cases.items():
-        for variant in ("polargrad", "hyperball"):
-            for mode in EXACT:
-                param = torch.nn.Parameter(weight(*shape, seed=1).chunk(ranks, dim=dim)[rank].clone())
-                param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, dim, layout
+    for name, variant, mode in combinations(names):
+        shape, dim, layout = CASES[name]
+        param = torch.nn.Parameter(weight(*shape, seed=1).chunk(ranks, dim=dim)[rank].clone())
+        param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, dim, layout
 
-                def cut(step: int, shape: Any = shape, dim: int = dim) -> torch.Tensor:
-                    return grad(shape, step).chunk(ranks, dim=dim)[rank]
+        def cut(step: int, shape: Any = shape, dim: int = dim) -> torch.Tensor:
+            return grad(shape, step).chunk(ranks, dim=dim)[rank]
 
-                train(param, variant, cut, tp_group=dist.group.WORLD, tp_mode=mode)
-                parts = [torch.empty_like(param) for _ in range(ranks)]
-                dist.all_gather(parts, param.detach().contiguous())
-                found[name, variant, mode] = torch.cat(parts, dim=dim)
+        train(param, variant, cut, tp_group=dist.group.WORLD, tp_mode=mode)
+        parts = [torch.empty_like(param) for _ in range(ranks)]
+        dist.all_gather(parts, param.detach().contiguous())
+        found[name, variant, mode] = torch.cat(parts, dim=dim)
     return found
 
 
@@ -79,11 +85,11 @@ def expected(shape: tuple[int, int], layout: MatrixLayout, variant: str) -> torc
     return start
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int) -> None:
-    cases = {name: case for name, case in CASES.items() if ranks == 4 or name != "more ranks than groups"}
-    for (name, variant, mode), result in pool.run(grid, ranks, cases)[0].items():
-        shape, _, layout = cases[name]
+    names = [name for name in CASES if ranks == 4 or name != "more ranks than groups"]
+    for (name, variant, mode), result in pool.run(grid, ranks, names)[0].items():
+        shape, _, layout = CASES[name]
         torch.testing.assert_close(
             result,
             expected(shape, layout, variant),

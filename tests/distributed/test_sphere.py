@@ -116,7 +116,7 @@ def shards(name: str, mode: str) -> torch.Tensor:
     param = torch.nn.Parameter(weight(*shape, seed=1).chunk(ranks, dim=dim)[rank].clone())
     param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, dim, layout
     optimizer = SpectralSphere([param], lr=0.05, momentum=0.8, tp_mode=mode, tp_group=dist.group.WORLD, **SHARP)
-    for step in range(3):
+    for step in range(2):
         param.grad = grad(shape, step).chunk(ranks, dim=dim)[rank].contiguous()
         optimizer.step()
     parts = [torch.empty_like(param) for _ in range(ranks)]
@@ -124,20 +124,24 @@ def shards(name: str, mode: str) -> torch.Tensor:
     return torch.cat(parts, dim=dim)
 
 
-def grid() -> dict[tuple[str, str], torch.Tensor]:
-    every = {(name, mode): shards(name, mode) for name in CASES for mode in ("auto",)}
-    others = (("rows, split", "gram"), ("columns, wide", "owner"), ("rows, tall", "distributed"))
-    return {**every, **{(name, mode): shards(name, mode) for name, mode in others}}
+def grid(cases: list[tuple[str, str]]) -> dict[tuple[str, str], torch.Tensor]:
+    return {(name, mode): shards(name, mode) for name, mode in cases}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int) -> None:
-    for (name, mode), result in pool.run(grid, ranks)[0].items():
+OTHER_MODES = [("rows, split", "gram"), ("columns, wide", "owner"), ("rows, tall", "distributed")]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"), [(2, OTHER_MODES), (4, [*((name, "auto") for name in CASES), *OTHER_MODES])], ids=["2", "4"]
+)
+def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int, cases: list[tuple[str, str]]) -> None:
+    """Two steps: singular vectors, multiplier and radius of the second are those that the first has left."""
+    for (name, mode), result in pool.run(grid, ranks, cases)[0].items():
         shape, _, layout = CASES[name]
         param = torch.nn.Parameter(weight(*shape, seed=1))
         param.matrix_layout = layout
         optimizer = SpectralSphere([param], lr=0.05, momentum=0.8, **SHARP)
-        for step in range(3):
+        for step in range(2):
             param.grad = grad(shape, step)
             optimizer.step()
         torch.testing.assert_close(
@@ -174,8 +178,12 @@ def test_few_evaluations_are_enough() -> None:
 ZERO_SUMS = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64).repeat(3, 2)
 
 
-def zero_sums(dim: int, scale: float) -> float:
-    """The spectral norm after a step without gradient, of shards put together."""
+def zero_sums(scale: float) -> list[float]:
+    """The spectral norm after a step without gradient, of shards put together, divided by rows and by columns."""
+    return [zero_sums_of_shards(dim, scale) for dim in (0, 1)]
+
+
+def zero_sums_of_shards(dim: int, scale: float) -> float:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     param = torch.nn.Parameter((scale * ZERO_SUMS).chunk(ranks, dim=dim)[rank].clone())
     param.tensor_model_parallel, param.partition_dim = True, dim
@@ -187,10 +195,10 @@ def zero_sums(dim: int, scale: float) -> float:
     return torch.linalg.matrix_norm(torch.cat(parts, dim=dim), 2).item()
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-def test_rows_that_sum_to_zero_have_singular_vectors_too(pool: RankPool, dim: int) -> None:
+def test_rows_that_sum_to_zero_have_singular_vectors_too(pool: RankPool) -> None:
     wanted = 2.0 * (6 / 4) ** 0.5
-    assert pool.run(zero_sums, 2, dim, 5.0) == pytest.approx([wanted, wanted], rel=1e-12)
+    for found in pool.run(zero_sums, 2, 5.0):
+        assert found == pytest.approx([wanted, wanted], rel=1e-12)
 
 
 def test_power_iterations_start_alike_at_every_division() -> None:
@@ -237,16 +245,16 @@ def peaks(numbers: list[int]) -> list[int]:
             param.tensor_model_parallel, param.partition_dim = True, 0
             param.grad = param.detach().clone()
         optimizer = SpectralSphere(
-            params, tp_group=group, tp_mode="owner", ns_dtype="fp32", chunk_mb=4 * MATRIX / 2**20
+            params, tolerance=0.5, tp_group=group, tp_mode="owner", ns_dtype="fp32", chunk_mb=4 * MATRIX / 2**20
         )
         optimizer.step()
-        found.append(min(live_bytes(optimizer.step)[0] for _ in range(3)))
+        found.append(min(live_bytes(optimizer.step)[0] for _ in range(2)))
     return found
 
 
 def test_memory_does_not_grow_with_the_model(pool: RankPool) -> None:
     """Directions are kept of four chunks, which are 32 matrices here, 16 on each rank: not of all weights."""
-    for few, many in pool.run(peaks, 2, [40, 96]):
+    for few, many in pool.run(peaks, 2, [40, 72]):
         assert few > 16 * MATRIX
         assert many <= 1.15 * few
 

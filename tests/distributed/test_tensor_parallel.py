@@ -72,43 +72,51 @@ def whole_update(shape: tuple[int, int], layout: MatrixLayout) -> torch.Tensor:
     return _train(param, Cut(shape, None), "duplicated")
 
 
+Case = tuple[tuple[int, int], int, MatrixLayout]
+
+
+def updates_of_shards(cases: list[Case]) -> list[tuple[str, torch.Tensor]]:
+    """Of each case in each mode."""
+    return [(f"case {number}, {mode}", update_of_shards(shape, dim, mode, layout))
+            for number, (shape, dim, layout) in enumerate(cases) for mode in EXACT]  # fmt: skip
+
+
+def check(pool: RankPool, world_size: int, cases: list[Case]) -> None:
+    expected = [whole_update(shape, layout) for shape, _, layout in cases for _ in EXACT]
+    for results in pool.run(updates_of_shards, world_size, cases):
+        for (what, result), its in zip(results, expected, strict=True):
+            torch.testing.assert_close(
+                result, its, rtol=0, atol=TOLERANCE, msg=lambda text, what=what: f"{what}: {text}"
+            )
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("mode", EXACT)
-@pytest.mark.parametrize(
-    "shape,dim,layout",
-    [((32, 12), 0, WHOLE), ((12, 32), 0, WHOLE), ((32, 12), 1, WHOLE), ((12, 32), 1, WHOLE), ((32, 12), 0, QKV)],
-)
-def test_shards_get_the_update_of_the_whole(
-    pool: RankPool, world_size: int, mode: str, shape: tuple[int, int], dim: int, layout: MatrixLayout
-) -> None:
-    expected = whole_update(shape, layout)
-    for result in pool.run(update_of_shards, world_size, shape, dim, mode, layout):
-        torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
+def test_shards_get_the_update_of_the_whole(pool: RankPool, world_size: int) -> None:
+    shapes = [((32, 12), 0), ((12, 32), 0), ((32, 12), 1), ((12, 32), 1)]
+    check(pool, world_size, [*((shape, dim, WHOLE) for shape, dim in shapes), ((32, 12), 0, QKV)])
 
 
-@pytest.mark.parametrize("mode", EXACT)
-def test_more_ranks_than_query_groups(pool: RankPool, mode: str) -> None:
+def test_more_ranks_than_query_groups(pool: RankPool) -> None:
     """Two groups of 8 rows on four ranks: no rank holds a whole group."""
-    expected = whole_update((16, 12), QKV)
-    for result in pool.run(update_of_shards, 4, (16, 12), 0, mode, QKV):
-        torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
+    check(pool, 4, [((16, 12), 0, QKV)])
 
 
-def error_of_broken_groups(mode: str, layout: MatrixLayout) -> str:
-    try:
-        update_of_shards((16, 12), 0, mode, layout)
-    except ValueError as error:
-        return str(error)
-    return ""
+def errors_of_broken_groups(layouts: list[MatrixLayout]) -> list[str]:
+    found = []
+    for layout in layouts:
+        with pytest.raises(ValueError) as error:
+            update_of_shards((16, 12), 0, "blockwise", layout)
+        found.append(str(error.value))
+    return found
 
 
 HEADS = MatrixLayout("qkv", tuple(Section(section.name, section.rows, matrix_rows=2) for section in QKV.sections))
 
 
-@pytest.mark.parametrize("mode,layout", [("blockwise", QKV), ("blockwise", HEADS)])
-def test_modes_that_cannot_split_broken_groups_refuse(pool: RankPool, mode: str, layout: MatrixLayout) -> None:
-    for message in pool.run(error_of_broken_groups, 4, mode, layout):
-        assert f"--muon-tp-mode {mode}" in message and "Use --muon-tp-mode auto" in message
+def test_modes_that_cannot_split_broken_groups_refuse(pool: RankPool) -> None:
+    for messages in pool.run(errors_of_broken_groups, 4, [QKV, HEADS]):
+        for message in messages:
+            assert "--muon-tp-mode blockwise" in message and "Use --muon-tp-mode auto" in message
 
 
 def test_blockwise_is_another_update(pool: RankPool) -> None:

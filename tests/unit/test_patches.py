@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_muon import plugin
+from megatron_muon.plugin.native import native_targets
 from tests.patched import patched_tree, run, stored_patches
 from tools.upstream.__main__ import ROOT, folder_of, installed, version_of
 from tools.upstream.build import build
@@ -101,11 +102,19 @@ def test_the_index_names_every_patch() -> None:
 
 
 @pytest.mark.parametrize("change", SERIES, ids=lambda change: change.subject)
-def test_each_applies_with_no_more_than_it_needs(change: Change) -> None:
+def test_each_applies_with_no_more_than_it_needs(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is found in the sources: its hooks are native, with those of what it needs."""
     paths = {path_of(installed(), name) for each in SERIES for name in each.points} | {
         edit.path for each in SERIES for edit in each.edits
     }
-    with patched_tree([stored_patches()[number] for number in sorted(closure(change))], paths) as tree:
+    paths |= {f"megatron/{package}/__init__.py" for package in ("core", "training")}
+    numbers = sorted(closure(change))
+    with patched_tree([stored_patches()[number] for number in numbers], paths) as tree:
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(tree))
+            native = native_targets(plugin._PATCHES.patches)
+        assert len(native) == len(set(native))
+        assert set(native) == targets(tuple(SERIES[number] for number in numbers))
         for name in (*change.points, *change.fixes):
             text = (tree / path_of(tree, name)).read_text()
             compile(text, name, "exec")
@@ -219,6 +228,25 @@ def test_a_fork_with_some_of_the_patches() -> None:
         assert is_native == (target in native), target
         if not target.endswith("TEDotProductAttention"):  # hooked, but without TransformerEngine nothing is replaced
             assert replaced == (target not in native), target
+
+
+def test_the_wheel_has_none_and_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert native_targets(plugin._PATCHES.patches) == []
+    plugin._print_native()
+    assert capsys.readouterr().out == ""
+    assert not any("native" in reason for _, reason in plugin.describe())
+
+
+def test_what_is_native_is_said_on_the_first_rank(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(tree))
+    monkeypatch.setenv("RANK", "1")
+    plugin._print_native()
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    plugin._print_native()
+    assert capsys.readouterr().out.endswith("hooks natively; nothing is hooked\n")
 
 
 def test_upstream_style(tree: Path) -> None:

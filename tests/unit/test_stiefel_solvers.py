@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.optimizers.stiefel_solvers import PLACING_STEPS, SOLVERS, defect, msign, tangency, tangent
 from megatron_muon.routing.layout import STIEFEL, MatrixLayout
+from tests.pairwise import pairwise
 
 # Su's numerical example (https://kexue.fm/archives/11221): W with orthonormal columns to its six digits, and G.
 W = """
@@ -70,11 +71,13 @@ def test_published_numbers(solver: str, iterations: int, objective: float, digit
     assert torch.linalg.matrix_norm(phi, 2).item() < 1 + 1e-6
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize(("m", "n"), [(24, 16), (16, 16), (40, 4), (12, 1)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_directions_are_feasible(solver: str, m: int, n: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("solver", "size", "dtype"),
+    pairwise(SOLVERS, [(24, 16), (16, 16), (40, 4), (12, 1)], [torch.float64, torch.float32]),
+)
+def test_directions_are_feasible(solver: str, size: tuple[int, int], dtype: torch.dtype) -> None:
     """Of spectral norm 1 at most, nearly tangent, and as good as those after many more iterations."""
+    m, n = size
     weight, gradient = on_manifold(m, n, 1).to(dtype), sample(m, n, 2, dtype)
     phi = tangent(weight, gradient, solver)
     assert phi.dtype == dtype
@@ -163,9 +166,7 @@ def test_the_way_back_is_as_exact_as_the_numbers() -> None:
     assert defect(square).max().item() < 1e-12
 
 
-@pytest.mark.parametrize("iterations", [0, 3])
-@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (8, 8)])
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(("name", "shape", "iterations"), pairwise(SOLVERS, [(12, 8), (8, 12), (8, 8)], [0, 3]))
 def test_operations_are_those_that_torch_counts(name: str, shape: tuple[int, int], iterations: int) -> None:
     """Of a whole step of the optimizer, on a weight that is on the manifold and has been looked at."""
     param = torch.nn.Parameter(torch.nn.init.orthogonal_(torch.empty(shape, dtype=torch.float64)))

@@ -1,4 +1,4 @@
-"""The Triton kernel without a GPU: run by Triton's interpreter, and compiled for several GPUs.
+"""The Triton kernel without a GPU: run by Triton's interpreter.
 
 Triton decides when it is imported whether it interprets, so the functions below run in processes of their own.
 """
@@ -55,14 +55,6 @@ def interpreter() -> Iterator[Process]:
     process.pool.close()
 
 
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    process = Process(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
-    assert not process.run(is_interpreted)
-    yield process
-    process.pool.close()
-
-
 def is_interpreted() -> bool:
     return triton_symmetric.INTERPRETED
 
@@ -96,7 +88,9 @@ def sizes_and_tiles(dtype: torch.dtype) -> None:
     check_exact(integers(1, 70, 20).to(dtype), None, None)  # what the interpreter takes by itself
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, *(pytest.param(each, marks=pytest.mark.slow) for each in (torch.bfloat16, torch.float32))]
+)
 def test_every_size_and_tile(interpreter: Process, dtype: torch.dtype) -> None:
     interpreter.run(sizes_and_tiles, dtype)
 
@@ -218,114 +212,6 @@ def test_offsets_beyond_32_bits(interpreter: Process) -> None:
     interpreter.run(far_apart)
 
 
-# --- compiled --------------------------------------------------------------------------------------------------------
-
-
-def compiled(capability: int, dtype: str, precision: str, tile: Tile) -> tuple[int, str, str]:
-    """Shared memory, Triton's intermediate form, and PTX of the kernel for row-major operands."""
-    kernel = triton_symmetric._symmetric_kernel
-    constants = {"a_inner": 1, "b_inner": 1, "c_column": 1, "HAS_C": True, "PRECISION": precision, "GROUP": 8}
-    constants |= {"DEPTH": 32 if dtype == "fp32" else 64, "SIZE": tile.size}
-    types = {name: "i32" for name in kernel.arg_names}
-    types |= {name: f"*{dtype}" for name in kernel.arg_names if name.endswith("_ptr")}
-    types |= {"alpha": "fp32", "beta": "fp32"} | dict.fromkeys(constants, "constexpr")
-    source = triton.compiler.ASTSource(
-        kernel,
-        types,
-        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        {
-            (place,): [["tt.divisibility", 16]]
-            for place, name in enumerate(kernel.arg_names)
-            if types[name] in ("i32", f"*{dtype}") and not name.endswith("_bucket")
-        },
-    )
-    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    binary = triton.compile(source, target=target, options=options)
-    assert len(binary.asm["cubin"]) > 0
-    return binary.metadata.shared, binary.asm["ttir"], binary.asm["ptx"]
-
-
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of 8.6 and 8.9, which run code for 8.0
-
-
-@pytest.mark.parametrize(
-    "capability,dtype,precision,tiles",
-    [
-        (80, "fp16", "ieee", triton_symmetric.TILES[-1:]),
-        (80, "fp32", "tf32", triton_symmetric.TILES[-1:]),
-        (90, "fp16", "ieee", triton_symmetric.TILES),
-        (90, "bf16", "ieee", triton_symmetric.TILES[:1]),
-        (90, "fp32", "tf32", triton_symmetric.TILES[-1:]),
-        (100, "bf16", "ieee", triton_symmetric.TILES[-1:]),
-    ],
-)
-def test_compiles_to_tensor_cores(
-    compiler: Process, capability: int, dtype: str, precision: str, tiles: tuple[Tile, ...]
-) -> None:
-    for tile in tiles:
-        shared, _, ptx = compiler.run(compiled, capability, dtype, precision, tile)
-        assert shared <= SHARED_MEMORY[capability]
-        assert TENSOR_CORES[capability] in ptx
-
-
-def test_all_pointers_move_by_64_bits(compiler: Process) -> None:
-    _, ttir, _ = compiler.run(compiled, 90, "fp16", "ieee", triton_symmetric.TILES[0])
-    moves = re.findall(r"tt\.addptr .*? : .*?, (.*?)(?: loc|$)", ttir, re.MULTILINE)
-    assert len(moves) >= 12  # a, b, c, out and its mirror image, and the steps over k
-    assert all(re.fullmatch(r"(tensor<[\dx]*i64>|i64)", move) for move in moves), set(moves)
-
-
-class Driver:
-    """Stands in for Triton's driver of a GPU: kernels are compiled for Hopper and timed as equal."""
-
-    def get_current_target(self) -> Any:
-        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_benchmarker(self) -> Callable[..., list[float]]:
-        return lambda launch, **options: (launch(), [1.0, 1.0, 1.0])[1]
-
-
-def launches(*shapes: tuple[int, int, int]) -> list[list[tuple[Tile, tuple[int, ...]]]]:
-    """How the kernel is launched, the autotuner's trials included, for ``X X^T`` of each shape: tile and grid."""
-    triton.runtime.driver.set_active(Driver())
-    run, made = triton.JITFunction.run, []
-
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        made[-1].append((Tile(options["SIZE"], options["num_warps"], options["num_stages"]), grid(options)))
-        return run(self, *args, grid=grid, warmup=True, **options)  # compiles and stops there
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.JITFunction, "run", record)
-        for batch, p, k in shapes:
-            made.append([])
-            x = torch.zeros(batch, p, k, dtype=torch.bfloat16)
-            symmetric_product(x, x.mT)
-            made.append([])
-            symmetric_product(x, x.mT, x.new_zeros(batch, p, p), tile=triton_symmetric.TILES[1])
-    return made
-
-
-def test_launches_are_tuned_once_for_sizes_alike(compiler: Process) -> None:
-    """Triton's own way from the call to the compiled kernel, up to the launch."""
-    grids = {64: (2 * 36,), 128: (2 * 10,)}
-    first, fixed, alike, _ = compiler.run(launches, (2, 512, 1024), (2, 500, 1000))
-    trials = first[:-1]
-    assert sorted({(tile.size, tile.warps, tile.stages) for tile, _ in trials}) == sorted(
-        (tile.size, tile.warps, tile.stages) for tile in triton_symmetric.TILES
-    )
-    assert all(grid == grids[tile.size] for tile, grid in first)
-    assert fixed == [(triton_symmetric.TILES[1], grids[128])]
-    assert len(alike) == 1 and alike[0][0] == first[-1][0]
-
-
 # --- products and iterations -----------------------------------------------------------------------------------------
 
 
@@ -356,14 +242,19 @@ def iterations(name: str, gram: bool, dtype: torch.dtype) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize("name", ["quintic", "polar_express"])
 @pytest.mark.parametrize(
-    "gram,dtype,limit",
+    "name,gram,dtype,limit",
     [
-        (False, torch.bfloat16, 8e-2),
-        (False, torch.float32, 1e-5),
-        (True, torch.float16, 3e-2),
-        (True, torch.float32, 1e-5),
+        pytest.param(name, *case, marks=() if number % 2 == (name == "polar_express") else pytest.mark.slow)
+        for name in ("quintic", "polar_express")
+        for number, case in enumerate(
+            [
+                (False, torch.bfloat16, 8e-2),
+                (False, torch.float32, 1e-5),
+                (True, torch.float16, 3e-2),
+                (True, torch.float32, 1e-5),
+            ]
+        )
     ],
 )
 def test_iteration_is_as_exact_as_with_torch(
@@ -418,14 +309,6 @@ def test_bad_input_is_refused() -> None:
         symmetric_product(x, x.half().mT)
 
 
-def test_obstacles_without_interpreter(compiler: Process) -> None:
-    cpu = torch.device("cpu")
-    text = compiler.run(triton_symmetric.obstacle, cpu, torch.float16)
-    assert "TRITON_INTERPRET=1" in text
-    assert compiler.run(triton_symmetric.obstacle, torch.device("cuda", 0), torch.float16) is None
-    assert "float32 only" in compiler.run(triton_symmetric.obstacle, cpu, torch.float64)
-
-
 def test_obstacles_with_interpreter(interpreter: Process) -> None:
     assert interpreter.run(triton_symmetric.obstacle, torch.device("cpu"), torch.float16) is None
     assert "unset TRITON_INTERPRET" in interpreter.run(
@@ -433,21 +316,19 @@ def test_obstacles_with_interpreter(interpreter: Process) -> None:
     )
 
 
-def chosen_by_name() -> list[str]:
+def chosen_by_name(dtype: torch.dtype) -> str:
     from megatron_muon.orthogonalize.backends import choose_products
 
-    lines = []
-    for dtype in (torch.float16, torch.bfloat16):
-        products, line = choose_products("triton", torch.device("cpu"), dtype)
-        assert isinstance(products, TritonProducts)
-        lines.append(line)
-    return lines
+    products, line = choose_products("triton", torch.device("cpu"), dtype)
+    assert isinstance(products, TritonProducts)
+    return line
 
 
-def test_backend_by_name_passes_its_check(interpreter: Process) -> None:
-    lines = interpreter.run(chosen_by_name)
-    for line, dtype in zip(lines, ("float16", "bfloat16"), strict=True):
-        assert f"{dtype} on cpu" in line and "6 products checked" in line and "exactly symmetric" in line
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
+def test_backend_by_name_passes_its_check(interpreter: Process, dtype: torch.dtype) -> None:
+    line = interpreter.run(chosen_by_name, dtype)
+    assert f"{str(dtype).removeprefix('torch.')} on cpu" in line
+    assert "6 products checked" in line and "exactly symmetric" in line
 
 
 def test_kernel_is_not_imported_by_the_package() -> None:
