@@ -33,7 +33,16 @@ def patched_tree(patches: Sequence[Path] | None = None, paths: Iterable[str] | N
         tree = Path(folder)
         copy_sources(installed(), tree, paths)
         apply(stored_patches() if patches is None else patches, tree)
+        if paths is None:
+            _copy_bytecode(tree)
         yield tree
+
+
+def _copy_bytecode(tree: Path) -> None:
+    """Of the files that the patches leave as they are: Python takes it where time and size of the source agree."""
+    for package in ("core", "training"):
+        for folder in (installed() / "megatron" / package).rglob("__pycache__"):
+            shutil.copytree(folder, tree / folder.relative_to(installed()), dirs_exist_ok=True)
 
 
 @functools.cache
@@ -53,9 +62,7 @@ def search_path(tree: Path) -> list[str]:
 
 def environment(tree: Path, **variables: str) -> dict[str, str]:
     """The variables of a process that runs on the patched sources."""
-    # Bytecode is kept beside the sources: several processes import the same tree.
-    own = {"PYTHONPATH": os.pathsep.join(search_path(tree)), "PYTHONWARNINGS": "ignore", "PYTHONDONTWRITEBYTECODE": ""}
-    return {**os.environ, **own, **variables}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(search_path(tree)), "PYTHONWARNINGS": "ignore", **variables}
 
 
 def run(code: str, tree: Path, **variables: str) -> str:
