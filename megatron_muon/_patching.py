@@ -50,6 +50,8 @@ class Patch:
             (``torch.optim.AdamW``): on revert they would lose it.
         point: the extension point of a patched Megatron-LM, where it is another function than ``target``.
         make_at_point: what ``point`` is given in place of ``make``.
+        in_subclasses: what is made of the attributes of the same name that subclasses of the target's class have of
+            their own, if they are there when the patch is applied; None leaves them alone.
         fixed_by: a word in the source of a ``target`` that needs this change no more, in later versions or with our git
             patches; None if every version needs it.
     """
@@ -61,6 +63,7 @@ class Patch:
     copies_in: tuple[str, ...] | None = None
     point: str | None = None
     make_at_point: Callable[[Any], Any] | None = None
+    in_subclasses: Callable[[Any], Any] | None = None
     fixed_by: str | None = None
 
     @property
@@ -140,12 +143,18 @@ class PatchSet:
 
     def _apply_one(self, module: ModuleType, patch: Patch) -> list[_Copied]:
         """Apply one patch; returns what its module may have handed out to others by ``from module import name``."""
-        if self._give_to_point(patch):
-            return []
         owner: Any = module
         *parents, name = patch.path.split(".")
         for parent in parents:
             owner = getattr(owner, parent)
+        copied = [] if self._give_to_point(patch) else self._replace(module, owner, name, patch)
+        for cls in _subclasses(owner) if patch.in_subclasses is not None else ():
+            if name in vars(cls):
+                self._set(cls, name, vars(cls)[name], patch.in_subclasses(vars(cls)[name]))  # type: ignore[misc]
+        return copied
+
+    def _replace(self, module: ModuleType, owner: Any, name: str, patch: Patch) -> list[_Copied]:
+        """Replace the target; returns as :meth:`_apply_one`."""
         own = vars(owner).get(name, _MISSING)  # not getattr: an inherited member must not become the class's own
         original = own if own is not _MISSING else getattr(owner, name, _MISSING)
         if original is _MISSING and not patch.create:
@@ -212,6 +221,14 @@ def _source_of(value: Any) -> str:
         return inspect.getsource(value)
     except (OSError, TypeError):
         return ""
+
+
+def _subclasses(cls: type) -> list[type]:
+    """All that derive from ``cls`` now, each once, bases first."""
+    found: dict[type, None] = dict.fromkeys(cls.__subclasses__())
+    for each in list(found):
+        found |= dict.fromkeys(_subclasses(each))
+    return list(found)
 
 
 def _is_constant(value: Any) -> bool:

@@ -533,13 +533,13 @@ class MuonConfig:
         """Read and check the ``muon_*`` attributes of a Megatron-Core ``OptimizerConfig``.
 
         Args:
-            config: the ``OptimizerConfig``; knobs that its class does not have may be set on the object
-                (``config.muon_eps = 1e-8``) or by :meth:`apply_to`.
+            config: the ``OptimizerConfig``. Its class has the knobs as fields from ``install()`` on. Lists count as
+                tuples, which YAML does not know.
             pairs: see :meth:`validate`.
 
         Raises:
-            ConfigError: for a wrong value, or for a ``muon_*`` attribute that is no knob (a misspelt one would
-                otherwise be ignored).
+            ConfigError: for a wrong value, for a knob that is missing, or for a ``muon_*`` attribute that is no knob (a
+                misspelt one would otherwise be ignored).
         """
         known = {PREFIX + field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(name for name in vars(config) if name.startswith(PREFIX) and name not in known)
@@ -548,11 +548,19 @@ class MuonConfig:
                 f"OptimizerConfig.{unknown[0]} {getattr(config, unknown[0])}: no such Muon option; "
                 f"there are {', '.join(sorted(known))}."
             )
-        values: dict[str, Any] = {field.name: getattr(config, name, field.default) for name, field in known.items()}
+        missing = sorted(name for name in known if not hasattr(config, name))
+        if missing:
+            raise ConfigError(
+                f"{type(config).__name__} has no {missing[0]}{' and others' if len(missing) > 1 else ''}: nobody knows "
+                "what was chosen. Call megatron_muon.install() before the config is built, or "
+                "MuonConfig(...).apply_to(config)."
+            )
+        values: dict[str, Any] = {field.name: getattr(config, name) for name, field in known.items()}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**values).validate(pairs=pairs)
 
     def apply_to(self, config: Any) -> Any:
-        """Set every knob on a Megatron-Core ``OptimizerConfig`` (for code that builds it itself).
+        """Set every knob on a Megatron-Core ``OptimizerConfig``, for code that has built it.
 
         Returns:
             ``config``, so that the call can be nested.

@@ -14,6 +14,7 @@ import torch
 
 from megatron_muon.planning.flags import Layout
 from megatron_muon.planning.model import Stage
+from megatron_muon.plugin.arguments import from_arguments
 from megatron_muon.plugin.layer_wise import balanced_together, keeps_upstream_lists
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
@@ -103,8 +104,8 @@ def _by_lists(
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
     # Its method reads the groups for the rank in them, and leaves the lists of all ranks.
-    by_cost = not keeps_upstream_lists(args)
-    optimizer = SimpleNamespace(dp_cp=None, expt_dp=None, pg_collection=None, owners_by_cost=by_cost)
+    muon = None if keeps_upstream_lists(args) else from_arguments(args)
+    optimizer = SimpleNamespace(dp_cp=None, expt_dp=None, pg_collection=None, options_of_cost=muon)
     groups = SimpleNamespace(param_groups=list(_param_groups(chunks)))
     LayerWiseDistributedOptimizer._shard_params_ping_pong(optimizer, [groups], layout.data, layout.expert_data)
     owners: dict[torch.Tensor, Owners] = {}

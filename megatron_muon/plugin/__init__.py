@@ -6,6 +6,7 @@ with the git patches of ``patches/`` they are given to its extension points, and
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 from megatron_muon._patching import Patch, PatchSet
@@ -14,6 +15,7 @@ from megatron_muon.plugin import (
     arguments,
     checkpoint_files,
     checkpointing,
+    config_fields,
     datasets,
     factory,
     layer_wise,
@@ -34,6 +36,7 @@ __all__ = ["describe", "install", "is_installed", "load", "uninstall"]
 
 def _all_patches() -> list[Patch]:
     rooms = (
+        config_fields,
         optimizer_config,
         arguments,
         ownership,
@@ -58,29 +61,32 @@ def install(config: MuonConfig | None = None) -> None:
     """Make Megatron-Core's optimizer factory and command line use this package's Muon.
 
     May be called any number of times, before or after the import of Megatron-Core; nothing is imported for it. Call it
-    before the model and the ``OptimizerConfig`` are built. :func:`uninstall` undoes it. Where Megatron-LM has extension
-    points for some of the hooks, or needs them no more, only the others are made, and a line says so.
+    before arguments are parsed, the ``OptimizerConfig`` and the model are built. :func:`uninstall` undoes it. Where
+    Megatron-LM has extension points for some of the hooks, or needs them no more, only the others are made, and a line
+    says so.
 
     Args:
-        config: routing options other than the defaults, for code that wraps its model in DDP with the distributed
-            optimizer's buffers before it builds the ``OptimizerConfig`` (which must carry the same options,
-            :meth:`MuonConfig.apply_to`). Scripts of ``megatron.training`` take them from the command line.
+        config: options other than the defaults. Every ``OptimizerConfig`` that is built afterwards starts from them,
+            and so do the flags of ``megatron.training``, and what is asked for before there is a config, such as DDP's
+            buffers for the layer-wise optimizer.
 
     Raises:
         ConfigError: if megatron-core is missing or of a version that these hooks do not fit.
     """
+    if config is not None:
+        config.validate()
     if not _PATCHES.active:
         check_megatron_core()
         _PATCHES.apply()
         _print_native()
     if config is not None:
-        options.set_current(config.validate())
+        options.take_installed(dataclasses.replace(config))
 
 
 def uninstall() -> None:
     """Undo :func:`install`: every replaced attribute of Megatron-Core is what it was."""
     _PATCHES.revert()
-    options.set_current(None)
+    options.forget()
 
 
 def is_installed() -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from typing import Any
 
 from megatron_muon._patching import Patch
@@ -33,8 +34,8 @@ def patches() -> list[Patch]:
         ),
         Patch(
             "megatron.training.training:get_megatron_optimizer_config",
-            _with_all_knobs,
-            "Megatron copies only the arguments that are fields of its own OptimizerConfig",
+            _with_known_options,
+            "arguments from before install() have no options, and options given to install() since are not lost",
         ),
     ]
 
@@ -47,8 +48,9 @@ def _with_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[..
         handler, parser.conflict_handler = parser.conflict_handler, "resolve"
         try:
             group = parser.add_argument_group("muon (megatron_muon)")
+            defaults = options.flag_defaults()
             for field in fields(MuonConfig):
-                _add_flag(group, field)
+                _add_flag(group, field, getattr(defaults, field.name))
             _add_adaptive_flags(group)
         finally:
             parser.conflict_handler = handler
@@ -59,27 +61,27 @@ def _with_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[..
     return add_megatron_arguments
 
 
-def _add_flag(group: argparse._ArgumentGroup, field: Field[Any]) -> None:
+def _add_flag(group: argparse._ArgumentGroup, field: Field[Any], default: Any) -> None:
     """One flag. Values are checked by :meth:`MuonConfig.validate`: argparse would print Megatron's whole usage."""
     option, dest = flag(field.name), PREFIX + field.name
-    help_text = f"{field.metadata['help']} Default: {field.default or 'none'}.".replace("%", "%%")
+    help_text = f"{field.metadata['help']} Default: {default or 'none'}.".replace("%", "%%")
     if isinstance(field.default, bool):
-        group.add_argument(option, dest=dest, action="store_true", default=field.default, help=help_text)
+        group.add_argument(option, dest=dest, action="store_true", default=default, help=help_text)
         off = (option.replace("--", "--no-", 1), *field.metadata["aliases"])
-        group.add_argument(*off, dest=dest, action="store_false", default=field.default, help=f"Turns {option} off.")
+        group.add_argument(*off, dest=dest, action="store_false", default=default, help=f"Turns {option} off.")
     elif isinstance(field.default, tuple):
         group.add_argument(
             option,
             dest=dest,
             action=_Append,
-            default=field.default,
+            default=default,
             metavar="RULE" if "rule" in field.name else "A,B,C",
             help=help_text,
         )
     else:
         kind = type(field.default)
         group.add_argument(
-            option, dest=dest, type=_parse(kind), default=field.default, metavar=kind.__name__.upper(), help=help_text
+            option, dest=dest, type=_parse(kind), default=default, metavar=kind.__name__.upper(), help=help_text
         )
 
 
@@ -150,10 +152,14 @@ def _parse(kind: type) -> Callable[[str], Any]:
 def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+        _complete(args)
         if is_ours(args.optimizer):
             _check_arguments(args)
         else:
             check_other_optimizer(args)
+            known = {name: getattr(args, PREFIX + name) for name in options.ANY_OPTIMIZER}
+            MuonConfig(**known).validate()
+            options.take_arguments(replace(options.current(), **known))
         return original(args, *rest, **kwargs)
 
     return validate_args
@@ -181,7 +187,7 @@ def from_arguments(args: argparse.Namespace) -> MuonConfig:
 def _check_arguments(args: argparse.Namespace) -> None:
     """Refuse what Megatron refuses late, badly or not at all. Runs before Megatron's own checks."""
     muon = from_arguments(args)
-    options.set_current(muon)
+    options.take_arguments(muon)
     name = args.optimizer
     check_flags(args, muon)
     layer_wise = args.use_distributed_optimizer or name.startswith("dist_")
@@ -257,13 +263,59 @@ def _check_layer_wise(args: argparse.Namespace) -> None:
         )
 
 
-def _with_all_knobs(original: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+def _with_known_options(original: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
     @functools.wraps(original)
     def get_megatron_optimizer_config(args: argparse.Namespace) -> tuple[Any, Any]:
-        config, overrides = original(args)
-        if is_ours(config.optimizer):
-            for field in fields(MuonConfig):
-                setattr(config, PREFIX + field.name, getattr(args, PREFIX + field.name))
-        return config, overrides
+        _complete(args)
+        if is_ours(args.optimizer):
+            _check_late(args)
+        return original(args)  # copies all arguments that are fields
 
     return get_megatron_optimizer_config
+
+
+def _complete(args: argparse.Namespace) -> None:
+    """Give the options in force to arguments that were parsed before ``install()``, and say so.
+
+    A value that Megatron-Core's flag has without being given was chosen by nobody, as far as can be told.
+    """
+    names = {field.name: PREFIX + field.name for field in fields(MuonConfig)}
+    if all(hasattr(args, name) for name in names.values()):
+        return
+    known, source, changed = options.current(), options.origin(), []
+    defaults = _megatron_defaults() if any(hasattr(args, name) for name in names.values()) else {}
+    for name, attribute in names.items():
+        default = getattr(known, name)
+        if not hasattr(args, attribute):
+            setattr(args, attribute, default)
+        elif attribute in defaults and getattr(args, attribute) == defaults[attribute] != default:
+            changed.append(f"{flag(name)} {default} instead of {defaults[attribute]}")
+            setattr(args, attribute, default)
+    if is_ours(args.optimizer):
+        instead = f" ({', '.join(changed)}, Megatron-Core's defaults, not taken for a choice)" if changed else ""
+        options.say(f"the command line was read before install(); options that it lacks are {source}{instead}.")
+
+
+def _megatron_defaults() -> dict[str, Any]:
+    """What Megatron-Core's own flags are without being given."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    return vars(inspect.unwrap(add_megatron_arguments)(argparse.ArgumentParser()).parse_args([]))
+
+
+def _check_late(args: argparse.Namespace) -> None:
+    """Refuse options given to ``install()`` after the command line was read, if it says otherwise.
+
+    Raises:
+        ConfigError: naming the first option that differs.
+    """
+    late = options.given_late()
+    if late is None:
+        return
+    for field in fields(MuonConfig):
+        given, parsed = getattr(late, field.name), getattr(args, PREFIX + field.name)
+        if given != parsed:
+            raise ConfigError(
+                f"install(MuonConfig({field.name}={given!r})) was called after the command line was read, which has "
+                f"{flag(field.name)} {parsed}: call it before, or give the flag."
+            )

@@ -58,15 +58,10 @@ def _with_canonical_state(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_megatron_optimizer(config: Any, model_chunks: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
         optimizer = original(config, model_chunks, *args, **kwargs)
         groups = kwargs.get("pg_collection")
-        _attach(optimizer, model_chunks, is_ours(config.optimizer), _accepts(config), groups)
+        _attach(optimizer, model_chunks, is_ours(config.optimizer), options.of(config).ckpt_changes == ACCEPT, groups)
         return optimizer
 
     return get_megatron_optimizer
-
-
-def _accepts(config: Any) -> bool:
-    """Whether other rules than the checkpoint's are accepted; runs of Adam have the option on the command line."""
-    return ACCEPT in (getattr(source, "muon_ckpt_changes", None) for source in (config, options.training_arguments()))
 
 
 def _attach(optimizer: Any, chunks: Sequence[torch.nn.Module], ours: bool, accept: bool, groups: Any) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from megatron_muon._patching import Patch
+from megatron_muon.config import MuonConfig
 from megatron_muon.engine.balance import Job, assign_owners, cost_of_weight
 from megatron_muon.engine.shards import shard_of
 from megatron_muon.errors import ConfigError
@@ -130,7 +131,8 @@ def _fp32_member() -> type:
 def _with_decision(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, optimizers: list[Any], config: Any, *args: Any, **kwargs: Any) -> None:
-        self.owners_by_cost = is_ours(config.optimizer) and not keeps_upstream_lists(options.training_arguments())
+        by_cost = is_ours(config.optimizer) and not keeps_upstream_lists(options.training_arguments())
+        self.options_of_cost = options.of(config) if by_cost else None
         original(self, optimizers, config, *args, **kwargs)
 
     return __init__
@@ -203,7 +205,7 @@ def balanced_together(count: int, pg_collection: Any = None) -> Iterator[None]:
         pg_collection: Megatron's process groups; None for those of ``parallel_state``.
     """
     global _together
-    before, _together = _together, _Chunks(count, _cost_in(pg_collection))
+    before, _together = _together, _Chunks(count, _cost_in(pg_collection, options.current()))
     try:
         yield
     finally:
@@ -227,7 +229,7 @@ def _with_balanced_shards(original: Callable[..., Any]) -> staticmethod[..., Any
         # Without arguments nobody knows yet which optimizer will come, and install() says that it is Muon. Any owner
         # is right for any optimizer: only the balance is Muon's.
         if arguments is None or is_ours(arguments.optimizer):
-            (_together or _Chunks(1, _cost_in(None))).add(layout)
+            (_together or _Chunks(1, _cost_in(None, options.current()))).add(layout)
         return layout
 
     return staticmethod(compute_full_param_layout)
@@ -270,7 +272,7 @@ def _with_balanced_lists(original: Callable[..., None]) -> Callable[..., None]:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         params = [list(group["params"]) for group in groups]
         original(self, optimizers, dp_cp_size, expt_dp_size)
-        if self.owners_by_cost:
+        if self.options_of_cost is not None:
             _balance_lists(self, groups, params)
 
     return _shard_params_ping_pong
@@ -286,7 +288,7 @@ def _balance_lists(optimizer: Any, groups: Sequence[dict[str, Any]], params: Seq
     """
     from megatron.core.utils import get_pg_rank
 
-    cost = _cost_in(optimizer.pg_collection)
+    cost = _cost_in(optimizer.pg_collection, optimizer.options_of_cost)
     for experts in (False, True):
         name = "expt_dp_params_list" if experts else "dp_cp_params_list"
         lists = getattr(optimizer, name)
@@ -338,8 +340,8 @@ def _with_file_of_rank(original: Callable[[Any, str], None]) -> Callable[[Any, s
     return to_or_from_file
 
 
-def _cost_in(pg_collection: Any) -> Callable[[torch.Tensor], int]:
-    """The cost of a weight under these process groups; None for those of ``parallel_state``."""
+def _cost_in(pg_collection: Any, muon: MuonConfig) -> Callable[[torch.Tensor], int]:
+    """The cost of a weight under these process groups (None for those of ``parallel_state``) and options."""
     from megatron.core import parallel_state
 
     if pg_collection is None:
@@ -348,7 +350,6 @@ def _cost_in(pg_collection: Any) -> Callable[[torch.Tensor], int]:
     else:
         dense = getattr(pg_collection, "tp", None)
         expert = getattr(pg_collection, "expt_tp", dense)
-    muon = options.current()
     solver = SOLVERS[muon.stiefel_solver]
 
     def stiefel(p: int, q: int) -> int:

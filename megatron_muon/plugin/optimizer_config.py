@@ -1,20 +1,16 @@
-"""``OptimizerConfig``: our defaults where Megatron-Core's differ, and an early check.
+"""An early check of ``OptimizerConfig``.
 
-Code that builds the config itself (NeMo, Megatron-Bridge, own loops) gets the same defaults and the same refusals as
-the command line.
+Code that builds the config itself (NeMo, Megatron-Bridge, own loops) gets the same refusals as the command line.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-import types
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 from megatron_muon._patching import Patch
-from megatron_muon.config import PREFIX, MuonConfig, flag
+from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.adaptive import check_second_moment
 from megatron_muon.plugin.variants import check_variant
@@ -144,13 +140,8 @@ def check_transfer(optimizer: str, muon: MuonConfig) -> None:
 
 
 def patches() -> list[Patch]:
-    """Hooks on ``OptimizerConfig``."""
+    """The hook on ``OptimizerConfig``'s own check."""
     return [
-        Patch(
-            f"{_CONFIG}.__init__",
-            _with_our_defaults,
-            "an OptimizerConfig built in code has the same defaults as the command line (muon_tp_mode auto)",
-        ),
         Patch(
             f"{_CONFIG}.__post_init__",
             _with_check,
@@ -159,24 +150,11 @@ def patches() -> list[Patch]:
     ]
 
 
-def _with_our_defaults(original: types.FunctionType) -> Callable[..., None]:
-    """The generated ``__init__`` with other default values: the same code, another ``__defaults__``."""
-    ours = {PREFIX + field.name: field.default for field in fields(MuonConfig)}
-    parameters = list(inspect.signature(original).parameters.values())
-    names = [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty]
-    defaults = zip(names, original.__defaults__ or (), strict=True)
-    copy = types.FunctionType(original.__code__, original.__globals__, original.__name__, closure=original.__closure__)
-    copy.__defaults__ = tuple(ours.get(name, default) for name, default in defaults)
-    functools.update_wrapper(copy, original)
-    del copy.__wrapped__  # type: ignore[attr-defined]  # inspect would follow it to the old defaults
-    return copy
-
-
 def _with_check(original: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:
         if is_ours(self.optimizer):
-            check_optimizer_config(self, pairs=False)  # knobs that Megatron's class lacks are set later
+            check_optimizer_config(self, pairs=False)  # some may be set as attributes later
         original(self)
 
     return __post_init__

@@ -1,26 +1,78 @@
-"""The options in force before an ``OptimizerConfig`` is at hand.
+"""Where options come from, and how long each source counts.
 
-DDP lays out its buffers, and GatedDeltaNet is built, before Megatron-Core shows anybody the optimizer's config. Weights
-are tagged then by the options of the command line, or of ``install()``; the optimizer factory compares them with its
-config's.
+A model's options travel in its ``OptimizerConfig`` (:mod:`megatron_muon.plugin.config_fields`), and :func:`of` reads
+them there: a second model in the process, with other options or with Adam, has a config of its own.
+
+Some is asked for before a config is at hand: DDP lays out its buffers, GatedDeltaNet tags its weights, initial weights
+are scaled, TransformerEngine is told what to measure. :func:`current` is for them alone, and what new configs start
+from: what was said last on the command line or by ``install(config)``. The optimizer factory refuses a model whose
+buffers were laid out by other options than its config has.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
+from dataclasses import dataclass
 from typing import Any
 
-from megatron_muon.config import MuonConfig
+from megatron_muon.config import PREFIX, MuonConfig
 
-__all__ = ["current", "set_current", "training_arguments", "without_refusal"]
+__all__ = [
+    "ANY_OPTIMIZER",
+    "current",
+    "flag_defaults",
+    "forget",
+    "given_late",
+    "of",
+    "origin",
+    "say",
+    "take_arguments",
+    "take_installed",
+    "training_arguments",
+    "without_refusal",
+]
 
-_current = MuonConfig()
+ANY_OPTIMIZER = (
+    "ckpt_changes",
+    "qk_clip_rule",
+    "qk_clip_norm",
+    "qk_logits",
+    "qk_logits_interval",
+    "qk_log_layers",
+)
+"""Options that act on models of every optimizer, Megatron's own too."""
+
+
+@dataclass
+class _Said:
+    """What was said so far.
+
+    Attributes:
+        installed: options given to ``install()``.
+        parsed: those of the command line, if it was checked after them.
+        on_flags: whether a parser was made after them: then they are the defaults of its flags.
+    """
+
+    installed: MuonConfig | None = None
+    parsed: MuonConfig | None = None
+    on_flags: bool = False
+
+
+_said = _Said()
 
 
 def current() -> MuonConfig:
-    """The options in force."""
-    return _current
+    """The options in force where no config is at hand; new configs start from them."""
+    return _said.parsed or _said.installed or MuonConfig()
+
+
+def origin() -> str:
+    """Where :func:`current` has them from, in words."""
+    if _said.parsed is not None:
+        return "those of the command line"
+    return "the defaults" if _said.installed is None else "those given to install()"
 
 
 def without_refusal() -> MuonConfig:
@@ -33,13 +85,59 @@ def without_refusal() -> MuonConfig:
     return dataclasses.replace(options, unknown_2d="muon") if options.unknown_2d == "error" else options
 
 
-def set_current(options: MuonConfig | None) -> None:
-    """Set the options in force; None sets the defaults."""
-    global _current
-    _current = options or MuonConfig()
+def of(config: Any) -> MuonConfig:
+    """The options of a model, checked.
+
+    Args:
+        config: its ``OptimizerConfig``. With another optimizer than this package's only :data:`ANY_OPTIMIZER` count.
+
+    Raises:
+        ConfigError: for a wrong value.
+    """
+    from megatron_muon.plugin.optimizer_config import is_ours
+
+    if is_ours(config.optimizer):
+        return MuonConfig.from_optimizer_config(config)
+    return MuonConfig(**{name: getattr(config, PREFIX + name) for name in ANY_OPTIMIZER}).validate()
+
+
+def take_installed(options: MuonConfig) -> None:
+    """Options given to ``install()``; they count from now on."""
+    _said.installed, _said.parsed, _said.on_flags = options, None, False
+
+
+def take_arguments(options: MuonConfig) -> None:
+    """Options of a command line; they count from now on."""
+    _said.parsed = options
+
+
+def flag_defaults() -> MuonConfig:
+    """The defaults of flags, for a parser that is made now."""
+    _said.on_flags = True
+    return _said.installed or MuonConfig()
+
+
+def given_late() -> MuonConfig | None:
+    """Options given to ``install()`` that no parser has had as its defaults; None if there are none."""
+    return None if _said.on_flags else _said.installed
+
+
+def forget() -> None:
+    """Nothing was said."""
+    global _said
+    _said = _Said()
 
 
 def training_arguments() -> Any:
     """The arguments of ``megatron.training``; None in code that has none."""
     module = sys.modules.get("megatron.training.global_vars")
     return None if module is None else module._GLOBAL_ARGS
+
+
+def say(text: str) -> None:
+    """Print a line on the first rank."""
+    distributed = sys.modules.get("torch.distributed")
+    started = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    rank = distributed.get_rank() if started else int(os.environ.get("RANK", "0"))  # type: ignore[union-attr]
+    if rank == 0:
+        print(f"megatron_muon: {text}", flush=True)

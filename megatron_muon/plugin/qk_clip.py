@@ -17,11 +17,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon._patching import Patch
-from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
-from megatron_muon.plugin.arguments import from_arguments
-from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.qk_clip_build import FLAGS, build_clip, check_numbers
 from megatron_muon.qk_clip.clip import QKClip
 
@@ -83,8 +80,7 @@ def _with_clip(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_megatron_optimizer(config: Any, model_chunks: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
         optimizer = original(config, model_chunks, *args, **kwargs)
-        muon = MuonConfig.from_optimizer_config(config) if is_ours(config.optimizer) else options.current()
-        clip = build_clip(config, model_chunks, muon, optimizer)
+        clip = build_clip(config, model_chunks, options.of(config), optimizer)
         if clip is not None:
             optimizer.step = functools.partial(clip.step, optimizer.step)
         for chunk in model_chunks:
@@ -108,10 +104,6 @@ def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
                     f"--{name.replace('_', '-')} with --qk-clip: FSDP's shards are not clipped; use "
                     "--use-distributed-optimizer."
                 )
-        if not is_ours(args.optimizer):
-            muon = from_arguments(args)
-            names = [field.name for field in dataclasses.fields(muon) if field.name.startswith("qk_")]
-            options.set_current(MuonConfig(**{name: getattr(muon, name) for name in names}))
         # Megatron's check asks for TransformerEngine 2.9 and for nothing else that is not checked above.
         for name in asked:
             setattr(args, name, False)

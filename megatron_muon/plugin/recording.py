@@ -163,10 +163,11 @@ def _recorder() -> Recorder | None:
 
     args = _megatron_args()
     last_rank = torch.distributed.get_world_size() - 1
-    if not args.muon_log_jsonl or torch.distributed.get_rank() != last_rank:
+    file = getattr(args, "muon_log_jsonl", "")  # arguments that were read before install() have no flags of ours
+    if not file or torch.distributed.get_rank() != last_rank:
         return None
     return Recorder(
-        args.muon_log_jsonl,
+        file,
         args.iteration,
         {
             "train_iters": args.train_iters,

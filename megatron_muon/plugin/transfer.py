@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_muon._patching import Patch
-from megatron_muon.config import MuonConfig, flag
+from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
 from megatron_muon.routing.annotate import global_names
@@ -43,7 +43,7 @@ def _with_scaled_initialization(original: Callable[..., Any]) -> Callable[..., A
     @functools.wraps(original)
     def core_transformer_config_from_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
         config = original(args, *rest, **kwargs)
-        if base := options.current().transfer:
+        if base := getattr(args, PREFIX + "transfer", options.current().transfer):
             scale_initialization(config, base)
         return config
 

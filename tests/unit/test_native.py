@@ -41,7 +41,7 @@ def asked_for_maxima(dtype: torch.dtype) -> list[list[tuple[bool, bool]]]:
     found = []
     try:
         for choice, can in CHOICES:
-            options.set_current(MuonConfig(qk_logits=choice))
+            options.take_installed(MuonConfig(qk_logits=choice))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(megatron.core.utils, "is_te_min_version", lambda version, can=can: can)
                 built: list[Any] = [
@@ -51,7 +51,7 @@ def asked_for_maxima(dtype: torch.dtype) -> list[list[tuple[bool, bool]]]:
             assert all((each.layer_number, each.softmax_scale) == (3, 0.5) for each in built)
             found.append([(each.config.qk_clip, each.config.log_max_attention_logit) for each in built])
     finally:
-        options.set_current(None)
+        options.forget()
     assert config.qk_clip and config.log_max_attention_logit, "the model's own config"
     return found
 

@@ -1,0 +1,207 @@
+"""This package's options as fields of Megatron-Core's ``OptimizerConfig``, with its defaults.
+
+Real code does much with a config: it derives classes whose ``__post_init__`` is empty, copies it field by field, calls
+``dataclasses.replace`` and ``asdict``, writes YAML and reads it again. What is a field goes along. So fields are added
+to the class and to the subclasses that it has already; those that are made later inherit them.
+
+The defaults are those in force when a config is built (:func:`megatron_muon.plugin.options.current`). Where
+Megatron-Core has an option too, its field gets this package's default (``muon_tp_mode`` auto, not blockwise).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import reprlib
+import typing
+from collections.abc import Callable
+from dataclasses import Field
+from typing import Any
+
+from megatron_muon._patching import Patch
+from megatron_muon.config import PREFIX, MuonConfig
+from megatron_muon.plugin import options
+from megatron_muon.plugin.optimizer_config import is_ours
+
+__all__ = ["patches"]
+
+_CONFIG = "megatron.core.optimizer.optimizer_config:OptimizerConfig"
+
+
+def patches() -> list[Patch]:
+    """Hooks on the class ``OptimizerConfig``."""
+    hooks = _Hooks()
+    return [
+        Patch(
+            f"{_CONFIG}.__dataclass_fields__",
+            hooks.with_fields,
+            "the options are fields, which copies, replace(), asdict() and Megatron's own arguments carry along",
+            in_subclasses=hooks.with_fields_of_base,
+        ),
+        Patch(f"{_CONFIG}.__annotations__", lambda original: {**original, **_types()}, "a field has a type"),
+        Patch(
+            f"{_CONFIG}.__init__",
+            hooks.with_options,
+            "a config built in code takes the options, and has the same defaults as the command line",
+            in_subclasses=_if_generated(hooks.with_options),
+        ),
+        Patch(
+            f"{_CONFIG}.__getattr__",
+            hooks.with_late_options,
+            "a config from before install() gets the options when one is first read",
+            create=True,
+        ),
+        _method("__repr__", _repr, "options are shown"),
+        _method("__eq__", _eq, "options count when configs are compared"),
+    ]
+
+
+def _method(name: str, method: Callable[..., Any], reason: str) -> Patch:
+    make = _if_generated(lambda original: method)
+    return Patch(f"{_CONFIG}.{name}", make, reason, in_subclasses=make)
+
+
+@functools.cache
+def _types() -> dict[str, Any]:
+    """The types of the fields, by name."""
+    return {PREFIX + name: kind for name, kind in typing.get_type_hints(MuonConfig).items()}
+
+
+def _default(name: str) -> Any:
+    return getattr(options.current(), name.removeprefix(PREFIX))
+
+
+@functools.cache
+def _template(kw_only: bool) -> Any:
+    """A dataclass with all options, whose fields and parameters ``OptimizerConfig`` gets."""
+    members = [
+        (name, kind, dataclasses.field(default_factory=functools.partial(_default, name)))
+        for name, kind in _types().items()
+    ]
+    return dataclasses.make_dataclass("Options", members, kw_only=kw_only)
+
+
+class _Hooks:
+    """The functions on the class. One object for all: they must know which options Megatron-Core has itself."""
+
+    def __init__(self) -> None:
+        self.megatron: dict[str, Field[Any]] = {}
+        """Megatron's fields of options that it has too."""
+        self.ours: dict[str, Field[Any]] = {}
+        """The fields that take their place, and those that are added."""
+
+    def with_fields(self, original: dict[str, Field[Any]]) -> dict[str, Field[Any]]:
+        """The fields of ``OptimizerConfig``."""
+        self.megatron = {name: original[name] for name in _types() if name in original}
+        # Megatron's keep their places among the positional parameters; what is added has none.
+        self.ours = {name: _template(name not in self.megatron).__dataclass_fields__[name] for name in _types()}
+        return self.with_fields_of_base(original)
+
+    def with_fields_of_base(self, original: dict[str, Field[Any]]) -> dict[str, Field[Any]]:
+        """The fields of a subclass that was made before: those that it has not defined itself are the base's.
+
+        Added ones come before those that Megatron-Core has. Whoever reads a config from before ``install()`` field by
+        field meets one that is missing first, and then finds all values settled (:meth:`with_late_options`).
+        """
+        added = {name: field for name, field in self.ours.items() if name not in original}
+        first = next((name for name in original if name in self.megatron), None)
+        fields: dict[str, Field[Any]] = {}
+        for name, field in original.items():
+            if name == first:
+                fields |= added
+            fields[name] = self.ours[name] if field is self.megatron.get(name) else field
+        return fields | added
+
+    def with_options(self, original: Callable[..., None]) -> Callable[..., None]:
+        """An ``__init__`` that takes the options, around one that was generated without them."""
+        signature = inspect.signature(original)
+        taken = self.megatron.keys() | signature.parameters.keys()
+
+        @functools.wraps(original)
+        def __init__(config: Any, *args: Any, **kwargs: Any) -> None:
+            cls = type(config)
+            positional = [field.name for field in dataclasses.fields(cls) if field.init and not field.kw_only]
+            given = {*positional[: len(args)], *kwargs}
+            for name, field in self.ours.items():
+                if cls.__dataclass_fields__.get(name) is not field:
+                    continue  # a subclass has a field of its own by this name
+                if name not in taken:
+                    setattr(config, name, kwargs.pop(name) if name in kwargs else _default(name))
+                elif name not in given:
+                    kwargs[name] = _default(name)
+            original(config, *args, **kwargs)
+
+        __init__.__signature__ = self._signature(signature)  # type: ignore[attr-defined]
+        return __init__
+
+    def _signature(self, original: inspect.Signature) -> inspect.Signature:
+        """What ``__init__`` takes now."""
+        ours = inspect.signature(_template(True)).parameters
+        parameters = [
+            parameter.replace(default=ours[name].default) if name in self.megatron else parameter
+            for name, parameter in original.parameters.items()
+        ]
+        added = [
+            parameter
+            for name, parameter in ours.items()
+            if name not in original.parameters.keys() | self.megatron.keys()
+        ]
+        rest = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+        return original.replace(parameters=[*parameters, *added, *rest])
+
+    def with_late_options(self, original: Callable[[Any, str], Any] | None) -> Callable[[Any, str], Any]:
+        """A ``__getattr__``, which Python asks for what an object lacks."""
+
+        def __getattr__(config: Any, name: str) -> Any:
+            if name in self.ours:
+                self.settle(config)
+                return vars(config)[name]
+            if original is not None:
+                return original(config, name)
+            raise AttributeError(f"{type(config).__name__!r} object has no attribute {name!r}", name=name, obj=config)
+
+        return __getattr__
+
+    def settle(self, config: Any) -> None:
+        """Give the options in force to a config that was built before ``install()``, and say so.
+
+        What somebody has set on it stays, but a value that Megatron's defaults have was chosen by nobody, as far as
+        can be told: a ``blockwise`` that no one asked for would be another optimizer.
+        """
+        values, changed = vars(config), []
+        for name in self.ours:
+            default = _default(name)
+            if name not in values:
+                values[name] = default
+            elif name in self.megatron and values[name] == self.megatron[name].default != default:
+                changed.append(f"{name} {default} instead of {values[name]}")
+                values[name] = default
+        if is_ours(values.get("optimizer")):
+            instead = (
+                f" ({', '.join(changed)}, Megatron-Core's default, which is not taken for a choice)" if changed else ""
+            )
+            options.say(f"an OptimizerConfig was built before install(); its options are {options.origin()}{instead}.")
+
+
+def _if_generated(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Replace only methods that ``dataclass`` has written, which know the fields of their time."""
+
+    def replace(original: Any) -> Any:
+        code = getattr(inspect.unwrap(original), "__code__", None)
+        return make(original) if code is not None and code.co_filename == "<string>" else original
+
+    return replace
+
+
+@reprlib.recursive_repr()
+def _repr(config: Any) -> str:
+    shown = (f"{field.name}={getattr(config, field.name)!r}" for field in dataclasses.fields(config) if field.repr)
+    return f"{type(config).__qualname__}({', '.join(shown)})"
+
+
+def _eq(config: Any, other: Any) -> Any:
+    if type(other) is not type(config):
+        return NotImplemented
+    names = [field.name for field in dataclasses.fields(config) if field.compare]
+    return all(getattr(config, name) == getattr(other, name) for name in names)
