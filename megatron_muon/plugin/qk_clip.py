@@ -6,7 +6,6 @@ Megatron's own function, called after the step, is replaced: it finds the work d
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import inspect
 import sys
