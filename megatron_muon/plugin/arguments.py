@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import Field, fields, replace
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_muon.plugin import options
 from megatron_muon.plugin.optimizer_config import OPTIMIZERS, REFUSED, check_adaptive, check_transfer, is_ours, refuse
 from megatron_muon.plugin.variants import check_other_optimizer, check_variant
 
-__all__ = ["check_flags", "from_arguments", "patches"]
+__all__ = ["check_flags", "from_arguments", "megatron_defaults", "patches"]
 
 
 def patches() -> list[Patch]:
@@ -267,7 +268,7 @@ def _with_known_options(original: Callable[..., tuple[Any, Any]]) -> Callable[..
     @functools.wraps(original)
     def get_megatron_optimizer_config(args: argparse.Namespace) -> tuple[Any, Any]:
         _complete(args)
-        if is_ours(args.optimizer):
+        if is_ours(getattr(args, "optimizer", None)):
             _check_late(args)
         return original(args)  # copies all arguments that are fields
 
@@ -275,32 +276,26 @@ def _with_known_options(original: Callable[..., tuple[Any, Any]]) -> Callable[..
 
 
 def _complete(args: argparse.Namespace) -> None:
-    """Give the options in force to arguments that were parsed before ``install()``, and say so.
+    """Give the options in force to arguments that were parsed before ``install()``."""
+    names = [PREFIX + field.name for field in fields(MuonConfig)]
+    if not all(hasattr(args, name) for name in names):
+        defaults = {name: (value,) for name, value in megatron_defaults().items()}
+        options.supply(vars(args), defaults, "the command line is")
 
-    A value that Megatron-Core's flag has without being given was chosen by nobody, as far as can be told.
+
+def megatron_defaults() -> dict[str, Any]:
+    """The options that Megatron-Core's command line has without this package, with their defaults.
+
+    Empty where nothing has imported it: then no arguments were parsed by it.
     """
-    names = {field.name: PREFIX + field.name for field in fields(MuonConfig)}
-    if all(hasattr(args, name) for name in names.values()):
-        return
-    known, source, changed = options.current(), options.origin(), []
-    defaults = _megatron_defaults() if any(hasattr(args, name) for name in names.values()) else {}
-    for name, attribute in names.items():
-        default = getattr(known, name)
-        if not hasattr(args, attribute):
-            setattr(args, attribute, default)
-        elif attribute in defaults and getattr(args, attribute) == defaults[attribute] != default:
-            changed.append(f"{flag(name)} {default} instead of {defaults[attribute]}")
-            setattr(args, attribute, default)
-    if is_ours(args.optimizer):
-        instead = f" ({', '.join(changed)}, Megatron-Core's defaults, not taken for a choice)" if changed else ""
-        options.say(f"the command line was read before install(); options that it lacks are {source}{instead}.")
+    module = sys.modules.get("megatron.training.arguments")
+    return {} if module is None else _defaults_of(inspect.unwrap(module.add_megatron_arguments))
 
 
-def _megatron_defaults() -> dict[str, Any]:
-    """What Megatron-Core's own flags are without being given."""
-    from megatron.training.arguments import add_megatron_arguments
-
-    return vars(inspect.unwrap(add_megatron_arguments)(argparse.ArgumentParser()).parse_args([]))
+@functools.cache
+def _defaults_of(add_arguments: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]) -> dict[str, Any]:
+    values = vars(add_arguments(argparse.ArgumentParser()).parse_args([]))
+    return {name: value for name, value in values.items() if name.startswith(PREFIX)}
 
 
 def _check_late(args: argparse.Namespace) -> None:

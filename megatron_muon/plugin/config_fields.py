@@ -22,7 +22,7 @@ from typing import Any
 from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig
 from megatron_muon.plugin import options
-from megatron_muon.plugin.optimizer_config import is_ours
+from megatron_muon.plugin.arguments import megatron_defaults
 
 __all__ = ["patches"]
 
@@ -117,12 +117,16 @@ class _Hooks:
         """An ``__init__`` that takes the options, around one that was generated without them."""
         signature = inspect.signature(original)
         taken = self.megatron.keys() | signature.parameters.keys()
+        added = self.ours.keys() - self.megatron.keys()
 
         @functools.wraps(original)
         def __init__(config: Any, *args: Any, **kwargs: Any) -> None:
             cls = type(config)
             positional = [field.name for field in dataclasses.fields(cls) if field.init and not field.kw_only]
             given = {*positional[: len(args)], *kwargs}
+            if self.megatron.keys() <= kwargs.keys() and given.isdisjoint(added):
+                self.supply(kwargs)
+                given.update(kwargs)
             for name, field in self.ours.items():
                 if cls.__dataclass_fields__.get(name) is not field:
                     continue  # a subclass has a field of its own by this name
@@ -164,24 +168,18 @@ class _Hooks:
         return __getattr__
 
     def settle(self, config: Any) -> None:
-        """Give the options in force to a config that was built before ``install()``, and say so.
+        """Give the options in force to a config that was built before ``install()``."""
+        defaults = {name: (field.default,) for name, field in self.megatron.items()}
+        options.supply(vars(config), defaults, "an OptimizerConfig is")
 
-        What somebody has set on it stays, but a value that Megatron's defaults have was chosen by nobody, as far as
-        can be told: a ``blockwise`` that no one asked for would be another optimizer.
+    def supply(self, values: dict[str, Any]) -> None:
+        """Options for values that were copied from what has all of Megatron-Core's options and none of ours.
+
+        That are arguments which were parsed before ``install()``, or a file from a run without it.
         """
-        values, changed = vars(config), []
-        for name in self.ours:
-            default = _default(name)
-            if name not in values:
-                values[name] = default
-            elif name in self.megatron and values[name] == self.megatron[name].default != default:
-                changed.append(f"{name} {default} instead of {values[name]}")
-                values[name] = default
-        if is_ours(values.get("optimizer")):
-            instead = (
-                f" ({', '.join(changed)}, Megatron-Core's default, which is not taken for a choice)" if changed else ""
-            )
-            options.say(f"an OptimizerConfig was built before install(); its options are {options.origin()}{instead}.")
+        parsed = megatron_defaults()
+        defaults = {name: (field.default, parsed.get(name, field.default)) for name, field in self.megatron.items()}
+        options.supply(values, defaults, "an OptimizerConfig has values")
 
 
 def _if_generated(make: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,8 @@ __all__ = [
     "forget",
     "given_late",
     "of",
-    "origin",
     "say",
+    "supply",
     "take_arguments",
     "take_installed",
     "training_arguments",
@@ -68,7 +69,7 @@ def current() -> MuonConfig:
     return _said.parsed or _said.installed or MuonConfig()
 
 
-def origin() -> str:
+def _origin() -> str:
     """Where :func:`current` has them from, in words."""
     if _said.parsed is not None:
         return "those of the command line"
@@ -98,11 +99,46 @@ def of(config: Any) -> MuonConfig:
 
     if is_ours(config.optimizer):
         return MuonConfig.from_optimizer_config(config)
-    return MuonConfig(**{name: getattr(config, PREFIX + name) for name in ANY_OPTIMIZER}).validate()
+    known = current()  # no run of Adam fails because its config is of a class of its own
+    values = {name: getattr(config, PREFIX + name, getattr(known, name)) for name in ANY_OPTIMIZER}
+    return MuonConfig(**values).validate()
+
+
+def supply(values: dict[str, Any], megatron: Mapping[str, Collection[Any]], what: str) -> None:
+    """Put the options in force into what was made without this package, and say so if it is for one of its optimizers.
+
+    What was chosen stays. A value that Megatron-Core gives of itself was chosen by nobody, as far as can be told: a
+    ``blockwise`` that no one asked for would be another optimizer.
+
+    Args:
+        values: by name, ``optimizer`` too.
+        megatron: the defaults of Megatron-Core, by name.
+        what: has the values, in words.
+    """
+    from megatron_muon.plugin.optimizer_config import is_ours
+
+    known, changed = current(), []
+    for field in dataclasses.fields(MuonConfig):
+        name, default = PREFIX + field.name, getattr(known, field.name)
+        if name not in values:
+            values[name] = default
+        elif values[name] != default and values[name] in megatron.get(name, ()):
+            changed.append(f"{name} {default} instead of {values[name]}")
+            values[name] = default
+    if is_ours(values.get("optimizer")):
+        instead = (
+            f" ({', '.join(changed)}: Megatron-Core's default, which is not taken for a choice)" if changed else ""
+        )
+        say(f"{what} from before install(); options that it lacks are {_origin()}{instead}.")
 
 
 def take_installed(options: MuonConfig) -> None:
     """Options given to ``install()``; they count from now on."""
+    if _said.parsed not in (None, options):
+        say(
+            "install() is given other options than the command line has, which was read before: a model whose "
+            "OptimizerConfig is made of its arguments keeps those of the command line."
+        )
     _said.installed, _said.parsed, _said.on_flags = options, None, False
 
 

@@ -217,9 +217,34 @@ def test_a_config_from_before_install(pool: RankPool, way: str) -> None:
     read, said = pool.run(from_before, 1, way)[0]
     assert read == {"num_ns_steps": 6, "qkv": "per_head", "router": "adam", "tp_mode": "auto"}
     assert said == (
-        "megatron_muon: an OptimizerConfig was built before install(); its options are those given to install() "
-        "(muon_tp_mode auto instead of blockwise, Megatron-Core's default, which is not taken for a choice).\n"
+        "megatron_muon: an OptimizerConfig is from before install(); options that it lacks are those given to "
+        "install() (muon_tp_mode auto instead of blockwise: Megatron-Core's default, which is not taken for a choice).\n"
     )
+
+
+def copied_from_before(source: str, cls: str) -> tuple[Any, ...]:
+    """A config made field by field of arguments that were parsed before ``install()``, or of what a file has."""
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.training import arguments
+
+    if source == "arguments":
+        sys.argv = ["pretrain.py", *MODEL.split(), "--optimizer", "muon", "--muon-num-ns-steps", "6"]
+        held = {name: value for name, value in vars(arguments.parse_args()).items() if "dtype" not in name}
+    else:
+        held = dataclasses.asdict(OptimizerConfig(optimizer="muon", muon_num_ns_steps=6))
+    made = classes()[cls]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        config = made(**{field.name: held[field.name] for field in dataclasses.fields(made) if field.name in held})
+        muon = MuonConfig.from_optimizer_config(config)
+    return muon, "an OptimizerConfig has values from before install()" in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("source", "cls"), [("arguments", "OptimizerConfig"), ("arguments", "Early"), ("file", "OptimizerConfig")]
+)
+def test_values_from_before_install(pool: RankPool, source: str, cls: str) -> None:
+    """As slime, ms-swift and others copy arguments, past Megatron's own function for it."""
+    assert pool.run(copied_from_before, 1, source, cls)[0] == (MuonConfig(num_ns_steps=6), True)
 
 
 def wrapped_by_another_tool(wraps: bool) -> tuple[str, str, str, str]:
@@ -255,7 +280,7 @@ def test_a_constructor_that_another_tool_has_wrapped(pool: RankPool, wraps: bool
     """Of the subclass's nobody can tell that it is dataclass's own, if the tool does not: its configs are mended."""
     router, tp_mode, derived, said = pool.run(wrapped_by_another_tool, 1, wraps)[0]
     assert (router, tp_mode, derived) == ("adam", "auto", "auto")
-    assert ("built before install(); its options are the defaults" in said) is not wraps
+    assert ("is from before install(); options that it lacks are the defaults" in said) is not wraps
 
 
 def misspelt() -> list[str]:
@@ -317,20 +342,22 @@ def two_models() -> list[Any]:
         found.append(str(error))
     megatron_muon.install(harness.routing_options(second))
     other = get_megatron_optimizer(harness.optimizer_config(layout, **second), model())
-    return [*found, momentum(one), momentum(other), MuonConfig.from_optimizer_config(one.config).router]
+    parts = (one.chained_optimizers[0], other.chained_optimizers[0])
+    costs = [part.options_of_cost.momentum for part in parts]  # what owners are chosen by
+    return [*found, momentum(one), momentum(other), costs]
 
 
 def test_a_second_model_with_other_options(pool: RankPool) -> None:
     """What its buffers were laid out by must be what its config has."""
-    for refusal, one, other, router in pool.run(two_models, 2):
+    for refusal, one, other, costs in pool.run(two_models, 2):
         assert (
             "self_attention.linear_proj.weight: DistributedDataParallel was built before the weight's tags" in refusal
         )
-        assert (one, other, router) == ({0.95}, {0.5}, "adam")
+        assert (one, other, costs) == ({0.95}, {0.5}, [0.95, 0.5])
 
 
-def beside_adam() -> tuple[bool, bool]:
-    """Whether the checkpoint of another optimizer is accepted: by a Muon model, and by an Adam model beside it."""
+def beside_adam() -> tuple[str, str, int]:
+    """Options of a Muon model, and of an Adam model beside it."""
     import megatron_muon
     from megatron_muon.plugin import options
 
@@ -394,9 +421,9 @@ def test_install_after_the_command_line(pool: RankPool, stage: str) -> None:
     muon, said = pool.run(parsed, 1, "--optimizer muon --muon-num-ns-steps 6", stage, None)[0]
     assert muon == MuonConfig(num_ns_steps=6)
     assert said == (
-        "megatron_muon: the command line was read before install(); options that it lacks are the defaults "
-        "(--muon-momentum 0.95 instead of 0.9, --muon-tp-mode auto instead of blockwise, Megatron-Core's defaults, not "
-        "taken for a choice)."
+        "megatron_muon: the command line is from before install(); options that it lacks are the defaults "
+        "(muon_momentum 0.95 instead of 0.9, muon_tp_mode auto instead of blockwise: Megatron-Core's default, which is "
+        "not taken for a choice)."
     )
 
 
