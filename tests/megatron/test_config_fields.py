@@ -218,7 +218,8 @@ def test_a_config_from_before_install(pool: RankPool, way: str) -> None:
     assert read == {"num_ns_steps": 6, "qkv": "per_head", "router": "adam", "tp_mode": "auto"}
     assert said == (
         "megatron_muon: an OptimizerConfig is from before install(); options that it lacks are those given to "
-        "install() (muon_tp_mode auto instead of blockwise: Megatron-Core's default, which is not taken for a choice).\n"
+        "install() (muon_tp_mode auto instead of blockwise: Megatron-Core's default, which is not taken for a "
+        "choice).\n"
     )
 
 
