@@ -17,8 +17,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo import DECODER, EXAMPLES, MODELS, OPTIMIZERS, PORTABLE, TRAINING, choose_device
 from prepare_data import PreparedData, prepare
+from recipes import DECODER, EXAMPLES, MODELS, OPTIMIZERS, PORTABLE, TRAINING, choose_device
 
 from megatron_muon.monitor import metrics, plots
 

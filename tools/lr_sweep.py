@@ -13,13 +13,15 @@ import argparse
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-import demo  # noqa: E402
-from prepare_data import prepare  # noqa: E402
+from prepare_data import PreparedData, prepare  # noqa: E402
+from recipes import OPTIMIZERS, Settings, choose_device  # noqa: E402
+from runner import RunFailedError, train  # noqa: E402
 
 from megatron_muon.monitor import metrics, plots  # noqa: E402
 from megatron_muon.monitor.summary import summarize  # noqa: E402
@@ -28,15 +30,15 @@ GRIDS = {"muon": (1e-3, 2e-3, 4e-3, 8e-3, 16e-3), "adam": (5e-4, 1e-3, 2e-3, 4e-
 MAX_GROWTH = 4  # values beyond the grid, before the sweep gives up
 
 
-def final_loss(optimizer: str, settings: demo.Settings, data: demo.PreparedData, out: Path) -> float:
+def final_loss(optimizer: str, settings: Settings, data: PreparedData, out: Path) -> float:
     """Final validation loss of one run; infinity if it is not finite."""
     folder = out / optimizer / f"lr-{settings.learning_rate:g}"
-    demo.train(optimizer, settings, data, folder, title=f"{optimizer} lr {settings.learning_rate:g}")
+    train(optimizer, settings, data, folder, title=f"{optimizer} lr {settings.learning_rate:g}")
     loss = summarize(metrics.read(folder / plots.METRICS_FILE)).final_valid_loss
     return math.inf if loss is None else loss
 
 
-def sweep(optimizer: str, base: demo.Settings, data: demo.PreparedData, out: Path) -> dict[float, float]:
+def sweep(optimizer: str, base: Settings, data: PreparedData, out: Path) -> dict[float, float]:
     """Final validation loss by learning rate, in order; the best is inside the grid.
 
     Raises:
@@ -46,7 +48,7 @@ def sweep(optimizer: str, base: demo.Settings, data: demo.PreparedData, out: Pat
     wanted = list(GRIDS[optimizer])
     for _ in range(MAX_GROWTH + 1):
         for rate in wanted:
-            losses[rate] = final_loss(optimizer, demo.replace(base, learning_rate=rate), data, out)
+            losses[rate] = final_loss(optimizer, replace(base, learning_rate=rate), data, out)
         best, low, high = min(losses, key=losses.__getitem__), min(losses), max(losses)
         if best not in (low, high):
             return dict(sorted(losses.items()))
@@ -56,7 +58,7 @@ def sweep(optimizer: str, base: demo.Settings, data: demo.PreparedData, out: Pat
     )
 
 
-def report(results: dict[str, dict[float, float]], base: demo.Settings) -> str:
+def report(results: dict[str, dict[float, float]], base: Settings) -> str:
     """The results as Markdown."""
     rates = sorted({rate for losses in results.values() for rate in losses})
     lines = [
@@ -99,14 +101,14 @@ def main() -> int:
     parser.add_argument("--tp", type=int, help="tensor-parallel processes; two where two fit")
     arguments = parser.parse_args()
     try:
-        device, tp = demo.choose_device(arguments.device, arguments.tp)
+        device, tp = choose_device(arguments.device, arguments.tp)
     except ValueError as error:
         parser.error(str(error))
-    base = demo.Settings(arguments.steps, 0.0, arguments.seed, device, tp)
+    base = Settings(arguments.steps, 0.0, arguments.seed, device, tp)
     data = prepare(arguments.data)
     try:
-        results = {optimizer: sweep(optimizer, base, data, arguments.out) for optimizer in demo.OPTIMIZERS}
-    except (demo.RunFailedError, RuntimeError) as error:
+        results = {optimizer: sweep(optimizer, base, data, arguments.out) for optimizer in OPTIMIZERS}
+    except (RunFailedError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -24,9 +24,12 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
 
 import demo  # noqa: E402
 import lr_sweep  # noqa: E402
+import recipes  # noqa: E402
+import runner  # noqa: E402
+from prepare_data import PreparedData  # noqa: E402
 
-SETTINGS = demo.Settings(steps=4, learning_rate=1e-3, seed=1, device="cpu", tp=2)
-DATA = demo.PreparedData("train", "valid", "cache", "tokenizer.model", 1, 1)
+SETTINGS = recipes.Settings(steps=4, learning_rate=1e-3, seed=1, device="cpu", tp=2)
+DATA = PreparedData("train", "valid", "cache", "tokenizer.model", 1, 1)
 
 
 def fake_command(script: str) -> Any:
@@ -48,21 +51,21 @@ with open(pathlib.Path(sys.argv[1]) / "metrics.jsonl", "w") as file:
 def test_a_finished_run_is_not_repeated(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "command", fake_command(FINISHES))
-    assert demo.train("adam", SETTINGS, DATA, tmp_path / "adam")
+    monkeypatch.setattr(runner, "command", fake_command(FINISHES))
+    assert runner.train("adam", SETTINGS, DATA, tmp_path / "adam")
     assert metrics.read(tmp_path / "adam" / "metrics.jsonl").iteration == 4
-    monkeypatch.setattr(demo, "command", fake_command("raise SystemExit('not again')"))
-    assert not demo.train("adam", SETTINGS, DATA, tmp_path / "adam")
+    monkeypatch.setattr(runner, "command", fake_command("raise SystemExit('not again')"))
+    assert not runner.train("adam", SETTINGS, DATA, tmp_path / "adam")
     assert "finished before" in capsys.readouterr().out
 
 
 def test_other_settings_begin_afresh_and_keep_the_old_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "command", fake_command(FINISHES))
-    demo.train("adam", SETTINGS, DATA, tmp_path / "adam")
+    monkeypatch.setattr(runner, "command", fake_command(FINISHES))
+    runner.train("adam", SETTINGS, DATA, tmp_path / "adam")
     for rate in (2e-3, 3e-3):
-        assert demo.train("adam", dataclasses.replace(SETTINGS, learning_rate=rate), DATA, tmp_path / "adam")
+        assert runner.train("adam", dataclasses.replace(SETTINGS, learning_rate=rate), DATA, tmp_path / "adam")
     assert "learning_rate 0.001 -> 0.002" in capsys.readouterr().out
     old = json.loads((tmp_path / "adam-old-1" / "run.json").read_text())
     assert old["settings"]["learning_rate"] == 1e-3
@@ -71,9 +74,9 @@ def test_other_settings_begin_afresh_and_keep_the_old_run(
 
 def test_a_failure_shows_the_error_and_the_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = "print('noise\\n' * 100); raise RuntimeError('out of luck')"
-    monkeypatch.setattr(demo, "command", fake_command(script))
-    with pytest.raises(demo.RunFailedError) as failure:
-        demo.train("muon", SETTINGS, DATA, tmp_path / "muon")
+    monkeypatch.setattr(runner, "command", fake_command(script))
+    with pytest.raises(runner.RunFailedError) as failure:
+        runner.train("muon", SETTINGS, DATA, tmp_path / "muon")
     text = str(failure.value)
     assert "RuntimeError: out of luck" in text
     assert "noise" not in text
@@ -97,12 +100,13 @@ time.sleep(60)
     driver = f"""
 import sys
 sys.path[:0] = {[str(ROOT), str(ROOT / "examples")]!r}
-import pathlib, demo
-demo.command = lambda *_: [sys.executable, "-c", {launcher!r}]
-settings = demo.Settings(4, 1e-3, 1, "cpu", 2)
-data = demo.PreparedData("train", "valid", "cache", "tokenizer.model", 1, 1)
+import pathlib, recipes, runner
+from prepare_data import PreparedData
+runner.command = lambda *_: [sys.executable, "-c", {launcher!r}]
+settings = recipes.Settings(4, 1e-3, 1, "cpu", 2)
+data = PreparedData("train", "valid", "cache", "tokenizer.model", 1, 1)
 try:
-    demo.train("muon", settings, data, pathlib.Path({str(tmp_path / "muon")!r}))
+    runner.train("muon", settings, data, pathlib.Path({str(tmp_path / "muon")!r}))
 except KeyboardInterrupt:
     sys.exit(130)
 """
@@ -145,7 +149,7 @@ def test_results_are_a_table_and_a_file(tmp_path: Path) -> None:
 
 
 def test_only_the_optimizer_differs_between_the_runs() -> None:
-    muon, adam = (demo.flags(name, SETTINGS, DATA) for name in ("muon", "adam"))
+    muon, adam = (recipes.flags(name, SETTINGS, DATA) for name in ("muon", "adam"))
     start = muon.index("--optimizer")
     assert muon[:start] == adam[:start]
     assert muon[len(muon) - (len(adam) - start - 2) :] == adam[start + 2 :]
@@ -156,7 +160,7 @@ def test_megatron_accepts_the_flags(optimizer: str, monkeypatch: pytest.MonkeyPa
     arguments = pytest.importorskip("megatron.training.arguments")
     import megatron_muon
 
-    words = demo.command(optimizer, SETTINGS, DATA, tmp_path)
+    words = recipes.command(optimizer, SETTINGS, DATA, tmp_path)
     script = next(i for i, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
     monkeypatch.setattr(sys, "argv", words[script:])
     installed = megatron_muon.is_installed()
@@ -176,22 +180,22 @@ def test_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert demo.choose_device("auto", None) == ("cpu", 2)
+    assert recipes.choose_device("auto", None) == ("cpu", 2)
     with pytest.raises(ValueError, match=r"--device cuda.*--device cpu"):
-        demo.choose_device("cuda", None)
+        recipes.choose_device("cuda", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert demo.choose_device("auto", None) == ("cuda", 1)
-    assert demo.choose_device("cpu", None) == ("cpu", 2)
+    assert recipes.choose_device("auto", None) == ("cuda", 1)
+    assert recipes.choose_device("cpu", None) == ("cpu", 2)
     with pytest.raises(ValueError, match=r"--tp 4.*1 GPUs"):
-        demo.choose_device("auto", 4)
+        recipes.choose_device("auto", 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert demo.choose_device("auto", None) == ("cuda", 2)
+    assert recipes.choose_device("auto", None) == ("cuda", 2)
 
 
 def test_sweep_grows_until_the_best_rate_is_inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tried = []
 
-    def final_loss(optimizer: str, settings: demo.Settings, *_: Any) -> float:
+    def final_loss(optimizer: str, settings: recipes.Settings, *_: Any) -> float:
         tried.append(settings.learning_rate)
         return abs(settings.learning_rate - 0.03)
 
@@ -210,7 +214,7 @@ def test_sweep_grows_until_the_best_rate_is_inside(monkeypatch: pytest.MonkeyPat
 def test_the_demo_uses_the_recorded_sweep() -> None:
     recorded = json.loads((ROOT / "docs/results/lr_sweep.json").read_text())["final_valid_loss"]
     for optimizer, losses in recorded.items():
-        assert float(min(losses, key=losses.__getitem__)) == demo.LEARNING_RATES[optimizer]
+        assert float(min(losses, key=losses.__getitem__)) == recipes.LEARNING_RATES[optimizer]
         assert len(losses) >= 5
 
 
