@@ -2,6 +2,17 @@
 
 A rank that stops alone leaves the others waiting in their next collective, for minutes and without a reason. So what
 may fail on one rank is done under :class:`Ranks`: all ranks learn of the failure, and all of them raise it.
+
+Work that communicates is done in steps: each exchange in it is one of the same :class:`Ranks`, or follows one of theirs
+with nothing between that may fail. Then a rank that has stopped meets the others in the next one, whichever it is::
+
+    def build():
+        mine = look()                   # a rank that fails here ends all of them ...
+        ranks.gather(lambda: mine)      # ... here
+        check()                         # and one that fails here ...
+        return mine
+
+    ranks.together(build)               # ... here
 """
 
 from __future__ import annotations
@@ -14,9 +25,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["Ranks", "is_on_all_ranks"]
+__all__ = ["Ranks", "ranks_with"]
 
-_SHARED = "raised_on_all_ranks"
+_SHARED = "shared_by"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +38,14 @@ class _Outcome:
     value: bytes = b""
     error: bytes = b""
     trace: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """Who has raised an error together, and by which groups they have agreed."""
+
+    ranks: frozenset[int]
+    groups: tuple[dist.ProcessGroup, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +81,28 @@ class Ranks:
 
         Raises:
             Exception: on every rank, what ``work`` raised on the lowest rank that failed: the same type and message,
-                with the rank in a note. A type that cannot be pickled becomes a ``RuntimeError`` that names it.
+                with the rank in a note. A type that cannot be pickled becomes a ``RuntimeError`` that names it. What
+                these ranks have raised together within ``work`` passes through.
         """
+        if not self.groups:
+            return [work()]
         own: BaseException | None = None
         try:
-            mine = _Outcome(_rank(), value=pickle.dumps(work()))
+            mine = _Outcome(dist.get_rank(), value=pickle.dumps(work()))
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # torch's CheckpointException is no Exception
+            shared = getattr(error, _SHARED, None)
+            if shared is not None and shared.groups == self.groups:
+                raise
             own = error
-            mine = _Outcome(_rank(), error=_pickled(error), trace=traceback.format_exc())
+            mine = _Outcome(dist.get_rank(), error=_pickled(error), trace=traceback.format_exc())
         outcomes = [mine]
         for group in self.groups:
             gathered: list[Any] = [None] * group.size()
             dist.all_gather_object(gathered, outcomes, group=group)
             outcomes = [outcome for part in gathered for outcome in part]
-        _raise_first(outcomes, own)
+        self._raise_first(outcomes, mine, own)
         return [pickle.loads(outcome.value) for outcome in outcomes]
 
     def together[T](self, work: Callable[[], T]) -> T:
@@ -91,29 +116,31 @@ class Ranks:
         found: Sequence[T | None] = self.gather(lambda: work() if self.is_first else None)
         return found[0]  # type: ignore[return-value]  # the first rank's
 
-
-def is_on_all_ranks(error: BaseException) -> bool:
-    """Whether all ranks that had to agree have raised ``error``: then one of them is enough to tell the user."""
-    return getattr(error, _SHARED, False)
-
-
-def _raise_first(outcomes: Sequence[_Outcome], own: BaseException | None) -> None:
-    """Raise the error of the lowest rank that has one, if any has."""
-    failed = [outcome for outcome in outcomes if outcome.error]
-    if not failed:
-        return
-    first = min(failed, key=lambda outcome: outcome.rank)
-    if own is not None and first.rank == _rank():
-        error, cause = own, own.__cause__
-    else:
-        error, cause = pickle.loads(first.error), own
+    def _raise_first(self, outcomes: Sequence[_Outcome], mine: _Outcome, own: BaseException | None) -> None:
+        """Raise the error of the lowest rank that has one, if any has."""
+        failed = [outcome for outcome in outcomes if outcome.error]
+        if not failed:
+            return
+        first = min(failed, key=lambda outcome: outcome.rank)
+        shared = _Shared(frozenset(outcome.rank for outcome in outcomes), self.groups)
+        if own is not None and first.error == mine.error:
+            setattr(own, _SHARED, shared)
+            raise own
+        error = pickle.loads(first.error)
         error.add_note(f"on rank {first.rank}:\n{first.trace}")
-    setattr(error, _SHARED, True)
-    raise error from cause
+        setattr(error, _SHARED, shared)
+        raise error from own
+
+
+def ranks_with(error: BaseException) -> frozenset[int]:
+    """The ranks that have raised ``error`` together, of which one is to tell the user; empty if none have agreed."""
+    shared: _Shared | None = getattr(error, _SHARED, None)
+    return frozenset() if shared is None else shared.ranks
 
 
 def _pickled(error: BaseException) -> bytes:
     """``error`` as other ranks can have it."""
+    vars(error).pop(_SHARED, None)  # of fewer ranks
     try:
         payload = pickle.dumps(error)
         if str(pickle.loads(payload)) == str(error):  # an exception with arguments of its own may lose its message
@@ -121,7 +148,3 @@ def _pickled(error: BaseException) -> bytes:
     except Exception:  # whatever its constructor makes of the arguments
         pass
     return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

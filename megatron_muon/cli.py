@@ -8,10 +8,13 @@ import importlib
 import os
 import runpy
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_muon import plugin
+from megatron_muon.agree import ranks_with
+from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.errors import ConfigError
 from megatron_muon.leaving import LeaveAtOnce
 from megatron_muon.version import __version__
@@ -92,10 +95,28 @@ def _run(args: argparse.Namespace) -> None:
         on_cpu = _prepare(args.device)
         with _noting_the_end(leaving if on_cpu else None):
             runpy.run_path(str(script), run_name="__main__")
-    except ConfigError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"megatron_muon: error: {error}", file=sys.stderr, flush=True)
+    except (ConfigError, CheckpointError) as error:
+        seconds = _seconds_before_telling(error)
+        if seconds is not None:
+            time.sleep(seconds)
+            rank = os.environ.get("RANK", "0")
+            where = "" if rank == "0" else f" on rank {rank}"
+            print(f"megatron_muon: error{where}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def _seconds_before_telling(error: BaseException) -> float | None:
+    """When this rank prints an error, so that it is seen once; None if another rank prints it.
+
+    Of ranks that have agreed on it, the first does. Otherwise nobody knows who else has it: rank 0 prints at once, then
+    the first rank of each machine, then the others. By then torchrun has ended them, unless it was theirs alone.
+    """
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    if rank != min(ranks_with(error), default=rank):
+        return None
+    if rank == 0:
+        return 0.0
+    return 2.0 if local_rank == 0 else 4.0
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint import record as records
 from megatron_muon.checkpoint import weights as model_weights
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
@@ -32,10 +32,11 @@ __all__ = ["WEIGHTS", "Request", "saved_state"]
 WEIGHTS = "weights"
 
 
-def saved_state(held: Sequence[Held], model_state: Any) -> dict[str, Any]:
-    """The state of an optimizer for ``dist_checkpointing.save``. All ranks must call this.
+def saved_state(ranks: Ranks, held: Sequence[Held], model_state: Any) -> dict[str, Any]:
+    """The state of an optimizer for ``dist_checkpointing.save``.
 
     Args:
+        ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
         held: the state of this rank, all of it created.
         model_state: the model's sharded state, with the parameters themselves in it.
 
@@ -43,7 +44,7 @@ def saved_state(held: Sequence[Held], model_state: Any) -> dict[str, Any]:
         CheckpointError: for a weight or a state that has no place in the model's tensors.
     """
     places = places_of([each.param for each in held], model_state)
-    record = _record(held, places, model_weights.sums_of(model_weights.described(model_state)))
+    record = _record(ranks, held, places, model_weights.sums_of(model_weights.described(model_state)))
     alone = set(record.alone)
     weights: dict[str, Any] = {}
     for each, place, tensors in zip(held, places, gathered(held), strict=True):
@@ -71,7 +72,7 @@ def _rule(held: Held) -> Rule:
     return Rule(held.rule, layout, tuple(sorted(held.tensors)))
 
 
-def _record(held: Sequence[Held], places: Sequence[Place], model: dict[str, int]) -> Record:
+def _record(ranks: Ranks, held: Sequence[Held], places: Sequence[Place], model: dict[str, int]) -> Record:
     """The same on all ranks."""
     pairs = [(each, place) for each, place in zip(held, places, strict=True) if each.key is not None]
     saved = [(each, place) for each, place in pairs if _replica(each, place) == (0, 0, 0)]
@@ -84,9 +85,7 @@ def _record(held: Sequence[Held], places: Sequence[Place], model: dict[str, int]
         WeightRecord(place.key, place.index, place.siblings, _rule(each), records.numbers_of(each.numbers), sums[index])
         for index, (each, place) in enumerate(saved)
     ]
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (_step(held), mine, model))
-    steps, weights, shares = zip(*everywhere, strict=True)
+    steps, weights, shares = zip(*ranks.gather(lambda: (_step(held), mine, model)), strict=True)
     return Record.of(max(steps), [weight for share in weights for weight in share], shares)
 
 
@@ -114,7 +113,10 @@ def _step(held: Sequence[Held]) -> int:
 class Request(dict[str, Any]):
     """In place of an optimizer's sharded state, until it is known what the checkpoint has.
 
+    What it does, all ranks of the model must do, under :meth:`Ranks.together`.
+
     Attributes:
+        ranks: of the model.
         held: the weights of this rank.
         places: of them.
         accept: whether the checkpoint may have other rules.
@@ -124,6 +126,7 @@ class Request(dict[str, Any]):
 
     def __init__(
         self,
+        ranks: Ranks,
         held: Sequence[Held],
         model_state: Any,
         accept: bool,
@@ -131,12 +134,14 @@ class Request(dict[str, Any]):
     ) -> None:
         """
         Args:
+            ranks: see above.
             held: the state of this rank, all of it created.
             model_state: the model's sharded state.
             accept: see above.
             buckets_of_adam: where a run of Adam alone, at this layout, had each weight in its buckets.
         """
         super().__init__()
+        self.ranks = ranks
         self.held = held
         self._buckets_of_adam = buckets_of_adam
         self.places = places_of([each.param for each in self.held], model_state)
@@ -147,7 +152,7 @@ class Request(dict[str, Any]):
         self.choices: list[list[Choice]] = []
 
     def resolve(self, stored: Stored) -> None:
-        """Decide what to read, and become the state that ``dist_checkpointing.load`` takes. All ranks must call this.
+        """Decide what to read, and become the state that ``dist_checkpointing.load`` takes.
 
         Args:
             stored: the checkpoint's contents.
@@ -182,9 +187,10 @@ class Request(dict[str, Any]):
                     weights.setdefault(place.name, {})[state] = dict(enumerate(choice.parts))
             if each.key is not None and (change := self._change(each, place, self.choices[-1])):
                 changes.append(change)
-        raise_together(problems, f"{stored.folder} cannot be resumed:", _way_out(stored))
+        raise_together(self.ranks, problems, f"{stored.folder} cannot be resumed:", _way_out(stored))
         if not self.accept:
             raise_together(
+                self.ranks,
                 changes,
                 f"{stored.folder} was trained with other rules:",
                 "Go on with the rules of the checkpoint (see the flags that name them in docs/routing.md), or add "
@@ -232,8 +238,6 @@ class Request(dict[str, Any]):
     def take_numbers(self, names: Collection[str]) -> None:
         """Give the param groups what the checkpoint has, for ``--use-checkpoint-opt_param-scheduler``.
 
-        All ranks must call this.
-
         Args:
             names: of entries of param groups.
 
@@ -247,6 +251,7 @@ class Request(dict[str, Any]):
             if record is not None and rule is not None and rule.name == each.rule:
                 found.append((place.name, each.group, record.numbers[rule.numbers]))
         raise_together(
+            self.ranks,
             [name for name, group, numbers in found if _other_transfer(group, numbers)],
             "--use-checkpoint-opt_param-scheduler: learning rates and weight decay of the checkpoint belong to another "
             "--muon-transfer (or --adam-eps) than this run's:",
@@ -298,10 +303,8 @@ class Request(dict[str, Any]):
         ]
         sums = fingerprints(tensor for _, _, tensor in checked)
         mine = [(name, state, value) for (name, state, _), value in zip(checked, sums, strict=True)]
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, mine)
         totals: dict[tuple[str, str], int] = defaultdict(int)
-        for part in everywhere:
+        for part in self.ranks.gather(lambda: mine):
             for name, state, value in part:
                 totals[name, state] = (totals[name, state] + value) % MODULUS
         damaged = [
@@ -310,6 +313,7 @@ class Request(dict[str, Any]):
             if saved.sums.get(name, {}).get(state, value) != value
         ]
         raise_together(
+            self.ranks,
             damaged,
             f"{self.stored.folder} is damaged: what was read is not what was saved:",
             "Load an earlier checkpoint (--ckpt-step), and check the storage.",

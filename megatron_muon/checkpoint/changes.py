@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from megatron_muon.checkpoint.record import Record, numbers_of
 from megatron_muon.checkpoint.sources import ESTIMATED, Choice
 
@@ -17,10 +15,10 @@ __all__ = ["describe_changes"]
 
 
 def describe_changes(request: Request, record: Record | None) -> str:
-    """Lines for rank 0. All ranks must call this.
+    """Lines for the first rank.
 
     Args:
-        request: filled.
+        request: filled; all its ranks must call this.
         record: of the checkpoint; None if it is not this package's.
     """
     stored = request.stored
@@ -34,8 +32,7 @@ def describe_changes(request: Request, record: Record | None) -> str:
         rule = None if record is None else record.rule(place.name)
         if record is not None and rule is not None and rule.name == each.rule:
             differences |= _differences(each.rule, record.numbers[rule.numbers], dict(numbers_of(each.numbers)))
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (dict(mine), differences))
+    everywhere = request.ranks.gather(lambda: (dict(mine), differences))
     lines = [f"megatron_muon: optimizer state of {stored.folder}, after {stored.step} updates"]
     carried: Counter[str] = Counter()
     for counts, _ in everywhere:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch.distributed as dist
+from megatron_muon.agree import Ranks
 
 __all__ = ["CheckpointError", "raise_together"]
 
@@ -15,12 +15,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be used as asked; the message says why and what to do."""
 
 
-def raise_together(problems: Iterable[str], title: str, way_out: str = "") -> None:
-    """Compare the problems of all ranks, and raise the same error on all of them.
-
-    All ranks must call this.
+def raise_together(ranks: Ranks, problems: Iterable[str], title: str, way_out: str = "") -> None:
+    """Put the problems of all ranks together, and raise the same error on all of them.
 
     Args:
+        ranks: all of them must call this.
         problems: of this rank, one line each.
         title: first line of the message.
         way_out: last line.
@@ -28,10 +27,12 @@ def raise_together(problems: Iterable[str], title: str, way_out: str = "") -> No
     Raises:
         CheckpointError: if any rank has a problem.
     """
-    everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, list(problems))
-    found = sorted({problem for each in everywhere for problem in each})
-    if found:
+    found = sorted(set().union(*ranks.gather(lambda: list(problems))))
+
+    def fail() -> None:
         more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
         lines = [title, *(f"  {problem}" for problem in [*found[:SHOWN], *more]), way_out]
         raise CheckpointError("\n".join(filter(None, lines)))
+
+    if found:
+        ranks.together(fail)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
+from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import raise_together
 from megatron_muon.checkpoint.fingerprint import MODULUS, fingerprints
 from megatron_muon.checkpoint.keys import name_of
@@ -71,12 +71,13 @@ def sums_of(tensors: Described, counts: Callable[[ShardedTensor], bool] = lambda
     return dict(totals)
 
 
-def check(tensors: Described, loaded: Any, stored: Stored) -> None:
-    """Compare what was read with what was saved. All ranks must call this.
+def check(ranks: Ranks, tensors: Described, loaded: Any, stored: Stored) -> None:
+    """Compare what was read with what was saved.
 
     Tensors that the checkpoint has in another shape (the padding of a vocabulary) or in other numbers are left out.
 
     Args:
+        ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
         tensors: the descriptions of what was asked for, from before it was read.
         loaded: what ``dist_checkpointing.load`` returned.
         stored: the checkpoint's contents.
@@ -94,13 +95,12 @@ def check(tensors: Described, loaded: Any, stored: Stored) -> None:
     def counts(part: ShardedTensor) -> bool:
         return stored.shapes.get(part.key) == (tuple(part.global_shape), part.data.dtype)
 
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, sums_of(read, counts))
     totals: dict[str, int] = defaultdict(int)
-    for sums in everywhere:
+    for sums in ranks.gather(lambda: sums_of(read, counts)):
         for name, value in sums.items():
             totals[name] = (totals[name] + value) % MODULUS
     raise_together(
+        ranks,
         [f"weight {name}" for name, value in sorted(totals.items()) if saved.get(name, value) != value],
         f"{stored.folder} is damaged: what was read is not what was saved:",
         "Load an earlier checkpoint (--ckpt-step), and check the storage.",

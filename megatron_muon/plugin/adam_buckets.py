@@ -18,24 +18,18 @@ from megatron_muon.checkpoint.stored import Stored
 __all__ = ["buckets_of_adam"]
 
 
-def buckets_of_adam(
-    chunks: Sequence[torch.nn.Module], stored: Stored, groups: Any = None
-) -> dict[torch.nn.Parameter, Bucket]:
+def buckets_of_adam(chunks: Sequence[torch.nn.Module], stored: Stored, groups: Any) -> dict[torch.nn.Parameter, Bucket]:
     """The place of every weight in the buckets of a checkpoint.
 
     Args:
         chunks: the model on this rank.
         stored: the checkpoint's contents.
-        groups: Megatron-Core's ``ProcessGroupCollection``; None for that of ``parallel_state``.
+        groups: Megatron-Core's ``ProcessGroupCollection`` of the model.
 
     Returns:
         empty if the buckets are not those that Adam has at this layout.
     """
     args = stored.common.get("args")
-    if groups is None:
-        from megatron.core.process_groups_config import ProcessGroupCollection
-
-        groups = ProcessGroupCollection.use_mpu_process_groups()
     if not stored.buckets or not _same_layout(args, groups):
         return {}
     for size in _bucket_sizes(args):

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_muon._patching import Patch
+from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint import folders
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.stored import read_metadata
@@ -52,9 +52,7 @@ def _with_old_marks_removed(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_local(checkpoint_dir):
-            if dist.get_rank() == 0:
-                folders.forget(Path(checkpoint_dir))
-            dist.barrier()
+            Ranks.of_world().from_first(lambda: folders.forget(Path(checkpoint_dir)))
         return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     return save
@@ -91,8 +89,13 @@ def _with_marks_checked(original: Callable[..., Any]) -> Callable[..., Any]:
     def _get_checkpoint_format(checkpoint_name: Any, args: Any) -> Any:
         folder = Path(str(checkpoint_name))
         expected = args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format
-        if expected and _is_local(checkpoint_name) and _has_data(folder):
-            folders.check_marks(folder)
+
+        def check() -> None:
+            if _has_data(folder):
+                folders.check_marks(folder)
+
+        if expected and _is_local(checkpoint_name):
+            Ranks.of_world().together(check)  # the checkpoint is the run's
         return original(checkpoint_name, args)
 
     return _get_checkpoint_format
@@ -110,7 +113,8 @@ def _with_recovery(original: Callable[[str], tuple[int, bool]]) -> Callable[[str
             return original(tracker_filename)
         root = Path(tracker_filename).parent
         # Ranks may see a shared file system at different moments, but must decide alike.
-        problem, iteration = _from_first_rank(lambda: (folders.interruption(root), folders.newest(root)))
+        ranks = Ranks.of_world()
+        problem, iteration = ranks.from_first(lambda: (folders.interruption(root), folders.newest(root)))
         if problem is None:
             return original(tracker_filename)
         if iteration is None:
@@ -118,7 +122,7 @@ def _with_recovery(original: Callable[[str], tuple[int, bool]]) -> Callable[[str
                 f"{root}: {problem}, and no checkpoint of --ckpt-format torch_dist there is whole. Write the iteration "
                 f"to load into {tracker_filename}, or start anew with another --load."
             )
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if ranks.is_first:
             print(
                 f"megatron_muon: {root}: {problem} (its writing was interrupted); resuming from the newest whole "
                 f"checkpoint, iteration {iteration}",
@@ -127,15 +131,6 @@ def _with_recovery(original: Callable[[str], tuple[int, bool]]) -> Callable[[str
         return iteration, False
 
     return read_metadata
-
-
-def _from_first_rank(find: Callable[[], Any]) -> Any:
-    """What rank 0 finds, on all ranks."""
-    if not dist.is_initialized():
-        return find()
-    found = [find() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
 
 
 def _is_local(path: Any) -> bool:

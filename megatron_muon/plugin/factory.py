@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Patch, PatchSet
+from megatron_muon.agree import Ranks
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.plugin import options
+from megatron_muon.plugin.groups import groups_or_default, ranks_of
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_layer_wise, is_ours
 from megatron_muon.plugin.optimizer_state import leaves
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
@@ -54,31 +57,60 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
             for chunk in model_chunks:
                 annotate(chunk, options.without_refusal(), adapters=False)
             return original(config, model_chunks, config_overrides, pg_collection)
-        muon = check_optimizer_config(config)
-        _route(config, model_chunks, muon)
-        groups = pg_collection or _default_groups()
-        _check_groups(groups)
-        _check_buffers(config, model_chunks)
-        # A copy: Megatron adds its own entries to the caller's dictionary.
-        others = config_overrides or {}
-        ours = _on_all_ranks(lambda: group_overrides(config, muon, model_chunks, others))
-        overrides = {**others, **ours}
-        optimizer = original(config, model_chunks, overrides, pg_collection)
-        _check_partition(optimizer, model_chunks, groups)
-        watch([part.optimizer for part, _ in leaves(optimizer)], config.optimizer)
-        _print_report(muon, config, model_chunks, groups, _planned(optimizer))
-        return optimizer
+        ranks = ranks_of(pg_collection)
+
+        def build() -> Any:
+            groups = groups_or_default(pg_collection)
+            muon = check_optimizer_config(config)
+            _route(config, model_chunks, muon, ranks)
+            _check_groups(groups)
+            _check_buffers(config, model_chunks)
+            # A copy: Megatron adds its own entries to the caller's dictionary.
+            others = config_overrides or {}
+            overrides = {**others, **group_overrides(config, muon, model_chunks, others)}
+            with _aligning_among(ranks):
+                optimizer = original(config, model_chunks, overrides, pg_collection)
+            _check_partition(optimizer, model_chunks, groups, ranks)
+            watch([part.optimizer for part, _ in leaves(optimizer)], config.optimizer)
+            _print_report(muon, config, model_chunks, groups, ranks, _planned(optimizer))
+            return optimizer
+
+        return ranks.together(build)
 
     return _get_megatron_emerging_optimizer
 
 
-def _route(config: Any, model_chunks: Sequence[torch.nn.Module], muon: MuonConfig) -> None:
+@contextlib.contextmanager
+def _aligning_among(ranks: Ranks) -> Iterator[None]:
+    """Within, what Megatron-Core gathers from all ranks of the run, the keys of param groups, is gathered from these.
+
+    A rank that has failed before would leave the others there; and ranks that have no part in this model, or another
+    optimizer for theirs, would have to come.
+    """
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
+            if group is None:
+                object_list[:] = ranks.gather(lambda: obj)
+            else:
+                original(object_list, obj, group)
+
+        return all_gather_object
+
+    patch = Patch("torch.distributed:all_gather_object", make, "a model need not live on all ranks", copies_in=())
+    patches = PatchSet("megatron_muon.factory", [patch])
+    patches.apply()
+    try:
+        yield
+    finally:
+        patches.revert()
+
+
+def _route(config: Any, model_chunks: Sequence[torch.nn.Module], muon: MuonConfig, ranks: Ranks) -> None:
     """Decide about every weight; a rule of the user must match somewhere in the whole model.
 
     Raises:
-        ConfigError: from :func:`annotate`, on every rank with the message of the first that has one: the ranks that
-            have no such weight would wait for the others in the next collective. Or if the optimizer is for weights of
-            a direction that no rank has.
+        ConfigError: from :func:`annotate`. Or if the optimizer is for weights of a direction that no rank has.
     """
 
     def route() -> tuple[set[str], bool]:
@@ -87,36 +119,9 @@ def _route(config: Any, model_chunks: Sequence[torch.nn.Module], muon: MuonConfi
             check_adapters(global_names(chunk), config, muon)
         return matched, any(map(has_stiefel, model_chunks))
 
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, _on_all_ranks(route))
+    gathered = ranks.gather(route)
     refuse_unmatched(muon, set().union(*(rules for rules, _ in gathered)))
     check_stiefel(config.optimizer, any(found for _, found in gathered))
-
-
-def _on_all_ranks[T](work: Callable[[], T]) -> T:
-    """The result of ``work``, which every rank does for itself.
-
-    Raises:
-        ConfigError: on all ranks, with the message of the first that has one: the others would wait for it in the next
-            collective.
-    """
-    result, problem = None, None
-    try:
-        result = work()
-    except ConfigError as error:
-        problem = str(error)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, problem)
-    for message in gathered:
-        if message is not None:
-            raise ConfigError(message)
-    return cast("T", result)
-
-
-def _default_groups() -> Any:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def _check_groups(groups: Any) -> None:
@@ -169,7 +174,7 @@ def _check_ownership(chunk: torch.nn.Module) -> None:
             )
 
 
-def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], groups: Any) -> None:
+def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], groups: Any, ranks: Ranks) -> None:
     """Every trainable weight is updated by exactly one optimizer, on one rank if layer-wise and on all otherwise.
 
     Raises:
@@ -178,6 +183,7 @@ def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], gr
     layer_wise = any(type(part).__name__ == "LayerWiseDistributedOptimizer" for part in _parts(optimizer))
     held, sliced = _held_params(optimizer)
     counted: dict[str, int] = {}
+    parts: list[tuple[list[tuple[str, torch.nn.Parameter]], torch.Tensor, Any]] = []
     for experts, group_name in ((False, "dp_cp"), (True, "expt_dp")):
         named = [
             (name, param)
@@ -186,8 +192,12 @@ def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], gr
             if param.requires_grad and _is_expert_parallel(param) == experts
         ]
         counts = torch.tensor([held[param] for _, param in named], dtype=torch.int32, device=_device())
-        if layer_wise and len(named) > 0:
-            dist.all_reduce(counts, group=getattr(groups, group_name))  # each weight has one owner in the group
+        parts.append((named, counts, getattr(groups, group_name, None)))
+    ranks.together(lambda: None)  # whoever has failed so far must not be missed in what follows
+    for named, counts, group in parts:
+        if layer_wise and len(named) > 0 and group is not None:
+            dist.all_reduce(counts, group=group)  # each weight has one owner in the group
+    for named, counts, _ in parts:
         # .tolist() waits for the device once, when the optimizer is built.
         for (name, param), count in zip(named, counts.tolist(), strict=True):
             counted[name] = count + (param in sliced)
@@ -241,9 +251,14 @@ def _planned(optimizer: Any) -> list[str]:
 
 
 def _print_report(
-    muon: MuonConfig, config: Any, model_chunks: Sequence[torch.nn.Module], groups: Any, planned: list[str]
+    muon: MuonConfig,
+    config: Any,
+    model_chunks: Sequence[torch.nn.Module],
+    groups: Any,
+    ranks: Ranks,
+    planned: list[str],
 ) -> None:
-    """Gather the routes of all pipeline stages and experts, and print the table on rank 0."""
+    """Gather the routes of all pipeline stages and experts, and print the table on the first rank of the model."""
     from megatron.core.utils import get_model_config
 
     routes: list[report.Route] = []
@@ -264,10 +279,8 @@ def _print_report(
             routes += collect(dense)
         if _is_first(groups, "expt_tp", "expt_dp"):
             routes += collect(experts)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, routes)
-    if dist.get_rank() == 0:
-        everything = [route for part in gathered for route in part]
+    everything = [route for part in ranks.gather(lambda: routes) for route in part]
+    if ranks.is_first:
         notes = [*_notes(muon, config, groups), *_transfer_notes(muon, model_chunks), *planned]
         text = report.render(everything, muon, notes=notes, optimizer=config.optimizer)
         print(f"megatron_muon {__version__}\n{text}", flush=True)

@@ -28,7 +28,9 @@ from megatron_muon.engine.shards import shard_of
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.stiefel_solvers import SOLVERS
 from megatron_muon.plugin import options
+from megatron_muon.plugin.groups import ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
+from megatron_muon.plugin.ownership import annotate_for_buffers
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
 __all__ = ["balanced_together", "keeps_upstream_lists", "patches"]
@@ -215,7 +217,11 @@ def balanced_together(count: int, pg_collection: Any = None) -> Iterator[None]:
 def _with_all_chunks(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     @functools.wraps(original)
     def wrap_model_chunks_with_ddp(model_chunks: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
-        with balanced_together(len(model_chunks), kwargs.get("pg_collection")):
+        groups = kwargs.get("pg_collection")
+        if kwargs.get("use_layer_wise_distributed_optimizer", False):
+            # Megatron-Core asks for it again; here all ranks hear of it if one cannot.
+            ranks_of(groups).together(lambda: annotate_for_buffers(model_chunks))
+        with balanced_together(len(model_chunks), groups):
             return original(model_chunks, *args, **kwargs)
 
     return wrap_model_chunks_with_ddp

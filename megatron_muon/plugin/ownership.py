@@ -14,7 +14,7 @@ from megatron_muon.routing.annotate import annotate, tag
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
-__all__ = ["patches"]
+__all__ = ["annotate_for_buffers", "patches"]
 
 _OPTIMIZER = "megatron.core.optimizer"
 
@@ -59,11 +59,16 @@ def _is_managed_by_layer_wise_optimizer(param: torch.nn.Parameter) -> bool:
 def _with_annotation(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def tag_params_for_buffer_routing(model_chunks: Sequence[torch.nn.Module]) -> None:
-        for chunk in model_chunks:
-            annotate(chunk, options.without_refusal(), adapters=False)
+        annotate_for_buffers(model_chunks)
         original(model_chunks)
 
     return tag_params_for_buffer_routing
+
+
+def annotate_for_buffers(model_chunks: Sequence[torch.nn.Module]) -> None:
+    """Put the tags and layouts on the weights by which DDP's buffers are chosen; whatever is wrong is told later."""
+    for chunk in model_chunks:
+        annotate(chunk, options.without_refusal(), adapters=False)
 
 
 def _with_layout(original: Callable[..., None]) -> Callable[..., None]:

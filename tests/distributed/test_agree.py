@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_muon.agree import Ranks, is_on_all_ranks
+from megatron_muon.agree import Ranks, ranks_with
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.errors import ConfigError
 from tests.pool import RankPool
@@ -50,7 +50,7 @@ def fail_on(failing: list[int], kind: str) -> dict[str, Any]:
         try:
             answer[name] = getattr(ranks, name)(work)
         except Exception as error:
-            answer[name] = (type(error).__name__, str(error), is_on_all_ranks(error), getattr(error, "__notes__", []))
+            answer[name] = (type(error).__name__, str(error), ranks_with(error), getattr(error, "__notes__", []))
     return answer
 
 
@@ -62,17 +62,49 @@ def test_values(pool: RankPool) -> None:
 @pytest.mark.parametrize("kind", ERRORS)
 def test_a_failure_of_one_rank_is_raised_on_all(pool: RankPool, kind: str) -> None:
     error = ERRORS[kind]()
-    expected = (type(error).__name__, str(error), True)
+    expected = (type(error).__name__, str(error), {0, 1, 2, 3})
     if kind == "odd":
-        expected = ("RuntimeError", "OddError: this and that", True)
+        expected = ("RuntimeError", "OddError: this and that", {0, 1, 2, 3})
     for rank, answer in enumerate(pool.run(fail_on, 4, [2, 3], kind)):
         for name in ("gather", "together"):
-            if rank == 2 and kind == "odd":  # its own is whole
+            if rank in (2, 3) and kind == "odd":  # their own is whole
                 assert answer[name][:2] == ("OddError", "this and that")
             else:
                 assert answer[name][:3] == expected
-            assert rank == 2 or "on rank 2" in answer[name][3][0]
+            if rank in (2, 3):
+                assert answer[name][3] == []
+            else:
+                assert "on rank 2" in answer[name][3][0]
         assert answer["from_first"] == 0
+
+
+def steps(failing: int, step: int) -> tuple[str, frozenset[int]]:
+    """Work with exchanges in it, one of them on fewer ranks; a rank fails before, within, between or after them."""
+    ranks = grid()
+    row = Ranks(ranks.groups[:1])
+
+    def part(number: int) -> None:
+        if (dist.get_rank(), step) == (failing, number):
+            raise KeyError(number)
+
+    def work() -> None:
+        part(0)
+        ranks.gather(lambda: part(1))
+        part(2)
+        ranks.together(lambda: None)
+        row.gather(lambda: part(3))
+        part(4)
+
+    try:
+        ranks.together(work)
+    except KeyError as error:
+        return str(error), ranks_with(error)
+    return "", frozenset()
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_rank_that_fails_between_exchanges_meets_the_others_in_the_next(pool: RankPool, step: int) -> None:
+    assert pool.run(steps, 4, 2, step, timeout=20) == [(str(step), {0, 1, 2, 3})] * 4
 
 
 def unpicklable() -> str:

@@ -126,8 +126,8 @@ def build_model(
     return chunks
 
 
-def wrap(chunks: list, layout: Layout, *, param_layout: bool = True) -> list:
-    """DDP around the chunks, by Megatron's own function."""
+def wrap(chunks: list, layout: Layout, *, param_layout: bool = True, groups: Any = None) -> list:
+    """DDP around the chunks, by Megatron's own function; ``groups``: the model's, if not those of parallel_state."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.training.training import wrap_model_chunks_with_ddp
 
@@ -140,6 +140,7 @@ def wrap(chunks: list, layout: Layout, *, param_layout: bool = True) -> list:
         ddp_config,
         use_layer_wise_distributed_optimizer=layout.layer_wise,
         use_layer_wise_param_layout=param_layout,
+        pg_collection=groups,
     )
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from megatron_muon.agree import ranks_with
 from megatron_muon.errors import ConfigError
+from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
 
@@ -19,7 +26,7 @@ def ranks_of_layout(layout: Layout) -> list[int]:
     return ranks_of(None).gather(dist.get_rank)
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2, cp=2), Layout(tp=2, pp=2, ep=2)], ids=repr)
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2, cp=2), Layout(tp=2, pp=2, ep=2, etp=1)], ids=repr)
 def test_the_ranks_of_parallel_state(pool: RankPool, layout: Layout) -> None:
     for found in pool.run(ranks_of_layout, 4, layout):
         assert sorted(found) == [0, 1, 2, 3]
@@ -56,3 +63,203 @@ def test_the_ranks_of_a_model_with_groups_of_its_own(pool: RankPool) -> None:
         assert answer["replicas"] == answer["no mp"] == answer["not divided"] == mine
         assert "pg_collection without dp_cp" in answer["context"]
         assert "pg_collection without mp" in answer["nothing"]
+
+
+# --- a failure of one rank, or of one stage --------------------------------------------------------------------------
+
+
+def failure(work: Callable[[], Any]) -> tuple[str, str, set[int], str]:
+    """Type and message of what ``work`` raises, the ranks that have it, and what is said about the first."""
+    try:
+        work()
+    except Exception as error:
+        notes = getattr(error, "__notes__", [""])
+        return type(error).__name__, str(error), set(ranks_with(error)), notes[0].partition(":")[0]
+    return "", "", set(), ""
+
+
+def build(layout: Layout, options: dict[str, Any]) -> tuple[str, str, set[int], str]:
+    return failure(lambda: harness.start(layout, **options))
+
+
+EXPERTS_ON_THE_SECOND_STAGE = {
+    "num_moe_experts": 2,
+    "moe_layer_freq": [0, 0, 1, 1],
+    "moe_router_load_balancing_type": "none",
+    "moe_token_dispatcher_type": "alltoall",
+    "add_bias_linear": False,
+}
+
+
+def test_a_refusal_that_one_stage_meets(pool: RankPool) -> None:
+    """Megatron-Core's layer-wise layout has no place for experts under Adam; the first stage has none."""
+    layout = Layout(pp=2, ep=2, layer_wise=True)
+    options = {"optimizer": {"muon_param_rule": ("*experts*=adam",)}, "early": True, **EXPERTS_ON_THE_SECOND_STAGE}
+    results = pool.run(build, 4, layout, options)
+    assert len({message for _, message, _, _ in results}) == 1
+    for rank, (kind, message, ranks, note) in enumerate(results):
+        assert (kind, ranks) == ("ConfigError", {0, 1, 2, 3})
+        assert ".experts." in message and "Add --no-use-layer-wise-param-layout" in message
+        assert note == ("" if rank >= 2 else "on rank 2")
+
+
+PLACES = [
+    "megatron_muon.plugin.ownership.annotate",
+    "megatron_muon.plugin.factory.annotate",
+    "megatron_muon.plugin.factory.group_overrides",
+    "megatron.core.optimizer._get_qkv_split_shapes",
+    "megatron.core.optimizer._create_emerging_optimizer",
+    "megatron_muon.plugin.factory._held_params",
+    "megatron_muon.plugin.factory._planned",
+    "megatron_muon.plugin.factory._is_first",
+]
+"""From the first routing decision to the report, with Megatron-Core's own part between."""
+
+
+def break_on_rank_1(place: str, layout: Layout) -> tuple[str, str, set[int], str]:
+    """A bug in ``place`` that one rank meets."""
+    import megatron_muon
+
+    megatron_muon.install()
+    broken = mock.patch(place, side_effect=KeyError("in_proj"))
+    with broken if dist.get_rank() == 1 else contextlib.nullcontext():
+        return failure(lambda: harness.start(layout))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_bug_that_one_rank_meets(pool: RankPool, place: str) -> None:
+    results = pool.run(break_on_rank_1, 2, place, Layout(layer_wise=True), timeout=30)
+    assert results == [("KeyError", "'in_proj'", {0, 1}, note) for note in ("on rank 1", "")]
+
+
+# --- a model on some of the ranks ------------------------------------------------------------------------------------
+
+MEMBERS = (1, 3)
+
+
+def train_on_some_ranks(layer_wise: bool, wrong_on: int | None) -> Any:
+    """Ranks 1 and 3 hold copies of a model, in groups of its own; 0 and 2 do something else with each other.
+
+    Returns:
+        of the others, their sum; of the members, what has failed, or the losses, the first of the weights, and how many
+        weights are in the record of a checkpoint.
+    """
+    import megatron_muon
+
+    megatron_muon.install()
+    layout = Layout(layer_wise=layer_wise)
+    layout.initialize()
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    rank = dist.get_rank()
+    members, others = dist.new_group(list(MEMBERS)), dist.new_group([0, 2])
+    alone = [dist.new_group([each]) for each in range(4)][rank]
+    if rank not in MEMBERS:
+        found = torch.tensor([rank])
+        dist.all_reduce(found, group=others)
+        return found.item()
+    one = dict.fromkeys(("tp", "pp", "mp", "cp", "ep", "expt_tp", "tp_ep_pp"), alone)
+    many = dict.fromkeys(("dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp", "intra_dist_opt"), members)
+    groups = ProcessGroupCollection(**one, **many)
+    rule = {"muon_param_rule": ("*.linear_fc2.weight=adam",)} if rank == wrong_on else {}
+
+    def train() -> Any:
+        (chunk,) = harness.wrap(harness.build_model(layout, num_layers=2), layout, groups=groups)
+        config = harness.optimizer_config(layout, **rule)
+        optimizer = get_megatron_optimizer(config, [chunk], pg_collection=groups)
+        losses = []
+        for step in range(3):
+            batch = next(iter(harness.COUNTING.micro_batches(step, rank, 1)))
+            sequence = batch["tokens"].shape[1]
+            positions, mask = torch.arange(sequence)[None], torch.ones(1, 1, sequence, sequence).tril() < 0.5
+            chunk.zero_grad_buffer()
+            loss = chunk(batch["tokens"], positions, mask, labels=batch["labels"]).float().mean()
+            loss.backward()
+            chunk.finish_grad_sync()
+            optimizer.step()
+            losses.append(loss.item())
+        model = {"model": harness.unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": members})}
+        saved = optimizer.sharded_state_dict(model, metadata=harness.CHECKPOINT_METADATA)
+        weights = torch.cat([param.detach().flatten() for param in chunk.parameters()])
+        return losses, weights.double().sum().item(), len(saved["megatron_muon"]["weights"])
+
+    result: list[Any] = []
+    problem = failure(lambda: result.append(train()))
+    return result[0] if result else problem
+
+
+def test_a_model_with_groups_of_its_own_fails_by_itself(pool: RankPool) -> None:
+    """Rank 3 alone has a rule, of which DDP's buffers know nothing."""
+    results = pool.run(train_on_some_ranks, 4, True, 3)
+    assert results[0] == results[2] == 2
+    assert results[1][0] == results[3][0] == "ConfigError"
+    assert results[1][2] == results[3][2] == {1, 3}
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+CHECKPOINTS = "megatron_muon.checkpoint"
+SAVING = [
+    "megatron_muon.plugin.checkpointing.held_by",
+    f"{CHECKPOINTS}.canonical.places_of",
+    f"{CHECKPOINTS}.weights.sums_of",
+    f"{CHECKPOINTS}.canonical.layout_text",
+]
+LOADING = [
+    "megatron_muon.plugin.checkpointing.held_by",
+    f"{CHECKPOINTS}.canonical.places_of",
+    f"{CHECKPOINTS}.stored.check_files",
+    f"{CHECKPOINTS}.canonical.choose",
+    "megatron.core.dist_checkpointing.strategies.torch.TorchDistLoadShardedStrategy.load",
+    f"{CHECKPOINTS}.weights.sums_of",
+    f"{CHECKPOINTS}.canonical.scatter",
+    f"{CHECKPOINTS}.replicas.fingerprints",
+    f"{CHECKPOINTS}.changes.numbers_of",
+]
+
+
+def save_and_load(folder: str) -> list[tuple[str, tuple[str, str, set[int], str]]]:
+    """What comes of a bug on rank 1 in each of these places; then of none."""
+    run = harness.start(Layout(layer_wise=True), num_layers=1)
+    run.losses(1)
+    answers = []
+
+    def attempt(place: str, work: Callable[[], Any]) -> None:
+        wrong = dist.get_rank() == 1 and place != ""
+        error = OSError(5, "Input/output error")
+        with mock.patch(place, side_effect=error) if wrong else contextlib.nullcontext():
+            answers.append((place, failure(work)))
+
+    for place in SAVING:
+        attempt(place, lambda: run.optimizer.sharded_state_dict(harness.model_state(run.chunks)))
+    attempt("", lambda: harness.save_run(run, folder))
+    for place in [*LOADING, ""]:
+        attempt(place, lambda: harness.load_run(run, folder))
+    return answers
+
+
+def test_a_bug_that_one_rank_meets_with_a_checkpoint(pool: RankPool, tmp_path: Path) -> None:
+    for answers in pool.run(save_and_load, 2, str(tmp_path / "checkpoint")):
+        assert [place for place, _ in answers] == [*SAVING, "", *LOADING, ""]
+        for place, (kind, message, ranks, _) in answers:
+            assert (place, ranks) == (place, {0, 1} if place else set())
+            assert ("Input/output error" in message) == bool(place)
+            assert kind in (("OSError", "CheckpointError") if place else ("",))
+
+
+def save_over(folder: str) -> tuple[str, str, set[int], str]:
+    import megatron_muon
+
+    megatron_muon.install()
+    from megatron.core import dist_checkpointing
+
+    return failure(lambda: dist_checkpointing.save({"step": 1}, folder))
+
+
+def test_storage_that_fails_the_first_rank_alone(pool: RankPool, tmp_path: Path) -> None:
+    """It takes the marks of an old checkpoint away for all; here one of them is no file."""
+    (tmp_path / ".metadata").mkdir()
+    first, second = pool.run(save_over, 2, str(tmp_path), timeout=30)
+    assert first[:3] == second[:3]
+    assert (first[0], first[2]) == ("IsADirectoryError", {0, 1})

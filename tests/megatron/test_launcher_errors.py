@@ -1,0 +1,78 @@
+"""An error under the launcher is told once, by a rank that has it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_muon.agree import Ranks
+from megatron_muon.cli import _seconds_before_telling
+from megatron_muon.errors import ConfigError
+from tests.pool import RankPool
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 120
+ALONE = """
+import os, time
+from megatron_muon.checkpoint.errors import CheckpointError
+if os.environ["RANK"] == "1":
+    raise CheckpointError("the storage is gone")
+time.sleep(100)
+"""
+BOTH = """
+from megatron_muon import ConfigError
+raise ConfigError("--flag 3: give 4.")
+"""
+
+
+@pytest.mark.parametrize(
+    "script,line",
+    [
+        (ALONE, "megatron_muon: error on rank 1: the storage is gone"),
+        (BOTH, "megatron_muon: error: --flag 3: give 4."),
+    ],
+    ids=["rank 1 alone", "both"],
+)
+def test_an_error_is_told_once(tmp_path: Path, script: str, line: str) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*start, "-m", "megatron_muon", "run", "--device", "cpu", str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    assert [text for text in result.stderr.splitlines() if "megatron_muon: error" in text] == [line]
+    assert "exitcode  : 2" in result.stderr and str(path) not in result.stderr  # no traceback
+
+
+def who_tells(shared: bool) -> float | None:
+    """Ranks 1 and 2 of three have a model of their own, and fail."""
+    import torch.distributed as dist
+
+    ranks = Ranks((dist.new_group([1, 2]),))
+    if dist.get_rank() == 0:
+        return -1.0
+
+    def fail() -> None:
+        raise ConfigError("--flag 3: give 4.")
+
+    try:
+        ranks.together(fail) if shared else fail()
+    except ConfigError as error:
+        return _seconds_before_telling(error)
+    return -1.0
+
+
+def test_the_first_of_the_ranks_that_share_an_error_tells_it(pool: RankPool) -> None:
+    assert pool.run(who_tells, 3, True) == [-1.0, 4.0, None]
+    assert pool.run(who_tells, 3, False) == [-1.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize("rank,local_rank,seconds", [("0", "0", 0.0), ("8", "0", 2.0), ("9", "1", 4.0)])
+def test_rank_0_and_the_first_of_each_machine_do_not_wait_for_others(
+    monkeypatch: pytest.MonkeyPatch, rank: str, local_rank: str, seconds: float
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert _seconds_before_telling(ConfigError("--flag 3: give 4.")) == seconds
