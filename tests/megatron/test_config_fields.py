@@ -373,7 +373,7 @@ def test_options_of_another_optimizer_are_those_that_act_on_it(pool: RankPool) -
     assert pool.run(beside_adam, 1)[0] == ("accept", "error", 5)
 
 
-def parsed(flags: str, install_at: str, given: dict[str, Any] | None) -> tuple[Any, str]:
+def parsed(flags: str, install_at: str, given: dict[str, Any] | None) -> tuple[Any, ...]:
     """The options that Megatron makes of a command line, and what is said; ``install()`` comes at one of the stages."""
     import megatron_muon
 
@@ -396,9 +396,10 @@ def parsed(flags: str, install_at: str, given: dict[str, Any] | None) -> tuple[A
             config, _ = training.get_megatron_optimizer_config(args)
         except ConfigError as error:
             return str(error), ""
-    muon = MuonConfig.from_optimizer_config(config) if config.optimizer == "muon" else None
     lines = [line for line in said.getvalue().splitlines() if line.startswith("megatron_muon:")]
-    return muon, "\n".join(lines)
+    if config.optimizer == "adam":
+        return args.muon_log_jsonl, "\n".join(lines)  # which the recorder of every run reads
+    return MuonConfig.from_optimizer_config(config), "\n".join(lines)
 
 
 def test_options_given_to_install_are_the_defaults_of_flags(pool: RankPool) -> None:
@@ -430,4 +431,4 @@ def test_install_after_the_command_line(pool: RankPool, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", ["parsed", "checked"])
 def test_install_after_the_command_line_of_adam(pool: RankPool, stage: str) -> None:
-    assert pool.run(parsed, 1, "--optimizer adam", stage, None)[0] == (None, "")
+    assert pool.run(parsed, 1, "--optimizer adam", stage, None)[0] == ("", "")

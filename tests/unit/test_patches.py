@@ -178,7 +178,8 @@ def test_the_first_call_finds_the_plugin(tree: Path) -> None:
     code = EVERYTHING + textwrap.dedent("""
         import megatron.core.optimizer, megatron.training.training
         assert not [name for name in sys.modules if name.startswith("megatron_muon")]
-        megatron.core.optimizer.OptimizerConfig(optimizer="muon", lr=0.1)
+        config = megatron.core.optimizer.OptimizerConfig(optimizer="muon", lr=0.1, muon_router="adam")
+        assert (config.muon_router, config.muon_tp_mode) == ("adam", "auto")
         import megatron_muon
         from megatron_muon import plugin
         assert plugin.is_installed()
