@@ -18,7 +18,7 @@ from megatron_muon.routing.predicate import exclusion_reason
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
-from tests.unit.test_annotate import ParallelLora, Wrapper, megatron_class, options, self_attention
+from tests.unit.small_modules import ParallelLora, Wrapper, megatron_class, options, self_attention
 
 # All singular values 1 within 5e-4.
 EXACT = {"coefficient_type": "deepseekv4", "num_ns_steps": 10, "fp32_matmul_prec": "highest"}
