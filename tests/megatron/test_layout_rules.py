@@ -1,203 +1,56 @@
 """What each rule says about the weights of real Megatron-Core modules, row by row, at every tensor-parallel size.
 
-The order of the rows is written out from the sizes of the model (:mod:`tests.row_orders`), and where Megatron-Core has
-a function that splits the layer's output, read off that function. Modules of large tensor-parallel groups are built on
-one rank of a group of which the other ranks are missing (torch's fake backend): their constructors exchange nothing.
+The order of the rows is written out from the sizes of the model (:mod:`tests.row_orders`); in
+:mod:`tests.megatron.test_row_splits` it is read off Megatron-Core's own functions.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from megatron_muon.config import MuonConfig
-from megatron_muon.routing.layout import SCALAR, MatrixLayout
+from megatron_muon.routing.layout import SCALAR
 from tests import row_orders
-from tests.megatron import harness
-from tests.megatron.harness import Layout
+from tests.megatron.fused_modules import (
+    EXPERTS,
+    FFN,
+    GDN,
+    GROUPS,
+    HEAD,
+    HEADS,
+    HIDDEN,
+    KEY_HEAD,
+    KEY_HEADS,
+    KV_LORA,
+    MAMBA,
+    MAMBA_HEAD,
+    MAMBA_HEADS,
+    MLA,
+    MOE,
+    MOE_FFN,
+    NOPE,
+    Q_LORA,
+    ROPE,
+    SHARED_FFN,
+    STATE,
+    VALUE,
+    VALUE_HEAD,
+    VALUE_HEADS,
+    Weight,
+    bert,
+    fused_latent_attention,
+    gpt,
+    multi_token_prediction,
+    t5_decoder_layer,
+    vision_tower,
+    weights,
+)
 from tests.pool import RankPool
 from tests.row_orders import Label
-
-HEADS, HEAD, HIDDEN, FFN = 8, 4, 32, 48
-SIZES: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": HIDDEN,
-    "num_attention_heads": HEADS,
-    "kv_channels": HEAD,
-    "num_query_groups": 2,
-    "ffn_hidden_size": FFN,
-}
-Q_LORA, KV_LORA, NOPE, ROPE, VALUE = 16, 20, 6, 4, 5
-MLA: dict[str, Any] = {
-    "multi_latent_attention": True,
-    "num_query_groups": HEADS,
-    "q_lora_rank": Q_LORA,
-    "kv_lora_rank": KV_LORA,
-    "qk_head_dim": NOPE,
-    "qk_pos_emb_head_dim": ROPE,
-    "v_head_dim": VALUE,
-    "qk_layernorm": True,
-    "rope_type": "rope",
-}
-KEY_HEADS, VALUE_HEADS, KEY_HEAD, VALUE_HEAD = 8, 16, 4, 3
-GDN: dict[str, Any] = {
-    "experimental_attention_variant": "gated_delta_net",
-    "linear_attention_freq": 2,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": KEY_HEAD,
-    "linear_value_head_dim": VALUE_HEAD,
-    "linear_num_key_heads": KEY_HEADS,
-    "linear_num_value_heads": VALUE_HEADS,
-    "attention_output_gate": True,
-}
-MOE_FFN, SHARED_FFN, EXPERTS = 24, 16, 4
-MOE: dict[str, Any] = {
-    "num_moe_experts": EXPERTS,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": MOE_FFN,
-    "moe_shared_expert_intermediate_size": SHARED_FFN,
-    "moe_shared_expert_gate": True,
-    "moe_grouped_gemm": False,
-}
-MAMBA_HEADS, MAMBA_HEAD, STATE, GROUPS = 8, 4, 6, 8
-MAMBA: dict[str, Any] = {
-    "pattern": "M*",
-    "mamba_num_heads": MAMBA_HEADS,
-    "mamba_head_dim": MAMBA_HEAD,
-    "mamba_state_dim": STATE,
-    "mamba_num_groups": GROUPS,
-}
-
-
-class Weight(NamedTuple):
-    """What annotation says about one weight of one rank."""
-
-    shape: tuple[int, ...]
-    layout: MatrixLayout | None
-    reason: str | None
-    """Why Muon does not update it; None if it does."""
-    divided: int | None
-    """The dimension that tensor parallelism divides."""
-    expert: bool
-
-
-def weights(tp: int, builder: Callable[..., torch.nn.Module], model: dict[str, Any], options: dict[str, Any]) -> Any:
-    """Name -> :class:`Weight` of the module that ``builder`` makes at tensor-parallel size ``tp``."""
-    from megatron_muon.routing.annotate import annotate, global_names
-    from megatron_muon.routing.predicate import exclusion_reason
-
-    with fake_world(tp):
-        module = builder(Layout(tp=tp), **{**SIZES, **model})
-        annotate(module, MuonConfig(**options).validate())
-        return {
-            name: Weight(
-                tuple(param.shape),
-                getattr(param, "matrix_layout", None),
-                exclusion_reason(param),
-                param.partition_dim if getattr(param, "tensor_model_parallel", False) and tp > 1 else None,
-                getattr(param, "expert_tp", False),
-            )
-            for name, param in global_names(module)
-        }
-
-
-@contextlib.contextmanager
-def fake_world(size: int) -> Iterator[None]:
-    """Megatron's groups for ``size`` tensor-parallel ranks, of which only this one exists; then one real rank again."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    new_group = dist.new_group  # on the CPU, groups without a backend are gloo's, which would look for the other ranks
-
-    def new_fake_group(**options: Any) -> Any:
-        return new_group(**{**options, "backend": "fake", "pg_options": None})
-
-    dist.destroy_process_group()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    try:
-        with mock.patch.object(dist, "new_group", new_fake_group):
-            parallel_state.initialize_model_parallel(size, create_gloo_process_groups=False)
-        model_parallel_cuda_manual_seed(1)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-
-def gpt(layout: Layout, **model: Any) -> torch.nn.Module:
-    return harness.build_model(layout, **model)[0]
-
-
-def t5_decoder_layer(layout: Layout, **model: Any) -> torch.nn.Module:
-    """Self-attention, cross-attention and MLP of one decoder layer."""
-    from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec
-    from megatron.core.transformer.spec_utils import build_module
-
-    config = harness.transformer_config(layout, **{**model, "num_query_groups": HEADS})
-    return build_module(decoder_model_with_local_spec(), config=config, layer_number=1)
-
-
-def fused_latent_attention(layout: Layout, **model: Any) -> torch.nn.Module:
-    """MLA with one down projection, divided over tensor parallelism as the split ones of the local specification."""
-    from megatron.core.tensor_parallel import ColumnParallelLinear
-    from megatron.core.transformer.multi_latent_attention import FusedMLASelfAttention
-    from megatron.core.transformer.spec_utils import build_module
-
-    config = harness.transformer_config(layout, **model)
-    spec = copy.deepcopy(harness.layer_spec(config).submodules.self_attention)
-    spec.module = FusedMLASelfAttention
-    spec.submodules = dataclasses.replace(spec.submodules, linear_qkv_down_proj=ColumnParallelLinear)
-    return build_module(spec, config=config, layer_number=1)
-
-
-def multi_token_prediction(layout: Layout, **model: Any) -> torch.nn.Module:
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
-
-    config = harness.transformer_config(layout, mtp_num_layers=1, **model)
-    spec = harness.layer_spec(config)
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=64,
-        max_sequence_length=16,
-        position_embedding_type="rope",
-        mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False),
-    )
-
-
-def bert(layout: Layout, **model: Any) -> torch.nn.Module:
-    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
-    from megatron.core.models.bert.bert_model import BertModel
-
-    config = harness.transformer_config(layout, normalization="LayerNorm", **model)
-    return BertModel(config, 2, bert_layer_local_spec, vocab_size=64, max_sequence_length=16)
-
-
-def vision_tower(layout: Layout, *, kind: str, **model: Any) -> torch.nn.Module:
-    """A tower with a config of its own: 4 heads of 8 rows, no query groups."""
-    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
-    from megatron.core.models.vision.radio import RADIOViTModel
-    from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    own = {"num_attention_heads": 4, "num_query_groups": 4, "kv_channels": 8, "normalization": "LayerNorm"}
-    config = harness.transformer_config(layout, **{**model, **own})
-    spec, image = get_vit_layer_with_local_spec(), {"patch_dim": 4, "img_h": 8, "img_w": 8}
-    if kind == "clip":
-        return CLIPViTModel(config, spec, ln_pre_impl=WrappedTorchNorm, **image)
-    return RADIOViTModel(config, spec, use_mask_token=True, max_img_h=16, max_img_w=16, **image)
 
 
 class Case(NamedTuple):
@@ -222,6 +75,11 @@ class Case(NamedTuple):
     columns: int = HIDDEN
     scalar: tuple[str, ...] = ()
     sizes: tuple[int, ...] = (1, 2, 4, 8)
+
+    @property
+    def module(self) -> str:
+        """The same for cases that are rows of one module."""
+        return f"{self.builder} {self.model}"
 
 
 def attention(groups: int, choice: str, *, gated: bool = False, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> Case:
@@ -375,11 +233,28 @@ CASES: dict[str, Case] = {
 }
 
 
+Found = Callable[[str, int], dict[str, Weight]]
+
+
+@pytest.fixture(scope="module")
+def found_in(pool: RankPool) -> Found:
+    """The weights of a case's module at a tensor-parallel size; cases that share a module build it once."""
+
+    @functools.cache
+    def of_module(module: str) -> dict[str, dict[int, dict[str, Weight]]]:
+        names = [name for name, case in CASES.items() if case.module == module]
+        case, choices = CASES[names[0]], [CASES[name].options for name in names]
+        found = pool.run(weights, 1, case.builder, case.model, choices, case.sizes)[0]
+        return {name: {tp: each[number] for tp, each in found.items()} for number, name in enumerate(names)}
+
+    return lambda name, tp: of_module(CASES[name].module)[name][tp]
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_rows_of_a_weight(pool: RankPool, name: str) -> None:
+def test_rows_of_a_weight(found_in: Found, name: str) -> None:
     case = CASES[name]
     for tp in case.sizes:
-        found = pool.run(weights, 1, tp, case.builder, case.model, case.options)[0]
+        found = found_in(name, tp)
         mine = {key: weight for key, weight in found.items() if key.endswith(case.weight)}
         assert mine, f"no weight ends with {case.weight}: {list(found)}"
         for key, weight in mine.items():
@@ -409,12 +284,11 @@ def check_weight(case: Case, tp: int, weight: Weight, what: str) -> None:
     assert torch.equal(weight.layout.merge(weight.layout.split(whole)), whole), what
 
 
-def test_shards_that_cut_through_sections(pool: RankPool) -> None:
+def test_shards_that_cut_through_sections(found_in: Found) -> None:
     """The sizes above are such that shards of these weights hold broken periods, which is where errors would hide."""
     for name, tp in (("qkv_gqa_split", 4), ("qkv_mqa_split", 2), ("mla_kv_down", 2), ("mla_fused_down", 4)):
-        case = CASES[name]
-        found = pool.run(weights, 1, tp, case.builder, case.model, case.options)[0]
-        (weight,) = [weight for key, weight in found.items() if key.endswith(case.weight) and ".1." not in key]
+        found, suffix = found_in(name, tp), CASES[name].weight
+        (weight,) = [weight for key, weight in found.items() if key.endswith(suffix) and ".1." not in key]
         assert weight.layout is not None and not weight.layout.fits(weight.shape[0]), name
 
 
@@ -453,114 +327,21 @@ SCALAR_WEIGHTS: dict[str, tuple[Callable[..., torch.nn.Module], dict[str, Any], 
 }
 
 
-@pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("name", SCALAR_WEIGHTS)
-def test_weights_of_the_scalar_optimizer(pool: RankPool, name: str, tp: int) -> None:
+def test_weights_of_the_scalar_optimizer(pool: RankPool, name: str) -> None:
     builder, model, expected = SCALAR_WEIGHTS[name]
-    found = pool.run(weights, 1, tp, builder, model, {})[0]
-    for suffix, reason in expected.items():
-        reasons = {weight.reason for key, weight in found.items() if key.endswith(suffix)}
-        assert len(reasons) == 1 and (reasons.pop() or "").startswith(reason), suffix
+    for (found,) in pool.run(weights, 1, builder, model, [{}], (1, 2))[0].values():
+        for suffix, reason in expected.items():
+            reasons = {weight.reason for key, weight in found.items() if key.endswith(suffix)}
+            assert len(reasons) == 1 and (reasons.pop() or "").startswith(reason), suffix
 
 
 def test_router_by_choice(pool: RankPool) -> None:
-    found = pool.run(weights, 1, 1, gpt, MOE, {"router": "adam"})[0]
+    ((found,),) = pool.run(weights, 1, gpt, MOE, [{"router": "adam"}], (1,))[0].values()
     reasons = {weight.reason for key, weight in found.items() if key.endswith("router.weight")}
     assert reasons == {"--muon-router adam"}
 
 
 def test_only_experts_are_divided_over_the_expert_group(pool: RankPool) -> None:
-    found = pool.run(weights, 1, 2, gpt, MOE, {})[0]
+    ((found,),) = pool.run(weights, 1, gpt, MOE, [{}], (2,))[0].values()
     assert {key for key, weight in found.items() if weight.expert} == {key for key in found if ".mlp.experts." in key}
-
-
-def numbered_attention(layout: Layout, model: dict[str, Any], cross: bool, options: dict[str, Any]) -> Any:
-    """Row numbers as Megatron's own attention splits them, on this rank: [q, (gate,) k, v], each (heads, rows).
-
-    Column 0 of every weight holds the row's number in the whole weight, and the input is the unit vector of column 0:
-    each projection gives the numbers of its rows.
-    """
-    from megatron.core import parallel_state
-
-    from megatron_muon.routing.annotate import annotate
-
-    layout.initialize()
-    builder = t5_decoder_layer if cross else gpt
-    module = builder(layout, **{**SIZES, **model})
-    annotate(module, MuonConfig(**options))
-    attention = module.cross_attention if cross else module.decoder.layers[0].self_attention
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    for layer in (attention.linear_q, attention.linear_kv) if cross else (attention.linear_qkv,):
-        with torch.no_grad():
-            rows = layer.weight.size(0)
-            layer.weight.zero_()
-            layer.weight[:, 0] = torch.arange(rank * rows, (rank + 1) * rows)
-    x = torch.zeros(1, 1, HIDDEN)
-    x[..., 0] = 1.0
-    with torch.no_grad():
-        gated = bool(model.get("attention_output_gate"))
-        parts = attention.get_query_key_value_tensors(x, x if cross else None, output_gate=gated)
-    names = ("q", "k", "v", "gate") if gated else ("q", "k", "v")
-    layouts = {
-        name: param.matrix_layout
-        for name, param in attention.named_parameters()
-        if name in ("linear_qkv.weight", "linear_q.weight", "linear_kv.weight")
-    }
-    return {name: part.reshape(-1, HEAD) for name, part in zip(names, parts, strict=True)}, layouts
-
-
-@pytest.mark.parametrize("choice", ["split", "per_head"])
-@pytest.mark.parametrize(
-    "tp,groups,gated", [(1, HEADS, False), (1, 2, True), (2, 2, True), (2, 4, False), (4, 2, False), (4, 2, True)]
-)
-def test_megatron_splits_self_attention_in_the_same_rows(
-    pool: RankPool, tp: int, groups: int, gated: bool, choice: str
-) -> None:
-    model = {"num_query_groups": groups, "attention_output_gate": gated}
-    ranks = pool.run(numbered_attention, tp, Layout(tp=tp), model, False, {"qkv": choice})
-    layout = ranks[0][1]["linear_qkv.weight"]
-    rows = (HEADS * (2 if gated else 1) + 2 * groups) * HEAD
-    found = row_orders.matrices_by_layout(layout, torch.arange(float(rows))[:, None])
-    for name in ("q", "gate", "k", "v") if gated else ("q", "k", "v"):
-        heads = torch.cat([parts[name] for parts, _ in ranks])
-        if name in ("k", "v"):  # with more ranks than groups, some ranks see the same head
-            heads = heads[:: max(1, tp // groups)]
-        mine = [found[label] for label in sorted(found) if label[0] == name]
-        assert torch.equal(torch.cat(mine).flatten(), heads.flatten()), name
-        assert len(mine) == (len(heads) if choice == "per_head" else 1)
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_megatron_splits_cross_attention_in_the_same_rows(pool: RankPool, tp: int) -> None:
-    ranks = pool.run(numbered_attention, tp, Layout(tp=tp), {}, True, {"qkv": "per_head"})
-    parts = {name: torch.cat([parts[name] for parts, _ in ranks]) for name in ("q", "k", "v")}
-    for weight, rows in (("linear_q.weight", HEADS * HEAD), ("linear_kv.weight", 2 * HEADS * HEAD)):
-        found = row_orders.matrices_by_layout(ranks[0][1][weight], torch.arange(float(rows))[:, None])
-        for (name, head), matrix in found.items():
-            assert torch.equal(matrix.flatten(), parts[name][head]), (name, head)
-
-
-def losses_after_fake_worlds() -> tuple[list[float], list[float]]:
-    """A real run in this process before and after the fake worlds."""
-
-    def run() -> list[float]:
-        losses = harness.start(Layout()).losses(2)
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
-        return losses
-
-    before = run()
-    weights(8, gpt, GDN, {})
-    return before, run()
-
-
-def test_fake_groups_leave_no_state_behind(pool: RankPool) -> None:
-    before, after = pool.run(losses_after_fake_worlds, 1)[0]
-    assert before == after
-    assert pool.run(dist_backend, 2) == ["gloo", "gloo"]
-
-
-def dist_backend() -> str:
-    assert dist.get_world_size() == 2
-    return str(dist.get_backend())

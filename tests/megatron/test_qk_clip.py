@@ -16,9 +16,9 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.qk_clip.factors import factor_table
 from tests.megatron import harness
+from tests.megatron.fused_modules import multi_token_prediction
 from tests.megatron.harness import Layout
 from tests.megatron.test_cpu_mamba import MAMBA
-from tests.megatron.test_layout_rules import multi_token_prediction
 from tests.megatron.test_routing import GDN, MLA
 from tests.pool import RankPool
 

@@ -14,8 +14,8 @@ from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.errors import ConfigError
 from megatron_muon.transfer import Role
 from tests.megatron import harness
+from tests.megatron.fused_modules import multi_token_prediction
 from tests.megatron.harness import Layout
-from tests.megatron.test_layout_rules import multi_token_prediction
 from tests.megatron.test_routing import GDN
 from tests.pool import RankPool
 
