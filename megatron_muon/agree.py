@@ -18,11 +18,13 @@ with nothing between that may fail. Then a rank that has stopped meets the other
 from __future__ import annotations
 
 import dataclasses
+import math
 import pickle
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 __all__ = ["Ranks", "ranks_with"]
@@ -73,6 +75,11 @@ class Ranks:
         """Whether this is the first rank of all."""
         return all(group.rank() == 0 for group in self.groups)
 
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the last rank of all: Megatron-Core's logs and writers are the last one's."""
+        return all(group.rank() == group.size() - 1 for group in self.groups)
+
     def gather[T](self, work: Callable[[], T]) -> list[T]:
         """The results of ``work`` on every rank, in the same order everywhere (the first rank's first).
 
@@ -115,6 +122,17 @@ class Ranks:
         """What the first rank alone finds by ``work``, on all ranks; fails as :meth:`gather` does."""
         found: Sequence[T | None] = self.gather(lambda: work() if self.is_first else None)
         return found[0]  # type: ignore[return-value]  # the first rank's
+
+    def reduce_max(self, tensor: torch.Tensor) -> None:
+        """Make each element of ``tensor`` the largest of all ranks, in place, without waiting for the device.
+
+        One all-reduce where these are the ranks of the run, one in each group otherwise.
+        """
+        groups = [group for group in self.groups if group.size() > 1]
+        if len(groups) > 1 and math.prod(group.size() for group in groups) == dist.get_world_size():
+            groups = [*self.of_world().groups]
+        for group in groups:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
 
     def _raise_first(self, outcomes: Sequence[_Outcome], mine: _Outcome, own: BaseException | None) -> None:
         """Raise the error of the lowest rank that has one, if any has."""

@@ -26,7 +26,6 @@ from megatron_muon.plugin import (
     qk_clip,
     recording,
     registry,
-    stiefel,
     transfer,
 )
 from megatron_muon.plugin.version import check_megatron_core
@@ -48,7 +47,6 @@ def _all_patches() -> list[Patch]:
         checkpoint_files,
         datasets,
         qk_clip,
-        stiefel,
         recording,
     )
     return native.for_points(patch for room in rooms for patch in room.patches())

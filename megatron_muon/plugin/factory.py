@@ -20,7 +20,6 @@ from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.plugin import options
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_layer_wise, is_ours
-from megatron_muon.plugin.optimizer_state import leaves
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
 from megatron_muon.plugin.transfer import group_overrides, transfer_of
 from megatron_muon.plugin.variants import check_adapters, describe
@@ -53,7 +52,6 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
         pg_collection: Any = None,
     ) -> Any:
         if not is_ours(config.optimizer):
-            watch([], config.optimizer)
             for chunk in model_chunks:
                 annotate(chunk, options.without_refusal(), adapters=False)
             return original(config, model_chunks, config_overrides, pg_collection)
@@ -71,7 +69,8 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
             with _aligning_among(ranks):
                 optimizer = original(config, model_chunks, overrides, pg_collection)
             _check_partition(optimizer, model_chunks, groups, ranks)
-            watch([part.optimizer for part, _ in leaves(optimizer)], config.optimizer)
+            if config.optimizer.removeprefix("dist_") == "stiefel_muon":
+                watch(optimizer, ranks, next(model_chunks[0].parameters()).device)
             _print_report(muon, config, model_chunks, groups, ranks, _planned(optimizer))
             return optimizer
 

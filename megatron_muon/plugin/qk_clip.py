@@ -8,27 +8,28 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_muon._patching import Patch
+from megatron_muon.agree import Ranks
 from megatron_muon.errors import ConfigError
-from megatron_muon.plugin import options
+from megatron_muon.monitor.sources import Report
+from megatron_muon.plugin import options, recording
+from megatron_muon.plugin.groups import ranks_of
 from megatron_muon.plugin.qk_clip_build import FLAGS, build_clip, check_numbers
 from megatron_muon.qk_clip.clip import QKClip
 
-__all__ = ["clip_of", "log_scalars", "patches"]
+__all__ = ["clip_of", "patches"]
 
 _CLIP = "muon_qk_clip"
 """Attribute of a model chunk that carries its :class:`QKClip`."""
 
 
 def patches() -> list[Patch]:
-    """Hooks on the optimizer, on Megatron's clipping, flags and log, and on TransformerEngine's attention."""
+    """Hooks on the optimizer, on Megatron's clipping and flags, and on TransformerEngine's attention."""
     return [
         Patch(
             "megatron.core.optimizer:get_megatron_optimizer",
@@ -50,11 +51,6 @@ def patches() -> list[Patch]:
             _with_choice,
             "TransformerEngine is asked for maxima only where they are taken from it: that forbids its flash kernels",
         ),
-        Patch(
-            "megatron.training.training:training_log",
-            _with_log,
-            "the largest logit and the number of clipped heads are logged, over the whole model",
-        ),
     ]
 
 
@@ -75,19 +71,61 @@ def _clip_qk(model: Any, log_max_only: bool = False) -> torch.Tensor:
     return clip.max_logit
 
 
+class _Logits:
+    """What is logged of a clip, see :class:`Source`."""
+
+    title, prefix = "QK-clip", "qk-clip"
+
+    def __init__(self, clip: QKClip) -> None:
+        self._clip = clip
+
+    def report(self, iteration: int) -> Report:
+        record: dict[str, Any] = {**self._clip.scalars()}
+        text = f"max attention logit {record['max_attention_logit']:.5g}"
+        if self._clip.settings.clip:
+            text += f", heads clipped {record['heads_clipped']}"
+        if self._by_layer(iteration):
+            record["max_attention_logits"] = self._clip.by_layer()
+        return Report(text, record)
+
+    def scalars(self, iteration: int) -> dict[str, float]:
+        values = {"max attention logit": self._clip.max_logit.item()}
+        if self._clip.settings.clip:
+            values["heads clipped"] = self._clip.heads_clipped.item()
+        return values | (self._clip.by_layer() if self._by_layer(iteration) else {})
+
+    def _by_layer(self, iteration: int) -> bool:
+        interval = self._clip.settings.log_layers
+        return interval > 0 and iteration % interval == 0
+
+
 def _with_clip(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def get_megatron_optimizer(config: Any, model_chunks: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
-        optimizer = original(config, model_chunks, *args, **kwargs)
-        clip = build_clip(config, model_chunks, options.of(config), optimizer)
+    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
+        optimizer = original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        config, chunks = given["config"], given["model_chunks"]
+        ranks = _ranks(chunks, given.get("pg_collection"))
+        clip = build_clip(config, chunks, options.of(config), optimizer, ranks)
         if clip is not None:
             optimizer.step = functools.partial(clip.step, optimizer.step)
-        for chunk in model_chunks:
+            if ranks.is_last:
+                recording.watch(optimizer, _Logits(clip))
+        for chunk in chunks:
             setattr(chunk, _CLIP, clip)
-        _log.clip = clip
         return optimizer
 
     return get_megatron_optimizer
+
+
+def _ranks(chunks: Sequence[torch.nn.Module], pg_collection: Any) -> Ranks:
+    """The ranks of a model."""
+    if type(chunks[0]).__name__ == "MimoModel":
+        # Its parts have groups of their own, and its optimizer agrees over all ranks of the run.
+        return Ranks.of_world()
+    return ranks_of(pg_collection)
 
 
 def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,70 +174,3 @@ def _with_choice(original: Any) -> Any:
     TEDotProductAttention.__qualname__ = original.__qualname__
     TEDotProductAttention.__module__ = original.__module__
     return TEDotProductAttention
-
-
-class _Log:
-    """What is said about the clip of the model in training, on the last rank, which has Megatron's writers.
-
-    At Megatron's intervals, where it waits for the device itself.
-    """
-
-    def __init__(self) -> None:
-        self.clip: QKClip | None = None
-        self.scalars: dict[str, float] = {}
-
-    def write(self, iteration: int) -> None:
-        """Write what is due after ``iteration``."""
-        if self.clip is None or dist.get_rank() != dist.get_world_size() - 1:
-            return
-        args = options.training_arguments()
-        if iteration % args.log_interval == 0:
-            self._print(self.clip, iteration)
-        if iteration % args.tensorboard_log_interval == 0:
-            self._to_writers(self.clip, iteration)
-
-    def _print(self, clip: QKClip, iteration: int) -> None:
-        self.scalars = clip.scalars()
-        clipped = f", heads clipped {self.scalars['heads_clipped']}" if clip.settings.clip else ""
-        logit = self.scalars["max_attention_logit"]
-        print(f" QK-clip after iteration {iteration}: max attention logit {logit:.5g}{clipped}", flush=True)
-
-    def _to_writers(self, clip: QKClip, iteration: int) -> None:
-        training = sys.modules["megatron.training.global_vars"]
-        tensorboard, wandb = training.get_tensorboard_writer(), training.get_wandb_writer()
-        if not tensorboard and not wandb:
-            return
-        values = {"max attention logit": clip.max_logit.item()}
-        if clip.settings.clip:
-            values["heads clipped"] = clip.heads_clipped.item()
-        if (interval := clip.settings.log_layers) and iteration % interval == 0:
-            values |= clip.by_layer()
-        for name, value in values.items():
-            if tensorboard:
-                tensorboard.add_scalar(f"qk-clip/{name}", value, iteration)
-            if wandb:
-                wandb.log({f"qk-clip/{name}": value}, iteration)
-
-
-_log = _Log()
-
-
-def log_scalars(iteration: int) -> dict[str, Any]:
-    """What a record of an iteration that Megatron has just logged says too; empty without QK-clip."""
-    clip = _log.clip
-    if clip is None:
-        return {}
-    layers = clip.settings.log_layers and iteration % clip.settings.log_layers == 0
-    return {**_log.scalars, **({"max_attention_logits": clip.by_layer()} if layers else {})}
-
-
-def _with_log(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def training_log(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        _log.write(signature.bind(*args, **kwargs).arguments["iteration"])
-        return result
-
-    return training_log

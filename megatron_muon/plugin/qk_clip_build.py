@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from megatron_muon.agree import Ranks
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin.optimizer_config import is_ours
@@ -40,25 +40,38 @@ class _Found:
     alpha: float
 
 
-def build_clip(config: Any, chunks: Sequence[torch.nn.Module], muon: MuonConfig, optimizer: Any) -> QKClip | None:
+def build_clip(
+    config: Any, chunks: Sequence[torch.nn.Module], muon: MuonConfig, optimizer: Any, ranks: Ranks
+) -> QKClip | None:
     """The clip of a model; None if no layer asks for it, on any rank.
+
+    Args:
+        config: the optimizer's.
+        chunks: of the model on this rank.
+        muon: the options.
+        optimizer: Megatron-Core's, of the chunks.
+        ranks: the model's, all of which call this.
 
     Raises:
         ConfigError: on all ranks, with the message of the first that has one.
     """
-    layers, problem = _together(lambda: list(_layers(chunks)))
-    found = sorted(_gather([_describe(layer) for layer in layers], problem), key=lambda each: _in_order(each.name))
+    layers: list[Attention] = []
+
+    def look() -> list[_Found]:
+        layers.extend(_layers(chunks))
+        return [_describe(layer) for layer in layers]
+
+    found = sorted(_each_once(ranks.gather(look)), key=lambda each: _in_order(each.name))
     if not found:
         return None
     settings = _settings(found, config, muon)
     param = next(chunks[0].parameters())
     heads = Heads.of([(each.heads, each.groups) for each in found], param.device)
     dtype = torch.promote_types(param.dtype, torch.float32)
-    clip = QKClip([each.name for each in found], heads, settings, param.device, dtype)
+    clip = QKClip([each.name for each in found], heads, settings, ranks, param.device, dtype)
     kept = _keeper(config, muon)
-    notes, problem = _together(lambda: _fill(clip, found, layers, muon, optimizer, kept))
-    notes = _gather(notes, problem)
-    if dist.get_rank() == 0:
+    notes = _each_once(ranks.gather(lambda: _fill(clip, found, layers, muon, optimizer, kept)))
+    if ranks.is_first:
         print("\n".join(f"QK-clip: {line}" for line in [*clip.describe(), *notes]), flush=True)
     return clip
 
@@ -179,26 +192,9 @@ def _describe(layer: Attention) -> _Found:
     )
 
 
-def _together(work: Callable[[], list[Any]]) -> tuple[list[Any], str | None]:
-    """The result of ``work``, or what it refuses: other ranks must hear of it before anybody stops."""
-    try:
-        return work(), None
-    except ConfigError as error:
-        return [], str(error)
-
-
-def _gather(mine: list[Any], problem: str | None) -> list[Any]:
-    """What all ranks have, each thing once.
-
-    Raises:
-        ConfigError: with the message of the first rank that has a problem.
-    """
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (mine, problem))
-    for _, message in gathered:
-        if message is not None:
-            raise ConfigError(message)
-    return list(dict.fromkeys(item for items, _ in gathered for item in items))
+def _each_once[T](parts: Iterable[Iterable[T]]) -> list[T]:
+    """What the ranks have, in their order."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(parts)))
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:

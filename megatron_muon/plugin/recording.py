@@ -1,4 +1,5 @@
-"""The hooks that record a run: they tell the recorder of ``monitor`` what ``megatron.training`` does."""
+"""What a run writes: the hooks that tell the recorder of ``monitor`` what ``megatron.training`` does, and that have its
+text and its writers say what optimizers do."""
 
 from __future__ import annotations
 
@@ -10,13 +11,23 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron_muon._patching import Patch
+from megatron_muon.monitor import sources
 from megatron_muon.monitor.recorder import Recorder, Stopwatch
-from megatron_muon.plugin import qk_clip, stiefel
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["patches"]
+__all__ = ["patches", "watch"]
+
+_stepped = sources.Stepped()
+
+
+def watch(optimizer: Any, source: sources.Source) -> None:
+    """Have Megatron's log say what ``source`` says about ``optimizer``, whenever that has stepped.
+
+    Call it on the last rank of the optimizer's model: that is the one that Megatron's text and writers are on.
+    """
+    _stepped.watch(optimizer, source)
 
 
 class _TimedTimer:
@@ -49,6 +60,7 @@ class _Hooks:
         @functools.wraps(original)
         def train(*args: Any, **kwargs: Any) -> Any:
             self.recorder = _recorder()
+            _stepped.take()  # steps of other loops
             return original(*args, **kwargs)
 
         return train
@@ -58,31 +70,46 @@ class _Hooks:
 
         @functools.wraps(original)
         def training_log(*args: Any, **kwargs: Any) -> Any:
-            recorder = self.recorder
-            if recorder is None:
-                return original(*args, **kwargs)
             values = signature.bind(*args, **kwargs).arguments
-            recorder.add(values["loss_dict"], bool(values["skipped_iter"]))
-            iteration, is_first = values["iteration"], values.get("is_first_iteration", False)
-            if iteration % _megatron_args().log_interval and not is_first:
-                return original(*args, **kwargs)
-            # Megatron is about to read this timer in the same way, with the same wait for the device.
-            interval = _megatron_timers()("interval-time").elapsed(reset=False)
+            iteration = values["iteration"]
+            interval = self._before_log(values)
             result = original(*args, **kwargs)
-            recorder.log(
-                iteration,
-                interval,
-                interval_restarts=not is_first,
-                learning_rate=values["learning_rate"],
-                grad_norm=values["grad_norm"],
-                consumed_samples=_megatron_args().consumed_train_samples,
-                peak_memory_bytes=_peak_memory(),
-                **qk_clip.log_scalars(iteration),
-                **stiefel.log_scalars(),
-            )
+            said = _stepped.take()
+            if _is_logged(values):
+                lines, record = sources.report(said, iteration)
+                for line in lines:
+                    print(f" {line}", flush=True)
+                self._after_log(values, interval, record)
+            if said and iteration % _megatron_args().tensorboard_log_interval == 0:
+                _to_writers(said, iteration)
             return result
 
         return training_log
+
+    def _before_log(self, values: dict[str, Any]) -> float:
+        """Take note of an iteration; seconds of the interval that is about to be logged, 0 if it is not or not here."""
+        if self.recorder is None:
+            return 0.0
+        self.recorder.add(values["loss_dict"], bool(values["skipped_iter"]))
+        if not _is_logged(values):
+            return 0.0
+        # Megatron is about to read this timer in the same way, with the same wait for the device.
+        seconds: float = _megatron_timers()("interval-time").elapsed(reset=False)
+        return seconds
+
+    def _after_log(self, values: dict[str, Any], interval: float, record: dict[str, Any]) -> None:
+        if self.recorder is None:
+            return
+        self.recorder.log(
+            values["iteration"],
+            interval,
+            interval_restarts=not values.get("is_first_iteration", False),
+            learning_rate=values["learning_rate"],
+            grad_norm=values["grad_norm"],
+            consumed_samples=_megatron_args().consumed_train_samples,
+            peak_memory_bytes=_peak_memory(),
+            **record,
+        )
 
     def around_evaluate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -132,13 +159,17 @@ class _Hooks:
 def patches() -> list[Patch]:
     """The hooks that record a run of ``megatron.training.pretrain`` when ``--muon-log-jsonl`` names a file.
 
-    Only the last rank writes, so on a cluster the file is on its machine.
+    Only the last rank writes, so on a cluster the file is on its machine. Optimizers are heard without the file too.
     """
     hooks = _Hooks()
     training = "megatron.training.training"
     return [
         Patch(f"{training}:train", hooks.around_train, "the file is begun, or cut to the resumed iteration"),
-        Patch(f"{training}:training_log", hooks.around_training_log, "losses and times of logged iterations"),
+        Patch(
+            f"{training}:training_log",
+            hooks.around_training_log,
+            "losses and times of logged iterations, and what optimizers say",
+        ),
         Patch(f"{training}:evaluate", hooks.around_evaluate, "the losses of an evaluation"),
         Patch(
             f"{training}:evaluate_and_print_results",
@@ -155,6 +186,26 @@ def _megatron_args() -> Any:
 
 def _megatron_timers() -> Any:
     return sys.modules["megatron.training.global_vars"].get_timers()
+
+
+def _is_logged(values: dict[str, Any]) -> bool:
+    """Whether Megatron writes its line in a call with these arguments: it has waited for the device then."""
+    is_first: bool = values.get("is_first_iteration", False)
+    return is_first or values["iteration"] % _megatron_args().log_interval == 0
+
+
+def _to_writers(said: list[sources.Source], iteration: int) -> None:
+    """Megatron's, which are on the last rank, if at all."""
+    module = sys.modules["megatron.training.global_vars"]
+    tensorboard, wandb = module.get_tensorboard_writer(), module.get_wandb_writer()
+    if not tensorboard and not wandb:
+        return
+    values = sources.scalars(said, iteration)
+    if tensorboard:
+        for name, value in values.items():
+            tensorboard.add_scalar(name, value, iteration)
+    if wandb:
+        wandb.log(values, iteration)
 
 
 def _recorder() -> Recorder | None:

@@ -1,7 +1,7 @@
 """QK-clip of one model: measured in its forward passes, applied inside its optimizer's step.
 
 A step goes like this. While the forward passes run, each attention layer writes its maxima into one buffer of the whole
-model. Before the update one all-reduce (maximum) makes the buffer the same on all ranks, and all factors are computed
+model. Before the update an all-reduce (maximum) makes the buffer the same on all ranks, and all factors are computed
 from it. As soon as an inner optimizer has updated its tensors - float32 masters where there are any, whole or in
 slices - the rows of queries and keys among them are multiplied; Megatron-Core copies and gathers them after that, as
 always. Nothing here waits for the device or branches on what it holds: a factor of 1 changes no bit.
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from megatron_muon.agree import Ranks
 from megatron_muon.qk_clip.factors import Heads, factor_table, gammas
 from megatron_muon.qk_clip.measure import Gauge
 from megatron_muon.qk_clip.rows import Rows
@@ -97,10 +97,10 @@ class QKClip:
         names: of all attention layers of the model, on all ranks, in order.
         heads: all their heads.
         settings: what to do with the maxima.
+        ranks: over which maxima are reduced: all ranks of the model. One maximum then serves data, context and tensor
+            parallelism, and tells every rank of the layers of other pipeline stages.
         device: of the model.
         dtype: of maxima and factors.
-        group: over which maxima are reduced: all ranks of the model, by default of the run. One collective then serves
-            data, context and tensor parallelism, and tells every rank of the layers of other pipeline stages.
     """
 
     def __init__(
@@ -108,16 +108,16 @@ class QKClip:
         names: Sequence[str],
         heads: Heads,
         settings: ClipSettings,
+        ranks: Ranks,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.names = list(names)
         self.heads = heads
         self.settings = settings
         self.gauges: list[Gauge] = []
         self.rows: list[Rows] = []
-        self._group = group
+        self._ranks = ranks
         self._maxima = torch.full((heads.count,), float("-inf"), dtype=dtype, device=device)
         self._last = self._maxima.clone()
         self._peak = self._maxima.clone()
@@ -168,7 +168,7 @@ class QKClip:
                 gauge.active = self.measuring
 
     def _reduce(self) -> None:
-        dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX, group=self._group)
+        self._ranks.reduce_max(self._maxima)
         self._last.copy_(self._maxima)
         torch.maximum(self._peak, self._last, out=self._peak)
         if self.settings.clip:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -53,6 +52,7 @@ def forward(chunk: torch.nn.Module, sequences: int = 4) -> None:
 
 def clip_once(layout: Layout, share: float, options: dict[str, Any], build: dict[str, Any]) -> Clipped:
     """Clip a model in float64 so that its loudest head comes down to ``share`` of its logit."""
+    from megatron_muon.plugin.groups import ranks_of
     from megatron_muon.plugin.qk_clip_build import build_clip
 
     layout.initialize()
@@ -62,7 +62,7 @@ def clip_once(layout: Layout, share: float, options: dict[str, Any], build: dict
         if name.endswith(("layernorm.weight", "bias")):  # from where Megatron has ones and zeros
             param.data.add_(torch.linspace(-0.3, 0.3, param.numel(), dtype=param.dtype))
     optimizer = plain_optimizer(chunk, layout)
-    clip = build_clip(optimizer.config, [chunk], MuonConfig(**options), optimizer)
+    clip = build_clip(optimizer.config, [chunk], MuonConfig(**options), optimizer, ranks_of(None))
     forward(chunk)
     dist.all_reduce(clip._maxima, op=dist.ReduceOp.MAX)
     before = clip._maxima.clone()
@@ -155,13 +155,14 @@ def test_tensor_parallel_shards_are_clipped_as_the_whole(pool: RankPool, name: s
 
 def clip_given(layout: Layout, initial: str, result: str, options: dict[str, Any], build: dict[str, Any]) -> None:
     """Clip the weights of one folder by given logits and leave them in another."""
+    from megatron_muon.plugin.groups import ranks_of
     from megatron_muon.plugin.qk_clip_build import build_clip
 
     layout.initialize()
     chunks = harness.build_model(layout, qk_clip=True, qk_clip_threshold=100.0, **build)
     harness.load_weights(chunks, initial)
     optimizer = plain_optimizer(chunks[0], layout)
-    clip = build_clip(optimizer.config, chunks, MuonConfig(**options), optimizer)
+    clip = build_clip(optimizer.config, chunks, MuonConfig(**options), optimizer, ranks_of(None))
     clip._maxima.copy_(torch.linspace(-50, 400, clip.heads.count))
     clip.step(optimizer.optimizer.step)
     harness.save_weights(chunks, result)
@@ -462,6 +463,7 @@ def test_measured_in_every_third_step(pool: RankPool) -> None:
 
 def visited(kind: str) -> tuple[list[str], list[str], list[str]]:
     """Names of layers, of parameters that are clipped, and of all query and key projections."""
+    from megatron_muon.plugin.groups import ranks_of
     from megatron_muon.plugin.qk_clip_build import build_clip
 
     layout = Layout(tp=dist.get_world_size())
@@ -472,7 +474,7 @@ def visited(kind: str) -> tuple[list[str], list[str], list[str]]:
         build = {"gdn": {**GDN, "qk_clip": True}, "mamba": {**MAMBA, "qk_clip": True}}[kind]
         (model,) = harness.build_model(layout, **build)
     optimizer = plain_optimizer(model, layout)
-    clip = build_clip(optimizer.config, [model], MuonConfig(), optimizer)
+    clip = build_clip(optimizer.config, [model], MuonConfig(), optimizer, ranks_of(None))
     names = {param: name for name, param in model.named_parameters()}
     every = [name for name in names.values() if name.endswith("linear_qkv.weight")]
     return clip.names, [names[rows.param] for rows in clip.rows], every
@@ -616,41 +618,6 @@ def test_refusals(
     pool: RankPool, build: dict[str, Any], optimizer: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     assert message in pool.run(refusal, 1, build, optimizer, options)[0]
-
-
-def written() -> tuple[list[tuple[str, float, int]], dict[str, float]]:
-    """What goes to Megatron's TensorBoard writer after each of three steps."""
-    import megatron.training.global_vars as training
-
-    from megatron_muon.plugin import options, qk_clip
-
-    class Writer:
-        def add_scalar(self, name: str, value: float, iteration: int) -> None:
-            lines.append((name, value, iteration))
-
-    lines: list[tuple[str, float, int]] = []
-    arguments = SimpleNamespace(log_interval=2, tensorboard_log_interval=1)
-    run = small_run(optimizer={"muon_qk_log_layers": 2})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_GLOBAL_TENSORBOARD_WRITER", Writer())
-        patch.setattr(options, "training_arguments", lambda: arguments)
-        for iteration in (1, 2, 3):
-            run.losses(1)
-            qk_clip._log.write(iteration)
-    return lines, run.chunks[0].muon_qk_clip.by_layer()
-
-
-def test_writers_of_the_last_rank_get_scalars(pool: RankPool) -> None:
-    ranks = pool.run(written, 2)
-    assert ranks[0][0] == []
-    lines, layers = ranks[1]
-    each = [(name, iteration) for name, _, iteration in lines]
-    two = ["qk-clip/max attention logit", "qk-clip/heads clipped"]
-    expected = [(name, iteration) for iteration in (1, 2, 3) for name in two]
-    expected[4:4] = [(f"qk-clip/decoder.layers.{i}.self_attention", 2) for i in range(4)]
-    assert each == expected
-    assert max(layers.values()) == [value for name, value, _ in lines if name == two[0]][-1] > 0.05
-    assert lines[1][1] > 0
 
 
 def only_measured() -> tuple[bool, dict[str, float]]:

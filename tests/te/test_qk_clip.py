@@ -14,6 +14,7 @@ pytestmark = needs_transformer_engine
 def sources(source: str, bf16: bool, mla: bool) -> tuple[set[str], set[bool], list[str]]:
     """Sources of all layers, whether TransformerEngine is asked for maxima, and the names of clipped weights."""
     import megatron_muon
+    from megatron_muon.plugin.groups import ranks_of
     from megatron_muon.plugin.qk_clip_build import build_clip
     from megatron_muon.qk_clip.measure import source_of
     from tests.megatron.test_qk_clip import plain_optimizer
@@ -26,7 +27,7 @@ def sources(source: str, bf16: bool, mla: bool) -> tuple[set[str], set[bool], li
     models.MODELS["clipped"] = changes
     model = models.build_model(layout, "clipped")
     optimizer = plain_optimizer(model, layout)
-    clip = build_clip(optimizer.config, [model], options, optimizer)
+    clip = build_clip(optimizer.config, [model], options, optimizer, ranks_of(None))
     cores = [module for module in model.modules() if hasattr(module, "muon_qk_gauge")]
     found = {source_of(core, source, "layer") for core in cores}
     names = {param: name for name, param in model.named_parameters()}

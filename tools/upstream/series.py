@@ -194,14 +194,13 @@ QK_CLIP = Change(
 clip_qk() fails under tensor parallelism, with output gates, biases, MTP and
 hybrid layers, makes NaN of negative maxima, and comes after parameters were
 gathered. A replacement clips inside the step; TransformerEngine is asked for
-maxima only where they are taken from it, and the log shows them.
+maxima only where they are taken from it.
 
 See NVIDIA/Megatron-LM#4109, #7382 and #7517.""",
     needs=(FLAGS,),
     points=(
         f"{_OPTIMIZER}.qk_clip:clip_qk",
         "megatron.core.extensions.transformer_engine:TEDotProductAttention.__init__",
-        f"{_TRAINING}:training_log",
     ),
 )
 
@@ -209,10 +208,12 @@ RECORD = Change(
     "Extension points: losses and times of a run",
     """\
 What records a run (losses of iterations and evaluations, the time of the
-optimizer step) can stand around the functions that have them.""",
+optimizer step, what an optimizer says of it) can stand around the functions
+that have them.""",
     needs=(FLAGS,),
     points=(
         f"{_TRAINING}:train",
+        f"{_TRAINING}:training_log",
         f"{_TRAINING}:evaluate",
         f"{_TRAINING}:evaluate_and_print_results",
         "megatron.core.timers:Timers.__call__",
