@@ -26,8 +26,10 @@ from typing import Any
 
 import torch
 
-from megatron_muon.config import flag, parse_transfer
+from megatron_muon.choices import parse_transfer
+from megatron_muon.config import flag
 from megatron_muon.errors import ConfigError
+from megatron_muon.refusals import TRANSFER, refuse
 from megatron_muon.routing.layout import COLUMN_NORM, layout_of
 from megatron_muon.routing.layout import TABLE as TABLE_KIND
 from megatron_muon.routing.predicate import is_divided, is_vector
@@ -232,13 +234,7 @@ def scale_initialization(config: Any, base: str) -> None:
         ConfigError: for a wrong base, or a config that it does not fit: one that scales by itself (``use_mup``), or
             with two projections in a row at the end of a branch (``moe_latent_size``).
     """
-    if getattr(config, "use_mup", False):
-        raise ConfigError(f"{flag('transfer')} {base} with --use-mup: these are two rules for one thing; give one.")
-    if getattr(config, "moe_latent_size", None):
-        raise ConfigError(
-            f"{flag('transfer')} {base} with --moe-latent-size {config.moe_latent_size}: experts and the projection "
-            "from their latent space would both start from zeros, and stay there. Train such a model without the flag."
-        )
+    refuse(TRANSFER, {"muon_transfer": base}, config)
     transfer = Transfer.of(base, config)
     _refuse_own_methods(config, base)
     config.init_method = _Normal(config.init_method_std / math.sqrt(transfer.width))

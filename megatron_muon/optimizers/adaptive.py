@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.stages import Matrices, Variant, signs_
-from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM
+from megatron_muon.refusals import OPTIONS, refuse
 
-__all__ = ["METHODS", "AdaptiveMuon", "check_second_moment"]
+__all__ = ["METHODS", "AdaptiveMuon"]
 
 
 class _SecondMoment(Variant):
@@ -144,35 +142,6 @@ METHODS: dict[str, type[_SecondMoment]] = {cls.name: cls for cls in (AdaMuon, Ad
 """By name."""
 
 
-def check_second_moment(method: str, beta2: float, eps: float, scale_mode: str) -> None:
-    """Refuse wrong values, and NAMO with a measured scale.
-
-    Args:
-        method: one of :data:`METHODS`.
-        beta2: decay of the second moment.
-        eps: keeps its division finite.
-        scale_mode: see :func:`megatron_muon.orthogonalize.scale.scale_factor`.
-
-    Raises:
-        ConfigError: naming the flags, the values and the way out.
-    """
-    if method not in METHODS:
-        raise ConfigError(
-            f"--adaptive-muon-moment2-method {method}: choose one of {', '.join(METHODS)} "
-            "(adamuon is the paper's, adamuon_eo emerging-optimizers')."
-        )
-    if not (isinstance(beta2, (int, float)) and 0.0 <= beta2 < 1.0):
-        raise ConfigError(f"--adaptive-muon-beta2 {beta2}: give a number from 0 to below 1 (0.95 is usual).")
-    if not (isinstance(eps, (int, float)) and 0.0 < eps < math.inf):
-        raise ConfigError(f"--adaptive-muon-eps {eps}: give a positive number (1e-8 is usual).")
-    if method == NAMO.name and scale_mode in (UPDATE_NORM, SPECTRAL_NORM):
-        raise ConfigError(
-            f"--adaptive-muon-moment2-method namo with --muon-scale-mode {scale_mode}: the mode divides out the number "
-            "by which NAMO multiplies each update, so that nothing is left of it. Use a scale by shape, such as "
-            "--muon-scale-mode spectral or moonlight, or --adaptive-muon-moment2-method normuon or adamuon."
-        )
-
-
 class AdaptiveMuon(Muon):
     """Muon whose directions are divided by second moments.
 
@@ -199,7 +168,16 @@ class AdaptiveMuon(Muon):
         moment2_eps: float = 1e-8,
         **options: Any,
     ) -> None:
-        check_second_moment(moment2_method, beta2, moment2_eps, options.get("scale_mode", "spectral"))
+        refuse(
+            OPTIONS,
+            {
+                "optimizer": "adaptive_muon",
+                "adaptive_muon_moment2_method": moment2_method,
+                "adaptive_muon_beta2": beta2,
+                "adaptive_muon_eps": moment2_eps,
+                "muon_scale_mode": options.get("scale_mode", "spectral"),
+            },
+        )
         self.beta2, self.moment2_eps = beta2, moment2_eps
         super().__init__(params, lr, variant=METHODS[moment2_method](beta2, moment2_eps), **options)
         if moment2_method == NAMO.name and self.config.momentum**2 > beta2:

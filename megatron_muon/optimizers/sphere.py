@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 
+from megatron_muon.config import PREFIX, UNREAD, MuonConfig
 from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
-from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.jobs import Job, reader
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.power import store_rows, store_vector, top_singular
 from megatron_muon.optimizers.sizes import ZeroWeights
 from megatron_muon.optimizers.stages import Update, Variant, is_some
+from megatron_muon.refusals import refuse
 
 __all__ = ["SpectralSphere", "Sphere", "evaluations"]
 
@@ -171,16 +172,8 @@ class SpectralSphere(Muon):
     def __init__(
         self, params: Any, lr: float = 1e-3, *, radius: float = 2.0, tolerance: float = 0.1, **options: Any
     ) -> None:
-        if radius < 0:
-            raise ConfigError(f"--muon-sphere-radius {radius}: give a number of at least 0 (2 is usual, 0: as it is).")
-        if not 0 < tolerance <= 1:
-            raise ConfigError(f"--muon-sphere-tolerance {tolerance}: give a number above 0, at most 1 (0.1 is usual).")
-        for name, default in (("scale_mode", "spectral"), ("extra_scale_factor", 1.0)):
-            if options.get(name, default) != default:
-                raise ConfigError(
-                    f"--muon-{name.replace('_', '-')} {options[name]} with spectral_sphere: the radius decides about "
-                    "the size of updates (--muon-sphere-radius). Leave it away."
-                )
+        MuonConfig(sphere_radius=radius, sphere_tolerance=tolerance).validate(pairs=False)
+        refuse(UNREAD, {"optimizer": "spectral_sphere", **{PREFIX + name: value for name, value in options.items()}})
         self.radius, self.tolerance = radius, tolerance
         self.evaluations = evaluations(tolerance)
         self._zeros = ZeroWeights(

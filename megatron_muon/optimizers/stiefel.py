@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
-from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.jobs import Job, reader
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.precision import matmul_precision
@@ -76,12 +76,7 @@ class StiefelMuon(Muon):
         radius: float = 1.0,
         **options: Any,
     ) -> None:
-        if solver not in SOLVERS:
-            raise ConfigError(f"--muon-stiefel-solver {solver}: choose one of {', '.join(SOLVERS)}.")
-        if iterations < 0:
-            raise ConfigError(f"--muon-stiefel-iterations {iterations}: give a whole number of at least 0.")
-        if not radius > 0:
-            raise ConfigError(f"--muon-stiefel-radius {radius}: give a positive number.")
+        MuonConfig(stiefel_solver=solver, stiefel_iterations=iterations, stiefel_radius=radius).validate(pairs=False)
         self.solver, self.radius = solver, radius
         self.iterations = iterations or SOLVERS[solver].iterations
         self.tangency: torch.Tensor | None = None

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["MOONLIGHT_HIDDEN", "SCALE_MODES", "SPECTRAL_NORM", "UPDATE_NORM", "scale_factor"]
+from megatron_muon.choices import SCALE_MODES
 
-SCALE_MODES = (
-    "spectral",
-    "moonlight",
-    "moonlight_hidden",
-    "update_norm",
-    "shape_scaling",
-    "unit_rms_norm",
-    "spectral_norm",
-    "aspect_ratio",
-    "none",
-)
-"""Choices of ``--muon-scale-mode``."""
+__all__ = ["MOONLIGHT_HIDDEN", "SPECTRAL_NORM", "UPDATE_NORM", "scale_factor"]
 
 UPDATE_NORM = "update_norm"
 SPECTRAL_NORM = "spectral_norm"

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_muon.cpu.settings import REFUSALS, Refusal
 from megatron_muon.errors import ConfigError
+from megatron_muon.refusals import Settings, refuse
+from megatron_muon.refusals.cpu import CPU
+from megatron_muon.refusals.plan import READ
 
 __all__ = ["FlagFile", "Layout", "Position", "as_config_error", "parse", "read_flags"]
 
@@ -149,7 +151,7 @@ def parse(flags: Sequence[str], world: int | None) -> tuple[argparse.Namespace, 
     with _command_line(flags), _quiet(), as_config_error():
         args = arguments.parse_args(provider)
         layout = _layout(args, world)
-        _refuse_checkpoint(args)
+        refuse(READ, args)
         # Context parallelism is left out below: without its ranks, batches are checked against the right replicas.
         args.world_size = layout.world // layout.context
         left_out = _leave_out(args, parsers[0])
@@ -192,23 +194,23 @@ def _leave_out(args: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
         What was set, as flags.
     """
     left_out = []
-    for refusal in (*REFUSALS, _DEEPEP):
-        current = getattr(args, refusal.name, None)
-        if refusal.name not in _KEPT and refusal.applies(current):
-            setattr(args, refusal.name, parser.get_default(refusal.name))
-            left_out.append(refusal.flag if current is True else f"{refusal.flag} {getattr(current, 'name', current)}")
+    settings = Settings(args)
+    for row in CPU:
+        (condition,) = row.when
+        if condition.name not in _KEPT and row.holds(settings):
+            left_out.append(condition.said(settings))
+            setattr(args, condition.name, parser.get_default(condition.name))
     return left_out
 
 
-_KEPT = ("use_megatron_fsdp", "use_torch_fsdp2", "use_precision_aware_optimizer", "optimizer_cpu_offload")
+_KEPT = (
+    "use_megatron_fsdp",
+    "use_torch_fsdp2",
+    "use_precision_aware_optimizer",
+    "optimizer_cpu_offload",
+    "transformer_impl",
+)
 """Refused on the CPU for a reason that holds for a plan too: they change where weights or optimizer state are."""
-
-_DEEPEP = Refusal("moe_enable_deepep", "it belongs to the flex dispatcher, which is refused")
-
-
-def _refuse_checkpoint(args: argparse.Namespace) -> None:
-    if args.use_checkpoint_args:
-        raise ConfigError("--use-checkpoint-args: a plan reads no checkpoint; give the flags of the model themselves.")
 
 
 def _fill_batch_size(args: argparse.Namespace, layout: Layout) -> None:

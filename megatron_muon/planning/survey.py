@@ -31,6 +31,8 @@ from megatron_muon.planning.model import Stage, build_stages
 from megatron_muon.planning.ownership import Owners, owners_of_stage
 from megatron_muon.planning.state import StateCounter
 from megatron_muon.planning.steps import StepPlanner
+from megatron_muon.refusals import refuse
+from megatron_muon.refusals.plan import PLAN
 from megatron_muon.routing import annotate, global_names
 from megatron_muon.routing.layout import layout_of
 from megatron_muon.routing.partition import refuse_unmatched
@@ -137,14 +139,11 @@ def make_plan(flags: Sequence[str], world: int | None = None, tokens: int | None
     Raises:
         ConfigError: for flags that cannot be trained with.
     """
-    from megatron_muon.plugin.arguments import check_flags, from_arguments
-    from megatron_muon.plugin.optimizer_config import is_ours
+    from megatron_muon.plugin.arguments import from_arguments
 
     args, layout, left_out = parse(flags, world)
-    if not is_ours(args.optimizer):
-        raise ConfigError(f"--optimizer {args.optimizer}: the plan is that of Muon; add --optimizer muon.")
+    refuse(PLAN, args)
     options = from_arguments(args)
-    check_flags(args, options)
     with _quiet(), as_config_error():
         return _Survey(args, layout, options, left_out).plan(tokens)
 

@@ -11,13 +11,14 @@ from dataclasses import Field, fields, replace
 from typing import Any
 
 from megatron_muon._patching import Patch
-from megatron_muon.config import PREFIX, MuonConfig, flag
+from megatron_muon.choices import OPTIMIZERS
+from megatron_muon.config import PREFIX, UNREAD, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
-from megatron_muon.plugin.optimizer_config import OPTIMIZERS, REFUSED, check_adaptive, check_transfer, is_ours, refuse
-from megatron_muon.plugin.variants import check_other_optimizer, check_variant
+from megatron_muon.plugin.optimizer_config import is_ours
+from megatron_muon.refusals import MUON, refuse
 
-__all__ = ["check_flags", "from_arguments", "megatron_defaults", "patches"]
+__all__ = ["from_arguments", "megatron_defaults", "patches"]
 
 
 def patches() -> list[Patch]:
@@ -155,9 +156,9 @@ def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
         _complete(args)
         if is_ours(args.optimizer):
-            _check_arguments(args)
+            options.take_arguments(from_arguments(args))
         else:
-            check_other_optimizer(args)
+            refuse(UNREAD, _given(args))
             known = {name: getattr(args, PREFIX + name) for name in options.ANY_OPTIMIZER}
             MuonConfig(**known).validate()
             options.take_arguments(replace(options.current(), **known))
@@ -166,102 +167,24 @@ def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
     return validate_args
 
 
-REFUSED_FLAGS = {
-    "fp16": "Muon needs no loss scale; use --bf16 or float32",
-    "use_torch_fsdp2": "FSDP shards cannot be orthogonalized; use --use-distributed-optimizer",
-    "use_megatron_fsdp": "FSDP shards cannot be orthogonalized; use --use-distributed-optimizer",
-    "fp8_param_gather": "Muon updates bfloat16 or float32 weights; leave it off",
-    **REFUSED,
-}
-"""Flags that Muon does not go with, with the way out."""
-
-
 def from_arguments(args: argparse.Namespace) -> MuonConfig:
-    """The options of parsed arguments, checked.
+    """The options of parsed arguments, checked with all else that they say.
 
-    Raises:
-        ConfigError: for a wrong value.
-    """
-    return MuonConfig(**{field.name: getattr(args, PREFIX + field.name) for field in fields(MuonConfig)}).validate()
-
-
-def _check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what Megatron refuses late, badly or not at all. Runs before Megatron's own checks."""
-    muon = from_arguments(args)
-    options.take_arguments(muon)
-    name = args.optimizer
-    check_flags(args, muon)
-    layer_wise = args.use_distributed_optimizer or name.startswith("dist_")
-    refuse(args, REFUSED_FLAGS)
-    if args.ckpt_format not in ("torch", "torch_dist"):
-        raise ConfigError(f"--ckpt-format {args.ckpt_format} with --optimizer {name}: use torch_dist (or torch).")
-    if layer_wise:
-        _check_layer_wise(args)
-
-
-def check_flags(args: argparse.Namespace, muon: MuonConfig) -> None:
-    """Refuse options that do not go with each other, or with the optimizer; the plan does so, too.
+    What Megatron refuses late, badly or not at all is refused here.
 
     Raises:
         ConfigError: naming flags, values and the way out.
     """
-    check_adaptive(args, muon)
-    check_transfer(args.optimizer, muon)
-    check_variant(args, muon)
-    _check_groups(args, muon)
+    muon = MuonConfig(**{field.name: getattr(args, PREFIX + field.name) for field in fields(MuonConfig)})
+    muon.validate(pairs=False)
+    refuse((*UNREAD, *MUON), args)
+    return muon
 
 
-def _check_groups(args: argparse.Namespace, muon: MuonConfig) -> None:
-    """What these flags do to param groups outweighs what others do, or contradicts it."""
-    for name, asked in (("transfer", muon.transfer), ("scalar_weight_decay_method", muon.scalar_weight_decay_method)):
-        if asked not in ("", "decoupled") and args.weight_decay_incr_style != "constant":
-            raise ConfigError(
-                f"{flag(name)} {asked} with --weight-decay-incr-style {args.weight_decay_incr_style}: the weight decay "
-                "of each param group is fixed then; use constant."
-            )
-    for name in ("transfer", "scalar_lr"):
-        if getattr(muon, name) and args.lr_warmup_init:
-            raise ConfigError(
-                f"{flag(name)} {getattr(muon, name)} with --lr-warmup-init {args.lr_warmup_init}: Megatron-Core starts "
-                "all param groups from it, whatever their own peak is. Use 0."
-            )
-    if not muon.transfer:
-        return
-    if args.decoupled_lr is not None:
-        raise ConfigError(
-            f"{flag('transfer')} {muon.transfer} with --decoupled-lr {args.decoupled_lr}: the rule gives embeddings "
-            "and output layers their rates. Leave --decoupled-lr away; --muon-scalar-lr is the base of Adam's rates."
-        )
-    for name in ("use_mup", "init_method_xavier_uniform"):
-        if getattr(args, name, False):
-            raise ConfigError(
-                f"{flag('transfer')} {muon.transfer} with --{name.replace('_', '-')}: these are two rules for one "
-                "thing; give one."
-            )
-    if not args.untie_embeddings_and_output_weights:
-        raise ConfigError(
-            f"{flag('transfer')} {muon.transfer} with an output layer that is the embedding, too: the rule has another "
-            "learning rate for each. Add --untie-embeddings-and-output-weights."
-        )
-
-
-def _check_layer_wise(args: argparse.Namespace) -> None:
-    name = args.optimizer
-    if args.num_distributed_optimizer_instances > 1:
-        raise ConfigError(
-            f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} with layer-wise "
-            f"--optimizer {name}: each weight has one owner in the whole data-parallel group; use 1."
-        )
-    if args.overlap_param_gather_with_optimizer_step:
-        raise ConfigError(
-            f"--overlap-param-gather-with-optimizer-step with layer-wise --optimizer {name}: not supported by "
-            f"Megatron-Core; leave it off (--overlap-param-gather works)."
-        )
-    if args.ckpt_format == "torch" and args.use_layer_wise_param_layout and args.save is not None:
-        raise ConfigError(
-            f"--ckpt-format torch with layer-wise --optimizer {name}: Megatron-Core cannot save it and would fail at "
-            f"the first checkpoint. Use --ckpt-format torch_dist, or add --no-use-layer-wise-param-layout."
-        )
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments without what they have from ``install(config)``: nobody gave a run of Adam these flags."""
+    installed = options.installed().as_settings()
+    return {name: value for name, value in vars(args).items() if name not in installed or value != installed[name]}
 
 
 def _with_known_options(original: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:

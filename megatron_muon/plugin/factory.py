@@ -19,10 +19,11 @@ from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.plugin import options
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
-from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_layer_wise, is_ours
+from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
 from megatron_muon.plugin.transfer import group_overrides, transfer_of
 from megatron_muon.plugin.variants import check_adapters, describe
+from megatron_muon.refusals import MUON, refuse
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names, report
 from megatron_muon.routing.partition import refuse_uneven, refuse_unmatched
 from megatron_muon.routing.predicate import exclusion_reason
@@ -135,19 +136,11 @@ def _check_groups(groups: Any) -> None:
 
 def _check_buffers(config: Any, model_chunks: Sequence[torch.nn.Module]) -> None:
     """DDP's reduce-scatter leaves each rank with a part of the gradients: only a layer-wise optimizer knows which."""
-    layer_wise = is_layer_wise(config)
     for chunk in model_chunks:
         ddp_config = getattr(chunk, "ddp_config", None)
         if ddp_config is None:
             continue
-        if ddp_config.use_distributed_optimizer and not layer_wise:
-            raise ConfigError(
-                "DistributedDataParallelConfig.use_distributed_optimizer True with --optimizer muon that is not "
-                "layer-wise: each rank would update all weights with only its slice of the gradients reduced, and "
-                "replicas would drift apart. Set OptimizerConfig.use_layer_wise_distributed_optimizer=True and wrap "
-                "the model with wrap_model_chunks_with_ddp(use_layer_wise_distributed_optimizer=True), or build DDP "
-                "with use_distributed_optimizer=False."
-            )
+        refuse(MUON, config, ddp_config)
         if ddp_config.use_distributed_optimizer:
             _check_ownership(chunk)
 

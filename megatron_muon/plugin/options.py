@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_muon.config import PREFIX, MuonConfig
+from megatron_muon.knobs import EVERY_OPTIMIZER
 
 __all__ = [
     "ANY_OPTIMIZER",
@@ -26,6 +27,7 @@ __all__ = [
     "flag_defaults",
     "forget",
     "given_late",
+    "installed",
     "of",
     "say",
     "supply",
@@ -35,13 +37,8 @@ __all__ = [
     "without_refusal",
 ]
 
-ANY_OPTIMIZER = (
-    "ckpt_changes",
-    "qk_clip_rule",
-    "qk_clip_norm",
-    "qk_logits",
-    "qk_logits_interval",
-    "qk_log_layers",
+ANY_OPTIMIZER = tuple(
+    field.name for field in dataclasses.fields(MuonConfig) if field.metadata["readers"] == EVERY_OPTIMIZER
 )
 """Options that act on models of every optimizer, Megatron's own too."""
 
@@ -67,6 +64,11 @@ _said = _Said()
 def current() -> MuonConfig:
     """The options in force where no config is at hand; new configs start from them."""
     return _said.parsed or _said.installed or MuonConfig()
+
+
+def installed() -> MuonConfig:
+    """Options given to ``install()``, or the defaults."""
+    return _said.installed or MuonConfig()
 
 
 def _origin() -> str:
@@ -150,7 +152,7 @@ def take_arguments(options: MuonConfig) -> None:
 def flag_defaults() -> MuonConfig:
     """The defaults of flags, for a parser that is made now."""
     _said.on_flags = True
-    return _said.installed or MuonConfig()
+    return installed()
 
 
 def given_late() -> MuonConfig | None:

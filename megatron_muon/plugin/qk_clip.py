@@ -19,8 +19,9 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.monitor.sources import Report
 from megatron_muon.plugin import options, recording
 from megatron_muon.plugin.groups import ranks_of
-from megatron_muon.plugin.qk_clip_build import FLAGS, build_clip, check_numbers
+from megatron_muon.plugin.qk_clip_build import FLAGS, build_clip
 from megatron_muon.qk_clip.clip import QKClip
+from megatron_muon.refusals import QK_CLIP, refuse
 
 __all__ = ["clip_of", "patches"]
 
@@ -134,13 +135,7 @@ def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
         asked = {name: getattr(args, name, False) for name in FLAGS}
         if not any(asked.values()):
             return original(args, *rest, **kwargs)
-        check_numbers(asked["qk_clip"], args.qk_clip_threshold, args.qk_clip_alpha)
-        for name in ("use_torch_fsdp2", "use_megatron_fsdp"):
-            if asked["qk_clip"] and getattr(args, name, False):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} with --qk-clip: FSDP's shards are not clipped; use "
-                    "--use-distributed-optimizer."
-                )
+        refuse(QK_CLIP, args)
         # Megatron's check asks for TransformerEngine 2.9 and for nothing else that is not checked above.
         for name in asked:
             setattr(args, name, False)

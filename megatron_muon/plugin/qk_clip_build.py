@@ -19,10 +19,11 @@ from megatron_muon.qk_clip.clip import ClipSettings, QKClip, Target
 from megatron_muon.qk_clip.factors import Heads
 from megatron_muon.qk_clip.measure import Gauge, attach, source_of
 from megatron_muon.qk_clip.rows import Attention, Rows, has_norm, norm_rows, projection_rows
+from megatron_muon.refusals import QK_CLIP, refuse
 from megatron_muon.routing import _is_nonlinear_or_embedding, global_names
 from megatron_muon.routing.layout import STIEFEL, layout_of
 
-__all__ = ["FLAGS", "build_clip", "check_numbers"]
+__all__ = ["FLAGS", "build_clip"]
 
 FLAGS = ("qk_clip", "log_max_attention_logit")
 """Fields of a model's config, and of the arguments, that ask for its logits."""
@@ -213,10 +214,8 @@ def _settings(found: Sequence[_Found], config: Any, muon: MuonConfig) -> ClipSet
             "--qk-clip: the configs of the model's parts have different qk_clip, qk_clip_threshold or qk_clip_alpha; "
             "give them the same."
         )
-    check_numbers(found[0].clip, found[0].threshold, found[0].alpha)
-    for name, way_out in _REFUSED.items():
-        if found[0].clip and getattr(config, name, False):
-            raise ConfigError(f"--{name.replace('_', '-')} with --qk-clip: {way_out}.")
+    layers = {"qk_clip": found[0].clip, "qk_clip_threshold": found[0].threshold, "qk_clip_alpha": found[0].alpha}
+    refuse(QK_CLIP, layers, config)
     return ClipSettings(
         clip=found[0].clip,
         threshold=found[0].threshold,
@@ -225,25 +224,6 @@ def _settings(found: Sequence[_Found], config: Any, muon: MuonConfig) -> ClipSet
         interval=muon.qk_logits_interval,
         log_layers=muon.qk_log_layers,
     )
-
-
-_REFUSED = {
-    "use_precision_aware_optimizer": "its master weights are out of reach; leave one of the two off",
-    "optimizer_cpu_offload": "its master weights are out of reach; leave one of the two off",
-    "optimizer_cuda_graph": "the captured step would not clip; leave one of the two off",
-}
-
-
-def check_numbers(clip: bool, threshold: float, alpha: float) -> None:
-    """Refuse numbers that Megatron-Core's configs take without a look.
-
-    Raises:
-        ConfigError: naming the flag.
-    """
-    if clip and not 0.0 < alpha < 1.0:
-        raise ConfigError(f"--qk-clip-alpha {alpha}: give a number between 0 and 1 (0.5 is usual).")
-    if clip and not 0.0 < threshold < float("inf"):
-        raise ConfigError(f"--qk-clip-threshold {threshold}: give a positive number (100 is usual).")
 
 
 def _targets(optimizer: Any, rows: Sequence[Rows]) -> Iterator[tuple[torch.optim.Optimizer, Target]]:

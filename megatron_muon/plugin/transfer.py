@@ -92,18 +92,17 @@ def group_overrides(
     """Megatron's overrides for the param groups.
 
     Args:
-        config: the ``OptimizerConfig``.
+        config: the ``OptimizerConfig``, checked.
         muon: its options.
         model_chunks: with routes on their weights.
         others: the overrides that there are already. A weight whose rate one of them sets (``--decoupled-lr``) keeps
             it.
 
     Raises:
-        ConfigError: if there is no learning rate to scale, or two rules for one thing.
+        ConfigError: for two rules for one thing.
     """
     if not (muon.transfer or muon.scalar_lr or muon.scalar_weight_decay_method != "decoupled"):
         return {}
-    _check(config, muon)
     transfer = transfer_of(muon, model_chunks)
     found: dict[tuple[tuple[str, float], ...], set[torch.nn.Parameter]] = {}
     for chunk in model_chunks:
@@ -133,28 +132,6 @@ def _key(number: int, params: set[torch.nn.Parameter]) -> Any:
 
     predicate = ParamWithNamePredicate(name=f"megatron_muon_{number}", fn=lambda param, name: param in params)
     return ParamKey(with_name_predicate=predicate)
-
-
-def _check(config: Any, muon: MuonConfig) -> None:
-    if not config.lr:
-        for name in ("scalar_lr", "transfer"):
-            if value := getattr(muon, name):
-                raise ConfigError(f"{flag(name)} {value} without --lr: give --lr, the rate of Muon's weights.")
-        raise ConfigError(
-            f"{flag('scalar_weight_decay_method')} {muon.scalar_weight_decay_method} without --lr: give the peak rate."
-        )
-    static = muon.transfer or muon.scalar_weight_decay_method != "decoupled"
-    if static and not getattr(config, "decoupled_weight_decay", True):
-        raise ConfigError(
-            f"OptimizerConfig.decoupled_weight_decay False with {flag('transfer')} or "
-            f"{flag('scalar_weight_decay_method')}: weight decay that is added to gradients depends on the learning "
-            "rate. Leave it True."
-        )
-    if muon.transfer and config.decoupled_lr is not None:
-        raise ConfigError(
-            f"{flag('transfer')} {muon.transfer} with --decoupled-lr {config.decoupled_lr}: the rule gives embeddings "
-            "and output layers their rates. Leave --decoupled-lr away; --muon-scalar-lr is the base of Adam's rates."
-        )
 
 
 def _override(

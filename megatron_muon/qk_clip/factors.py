@@ -26,10 +26,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["RULES", "Heads", "factor_table", "gammas"]
+from megatron_muon.choices import QK_CLIP_RULES
 
-RULES = ("q_only", "group", "exact")
-"""How heads that share a key head are clipped."""
+__all__ = ["Heads", "factor_table", "gammas"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def factor_table(maxima: torch.Tensor, heads: Heads, threshold: float, alpha: fl
         heads: which heads share keys and layers.
         threshold: tau.
         alpha: share of the factor that queries take, between 0 and 1.
-        rule: for heads that share a key head, one of :data:`RULES`.
+        rule: for heads that share a key head, one of :data:`megatron_muon.choices.QK_CLIP_RULES`.
 
     Returns:
         (1 + 3 heads + 2 layers,) in the dtype of ``maxima``.
@@ -122,8 +121,8 @@ def factor_table(maxima: torch.Tensor, heads: Heads, threshold: float, alpha: fl
     Raises:
         ValueError: for an unknown rule.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule {rule!r}: choose one of {', '.join(RULES)}")
+    if rule not in QK_CLIP_RULES:
+        raise ValueError(f"rule {rule!r}: choose one of {', '.join(QK_CLIP_RULES)}")
     one = torch.ones_like(maxima)
     gamma = gammas(maxima, threshold)
     least = one.scatter_reduce(0, heads.group, gamma, "amin")[heads.group]

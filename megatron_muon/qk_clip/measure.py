@@ -28,10 +28,7 @@ import torch.distributed as dist
 from megatron_muon.context_parallel import balanced_positions, gathered
 from megatron_muon.errors import ConfigError
 
-__all__ = ["SOURCES", "Gauge", "key_maxima", "log_sum_exp", "record", "score_maxima", "source_of"]
-
-SOURCES = ("auto", "scores", "te", "exact", "lse", "own")
-"""Choices of ``--muon-qk-logits``."""
+__all__ = ["Gauge", "key_maxima", "log_sum_exp", "record", "score_maxima", "source_of"]
 
 _CHUNK = 1 << 22
 """Scores looked at together: bounds the memory of a measurement to 16 MiB of float32."""
@@ -101,7 +98,7 @@ def source_of(core: Any, wanted: str, name: str) -> str:
 
     Args:
         core: the core attention.
-        wanted: one of :data:`SOURCES`.
+        wanted: one of :data:`megatron_muon.choices.QK_LOGITS`.
         name: of the layer, for messages.
 
     Raises:

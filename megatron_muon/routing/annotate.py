@@ -14,7 +14,8 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from megatron_muon.config import DIRECTIONS, MuonConfig, flag, parse_param_rule
+from megatron_muon.choices import DIRECTIONS, parse_param_rule
+from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.routing.adapters import check_adapters
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN

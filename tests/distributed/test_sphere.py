@@ -105,7 +105,7 @@ def test_each_matrix_has_its_sphere(layout: Any) -> None:
 def test_nothing_but_the_radius_scales(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(
-        ConfigError, match=f"--muon-{name.replace('_', '-')} .* with spectral_sphere: the radius decides"
+        ConfigError, match=f"--muon-{name.replace('_', '-')} .* with --optimizer spectral_sphere: the radius decides"
     ):
         SpectralSphere([torch.nn.Parameter(weight(8, 6, seed=1))], **options, **SHARP)
 

@@ -97,7 +97,7 @@ def refusal(layout: Layout, options: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     "layout,optimizer,message",
     [
-        (Layout(ddp_buffers=True), {}, "use_distributed_optimizer True with --optimizer muon that is not layer-wise"),
+        (Layout(ddp_buffers=True), {}, "use_distributed_optimizer True with --optimizer muon, not layer-wise: "),
         (Layout(), {"muon_num_ns_steps": 0}, "--muon-num-ns-steps 0: give a whole number of at least 1"),
         (Layout(), {"muon_no_such_knob": 1}, "OptimizerConfig.muon_no_such_knob 1: no such Muon option"),
         (Layout(), {"fp16": True}, "--fp16"),

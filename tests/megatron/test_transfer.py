@@ -342,8 +342,12 @@ def refused(optimizer: dict[str, Any], model: dict[str, Any], scaled: bool = Tru
         ({}, {"tied": True}, "--untie-embeddings-and-output-weights"),
         ({"decoupled_lr": 0.1}, {}, "--muon-transfer 8x2 with --decoupled-lr 0.1"),
         ({"lr": None, "min_lr": None}, {}, "--muon-transfer 8x2 without --lr"),
-        ({"name": "spectral_sphere"}, {}, "--muon-transfer 8x2 with --optimizer spectral_sphere"),
-        ({"name": "adaptive_muon"}, {}, "Add --muon-scale-mode spectral_norm"),
+        (
+            {"name": "spectral_sphere", "muon_scale_mode": "spectral", "muon_weight_decay_method": "decoupled"},
+            {},
+            "--muon-transfer 8x2 with --optimizer spectral_sphere",
+        ),
+        ({"name": "adaptive_muon"}, {}, "; add --muon-scale-mode spectral_norm"),
         ({"decoupled_weight_decay": False}, {}, "OptimizerConfig.decoupled_weight_decay False with --muon-transfer"),
         (
             {},

@@ -23,22 +23,11 @@ def test_defaults_are_valid() -> None:
         ("extra_scale_factor", 0.0, r"--muon-extra-scale-factor 0\.0: give a positive number"),
         ("extra_scale_factor", float("nan"), r"--muon-extra-scale-factor nan: give a positive number"),
         ("coefficient_type", "jordan", r"--muon-coefficient-type jordan: choose one of simple, quintic"),
-        (
-            "coefficient_type",
-            "custom",
-            r"--muon-coefficient-type custom with 0 --muon-custom-coefficients: give custom",
-        ),
         ("custom_coefficients", ("1,2",), r"--muon-custom-coefficients .*: give three numbers a,b,c"),
-        ("custom_coefficients", ("2,-1.5,0.5",), r"--muon-coefficient-type quintic with 1 --muon-custom-coefficients"),
         ("ns_dtype", "fp8", r"--muon-ns-dtype fp8: choose one of auto, fp32, bf16, fp16"),
         ("ns_backend", "cutlass", r"--muon-ns-backend cutlass: choose one of auto, torch, triton"),
         ("tp_wire_dtype", "fp16", r"--muon-tp-wire-dtype fp16: choose one of auto, fp32, bf16"),
         ("chunk_mb", -1, r"--muon-chunk-mb -1: give a number of at least 0"),
-        (
-            "tp_mode",
-            "gram",
-            r"--muon-tp-mode gram in bfloat16: Gram Newton-Schulz needs more bits. Add --muon-ns-dtype",
-        ),
         ("num_ns_steps", 0, r"--muon-num-ns-steps 0: give a whole number of at least 1"),
         ("num_ns_steps", 2.5, r"--muon-num-ns-steps 2\.5: give a whole number"),
         ("eps", -1e-7, r"--muon-eps -1e-07: give a positive number"),
@@ -56,13 +45,17 @@ def test_wrong_values_are_refused(field: str, value: object, message: str) -> No
         dataclasses.replace(MuonConfig(), **{field: value}).validate()
 
 
-@pytest.mark.parametrize("mode", ["update_norm", "spectral_norm"])
-def test_polargrad_with_a_measured_scale_is_refused(mode: str) -> None:
-    """Every update would have the size that the mode gives it, and PolarGrad's own would be gone."""
-    with pytest.raises(
-        ConfigError, match=f"--muon-variant polargrad with --muon-scale-mode {mode}: .*-scale-mode none"
-    ):
-        MuonConfig(variant="polargrad", scale_mode=mode).validate()
+def test_options_that_contradict_each_other_are_refused() -> None:
+    """Each pair: tests/unit/test_refusals.py."""
+    muon = MuonConfig(variant="polargrad", scale_mode="update_norm", custom_coefficients=("2,-1.5,0.5",))
+    with pytest.raises(ConfigError, match=r"--muon-custom-coefficients .*\n--muon-variant polargrad with"):
+        muon.validate()
+    muon.validate(pairs=False)
+
+
+def test_all_wrong_values_are_said_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"--muon-momentum 2: .*\n--muon-eps 0: "):
+        MuonConfig(momentum=2, eps=0).validate()
 
 
 def test_every_field_has_a_check_and_a_help_text() -> None:

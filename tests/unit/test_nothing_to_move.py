@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from megatron_muon import Muon
+from megatron_muon.choices import SCALE_MODES
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.adaptive import METHODS, AdaptiveMuon
 from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.optimizers.stiefel import StiefelMuon
-from megatron_muon.orthogonalize.scale import SCALE_MODES
 from megatron_muon.routing.layout import BALLS, STIEFEL, MatrixLayout, Section
 
 QKV = MatrixLayout("qkv", (Section("q", 8), Section("k", 4), Section("v", 4)))

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from megatron_muon.choices import QK_CLIP_RULES
 from megatron_muon.context_parallel import balanced_positions
 from megatron_muon.qk_clip.clip import Target, scale_rows
-from megatron_muon.qk_clip.factors import RULES, Heads, factor_table, gammas
+from megatron_muon.qk_clip.factors import Heads, factor_table, gammas
 from megatron_muon.qk_clip.measure import (
     Gauge,
     attach,
@@ -39,7 +40,7 @@ def table(
 
 
 @pytest.mark.parametrize("maximum", [-400.0, -1e-30, 0.0, 99.9, 100.0, -math.inf, math.inf, math.nan])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", QK_CLIP_RULES)
 def test_factor_is_exactly_one_unless_above_the_threshold(maximum: float, rule: str) -> None:
     *_, values, _ = table([maximum] * 4, [(4, 2)], rule)
     assert torch.equal(values, torch.ones_like(values))
@@ -64,7 +65,7 @@ def test_grouped_heads(rule: str, logits: tuple[float, float]) -> None:
     assert (query[1] == 1).item() == (rule == "q_only")
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", QK_CLIP_RULES)
 @pytest.mark.parametrize("alpha", [0.5, 0.3])
 def test_heads_of_several_layers_do_not_mix(rule: str, alpha: float) -> None:
     together = table([400.0, 20.0, 150.0, 1.0, 300.0, 7.0], [(2, 1), (2, 2), (2, 1)], rule, alpha)

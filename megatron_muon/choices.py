@@ -1,0 +1,79 @@
+"""Names that flags take as values, and how their text is read. Nothing else: every room may know them."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BALLS",
+    "DIRECTIONS",
+    "OPTIMIZERS",
+    "PARAM_CHOICES",
+    "QK_CLIP_RULES",
+    "QK_LOGITS",
+    "SCALE_MODES",
+    "SECOND_MOMENTS",
+    "STIEFEL_SOLVERS",
+    "VARIANTS",
+    "parse_param_rule",
+    "parse_transfer",
+]
+
+OPTIMIZERS = ("muon", "adaptive_muon", "spectral_sphere", "stiefel_muon")
+"""Values of ``--optimizer`` that are this package's; ``dist_<name>`` is Megatron's older spelling for the layer-wise
+form."""
+
+VARIANTS = ("none", "polargrad", "hyperball")
+"""``--muon-variant``; their rules are in :mod:`megatron_muon.optimizers.sizes`."""
+
+SECOND_MOMENTS = ("adamuon", "adamuon_eo", "normuon", "namo")
+"""``--adaptive-muon-moment2-method``: those of :mod:`megatron_muon.optimizers.adaptive`."""
+
+SCALE_MODES = (
+    "spectral",
+    "moonlight",
+    "moonlight_hidden",
+    "update_norm",
+    "shape_scaling",
+    "unit_rms_norm",
+    "spectral_norm",
+    "aspect_ratio",
+    "none",
+)
+"""``--muon-scale-mode``: see :func:`megatron_muon.orthogonalize.scale.scale_factor`."""
+
+STIEFEL_SOLVERS = ("admm", "dual_ascent", "fixed_point")
+"""``--muon-stiefel-solver``: those of :mod:`megatron_muon.optimizers.stiefel_solvers`."""
+
+QK_CLIP_RULES = ("q_only", "group", "exact")
+"""``--muon-qk-clip-rule``: see :mod:`megatron_muon.qk_clip.factors`."""
+
+QK_LOGITS = ("auto", "scores", "te", "exact", "lse", "own")
+"""``--muon-qk-logits``: see :mod:`megatron_muon.qk_clip.measure`."""
+
+BALLS = ("sign", "row_norm", "col_norm")
+"""Choices of ``--muon-param-rule`` whose updates stay in a ball of ``--muon-ball-radius``."""
+
+DIRECTIONS = ("stiefel", *BALLS)
+"""Choices of ``--muon-param-rule`` that change how the update of a matrix is found; its split stays that of its own
+rule."""
+
+PARAM_CHOICES = ("adam", "muon", "split", "whole", "per_head", *DIRECTIONS)
+"""What ``--muon-param-rule`` can decide; ``muon`` leaves the way to the weight's own rule."""
+
+
+def parse_param_rule(rule: str) -> tuple[str, str]:
+    """``(glob, choice)`` of a ``GLOB=CHOICE``."""
+    glob, _, choice = rule.rpartition("=")
+    return glob.strip(), choice.strip()
+
+
+def parse_transfer(base: str) -> tuple[int, int]:
+    """Width and depth of a ``WIDTHxDEPTH``.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    width, _, depth = base.partition("x")
+    found = int(width), int(depth)
+    if min(found) < 1:
+        raise ValueError(base)
+    return found

@@ -1,0 +1,162 @@
+"""What a knob of :class:`megatron_muon.MuonConfig` is, and how values of it are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_muon.choices import OPTIMIZERS, PARAM_CHOICES, parse_param_rule, parse_transfer
+
+__all__ = [
+    "EVERY_OPTIMIZER",
+    "at_least_one",
+    "boolean",
+    "coefficient_triples",
+    "interval",
+    "interval_or_never",
+    "knob",
+    "known_coefficients",
+    "not_negative",
+    "one_of",
+    "param_rules",
+    "positive",
+    "text",
+    "tolerance",
+    "transfer_base",
+    "unit_interval",
+]
+
+EVERY_OPTIMIZER: tuple[str, ...] = ()
+"""Readers of a knob that acts with Megatron's own optimizers, too."""
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    check: Callable[[Any], str | None],
+    aliases: tuple[str, ...] = (),
+    readers: tuple[str, ...] = OPTIMIZERS,
+    reasons: Mapping[str, str] | None = None,
+) -> Any:
+    """A field of :class:`MuonConfig`.
+
+    Args:
+        default: its default value.
+        help: one sentence for ``--help``.
+        check: returns what is wrong with a value and how to mend it, or None.
+        aliases: further option strings for the value False of a boolean (Megatron's own spelling).
+        readers: optimizers that read it. With others it is refused, unless it has its default.
+        reasons: why some of the others do not, where there is more to say.
+    """
+    metadata = {"help": help, "check": check, "aliases": aliases, "readers": readers, "reasons": reasons or {}}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def one_of(*values: str, hints: dict[str, str] | None = None) -> Callable[[Any], str | None]:
+    """Only these values; hints say more about some others."""
+
+    def check(value: Any) -> str | None:
+        if value in values:
+            return None
+        return (hints or {}).get(value, f"choose one of {', '.join(values)}")
+
+    return check
+
+
+def at_least_one(value: Any) -> str | None:
+    """A number of Newton-Schulz steps."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return None
+    return "give a whole number of at least 1 (5 is usual)"
+
+
+def interval(value: Any) -> str | None:
+    """A number of steps between two."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return None if whole and value >= 1 else "give a whole number of at least 1"
+
+
+def interval_or_never(value: Any) -> str | None:
+    """The same, or 0."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return None if whole and value >= 0 else "give a whole number of at least 0"
+
+
+def unit_interval(value: Any) -> str | None:
+    """A decay."""
+    return None if _is_number(value) and 0.0 <= value < 1.0 else "give a number from 0 to below 1 (0.95 is usual)"
+
+
+def positive(value: Any) -> str | None:
+    """A finite number above 0."""
+    return None if _is_number(value) and value > 0.0 and math.isfinite(value) else "give a positive number"
+
+
+def tolerance(value: Any) -> str | None:
+    """A number above 0, at most 1."""
+    return None if _is_number(value) and 0.0 < value <= 1.0 else "give a number above 0, at most 1 (0.1 is usual)"
+
+
+def not_negative(value: Any) -> str | None:
+    """A finite number of at least 0."""
+    return None if _is_number(value) and value >= 0.0 and math.isfinite(value) else "give a number of at least 0"
+
+
+def text(value: Any) -> str | None:
+    """A path, or an empty string."""
+    return None if isinstance(value, str) else "give a path, or an empty string for none"
+
+
+def boolean(value: Any) -> str | None:
+    """True or False."""
+    return None if isinstance(value, bool) else "give True or False"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def known_coefficients(value: Any) -> str | None:
+    """A set of coefficients by name."""
+    from megatron_muon.orthogonalize.coefficients import CUSTOM, coefficient_types
+
+    names = (*coefficient_types(), CUSTOM)
+    return None if value in names else f"choose one of {', '.join(names)} (as emerging-optimizers names them)"
+
+
+def coefficient_triples(value: Any) -> str | None:
+    """Texts ``a,b,c``."""
+    from megatron_muon.orthogonalize.coefficients import parse_triple
+
+    if not isinstance(value, (tuple, list)) or not all(isinstance(triple, str) for triple in value):
+        return "give a list of a,b,c strings"
+    try:
+        list(map(parse_triple, value))
+    except ValueError:
+        return "give three numbers a,b,c for each step, such as 3.4445,-4.775,2.0315"
+    return None
+
+
+def transfer_base(value: Any) -> str | None:
+    """``WIDTHxDEPTH``, or an empty string."""
+    if value == "":
+        return None
+    try:
+        parse_transfer(value)
+    except (AttributeError, ValueError):
+        return "give WIDTHxDEPTH, hidden size and layers of the model that was tuned, such as 256x4"
+    return None
+
+
+def param_rules(value: Any) -> str | None:
+    """Texts ``GLOB=CHOICE``."""
+    if not isinstance(value, (tuple, list)) or not all(isinstance(rule, str) for rule in value):
+        return "give a list of GLOB=CHOICE strings"
+    for rule in value:
+        glob, choice = parse_param_rule(rule)
+        if not glob or choice not in PARAM_CHOICES:
+            return f"{rule!r} is not GLOB=CHOICE with a choice of {', '.join(PARAM_CHOICES)}"
+    return None

@@ -1,0 +1,124 @@
+"""What cannot work on the CPU: settings that are changed (and reported), and those that are refused.
+
+A setting is *changed* where the same training can be done another way (NCCL -> gloo, a fused kernel -> its plain form);
+it is *refused* where nothing can do what was asked. A ``TransformerConfig`` made in code is never changed: whoever
+writes it can write the right value at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_muon.refusals.rule import Condition, Refusal, given, one_of, that
+
+__all__ = ["CHANGES", "CPU", "IN_CONFIG", "Change"]
+
+_CPU = "on the CPU"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A value that is replaced.
+
+    Attributes:
+        name: of the setting.
+        value: what it becomes.
+        reason: why.
+        applies: to which values.
+    """
+
+    name: str
+    value: Any
+    reason: str
+    applies: Callable[[Any], bool] = bool
+
+
+def _is_nccl(value: Any) -> bool:
+    return isinstance(value, str) and "nccl" in value
+
+
+def _is_te(value: Any) -> bool:
+    return value == "transformer_engine"
+
+
+CHANGES: tuple[Change, ...] = (
+    Change("distributed_backend", "gloo", "NCCL needs GPUs", _is_nccl),
+    Change("transformer_impl", "local", "TransformerEngine's modules need a GPU", _is_te),
+    Change("gradient_accumulation_fusion", False, "an Apex kernel"),
+    Change("masked_softmax_fusion", False, "a CUDA kernel"),
+    Change("apply_rope_fusion", False, "a TransformerEngine kernel"),
+    Change("moe_permute_fusion", False, "a TransformerEngine kernel"),
+    Change("moe_router_fusion", False, "a TransformerEngine kernel"),
+    Change("moe_grouped_gemm", False, "a TransformerEngine kernel; experts run one after the other"),
+    Change("tp_comm_overlap", False, "TransformerEngine's user buffers"),
+    Change("te_rng_tracker", False, "TransformerEngine's random number tracker needs a GPU"),
+    Change("use_te_activation_func", False, "a TransformerEngine kernel"),
+)
+
+IN_CONFIG: tuple[Refusal, ...] = tuple(
+    Refusal(
+        (that(f"TransformerConfig.{change.name}", change.applies, ""),),
+        change.reason,
+        f"use {change.name}={change.value!r}",
+        _CPU,
+    )
+    for change in CHANGES
+    # transformer_impl only selects a layer specification, which whoever builds a config in code selects too.
+    if change.name != "transformer_impl"
+)
+"""What is changed in arguments, refused in a config."""
+
+
+def _is_gpu_attention(value: Any) -> bool:
+    return getattr(value, "name", str(value)) in ("flash", "fused")
+
+
+_LEAVE_OUT = "leave the flag out"
+
+_REFUSED: tuple[tuple[Condition, str, str], ...] = (
+    *(
+        (given(f"fp{bits}{end}"), f"FP{bits} needs TransformerEngine and a GPU", "use --bf16 or fp32")
+        for bits in (8, 4)
+        for end in ("", "_format")
+    ),
+    (given("enable_cuda_graph"), "CUDA graphs need a GPU", _LEAVE_OUT),
+    (given("external_cuda_graph"), "CUDA graphs need a GPU", _LEAVE_OUT),
+    (
+        that("cuda_graph_impl", lambda value: value not in (None, "none"), "other than `none`"),
+        "CUDA graphs need a GPU",
+        "use --cuda-graph-impl none",
+    ),
+    (
+        that("attention_backend", _is_gpu_attention, "`flash`, `fused`"),
+        "its kernels need a GPU",
+        "use --attention-backend auto, unfused or local",
+    ),
+    (given("use_flash_attn"), "flash attention needs a GPU", _LEAVE_OUT),
+    (given("use_megatron_fsdp"), "Megatron-FSDP needs NCCL", "use --use-distributed-optimizer"),
+    (given("use_torch_fsdp2"), "FSDP2 is not supported", "use --use-distributed-optimizer"),
+    (given("use_precision_aware_optimizer"), "it needs TransformerEngine's FusedAdam and a GPU", _LEAVE_OUT),
+    (given("optimizer_cpu_offload"), "the optimizer is there already", _LEAVE_OUT),
+    (given("fine_grained_activation_offloading"), "activations are there already", _LEAVE_OUT),
+    (given("cpu_offloading_num_layers"), "activations are there already", _LEAVE_OUT),
+    (given("delay_wgrad_compute"), "it needs TransformerEngine's linear layers", _LEAVE_OUT),
+    (given("overlap_moe_expert_parallel_comm"), "it overlaps CUDA streams", _LEAVE_OUT),
+    (
+        one_of("moe_token_dispatcher_type", "flex"),
+        "the flex dispatcher needs DeepEP and GPUs",
+        "use --moe-token-dispatcher-type alltoall or allgather",
+    ),
+    (given("moe_enable_deepep"), "it belongs to the flex dispatcher", _LEAVE_OUT),
+    (given("enable_autocast"), "torch.autocast('cuda') does nothing", "use --bf16 or fp32"),
+    (given("use_kitchen"), "Kitchen needs a GPU", _LEAVE_OUT),
+    (given("nccl_ub"), "NCCL user buffers need GPUs", _LEAVE_OUT),
+    (given("use_sharp"), "SHARP needs NCCL", _LEAVE_OUT),
+    (given("batch_invariant_mode"), "batch-invariant kernels need a GPU", _LEAVE_OUT),
+    (one_of("transformer_impl", "inference_optimized"), "its kernels need a GPU", "use --transformer-impl local"),
+)
+
+CPU: tuple[Refusal, ...] = tuple(
+    Refusal((condition,), because, instead, _CPU) for condition, because, instead in _REFUSED
+)
+"""Each row is about one setting, so that a plan, which trains nothing, can leave it out."""

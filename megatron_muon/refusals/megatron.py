@@ -1,0 +1,69 @@
+"""This package's optimizers with Megatron's settings."""
+
+from __future__ import annotations
+
+from megatron_muon.choices import OPTIMIZERS
+from megatron_muon.refusals.rule import (
+    Refusal,
+    given,
+    layer_wise,
+    one_of,
+    optimizer,
+    other_than,
+    that,
+)
+
+__all__ = ["MEGATRON"]
+
+_OURS = optimizer(*OPTIMIZERS)
+
+_FSDP = ("FSDP shards cannot be orthogonalized", "use --use-distributed-optimizer")
+
+MEGATRON: tuple[Refusal, ...] = (
+    *(
+        Refusal((given(name), _OURS), because, instead)
+        for name, because, instead in (
+            ("fp16", "Muon needs no loss scale", "use --bf16 or float32"),
+            ("use_torch_fsdp2", *_FSDP),
+            ("use_megatron_fsdp", *_FSDP),
+            ("fp8_param_gather", "Muon updates bfloat16 or float32 weights", "leave it off"),
+            ("use_precision_aware_optimizer", "it exists for Adam only", "leave it off"),
+            ("optimizer_cpu_offload", "Muon's state cannot be offloaded", "leave it off"),
+            ("optimizer_cuda_graph", "the step of Muon is not captured", "leave it off"),
+        )
+    ),
+    Refusal(
+        (other_than("ckpt_format", "torch_dist", "torch"), _OURS),
+        "Muon's state is not saved in it",
+        "use torch_dist (or torch)",
+    ),
+    Refusal(
+        (given("OptimizerConfig.use_distributed_optimizer"), _OURS),
+        "Megatron's distributed optimizer cuts weights into flat slices, which cannot be orthogonalized",
+        "set use_layer_wise_distributed_optimizer=True and use_distributed_optimizer=False (the command line does so "
+        "by itself)",
+    ),
+    Refusal(
+        (given("DistributedDataParallelConfig.use_distributed_optimizer"), layer_wise(False)),
+        "each rank would update all weights with only its slice of the gradients reduced, and replicas would drift "
+        "apart",
+        "set OptimizerConfig.use_layer_wise_distributed_optimizer=True and wrap the model with "
+        "wrap_model_chunks_with_ddp(use_layer_wise_distributed_optimizer=True), or build DDP with "
+        "use_distributed_optimizer=False",
+    ),
+    Refusal(
+        (that("num_distributed_optimizer_instances", lambda number: number > 1, "above 1"), layer_wise()),
+        "each weight has one owner in the whole data-parallel group",
+        "use 1",
+    ),
+    Refusal(
+        (given("overlap_param_gather_with_optimizer_step"), layer_wise()),
+        "Megatron-Core does not support it",
+        "leave it off (--overlap-param-gather works)",
+    ),
+    Refusal(
+        (one_of("ckpt_format", "torch"), layer_wise(), given("use_layer_wise_param_layout"), given("save")),
+        "Megatron-Core cannot save it and would fail at the first checkpoint",
+        "use --ckpt-format torch_dist, or add --no-use-layer-wise-param-layout",
+    ),
+)

@@ -1,0 +1,440 @@
+"""The table of refusals, as a function of settings: every row, by what it says and when it does not speak."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_muon import ConfigError, MuonConfig, choices
+from megatron_muon.config import UNREAD
+from megatron_muon.refusals import MUON, QK_CLIP, Chosen, Refusal, Settings, refuse
+from megatron_muon.refusals.cpu import CHANGES, CPU, IN_CONFIG
+from megatron_muon.refusals.plan import PLAN, READ
+from tools import docs
+
+ALL: tuple[Refusal, ...] = (*UNREAD, *MUON, *QK_CLIP, *READ)
+
+
+class OptimizerConfig(types.SimpleNamespace):
+    """As far as rows look at fields of this class alone."""
+
+
+class DistributedDataParallelConfig(types.SimpleNamespace):
+    """As far as rows look at fields of this class alone."""
+
+
+class TransformerConfig(types.SimpleNamespace):
+    """As far as rows look at fields of this class alone."""
+
+
+ARGUMENTS: dict[str, Any] = {
+    **MuonConfig().as_settings(),
+    "optimizer": "muon",
+    "adaptive_muon_moment2_method": "adamuon",
+    "adaptive_muon_beta2": 0.95,
+    "adaptive_muon_eps": 1e-8,
+    "ckpt_format": "torch_dist",
+    "decoupled_lr": None,
+    "fp16": False,
+    "fp8_param_gather": False,
+    "init_method_xavier_uniform": False,
+    "lr": 1e-3,
+    "lr_warmup_init": 0.0,
+    "moe_latent_size": None,
+    "num_distributed_optimizer_instances": 1,
+    "optimizer_cpu_offload": False,
+    "optimizer_cuda_graph": False,
+    "overlap_param_gather_with_optimizer_step": False,
+    "qk_clip": False,
+    "qk_clip_alpha": 0.5,
+    "qk_clip_threshold": 100.0,
+    "save": None,
+    "untie_embeddings_and_output_weights": True,
+    "use_checkpoint_args": False,
+    "use_distributed_optimizer": False,
+    "use_layer_wise_param_layout": True,
+    "use_megatron_fsdp": False,
+    "use_mup": False,
+    "use_precision_aware_optimizer": False,
+    "use_torch_fsdp2": False,
+    "weight_decay_incr_style": "constant",
+}
+"""Parsed arguments, as far as the table looks at them: Megatron's defaults, where nothing is refused."""
+
+TRANSFER = {
+    "muon_transfer": "128x2",
+    "muon_scale_mode": "unit_rms_norm",
+    "muon_weight_decay_method": "independent_scheduled",
+}
+SCALAR = {"muon_scalar_weight_decay_method": "independent_scheduled"}
+HYPERBALL = {"muon_variant": "hyperball", "muon_scale_mode": "none"}
+ADAPTIVE = {"optimizer": "adaptive_muon"}
+LAYER_WISE = {"use_distributed_optimizer": True}
+CLIP = {"qk_clip": True}
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    # Options with each other
+    ({"muon_split_qkv": False, "muon_qkv": "per_head"}, "--muon-qkv per_head with --muon-no-split-qkv: these contra"),
+    (
+        {"muon_coefficient_type": "custom"},
+        "--muon-coefficient-type custom without --muon-custom-coefficients: nothing says what they are; give",
+    ),
+    (
+        {"muon_custom_coefficients": ("2,-1.5,0.5",)},
+        "--muon-custom-coefficients 2,-1.5,0.5 with --muon-coefficient-type quintic: .*; add --muon-coefficient-type",
+    ),
+    (
+        {"muon_tp_mode": "gram"},
+        "--muon-tp-mode gram with --muon-ns-dtype auto and --muon-fp32-matmul-prec medium: Gram Newton-Schulz needs "
+        "more bits than bfloat16 has; add --muon-ns-dtype fp16",
+    ),
+    (
+        {"muon_tp_mode": "gram", "muon_fp32_matmul_prec": "high", "muon_ns_dtype": "bf16"},
+        "--muon-tp-mode gram with --muon-ns-dtype bf16: Gram",
+    ),
+    ({**HYPERBALL, "muon_scale_mode": "spectral"}, "--muon-variant hyperball with --muon-scale-mode spectral: the rad"),
+    (
+        {**HYPERBALL, "muon_extra_scale_factor": 0.2},
+        "--muon-variant hyperball with --muon-extra-scale-factor 0.2: weights keep their norm",
+    ),
+    (
+        {**HYPERBALL, "muon_weight_decay_method": "l2"},
+        "--muon-variant hyperball with --muon-weight-decay-method l2: weights keep their norm",
+    ),
+    *(
+        (
+            {"muon_variant": "polargrad", "muon_scale_mode": mode},
+            f"--muon-variant polargrad with --muon-scale-mode {mode}: .*add --muon-scale-mode none",
+        )
+        for mode in ("update_norm", "spectral_norm")
+    ),
+    ({**ADAPTIVE, "adaptive_muon_moment2_method": "adam"}, "--adaptive-muon-moment2-method adam: choose one of"),
+    ({**ADAPTIVE, "adaptive_muon_beta2": 1.0}, "--adaptive-muon-beta2 1.0: give a num"),
+    ({**ADAPTIVE, "adaptive_muon_beta2": "much"}, "--adaptive-muon-beta2 much: give a"),
+    ({**ADAPTIVE, "adaptive_muon_eps": 0.0}, "--adaptive-muon-eps 0.0: give a positi"),
+    ({**ADAPTIVE, "adaptive_muon_eps": float("inf")}, "--adaptive-muon-eps inf: give"),
+    (
+        {**ADAPTIVE, "adaptive_muon_moment2_method": "namo", "muon_scale_mode": "update_norm"},
+        "--adaptive-muon-moment2-method namo with --muon-scale-mode update_norm: the "
+        "mode divides out .*normuon or adamuon",
+    ),
+    (
+        {"muon_param_rule": ("a=adam", "*.linear_qkv.weight=stiefel")},
+        "--muon-param-rule '*.linear_qkv.weight=stiefel' with --optimizer muon: .*use --optimizer stiefel_muon",
+    ),
+    (
+        {"optimizer": "spectral_sphere", "muon_param_rule": ("output_layer*=sign",)},
+        "--muon-param-rule 'output_layer*=sign' with --optimizer spectral_sphere: .*no weight decay",
+    ),
+    (
+        {**HYPERBALL, "muon_param_rule": ("output_layer*=col_norm",)},
+        "--muon-param-rule 'output_layer*=col_norm' with --muon-variant hyperball: .*no weight decay",
+    ),
+    ({"muon_ball_radius": 9.0}, "--muon-ball-radius 9.0 without a weight that reads it: .*give them some weights"),
+    # Options that set up param groups
+    (
+        {**TRANSFER, "muon_scale_mode": "moonlight"},
+        "--muon-transfer 128x2 with --muon-scale-mode moonlight: .*add --muon-scale-mode unit_rms_norm",
+    ),
+    (
+        {**TRANSFER, "muon_weight_decay_method": "decoupled"},
+        "--muon-transfer 128x2 with --muon-weight-decay-method decoupled: .*add --muon-weight-decay-method independent",
+    ),
+    ({**TRANSFER, "muon_variant": "polargrad"}, "--muon-transfer 128x2 with --muon-variant polargrad: there is no"),
+    (
+        {**TRANSFER, **ADAPTIVE, "muon_scale_mode": "spectral_norm", "adaptive_muon_moment2_method": "namo"},
+        "--adaptive-muon-moment2-method namo with .*\n"
+        "--muon-transfer 128x2 with --adaptive-muon-moment2-method namo: .*normuon or",
+    ),
+    (
+        {**TRANSFER, **ADAPTIVE},
+        "--muon-transfer 128x2 with --optimizer adaptive_muon and --muon-scale-mode unit_rms_norm: second moments",
+    ),
+    ({**TRANSFER, "use_mup": True}, "--muon-transfer 128x2 with --use-mup: these are two rules"),
+    ({**TRANSFER, "init_method_xavier_uniform": True}, "--muon-transfer 128x2 with --init-method-xavier-uniform: the"),
+    ({**TRANSFER, "moe_latent_size": 64}, "--muon-transfer 128x2 with --moe-latent-size 64: .*both start from zeros"),
+    (
+        {**TRANSFER, "untie_embeddings_and_output_weights": False},
+        "--muon-transfer 128x2 without --untie-embeddings-and-output-weights: the output layer is the embedding",
+    ),
+    ({**TRANSFER, "decoupled_lr": 0.0}, "--muon-transfer 128x2 with --decoupled-lr 0.0: the rule gives embeddings"),
+    ({**TRANSFER, "lr": None}, "--muon-transfer 128x2 without --lr: give --lr"),
+    ({"muon_scalar_lr": 0.1, "lr": None}, "--muon-scalar-lr 0.1 without --lr: give --lr"),
+    ({**SCALAR, "lr": None}, "--muon-scalar-weight-decay-method independent_scheduled without --lr: give --lr"),
+    (
+        {**TRANSFER, "weight_decay_incr_style": "linear"},
+        "--muon-transfer 128x2 with --weight-decay-incr-style linear: .*use constant",
+    ),
+    (
+        {**SCALAR, "weight_decay_incr_style": "cosine"},
+        "--muon-scalar-weight-decay-method independent_scheduled with --weight-decay-incr-style cosine: .*use constant",
+    ),
+    ({**TRANSFER, "lr_warmup_init": 1e-5}, "--muon-transfer 128x2 with --lr-warmup-init 1e-05: .*use 0"),
+    (
+        {"muon_scalar_lr": 1e-4, "lr_warmup_init": 1e-5},
+        "--muon-scalar-lr 0.0001 with --lr-warmup-init 1e-05: .*use 0",
+    ),
+    # Megatron's settings
+    ({"fp16": True}, "--fp16 with --optimizer muon: Muon needs no loss scale; use --bf16 or float32."),
+    ({"optimizer": "dist_muon", "fp16": True}, "--fp16 with --optimizer dist_muon: Muon needs no loss scale"),
+    ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 with --optimizer muon: FSDP shards cannot be orthogonalized; use -"),
+    ({"use_megatron_fsdp": True}, "--use-megatron-fsdp with --optimizer muon: FSDP shards cannot be orthogonalized"),
+    ({"fp8_param_gather": True}, "--fp8-param-gather with --optimizer muon: Muon updates bfloat16 or float32 weights"),
+    ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer with --optimizer muon: it exists for A"),
+    ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload with --optimizer muon: Muon's state cannot be offload"),
+    ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph with --optimizer muon: the step of Muon is not captured"),
+    ({"ckpt_format": "fsdp_dtensor"}, "--ckpt-format fsdp_dtensor with --optimizer muon: .*use torch_dist (or torch)."),
+    (
+        {**LAYER_WISE, "num_distributed_optimizer_instances": 2},
+        "--num-distributed-optimizer-instances 2 with layer-wise --optimizer muon: each weight has one owner",
+    ),
+    (
+        {"optimizer": "dist_muon", "overlap_param_gather_with_optimizer_step": True},
+        "--overlap-param-gather-with-optimizer-step with layer-wise --optimizer dist_muon: .*leave it off",
+    ),
+    (
+        {**LAYER_WISE, "ckpt_format": "torch", "save": "checkpoints"},
+        "--ckpt-format torch with layer-wise --optimizer muon and .*: Megatron-Core cannot save it",
+    ),
+    # QK-clip
+    ({**CLIP, "qk_clip_alpha": 1.0}, "--qk-clip-alpha 1.0: give a number between 0 and 1"),
+    ({**CLIP, "qk_clip_threshold": float("nan")}, "--qk-clip-threshold nan: give a positive number"),
+    ({"optimizer": "adam", **CLIP, "use_torch_fsdp2": True}, "--use-torch-fsdp2 with --qk-clip: FSDP's shards are not"),
+    ({"optimizer": "adam", **CLIP, "use_megatron_fsdp": True}, "--use-megatron-fsdp with --qk-clip: FSDP's shards are"),
+    (
+        {"optimizer": "adam", **CLIP, "use_precision_aware_optimizer": True},
+        "--use-precision-aware-optimizer with --qk-clip: its master weights are out of reach; leave one of the two",
+    ),
+    ({"optimizer": "adam", **CLIP, "optimizer_cpu_offload": True}, "--optimizer-cpu-offload with --qk-clip: its maste"),
+    ({"optimizer": "adam", **CLIP, "optimizer_cuda_graph": True}, "--optimizer-cuda-graph with --qk-clip: the captur"),
+    # Plans
+    ({"use_checkpoint_args": True}, "--use-checkpoint-args in a plan: it reads no checkpoint; give the flags"),
+]
+
+
+def messages(rows: tuple[Refusal, ...], *sources: object) -> list[str]:
+    """What is said of all rows that hold."""
+    settings = Settings(*sources)
+    return [row.message(settings) for row in rows if row.holds(settings)]
+
+
+def says(message: str, expected: str) -> bool:
+    """Whether a message begins as expected; ``.*`` stands for anything."""
+    return re.match(".*".join(map(re.escape, expected.split(".*"))), message) is not None
+
+
+def test_defaults_are_not_refused() -> None:
+    for name in choices.OPTIMIZERS:
+        assert messages(ALL, {**ARGUMENTS, "optimizer": name}) == []
+
+
+@pytest.mark.parametrize(("changes", "expected"), REFUSED)
+def test_rows_speak_where_they_hold_and_no_others_do(changes: dict[str, Any], expected: str) -> None:
+    found = messages(ALL, {**ARGUMENTS, **changes})
+    assert len(found) == expected.count("\n") + 1 and says("\n".join(found), expected), found
+
+
+@pytest.mark.parametrize(
+    ("changes", "classes", "expected"),
+    [
+        (
+            {},
+            [OptimizerConfig(use_distributed_optimizer=True, use_layer_wise_distributed_optimizer=True)],
+            "OptimizerConfig.use_distributed_optimizer True with --optimizer muon: Megatron's distributed optimizer",
+        ),
+        (
+            {},
+            [
+                OptimizerConfig(use_distributed_optimizer=False, use_layer_wise_distributed_optimizer=False),
+                DistributedDataParallelConfig(use_distributed_optimizer=True),
+            ],
+            "DistributedDataParallelConfig.use_distributed_optimizer True with --optimizer muon, not layer-wise: each",
+        ),
+        *(
+            (changes, [OptimizerConfig(decoupled_weight_decay=False)], "OptimizerConfig.decoupled_weight_decay False")
+            for changes in (TRANSFER, SCALAR)
+        ),
+    ],
+)
+def test_fields_of_one_class(changes: dict[str, Any], classes: list[object], expected: str) -> None:
+    arguments = {name: value for name, value in ARGUMENTS.items() if name != "use_distributed_optimizer"}
+    (message,) = messages(ALL, *classes, {**arguments, **changes})
+    assert says(message, expected), message
+
+
+def test_a_layer_wise_config_takes_reduced_slices() -> None:
+    config = OptimizerConfig(
+        optimizer="muon", use_distributed_optimizer=False, use_layer_wise_distributed_optimizer=True
+    )
+    assert messages(MUON, config, DistributedDataParallelConfig(use_distributed_optimizer=True)) == []
+
+
+def test_every_row_is_tested() -> None:
+    """Beside those of knobs and of the CPU, which have tests of their own."""
+    views = [Settings({**ARGUMENTS, **changes}) for changes, _ in REFUSED]
+    fields = {"use_distributed_optimizer": True, "use_layer_wise_distributed_optimizer": False}
+    for changes in (TRANSFER, SCALAR):
+        config = OptimizerConfig(**fields, decoupled_weight_decay=False)
+        views.append(Settings(config, DistributedDataParallelConfig(**fields), {**ARGUMENTS, **changes}))
+    views.append(Settings({**ARGUMENTS, "optimizer": "adam"}))
+    silent = [row.words for row in (*MUON, *QK_CLIP, *PLAN, *READ) if not any(row.holds(view) for view in views)]
+    assert silent == []
+
+
+def test_what_is_not_known_is_not_refused() -> None:
+    """It is looked at again where it is known."""
+    assert messages(ALL, {}) == messages(ALL, types.SimpleNamespace(muon_tp_mode="gram", optimizer="muon")) == []
+    assert messages(ALL, {"muon_transfer": "128x2"}, types.SimpleNamespace(use_mup=True)) == [
+        "--muon-transfer 128x2 with --use-mup: these are two rules for one thing; give one."
+    ]
+
+
+def test_what_may_still_be_set_is_not_refused() -> None:
+    """A config is looked at when it is built, and some set its fields afterwards: defaults are no choice then."""
+
+    @dataclasses.dataclass
+    class OptimizerConfig:
+        optimizer: str = "adam"
+        lr: float | None = None
+        muon_coefficient_type: str = "quintic"
+        muon_custom_coefficients: tuple[str, ...] = dataclasses.field(default_factory=tuple)
+        muon_scalar_lr: float = 0.0
+        muon_tp_mode: str = "auto"
+        muon_ns_dtype: str = "auto"
+        use_distributed_optimizer: bool = False
+
+    config = OptimizerConfig("muon", muon_coefficient_type="custom", muon_scalar_lr=0.1, muon_tp_mode="gram")
+    assert messages(ALL, Chosen(config, "optimizer")) == []
+    assert len(messages(ALL, config)) == 2
+    config.muon_ns_dtype = "bf16"
+    config.use_distributed_optimizer = True
+    gram, slices = messages(ALL, Chosen(config, "optimizer"))
+    assert gram.startswith("--muon-tp-mode gram with --muon-ns-dtype bf16")
+    assert slices.startswith("OptimizerConfig.use_distributed_optimizer True")
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    args = argparse.Namespace(**{**ARGUMENTS, "fp16": True, "muon_sphere_radius": 4.0, "use_torch_fsdp2": True})
+    with pytest.raises(ConfigError) as error:
+        refuse(ALL, args)
+    assert [line.split(" ")[0] for line in str(error.value).split("\n")] == [
+        "--muon-sphere-radius",
+        "--fp16",
+        "--use-torch-fsdp2",
+    ]
+
+
+@pytest.mark.parametrize("knob", MuonConfig.__dataclass_fields__.values(), ids=lambda knob: knob.name)
+def test_a_flag_is_refused_with_optimizers_that_do_not_read_it(knob: Any) -> None:
+    """One rule for all: a flag that is ignored is one that somebody relies on."""
+    name = f"muon_{knob.name}"
+    other = {bool: not knob.default, int: 7, float: 0.125, str: "other", tuple: ("*=adam",)}[type(knob.default)]
+    readers = knob.metadata["readers"]
+    for optimizer in (*choices.OPTIMIZERS, "dist_muon", "adam", "soap", "lion", "sgd"):
+        found = messages(UNREAD, {**ARGUMENTS, "optimizer": optimizer, name: other})
+        if not readers or optimizer.removeprefix("dist_") in readers:
+            assert found == []
+        else:
+            (message,) = found
+            shown = "*=adam" if isinstance(other, tuple) else other
+            given = f"--{name.replace('_', '-')}" + ("" if other is True else f" {shown}")
+            assert message.startswith(f"{given} with --optimizer {optimizer}") and "leave it away" in message
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "changes", "expected"),
+    [
+        (
+            "muon",
+            {"muon_sphere_radius": 4.0},
+            "--muon-sphere-radius 4.0 with --optimizer muon, which does not read it: leave it away, or use --optimizer "
+            "spectral_sphere.",
+        ),
+        (
+            "adam",
+            {"muon_transfer": "128x2"},
+            "--muon-transfer 128x2 with --optimizer adam, which does not read it: leave it away, or use --optimizer "
+            "muon or adaptive_muon.",
+        ),
+        (
+            "spectral_sphere",
+            {"muon_scale_mode": "moonlight"},
+            "--muon-scale-mode moonlight with --optimizer spectral_sphere: the radius decides about the size of "
+            "updates (--muon-sphere-radius); leave it away.",
+        ),
+        (
+            "soap",
+            {"adaptive_muon_beta2": 0.7},
+            "--adaptive-muon-beta2 0.7 with --optimizer soap, which does not read it: leave it away, or use "
+            "--optimizer adaptive_muon.",
+        ),
+    ],
+)
+def test_what_is_said_of_a_flag_that_is_not_read(optimizer: str, changes: dict[str, Any], expected: str) -> None:
+    assert messages(UNREAD, {**ARGUMENTS, "optimizer": optimizer, **changes}) == [expected]
+
+
+@pytest.mark.parametrize(("changes", "ways_out"), [(TRANSFER, "normuon or adamuon"), ({}, "normuon or adamuon")])
+def test_the_way_out_of_one_row_is_no_way_into_another(changes: dict[str, Any], ways_out: str) -> None:
+    """NAMO is refused with transfer and with a measured scale, and what is proposed instead is taken by both."""
+    refused = {**ARGUMENTS, **ADAPTIVE, **changes, "muon_scale_mode": "spectral_norm"}
+    for message in messages(ALL, {**refused, "adaptive_muon_moment2_method": "namo"}):
+        assert ways_out in message
+    for method in ("normuon", "adamuon"):
+        assert messages(ALL, {**refused, "adaptive_muon_moment2_method": method}) == []
+
+
+VALUES = {
+    "attention_backend": types.SimpleNamespace(name="flash"),
+    "cuda_graph_impl": "local",
+    "moe_token_dispatcher_type": "flex",
+    "transformer_impl": "inference_optimized",
+    "distributed_backend": "cpu:gloo,cuda:nccl",
+}
+
+
+@pytest.mark.parametrize("row", CPU, ids=lambda row: row.when[0].name)
+def test_rows_of_the_cpu(row: Refusal) -> None:
+    name = row.when[0].name
+    assert messages((row,), {name: None}) == messages((row,), {name: "none"} if name == "cuda_graph_impl" else {}) == []
+    (message,) = messages(CPU, argparse.Namespace(**{name: VALUES.get(name, True)}))
+    flag = "--use-nccl-ub" if name == "nccl_ub" else f"--{name.replace('_', '-')}"
+    value = VALUES.get(name)
+    shown = "" if value is None else f" {getattr(value, 'name', value)}"
+    assert message == f"{flag}{shown} on the CPU: {row.because}; {row.instead}."
+
+
+def test_what_is_changed_in_arguments_is_refused_in_a_config() -> None:
+    for change in CHANGES:
+        if change.name == "transformer_impl":  # there it only selects the layers
+            continue
+        values = {change.name: VALUES.get(change.name, True)}
+        assert messages(IN_CONFIG, types.SimpleNamespace(**values)) == []
+        (message,) = messages(IN_CONFIG, TransformerConfig(**values))
+        assert (
+            message.startswith(f"TransformerConfig.{change.name} ") and f"use {change.name}={change.value!r}" in message
+        )
+        assert messages(IN_CONFIG, TransformerConfig(**{change.name: change.value})) == []
+
+
+def test_the_documentation_is_current() -> None:
+    assert docs.FILE.read_text() == docs.render(), "run: python -m tools.docs"
+    assert "refusals.md" in (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def test_names_are_those_of_what_they_stand_for() -> None:
+    """Names stand in ``choices``, which every room may import; what they mean is further up."""
+    from megatron_muon.optimizers.adaptive import METHODS
+    from megatron_muon.optimizers.sizes import VARIANTS
+    from megatron_muon.optimizers.stiefel_solvers import SOLVERS
+    from megatron_muon.routing.layout import BALLS, STIEFEL
+
+    assert ("none", *VARIANTS) == choices.VARIANTS
+    assert (tuple(METHODS), tuple(SOLVERS)) == (choices.SECOND_MOMENTS, choices.STIEFEL_SOLVERS)
+    assert (STIEFEL, *BALLS) == choices.DIRECTIONS
