@@ -9,7 +9,7 @@ configs' fields, which agree (``muon_scale_mode``); a name with a dot is the fie
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -296,7 +296,7 @@ def _listed(values: Iterable[Any]) -> str:
     return ", ".join(f"`{value}`" for value in values if value not in ((), "")) or "none"
 
 
-def unread(name: str, default: Any, readers: Collection[str], reasons: Mapping[str, str]) -> tuple[Refusal, ...]:
+def unread(name: str, default: Any, readers: Sequence[str], reasons: Mapping[str, str]) -> tuple[Refusal, ...]:
     """The rows that refuse a flag whose optimizer would not read it: somebody relies on a flag that is given.
 
     Args:
@@ -307,6 +307,7 @@ def unread(name: str, default: Any, readers: Collection[str], reasons: Mapping[s
     """
     asked = other_than(name, default)
     rows = [Refusal((asked, optimizer(other)), why, "leave it away") for other, why in reasons.items()]
+    *names, last = readers
     others = other_optimizer(*readers, *reasons, said=", which does not read it")
-    way_out = f"leave it away, or use --optimizer {' or '.join(readers)}"
+    way_out = f"leave it away, or use --optimizer {' or '.join(filter(None, (', '.join(names), last)))}"
     return (*rows, Refusal((asked, others), "", way_out))

@@ -233,6 +233,28 @@ def test_the_command_line_walks_the_table(pool: RankPool, flags: str, messages: 
         assert line.startswith(message)
 
 
+def parse_with_installed_options(flags: str) -> dict[str, Any] | str:
+    """As :func:`parse`, where a script has given options to ``install()``, which are the defaults of flags then."""
+    import megatron_muon
+
+    megatron_muon.uninstall()
+    try:
+        megatron_muon.install(MuonConfig(router="adam", sphere_radius=4.0))
+        return parse(flags)
+    finally:
+        megatron_muon.uninstall()
+        megatron_muon.install()
+
+
+def test_options_given_to_install_stop_no_run_of_adam(pool: RankPool) -> None:
+    """Nobody gave it these flags. With an optimizer of this package they are options of the run."""
+    assert isinstance(pool.run(parse_with_installed_options, 1, "--optimizer adam")[0], dict)
+    for optimizer, flag in (("adam", "--muon-lora-a"), ("muon", "--muon-sphere-radius")):
+        message = pool.run(parse_with_installed_options, 1, f"--optimizer {optimizer} --muon-lora-a adam")[0]
+        assert isinstance(message, str) and "\n" not in message
+        assert message.startswith(flag) and f"with --optimizer {optimizer}, which does not read it" in message
+
+
 def unknown_settings() -> list[str]:
     """Names in the table that neither arguments nor configs have."""
     import megatron_muon

@@ -363,6 +363,12 @@ def test_a_flag_is_refused_with_optimizers_that_do_not_read_it(knob: Any) -> Non
             "muon or adaptive_muon.",
         ),
         (
+            "adam",
+            {"muon_nesterov": True},
+            "--muon-nesterov with --optimizer adam, which does not read it: leave it away, or use --optimizer muon, "
+            "adaptive_muon, spectral_sphere or stiefel_muon.",
+        ),
+        (
             "spectral_sphere",
             {"muon_scale_mode": "moonlight"},
             "--muon-scale-mode moonlight with --optimizer spectral_sphere: the radius decides about the size of "
