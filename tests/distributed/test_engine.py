@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_muon import Muon
 from megatron_muon.engine.modes import MODES
 from megatron_muon.orthogonalize import coefficients
+from megatron_muon.orthogonalize.gram import prescale
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 from tests.pool import RankPool
@@ -106,6 +107,29 @@ def test_bfloat16_wire_rounds_what_is_sent_and_nothing_else(pool: RankPool) -> N
                 assert torch.equal(owner, owner.bfloat16().float()) and not torch.equal(owner, expected)
 
 
+def errors_in_float16(shape: tuple[int, int]) -> dict[str, float]:
+    """Relative errors of the update of one matrix, on this rank, by mode."""
+    group, found = dist.group.WORLD, {}
+    gradient = random(shape, 1, torch.float32)
+    exact = Given(shape, 1).cut(orthogonalized(gradient, coefficients("quintic", 5)), group)
+    for mode in EXACT:
+        param = Given(shape, 1).parameter(group, torch.zeros(shape))
+        param.grad = Given(shape, 1).cut(gradient, group)
+        Muon([param], tp_group=group, tp_mode=mode, ns_dtype="fp16", **PLAIN).step()
+        found[mode] = float((-param.detach() - exact).norm() / exact.norm())
+    return found
+
+
+def test_float16_is_as_exact_in_every_mode(pool: RankPool) -> None:
+    """Matrices so large that they are scaled before Gram matrices are taken, which must not show in the result.
+
+    Newton-Schulz in float16 errs by a thousandth here; what is sent is rounded to bfloat16, by 2^-9.
+    """
+    assert prescale(torch.float16, 128) > 1.0
+    for errors in pool.run(errors_in_float16, 2, (128, 256)):
+        assert all(error < 2.0**-8 for error in errors.values()), errors
+
+
 # What is refused.
 
 
@@ -192,10 +216,11 @@ def error_of_mixed_groups(mode: str, nesterov: bool, expert_group: dist.ProcessG
             u = momentum * buffers[index] + (1 - momentum) * gradient if nesterov else buffers[index]
             wholes[index] = (1 - lr * decay) * wholes[index] - lr * direction(each.layout, u)
         optimizer.step()
-    return max(
-        float((param.detach() - each.cut(whole, its)).abs().max())
+    errors = [
+        (param.detach() - each.cut(whole, its)).abs().max()
         for param, each, whole, its in zip(params, given, wholes, groups, strict=True)
-    )
+    ]
+    return torch.stack(errors).max().item()  # NaN, if there is one: Python's max may pass over it
 
 
 def direction(layout: MatrixLayout, u: torch.Tensor) -> torch.Tensor:
@@ -211,7 +236,7 @@ def test_groups_of_parameters_and_of_ranks_together(pool: RankPool) -> None:
     """Dense over four ranks, experts over pairs, two parameter groups, and a parameter without a gradient at first."""
     for errors in pool.run(errors_of_mixed_groups, 4):
         assert len(errors) == 2 * len(EXACT)
-        assert max(errors.values()) < TOLERANCE, errors
+        assert all(error < TOLERANCE for error in errors.values()), errors
 
 
 def steps_of_some_ranks() -> list[tuple[bool, int]]:

@@ -123,8 +123,8 @@ def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int) -> None:
         assert 0 < residual < 0.05
 
 
-def several(chunk_mb: float) -> tuple[list[torch.Tensor], int]:
-    """Seven weights of one shape and two of another; the first rows of each, and how many chunks there are."""
+def several(chunk_mb: float) -> tuple[list[torch.Tensor], int, int]:
+    """Seven weights of one shape and two of another; this rank's rows, the number of chunks, and the operations."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     shapes = [(12, 8)] * 7 + [(8, 20)] * 2
     params = []
@@ -137,7 +137,7 @@ def several(chunk_mb: float) -> tuple[list[torch.Tensor], int]:
     optimizer = StiefelMuon(groups, lr=LR, tp_group=dist.group.WORLD, chunk_mb=chunk_mb)
     optimizer.step()
     engine = optimizer.engines.of([*params[::2], *params[1::2]], STIEFEL)
-    return [param.detach() for param in params], len(engine.plan.chunks)
+    return [param.detach() for param in params], len(engine.plan.chunks), engine.counters.flops
 
 
 def test_matrices_are_dealt_out(pool: RankPool) -> None:
@@ -145,6 +145,8 @@ def test_matrices_are_dealt_out(pool: RankPool) -> None:
     for chunk_mb in (0.0, 8e-4):
         first, second = pool.run(several, 2, chunk_mb)
         assert (first[1] > 1) == (chunk_mb > 0)
+        admm = SOLVERS["admm"]
+        assert first[2] + second[2] == sum(count * admm.flops(8, q, admm.iterations) for count, q in ((7, 12), (2, 20)))
         for seed, parts in enumerate(zip(first[0], second[0], strict=True)):
             alone = stiefel(tuple(torch.cat(parts).shape), seed=seed)
             alone.grad = weight(*alone.shape, seed=100 + seed)

@@ -231,6 +231,14 @@ def test_digests_tell_plans_apart(other: dict[str, object]) -> None:
     assert len(one.digest("tp")) == 32
 
 
+def test_digests_tell_owners_apart() -> None:
+    plan = plan_of([Weight((8, 6), WHOLE, -1, "tp", 4)] * 5, OWNER)
+    ((chunk, batch),) = batches_of(plan)
+    others = dataclasses.replace(batch, counts=batch.counts[::-1])
+    other = dataclasses.replace(plan, chunks=(dataclasses.replace(chunk, batches=(others,)),))
+    assert others.counts != batch.counts and other.digest("tp") != plan.digest("tp")
+
+
 # What is planned otherwise.
 
 
