@@ -71,18 +71,23 @@ class Layout:
     layer_wise: bool = False
 
     def initialize(self, seed: int = 1) -> None:
-        """Make Megatron's process groups and seed its random states."""
+        """Make Megatron's process groups, or keep those of this layout, and seed its random states."""
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=self.tp,
-            pipeline_model_parallel_size=self.pp,
-            virtual_pipeline_model_parallel_size=self.vpp,
-            context_parallel_size=self.cp,
-            expert_model_parallel_size=self.ep,
-            expert_tensor_parallel_size=self.etp,
-        )
+        sizes = {
+            "tensor_model_parallel": self.tp,
+            "pipeline_model_parallel": self.pp,
+            "virtual_pipeline_model_parallel": self.vpp,
+            "context_parallel": self.cp,
+            "expert_model_parallel": self.ep,
+            "expert_tensor_parallel": self.tp if self.etp is None else self.etp,
+        }
+        if parallel_state.model_parallel_is_initialized():
+            found = {name: getattr(parallel_state, f"get_{name}_world_size")() for name in sizes}
+            assert found == sizes, "one call of the pool has one layout"
+        else:
+            parallel_state.initialize_model_parallel(**{f"{name}_size": size for name, size in sizes.items()})
         model_parallel_cuda_manual_seed(seed)
 
 

@@ -17,7 +17,7 @@ def sources(source: str, bf16: bool, mla: bool) -> tuple[set[str], set[bool], li
     from megatron_muon.plugin.groups import ranks_of
     from megatron_muon.plugin.qk_clip_build import build_clip
     from megatron_muon.qk_clip.measure import source_of
-    from tests.megatron.test_qk_clip import plain_optimizer
+    from tests.megatron.qk_clip import plain_optimizer
 
     layout = Layout(tp=2)
     layout.initialize()
