@@ -72,6 +72,10 @@ def content_key(corpus: Path, tokenizer: Path) -> str:
 def _write(prefix: Path, documents: list[str], tokenizer: sentencepiece.SentencePieceProcessor) -> int:
     # Imported here: it takes seconds, and a later run finds the datasets made.
     import numpy as np
+
+    from megatron_muon.cpu import messages
+
+    messages.hide()  # this needs no GPU, and the next import tells that there is none
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
 
     builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=np.uint16)

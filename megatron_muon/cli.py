@@ -16,7 +16,7 @@ from megatron_muon import plugin
 from megatron_muon.agree import ranks_with
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.errors import ConfigError
-from megatron_muon.leaving import LeaveAtOnce
+from megatron_muon.leaving import LEAVING
 from megatron_muon.version import __version__
 
 __all__ = ["main"]
@@ -90,10 +90,9 @@ def _run(args: argparse.Namespace) -> None:
     # The script must see what it would see if Python had been started with it.
     sys.argv = [str(script), *args.script_args]
     _replace_working_directory(str(script.resolve().parent))
-    leaving = LeaveAtOnce()
     try:
         on_cpu = _prepare(args.device)
-        with _noting_the_end(leaving if on_cpu else None):
+        with _noting_the_end() if on_cpu else contextlib.nullcontext():
             runpy.run_path(str(script), run_name="__main__")
     except (ConfigError, CheckpointError) as error:
         seconds = _seconds_before_telling(error)
@@ -120,15 +119,17 @@ def _seconds_before_telling(error: BaseException) -> float | None:
 
 
 @contextlib.contextmanager
-def _noting_the_end(leaving: LeaveAtOnce | None) -> Iterator[None]:
+def _noting_the_end() -> Iterator[None]:
+    """What the status of the process will be, as Python would have it."""
     try:
         yield
     except SystemExit as exit_call:
-        if leaving is not None:
-            leaving.at(exit_call)
+        LEAVING.at(exit_call)
         raise
-    if leaving is not None:
-        leaving.status = 0
+    except BaseException as error:
+        LEAVING.status = 2 if isinstance(error, ConfigError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        raise
+    LEAVING.status = 0
 
 
 def _replace_working_directory(folder: str) -> None:

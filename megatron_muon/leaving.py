@@ -8,11 +8,14 @@ import logging
 import os
 import sys
 
-__all__ = ["LeaveAtOnce"]
+__all__ = ["LEAVING", "LeaveAtOnce"]
 
 
 class LeaveAtOnce:
     """Ends the process where Python would take itself down: after all threads and all other functions of ``atexit``.
+
+    What is registered first is called last. So there is one, made when the package is imported and before that imports
+    torch: multiprocessing ends its processes by a function of ``atexit``, and weakref removes temporary folders by one.
 
     Threads of gloo may still be giving back what they have sent. One that asks for the interpreter's lock while Python
     takes itself down is ended by Python in a way that aborts the process ("terminate called without an active
@@ -23,7 +26,6 @@ class LeaveAtOnce:
     """
 
     def __init__(self) -> None:
-        """Make it before anything else is imported: what is registered first is called last."""
         self.status: int | None = None
         atexit.register(self._leave)
 
@@ -40,3 +42,6 @@ class LeaveAtOnce:
             with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
                 stream.flush()
         os._exit(self.status)
+
+
+LEAVING = LeaveAtOnce()

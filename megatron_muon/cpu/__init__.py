@@ -9,6 +9,8 @@ until :func:`install` is called, and :func:`uninstall` restores every attribute:
     megatron_muon.cpu.install()  # before or after importing megatron
     from megatron.training import pretrain
 
+Messages that only concern users of GPUs are hidden (:mod:`~megatron_muon.cpu.messages`).
+
 Each redirect is one :class:`~megatron_muon._patching.Patch` with its reason in the file of its subject; ``describe()``
 lists them all.
 """
@@ -33,6 +35,7 @@ from megatron_muon.cpu import (
     latent_attention,
     mamba,
     megatron_core,
+    messages,
     norms,
     optimizers,
     tensors,
@@ -78,6 +81,7 @@ def install() -> None:
             "megatron_muon.cpu cannot be installed: CUDA is already initialized in this process. Install it before "
             "anything uses the GPU, or start the process with CUDA_VISIBLE_DEVICES= (empty)."
         )
+    messages.hide()  # before the next imports, which say some of them
     # torch.compile's tables list torch's functions by identity. Let it make them from the originals: it refuses two
     # names of one function, and would not know the originals again after uninstall().
     importlib.import_module("torch._dynamo")
@@ -94,6 +98,7 @@ def uninstall() -> None:
     """Restore everything. Does nothing when not installed."""
     _COMPILED.revert()
     _REDIRECTS.revert()
+    messages.show()
 
 
 def is_installed() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,6 +98,19 @@ def _wrap_average(original: Callable[..., Any], source: int) -> Callable[..., An
     return reduce
 
 
+def _wrap_destroy_model_parallel(original: Callable[[], None]) -> Callable[[], None]:
+    @functools.wraps(original)
+    def destroy_model_parallel() -> None:
+        """Destroy the groups as well; their threads end when no model holds them any more."""
+        groups = importlib.import_module("megatron.core.parallel_state")._global_process_group_list or []
+        for group in groups:
+            if group is not None and group in dist.distributed_c10d._world.pg_map:
+                dist.destroy_process_group(group)
+        original()
+
+    return destroy_model_parallel
+
+
 _C10D = "torch.distributed.distributed_c10d"
 _PATCHED_IN = ("torch", "megatron")
 
@@ -125,5 +139,10 @@ PATCHES: list[Patch] = [
         lambda original: _wrap_average(original, source=1),
         "gloo has no AVG in older torch versions; DDP asks for it with --ddp-average-in-collective",
         copies_in=_PATCHED_IN,
+    ),
+    Patch(
+        "megatron.core.parallel_state:destroy_model_parallel",
+        _wrap_destroy_model_parallel,
+        "forgets its groups, which torch keeps: about 60 threads of gloo, which wake up all the time",
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ def _wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         lines = change_arguments(args)
         if lines and args.rank == 0:
             print("megatron_muon.cpu changed these arguments:\n" + "\n".join(f"  {line}" for line in lines), flush=True)
+        if importlib.util.find_spec("one_logger") is None:
+            args.enable_one_logger = False  # a tool inside NVIDIA; each run would be told where to get it
         return original(args, *rest, **kwargs)
 
     return validate_args
