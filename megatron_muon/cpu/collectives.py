@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,6 +107,11 @@ def _wrap_destroy_model_parallel(original: Callable[[], None]) -> Callable[[], N
         for group in groups:
             if group is not None and group in dist.distributed_c10d._world.pg_map:
                 dist.destroy_process_group(group)
+        # Their forward pass is cached together with the module, which has a group.
+        for name in ("rotary_pos_embedding:RotaryEmbedding", "yarn_rotary_pos_embedding:YarnRotaryEmbedding"):
+            module, _, each = name.partition(":")
+            if (imported := sys.modules.get(f"megatron.core.models.common.embeddings.{module}")) is not None:
+                getattr(imported, each).forward.cache_clear()
         original()
 
     return destroy_model_parallel

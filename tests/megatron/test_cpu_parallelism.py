@@ -6,6 +6,7 @@ same numbers in another order, which costs about 1e-7 in each step, and Adam wit
 
 from __future__ import annotations
 
+import gc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,24 @@ def test_replicas_draw_the_same_dropout(pool: RankPool, starts: dict[str, tuple[
     losses = pool.run(dropout_masks, 2, weights)
     assert losses[0] == losses[1]
     assert losses[0] != pytest.approx(reference[:2], abs=TOLERANCE)
+
+
+def threads_after_rounds(rounds: int) -> list[int]:
+    """The threads of this rank after each of some models with process groups of their own."""
+    from megatron.core import parallel_state
+
+    counts = []
+    for _ in range(rounds):
+        train_once = harness.start(Layout(tp=2), optimizer=ADAM)
+        train_once.losses(1)
+        parallel_state.destroy_model_parallel()
+        del train_once
+        gc.collect()
+        counts.append(len(list(Path("/proc/self/task").iterdir())))
+    return counts
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux shows them")
+def test_threads_of_destroyed_groups_end(pool: RankPool) -> None:
+    for counts in pool.run(threads_after_rounds, 2, 4):
+        assert len(set(counts)) == 1

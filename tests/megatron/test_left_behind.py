@@ -1,8 +1,10 @@
-"""What a run of the launcher leaves on the machine: no process and no file, whatever ends it."""
+"""What a run of the launcher leaves on the machine, no process and no file, whatever ends it; and on the screen."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.megatron.test_launcher import FLAGS, ROOT, SCRIPT
+from tests.launch import FLAGS, ROOT, SCRIPT
 
 MARK = "MEGATRON_MUON_TEST_RUN"
-WORKER = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
-"""Another process for each rank, which lives as long as the run."""
 TIMEOUT = 60
 GRACE_S = 20
 
@@ -47,7 +47,7 @@ class Launched:
                 *flags.split(),
             ],
             cwd=ROOT,
-            env={**os.environ, MARK: self.mark, "TMPDIR": str(self.temporary)},
+            env={**os.environ, MARK: self.mark, "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -85,36 +85,52 @@ class Launched:
         return output
 
 
+@contextlib.contextmanager
+def launching(folder: Path, script: Path, flags: str) -> Iterator[Launched]:
+    run = Launched(folder, script, flags)
+    try:
+        yield run
+    finally:
+        for process in run.left():
+            process.kill()
+        run.process.wait()
+
+
 @pytest.fixture
 def launched(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Launched]:
-    script, flags = request.param
-    run = Launched(tmp_path, script, flags)
-    yield run
-    for process in run.left():
-        process.kill()
-    run.process.wait()
+    with launching(tmp_path, *request.param) as run:
+        yield run
 
 
-slow = pytest.mark.slow
 FAILS_LATER = Path(__file__).parent / "scripts" / "fails_later.py"
 FOR_LONG = "--train-iters 100000"
+BACKGROUND = "--async-save --async-strategy mcore"
+WORKER = f"{BACKGROUND} --use-persistent-ckpt-worker"
+"""Another process for each rank, which lives as long as the run."""
 
 
 @pytest.mark.parametrize(
-    "launched",
-    [
-        (SCRIPT, "--train-iters 2"),
-        pytest.param((SCRIPT, f"--train-iters 2 {WORKER}"), marks=slow),
-        pytest.param((SCRIPT, "--train-iters 2 --async-save --async-strategy mcore"), marks=slow),
-    ],
-    indirect=True,
+    "flags", ["", *(pytest.param(flags, marks=pytest.mark.slow) for flags in (BACKGROUND, WORKER))]
 )
-def test_a_run_that_saves(launched: Launched) -> None:
-    output = launched.end()
-    assert launched.process.returncode == 0, output[-4000:]
+def test_a_run_that_saves(tmp_path: Path, flags: str) -> None:
+    with launching(tmp_path, SCRIPT, f"--train-iters 2 --tensor-model-parallel-size 2 {flags}") as run:
+        output = run.end()
+    assert run.process.returncode == 0, output[-4000:]
     assert "successfully saved checkpoint from iteration       2" in output
-    left = [path.name.partition("_")[0] for path in launched.temporary.iterdir()]
+    left = [path.name.partition("_")[0] for path in run.temporary.iterdir()]
     assert sorted(left) == ["torchelastic", "torchinductor"]  # an empty folder of torchrun's, and torch's cache
+    assert_no_noise(output)
+
+
+def assert_no_noise(output: str) -> None:
+    """Nothing about what a machine without GPUs lacks, and the table once."""
+    lines = [line for line in output.splitlines() if not re.match("  [a-z0-9_]+ [.]* ", line)]  # of the arguments
+    assert [line for line in lines if re.search("warn|deprecat|not installed|CUDA runtime", line, re.I)] == [
+        "WARNING:megatron.core.datasets.gpt_dataset:Unable to save MockGPTDataset indexes because path_to_cache is None"
+    ] * 3
+    tables = [number for number, line in enumerate(lines) if line.startswith("megatron_muon 0")]
+    assert len(tables) == 1 and lines[tables[0] + 1].split()[:3] == ["weight", "count", "parameters"]
+    assert len([line for line in lines if line.startswith("decoder.layers.*.mlp.linear_fc1.weight")]) == 1
 
 
 @pytest.mark.slow
