@@ -127,7 +127,8 @@ def _noting_the_end() -> Iterator[None]:
         LEAVING.at(exit_call)
         raise
     except BaseException as error:
-        LEAVING.status = 2 if isinstance(error, ConfigError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        refused = isinstance(error, (ConfigError, CheckpointError))
+        LEAVING.status = 2 if refused else 130 if isinstance(error, KeyboardInterrupt) else 1
         raise
     LEAVING.status = 0
 
