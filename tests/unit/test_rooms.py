@@ -97,7 +97,7 @@ def arrows(sources: list[Source]) -> Iterator[tuple[str, str, str]]:
 
 
 def test_every_file_has_a_room(sources: list[Source], rooms: Rooms) -> None:
-    assert {source.room for source in sources} <= rooms.keys()
+    assert {source.room for source in sources} == rooms.keys()
 
 
 def test_no_room_imports_one_above_or_beside_it(sources: list[Source], rooms: Rooms) -> None:
