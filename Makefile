@@ -34,9 +34,10 @@ train: $(STAMP)
 train-hybrid: $(STAMP)
 	@$(RUN) examples/demo.py --model hybrid $(ARGS)
 
-# Files, not tests, are shared out: ranks of a process live as long as it does.
+# Files, not tests, are shared out: their cases share models and checkpoints, and ranks live as long as their process.
+# In the order of folders: the quick files of tests/unit come last, so that no process waits long for the other.
 test: lint
-	@$(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP)
 	@$(RUN) -m pytest -m slow $(ARGS)

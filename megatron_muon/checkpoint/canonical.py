@@ -220,7 +220,7 @@ class Request(dict[str, Any]):
                 if choice.state == MASTER and not choice.is_read:
                     read[choice.state] = each.param.data
                 elif not choice.is_read and choice.state == ESTIMATED:
-                    read[choice.state] = _second_moment(each, place, read)
+                    read[choice.state] = _second_moment(place, read, self.stored.momentum)
                 elif not choice.is_read:
                     continue  # it starts as every weight's does
                 scatter(each, choice.state, read[choice.state])
@@ -358,13 +358,12 @@ def _joined(parts: dict[int, torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def _second_moment(held: Held, place: Place, read: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of a weight whose earlier optimizer had none."""
+def _second_moment(place: Place, read: dict[str, torch.Tensor], momentum: float) -> torch.Tensor:
+    """Of a weight whose earlier optimizer had none, but a moving average of this decay."""
     first = read.get("exp_avg", read.get("momentum_buffer"))
     if first is None:
         raise CheckpointError(f"{place.name}: there is no first moment to estimate {ESTIMATED} from")
-    betas = held.group.get("betas", (0.9, 0.999))
-    return estimated_second_moment(first, held.group.get("momentum", betas[0]))
+    return estimated_second_moment(first, momentum)
 
 
 def _way_out(stored: Stored) -> str:

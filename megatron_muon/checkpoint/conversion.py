@@ -17,7 +17,7 @@ import torch
 from megatron_muon.checkpoint import folders
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.keys import PREFIX, parse_state, without_chain
-from megatron_muon.checkpoint.reading import Chunk, Index, read_index
+from megatron_muon.checkpoint.reading import Index, read_index
 from megatron_muon.checkpoint.record import RECORD, Record
 from megatron_muon.checkpoint.sources import estimated_second_moment
 from megatron_muon.checkpoint.stored import Stored
@@ -133,17 +133,8 @@ class _Writer:
         old = next(name for name in self.index.tensors if without_chain(name) == key)
         for chunk in self.index.chunks(old):
             start = self.file.tell()
-            torch.save(estimated_second_moment(self.index.tensor(chunk), self._decay(chunk)), self.file)
+            torch.save(estimated_second_moment(self.index.tensor(chunk), self.stored.momentum), self.file)
             self._place(new, chunk.offsets, start)
-
-    def _decay(self, chunk: Chunk) -> float:
-        """The momentum's decay."""
-        record = self.stored.record
-        if record is not None:
-            for numbers in record.numbers:
-                if "momentum" in numbers:
-                    return float(numbers["momentum"])
-        return float(getattr(self.stored.common.get("args"), "muon_momentum", 0.95))
 
     def _write_common(self) -> None:
         from torch.distributed.checkpoint.metadata import BytesStorageMetadata

@@ -67,6 +67,15 @@ class Stored:
         """Prefixes of keys: an empty one, and those of optimizers in a chain."""
         return sorted({"", *map(chain_of, self.shapes)})
 
+    @property
+    def momentum(self) -> float:
+        """The decay of the moving averages that Muon has kept."""
+        if self.record is not None:
+            for numbers in self.record.numbers:
+                if "momentum" in numbers:
+                    return float(numbers["momentum"])
+        return float(getattr(self.common.get("args"), "muon_momentum", 0.95))
+
     def misfits(self, tensors: Iterable[Any]) -> list[str]:
         """What is wrong with the global shapes of ``ShardedTensor``; tensors that are not there do not count."""
         found = []

@@ -69,19 +69,29 @@ def save_with_nan(folder: str) -> None:
     harness.save_run(run, folder)
 
 
-def convert(pool: RankPool, source: Path, target: Path, to: str) -> str:
-    """In another process, as a user would."""
-    words = [sys.executable, "-m", "megatron_muon", "ckpt", "convert", str(source), str(target), "--to", to]
-    subprocess.run(words, check=True, timeout=120, capture_output=True)
+def convert(source: Path, target: Path, to: str, *, alone: bool = False) -> str:
+    """In this process; or in one of its own, as a user would."""
+    words = ["convert", str(source), str(target), "--to", to]
+    if alone:
+        line = [sys.executable, "-m", "megatron_muon", "ckpt", *words]
+        subprocess.run(line, check=True, timeout=120, capture_output=True)
+    else:
+        ckpt.main(words)
     assert folders.resolve(str(target)) == target / "iter_0000003"
     return str(target / "iter_0000003")
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(layer_wise=True)], ids=["tp2", "layer_wise"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(Layout(tp=2), id="tp2", marks=pytest.mark.slow),
+        pytest.param(Layout(layer_wise=True), id="layer_wise"),
+    ],
+)
 def test_convert_adam_to_muon(pool: RankPool, adam: Path, tmp_path: Path, layout: Layout) -> None:
     """No flag is needed then, and the state is that of a switch at resume."""
     before = sorted((path.name, path.stat().st_size) for path in adam.iterdir())
-    folder = convert(pool, adam, tmp_path / "muon", "muon")
+    folder = convert(adam, tmp_path / "muon", "muon")
     assert before == sorted((path.name, path.stat().st_size) for path in adam.iterdir())
     losses = pool.run(resume, 2, layout, {}, folder, OURS, str(tmp_path / "again"))[0]
     switched: dict[str, Any] = {"optimizer": {"muon_ckpt_changes": "accept"}}
@@ -90,7 +100,7 @@ def test_convert_adam_to_muon(pool: RankPool, adam: Path, tmp_path: Path, layout
 
 
 def test_convert_muon_to_adam(pool: RankPool, muon: Path, tmp_path: Path) -> None:
-    folder = convert(pool, muon, tmp_path / "adam", "adam")
+    folder = convert(muon, tmp_path / "adam", "adam", alone=True)
     again = str(tmp_path / "again")
     pool.run(resume, 2, Layout(ddp_buffers=True), ADAM, folder, OURS, again)
     assert_same(masters(str(muon)), masters(again))
@@ -103,12 +113,12 @@ def test_convert_a_variant(pool: RankPool, tmp_path: Path) -> None:
     """NorMuon's second moments mean nothing to Adam, and start anew where a run goes back; weights are kept."""
     source, again, back = (str(tmp_path / name) for name in ("normuon/iter_0000003", "again", "back"))
     pool.run(train_and_save, 2, Layout(tp=2), NORMUON, source, FULLY)
-    folder = convert(pool, Path(source), tmp_path / "adam", "adam")
+    folder = convert(Path(source), tmp_path / "adam", "adam")
     pool.run(resume, 2, Layout(ddp_buffers=True), ADAM, folder, OURS, again)
     assert_same(masters(source), masters(again))
-    folder = convert(pool, Path(folder), tmp_path / "muon", "muon")
+    folder = convert(Path(folder), tmp_path / "muon", "muon")
     accept = {"optimizer": {**NORMUON["optimizer"], "muon_ckpt_changes": "accept"}}
-    losses = pool.run(resume, 2, Layout(tp=2), accept, folder, OURS, back)[0]
+    losses = pool.run(resume, 2, Layout(tp=2), accept, folder, OURS, back, 4)[0]
     assert_same(masters(source), masters(back))
     assert losses[-1] < losses[0]
 

@@ -22,7 +22,8 @@ BUCKETS = harness.CHECKPOINT_METADATA
 OURS = {**FULLY, "megatron_muon": True}
 """What megatron.training finds in the metadata of Muon's checkpoints."""
 
-MASTER = "optimizer.state.fp32_param."
+MOMENTUM = 0.95
+"""Of the runs with Muon."""
 
 
 def train_and_save(layout: Layout, options: dict[str, Any], folder: str, metadata: dict[str, Any]) -> float:
@@ -33,14 +34,17 @@ def train_and_save(layout: Layout, options: dict[str, Any], folder: str, metadat
     return run.losses(1)[0]
 
 
-def assert_goes_on(losses: list[float], following: float) -> None:
-    """The weights are those of the checkpoint (bfloat16 rounds activations), and the next updates do no harm."""
-    assert losses[0] == pytest.approx(following, abs=0.03)
-    assert max(losses) < following + 0.4
+def assert_same_model(losses: list[float], following: float, source: Layout, to: Layout) -> None:
+    """The loss of the first step, which depends on the weights alone: to the bit where these are divided alike.
+
+    Otherwise bfloat16 rounds partial sums differently: 1.7e-3 of 4 was measured, a unit in the last place is 1.6e-2.
+    """
+    tolerance = 0.0 if source.tp == to.tp else 4e-3
+    assert losses[0] == pytest.approx(following, rel=0, abs=tolerance)
 
 
 def resume(
-    layout: Layout, options: dict[str, Any], folder: str, metadata: dict[str, Any], again: str, steps: int = 4
+    layout: Layout, options: dict[str, Any], folder: str, metadata: dict[str, Any], again: str, steps: int = 1
 ) -> list[float]:
     """Load, save as it was loaded, and train on."""
     run = harness.start(layout, bf16=True, **options)
@@ -66,24 +70,32 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
         assert torch.equal(value, second[key]), key
 
 
+TP2, PLAIN, LAYER_WISE, BUFFERS = Layout(tp=2), Layout(), Layout(layer_wise=True), Layout(ddp_buffers=True)
+
+
 @pytest.mark.parametrize(
-    "adam",
-    [Layout(), Layout(tp=2), Layout(ddp_buffers=True)],
-    ids=["plain_dp2", "plain_tp2", "distributed_optimizer"],
+    "adam,muon",
+    [
+        pytest.param(PLAIN, TP2, id="plain_dp2-to_tp2"),
+        pytest.param(PLAIN, LAYER_WISE, id="plain_dp2-to_layer_wise", marks=pytest.mark.slow),
+        pytest.param(TP2, TP2, id="plain_tp2-to_tp2", marks=pytest.mark.slow),
+        pytest.param(TP2, LAYER_WISE, id="plain_tp2-to_layer_wise"),
+        pytest.param(BUFFERS, TP2, id="distributed_optimizer-to_tp2"),
+        pytest.param(BUFFERS, LAYER_WISE, id="distributed_optimizer-to_layer_wise"),
+    ],
 )
-@pytest.mark.parametrize("muon", [Layout(tp=2), Layout(layer_wise=True)], ids=["to_tp2", "to_layer_wise"])
 def test_adam_to_muon_and_back(pool: RankPool, tmp_path: Path, adam: Layout, muon: Layout) -> None:
     """Master weights stay bit for bit; the first moment becomes the momentum, and the first moment again."""
     a, b, c = (str(tmp_path / name) for name in "abc")
     following = pool.run(train_and_save, 2, adam, ADAM, a, FULLY)[0]
-    assert_goes_on(pool.run(resume, 2, muon, ACCEPT, a, FULLY, b)[0], following)
+    assert_same_model(pool.run(resume, 2, muon, ACCEPT, a, FULLY, b)[0], following, adam, muon)
     assert_same(masters(a), masters(b))
     before, after = contents(a), contents(b)
     averages = {key: value for key, value in after.items() if ".momentum_buffer." in key}
     assert len(averages) == 4
     for key, value in averages.items():
         assert torch.equal(value, before[key.replace("momentum_buffer", "exp_avg")])
-    assert_goes_on(pool.run(resume, 2, adam, ADAM_ACCEPT, b, OURS, c)[0], following)
+    assert_same_model(pool.run(resume, 2, adam, ADAM_ACCEPT, b, OURS, c)[0], following, adam, adam)
     assert_same(masters(a), masters(c))
     again = contents(c)
     for key, value in before.items():
@@ -92,8 +104,10 @@ def test_adam_to_muon_and_back(pool: RankPool, tmp_path: Path, adam: Layout, muo
         if ".exp_avg_sq.embedding" in key:
             assert torch.equal(value, again[key]), "a weight that was Adam's all the time keeps its second moment"
         if ".exp_avg_sq.decoder.layers.mlp" in key and value.dim() == 3:
-            ratio = again[key].mean() / value.mean()
-            assert 0.05 < ratio < 20, f"{key}: the estimate is of the right size"
+            # The mean square of gradients, from that of their moving average (megatron_muon/checkpoint/sources.py).
+            average = before[key.replace("exp_avg_sq", "exp_avg")].square().mean(dim=(1, 2))
+            expected = average * (1 + MOMENTUM) / (1 - MOMENTUM)
+            torch.testing.assert_close(again[key].mean(dim=(1, 2)), expected, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("options", [{}, ADAM], ids=["adam_to_muon", "muon_to_adam"])
@@ -120,7 +134,13 @@ def test_other_split_must_be_accepted(pool: RankPool, tmp_path: Path) -> None:
     pool.run(resume, 2, Layout(tp=2), accepted, folder, FULLY, str(tmp_path / "b"))
 
 
-@pytest.mark.parametrize("adam", [Layout(ddp_buffers=True), Layout(tp=2, ddp_buffers=True)], ids=["dp2", "tp2_dp2"])
+@pytest.mark.parametrize(
+    "adam",
+    [
+        pytest.param(BUFFERS, id="dp2"),
+        pytest.param(Layout(tp=2, ddp_buffers=True), id="tp2_dp2", marks=pytest.mark.slow),
+    ],
+)
 def test_buckets_of_adam_at_the_same_layout(pool: RankPool, tmp_path: Path, adam: Layout) -> None:
     """The form that Megatron-Core saves by default; data-parallel sizes may change."""
     a, b, c = (str(tmp_path / name) for name in "abc")
@@ -166,16 +186,21 @@ def upstream_save(layout: Layout, folder: str, metadata: dict[str, Any]) -> floa
 
 
 @pytest.mark.parametrize(
-    "source,metadata",
-    [(Layout(), BUCKETS), (Layout(tp=2), BUCKETS), (Layout(layer_wise=True), FULLY)],
-    ids=["plain_dp2", "plain_tp2", "layer_wise_fully_reshardable"],
+    "source,metadata,to",
+    [
+        pytest.param(PLAIN, BUCKETS, TP2, id="plain_dp2-to_tp2"),
+        pytest.param(PLAIN, BUCKETS, LAYER_WISE, id="plain_dp2-to_layer_wise", marks=pytest.mark.slow),
+        pytest.param(TP2, BUCKETS, TP2, id="plain_tp2-to_tp2", marks=pytest.mark.slow),
+        pytest.param(TP2, BUCKETS, LAYER_WISE, id="plain_tp2-to_layer_wise"),
+        pytest.param(LAYER_WISE, FULLY, TP2, id="layer_wise_fully_reshardable-to_tp2"),
+        pytest.param(LAYER_WISE, FULLY, LAYER_WISE, id="layer_wise_fully-to_layer_wise", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("to", [Layout(tp=2), Layout(layer_wise=True)], ids=["to_tp2", "to_layer_wise"])
 def test_upstream_muon(pool: RankPool, tmp_path: Path, source: Layout, metadata: dict[str, Any], to: Layout) -> None:
     """The same rules on this model, so nothing has to be accepted."""
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     following = pool.run(upstream_save, 2, source, a, metadata)[0]
-    assert_goes_on(pool.run(resume, 2, to, {}, a, metadata, b)[0], following)
+    assert_same_model(pool.run(resume, 2, to, {}, a, metadata, b)[0], following, source, to)
     before, after = contents(a), contents(b)
     for key, value in after.items():
         old = next(name for name in before if name.endswith(key) or name.endswith(key.replace("fp32_param", "param")))
@@ -186,7 +211,8 @@ def test_upstream_layer_wise_with_buckets(pool: RankPool, tmp_path: Path) -> Non
     """Megatron-Core's default for dist_muon: Adam's weights in buckets, which the same layout reads."""
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     following = pool.run(upstream_save, 2, Layout(layer_wise=True), a, BUCKETS)[0]
-    assert_goes_on(pool.run(resume, 2, Layout(layer_wise=True), {}, a, BUCKETS, b)[0], following)
+    layout = Layout(layer_wise=True)
+    assert_same_model(pool.run(resume, 2, layout, {}, a, BUCKETS, b)[0], following, layout, layout)
     with pytest.raises(RankError, match="--dist-ckpt-optim-fully-reshardable"):
         pool.run(resume, 2, Layout(tp=2), {}, a, BUCKETS, str(tmp_path / "c"))
 

@@ -22,6 +22,7 @@ from tests.megatron.test_cpu_mamba import MAMBA as MAMBA_AND_ATTENTION
 from tests.megatron.test_gdn_in_proj import inner_optimizers
 from tests.megatron.test_routing import GDN, MLA, MOE
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 MAMBA: dict[str, Any] = {**MAMBA_AND_ATTENTION, "pattern": "M-M-"}
 # As many heads of keys as of values, so that they can be divided over four ranks.
@@ -170,7 +171,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = (
+    *("mamba-cp4", "mamba-cp2_tp2", "mamba-cp2_pp2", "mamba-cp2_dp2", "mamba-cp2_layer_wise"),
+    *("mamba-cp2_dp2_layer_wise", "delta-cp4", "delta-cp2_ep2", "delta-cp2_tp2_sp", "attention-cp4"),
+    *("attention-cp2_pp2", "hybrid-cp2_layer_wise"),
+)
+
+
+@pytest.mark.parametrize("name", with_slow(CASES, *SLOW))
 def test_training_does_not_depend_on_context_parallelism(
     pool: RankPool, tmp_path: Path, references: dict[str, Reference], name: str
 ) -> None:
@@ -222,6 +230,7 @@ def second_half(layout: Layout, folder: str) -> list[float]:
     return run.losses(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer_wise", [False, True])
 def test_resume(pool: RankPool, tmp_path: Path, layer_wise: bool) -> None:
     layout, folder = Layout(cp=2, layer_wise=layer_wise), str(tmp_path / "checkpoint")

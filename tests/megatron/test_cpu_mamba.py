@@ -17,6 +17,7 @@ from megatron_muon.cpu.mamba import (
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 BATCH, HEADS, HEAD_DIM, STATE = 2, 4, 3, 5
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64 on both sides; sums are added up in another order
@@ -273,7 +274,7 @@ def reference(pool: RankPool, weights: str) -> list[float]:
     return pool.run(train, 1, Layout(), weights, STEPS, **MAMBA)[0]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", with_slow(LAYOUTS, "tp2", "dp2"))
 def test_losses_do_not_depend_on_the_layout(pool: RankPool, weights: str, reference: list[float], name: str) -> None:
     world_size, layout, changes = LAYOUTS[name]
     losses = pool.run(train, world_size, layout, weights, STEPS, **{**MAMBA, **changes})[0]
@@ -325,6 +326,7 @@ OTHER_LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER_LAYERS)
 def test_other_layers_of_hybrid_models(pool: RankPool, tmp_path: Path, name: str) -> None:
     model = {**MAMBA, **OTHER_LAYERS[name]}

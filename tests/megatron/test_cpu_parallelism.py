@@ -16,6 +16,7 @@ import pytest
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 STEPS = 4
 TOLERANCE = 2e-5
@@ -87,7 +88,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = (
+    *("dense-tp2-sp", "dense-pp2", "dense-dp2", "moe-ep2-tp2-etp2-sp", "moe-ep4-tp2-etp1-sp", "mla-tp2-sp"),
+    "hybrid-dp2-buffers",
+)
+
+
+@pytest.mark.parametrize("case", with_slow(CASES, *SLOW))
 def test_losses_equal_those_of_one_rank(pool: RankPool, starts: dict[str, tuple[str, list[float]]], case: str) -> None:
     name, world_size, layout = CASES[case]
     weights, reference = starts[name]
@@ -106,7 +113,7 @@ def test_dispatchers_agree(pool: RankPool, starts: dict[str, tuple[str, list[flo
 def test_bf16_trains(pool: RankPool, starts: dict[str, tuple[str, list[float]]]) -> None:
     weights, reference = starts["dense"]
     losses = pool.run(train, 2, Layout(tp=2, sp=True), weights, bf16=True, **DENSE)[0]
-    assert losses == pytest.approx(reference, abs=5e-2)  # 8 bits of mantissa in a loss of about 4
+    assert losses == pytest.approx(reference, rel=2**-8)  # bfloat16 has eight bits; 1.2e-3 was measured
 
 
 def grad_norms(layout: Layout, weights: str, **options: Any) -> tuple[float, float]:
@@ -178,7 +185,7 @@ RESUMES: dict[str, tuple[Layout, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", RESUMES)
+@pytest.mark.parametrize("case", with_slow(RESUMES, "adam-tp2", "muon-layer-wise", "muon-layer-wise-legacy"))
 def test_resume_equals_going_on(
     pool: RankPool, starts: dict[str, tuple[str, list[float]]], tmp_path: Path, case: str
 ) -> None:

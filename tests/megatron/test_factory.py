@@ -73,9 +73,10 @@ def test_layer_wise_equals_plain(pool: RankPool, bf16: bool, param_layout: bool)
     """Sharding over data parallelism moves work and changes nothing: same seeds, same losses, equal replicas.
 
     float32: gradients are averaged by other collectives (reduce-scatter), which round differently. bfloat16 weights
-    round to 8 bits, so that such a difference now and then flips a weight by 2^-9 of its size.
+    round to 8 bits, so that such a difference now and then flips a weight by 2^-9 of its size. Losses of about 4 were
+    measured to differ by 2e-7 and 8e-4 in six steps.
     """
-    tolerance = 1e-2 if bf16 else 1e-5
+    tolerance = 2**-9 if bf16 else 2e-6
     plain, same = pool.run(replicas_after_training, 2, Layout(), {"bf16": bf16})[0]
     assert same
     options = {"bf16": bf16, "param_layout": param_layout}
@@ -166,12 +167,13 @@ def test_every_knob_reaches_the_optimizer_from_code(pool: RankPool) -> None:
     assert pool.run(knobs_in_the_optimizer, 1) == [True]
 
 
-def families_beside_ours() -> float:
-    """Megatron's other emerging optimizers keep working with the hooks in place."""
-    run = harness.start(Layout(), optimizer={"name": "soap"})
-    losses = run.losses(4)
-    return losses[-1] - losses[0]
+def soap(install: bool) -> tuple[set[str], list[float]]:
+    """Classes of the optimizers of Megatron's SOAP, and losses."""
+    run = harness.start(Layout(), optimizer={"name": "soap"}, install=install)
+    return {type(part.optimizer).__name__ for part in run.optimizer.chained_optimizers}, run.losses(3)
 
 
-def test_soap_still_works(pool: RankPool) -> None:
-    assert pool.run(families_beside_ours, 1)[0] < 0.0
+def test_other_emerging_optimizers_are_as_without_the_hooks(pool: RankPool) -> None:
+    alone, hooked = (pool.run(soap, 1, install)[0] for install in (False, True))
+    assert "SOAP" in " ".join(alone[0]).upper()
+    assert hooked == alone

@@ -15,6 +15,7 @@ from tests.megatron.harness import Layout
 from tests.megatron.test_routing import GDN
 from tests.pool import RankPool
 from tests.reference import orthogonalized
+from tests.slow import with_slow
 
 NAMES = ("q", "k", "v", "z", "beta", "alpha")
 GATES = ("beta", "alpha")
@@ -143,7 +144,7 @@ def losses(layout: Layout, weights: str, policy: str) -> list[float]:
     return start(layout, policy, SLOW, weights=weights).losses(STEPS)
 
 
-@pytest.mark.parametrize("policy", ["adam", "split", "per_head"])
+@pytest.mark.parametrize("policy", with_slow(["adam", "split", "per_head"], "adam", "per_head"))
 def test_losses_do_not_depend_on_the_layout(pool: RankPool, weights: str, policy: str) -> None:
     expected = pool.run(losses, 1, Layout(), weights, policy)[0]
     assert expected[-1] < expected[0] - 0.5
@@ -196,7 +197,13 @@ def second_half(layout: Layout, bf16: bool, folder: str) -> tuple[list[float], l
     return run.losses(4), state
 
 
-@pytest.mark.parametrize("world_size,layout,bf16", [(2, Layout(tp=2), False), (4, Layout(tp=2, layer_wise=True), True)])
+@pytest.mark.parametrize(
+    "world_size,layout,bf16",
+    [
+        (2, Layout(tp=2), False),
+        pytest.param(4, Layout(tp=2, layer_wise=True), True, marks=pytest.mark.slow),
+    ],
+)
 def test_resume_with_rows_under_two_rules(
     pool: RankPool, tmp_path: Path, world_size: int, layout: Layout, bf16: bool
 ) -> None:

@@ -41,6 +41,7 @@ def check(report: dict[str, Any], number: int) -> None:
     assert report["resumed"][-1] > 0
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path: Path) -> None:
     report = trials(tmp_path, 4, 1, limit=180)
     check(report, 4)

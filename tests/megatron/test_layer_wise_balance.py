@@ -7,24 +7,21 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_muon.engine.balance import Job, assign_owners, cost_of_weight
-from megatron_muon.engine.shards import shard_of
+from megatron_muon.engine.balance import Job, assign_owners
 from megatron_muon.plugin import layer_wise
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 from tests.megatron import harness
 from tests.megatron.harness import Layout, Run
 from tests.megatron.test_routing import MOE
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 THREE_LAYERS = {"num_layers": 3}
 """Which two ranks share unevenly by elements."""
@@ -204,7 +201,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", with_slow(CASES, "dense", "experts", "tensor"))
 def test_owners_follow_the_function(pool: RankPool, case: str) -> None:
     """On every rank, and the same on all that have a weight: tensor peers, replicas, expert-parallel peers."""
     world, layout, options, bucket_size = CASES[case]
@@ -260,7 +257,13 @@ def upstream_owners() -> Iterator[None]:
         layer_wise.assign_owners = before
 
 
-@pytest.mark.parametrize("model", [THREE_LAYERS, {**MOE, **THREE_LAYERS}], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(THREE_LAYERS, id="dense", marks=pytest.mark.slow),
+        pytest.param({**MOE, **THREE_LAYERS}, id="experts"),
+    ],
+)
 @pytest.mark.parametrize(("world", "layout"), [(2, Layout(layer_wise=True)), (4, Layout(tp=2, etp=1, layer_wise=True))])
 def test_older_assignment(pool: RankPool, world: int, layout: Layout, model: dict[str, Any]) -> None:
     """Muon's weights change lists, no list gets longer than the longest was, and Adam's weights stay."""
@@ -294,82 +297,6 @@ def sizes_and_muon(layout: Layout, options: dict[str, Any]) -> dict[str, tuple[i
     """Runs on a rank: elements of each weight, and whether it is Muon's."""
     run = harness.start(layout, param_layout=False, **options)
     return {name: (param.numel(), not _is_nonlinear_or_embedding(param)) for param, name in names_of(run).items()}
-
-
-def train(layout: Layout, options: dict[str, Any], bucket_size: int | None = None) -> list[float]:
-    return start(layout, options, bucket_size).losses(8)
-
-
-# As in test_layouts: float32, losses of about 4, ten times the 4e-7 by which the order of additions changes them.
-TOLERANCE = 4e-6
-
-TRAINING = {
-    "buckets": (2, Layout(layer_wise=True), {}, 6000),
-    "four replicas": (4, Layout(layer_wise=True), {}, None),
-    "virtual stages": (4, Layout(pp=2, vpp=2, layer_wise=True), {}, None),
-    "tensor, experts whole": (4, Layout(tp=2, etp=1, sp=True, layer_wise=True), MOE, None),
-    "expert parallel": (4, Layout(ep=2, layer_wise=True), MOE, None),
-    "older": (2, Layout(layer_wise=True), {"param_layout": False}, None),
-    "older, experts": (2, Layout(layer_wise=True), {**MOE, "param_layout": False}, None),
-}
-
-
-@pytest.mark.parametrize("case", TRAINING)
-def test_training_equals_the_plain_run(pool: RankPool, tmp_path: Path, case: str) -> None:
-    world, layout, options, bucket_size = TRAINING[case]
-    model = {key: value for key, value in options.items() if key != "param_layout"}
-    folder = str(tmp_path / "initial")
-    pool.run(harness.save_initial_weights, 1, folder, **model)
-    expected = pool.run(train, 1, Layout(), {**model, "weights": folder})[0]
-    losses = pool.run(train, world, layout, {**options, "weights": folder}, bucket_size)
-    assert all(rank == losses[0] for rank in losses)
-    assert losses[0] == pytest.approx(expected, abs=TOLERANCE)
-    assert expected[-1] < expected[0]
-
-
-def states(run: Run) -> dict[str, torch.Tensor]:
-    """This rank's momentum, by the name of the weight."""
-    names, found = names_of(run), {}
-    for part in (run.optimizer, *run.optimizer.chained_optimizers):
-        for inner in getattr(part, "chained_optimizers", []) or [part]:
-            for param, state in getattr(getattr(inner, "optimizer", None), "state", {}).items():
-                if "momentum_buffer" in state and param in names:
-                    found[names[param]] = state["momentum_buffer"].clone()
-    return found
-
-
-def save_with_upstream_owners(layout: Layout, options: dict[str, Any], folder: str) -> tuple[dict, list[float]]:
-    with upstream_owners():
-        run = harness.start(layout, **options)
-    run.losses(3)
-    saved = states(run)
-    harness.save_run(run, folder)
-    return saved, run.losses(3)
-
-
-def load(layout: Layout, options: dict[str, Any], folder: str) -> tuple[dict, list[float]]:
-    run = harness.start(layout, **options)
-    run.losses(1)  # the state that is loaded must replace what is there
-    harness.load_run(run, folder)
-    return states(run), run.losses(3)
-
-
-@pytest.mark.parametrize("param_layout,bf16", [(True, False), (False, True)], ids=["layout", "older"])
-def test_a_checkpoint_of_other_owners_resumes(pool: RankPool, tmp_path: Path, param_layout: bool, bf16: bool) -> None:
-    """State is saved under names: a run that Megatron-Core's assignment saved goes on, each weight with its momentum.
-
-    The losses are equal to rounding, not to the bit: each rank sums the gradient norm of its own weights.
-    """
-    options = {**THREE_LAYERS, **MOE, "param_layout": param_layout, "bf16": bf16}
-    folder = str(tmp_path / "checkpoint")
-    saved = pool.run(save_with_upstream_owners, 2, Layout(layer_wise=True), options, folder)
-    loaded = pool.run(load, 2, Layout(layer_wise=True), options, folder)
-    assert saved[0][0].keys() != loaded[0][0].keys(), "weights have changed their owners"
-    before = {**saved[0][0], **saved[1][0]}
-    after = {**loaded[0][0], **loaded[1][0]}
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert loaded[0][1] == pytest.approx(saved[0][1], abs=TOLERANCE)
 
 
 @contextlib.contextmanager
@@ -494,80 +421,3 @@ def lay_out_without_groups() -> str:
 def test_a_group_that_nobody_knows(pool: RankPool) -> None:
     for message in pool.run(lay_out_without_groups, 2):
         assert "divided by tensor parallelism" in message and "pg_collection" in message
-
-
-MODELS = Path(__file__).parents[2] / "examples" / "models"
-
-BUSIEST = {
-    "llama3_8b": (1.0000, 1.1651),
-    "llama3_70b": (1.0129, 1.7029),
-    "nemotron_h_8b": (1.0558, 1.2853),
-    "qwen3_30b_a3b": (1.0247, 1.1592),
-    "qwen3_next_80b_a3b": (1.0242, 1.0493),
-    "deepseek_v3": (3.0837, 3.1267),
-}
-"""Work of the busiest rank, as a multiple of the mean, by cost and by elements, where tensor-parallel ranks share each
-weight's work. In DeepSeek-V3 128 ranks share the dense weights of 4 layers, and one of these is 2.83 times the mean."""
-
-
-@pytest.fixture(scope="module")
-def planner() -> Iterator[ProcessPoolExecutor]:
-    """A process that plans: imports are paid once."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as executor:
-        yield executor
-
-
-def planned(model: str, extra: list[str], by_cost: bool) -> float:
-    """Runs in the planner: what the plan's owners leave to the busiest rank of all stages, over the mean."""
-    import megatron_muon
-    from megatron_muon import cpu
-    from megatron_muon.planning.flags import parse, read_flags
-    from megatron_muon.planning.model import build_stages
-
-    cpu.install()
-    megatron_muon.install()
-    file = read_flags(MODELS / f"{model}.args")
-    world = int(file.plan_options[file.plan_options.index("--world-size") + 1])
-    args, layout, _ = parse([*file.flags, *extra], world)
-    with contextlib.nullcontext() if by_cost else upstream_owners():
-        loads = [load for stage in build_stages(args) for load in loads_of(stage, args, layout)]
-    return max(loads) * len(loads) / sum(loads)
-
-
-def loads_of(stage: Any, args: Any, layout: Any) -> list[int]:
-    """Of each rank of a pipeline stage. They are numbered tensor first, then data; for experts tensor, expert, data."""
-    from megatron.core import parallel_state
-
-    from megatron_muon.config import MuonConfig
-    from megatron_muon.planning.ownership import owners_of_stage
-    from megatron_muon.routing import annotate
-
-    for chunk in stage.chunks:
-        annotate(chunk, MuonConfig())
-    groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_expert_tensor_parallel_group()
-    dense, expert = [0] * layout.data, [0] * layout.expert_data
-    for param, owners in owners_of_stage(stage, args, layout).items():
-        for rank, _ in owners if not _is_nonlinear_or_embedding(param) else ():
-            cost = cost_of_weight(param, shard_of(param, *groups), 5)
-            (dense if getattr(param, "allreduce", True) else expert)[rank] += cost
-    expert_ranks = layout.expert_tensor * layout.expert
-    return [dense[rank // layout.tensor] + expert[rank // expert_ranks] for rank in range(layout.ranks_of_stage)]
-
-
-@pytest.mark.parametrize("model", BUSIEST)
-def test_plans_of_published_models(planner: ProcessPoolExecutor, model: str) -> None:
-    values = tuple(planner.submit(planned, model, [], by_cost).result() for by_cost in (True, False))
-    assert values == pytest.approx(BUSIEST[model], abs=1e-4)
-
-
-def test_plan_of_the_older_assignment(planner: ProcessPoolExecutor) -> None:
-    """Balanced too, but for --ckpt-format torch."""
-    older = ["--no-use-layer-wise-param-layout"]
-    ours = planner.submit(planned, "llama3_8b", older, True).result()
-    theirs = planner.submit(planned, "llama3_8b", older, False).result()
-    assert ours < theirs
-    assert planner.submit(planned, "llama3_8b", [*older, "--ckpt-format", "torch"], True).result() == theirs
-
-
-def test_every_published_model_is_there() -> None:
-    assert {path.stem for path in MODELS.iterdir()} == set(BUSIEST)

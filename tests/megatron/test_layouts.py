@@ -11,6 +11,7 @@ from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.test_routing import GDN, MLA, MOE
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 STEPS = 20
 # float32 everywhere. Layouts add the same numbers in another order (tensor-parallel partial sums, gradient averages),
@@ -47,7 +48,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", with_slow(LAYOUTS, "pp2", "dp2_layer_wise"))
 def test_losses_do_not_depend_on_the_layout(pool: RankPool, weights: str, reference: list[float], name: str) -> None:
     world_size, layout = LAYOUTS[name]
     losses = pool.run(train, world_size, layout, weights)
@@ -70,7 +71,9 @@ MODELS = {
 FEWER_STEPS = 8
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", with_slow(MODELS, "moe_tp2_ep2", "moe_dp2_layer_wise", "gated_delta_net_dp2_layer_wise")
+)
 def test_other_models(pool: RankPool, tmp_path: Path, name: str) -> None:
     """Experts, latent attention and GatedDeltaNet hybrids, each against one process."""
     world_size, layout, model = MODELS[name]

@@ -118,7 +118,7 @@ def losses(layout: Layout, native: bool, bf16: bool, model: dict[str, Any], opti
 @pytest.mark.parametrize(
     "layout,bf16,model,optimizer",
     [
-        (Layout(tp=2), False, GDN, {}),
+        pytest.param(Layout(tp=2), False, GDN, {}, marks=pytest.mark.slow),
         (Layout(tp=2), False, GDN, SPLIT),
         (Layout(layer_wise=True, ddp_buffers=True), True, {"num_moe_experts": 2, "moe_ffn_hidden_size": 32}, {}),
     ],

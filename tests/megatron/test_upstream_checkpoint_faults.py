@@ -1,6 +1,15 @@
 """What fails or goes wrong with Megatron-Core 0.19.2's own Muon at saving and loading, each by its name, with ours.
 
-Some scenarios are pairs of :mod:`tests.megatron.crossing`, whose runs are shared with ``test_checkpoints.py``.
+Those that are a layout that reads what another has written are cases of ``test_checkpoints.py``:
+
+- ``dense_bf16-dp2_layer_wise-to-tp2`` and ``-to-one``: Adam's buckets, "Global shape mismatch";
+- ``dense_bf16-tp2-to-dp2_layer_wise`` and ``-to-dp2_layer_wise_older``: KeyError ``optimizer.state.param.*``;
+- ``dense_bf16-dp2_layer_wise_older-to-dp2_layer_wise_older``: under gloo, ``all_gather`` of tensors of different sizes;
+- ``experts-ep2-to-one``: lists of param groups of different lengths;
+- ``latent_attention_fused``: the fused weight is saved as two, and is not found among the model's tensors;
+- ``experts_of_two_copies``: nothing was shared out, and each copy of an expert had an owner of its own, which knew half
+  of the gradients.
+
 Layer-wise checkpoints of ``--ckpt-format torch`` with the parameter layout, at whose saving Megatron-Core fails, are
 refused: ``test_arguments.py::test_refusals``.
 """
@@ -21,7 +30,6 @@ import torch.distributed as dist
 
 from tests.checkpoints import contents, differences
 from tests.megatron import harness
-from tests.megatron.crossing import Crossing
 from tests.megatron.harness import Layout
 from tests.megatron.test_routing import MOE
 from tests.pool import RankPool
@@ -29,37 +37,6 @@ from tests.pool import RankPool
 FULLY = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 BFLOAT16 = 3e-2
 """Other layouts round activations differently."""
-
-
-def test_layer_wise_dp2_to_tp2(crossing: Crossing) -> None:
-    """Adam's buckets: "Global shape mismatch"."""
-    crossing.check("dense_bf16", "dp2_layer_wise", "tp2")
-
-
-def test_layer_wise_dp2_to_dp1(crossing: Crossing) -> None:
-    crossing.check("dense_bf16", "dp2_layer_wise", "one")
-
-
-@pytest.mark.parametrize("to", ["dp2_layer_wise", "dp2_layer_wise_older"])
-def test_plain_to_layer_wise(crossing: Crossing, to: str) -> None:
-    """KeyError ``optimizer.state.param.*``."""
-    crossing.check("dense_bf16", "tp2", to)
-
-
-def test_ep2_to_ep1(crossing: Crossing) -> None:
-    """Lists of param groups of different lengths."""
-    crossing.check("experts", "ep2", "one")
-
-
-def test_older_layer_wise_under_gloo(crossing: Crossing) -> None:
-    """``all_gather`` of tensors of different sizes."""
-    crossing.check("dense_bf16", "dp2_layer_wise_older", "dp2_layer_wise_older")
-
-
-@pytest.mark.parametrize("source,to", [("tp2", "dp2_layer_wise"), ("dp2_layer_wise", "tp2")])
-def test_fused_multi_latent_attention(crossing: Crossing, source: str, to: str) -> None:
-    """The fused weight is saved as two, and is not found among the model's tensors."""
-    crossing.check("latent_attention_fused", source, to)
 
 
 @contextlib.contextmanager
@@ -82,12 +59,6 @@ def models(change: Callable[[str, torch.nn.Parameter], None]) -> Iterator[None]:
 
 ONE_COPY = Layout(tp=2, etp=1, sp=True)
 ONE_COPY_LAYER_WISE = Layout(tp=2, etp=1, sp=True, layer_wise=True)
-
-
-@pytest.mark.parametrize("source,to", [("tp2_etp1_layer_wise", "ep2"), ("ep2", "tp2_etp1_layer_wise")])
-def test_layer_wise_dp_cp_1_with_expert_dp_2(crossing: Crossing, source: str, to: str) -> None:
-    """Nothing was shared out: each copy of an expert had an owner of its own, which knew half of the gradients."""
-    crossing.check("experts_of_two_copies", source, to)
 
 
 def norms_and_owners(layout: Layout, undivided: bool, **options: Any) -> tuple[list[float], list[str]]:

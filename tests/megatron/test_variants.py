@@ -14,6 +14,7 @@ from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.test_routing import GDN, MOE
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 GQA = {"num_query_groups": 2}
 STEPS = 4
@@ -75,6 +76,7 @@ def weights(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(VARIANTS.keys() - set(SAVED)))
 def test_losses_do_not_depend_on_the_layout(pool: RankPool, weights: str, name: str) -> None:
     expected = pool.run(train, 1, Layout(), weights, VARIANTS[name])[0]
@@ -106,8 +108,8 @@ def train_experts(layout: Layout, weights: str, optimizer: dict[str, Any]) -> li
             "muon_param_rule": ("*.experts.*linear_fc1*=col_norm", "*.experts.*linear_fc2*=row_norm"),
         },
         {"name": "stiefel_muon", "muon_param_rule": ("*.experts.*=stiefel",)},
-        VARIANTS["sphere"],
-        VARIANTS["normuon"],
+        pytest.param(VARIANTS["sphere"], marks=pytest.mark.slow),
+        pytest.param(VARIANTS["normuon"], marks=pytest.mark.slow),
     ],
     ids=["balls", "stiefel", "sphere", "normuon"],
 )
@@ -138,7 +140,7 @@ def resume(layout: Layout, optimizer: dict[str, Any], folder: str) -> list[float
     return run.losses(2)
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", with_slow(SAVED, "adamuon_eo", "namo", "hyperball", "scion"))
 def test_state_is_saved_for_every_layout(pool: RankPool, weights: str, tmp_path: Path, name: str) -> None:
     """TP 2 to TP 4 (more ranks than query groups), PP 2 and layer-wise; without its state the losses would differ."""
     folder = str(tmp_path / "checkpoint")
@@ -284,4 +286,4 @@ def upstream_step() -> str:
 
 
 def test_why_megatrons_own_is_replaced(pool: RankPool) -> None:
-    assert pool.run(upstream_step, 1)[0] != ""
+    assert pool.run(upstream_step, 1)[0].endswith("'TensorParallelAdaptiveMuon' object has no attribute 'scale_mode'")

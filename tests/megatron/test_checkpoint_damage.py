@@ -1,0 +1,251 @@
+"""Checkpoints of which something is lost or changed: one error that names it, on all ranks."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.megatron import harness
+from tests.megatron.harness import Layout
+from tests.megatron.loading import FINE, TIMEOUT, Outcome, failure, load_each, one_error, save_after_a_step
+from tests.megatron.test_routing import MOE
+from tests.pool import RankPool
+
+WEIGHT = "decoder.layers.mlp.linear_fc1.weight"
+MOMENTUM = f"optimizer.state.momentum_buffer.{WEIGHT}"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Of every file."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def truncate(folder: Path) -> str:
+    path = sorted(folder.glob("*.distcp"))[-1]
+    path.write_bytes(path.read_bytes()[:-4096])
+    return path.name
+
+
+def lose_data(folder: Path) -> str:
+    path = sorted(folder.glob("*.distcp"))[-1]
+    path.unlink()
+    return path.name
+
+
+def flip_bit(folder: Path) -> str:
+    """Of the momentum of one layer."""
+    return f"momentum_buffer of {WEIGHT}[{flip_bit_of(MOMENTUM, folder)}]"
+
+
+def flip_bit_of_weight(folder: Path) -> str:
+    """Of one layer, of which float32 runs have no other copy."""
+    return f"weight {WEIGHT}[{flip_bit_of(WEIGHT, folder)}]"
+
+
+def flip_bit_of(key: str, folder: Path) -> int:
+    """The lowest bit of one number; the layer."""
+    from megatron_muon.checkpoint.reading import read_index
+
+    index = read_index(folder)
+    chunk = next(index.chunks(key))
+    numbers = index.tensor(chunk).reshape(-1).view(torch.uint8).numpy().tobytes()
+    place = index.bytes_of(chunk.info).index(numbers) + len(numbers) // 8 * 4
+    path = folder / chunk.info.relative_path
+    data = bytearray(path.read_bytes())
+    data[chunk.info.offset + place] ^= 1
+    path.write_bytes(data)
+    return chunk.offsets[0]
+
+
+def lose_index(folder: Path) -> str:
+    (folder / ".metadata").unlink()
+    return ".metadata"
+
+
+def garble_index(folder: Path) -> str:
+    (folder / ".metadata").write_bytes(b"\x00 no index \xff" * 100)
+    return ".metadata"
+
+
+def cut_index(folder: Path) -> str:
+    path = folder / ".metadata"
+    path.write_bytes(path.read_bytes()[:-100])
+    return ".metadata"
+
+
+def lose_mark(folder: Path) -> str:
+    (folder / "metadata.json").unlink()
+    return "metadata.json"
+
+
+def empty_mark(folder: Path) -> str:
+    (folder / "metadata.json").write_text("")
+    return "metadata.json"
+
+
+def garble_common(folder: Path) -> str:
+    """What is no tensor."""
+    from megatron_muon.checkpoint.reading import read_index
+
+    index = read_index(folder)
+    info = next(info for key, info in index.metadata.storage_data.items() if "common_state" in key.fqn)
+    overwrite(folder, info)
+    return "common_state"
+
+
+def lose_tensor(folder: Path) -> str:
+    """The storage has zeros where the momentum of one layer was."""
+    from megatron_muon.checkpoint.reading import read_index
+
+    index = read_index(folder)
+    overwrite(folder, next(index.chunks(MOMENTUM)).info)
+    return "what is stored"
+
+
+def overwrite(folder: Path, info: Any) -> None:
+    """Put zeros in the place of one entry."""
+    path = folder / info.relative_path
+    data = bytearray(path.read_bytes())
+    data[info.offset : info.offset + info.length] = bytes(info.length)
+    path.write_bytes(data)
+
+
+OF_TENSORS = [truncate, lose_data, flip_bit, flip_bit_of_weight, lose_tensor]
+"""Found when tensors are loaded."""
+OF_THE_REST = [lose_index, garble_index, cut_index, lose_mark, empty_mark, garble_common]
+"""Found at the start of a run, too."""
+DAMAGES = [damage.__name__ for damage in (*OF_TENSORS, *OF_THE_REST)]
+
+
+class Damaged:
+    """A copy of a checkpoint with one thing wrong.
+
+    Attributes:
+        folder: of the copy.
+        what: the words that an error must have.
+        files: the hashes of its files.
+    """
+
+    def __init__(self, source: Path, folder: Path, damage: Any) -> None:
+        shutil.copytree(source, folder)
+        self.folder = folder
+        self.what: str = damage(folder)
+        self.files = hashes(folder)
+
+
+@pytest.fixture(scope="module")
+def damaged(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Damaged]:
+    """By the name of the damage."""
+    root = tmp_path_factory.mktemp("damaged")
+    folder = root / "undamaged" / "iter_0000001"
+    pool.run(save_after_a_step, 2, Layout(tp=2), {}, str(folder))
+    found = {each.__name__: Damaged(folder, root / each.__name__ / folder.name, each) for each in OF_TENSORS}
+    found |= {each.__name__: Damaged(folder, root / each.__name__ / folder.name, each) for each in OF_THE_REST}
+    return found | {"nothing": Damaged(folder, root / "nothing" / folder.name, lambda folder: "")}
+
+
+Outcomes = dict[str, list[Outcome]]
+"""Of each rank, by the name of the damage."""
+
+
+def of_all(pool: RankPool, damaged: dict[str, Damaged], function: Any, *args: Any) -> Outcomes:
+    """Call with the folders of all, the undamaged one last: what one raises does not reach the next."""
+    folders = [str(each.folder) for each in damaged.values()]
+    ranks = pool.run(function, 2, *args, folders, timeout=2 * TIMEOUT)
+    return dict(zip(damaged, map(list, zip(*ranks, strict=True)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def loaded(pool: RankPool, damaged: dict[str, Damaged]) -> Outcomes:
+    return of_all(pool, damaged, load_each, Layout(tp=2), {})
+
+
+def check_error(outcomes: list[Outcome], damaged: Damaged) -> None:
+    text = one_error(outcomes)
+    assert str(damaged.folder) in text and damaged.what in text and "--ckpt-step" in text, text
+
+
+def test_undamaged_checkpoint_loads(loaded: Outcomes) -> None:
+    assert loaded["nothing"] == [FINE] * 2
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_one_error_on_all_ranks(
+    damaged: dict[str, Damaged], loaded: Outcomes, damage: str
+) -> None:
+    check_error(loaded[damage], damaged[damage])
+    assert hashes(damaged[damage].folder) == damaged[damage].files
+
+
+def first_looks(folders: list[str]) -> list[Outcome]:
+    """What ``megatron.training`` reads of each before anything else, at the start of a run."""
+    import megatron_muon
+
+    megatron_muon.install()
+    from megatron.core import dist_checkpointing
+    from megatron.training import checkpointing
+
+    args = argparse.Namespace(ckpt_format="torch_dist", auto_detect_ckpt_format=False)
+
+    def look(folder: str) -> None:
+        assert checkpointing._get_checkpoint_format(folder, args) == "torch_dist"
+        dist_checkpointing.load_common_state_dict(folder)
+
+    return [failure(lambda folder=folder: look(folder)) for folder in folders]  # type: ignore[misc]
+
+
+@pytest.fixture(scope="module")
+def looked_at(pool: RankPool, damaged: dict[str, Damaged]) -> Outcomes:
+    return of_all(pool, damaged, first_looks)
+
+
+@pytest.mark.parametrize("damage", [damage.__name__ for damage in OF_THE_REST])
+def test_damage_is_named_at_the_start_of_a_run(damaged: dict[str, Damaged], looked_at: Outcomes, damage: str) -> None:
+    check_error(looked_at[damage], damaged[damage])
+
+
+def test_a_start_reads_no_tensors(looked_at: Outcomes) -> None:
+    """Nor does it hash all files of a large checkpoint: what is wrong with tensors is found when they are loaded."""
+    for damage in ("nothing", *(each.__name__ for each in OF_TENSORS)):
+        assert looked_at[damage] == [FINE] * 2, damage
+
+
+FLIPS = {
+    "experts_of_ep2": (2, Layout(ep=2), MOE, "decoder.layers.mlp.experts.experts.linear_fc1.weight"),
+    "gate_and_up_of_tp2": (2, Layout(tp=2), {}, WEIGHT),
+    "norm_of_pp2_bf16": (2, Layout(pp=2), {"bf16": True}, "decoder.layers.self_attention.linear_qkv.layer_norm_weight"),
+}
+
+
+@pytest.mark.parametrize("case", FLIPS)
+def test_flipped_bit_of_a_weight_at_another_layout(pool: RankPool, tmp_path: Path, case: str) -> None:
+    """Experts, fused weights and copies: sums do not depend on the layout, and see one bit."""
+    ranks, source, options, key = FLIPS[case]
+    whole, flipped = (tmp_path / name / "iter_0000001" for name in ("whole", "flipped"))
+    pool.run(save_after_a_step, ranks, source, options, str(whole))
+    shutil.copytree(whole, flipped)
+    flip_bit_of(key, flipped)
+    for layout in (Layout(), Layout(layer_wise=True)):
+        outcomes = pool.run(load_each, 2, layout, options, [str(whole), str(flipped)], timeout=TIMEOUT)
+        assert [good for good, _ in outcomes] == [FINE] * 2
+        text = one_error([bad for _, bad in outcomes])
+        (line,) = text.splitlines()[1:-1]
+        assert line.strip().startswith(f"weight {key}"), text
+
+
+def test_vocabulary_that_is_padded_otherwise(pool: RankPool, tmp_path: Path) -> None:
+    """Megatron pads it for the tensor-parallel size: rows that only one of two runs has are no damage."""
+    folder = str(tmp_path / "iter_0000001")
+    for saves, loads in ((72, 64), (64, 72)):
+        path = f"{folder}-{saves}"
+        pool.run(save_after_a_step, 2, Layout(tp=2), {"data": harness.Data(vocabulary=saves)}, path)
+        for layout in (Layout(), Layout(layer_wise=True)):
+            options = {"data": harness.Data(vocabulary=loads)}
+            assert pool.run(load_each, 2, layout, options, [path], timeout=TIMEOUT) == [[FINE]] * 2

@@ -1,0 +1,170 @@
+"""Other ways to save and load: in the background, by another process, by all ranks in parallel. The same tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_muon.checkpoint import folders
+from tests.checkpoints import differences
+from tests.megatron import harness
+from tests.megatron.harness import Layout
+from tests.megatron.loading import FINE, TIMEOUT, load_each
+from tests.pool import RankPool
+
+WAYS = {
+    "plain": Layout(),
+    "layer_wise": Layout(layer_wise=True),
+    "tensor_parallel": Layout(tp=2),
+}
+
+
+def whole_state(run: harness.Run) -> dict[str, Any]:
+    """Of model and optimizer, as ``harness.save_run`` saves it."""
+    state = harness.model_state(run.chunks)
+    optimizer = run.optimizer.sharded_state_dict(state, metadata=harness.CHECKPOINT_METADATA)
+    return {**state, "optimizer": optimizer, "step": run.step}
+
+
+def make_folder(folder: str) -> None:
+    if dist.get_rank() == 0:
+        Path(folder).mkdir(parents=True)
+    dist.barrier()
+
+
+def save_in_the_background(layout: Layout, plain: list[str], background: list[str]) -> list[tuple[bool, bool]]:
+    """By the first rank, and by all in parallel, while a step is trained: whether it is whole before and after."""
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    run = harness.start(layout, bf16=True)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    first: Any = TorchDistSaveShardedStrategy()
+    found = []
+    for strategy, now, later in zip(
+        (first, FullyParallelSaveStrategyWrapper(first, group, True)), plain, background, strict=True
+    ):
+        run.losses(1)
+        harness.save_run(run, now)
+        make_folder(later)
+        state = whole_state(run)
+        request = dist_checkpointing.save(state, later, strategy, async_sharded_save=True, async_strategy="mcore")
+        queue = AsyncCallsQueue()
+        queue.schedule_async_request(request)
+        run.losses(1)
+        before = folders.is_whole(Path(later))
+        dist.barrier()
+        queue.close()
+        found.append((before, folders.is_whole(Path(later))))
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_saved_in_the_background_while_training(pool: RankPool, tmp_path: Path, way: str) -> None:
+    plain, background = ([str(tmp_path / f"{name}{number}") for number in (1, 2)] for name in ("plain", "background"))
+    results = pool.run(save_in_the_background, 2, WAYS[way], plain, background, timeout=TIMEOUT)
+    assert results == [[(False, True)] * 2] * 2
+    for now, later in zip(plain, background, strict=True):
+        assert differences(now, later) == []
+    assert pool.run(load_each, 2, WAYS[way], {"bf16": True}, background, timeout=TIMEOUT) == [[FINE] * 2] * 2
+
+
+def save_by_the_persistent_worker(layout: Layout, plain: list[str], background: list[str]) -> list[tuple[bool, bool]]:
+    """As ``--async-save --use-persistent-ckpt-worker --async-strategy mcore`` does, twice."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    run = harness.start(layout)
+    queue = AsyncCallsQueue(persistent=True)
+    found = []
+    try:
+        for now, later in zip(plain, background, strict=True):
+            run.losses(1)
+            harness.save_run(run, now)
+            make_folder(later)
+            request = dist_checkpointing.save(whole_state(run), later, async_sharded_save=True, async_strategy="mcore")
+            queue.schedule_async_request(request)
+            run.losses(3)
+            before = folders.is_whole(Path(later))
+            dist.barrier()
+            queue.maybe_finalize_async_calls(blocking=True)
+            found.append((before, folders.is_whole(Path(later))))
+    finally:
+        queue.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    "way", ["layer_wise", *(pytest.param(way, marks=pytest.mark.slow) for way in ("plain", "tensor_parallel"))]
+)
+def test_saved_by_the_persistent_worker_while_training(pool: RankPool, tmp_path: Path, way: str) -> None:
+    """Its process starts without the redirects to the CPU, and shares the memory of weights that training changes."""
+    plain, background = ([str(tmp_path / f"{name}{number}") for number in (1, 2)] for name in ("plain", "background"))
+    results = pool.run(save_by_the_persistent_worker, 2, WAYS[way], plain, background, timeout=2 * TIMEOUT)
+    assert results == [[(False, True)] * 2] * 2
+    for now, later in zip(plain, background, strict=True):
+        assert differences(now, later) == []
+    assert pool.run(load_each, 2, WAYS[way], {}, background[1:], timeout=TIMEOUT) == [[FINE]] * 2
+
+
+def staged() -> tuple[bool, bool]:
+    """Whether a tensor that is staged for writing is the one that was given: of own, and of shared memory."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    found = []
+    for tensor in (torch.ones(3), torch.ones(3).share_memory_()):
+        ((_, _, (_, [(_, copy)])),) = FileSystemWriterAsync.preload_tensors([("file", "key", ([], [(None, tensor)]))])
+        assert torch.equal(copy, tensor)
+        found.append(copy.data_ptr() == tensor.data_ptr())
+    return found[0], found[1]
+
+
+def test_what_another_process_writes_is_a_copy(pool: RankPool) -> None:
+    assert pool.run(staged, 1) == [(True, False)]
+
+
+def save_and_load_in_parallel(layout: Layout, plain: str, parallel: str, again: str) -> list[float]:
+    """Every data-parallel rank writes and reads a part; losses before and after."""
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelLoadStrategyWrapper,
+        FullyParallelSaveStrategyWrapper,
+    )
+    from megatron.core.dist_checkpointing.strategies.torch import (
+        TorchDistLoadShardedStrategy,
+        TorchDistSaveShardedStrategy,
+    )
+
+    run = harness.start(layout, bf16=True)
+    run.losses(2)
+    harness.save_run(run, plain)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    make_folder(parallel)
+    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), group, True)
+    dist_checkpointing.save(whole_state(run), parallel, strategy)
+    losses = run.losses(1)
+
+    state = harness.model_state(run.chunks)
+    template = run.optimizer.sharded_state_dict(state, is_loading=True, metadata=harness.CHECKPOINT_METADATA)
+    loading = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group)
+    loaded = dist_checkpointing.load({**state, "optimizer": template}, parallel, loading)
+    harness.unwrap(run.chunks[0]).load_state_dict(loaded["model"])
+    run.optimizer.load_state_dict(loaded["optimizer"])
+    run.step = loaded["step"]
+    harness.save_run(run, again)
+    return [*losses, *run.losses(1)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_saved_and_loaded_by_all_ranks_in_parallel(pool: RankPool, tmp_path: Path, way: str) -> None:
+    names = [str(tmp_path / name) for name in ("plain", "parallel", "again")]
+    for once, again in pool.run(save_and_load_in_parallel, 2, WAYS[way], *names, timeout=TIMEOUT):
+        assert once == again
+    assert differences(names[0], names[1]) == []
+    assert differences(names[0], names[2]) == []

@@ -1,0 +1,99 @@
+"""What the plan's owners leave to the busiest rank of published models."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_muon.engine.balance import cost_of_weight
+from megatron_muon.engine.shards import shard_of
+from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
+from tests.megatron.test_layer_wise_balance import upstream_owners
+from tests.slow import with_slow
+
+MODELS = Path(__file__).parents[2] / "examples" / "models"
+
+BUSIEST = {
+    "llama3_8b": (1.0000, 1.1651),
+    "llama3_70b": (1.0129, 1.7029),
+    "nemotron_h_8b": (1.0558, 1.2853),
+    "qwen3_30b_a3b": (1.0247, 1.1592),
+    "qwen3_next_80b_a3b": (1.0242, 1.0493),
+    "deepseek_v3": (3.0837, 3.1267),
+}
+"""Work of the busiest rank, as a multiple of the mean, by cost and by elements, where tensor-parallel ranks share each
+weight's work. In DeepSeek-V3 128 ranks share the dense weights of 4 layers, and one of these is 2.83 times the mean."""
+
+
+@pytest.fixture(scope="module")
+def planner() -> Iterator[ProcessPoolExecutor]:
+    """A process that plans, forked from the one that has imported all."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
+        yield executor
+
+
+def planned(model: str, extra: list[str], by_cost: bool) -> float:
+    """Runs in the planner: what the plan's owners leave to the busiest rank of all stages, over the mean."""
+    import megatron_muon
+    from megatron_muon import cpu
+    from megatron_muon.planning.flags import parse, read_flags
+    from megatron_muon.planning.model import build_stages
+
+    cpu.install()
+    megatron_muon.install()
+    file = read_flags(MODELS / f"{model}.args")
+    world = int(file.plan_options[file.plan_options.index("--world-size") + 1])
+    args, layout, _ = parse([*file.flags, *extra], world)
+    with contextlib.nullcontext() if by_cost else upstream_owners():
+        loads = [load for stage in build_stages(args) for load in loads_of(stage, args, layout)]
+    return max(loads) * len(loads) / sum(loads)
+
+
+def loads_of(stage: Any, args: Any, layout: Any) -> list[int]:
+    """Of each rank of a pipeline stage. They are numbered tensor first, then data; for experts tensor, expert, data."""
+    from megatron.core import parallel_state
+
+    from megatron_muon.config import MuonConfig
+    from megatron_muon.planning.ownership import owners_of_stage
+    from megatron_muon.routing import annotate
+
+    for chunk in stage.chunks:
+        annotate(chunk, MuonConfig())
+    groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_expert_tensor_parallel_group()
+    dense, expert = [0] * layout.data, [0] * layout.expert_data
+    for param, owners in owners_of_stage(stage, args, layout).items():
+        for rank, _ in owners if not _is_nonlinear_or_embedding(param) else ():
+            cost = cost_of_weight(param, shard_of(param, *groups), 5)
+            (dense if getattr(param, "allreduce", True) else expert)[rank] += cost
+    expert_ranks = layout.expert_tensor * layout.expert
+    return [dense[rank // layout.tensor] + expert[rank // expert_ranks] for rank in range(layout.ranks_of_stage)]
+
+
+SLOW = ("llama3_8b", "llama3_70b", "nemotron_h_8b", "qwen3_30b_a3b", "qwen3_next_80b_a3b")
+
+
+@pytest.mark.parametrize("model", with_slow(BUSIEST, *SLOW))
+def test_plans_of_published_models(planner: ProcessPoolExecutor, model: str) -> None:
+    values = tuple(planner.submit(planned, model, [], by_cost).result() for by_cost in (True, False))
+    assert values == pytest.approx(BUSIEST[model], abs=1e-4)
+
+
+def test_plan_of_the_older_assignment(planner: ProcessPoolExecutor) -> None:
+    """Balanced too, but for --ckpt-format torch."""
+    older = ["--no-use-layer-wise-param-layout"]
+    ours = planner.submit(planned, "llama3_8b", older, True).result()
+    theirs = planner.submit(planned, "llama3_8b", older, False).result()
+    assert ours < theirs
+    assert planner.submit(planned, "llama3_8b", [*older, "--ckpt-format", "torch"], True).result() == theirs
+
+
+def test_every_published_model_is_there() -> None:
+    assert {path.stem for path in MODELS.iterdir()} == set(BUSIEST)
