@@ -19,7 +19,7 @@ import pytest
 from tests.launch import FLAGS, ROOT, SCRIPT
 
 MARK = "MEGATRON_MUON_TEST_RUN"
-TIMEOUT = 60
+TIMEOUT = 180
 GRACE_S = 20
 
 
