@@ -139,7 +139,7 @@ def main() -> int:
         for name, value in settings.items():
             if arguments.fresh:
                 shutil.rmtree(arguments.out / name, ignore_errors=True)
-            train(name, value, data, arguments.out / name)
+            train(name, value, data, arguments.out / name, show_report=True)
     except RunFailedError as error:
         print(error, file=sys.stderr)
         return 1

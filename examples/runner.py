@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,15 @@ class RunFailedError(Exception):
     """A training process ended with an error. The message says where its log is and how it ends."""
 
 
-def train(optimizer: str, settings: Settings, data: PreparedData, folder: Path, title: str | None = None) -> bool:
+def train(
+    optimizer: str,
+    settings: Settings,
+    data: PreparedData,
+    folder: Path,
+    title: str | None = None,
+    *,
+    show_report: bool = False,
+) -> bool:
     """Do a run, or the rest of it, with a progress bar.
 
     Args:
@@ -35,6 +44,7 @@ def train(optimizer: str, settings: Settings, data: PreparedData, folder: Path, 
         data: where the datasets are.
         folder: of the run's files. If it holds a run with other settings, that one is moved away.
         title: before the progress bar; the optimizer's name by default.
+        show_report: whether to print the table of who updates what, which Muon's runs write into their log.
 
     Returns:
         False if the run was finished already.
@@ -57,13 +67,31 @@ def train(optimizer: str, settings: Settings, data: PreparedData, folder: Path, 
         output.flush()
         begin = output.tell()
         with ProgressBar(folder / plots.METRICS_FILE, settings.steps, title or optimizer) as bar:
-            status = _run(words, output, bar, settings)
+            report = _Report(log, begin, bar) if show_report else None
+            status = _run(words, output, [bar, *([report] if report else [])], settings)
     if status != 0:
         raise RunFailedError(
             f"{optimizer}: training ended with status {status}.\n{_excerpt(log, begin)}\nThe whole log: {log}"
         )
     (folder / "finished").touch()
     return True
+
+
+class _Report:
+    """The table of who updates what, shown above the progress bar once it is in the log, whole."""
+
+    def __init__(self, log: Path, begin: int, bar: ProgressBar) -> None:
+        self._log, self._begin, self._bar = log, begin, bar
+        self._is_shown = False
+
+    def poll(self) -> None:
+        """Look for it, and show it."""
+        if self._is_shown:
+            return
+        text = self._log.read_bytes()[self._begin :].decode("utf-8", errors="replace")
+        if found := re.search(r"^megatron_muon \d.*?\n(?=\n)", text, re.MULTILINE | re.DOTALL):
+            self._is_shown = True
+            self._bar.write(found[0])
 
 
 def _move_other_run(folder: Path, wanted: dict[str, Any]) -> None:
@@ -86,7 +114,7 @@ def _move_other_run(folder: Path, wanted: dict[str, Any]) -> None:
     print(f"{folder.name}: the settings changed ({', '.join(changed) or 'flags'}); the old run is kept as {other}")
 
 
-def _run(words: list[str], output: Any, bar: ProgressBar, settings: Settings) -> int:
+def _run(words: list[str], output: Any, shown: Sequence[ProgressBar | _Report], settings: Settings) -> int:
     environment = dict(os.environ)
     if settings.device == "cpu":
         # More threads than cores slow each other down; torchrun's default of one leaves cores idle.
@@ -98,12 +126,17 @@ def _run(words: list[str], output: Any, bar: ProgressBar, settings: Settings) ->
         )
         try:
             while process.poll() is None:
-                bar.poll()
+                _poll(shown)
                 time.sleep(0.3)
-            bar.poll()
+            _poll(shown)
             return process.returncode
         finally:
             _end(process)
+
+
+def _poll(shown: Sequence[ProgressBar | _Report]) -> None:
+    for each in shown:
+        each.poll()
 
 
 @contextlib.contextmanager

@@ -50,6 +50,10 @@ class ProgressBar:
         if changed:
             self._bar.set_postfix(self._losses, refresh=True)
 
+    def write(self, text: str) -> None:
+        """Print lines above the bar."""
+        self._bar.write(text)
+
     def _show(self, record: dict[str, Any]) -> None:
         if record["kind"] == "start":
             # A resumed run begins where it was; the time left must not count the steps of an earlier process.

@@ -275,7 +275,7 @@ def _print_report(
     if ranks.is_first:
         notes = [*_notes(muon, config, groups), *_transfer_notes(muon, model_chunks), *planned]
         text = report.render(everything, muon, notes=notes, optimizer=config.optimizer)
-        print(f"megatron_muon {__version__}\n{text}", flush=True)
+        print(f"megatron_muon {__version__}\n{text}\n", flush=True)
 
 
 def _is_first(groups: Any, *names: str) -> bool:

@@ -59,6 +59,17 @@ def test_a_finished_run_is_not_repeated(
     assert "finished before" in capsys.readouterr().out
 
 
+def test_the_table_of_who_updates_what_is_shown_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "other lines\nmegatron_muon 0.1\nweight  optimizer\n\nmore"
+    says = f"import time; print({lines!r}, flush=True); time.sleep(0.7)"
+    monkeypatch.setattr(runner, "command", fake_command(says + FINISHES))
+    runner.train("muon", SETTINGS, DATA, tmp_path / "muon", show_report=True)
+    runner.train("muon", SETTINGS, DATA, tmp_path / "quiet")
+    assert capsys.readouterr().out.strip() == "megatron_muon 0.1\nweight  optimizer"
+
+
 def test_other_settings_begin_afresh_and_keep_the_old_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
