@@ -8,7 +8,7 @@
 # Variables: PYTHON=/path/to/python3.12    the interpreter of the virtual environment
 #            TORCH="torch==2.8.0 --index-url URL"   another torch build (a CPU one saves gigabytes)
 #            ARGS="..."                    further arguments of train, test, bench and results
-#            JOBS=2                        processes of make test, side by side
+#            JOBS=2                        processes of make test and test-slow, side by side
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -40,7 +40,7 @@ test: lint
 	@$(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP)
-	@$(RUN) -m pytest -m slow $(ARGS)
+	@$(RUN) -m pytest -n $(JOBS) --dist loadfile -m slow $(ARGS)
 
 # TransformerEngine, built from source where there is a CUDA compiler; see docs/compatibility.md.
 te: $(STAMP)
