@@ -34,11 +34,12 @@ _SHARED = "shared_by"
 
 @dataclasses.dataclass(frozen=True)
 class _Outcome:
-    """What one rank has: a pickled value, or a pickled error with its traceback."""
+    """What one rank has: a pickled value, or a pickled error, its type and message, and its traceback."""
 
     rank: int
     value: bytes = b""
     error: bytes = b""
+    message: str = ""
     trace: str = ""
 
 
@@ -99,11 +100,12 @@ class Ranks:
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # torch's CheckpointException is no Exception
-            shared = getattr(error, _SHARED, None)
+            shared = vars(error).get(_SHARED)
             if shared is not None and shared.groups == self.groups:
                 raise
             own = error
-            mine = _Outcome(dist.get_rank(), error=_pickled(error), trace=traceback.format_exc())
+            message = _message(error)
+            mine = _Outcome(dist.get_rank(), b"", _pickled(error, message), message, traceback.format_exc())
         outcomes = [mine]
         for group in self.groups:
             gathered: list[Any] = [None] * group.size()
@@ -142,27 +144,38 @@ class Ranks:
         first = min(failed, key=lambda outcome: outcome.rank)
         shared = _Shared(frozenset(outcome.rank for outcome in outcomes), self.groups)
         if own is not None and first.error == mine.error:
-            setattr(own, _SHARED, shared)
+            vars(own)[_SHARED] = shared  # past a __setattr__ that lets nothing be set
             raise own
-        error = pickle.loads(first.error)
-        error.add_note(f"on rank {first.rank}:\n{first.trace}")
-        setattr(error, _SHARED, shared)
+        try:
+            error = pickle.loads(first.error)
+        except Exception:  # a module that only the other rank has
+            error = RuntimeError(first.message)
+        vars(error).setdefault("__notes__", []).append(f"on rank {first.rank}:\n{first.trace}")
+        vars(error)[_SHARED] = shared
         raise error from own
 
 
 def ranks_with(error: BaseException) -> frozenset[int]:
     """The ranks that have raised ``error`` together, of which one is to tell the user; empty if none have agreed."""
-    shared: _Shared | None = getattr(error, _SHARED, None)
+    shared: _Shared | None = vars(error).get(_SHARED)
     return frozenset() if shared is None else shared.ranks
 
 
-def _pickled(error: BaseException) -> bytes:
+def _message(error: BaseException) -> str:
+    """Type and message, whatever the type makes of being asked: a rank that failed here would be missed."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as another:
+        return f"{type(error).__name__} ({type(another).__name__} when asked for its message)"
+
+
+def _pickled(error: BaseException, message: str) -> bytes:
     """``error`` as other ranks can have it."""
     vars(error).pop(_SHARED, None)  # of fewer ranks
     try:
         payload = pickle.dumps(error)
-        if str(pickle.loads(payload)) == str(error):  # an exception with arguments of its own may lose its message
+        if _message(pickle.loads(payload)) == message:  # an exception with arguments of its own may lose its message
             return payload
     except Exception:  # whatever its constructor makes of the arguments
         pass
-    return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return pickle.dumps(RuntimeError(message))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +24,29 @@ class OddError(Exception):
         super().__init__(f"{left} and {right}")
 
 
-ERRORS = {
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    """Lets nothing be set."""
+
+    code: int = 3
+
+
+class MuteError(Exception):
+    """Fails when it is asked for its message."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("not now")
+
+
+def local_error() -> Exception:
+    """Of a module that only this process has."""
+    module = types.ModuleType("only_here")
+    sys.modules["only_here"] = module
+    module.LocalError = type("LocalError", (Exception,), {"__module__": "only_here"})  # type: ignore[attr-defined]
+    return module.LocalError("here")  # type: ignore[no-any-return]
+
+
+ERRORS: dict[str, Callable[[], Exception]] = {
     "refusal": lambda: ConfigError("--flag 3: give 4."),
     "checkpoint": lambda: CheckpointError("it is damaged"),
     "storage": lambda: OSError(28, "No space left on device"),
@@ -123,6 +149,39 @@ def unpicklable() -> str:
 def test_a_value_that_cannot_travel_is_a_failure_on_all(pool: RankPool) -> None:
     first, second = pool.run(unpicklable, 2)
     assert first == second != ""
+
+
+def names(make: Callable[[], Exception]) -> list[Any]:
+    """Type and message on each rank, when the second of two fails; both can go on."""
+    ranks = Ranks.of_world()
+
+    def work() -> None:
+        if dist.get_rank() == 1:
+            raise make()
+
+    try:
+        ranks.together(work)
+    except Exception as error:
+        message = "" if isinstance(error, MuteError) else str(error)
+        return [type(error).__name__, message, *map(str, ranks.gather(lambda: dist.get_rank())), *sorted(ranks_with(error))]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("make", "elsewhere"),
+    [
+        (FrozenError, ["RuntimeError", "FrozenError: "]),
+        (MuteError, ["MuteError", ""]),
+        (local_error, ["RuntimeError", "LocalError: here"]),
+    ],
+)
+def test_errors_that_do_not_bear_being_shared(
+    pool: RankPool, make: Callable[[], Exception], elsewhere: list[str]
+) -> None:
+    first, second = pool.run(names, 2, make, timeout=20)
+    assert first == [*elsewhere, "0", "1", 0, 1]
+    own = "here" if make is local_error else ""
+    assert second == [elsewhere[1].partition(":")[0] or elsewhere[0], own, "0", "1", 0, 1]
 
 
 def test_a_process_alone() -> None:
