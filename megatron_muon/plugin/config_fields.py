@@ -10,6 +10,7 @@ Megatron-Core has an option too, its field gets this package's default (``muon_t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -125,7 +126,7 @@ class _Hooks:
             positional = [field.name for field in dataclasses.fields(cls) if field.init and not field.kw_only]
             given = {*positional[: len(args)], *kwargs}
             if self.megatron.keys() <= kwargs.keys() and given.isdisjoint(added):
-                self.supply(kwargs)
+                self.supply(cls, kwargs)
                 given.update(kwargs)
             for name, field in self.ours.items():
                 if cls.__dataclass_fields__.get(name) is not field:
@@ -159,27 +160,51 @@ class _Hooks:
 
         def __getattr__(config: Any, name: str) -> Any:
             if name in self.ours:
-                self.settle(config)
-                return vars(config)[name]
-            if original is not None:
-                return original(config, name)
+                return self.settle(config)[name]
+            found = [vars(cls).get("__getattr__") for cls in type(config).__mro__]
+            for other in filter(None, [original, *found[found.index(__getattr__) + 1 :]]):
+                return other(config, name)  # as without the hook, which comes before other bases
             raise AttributeError(f"{type(config).__name__!r} object has no attribute {name!r}", name=name, obj=config)
 
         return __getattr__
 
-    def settle(self, config: Any) -> None:
-        """Give the options in force to a config that was built before ``install()``."""
-        defaults = {name: (field.default,) for name, field in self.megatron.items()}
-        options.supply(vars(config), defaults, "an OptimizerConfig is")
+    def settle(self, config: Any) -> dict[str, Any]:
+        """Give the options in force to a config that was built before ``install()``; the values of its fields."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(config):
+            with contextlib.suppress(AttributeError):
+                # Past __getattr__. Not of vars(): values may be in slots.
+                values[field.name] = object.__getattribute__(config, field.name)
+        own = self._own(type(config))
+        defaults = {name: (field.default,) for name, field in self.megatron.items() if name not in own}
+        options.supply(values, defaults, "an OptimizerConfig is")
+        for name in self.ours:
+            setattr(config, name, values[name])
+        return values
 
-    def supply(self, values: dict[str, Any]) -> None:
+    def supply(self, cls: type, values: dict[str, Any]) -> None:
         """Options for values that were copied from what has all of Megatron-Core's options and none of ours.
 
-        That are arguments which were parsed before ``install()``, or a file from a run without it.
+        That are arguments which were parsed before ``install()``, or a file from a run without it. What the class says
+        itself counts for what is missing.
         """
-        parsed = megatron_defaults()
-        defaults = {name: (field.default, parsed.get(name, field.default)) for name, field in self.megatron.items()}
+        parsed, own = megatron_defaults(), self._own(cls)
+        defaults = {
+            name: (field.default, parsed.get(name, field.default))
+            for name, field in self.megatron.items()
+            if name not in own
+        }
+        missing = own - values.keys()
         options.supply(values, defaults, "an OptimizerConfig has values")
+        for name in missing:
+            del values[name]
+
+    def _own(self, cls: type) -> set[str]:
+        """Options of which a subclass has fields of its own: what it says, it has chosen."""
+        fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
+        return {
+            name for name, field in self.ours.items() if fields.get(name) not in (None, field, self.megatron.get(name))
+        }
 
 
 def _if_generated(make: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -248,6 +248,62 @@ def test_values_from_before_install(pool: RankPool, source: str, cls: str) -> No
     assert pool.run(copied_from_before, 1, source, cls)[0] == (MuonConfig(num_ns_steps=6), True)
 
 
+class Delegating:
+    """Another base, with attributes of its own."""
+
+    def __getattr__(self, name: str) -> str:
+        if name == "elsewhere":
+            return "found"
+        raise AttributeError(name)
+
+
+def unusual_classes() -> dict[str, Any]:
+    """Subclasses from before ``install()``: one that says something itself, one with slots, one with another base."""
+    from megatron.core.optimizer import OptimizerConfig
+
+    import megatron_muon
+
+    @dataclasses.dataclass
+    class Recipe(OptimizerConfig):
+        muon_tp_mode: str = "blockwise"
+        muon_router: str = "adam"
+
+    @dataclasses.dataclass(slots=True)
+    class Slots(OptimizerConfig):
+        pass
+
+    @dataclasses.dataclass
+    class Mixed(OptimizerConfig, Delegating):
+        pass
+
+    early = {"Recipe": Recipe(optimizer="muon"), "Slots": Slots(optimizer="muon")}
+    of_a_file = dataclasses.asdict(OptimizerConfig(optimizer="muon"))
+    megatron_muon.install()
+    configs = {
+        **early,
+        "replaced": dataclasses.replace(early["Recipe"]),
+        "of a file": Recipe(**of_a_file),
+    }
+    found: dict[str, Any] = {}
+    for name, config in configs.items():
+        muon = MuonConfig.from_optimizer_config(config)
+        found[name] = (muon.tp_mode, muon.router)
+    found["Mixed"] = (Mixed().elsewhere, hasattr(Mixed(), "nowhere"))
+    return found
+
+
+def test_unusual_subclasses_from_before_install(pool: RankPool) -> None:
+    """What a class says itself is chosen, of what it lacks nothing is; other bases keep their attributes."""
+    own = ("blockwise", "adam")
+    assert pool.run(unusual_classes, 1)[0] == {
+        "Recipe": own,
+        "replaced": own,
+        "of a file": own,
+        "Slots": ("auto", "muon"),
+        "Mixed": ("found", False),
+    }
+
+
 def wrapped_by_another_tool(wraps: bool) -> tuple[str, str, str, str]:
     from megatron.core.optimizer import OptimizerConfig
 
