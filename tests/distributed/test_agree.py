@@ -163,7 +163,8 @@ def names(make: Callable[[], Exception]) -> list[Any]:
         ranks.together(work)
     except Exception as error:
         message = "" if isinstance(error, MuteError) else str(error)
-        return [type(error).__name__, message, *map(str, ranks.gather(lambda: dist.get_rank())), *sorted(ranks_with(error))]
+        after = ranks.gather(lambda: dist.get_rank())
+        return [type(error).__name__, message, after, sorted(ranks_with(error))]
     return []
 
 
@@ -179,9 +180,9 @@ def test_errors_that_do_not_bear_being_shared(
     pool: RankPool, make: Callable[[], Exception], elsewhere: list[str]
 ) -> None:
     first, second = pool.run(names, 2, make, timeout=20)
-    assert first == [*elsewhere, "0", "1", 0, 1]
+    assert first == [*elsewhere, [0, 1], [0, 1]]
     own = "here" if make is local_error else ""
-    assert second == [elsewhere[1].partition(":")[0] or elsewhere[0], own, "0", "1", 0, 1]
+    assert second == [elsewhere[1].partition(":")[0] or elsewhere[0], own, [0, 1], [0, 1]]
 
 
 def test_a_process_alone() -> None:
