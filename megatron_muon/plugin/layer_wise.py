@@ -194,24 +194,34 @@ class _Chunks:
             )
 
 
-_together: _Chunks | None = None
-"""The chunks that are being wrapped; None outside of that: then each is balanced by itself."""
+class _Sharing:
+    """Which chunks share their weights out together: those that are being wrapped, and outside of that each alone."""
+
+    def __init__(self) -> None:
+        self._chunks: _Chunks | None = None
+
+    @contextlib.contextmanager
+    def together(self, count: int, pg_collection: Any = None) -> Iterator[None]:
+        """Balance the layouts of the next ``count`` model chunks together, when the last of them is computed.
+
+        Args:
+            count: number of chunks.
+            pg_collection: Megatron's process groups; None for those of ``parallel_state``.
+        """
+        before, self._chunks = self._chunks, _Chunks(count, _cost_in(pg_collection, options.current()))
+        try:
+            yield
+        finally:
+            self._chunks = before
+
+    def add(self, layout: Any) -> None:
+        """Take the layout of a chunk."""
+        (self._chunks or _Chunks(1, _cost_in(None, options.current()))).add(layout)
 
 
-@contextlib.contextmanager
-def balanced_together(count: int, pg_collection: Any = None) -> Iterator[None]:
-    """Balance the layouts of the next ``count`` model chunks together, when the last of them is computed.
+_sharing = _Sharing()
 
-    Args:
-        count: number of chunks.
-        pg_collection: Megatron's process groups; None for those of ``parallel_state``.
-    """
-    global _together
-    before, _together = _together, _Chunks(count, _cost_in(pg_collection, options.current()))
-    try:
-        yield
-    finally:
-        _together = before
+balanced_together = _sharing.together
 
 
 def _with_all_chunks(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
@@ -235,7 +245,7 @@ def _with_balanced_shards(original: Callable[..., Any]) -> staticmethod[..., Any
         # Without arguments nobody knows yet which optimizer will come, and install() says that it is Muon. Any owner
         # is right for any optimizer: only the balance is Muon's.
         if arguments is None or is_ours(arguments.optimizer):
-            (_together or _Chunks(1, _cost_in(None, options.current()))).add(layout)
+            _sharing.add(layout)
         return layout
 
     return staticmethod(compute_full_param_layout)

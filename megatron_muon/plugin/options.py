@@ -162,8 +162,7 @@ def given_late() -> MuonConfig | None:
 
 def forget() -> None:
     """Nothing was said."""
-    global _said
-    _said = _Said()
+    _said.installed, _said.parsed, _said.on_flags = None, None, False
 
 
 def training_arguments() -> Any:
