@@ -198,7 +198,8 @@ def test_a_model_with_groups_of_its_own(pool: RankPool, layer_wise: bool) -> Non
     assert len(results[1]) == 3, results[1]
     (losses, weights, recorded), (other_losses, other_weights, other_recorded) = results[1], results[3]
     assert weights == other_weights
-    assert layer_wise or (losses[-1] < losses[0] and other_losses[-1] < other_losses[0])
+    if not layer_wise:
+        assert losses[-1] < losses[0] and other_losses[-1] < other_losses[0]
     assert recorded == other_recorded > 10
 
 
@@ -230,6 +231,8 @@ LOADING = [
     f"{CHECKPOINTS}.replicas.fingerprints",
     f"{CHECKPOINTS}.changes.numbers_of",
 ]
+OF_FILES = (LOADING[2], LOADING[4])
+"""Where what is read is to blame, and the error says which checkpoint it is."""
 
 
 def save_and_load(folder: str) -> list[tuple[str, tuple[str, str, set[int], str]]]:
@@ -258,7 +261,7 @@ def test_a_bug_that_one_rank_meets_with_a_checkpoint(pool: RankPool, tmp_path: P
         for place, (kind, message, ranks, _) in answers:
             assert (place, ranks) == (place, {0, 1} if place else set())
             assert ("Input/output error" in message) == bool(place)
-            assert kind in (("OSError", "CheckpointError") if place else ("",))
+            assert kind == ("CheckpointError" if place in OF_FILES else "OSError" if place else "")
 
 
 def save_over(folder: str) -> tuple[str, str, set[int], str]:

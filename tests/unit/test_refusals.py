@@ -386,12 +386,12 @@ def test_what_is_said_of_a_flag_that_is_not_read(optimizer: str, changes: dict[s
     assert messages(UNREAD, {**ARGUMENTS, "optimizer": optimizer, **changes}) == [expected]
 
 
-@pytest.mark.parametrize(("changes", "ways_out"), [(TRANSFER, "normuon or adamuon"), ({}, "normuon or adamuon")])
-def test_the_way_out_of_one_row_is_no_way_into_another(changes: dict[str, Any], ways_out: str) -> None:
+@pytest.mark.parametrize(("changes", "rows"), [(TRANSFER, 2), ({}, 1)])
+def test_the_way_out_of_one_row_is_no_way_into_another(changes: dict[str, Any], rows: int) -> None:
     """NAMO is refused with transfer and with a measured scale, and what is proposed instead is taken by both."""
     refused = {**ARGUMENTS, **ADAPTIVE, **changes, "muon_scale_mode": "spectral_norm"}
-    for message in messages(ALL, {**refused, "adaptive_muon_moment2_method": "namo"}):
-        assert ways_out in message
+    found = messages(ALL, {**refused, "adaptive_muon_moment2_method": "namo"})
+    assert ["normuon or adamuon" in message for message in found] == [True] * rows
     for method in ("normuon", "adamuon"):
         assert messages(ALL, {**refused, "adaptive_muon_moment2_method": method}) == []
 
