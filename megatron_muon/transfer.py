@@ -180,12 +180,8 @@ def _refuse(module: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]
             f"{flag('transfer')} with parts of different hidden sizes ({', '.join(map(str, sizes))}): the base has "
             "one. Train such a model without the flag."
         )
-    for submodule in module.modules():
-        if getattr(submodule, "share_embeddings_and_output_weights", False):
-            raise ConfigError(
-                f"{flag('transfer')} with an output layer that is the embedding, too: the rule has another learning "
-                "rate for each. Add --untie-embeddings-and-output-weights."
-            )
+    if any(getattr(submodule, "share_embeddings_and_output_weights", False) for submodule in module.modules()):
+        refuse(TRANSFER, {"muon_transfer": True, "untie_embeddings_and_output_weights": False})
     for name, param in named:
         if hasattr(param, LORA_FACTOR):
             raise ConfigError(

@@ -14,7 +14,7 @@ import pytest
 from megatron_muon.engine.balance import cost_of_weight
 from megatron_muon.engine.shards import shard_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
-from tests.megatron.test_layer_wise_balance import upstream_owners
+from tests.megatron.test_layer_wise_lists import upstream_owners
 from tests.slow import with_slow
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"

@@ -10,7 +10,8 @@ import torch
 
 from tests.megatron import harness
 from tests.megatron.harness import Layout, Run
-from tests.megatron.test_layer_wise_balance import THREE_LAYERS, names_of, start, upstream_owners
+from tests.megatron.test_layer_wise_balance import THREE_LAYERS, names_of, start
+from tests.megatron.test_layer_wise_lists import upstream_owners
 from tests.megatron.test_routing import MOE
 from tests.pool import RankPool
 from tests.slow import with_slow

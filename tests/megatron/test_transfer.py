@@ -339,7 +339,11 @@ def refused(optimizer: dict[str, Any], model: dict[str, Any], scaled: bool = Tru
 @pytest.mark.parametrize(
     ("optimizer", "model", "message"),
     [
-        ({}, {"tied": True}, "--untie-embeddings-and-output-weights"),
+        (
+            {},
+            {"tied": True},
+            "--muon-transfer without --untie-embeddings-and-output-weights: the output layer is the embedding",
+        ),
         ({"decoupled_lr": 0.1}, {}, "--muon-transfer 8x2 with --decoupled-lr 0.1"),
         ({"lr": None, "min_lr": None}, {}, "--muon-transfer 8x2 without --lr"),
         (
