@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 import pytest
@@ -111,6 +113,29 @@ def test_gated_delta_net_hybrid(pool: RankPool, tp: int) -> None:
     assert _optimizer_of(result, "linear_qkv.weight") == {"Muon"}
     for suffix in ("conv1d.weight", "A_log", "dt_bias"):
         assert _optimizer_of(result, suffix) == {"AdamW"}
+
+
+def printed(layout: Layout, build: dict[str, Any]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        harness.start(layout, **build)
+    return text.getvalue()
+
+
+def test_the_table_counts_every_stage_expert_and_shard_once(pool: RankPool) -> None:
+    """Of four ranks the first prints what one rank that has the whole model prints, but for how weights are divided."""
+    build = {**MOE, "num_layers": 2}
+    divided = pool.run(printed, 4, Layout(tp=2, pp=2, ep=2, etp=1, sp=True), build)
+    whole = pool.run(printed, 1, Layout(), build)[0]
+    assert divided[1:] == [""] * 3
+
+    def rows(text: str) -> list[list[str]]:
+        """Weight, count and parameters of each, and the totals."""
+        lines = text.splitlines()[1:]
+        end = next(number for number, line in enumerate(lines) if line.startswith("adam: "))
+        return sorted(line.split() if ": " in line else line.split()[:3] for line in lines[: end + 1])
+
+    assert rows(divided[0]) == rows(whole)
+    assert ["output_layer.weight", "1", "2,048"] in rows(whole)
 
 
 def tags_of_a_bare_model() -> list[tuple[bool, bool]]:
