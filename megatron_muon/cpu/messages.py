@@ -18,6 +18,10 @@ _WARNINGS = (
     "When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
     "MimoModelConfig is experimental",  # imported by Megatron-Core, not used
     r"\s*It is recommended to use a ModelConfig",  # the script's business, and true of all that there are
+    # Of torch, at what Megatron-Core does to load a checkpoint.
+    "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process",
+    "The argument order of load has been changed",
+    "Please use DTensor instead and we are deprecating ShardedTensor",
 )
 """How messages of ``warnings`` begin (regular expressions)."""
 
@@ -51,7 +55,7 @@ _FILTERS = {name: _Filter(beginnings) for name, beginnings in _LOGGED.items()}
 def hide() -> None:
     """Leave these messages out from now on. Does nothing twice."""
     for message in _WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        warnings.filterwarnings("ignore", message=message)
     for name, each in _FILTERS.items():
         logging.getLogger(name).addFilter(each)
 
