@@ -39,6 +39,7 @@ class _Found:
     clip: bool
     threshold: float
     alpha: float
+    context: int
 
 
 def build_clip(
@@ -189,7 +190,13 @@ def _layers(chunks: Sequence[torch.nn.Module]) -> Iterator[Attention]:
 def _describe(layer: Attention) -> _Found:
     config = layer.module.config
     return _Found(
-        layer.name, layer.heads, layer.groups, config.qk_clip, float(config.qk_clip_threshold), config.qk_clip_alpha
+        layer.name,
+        layer.heads,
+        layer.groups,
+        config.qk_clip,
+        float(config.qk_clip_threshold),
+        config.qk_clip_alpha,
+        config.context_parallel_size,
     )
 
 
@@ -214,7 +221,12 @@ def _settings(found: Sequence[_Found], config: Any, muon: MuonConfig) -> ClipSet
             "--qk-clip: the configs of the model's parts have different qk_clip, qk_clip_threshold or qk_clip_alpha; "
             "give them the same."
         )
-    layers = {"qk_clip": found[0].clip, "qk_clip_threshold": found[0].threshold, "qk_clip_alpha": found[0].alpha}
+    layers = {
+        "qk_clip": found[0].clip,
+        "qk_clip_threshold": found[0].threshold,
+        "qk_clip_alpha": found[0].alpha,
+        "context_parallel_size": found[0].context,
+    }
     refuse(QK_CLIP, layers, config)
     return ClipSettings(
         clip=found[0].clip,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_muon.refusals.rule import Refusal, given, quietly, that
+from megatron_muon.refusals.rule import Refusal, given, one_of, quietly, that
 
 __all__ = ["QK_CLIP"]
 
@@ -18,6 +18,11 @@ QK_CLIP: tuple[Refusal, ...] = (
         (that("qk_clip_threshold", lambda value: not 0.0 < value < float("inf"), "of 0 and less"), quietly(_CLIP)),
         "",
         "give a positive number (100 is usual)",
+    ),
+    Refusal(
+        (one_of("muon_qk_logits", "lse"), that("context_parallel_size", lambda size: size > 1, "above 1")),
+        "the flash kernel sees the keys of one rank",
+        "use --muon-qk-logits exact",
     ),
     *(
         Refusal((given(name), _CLIP), "FSDP's shards are not clipped", "use --use-distributed-optimizer")

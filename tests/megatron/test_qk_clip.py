@@ -263,6 +263,19 @@ def test_refusals(pool: RankPool) -> None:
         assert expected in message
 
 
+def bound_with_context() -> str:
+    try:
+        harness.start(Layout(cp=2), optimizer={"muon_qk_logits": "lse"}, qk_clip=True, num_layers=1)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_bound_that_context_parallel_ranks_cannot_have_is_refused_before_training(pool: RankPool) -> None:
+    for message in pool.run(bound_with_context, 2):
+        assert message.startswith("--muon-qk-logits lse with --context-parallel-size 2: the flash kernel sees")
+
+
 def only_measured() -> tuple[bool, dict[str, float]]:
     run = small_run(qk_clip=False, log_max_attention_logit=True)
     clip = run.chunks[0].muon_qk_clip

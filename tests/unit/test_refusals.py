@@ -40,6 +40,7 @@ ARGUMENTS: dict[str, Any] = {
     "adaptive_muon_beta2": 0.95,
     "adaptive_muon_eps": 1e-8,
     "ckpt_format": "torch_dist",
+    "context_parallel_size": 1,
     "decoupled_lr": None,
     "fp16": False,
     "fp8_param_gather": False,
@@ -205,6 +206,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     # QK-clip
     ({**CLIP, "qk_clip_alpha": 1.0}, "--qk-clip-alpha 1.0: give a number between 0 and 1"),
     ({**CLIP, "qk_clip_threshold": float("nan")}, "--qk-clip-threshold nan: give a positive number"),
+    (
+        {"optimizer": "adam", "muon_qk_logits": "lse", "context_parallel_size": 2},
+        "--muon-qk-logits lse with --context-parallel-size 2: .*use --muon-qk-logits exact",
+    ),
     ({"optimizer": "adam", **CLIP, "use_torch_fsdp2": True}, "--use-torch-fsdp2 with --qk-clip: FSDP's shards are not"),
     ({"optimizer": "adam", **CLIP, "use_megatron_fsdp": True}, "--use-megatron-fsdp with --qk-clip: FSDP's shards are"),
     (
