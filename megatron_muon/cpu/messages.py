@@ -17,6 +17,7 @@ _WARNINGS = (
     "Only transformer-engine>=1.7.0 supports MoE experts, but your version is 0.0.0",
     "When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
     "MimoModelConfig is experimental",  # imported by Megatron-Core, not used
+    "full scope is deprecated",  # of CUDA graphs, and the default of a TransformerConfig made in code
     r"\s*It is recommended to use a ModelConfig",  # the script's business, and true of all that there are
     # Of torch, at what Megatron-Core does to load a checkpoint.
     "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process",

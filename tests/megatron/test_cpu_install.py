@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import cpu
+from megatron_muon.cpu import messages
 from megatron_muon.cpu.optimizers import GroupStepAdamW
 from megatron_muon.cpu.settings import change_arguments, refuse_in_config
 from megatron_muon.errors import ConfigError
@@ -204,6 +206,18 @@ def test_configs_made_in_code() -> None:
         refuse_in_config(TransformerConfig(gradient_accumulation_fusion=True))
     with pytest.raises(ConfigError, match="--fp8"):
         refuse_in_config(TransformerConfig(fp8="e4m3"))
+
+
+def test_a_config_made_in_code_says_nothing_of_cuda_graphs() -> None:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        messages.hide()
+        try:
+            TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+        finally:
+            messages.show()
 
 
 def test_scalar_optimizer_is_torch_where_transformer_engine_is_installed() -> None:
