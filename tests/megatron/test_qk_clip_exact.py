@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from tests.megatron.test_routing import MLA
 from tests.pool import RankPool
 
 ONE_LAYER = {"num_layers": 1, "init_method_std": 0.4}
+ALPHA = 0.4
+"""Not the half: nobody would see the shares of queries and keys exchanged."""
 
 Case = tuple[dict[str, Any], dict[str, Any]]
 """Options, and changes to the model."""
@@ -38,7 +41,7 @@ def clip_each(layout: Layout, cases: list[Case]) -> list[Clipped]:
 
 def clip_once(layout: Layout, options: dict[str, Any], build: dict[str, Any]) -> Clipped:
     """Clip a model in float64 so that its loudest head comes down to 0.6 of its logit."""
-    (chunk,) = harness.build_model(layout, qk_clip=True, **{**ONE_LAYER, **build})
+    (chunk,) = harness.build_model(layout, qk_clip=True, qk_clip_alpha=ALPHA, **{**ONE_LAYER, **build})
     chunk = chunk.double()
     for name, param in chunk.named_parameters():
         if name.endswith(("layernorm.weight", "bias")):  # from where Megatron has ones and zeros
@@ -48,9 +51,7 @@ def clip_once(layout: Layout, options: dict[str, Any], build: dict[str, Any]) ->
     forward(chunk)
     dist.all_reduce(clip._maxima, op=dist.ReduceOp.MAX)
     before = clip._maxima.clone()
-    clip.settings = clip.settings.__class__(
-        clip=True, threshold=0.6 * before.max().item(), alpha=0.4, rule=clip.settings.rule
-    )
+    clip.settings = dataclasses.replace(clip.settings, threshold=0.6 * before.max().item())
     weights = {name: param.detach().clone() for name, param in chunk.named_parameters()}
     factors = {}
     update = optimizer.optimizer.step
@@ -136,6 +137,17 @@ def test_logits_come_down_to_the_threshold(whole: dict[str, Clipped], name: str)
     for before, after, factors in result.weights.values():
         still = factors == 1
         assert factors.numel() == 1 or torch.equal(before[still], after[still])
+
+
+def test_queries_take_the_share_alpha_of_the_factor(whole: dict[str, Clipped]) -> None:
+    """And keys the rest: what a logit comes to does not tell which took what."""
+    result = whole["mha"]
+    gamma = 0.6 * result.before.max() / result.before
+    assert (gamma < 1).any()
+    ((_, _, factors),) = [weight for name, weight in result.weights.items() if name.endswith("linear_qkv.weight")]
+    shares = gamma.clamp(max=1.0)[:, None] ** torch.tensor([ALPHA, 1 - ALPHA, 0.0], dtype=torch.float64)
+    # For each of four heads 8 rows of q, of k and of v.
+    torch.testing.assert_close(factors.view(4, 3, 8), shares[:, :, None].expand(4, 3, 8), rtol=1e-12, atol=0)
 
 
 @pytest.fixture(scope="module", params=[2, 4])
