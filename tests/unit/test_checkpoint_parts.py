@@ -7,8 +7,10 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_muon.checkpoint import fingerprint
+from megatron_muon.checkpoint.canonical import Request
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.fingerprint import fingerprints
+from megatron_muon.checkpoint.held import Held
 from megatron_muon.checkpoint.keys import (
     ALONE,
     bucket_pattern,
@@ -21,6 +23,7 @@ from megatron_muon.checkpoint.keys import (
 from megatron_muon.checkpoint.record import Record, Rule, WeightRecord, layout_text
 from megatron_muon.checkpoint.sharding import places_of, tensors_of
 from megatron_muon.checkpoint.sources import difference, estimated_second_moment
+from megatron_muon.cpu.optimizers import GroupStepAdamW
 from megatron_muon.plugin.optimizer_state import _spans
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 
@@ -190,3 +193,19 @@ def test_one_layer_of_a_stack() -> None:
     assert (columns.global_shape, columns.replica_id) == ((5, 1, 4), (0, 1, 0)), "the second shard has a copy"
     with pytest.raises(CheckpointError, match=r"a state of shape \(2, 4\) has no place beside a weight of shape"):
         place.sharded("optimizer.state.x", torch.ones(2, 4), (0, 0, 0))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_step_counts_are_put_where_the_optimizer_counts(fused: bool) -> None:
+    """torch's Adam counts in the state of each weight, fused ones in the group, as all on the CPU runtime."""
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    inner = (GroupStepAdamW if fused else torch.optim.AdamW)(params)
+    for param in params:
+        param.grad = torch.ones(2)
+    inner.step()
+    request = Request.__new__(Request)
+    request.held = [Held(param, inner, inner.param_groups[0], param, None) for param in params]
+    request._set_steps(7)
+    inner.step()
+    counts = [inner.param_groups[0]["step"]] if fused else [inner.state[param]["step"] for param in params]
+    assert [int(count) for count in counts] == [8] * len(counts)

@@ -74,6 +74,13 @@ def test_an_owner_and_the_others() -> None:
     ]
 
 
+def test_both_ways_are_as_narrow_as_they_are_told() -> None:
+    """The iteration's float32 is for Gram matrices: between ranks 12 elements a shard travel in 2 bytes each."""
+    weight = Weight("w", (8, 6), WHOLE, shards=4, shard_dim=-2)
+    work = work_of(weight, "owner", ns_dtype="fp32", tp_wire_dtype="bf16")
+    assert [cost.bytes for cost in work] == [3 * 12 * 2, 12 * 2]
+
+
 def test_distributed_sums_gram_matrices() -> None:
     """8 x 6 with rows on 4 ranks, 5 steps: a norm and 5 Gram matrices of 6 x 6, 2 * 3/4 of their bytes in float32."""
     by_rows = Weight("w", (8, 6), WHOLE, shards=4, shard_dim=-2)
