@@ -83,8 +83,10 @@ def install() -> None:
         )
     messages.hide()  # before the next imports, which say some of them
     # torch.compile's tables list torch's functions by identity. Let it make them from the originals: it refuses two
-    # names of one function, and would not know the originals again after uninstall().
+    # names of one function, and would not know the originals again after uninstall(). `with torch.device(...)` has such
+    # a table too, and would overlook the originals, which are what its mode is told.
     importlib.import_module("torch._dynamo")
+    torch.utils._device._device_constructors()
     _COMPILED.patches = jit.patches_of_compiled_functions()
     try:
         _REDIRECTS.apply()

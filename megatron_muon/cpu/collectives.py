@@ -78,8 +78,10 @@ def _is_gloo(group: Any) -> bool:
 def _wrap_average(original: Callable[..., Any], source: int) -> Callable[..., Any]:
     """Divide before a SUM where AVG is asked for; ``source`` is the position of the tensor that is reduced.
 
-    Dividing first keeps asynchronous and coalesced calls as they are.
+    Dividing first keeps asynchronous and coalesced calls as they are. What is only read, the input of a reduce-scatter,
+    is divided in a copy.
     """
+    name = ("tensor", "input")[source]
 
     @functools.wraps(original)
     def reduce(*args: Any, **kwargs: Any) -> Any:
@@ -87,9 +89,14 @@ def _wrap_average(original: Callable[..., Any], source: int) -> Callable[..., An
         op = kwargs.get("op", args[position] if len(args) > position else None)
         if op != dist.ReduceOp.AVG:
             return original(*args, **kwargs)
-        tensor = args[source] if len(args) > source else kwargs[("tensor", "input")[source]]
+        tensor = args[source] if len(args) > source else kwargs[name]
         group = kwargs.get("group", args[position + 1] if len(args) > position + 1 else None)
-        tensor.div_(dist.get_world_size(group))
+        size = dist.get_world_size(group)
+        divided = tensor.div_(size) if name == "tensor" else tensor / size
+        if len(args) > source:
+            args = (*args[:source], divided, *args[source + 1 :])
+        else:
+            kwargs[name] = divided
         if "op" in kwargs:
             kwargs["op"] = dist.ReduceOp.SUM
         else:

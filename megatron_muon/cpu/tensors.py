@@ -2,7 +2,8 @@
 
 The functions that make or move tensors are wrapped by name, which costs one or two microseconds at each. A
 ``TorchFunctionMode`` would catch them all, but it puts a Python call around *every* operation (8 % of a training step
-of a tiny model, where the wrappers are lost in the noise) and does not reach autograd's threads.
+of a tiny model, where the wrappers are lost in the noise) and does not reach autograd's threads. In turn, wrappers must
+be what they wrap where it is looked up by identity or name: for TorchScript, pickle and ``with torch.device(...)``.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
+from torch.jit import _builtins
 
 from megatron_muon._patching import Patch
 
@@ -59,10 +62,24 @@ def to_cpu(device: Any) -> Any:
     return CPU if type(device) is int else device
 
 
+def _in_place_of(original: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``functools.wraps``, with the names by which pickle finds functions and methods that are written in C."""
+
+    def named(replacement: Callable[..., Any]) -> Callable[..., Any]:
+        functools.update_wrapper(replacement, original)
+        if not isinstance(original, FunctionType):
+            replacement.__module__ = "torch"
+            replacement.__qualname__ = f"{'Tensor.' * hasattr(original, '__objclass__')}{original.__name__}"
+        return replacement
+
+    return named
+
+
+@functools.cache  # one for each, for good: TorchScript's table has the id, which must not become another object's
 def _wrap_factory(original: Callable[..., Any]) -> Callable[..., Any]:
     """Redirect the keyword ``device`` and drop ``pin_memory``, which needs an accelerator."""
 
-    @functools.wraps(original)
+    @_in_place_of(original)
     def factory(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
             kwargs["device"] = to_cpu(kwargs["device"])
@@ -70,13 +87,15 @@ def _wrap_factory(original: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["pin_memory"] = False
         return original(*args, **kwargs)
 
+    if (operator := _builtins._find_builtin(original)) is not None:
+        _builtins._register_builtin(factory, operator)
     return factory
 
 
 def _wrap_to(original: Callable[..., Any]) -> Callable[..., Any]:
     """``Tensor.to(device, ...)``, ``Tensor.to(device=...)``."""
 
-    @functools.wraps(original)
+    @_in_place_of(original)
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args:
             args = (to_cpu(args[0]), *args[1:])
@@ -90,7 +109,7 @@ def _wrap_to(original: Callable[..., Any]) -> Callable[..., Any]:
 def _wrap_type(original: Callable[..., Any]) -> Callable[..., Any]:
     """``Tensor.type()`` answers ``torch.cuda.FloatTensor`` to Megatron-Core, and the truth to everyone else."""
 
-    @functools.wraps(original)
+    @_in_place_of(original)
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return original(self, *args, **kwargs)
@@ -102,6 +121,7 @@ def _wrap_type(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stay(original: Any) -> Callable[..., Any]:
+    @_in_place_of(original)
     def stay(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self
 
@@ -109,10 +129,19 @@ def _stay(original: Any) -> Callable[..., Any]:
 
 
 def _forget(original: Any) -> Callable[..., None]:
+    @_in_place_of(original)
     def forget(self: Any, *args: Any, **kwargs: Any) -> None:
         pass
 
     return forget
+
+
+def _wrap_device_context(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: Any, device: Any) -> None:
+        original(self, to_cpu(device))
+
+    return init
 
 
 PATCHES: list[Patch] = [
@@ -130,5 +159,6 @@ PATCHES: list[Patch] = [
     Patch("torch:Tensor.pin_memory", _stay, "page-locked memory needs an accelerator"),
     Patch("torch:Tensor.record_stream", _forget, "there is no caching allocator to warn"),
     Patch("torch:Tensor.type", _wrap_type, "optimizers and gradient clipping insist on 'torch.cuda.FloatTensor'"),
+    Patch("torch.utils._device:DeviceContext.__init__", _wrap_device_context, "`with torch.device('cuda')`"),
     Patch("torch.nn:Module.cuda", _stay, "modules are moved to the GPU"),
 ]

@@ -102,6 +102,8 @@ def test_order_of_imports_does_not_matter() -> None:
             return {key: getattr(value, "__qualname__", type(value)) for key, value in found.items()
                     if not key[0].startswith("megatron_muon") and is_ours(value)}
         cpu.install()
+        with torch.device("meta"):  # the first one in the process
+            assert torch.empty(1).is_meta
         import_megatron()
         early = ours(snapshot())
         cpu.uninstall()
@@ -282,9 +284,12 @@ def collectives() -> None:
     mean = torch.full((3,), float(rank))
     dist.all_reduce(mean, op=dist.ReduceOp.AVG, group=group, async_op=True).wait()
     assert (mean == (size - 1) / 2).all()
-    part = torch.empty(2)
-    dist.reduce_scatter_tensor(part, torch.full((2 * size,), float(rank)), dist.ReduceOp.AVG, group)
-    assert (part == (size - 1) / 2).all()
+    part, whole = torch.empty(2), torch.full((2 * size,), float(rank))
+    dist.reduce_scatter_tensor(part, whole, dist.ReduceOp.AVG, group)
+    assert (part == (size - 1) / 2).all() and (whole == rank).all(), "an input is only read"
+    part = whole[2 * rank : 2 * rank + 2]  # as Megatron-Core's DDP does it: in place, without waiting
+    dist.reduce_scatter_tensor(output=part, input=whole, op=dist.ReduceOp.AVG, group=group, async_op=True).wait()
+    assert (part == (size - 1) / 2).all() and whole.sum() == rank * (2 * size - 2) + size - 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
