@@ -4,10 +4,15 @@ Two rooms of this package change what they did not write: ``plugin`` (Megatron-C
 ``cpu`` (what Megatron-Core asks of CUDA). Both describe each change as a :class:`Patch` - where, what, and why - and
 hand them to a :class:`PatchSet`, which
 
-* applies a patch at once if its module is imported, otherwise right after the import (a hook on ``sys.meta_path``),
-  so that nobody has to import this package first and nothing is imported that the user does not use;
-* also replaces the copies that ``from module import name`` left in other modules;
+* applies a patch at once if its module is imported, and after every import of it (a hook on ``sys.meta_path``), so that
+  nobody has to import this package first and nothing is imported that the user does not use; where a patch fails, the
+  import does, the next one too;
+* also replaces the copies that ``from module import name`` left in other modules, whoever wrote them. Those in objects
+  (a default argument, a dictionary, a ``functools.partial``) cannot be found: what stands or falls with a hook must see
+  for itself whether it was entered;
 * puts everything back on :meth:`PatchSet.revert`.
+
+:func:`holds` and :func:`in_place_of` say what is there now.
 
 A Megatron-LM with our git patches (``patches/``) has extension points where these changes belong. A patch whose target
 is one is handed to it, and no attribute is replaced: the function itself asks who wraps it. This is decided for each
@@ -26,7 +31,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-__all__ = ["EXTENSION_POINTS", "Patch", "PatchSet"]
+__all__ = ["EXTENSION_POINTS", "Patch", "PatchSet", "holds", "in_place_of"]
 
 EXTENSION_POINTS = "megatron.core.extension_points"
 """The module in which a patched Megatron-LM keeps its extension points, by the targets of patches."""
@@ -44,9 +49,10 @@ class Patch:
         reason: why the change is needed; shown by :meth:`PatchSet.describe`.
         create: whether the attribute may be absent (it is then made, and deleted on revert). Without it an absent
             attribute raises ``AttributeError``: upstream has moved and the patch would do nothing.
-        copies_in: the top-level packages in which ``from module import name`` copies are replaced as well; None means
-            the package of ``target``. ``__main__`` is searched too unless the tuple is empty. Empty means no copies
-            are replaced, which is needed where the replacement is an object that others hold for its own sake
+        copies_in: the top-level packages in which ``from module import name`` copies are replaced as well, with
+            ``__main__`` unless there are none. None means every module, if the value is of the package of ``target``;
+            what that has from elsewhere others may hold for its own sake, and it is replaced in that package alone.
+            Empty means no copies are replaced, which is needed where the replacement is such an object
             (``torch.optim.AdamW``): on revert they would lose it.
         point: the extension point of a patched Megatron-LM, where it is another function than ``target``.
         make_at_point: what ``point`` is given in place of ``make``.
@@ -97,23 +103,22 @@ class PatchSet:
         self.native: list[str] = []
         self._undo: list[Callable[[], None]] = []
         self._copied: list[_Copied] = []
+        self._placed: dict[str, Any] = {}
 
     def describe(self) -> list[tuple[str, str]]:
         """``(target, reason)`` of every patch, in order."""
         return [(patch.target, patch.reason) for patch in self.patches]
 
     def apply(self) -> None:
-        """Apply all patches; those of modules that are not imported yet follow their import. Does nothing twice."""
+        """Apply all patches, now and after later imports of their modules. Does nothing twice."""
         if self.active:
             return
         self.active = True
         try:
             copied: list[_Copied] = []
             for patch in self.patches:
-                module = sys.modules.get(patch.module)
-                if module is None:
-                    _FINDER.wait(self, patch)
-                else:
+                _FINDER.wait(self, patch)
+                if (module := sys.modules.get(patch.module)) is not None:
                     copied += self._apply_one(module, patch)
             self._replace_copies(copied)
         except BaseException:
@@ -131,6 +136,7 @@ class PatchSet:
         self._replace_copies([copied.reversed() for copied in reversed(self._copied)])
         self._undo.clear()  # what the line above has set must stay
         self._copied.clear()
+        self._placed.clear()
         self.native.clear()
         self.active = False
 
@@ -139,7 +145,28 @@ class PatchSet:
         copied: list[_Copied] = []
         for patch in patches:
             copied += self._apply_one(module, patch)
-        self._replace_copies(copied)
+        self._replace_copies(copied, since=module.__name__)
+
+    def holds(self, patch: Patch, module: ModuleType) -> bool:
+        """Whether the last replacement of the patch's target is in its place, or in what others have wrapped around it.
+
+        A wrapper has it in its ``__wrapped__``, as ``functools.wraps`` does.
+        """
+        if patch.target in self.native:
+            return True
+        *parents, name = patch.path.split(".")
+        value: Any = vars(functools.reduce(getattr, parents, module)).get(name)
+        placed = self._placed.get(patch.target, _MISSING)
+        while value is not placed and hasattr(value, "__wrapped__"):
+            value = value.__wrapped__
+        return value is placed
+
+    def in_place_of(self, value: Any) -> Any:
+        """What replaced ``value``; itself if nothing did."""
+        for copied in self._copied:
+            if value is copied.original:
+                value = copied.replacement
+        return value
 
     def _apply_one(self, module: ModuleType, patch: Patch) -> list[_Copied]:
         """Apply one patch; returns what its module may have handed out to others by ``from module import name``."""
@@ -167,11 +194,11 @@ class PatchSet:
             return []
         replacement = patch.make(None if original is _MISSING else original)
         self._set(owner, name, own, replacement)
+        self._placed[patch.target] = replacement
         unknown = original is _MISSING or original is replacement or _is_constant(replacement)
         if owner is not module or unknown or patch.copies_in == ():
             return []
-        packages = patch.copies_in or (module.__name__.partition(".")[0],)
-        copied = _Copied(original, replacement, (*packages, "__main__"))
+        copied = _Copied(original, replacement, module.__name__.partition(".")[0], patch.copies_in)
         if _is_constant(original):
             self._copied.append(copied)  # copies of None cannot be told apart; those of the replacement can, on revert
             return []
@@ -195,24 +222,58 @@ class PatchSet:
         self._undo.append(back)
         setattr(owner, name, value)
 
-    def _replace_copies(self, copied: Sequence[_Copied]) -> None:
-        """Replace what ``from module import name [as other]`` bound elsewhere, in one walk over the modules."""
+    def _replace_copies(self, copied: Sequence[_Copied], since: str | None = None) -> None:
+        """Replace what ``from module import name [as other]`` bound elsewhere, in one walk over the modules.
+
+        Only their own dictionaries are looked at: asking a module for an attribute may import what it has put off.
+
+        Args:
+            copied: what to replace.
+            since: a module that was just imported, if copies can only be in those that were imported meanwhile.
+        """
         if not copied:
             return
         self._copied += copied
-        packages = {package for entry in copied for package in entry.packages}
         by_identity = {id(entry.original): entry for entry in copied}
-        for module_name, module in list(sys.modules.items()):
-            package = module_name.partition(".")[0]
-            if package not in packages or not isinstance(module, ModuleType):
+        names = list(sys.modules)  # in the order of their imports
+        for module_name in names[names.index(since) :] if since in names else names:
+            module = sys.modules.get(module_name)
+            if not issubclass(type(module), ModuleType):
                 continue
-            for attribute, value in list(vars(module).items()):
+            package = module_name.partition(".")[0]
+            namespace = vars(module)
+            for attribute, value in list(namespace.items()):
                 current = value
                 # Follow the chain: a name that was patched twice went from the first original to the last replacement.
-                while (entry := by_identity.get(id(current))) is not None and package in entry.packages:
+                while (entry := by_identity.get(id(current))) is not None and entry.is_for(package):
                     current = entry.replacement
                 if current is not value:
-                    self._set(module, attribute, value, current)
+                    self._undo.append(functools.partial(namespace.__setitem__, attribute, value))
+                    namespace[attribute] = current
+
+
+def holds(target: str) -> bool | None:
+    """Whether all that patches have made of ``target`` is in its place now.
+
+    Args:
+        target: as of :class:`Patch`.
+
+    Returns:
+        None if its module is not imported, so that nobody can have called it.
+    """
+    name = target.partition(":")[0]
+    module = sys.modules.get(name)
+    if module is None:
+        return None
+    patches = [(patch_set, patch) for patch_set, patch in _FINDER.waiting.get(name, []) if patch.target == target]
+    return bool(patches) and all(patch_set.holds(patch, module) for patch_set, patch in patches)
+
+
+def in_place_of(value: Any) -> Any:
+    """What patches have put in the place of ``value``, of which somebody has a copy; itself if nothing."""
+    for patch_set in dict.fromkeys(patch_set for entries in _FINDER.waiting.values() for patch_set, _ in entries):
+        value = patch_set.in_place_of(value)
+    return value
 
 
 def _source_of(value: Any) -> str:
@@ -238,19 +299,35 @@ def _is_constant(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Copied:
-    """A replaced module attribute whose copies in ``packages`` are to follow."""
+    """A replaced module attribute whose copies are to follow.
+
+    Attributes:
+        original: what the copies are.
+        replacement: what becomes of them.
+        package: of the target.
+        packages: the only ones to look in, beside ``__main__``; None for every module.
+    """
 
     original: Any
     replacement: Any
-    packages: tuple[str, ...]
+    package: str
+    packages: tuple[str, ...] | None
+
+    def is_for(self, package: str) -> bool:
+        """Whether copies in modules of ``package`` are to follow."""
+        if self.packages is not None:
+            return package in (*self.packages, "__main__")
+        home = (getattr(self.original, "__module__", None) or self.package).partition(".")[0]
+        made_here = "<locals>" in getattr(self.original, "__qualname__", "")  # nobody can have it from its home
+        return package in (self.package, "__main__") or home == self.package or made_here
 
     def reversed(self) -> _Copied:
         """The way back."""
-        return _Copied(self.replacement, self.original, self.packages)
+        return _Copied(self.replacement, self.original, self.package, self.packages)
 
 
 class _PostImportFinder(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; wraps the loader of the modules that patches wait for.
+    """Finds nothing itself; wraps the loader of the modules that patches are for.
 
     There is one for all patch sets: two finders that each ask the rest of ``sys.meta_path`` would ask each other.
     """
@@ -259,13 +336,13 @@ class _PostImportFinder(importlib.abc.MetaPathFinder):
         self.waiting: dict[str, list[tuple[PatchSet, Patch]]] = {}
 
     def wait(self, patch_set: PatchSet, patch: Patch) -> None:
-        """Apply ``patch`` for ``patch_set`` when its module has been imported."""
+        """Apply ``patch`` for ``patch_set`` whenever its module has been imported."""
         self.waiting.setdefault(patch.module, []).append((patch_set, patch))
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
     def forget(self, patch_set: PatchSet) -> None:
-        """Drop what ``patch_set`` waits for."""
+        """Drop what is for ``patch_set``."""
         for module, entries in list(self.waiting.items()):
             self.waiting[module] = [entry for entry in entries if entry[0] is not patch_set]
             if not self.waiting[module]:
@@ -289,9 +366,9 @@ class _PostImportFinder(importlib.abc.MetaPathFinder):
         return None
 
     def imported(self, module: ModuleType) -> None:
-        """Apply what waited for ``module``."""
+        """Apply what is for ``module``."""
         by_set: dict[PatchSet, list[Patch]] = {}
-        for patch_set, patch in self.waiting.pop(module.__name__, []):
+        for patch_set, patch in self.waiting.get(module.__name__, []):
             by_set.setdefault(patch_set, []).append(patch)
         for patch_set, patches in by_set.items():
             patch_set.imported(module, patches)

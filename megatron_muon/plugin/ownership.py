@@ -24,12 +24,12 @@ def patches() -> list[Patch]:
     return [
         Patch(
             f"{_OPTIMIZER}.emerging_optimizers:_is_nonlinear_or_embedding",
-            lambda original: _is_nonlinear_or_embedding,
+            _with_our_predicate,
             "param groups honour skip_orthogonalization and use_muon, and leave vectors stored as matrices to Adam",
         ),
         Patch(
             f"{_OPTIMIZER}.layer_wise_optimizer:is_managed_by_layer_wise_optimizer",
-            lambda original: _is_managed_by_layer_wise_optimizer,
+            _with_its_opposite,
             "DDP buffers go to the layer-wise optimizer by the same predicate as param groups, or a weight would sit "
             "in a buffer that its optimizer does not own",
         ),
@@ -51,9 +51,14 @@ def patches() -> list[Patch]:
     ]
 
 
-def _is_managed_by_layer_wise_optimizer(param: torch.nn.Parameter) -> bool:
-    """Whether the layer-wise optimizer owns ``param``: exactly when Muon updates it."""
-    return not _is_nonlinear_or_embedding(param)
+def _with_our_predicate(original: Callable[[torch.nn.Parameter], bool]) -> Callable[[torch.nn.Parameter], bool]:
+    # Not the predicate itself: copies of it elsewhere must not become Megatron-Core's on uninstall().
+    return functools.wraps(original)(lambda param: _is_nonlinear_or_embedding(param))
+
+
+def _with_its_opposite(original: Callable[[torch.nn.Parameter], bool]) -> Callable[[torch.nn.Parameter], bool]:
+    """The layer-wise optimizer owns a weight exactly when Muon updates it."""
+    return functools.wraps(original)(lambda param: not _is_nonlinear_or_embedding(param))
 
 
 def _with_annotation(original: Callable[..., None]) -> Callable[..., None]:

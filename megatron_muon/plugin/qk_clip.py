@@ -39,7 +39,7 @@ def patches() -> list[Patch]:
         ),
         Patch(
             "megatron.core.optimizer.qk_clip:clip_qk",
-            lambda original: _clip_qk,
+            lambda original: functools.wraps(original)(functools.partial(_clip_qk)),
             "Megatron's own clipping fails under tensor parallelism, with gates, biases, MTP and hybrid layers",
         ),
         Patch(

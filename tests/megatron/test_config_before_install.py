@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import sys
 from typing import Any
@@ -182,3 +183,31 @@ def test_install_after_the_command_line(pool: RankPool, stage: str) -> None:
 @pytest.mark.parametrize("stage", ["parsed", "checked"])
 def test_install_after_the_command_line_of_adam(pool: RankPool, stage: str) -> None:
     assert pool.run(parsed, 1, "--optimizer adam", stage, None)[0] == ("", "")
+
+
+def with_wrapped_constructor(wraps: bool) -> list[Any]:
+    """Another tool has wrapped ``OptimizerConfig.__init__``; what a config has then, and whether it is put back."""
+    from megatron.core.optimizer import OptimizerConfig
+
+    import megatron_muon
+
+    original = OptimizerConfig.__init__
+
+    def typed(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+
+    OptimizerConfig.__init__ = functools.wraps(original)(typed) if wraps else typed
+    try:
+        megatron_muon.install(MuonConfig(nesterov=True))
+        config = OptimizerConfig("muon", muon_qkv="per_head", muon_momentum=0.5)
+        muon = MuonConfig.from_optimizer_config(dataclasses.replace(config, lr=1.0))
+        megatron_muon.uninstall()
+        return [muon.nesterov, muon.qkv, muon.momentum, muon.tp_mode, OptimizerConfig.__init__ is typed]
+    finally:
+        OptimizerConfig.__init__ = original
+
+
+def test_a_constructor_that_others_have_wrapped(pool: RankPool) -> None:
+    """With ``functools.wraps`` and without: a checker of types, a registry of configs."""
+    for wraps in (False, True):
+        assert pool.run(with_wrapped_constructor, 1, wraps)[0] == [True, "per_head", 0.5, "auto", True]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +14,16 @@ from typing import Any
 
 import pytest
 
-from megatron_muon._patching import EXTENSION_POINTS, Patch, PatchSet
+from megatron_muon._patching import EXTENSION_POINTS, Patch, PatchSet, holds, in_place_of
 
 SOURCES = {
     "__init__.py": "",
     "source.py": """
+from os.path import join
+
+name = "source"
+
+
 def greet():
     return "hello"
 
@@ -34,6 +41,7 @@ flag = None
     "user.py": """
 from upstream_example.source import greet
 from upstream_example.source import greet as hail
+from upstream_example.source import join
 other = None
 """,
 }
@@ -141,6 +149,108 @@ def test_apply_and_revert_twice(package: str) -> None:
     patches.revert()
     patches.revert()
     assert source.greet() == "hello"
+
+
+FAR = "a_framework_elsewhere"
+
+
+class Lazy(ModuleType):
+    """As those of ``transformers``: asked for an attribute, it imports."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} was asked for")
+
+
+@pytest.fixture
+def far(package: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of another package, imported first, with copies."""
+    source = importlib.import_module(f"{package}.source")
+    module = Lazy(FAR)
+    vars(module).update(mine=source.greet, table={"greet": source.greet}, flag=source.flag, path=source.join)
+    monkeypatch.setitem(sys.modules, FAR, module)
+    return module
+
+
+def test_copies_in_other_packages_are_found_by_identity(package: str, far: ModuleType) -> None:
+    """In a module's own dictionary, whatever it is called there; not in objects, which are left alone."""
+    source = importlib.import_module(f"{package}.source")
+    flag = Patch("upstream_example.source:flag", lambda original: "on", "for the test")
+    size = Patch("upstream_example.source:Child.size", lambda size: size + 1, "for the test")
+    patches = PatchSet("test", [GREET, GREET, flag, size])
+    patches.apply()
+    assert vars(far)["mine"] is source.greet and far.mine() == "HELLO"
+    assert far.table["greet"]() == "hello" and vars(far)["flag"] is None
+    assert in_place_of(far.table["greet"]) is source.greet and in_place_of(far) is far
+    patches.revert()
+    assert vars(far)["mine"] is source.greet is far.table["greet"]
+    assert in_place_of(source.greet) is source.greet
+
+
+def test_a_copy_of_the_replacement_goes_back_in_any_package(package: str, far: ModuleType) -> None:
+    source = importlib.import_module(f"{package}.source")
+    wrapped = Patch("upstream_example.source:greet", lambda original: functools.wraps(original)(louder(original)), "")
+    patches = PatchSet("test", [wrapped])
+    patches.apply()
+    vars(far)["later"] = source.greet
+    patches.revert()
+    assert far.later() == "hello" and far.later is source.greet
+
+
+def test_what_upstream_has_from_elsewhere_is_replaced_in_its_own_package_alone(package: str, far: ModuleType) -> None:
+    user = importlib.import_module(f"{package}.user")
+    patches = PatchSet(
+        "test", [Patch("upstream_example.source:join", lambda original: lambda *parts: "ours", "for the test")]
+    )
+    patches.apply()
+    assert user.join("a") == "ours" and far.path is os.path.join
+    patches.revert()
+    assert user.join is os.path.join
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_module_is_never_there_without_its_hooks(package: str, imported: bool) -> None:
+    """A hook that raises fails the import, and the next one, until it does not; a reload is hooked again."""
+    works = [False]
+
+    def sometimes(original: Any) -> Any:
+        if not works[0]:
+            raise RuntimeError("not today")
+        return original.upper()
+
+    patches = PatchSet("test", [GREET, Patch("upstream_example.source:name", sometimes, "for the test")])
+    works[0] = imported
+    if imported:
+        importlib.import_module(f"{package}.source")
+    patches.apply()
+    if imported:
+        importlib.reload(sys.modules[f"{package}.source"])
+    for _ in range(0 if imported else 2):
+        with pytest.raises(RuntimeError, match="not today"):
+            importlib.import_module(f"{package}.user")
+        assert patches.active and holds(GREET.target) is None
+    works[0] = True
+    user = importlib.import_module(f"{package}.user")
+    source = importlib.import_module(f"{package}.source")
+    assert (source.name, user.greet()) == ("SOURCE", "HELLO")
+    patches.revert()
+    assert (source.name, user.greet(), source.greet()) == ("source", "hello", "hello")
+
+
+def test_what_holds_is_observed(package: str) -> None:
+    """Not imported; in place; wrapped by others; replaced by others."""
+    patches = PatchSet("test", [GREET, GREET])
+    patches.apply()
+    assert holds(GREET.target) is None
+    source = importlib.import_module(f"{package}.source")
+    ours = source.greet
+    assert holds(GREET.target) is True
+    source.greet = functools.wraps(ours)(lambda: ours() + "?")
+    assert holds(GREET.target) is True
+    source.greet = lambda: "mine"
+    assert holds(GREET.target) is False
+    source.greet = ours
+    patches.revert()
+    assert holds(GREET.target) is False
 
 
 @pytest.fixture
