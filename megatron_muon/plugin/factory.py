@@ -21,7 +21,7 @@ from megatron_muon.plugin import options
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
-from megatron_muon.plugin.transfer import group_overrides, transfer_of
+from megatron_muon.plugin.transfer import group_overrides, scalar_numbers, transfer_of
 from megatron_muon.plugin.variants import check_adapters, describe
 from megatron_muon.refusals import MUON, refuse
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names, report
@@ -69,6 +69,10 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
             overrides = {**others, **group_overrides(config, muon, model_chunks, others)}
             with _aligning_among(ranks):
                 optimizer = original(config, model_chunks, overrides, pg_collection)
+            numbers = scalar_numbers(config, muon, model_chunks, others)
+            for each in _muons(optimizer):
+                for group in (each.defaults, *each.param_groups):
+                    group.update(numbers)
             _check_partition(optimizer, model_chunks, groups, ranks)
             if config.optimizer.removeprefix("dist_") == "stiefel_muon":
                 watch(optimizer, ranks, next(model_chunks[0].parameters()).device)
@@ -230,12 +234,18 @@ def _held_params(optimizer: Any) -> tuple[Counter[torch.nn.Parameter], set[torch
     return held, sliced
 
 
+def _muons(optimizer: Any) -> Iterator[Muon]:
+    for part in _parts(optimizer):
+        muon = None if hasattr(part, "chained_optimizers") else getattr(part, "optimizer", None)
+        if isinstance(muon, Muon):
+            yield muon
+
+
 def _planned(optimizer: Any) -> list[str]:
     """Plan the step on every rank, so that what cannot be done stops the run now; this rank's plan in words."""
     lines: list[str] = []
-    for part in _parts(optimizer):
-        muon = None if hasattr(part, "chained_optimizers") else getattr(part, "optimizer", None)
-        if isinstance(muon, Muon) and (engine := muon.prepare()) is not None:
+    for muon in _muons(optimizer):
+        if (engine := muon.prepare()) is not None:
             lines += [*engine.describe(), f"products: {muon.engines.products_note}"]
         if isinstance(muon, StiefelMuon):
             lines += muon.notes()

@@ -12,7 +12,7 @@ import torch
 
 from megatron_muon._patching import Patch
 from megatron_muon.config import MuonConfig
-from megatron_muon.plugin.transfer import scalar_numbers, transfer_of
+from megatron_muon.plugin.transfer import transfer_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
 __all__ = ["patches"]
@@ -90,7 +90,6 @@ def _muon_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collec
     return {
         **{name: getattr(muon, name) for name in _knobs()},
         "scalar_betas": tuple(getattr(config, name) for name in scalar),
-        **scalar_numbers(config, muon, transfer),
         "damping_depth": 0.0 if transfer is None else 1.0,
         "hidden_size": get_model_config(model_chunks[0]).hidden_size,
         "lr": config.lr,

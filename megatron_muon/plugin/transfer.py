@@ -1,8 +1,9 @@
-"""Learning rates, weight decay and eps by weight, and initial weights: what ``--muon-transfer`` and two smaller flags
-(``--muon-scalar-lr``, ``--muon-scalar-weight-decay-method``) make of Megatron-Core's param groups."""
+"""Learning rates, weight decay and eps by weight, and initial weights: what ``--muon-transfer``, Megatron's
+``--use-mup``, ``--muon-scalar-lr`` and ``--muon-scalar-weight-decay-method`` make of Megatron-Core's param groups."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
+from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.routing.annotate import global_names
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 from megatron_muon.transfer import BASE_ATTRIBUTE, KINDS, Role, Transfer, roles, scale_initialization
@@ -23,8 +25,13 @@ Override = dict[str, float]
 
 
 def patches() -> list[Patch]:
-    """Hooks on how models get their initial weights."""
+    """Hooks on how models get their initial weights, and on the rates of muP."""
     return [
+        Patch(
+            "megatron.core.optimizer:get_mup_config_overrides",
+            _with_rule_of_adam,
+            "--use-mup: Megatron-Core looks for 'muon' in the optimizer's name, and for 'adam' before it scales eps",
+        ),
         Patch(
             "megatron.training.argument_utils:core_transformer_config_from_args",
             _with_scaled_initialization,
@@ -37,6 +44,26 @@ def patches() -> list[Patch]:
             "--muon-transfer: the output layer starts smaller than hidden layers; Megatron-Core gives both one method",
         ),
     ]
+
+
+def _with_rule_of_adam(original: Callable[..., Any]) -> Callable[..., Any]:
+    """muP (arXiv 2203.03466): rates and eps of the scalar optimizer's matrices are divided by the width.
+
+    Those of Muon's are not: the size of its updates follows from the scale mode, not from the width of a sum.
+    """
+
+    @functools.wraps(original)
+    def get_mup_config_overrides(config: Any, mup_width_mult: float, optimizer_type: str = "adam") -> Any:
+        if not is_ours(optimizer_type):
+            return original(config, mup_width_mult, optimizer_type)
+        muon = MuonConfig.from_optimizer_config(config)
+        if muon.scalar_lr and config.lr:
+            factor, config = muon.scalar_lr / config.lr, copy.copy(config)
+            config.lr, config.min_lr = muon.scalar_lr, (config.min_lr or 0.0) * factor
+        # It asks which words are in the name. Both are: Adam's rule, but not for the weights that Muon has.
+        return original(config, mup_width_mult, f"{muon.scalar_optimizer}_muon")
+
+    return get_mup_config_overrides
 
 
 def _with_scaled_initialization(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,20 +211,34 @@ def _number(role: Role) -> int:
     return 4 * KINDS.index(role.kind) + 2 * role.in_layer + role.ends_branch
 
 
-def scalar_numbers(config: Any, muon: MuonConfig, transfer: Transfer | None) -> dict[str, float]:
-    """Arguments of Muon for rows within its weights that follow the scalar optimizer's rule.
+def scalar_numbers(
+    config: Any, muon: MuonConfig, model_chunks: Sequence[torch.nn.Module], others: Mapping[Any, Any]
+) -> dict[str, float]:
+    """Of Muon's param groups, for rows within its weights that follow the scalar optimizer's rule.
 
-    They are rows of input projections: matrices to the rule of transfer.
+    They are rows of input projections, and get what a whole one would get from that optimizer: to the rule of transfer,
+    and to overrides of others (muP's, rates of Muon alone), it is a matrix.
+
+    Args:
+        config: the ``OptimizerConfig``, checked.
+        muon: its options.
+        model_chunks: the model.
+        others: as of :func:`group_overrides`.
     """
-    factor = muon.scalar_lr / config.lr if muon.scalar_lr else 1.0
-    eps = config.adam_eps
-    if transfer is not None:
-        role = Role("matrix", in_layer=True)
-        factor *= transfer.rate(role)
-        eps *= transfer.eps(role)
+    whole, of_muon = _hidden_matrix(others, scalar=True), _hidden_matrix(others, scalar=False)
+    transfer, role = transfer_of(muon, model_chunks), Role("matrix", in_layer=True)
+    rate = whole.get("max_lr") or (muon.scalar_lr or config.lr) * (transfer.rate(role) if transfer else 1.0)
     static = transfer is not None or muon.scalar_weight_decay_method == "independent_scheduled"
     return {
-        "scalar_lr_mult": factor,
-        "scalar_wd_mult": 1.0 / (config.lr * factor) if static else 1.0,
-        "scalar_eps": eps,
+        "scalar_lr_mult": rate / (of_muon.get("max_lr") or config.lr) if rate else 1.0,
+        "scalar_wd_mult": 1.0 / rate if static else 1.0,
+        "scalar_eps": whole.get("eps", config.adam_eps * (transfer.eps(role) if transfer else 1.0)),
     }
+
+
+def _hidden_matrix(overrides: Mapping[Any, Any], *, scalar: bool) -> dict[str, Any]:
+    """What overrides give to the weight of a linear layer that is the scalar optimizer's, or Muon's."""
+    weight = torch.nn.Parameter(torch.empty(2, 2))
+    weight.skip_orthogonalization = scalar  # type: ignore[attr-defined]
+    given = (each for key, each in overrides.items() if key.matches(weight, "linear.weight"))
+    return {name: value for each in given for name, value in each.items()}

@@ -77,13 +77,14 @@ FACTORY = Change(
     """\
 get_emerging_optimizers() is the registry with what plug-ins add to it; the
 factory can be wrapped for checks before the optimizer is built and a report
-after it.
+after it, and muP's rates are those of the optimizer that there is.
 
 See NVIDIA/Megatron-LM#1822 and NVIDIA/Megatron-LM#3174.""",
     needs=(OWNERSHIP,),
     points=(
         f"{_OPTIMIZER}.emerging_optimizers:get_emerging_optimizers",
         f"{_OPTIMIZER}:_get_megatron_emerging_optimizer",
+        f"{_OPTIMIZER}:get_mup_config_overrides",
     ),
     edits=(
         Edit(
