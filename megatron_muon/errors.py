@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError"]
+import re
+from collections.abc import Iterable
+
+__all__ = ["ConfigError", "sizes"]
+
+_MODULES = re.compile(r"( when instantiating \w+)+$")
 
 
 class ConfigError(ValueError):
@@ -11,3 +16,12 @@ class ConfigError(ValueError):
     The message names the flag or parameter, its value, and the way out. The launcher prints it as one line; elsewhere
     it is an ordinary exception that is raised before the first training step.
     """
+
+    def __init__(self, message: str = "") -> None:
+        # Megatron-Core makes another exception of one that is raised while it builds a module, with words of its own.
+        super().__init__(_MODULES.sub("", message))
+
+
+def sizes(shape: Iterable[int]) -> str:
+    """A shape for a message: ``12 x 8``."""
+    return " x ".join(map(str, shape))

@@ -13,7 +13,7 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Reduce, Write
 from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.errors import ConfigError
+from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.decay import WeightDecay
 from megatron_muon.optimizers.engines import Engines
@@ -199,7 +199,7 @@ class Muon(torch.optim.Optimizer):
             layout = layout_of(param)
             if param.dim() != layout.dims:
                 raise ValueError(
-                    f"Muon updates {layout.dims}-D weights, got shape {tuple(param.shape)}: give it to Adam"
+                    f"Muon updates {layout.dims}-D weights, got shape {sizes(param.shape)}: give it to Adam"
                 )
             self._check_direction(param, layout)
             weight = self.engines.weight(param)

@@ -25,7 +25,7 @@ from megatron_muon._patching import Patch
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.balance import Job, assign_owners, cost_of_weight
 from megatron_muon.engine.shards import shard_of
-from megatron_muon.errors import ConfigError
+from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.stiefel_solvers import SOLVERS
 from megatron_muon.plugin import options
 from megatron_muon.plugin.groups import ranks_of
@@ -375,7 +375,7 @@ def _cost_in(pg_collection: Any, muon: MuonConfig) -> Callable[[torch.Tensor], i
         divided = getattr(param, "tensor_model_parallel", False) and not _is_nonlinear_or_embedding(param)
         if divided and (expert if getattr(param, "expert_tp", False) else dense) is None:
             raise ConfigError(
-                f"A weight of shape {tuple(param.shape)} is divided by tensor parallelism, over a group that neither "
+                f"A weight of shape {sizes(param.shape)} is divided by tensor parallelism, over a group that neither "
                 "parallel_state nor pg_collection has: its owner cannot be chosen. Give "
                 "megatron.training.training.wrap_model_chunks_with_ddp a pg_collection with tp and expt_tp."
             )

@@ -38,10 +38,10 @@ MEGATRON: tuple[Refusal, ...] = (
         "use torch_dist (or torch)",
     ),
     Refusal(
-        (given("OptimizerConfig.use_distributed_optimizer"), _OURS),
+        (given("OptimizerConfig.use_distributed_optimizer"), layer_wise(False)),
         "Megatron's distributed optimizer cuts weights into flat slices, which cannot be orthogonalized",
-        "set use_layer_wise_distributed_optimizer=True and use_distributed_optimizer=False (the command line does so "
-        "by itself)",
+        "set OptimizerConfig.use_layer_wise_distributed_optimizer=True, so that each weight has one owner, or "
+        "use_distributed_optimizer=False (on the command line, --use-distributed-optimizer is layer-wise)",
     ),
     Refusal(
         (given("DistributedDataParallelConfig.use_distributed_optimizer"), layer_wise(False)),

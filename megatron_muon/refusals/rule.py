@@ -195,6 +195,8 @@ def refuse(rows: Iterable[Refusal], *sources: object) -> None:
 
 _FLAGS = {"nccl_ub": "--use-nccl-ub"}
 """Settings whose flag has another name."""
+_OFF = {"muon_split_qkv": "--muon-no-split-qkv"}
+"""Those that are turned off by another name than ``--no-...``."""
 
 
 def flag_of(name: str) -> str:
@@ -205,6 +207,8 @@ def flag_of(name: str) -> str:
 def _said(name: str, value: Any) -> str:
     if value is True and "." not in name:
         return flag_of(name)
+    if value is False and "." not in name:
+        return _OFF.get(name, flag_of(name).replace("--", "--no-", 1))
     if isinstance(value, (tuple, list)):
         value = " ".join(map(str, value))
     return f"{flag_of(name)} {getattr(value, 'name', value)}"  # some are members of an Enum

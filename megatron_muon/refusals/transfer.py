@@ -23,6 +23,7 @@ __all__ = ["TRANSFER"]
 _TRANSFER = given("muon_transfer")
 _STATIC = other_than("muon_scalar_weight_decay_method", "decoupled")
 _SCALAR_LR = given("muon_scalar_lr")
+_SCHEDULED = one_of("muon_weight_decay_method", "independent_scheduled")
 
 TRANSFER: tuple[Refusal, ...] = (
     Refusal(
@@ -67,7 +68,7 @@ TRANSFER: tuple[Refusal, ...] = (
     ),
     *(
         Refusal((asked, missing("lr"), ours()), "", "give --lr, the peak rate of Muon's weights")
-        for asked in (_TRANSFER, _SCALAR_LR, _STATIC)
+        for asked in (_SCHEDULED, _SCALAR_LR, _STATIC)
     ),
     *(
         Refusal(

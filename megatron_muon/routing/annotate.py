@@ -16,7 +16,7 @@ import torch
 
 from megatron_muon.choices import DIRECTIONS, parse_param_rule
 from megatron_muon.config import MuonConfig, flag
-from megatron_muon.errors import ConfigError
+from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.routing.adapters import check_adapters
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN
 from megatron_muon.routing.predicate import REASON_ATTRIBUTE, _is_nonlinear_or_embedding, is_divided, is_vector
@@ -77,7 +77,7 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adap
             matched.update(rules)
             _write(name, param, treatment, choice, rules[-1])
         elif treatment.choice == UNKNOWN:
-            unknown.append(f"{name} {tuple(param.shape)}")
+            unknown.append(f"{name} ({sizes(param.shape)})")
         else:
             _write(name, param, treatment, treatment.choice, None)
     if unknown:
@@ -250,7 +250,7 @@ def _write(name: str, param: torch.Tensor, treatment: Treatment, choice: str, ov
     if param.dim() not in {layout.dims for layout in treatment.variants.values()}:
         if override is not None:
             raise ConfigError(
-                f"{flag('param_rule')} {override}: {name} has shape {tuple(param.shape)}; Muon updates matrices."
+                f"{flag('param_rule')} {override}: {name} has shape {sizes(param.shape)}; Muon updates matrices."
             )
         return  # by its shape the predicate leaves it to the scalar optimizer
     direction = choice if choice in DIRECTIONS else MSIGN
@@ -275,10 +275,11 @@ def _variant(name: str, param: torch.Tensor, treatment: Treatment, choice: str, 
     if choice in treatment.variants:
         return choice
     what = f"{name} {treatment.problem}" if treatment.problem else f"{name} ({treatment.kind}) cannot be split that way"
-    asked = f"{flag('param_rule')} {override}" if override else f"{flag(treatment.option)} {choice}"
+    option = f"{flag(treatment.option)} {choice}" if treatment.option else f"{choice} (by the rule of its module)"
+    asked = f"{flag('param_rule')} {override}" if override else option
     known = ", ".join(treatment.variants)
     raise ConfigError(
-        f"{what}; its shape is {tuple(param.shape)}, {asked} is asked for, and there is: {known}, adam. "
+        f"{what}; its shape is {sizes(param.shape)}, {asked} is asked for, and there is: {known}, adam. "
         f"Decide with {flag('param_rule')} '{name}=whole' or '{name}=adam'."
     )
 

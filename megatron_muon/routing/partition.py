@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_muon.config import MuonConfig, flag
-from megatron_muon.errors import ConfigError
+from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.routing import report
 from megatron_muon.routing.annotate import annotate
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
@@ -90,7 +90,7 @@ def check_partition(named: Mapping[str, torch.nn.Parameter], groups: Iterable[Ma
     refuse_uneven({name: counts[param] for name, param in named.items()})
     foreign = set(counts) - set(named.values())
     if foreign:
-        shapes = ", ".join(str(tuple(param.shape)) for param in foreign)
+        shapes = ", ".join(sizes(param.shape) for param in foreign)
         raise RuntimeError(f"{len(foreign)} parameters in optimizers are not the model's trainable ones: {shapes}")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_muon.config import MuonConfig, flag
+from megatron_muon.errors import sizes
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, scale_factor
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE, strip_wrappers
 from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, WHOLE, Block, MatrixLayout, layout_of
@@ -146,11 +147,11 @@ def _row(route: Route, count: int, options: MuonConfig, optimizer: str) -> tuple
     scales = ["-" if factor is None else f"{factor:.3g}" for factor in factors]
     scale = scales[0] if len(set(scales)) == 1 else ", ".join(scales)
     parameters = f"{count * route.numel:,}"
-    return (route.name, str(count), parameters, _times(route.shape), route.divided, by, detail, scale)
+    return (route.name, str(count), parameters, sizes(route.shape), route.divided, by, detail, scale)
 
 
 def _matrices(block: Block, options: MuonConfig) -> str:
-    shape = _times((block.rows, block.columns))
+    shape = sizes((block.rows, block.columns))
     if block.rule == SCALAR:
         return f"{block.name} {shape} {options.scalar_optimizer}"
     return f"{block.name} {shape}" if block.count == 1 else f"{block.name} {block.count} of {shape}"
@@ -180,7 +181,3 @@ def _overrides(routes: Sequence[Route]) -> list[str]:
 def pattern(name: str) -> str:
     """``module.decoder.layers.3.mlp.weight`` -> ``decoder.layers.*.mlp.weight``; ``weight12`` -> ``weight*``."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)|(?<=weight)\d+$", "*", strip_wrappers(name))
-
-
-def _times(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

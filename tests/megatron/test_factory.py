@@ -85,6 +85,25 @@ def test_layer_wise_equals_plain(pool: RankPool, bf16: bool, param_layout: bool)
     assert sharded == pytest.approx(plain, abs=tolerance)
 
 
+def layer_wise_twice(name: str, param_layout: bool) -> list[list[float]]:
+    """Losses of a layer-wise run by what its config says of Megatron's distributed optimizer."""
+    found = []
+    for distributed in (False, True):
+        config = {"optimizer": name, "use_distributed_optimizer": distributed}
+        run = harness.start(Layout(layer_wise=True), optimizer=config, param_layout=param_layout)
+        found.append(run.losses(4))
+    return found
+
+
+@pytest.mark.parametrize(("name", "param_layout"), [("muon", True), ("dist_muon", False)])
+def test_a_layer_wise_config_may_ask_for_the_distributed_optimizer(
+    pool: RankPool, name: str, param_layout: bool
+) -> None:
+    """As verl always does. To Megatron-Core that is the layer-wise optimizer, whatever the field says."""
+    for without, asked in pool.run(layer_wise_twice, 2, name, param_layout):
+        assert asked == without and without[-1] < without[0]
+
+
 def refusal(layout: Layout, options: dict[str, Any]) -> str:
     import megatron_muon
 
@@ -102,7 +121,11 @@ def refusal(layout: Layout, options: dict[str, Any]) -> str:
         (Layout(), {"muon_num_ns_steps": 0}, "--muon-num-ns-steps 0: give a whole number of at least 1"),
         (Layout(), {"muon_no_such_knob": 1}, "OptimizerConfig.muon_no_such_knob 1: no such Muon option"),
         (Layout(), {"fp16": True}, "--fp16"),
-        (Layout(), {"use_distributed_optimizer": True}, "OptimizerConfig.use_distributed_optimizer True"),
+        (
+            Layout(),
+            {"use_distributed_optimizer": True},
+            "OptimizerConfig.use_distributed_optimizer True with --optimizer muon, not layer-wise: ",
+        ),
         (Layout(), {"optimizer_cuda_graph": True}, "--optimizer-cuda-graph with --optimizer muon"),
     ],
 )

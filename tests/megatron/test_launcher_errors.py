@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,32 @@ def who_tells(shared: bool) -> float | None:
 def test_the_first_of_the_ranks_that_share_an_error_tells_it(pool: RankPool) -> None:
     assert pool.run(who_tells, 3, True) == [-1.0, 4.0, None]
     assert pool.run(who_tells, 3, False) == [-1.0, 4.0, 4.0]
+
+
+def refused_while_a_module_is_built() -> str:
+    from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+
+    def outer() -> Any:
+        return build_module(ModuleSpec(module=Refusing))
+
+    class Outer:
+        def __init__(self) -> None:
+            outer()
+
+    class Refusing:
+        def __init__(self) -> None:
+            raise ConfigError("--flag 3: give 4.")
+
+    try:
+        build_module(ModuleSpec(module=Outer))
+    except ConfigError as error:
+        return str(error)
+    return "built"
+
+
+def test_megatron_adds_no_words_to_a_message(pool: RankPool) -> None:
+    """Its builder of modules makes another exception of it, at every level: "... when instantiating Outer"."""
+    assert pool.run(refused_while_a_module_is_built, 1) == ["--flag 3: give 4."]
 
 
 @pytest.mark.parametrize("rank,local_rank,seconds", [("0", "0", 0.0), ("8", "0", 2.0), ("9", "1", 4.0)])

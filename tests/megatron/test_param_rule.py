@@ -259,7 +259,7 @@ class TestUnknownWeights:
     def test_stop_every_rank(self, pool: RankPool, layout: Layout) -> None:
         """Also the ranks that have none, and not before: when DDP is built they would wait for the others."""
         for answer in pool.run(build_with_unknown_weight, 2, layout, {}):
-            assert answer.startswith("No rule knows these 2-D weights: decoder.layers.3.table (4, 8).")
+            assert answer.startswith("No rule knows these 2-D weights: decoder.layers.3.table (4 x 8).")
 
     @pytest.mark.parametrize("layout", [Layout(), BUFFERS])
     def test_are_no_business_of_other_optimizers(self, pool: RankPool, layout: Layout) -> None:

@@ -199,5 +199,5 @@ def test_fused_weight_of_unexpected_shape_is_an_error(pool: RankPool) -> None:
     message = pool.run(error_of_wrong_shape, 1)[0]
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
     assert message.startswith(f"{name} has 60 rows, but its config (num_attention_heads 4, num_query_groups 2, ")
-    assert "implies 64; its shape is (60, 32), --muon-qkv split" in message and "there is: whole, adam" in message
+    assert "implies 64; its shape is 60 x 32, --muon-qkv split" in message and "there is: whole, adam" in message
     assert message.endswith(f"Decide with --muon-param-rule '{name}=whole' or '{name}=adam'.")

@@ -9,8 +9,10 @@ import torch
 
 from megatron_muon import ConfigError
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names
-from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
+from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE, _variant
+from megatron_muon.routing.layout import Section
 from megatron_muon.routing.predicate import exclusion_reason
+from megatron_muon.routing.treatment import fused
 from tests.unit.small_modules import (
     Gate,
     Model,
@@ -40,12 +42,12 @@ class TestClosure:
         with pytest.raises(ConfigError) as error:
             annotate(torch.nn.Sequential(Model(), Gate(4)))
         message = str(error.value)
-        assert "0.gate.table (6, 8), 1.table (4, 8)" in message, "each unknown weight, with its shape"
+        assert "0.gate.table (6 x 8), 1.table (4 x 8)" in message, "each unknown weight, with its shape"
         assert "--muon-param-rule '0.gate.table=muon' or '0.gate.table=adam'" in message
         assert "--muon-unknown-2d muon or adam" in message
 
     def test_many_unknown_weights_are_counted(self) -> None:
-        with pytest.raises(ConfigError, match=r"7\.table \(6, 8\) and 2 more"):
+        with pytest.raises(ConfigError, match=r"7\.table \(6 x 8\) and 2 more"):
             annotate(torch.nn.Sequential(*(Gate() for _ in range(10))))
 
     @pytest.mark.parametrize("module", [torch.nn.LSTM(8, 8), torch.nn.RNNCell(8, 8)])
@@ -59,7 +61,7 @@ class TestClosure:
                 super().__init__()
                 self.weight = torch.nn.Parameter(torch.zeros(4, 8))
 
-        with pytest.raises(ConfigError, match=r"weight \(4, 8\)"):
+        with pytest.raises(ConfigError, match=r"weight \(4 x 8\)"):
             annotate(Linear())
 
     def test_a_subclass_of_a_known_linear_layer_is_known(self) -> None:
@@ -128,8 +130,13 @@ class TestParamRule:
         with pytest.raises(ConfigError) as error:
             annotate(Plain(), options(f"linear.weight={choice}"))
         message = str(error.value)
-        assert "linear.weight (linear) cannot be split that way; its shape is (12, 8)" in message
+        assert "linear.weight (linear) cannot be split that way; its shape is 12 x 8" in message
         assert f"--muon-param-rule linear.weight={choice} is asked for, and there is: whole, adam" in message
+
+    def test_a_split_that_no_option_has_chosen(self) -> None:
+        treatment = fused("mine", "split", [Section("a", 4)], rows=6, expected_rows=8, source="its table")
+        with pytest.raises(ConfigError, match=r"its shape is 6 x 8, split \(by the rule of its module\) is asked for"):
+            _variant("linear.weight", torch.zeros(6, 8), treatment, "split", None)
 
     def test_a_split_that_does_not_fit_the_shape(self) -> None:
         attention = self_attention(rows=60)
@@ -144,9 +151,7 @@ class TestParamRule:
         assert _is_nonlinear_or_embedding(attention.linear_qkv.weight)
 
     def test_muon_for_a_vector(self) -> None:
-        with pytest.raises(
-            ConfigError, match=r"linear\.bias=muon: linear\.bias has shape \(12,\); Muon updates matric"
-        ):
+        with pytest.raises(ConfigError, match=r"linear\.bias=muon: linear\.bias has shape 12; Muon updates matric"):
             annotate(Plain(), options("linear.bias=muon"))
         annotate(Plain(), options("linear.bias=adam"))
 

@@ -165,7 +165,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "--muon-transfer 128x2 without --untie-embeddings-and-output-weights: the output layer is the embedding",
     ),
     ({**TRANSFER, "decoupled_lr": 0.0}, "--muon-transfer 128x2 with --decoupled-lr 0.0: the rule gives embeddings"),
-    ({**TRANSFER, "lr": None}, "--muon-transfer 128x2 without --lr: give --lr"),
+    ({**TRANSFER, "lr": None}, "--muon-weight-decay-method independent_scheduled without --lr: give --lr"),
     ({"muon_scalar_lr": 0.1, "lr": None}, "--muon-scalar-lr 0.1 without --lr: give --lr"),
     ({**SCALAR, "lr": None}, "--muon-scalar-weight-decay-method independent_scheduled without --lr: give --lr"),
     (
@@ -250,8 +250,9 @@ def test_rows_speak_where_they_hold_and_no_others_do(changes: dict[str, Any], ex
     [
         (
             {},
-            [OptimizerConfig(use_distributed_optimizer=True, use_layer_wise_distributed_optimizer=True)],
-            "OptimizerConfig.use_distributed_optimizer True with --optimizer muon: Megatron's distributed optimizer",
+            [OptimizerConfig(use_distributed_optimizer=True, use_layer_wise_distributed_optimizer=False)],
+            "OptimizerConfig.use_distributed_optimizer True with --optimizer muon, not layer-wise: Megatron's "
+            "distributed optimizer .*use_layer_wise_distributed_optimizer=True, .*use_distributed_optimizer=False",
         ),
         (
             {},
@@ -274,10 +275,12 @@ def test_fields_of_one_class(changes: dict[str, Any], classes: list[object], exp
 
 
 def test_a_layer_wise_config_takes_reduced_slices() -> None:
-    config = OptimizerConfig(
-        optimizer="muon", use_distributed_optimizer=False, use_layer_wise_distributed_optimizer=True
-    )
-    assert messages(MUON, config, DistributedDataParallelConfig(use_distributed_optimizer=True)) == []
+    """What the config says of Megatron's distributed optimizer does not matter then."""
+    for asked in (False, True):
+        config = OptimizerConfig(
+            optimizer="muon", use_distributed_optimizer=asked, use_layer_wise_distributed_optimizer=True
+        )
+        assert messages(MUON, config, DistributedDataParallelConfig(use_distributed_optimizer=True)) == []
 
 
 def test_every_row_is_tested() -> None:
@@ -313,15 +316,16 @@ def test_what_may_still_be_set_is_not_refused() -> None:
         muon_tp_mode: str = "auto"
         muon_ns_dtype: str = "auto"
         use_distributed_optimizer: bool = False
+        use_layer_wise_distributed_optimizer: bool = False
 
     config = OptimizerConfig("muon", muon_coefficient_type="custom", muon_scalar_lr=0.1, muon_tp_mode="gram")
     assert messages(ALL, Chosen(config, "optimizer")) == []
     assert len(messages(ALL, config)) == 2
     config.muon_ns_dtype = "bf16"
     config.use_distributed_optimizer = True
-    gram, slices = messages(ALL, Chosen(config, "optimizer"))
+    (gram,) = messages(ALL, Chosen(config, "optimizer"))  # whether it will be layer-wise is not known yet
     assert gram.startswith("--muon-tp-mode gram with --muon-ns-dtype bf16")
-    assert slices.startswith("OptimizerConfig.use_distributed_optimizer True")
+    assert messages(ALL, config)[-1].startswith("OptimizerConfig.use_distributed_optimizer True")
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
