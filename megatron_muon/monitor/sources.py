@@ -64,13 +64,16 @@ class Stepped:
         self._count = itertools.count()
 
     def watch(self, optimizer: Any, source: Source) -> None:
-        """Take note of ``source`` in each ``step()`` of its optimizer, from now on."""
-        self._numbers[source] = next(self._count)
-        optimizer.step = functools.partial(self._step, optimizer.step, source)
+        """Take note of ``source`` in each step of its optimizer, from now on.
 
-    def _step(self, update: Callable[[], Any], source: Source) -> Any:
+        In ``prepare_grads()``, which comes first in ``step()`` too: what drives several optimizers calls it.
+        """
+        self._numbers[source] = next(self._count)
+        optimizer.prepare_grads = functools.partial(self._prepare, optimizer.prepare_grads, source)
+
+    def _prepare(self, prepare: Callable[[], bool], source: Source) -> bool:
         self._stepped.add(source)
-        return update()
+        return prepare()
 
     def take(self) -> list[Source]:
         """Those that have stepped since the last call, in the order of :meth:`watch`."""

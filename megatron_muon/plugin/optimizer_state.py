@@ -10,7 +10,12 @@ import torch
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.held import Bucket, Held, Slices
 
-__all__ = ["held_by", "leaves"]
+__all__ = ["has_parts", "held_by", "leaves"]
+
+
+def has_parts(optimizer: Any) -> bool:
+    """Whether it is MIMO's, of several models: each of them has come through the factory with its own process groups."""
+    return hasattr(optimizer, "module_infos")
 
 
 def leaves(optimizer: Any, owned: bool = False) -> Iterator[tuple[Any, bool]]:

@@ -8,25 +8,26 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from megatron_muon._patching import Patch
-from megatron_muon.agree import Ranks
 from megatron_muon.errors import ConfigError
 from megatron_muon.monitor.sources import Report
 from megatron_muon.plugin import options, recording
 from megatron_muon.plugin.groups import ranks_of
+from megatron_muon.plugin.optimizer_state import has_parts
 from megatron_muon.plugin.qk_clip_build import FLAGS, build_clip
 from megatron_muon.qk_clip.clip import QKClip
 from megatron_muon.refusals import QK_CLIP, refuse
 
 __all__ = ["clip_of", "patches"]
 
-_CLIP = "muon_qk_clip"
-"""Attribute of a model chunk that carries its :class:`QKClip`."""
+_CLIPS: weakref.WeakKeyDictionary[torch.nn.Module, Callable[[], QKClip | None]] = weakref.WeakKeyDictionary()
+"""Of model chunks without wrappers, the clip of the optimizer that has stepped last. Its optimizer keeps it alive."""
 
 
 def patches() -> list[Patch]:
@@ -56,20 +57,44 @@ def patches() -> list[Patch]:
 
 
 def clip_of(model: Any) -> QKClip | None:
-    """The clip of a model, by its chunks or one of them; None if its optimizer was built without."""
+    """The clip of a model, by its chunks or one of them; None if it has no optimizer, or nothing to measure."""
     chunk = model[0] if isinstance(model, Sequence) else model
-    return getattr(chunk, _CLIP, None)
+    return _CLIPS.get(_bare(chunk), lambda: None)()
 
 
-def _clip_qk(model: Any, log_max_only: bool = False) -> torch.Tensor:
-    """What Megatron calls after the optimizer's step: the largest logit of the step, a scalar on the device."""
-    clip = clip_of(model)
-    if clip is None:
+def _bare(chunk: Any) -> Any:
+    """A chunk without DDP and other wrappers, as callers may or may not have it."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _take_note(chunks: Sequence[torch.nn.Module], clip: QKClip) -> None:
+    for chunk in chunks:
+        _CLIPS[_bare(chunk)] = weakref.ref(clip)
+
+
+def _clip_qk(model: Any, log_max_only: bool = False) -> torch.Tensor | float:
+    """What Megatron calls after the optimizer's step: the largest logit of the step, a scalar on the device.
+
+    As Megatron's own, 0 for a model without softmax attention.
+    """
+    chunks = [_bare(part) for chunk in model for part in _parts(chunk)]
+    if not all(chunk in _CLIPS for chunk in chunks):
         raise ConfigError(
             "--qk-clip: the model's optimizer was not built by megatron.core.optimizer.get_megatron_optimizer, so "
             "nothing was measured or clipped. Build it with that function, after megatron_muon.install()."
         )
-    return clip.max_logit
+    clips = {clip for clip in map(clip_of, chunks) if clip is not None}
+    return torch.stack([clip.max_logit for clip in clips]).max() if clips else 0.0
+
+
+def _parts(chunk: Any) -> Sequence[torch.nn.Module]:
+    """What has an optimizer of its own: a chunk, or each model of a ``MimoModel`` on this rank."""
+    if type(_bare(chunk)).__name__ != "MimoModel":
+        return [chunk]
+    parts = [_bare(chunk).language_model, *_bare(chunk).modality_submodules.values()]
+    return [part for part in parts if part is not None]
 
 
 class _Logits:
@@ -108,25 +133,36 @@ def _with_clip(original: Callable[..., Any]) -> Callable[..., Any]:
         optimizer = original(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         config, chunks = given["config"], given["model_chunks"]
-        ranks = _ranks(chunks, given.get("pg_collection"))
+        if has_parts(optimizer):
+            return optimizer
+        ranks = ranks_of(given.get("pg_collection"))
         clip = build_clip(config, chunks, options.of(config), optimizer, ranks)
         if clip is not None:
-            optimizer.step = functools.partial(clip.step, optimizer.step)
+            _connect(optimizer, chunks, clip)
             if ranks.is_last:
                 recording.watch(optimizer, _Logits(clip))
         for chunk in chunks:
-            setattr(chunk, _CLIP, clip)
+            _CLIPS.setdefault(_bare(chunk), lambda: None)
         return optimizer
 
     return get_megatron_optimizer
 
 
-def _ranks(chunks: Sequence[torch.nn.Module], pg_collection: Any) -> Ranks:
-    """The ranks of a model."""
-    if type(chunks[0]).__name__ == "MimoModel":
-        # Its parts have groups of their own, and its optimizer agrees over all ranks of the run.
-        return Ranks.of_world()
-    return ranks_of(pg_collection)
+def _connect(optimizer: Any, chunks: Sequence[torch.nn.Module], clip: QKClip) -> None:
+    """Clip in the two halves of a step, and not in ``step()``: chains and MIMO call the halves of their parts."""
+    prepare, zero_grad = optimizer.prepare_grads, optimizer.zero_grad
+
+    def prepare_grads() -> bool:
+        _take_note(chunks, clip)
+        return clip.prepare(prepare)
+
+    def forget_and_zero(*args: Any, **kwargs: Any) -> None:
+        clip.forget()
+        zero_grad(*args, **kwargs)
+
+    _take_note(chunks, clip)
+    optimizer.prepare_grads, optimizer.zero_grad = prepare_grads, forget_and_zero
+    optimizer.step_with_ready_grads = functools.partial(clip.step, optimizer.step_with_ready_grads)
 
 
 def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:

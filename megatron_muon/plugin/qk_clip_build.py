@@ -45,7 +45,7 @@ class _Found:
 def build_clip(
     config: Any, chunks: Sequence[torch.nn.Module], muon: MuonConfig, optimizer: Any, ranks: Ranks
 ) -> QKClip | None:
-    """The clip of a model; None if no layer asks for it, on any rank.
+    """The clip of a model; None if it has no layer to measure, on any rank.
 
     Args:
         config: the optimizer's.
@@ -59,12 +59,15 @@ def build_clip(
     """
     layers: list[Attention] = []
 
-    def look() -> list[_Found]:
+    def look() -> tuple[bool, list[_Found]]:
         layers.extend(_layers(chunks))
-        return [_describe(layer) for layer in layers]
+        return any(map(_asks, _modules(chunks))), [_describe(layer) for layer in layers]
 
-    found = sorted(_each_once(ranks.gather(look)), key=lambda each: _in_order(each.name))
+    asked, seen = zip(*ranks.gather(look), strict=True)
+    found = sorted(_each_once(seen), key=lambda each: _in_order(each.name))
     if not found:
+        if any(asked) and ranks.is_first:
+            print("QK-clip: the model has no softmax attention, nothing is measured", flush=True)
         return None
     settings = _settings(found, config, muon)
     param = next(chunks[0].parameters())
@@ -72,9 +75,10 @@ def build_clip(
     dtype = torch.promote_types(param.dtype, torch.float32)
     clip = QKClip([each.name for each in found], heads, settings, ranks, param.device, dtype)
     kept = _keeper(config, muon)
-    notes = _each_once(ranks.gather(lambda: _fill(clip, found, layers, muon, optimizer, kept)))
+    notes, clipped = zip(*ranks.gather(lambda: _fill(clip, found, layers, muon, optimizer, kept)), strict=True)
+    clip.clip_only(_each_once(clipped))
     if ranks.is_first:
-        print("\n".join(f"QK-clip: {line}" for line in [*clip.describe(), *notes]), flush=True)
+        print("\n".join(f"QK-clip: {line}" for line in [*clip.describe(), *_each_once(notes)]), flush=True)
     return clip
 
 
@@ -106,28 +110,30 @@ def _refuse_kept(layer: Attention, rows: Sequence[Rows], kept: str) -> None:
 
 def _fill(
     clip: QKClip, found: Sequence[_Found], layers: Sequence[Attention], muon: MuonConfig, optimizer: Any, kept: str
-) -> list[str]:
-    """Connect this rank's layers and optimizer to the clip; what there is to say about them."""
+) -> tuple[list[str], list[str]]:
+    """Connect this rank's layers and optimizer to the clip; what there is to say, and the layers that are clipped."""
     number = {each.name: index for index, each in enumerate(found)}
     first = list(itertools.accumulate((each.heads for each in found), initial=0))
     notes: list[str] = []
+    clipped: list[str] = []
     for layer in layers:
         index = number[layer.name]
         core = layer.module.core_attention
         cp = layer.module.pg_collection.cp
         mine = clip.maxima_of(first[index] + layer.mine.start, layer.mine.stop - layer.mine.start)
-        gauge = Gauge(layer.name, mine, cp if cp is not None and cp.size() > 1 else None)
         source = source_of(core, muon.qk_logits, layer.name)
-        attach(core, gauge, source)
+        gauge = Gauge(layer.name, mine, cp if cp is not None and cp.size() > 1 else None, source)
+        attach(core, gauge)
         clip.gauges.append(gauge)
         notes.append(f"logits from {_SOURCES[source]} ({type(core).__name__})")
         if clip.settings.clip:
             rows = _rows(layer, index, first[index], clip.heads, muon, notes)
             _refuse_kept(layer, rows, kept)
             clip.rows += rows
-    if clip.settings.clip:
+            clipped += [layer.name] if rows else []
+    if clip.rows:
         clip.watch(list(_targets(optimizer, clip.rows)))
-    return notes
+    return notes, clipped
 
 
 _SOURCES = {
@@ -140,11 +146,27 @@ _SOURCES = {
 
 
 def _rows(layer: Attention, number: int, first: int, heads: Heads, muon: MuonConfig, notes: list[str]) -> list[Rows]:
-    """The rows to clip in a layer.
+    """The rows to clip in a layer; none if they are frozen, or do not matter.
 
     Raises:
-        ConfigError: if it has none.
+        ConfigError: if they are not known, or if only some of them are trained.
     """
+    if not any(param.requires_grad for param in layer.module.parameters()):
+        return []
+    rows = _known_rows(layer, number, first, heads, muon, notes)
+    trained = [each for each in rows if each.param.requires_grad]
+    if trained and len(trained) < len(rows):
+        raise ConfigError(
+            f"--qk-clip: of the query and key weights of {layer.name} some are frozen, and a logit is the product of "
+            "both: it cannot be clipped by half. Freeze all of them, or none, or leave --qk-clip off."
+        )
+    return trained
+
+
+def _known_rows(
+    layer: Attention, number: int, first: int, heads: Heads, muon: MuonConfig, notes: list[str]
+) -> list[Rows]:
+    """Rows that decide about the size of a layer's logits, frozen ones too."""
     if not has_norm(layer.module):
         rows = list(projection_rows(layer, first, heads))
         if not rows:
@@ -169,22 +191,28 @@ def _rows(layer: Attention, number: int, first: int, heads: Heads, muon: MuonCon
 
 
 def _layers(chunks: Sequence[torch.nn.Module]) -> Iterator[Attention]:
-    """The attention layers of this rank whose config asks for their logits; frozen ones do not count."""
+    """The attention layers of this rank whose config asks for their logits, frozen ones too."""
     for chunk in chunks:
         names = {id(param): name for name, param in global_names(chunk)}
-        modules: Iterator[Any] = chunk.modules()
-        for module in modules:
-            core = getattr(module, "core_attention", None)
-            wanted = any(getattr(getattr(module, "config", None), flag, False) for flag in FLAGS)
-            if not wanted or not isinstance(core, torch.nn.Module) or type(core).__name__ == "IdentityOp":
+        for module in _modules([chunk]):
+            core, first = getattr(module, "core_attention", None), next(module.named_parameters(), None)
+            if not _asks(module) or not isinstance(core, torch.nn.Module) or type(core).__name__ == "IdentityOp":
                 continue
-            if not any(param.requires_grad for param in module.parameters()):
+            if first is None:  # without projections there is no layer whose logits they make
                 continue
-            local, param = next(iter(module.named_parameters()))
+            local, param = first
             heads = module.config.num_attention_heads
             groups = module.config.num_query_groups if hasattr(module, "linear_qkv") else heads
             tp = module.pg_collection.tp
             yield Attention(names[id(param)].removesuffix(f".{local}"), module, heads, groups, tp.rank(), tp.size())
+
+
+def _modules(chunks: Sequence[torch.nn.Module]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(chunk.modules() for chunk in chunks)
+
+
+def _asks(module: Any) -> bool:
+    return any(getattr(getattr(module, "config", None), flag, False) for flag in FLAGS)
 
 
 def _describe(layer: Attention) -> _Found:

@@ -63,9 +63,10 @@ class Tangency:
         self._worst = torch.zeros((), dtype=torch.float32, device=device)
 
     def step(self, update: Callable[[], Any]) -> Any:
-        """Run the optimizer's step; its largest residual over all ranks costs an all-reduce of one number.
+        """Run the optimizer's ``step_with_ready_grads``.
 
-        Not left to the log, which is one rank's: ranks that log at other times would wait for each other.
+        The largest residual over all ranks costs an all-reduce of one number. Not left to the log, which is one rank's:
+        ranks that log at other times would wait for each other.
         """
         result = update()
         self._worst.zero_()
@@ -89,6 +90,6 @@ def watch(optimizer: Any, ranks: Ranks, device: torch.device) -> None:
     """Log what Megatron-Core's wrapper of ``--optimizer stiefel_muon`` says from now on; on all ranks of its model."""
     optimizers = [part.optimizer for part, _ in leaves(optimizer) if isinstance(part.optimizer, StiefelMuon)]
     tangency = Tangency(optimizers, ranks, device)
-    optimizer.step = functools.partial(tangency.step, optimizer.step)
+    optimizer.step_with_ready_grads = functools.partial(tangency.step, optimizer.step_with_ready_grads)
     if ranks.is_last:
         recording.watch(optimizer, tangency)

@@ -1,16 +1,17 @@
 """QK-clip of one model: measured in its forward passes, applied inside its optimizer's step.
 
 A step goes like this. While the forward passes run, each attention layer writes its maxima into one buffer of the whole
-model. Before the update an all-reduce (maximum) makes the buffer the same on all ranks, and all factors are computed
-from it. As soon as an inner optimizer has updated its tensors - float32 masters where there are any, whole or in
-slices - the rows of queries and keys among them are multiplied; Megatron-Core copies and gathers them after that, as
-always. Nothing here waits for the device or branches on what it holds: a factor of 1 changes no bit.
+model. When gradients are prepared an all-reduce (maximum) makes the buffer the same on all ranks, and before the update
+all factors are computed from it. As soon as an inner optimizer has updated its tensors - float32 masters where there
+are any, whole or in slices - the rows of queries and keys among them are multiplied; Megatron-Core copies and gathers
+them after that, as always. Nothing here waits for the device or branches on what it holds: a factor of 1 changes no
+bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -118,18 +119,26 @@ class QKClip:
         self.gauges: list[Gauge] = []
         self.rows: list[Rows] = []
         self._ranks = ranks
+        self._clippable = torch.zeros(heads.count, dtype=torch.bool, device=device)
         self._maxima = torch.full((heads.count,), float("-inf"), dtype=dtype, device=device)
         self._last = self._maxima.clone()
         self._peak = self._maxima.clone()
         self._clipped = torch.zeros((), dtype=torch.int64, device=device)
         self._clipped_since = torch.zeros((), dtype=torch.int64, device=device)
         self._steps = 0
+        self._reduced = False
         self._factors: dict[int, torch.Tensor] | None = None
         self._targets: dict[torch.optim.Optimizer, list[Target]] = {}
 
     def maxima_of(self, first: int, count: int) -> torch.Tensor:
         """The part of the buffer that belongs to ``count`` heads from the model's head ``first`` on."""
         return self._maxima[first : first + count]
+
+    def clip_only(self, layers: Sequence[str]) -> None:
+        """Of the whole model only these layers can be clipped; the others are frozen or normalised."""
+        numbers = {self.names.index(each) for each in layers}
+        self._clippable.copy_(torch.tensor([number in numbers for number in self.heads.layer.tolist()]))
+        self.settings = replace(self.settings, clip=self.settings.clip and bool(layers))
 
     def watch(self, targets: Sequence[tuple[torch.optim.Optimizer, Target]]) -> None:
         """Clip these tensors whenever their optimizer has updated them inside :meth:`step`."""
@@ -144,36 +153,54 @@ class QKClip:
         """Whether the step that comes is measured."""
         return self._steps % self.settings.interval == 0
 
-    def step(self, update: Any) -> Any:
-        """Run the optimizer's step with clipping.
+    def prepare(self, prepare: Callable[[], bool]) -> bool:
+        """Prepare gradients, and know the maxima of the model. May be done again, as drivers of steps do.
 
         Args:
-            update: the step, without arguments. If it leaves the weights alone (overflow), nothing is clipped; the
-                maxima are forgotten all the same.
+            prepare: Megatron-Core's ``prepare_grads``: whether a gradient has overflowed, so that no step follows.
+        """
+        if self.measuring:
+            self._reduce()
+        overflow = prepare()
+        if overflow:
+            self.forget()
+        return overflow
+
+    def step(self, update: Callable[[], Any]) -> Any:
+        """Update weights, and clip them.
+
+        Args:
+            update: Megatron-Core's ``step_with_ready_grads``.
 
         Returns:
             what ``update`` returns.
         """
         if self.measuring:
-            self._reduce()
+            if not self._reduced:
+                self._reduce()
             if self.settings.clip:
+                self._clipped.copy_(((gammas(self._last, self.settings.threshold) < 1) & self._clippable).sum())
+                self._clipped_since.add_(self._clipped)
                 self._factors = self._row_factors()
         try:
             return update()
         finally:
             self._factors = None
-            self._maxima.fill_(float("-inf"))
+            self.forget()
             self._steps += 1
             for gauge in self.gauges:
                 gauge.active = self.measuring
+
+    def forget(self) -> None:
+        """Begin to measure anew: after a step, and before the forward passes of the next if none was made."""
+        self._maxima.fill_(float("-inf"))
+        self._reduced = False
 
     def _reduce(self) -> None:
         self._ranks.reduce_max(self._maxima)
         self._last.copy_(self._maxima)
         torch.maximum(self._peak, self._last, out=self._peak)
-        if self.settings.clip:
-            self._clipped.copy_((gammas(self._last, self.settings.threshold) < 1).sum())
-            self._clipped_since.add_(self._clipped)
+        self._reduced = True
 
     def _row_factors(self) -> dict[int, torch.Tensor]:
         """The factors of the rows of each parameter on this rank, by its identity."""
@@ -215,14 +242,16 @@ class QKClip:
     def describe(self) -> Iterator[str]:
         """What is clipped, in words."""
         settings = self.settings
-        heads, layers = self.heads.count, self.heads.layers
-        if not settings.clip:
-            yield f"attention logits of {heads} heads in {layers} layers are measured, not clipped"
-        else:
+        if settings.clip:
             shared = "" if bool(self.heads.alone.all()) else f", shared keys: {settings.rule}"
             yield (
-                f"{heads} heads in {layers} layers are clipped above {settings.threshold:g} "
+                f"{self._count(self._clippable)} are clipped above {settings.threshold:g} "
                 f"(alpha {settings.alpha:g}{shared})"
             )
+        if not bool(self._clippable.all()):
+            yield f"attention logits of {self._count(~self._clippable)} are measured, not clipped"
         if settings.interval > 1:
             yield f"measured in every {settings.interval}th step"
+
+    def _count(self, heads: torch.Tensor) -> str:
+        return f"{int(heads.sum())} heads in {self.heads.layer[heads].unique().numel()} layers"

@@ -18,8 +18,9 @@ not count; recomputed activations count twice, which changes no maximum.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,26 +34,24 @@ __all__ = ["Gauge", "key_maxima", "log_sum_exp", "record", "score_maxima", "sour
 _CHUNK = 1 << 22
 """Scores looked at together: bounds the memory of a measurement to 16 MiB of float32."""
 
-_GAUGE = "muon_qk_gauge"
-"""Attribute of a core attention that carries its :class:`Gauge`."""
 
-
-@dataclass
+@dataclass(eq=False)
 class Gauge:
-    """Where one core attention keeps the maxima of its heads.
+    """Where an optimizer has the maxima of one core attention's heads. It alone keeps the gauge alive.
 
     Attributes:
         name: of the attention layer.
         maxima: (heads on this rank,) float32, a view of the model's buffer.
         cp_group: the context-parallel group; None without.
+        source: from :func:`source_of`.
         active: whether this step is measured.
     """
 
     name: str
     maxima: torch.Tensor
     cp_group: dist.ProcessGroup | None = None
+    source: str = "own"
     active: bool = True
-    handles: list[Any] = field(default_factory=list)
 
     @torch.no_grad()
     def take(self, values: torch.Tensor) -> None:
@@ -78,6 +77,10 @@ class Gauge:
         torch.maximum(target, values, out=target)
 
 
+_GAUGES: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakSet[Gauge]] = weakref.WeakKeyDictionary()
+"""Of core attentions. One that is trained by several optimizers has a gauge of each, a copy of it has none."""
+
+
 def record(core_attention: torch.nn.Module, values: torch.Tensor) -> None:
     """Report a forward pass's logits, from a core attention that knows them (``--muon-qk-logits own``).
 
@@ -88,9 +91,9 @@ def record(core_attention: torch.nn.Module, values: torch.Tensor) -> None:
         values: (heads on this rank,) the largest logit of each head, scaled and masked, before the softmax; or an upper
             bound such as the largest log-sum-exp of its rows.
     """
-    gauge: Gauge | None = getattr(core_attention, _GAUGE, None)
-    if gauge is not None and gauge.active and core_attention.training:
-        gauge.take(values)
+    for gauge in _GAUGES.get(core_attention, ()):
+        if gauge.active and core_attention.training and gauge.source in ("own", "te"):
+            gauge.take(values)
 
 
 def source_of(core: Any, wanted: str, name: str) -> str:
@@ -127,34 +130,35 @@ def source_of(core: Any, wanted: str, name: str) -> str:
     return wanted
 
 
-def attach(core: Any, gauge: Gauge, source: str) -> None:
-    """Let a core attention fill its gauge from now on.
-
-    Args:
-        core: the core attention.
-        gauge: keeps its maxima.
-        source: from :func:`source_of`.
-    """
-    for handle in getattr(core, _GAUGE).handles if hasattr(core, _GAUGE) else ():
-        handle.remove()
-    setattr(core, _GAUGE, gauge)
-    if source == "scores":
+def attach(core: Any, gauge: Gauge) -> None:
+    """Let a core attention fill a gauge, as long as there is the gauge."""
+    _GAUGES.setdefault(core, weakref.WeakSet()).add(gauge)
+    if gauge.source == "scores":
         softmax = core.scale_mask_softmax
-        gauge.handles.append(softmax.register_forward_pre_hook(_from_scores(core), with_kwargs=True))
-    elif source == "te":
-        gauge.handles.append(core.register_forward_hook(_from_te))
-    elif source in ("exact", "lse"):
-        measure = key_maxima if source == "exact" else log_sum_exp
-        gauge.handles.append(core.register_forward_pre_hook(_from_inputs(core, measure, gauge), with_kwargs=True))
+        handle = softmax.register_forward_pre_hook(_from_scores(softmax, weakref.ref(gauge)), with_kwargs=True)
+    elif gauge.source == "te":
+        handle = core.register_forward_hook(_from_te)
+    elif gauge.source in ("exact", "lse"):
+        handle = core.register_forward_pre_hook(_from_inputs(core, weakref.ref(gauge)), with_kwargs=True)
+    else:
+        return
+    weakref.finalize(gauge, handle.remove)
 
 
-def _from_scores(core: Any) -> Callable[..., None]:
-    signature = inspect.signature(core.scale_mask_softmax.forward)
+def _of(reference: weakref.ref[Gauge], own: weakref.ref[torch.nn.Module], module: torch.nn.Module) -> Gauge | None:
+    """The gauge that this forward pass of ``module`` fills; None if it does not count, or if ``module`` is a copy."""
+    gauge = reference()
+    return gauge if gauge is not None and gauge.active and module.training and own() is module else None
+
+
+def _from_scores(own: Any, reference: weakref.ref[Gauge]) -> Callable[..., None]:
+    signature = inspect.signature(own.forward)
+    mine = weakref.ref(own)
 
     @torch.no_grad()
     def hook(softmax: Any, args: Any, kwargs: Any) -> None:
-        gauge: Gauge = getattr(core, _GAUGE)
-        if not (gauge.active and core.training):
+        gauge = _of(reference, mine, softmax)
+        if gauge is None:
             return
         given = signature.bind(*args, **kwargs).arguments
         scores, hidden = given["input"], given["mask"]
@@ -178,12 +182,14 @@ def _from_te(core: Any, args: Any, output: Any) -> None:
         record(core, values)
 
 
-def _from_inputs(core: Any, measure: Callable[..., torch.Tensor], gauge: Gauge) -> Callable[..., None]:
+def _from_inputs(core: Any, reference: weakref.ref[Gauge]) -> Callable[..., None]:
     signature = inspect.signature(core.forward)
+    mine = weakref.ref(core)
 
     @torch.no_grad()
     def hook(module: Any, args: Any, kwargs: Any) -> None:
-        if not (gauge.active and module.training):
+        gauge = _of(reference, mine, module)
+        if gauge is None:
             return
         given = signature.bind(*args, **kwargs).arguments
         given = {**given, **given.pop("kwargs", {})}
@@ -195,6 +201,7 @@ def _from_inputs(core: Any, measure: Callable[..., torch.Tensor], gauge: Gauge) 
                 )
         mask_type = _name(given.get("attn_mask_type") or module.attn_mask_type)
         softmax = getattr(module, "scale_mask_softmax", module)
+        measure = key_maxima if gauge.source == "exact" else log_sum_exp
         values = measure(
             given["query"],
             given["key"],

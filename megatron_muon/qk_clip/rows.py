@@ -70,7 +70,7 @@ class Rows:
 
 
 def projection_rows(layer: Attention, first_head: int, heads: Heads) -> Iterator[Rows]:
-    """The rows of the query and key projections of a layer, weights and biases.
+    """The rows of the query and key projections of a layer, weights and biases, frozen ones too.
 
     Args:
         layer: the layer.
@@ -98,7 +98,7 @@ def projection_rows(layer: Attention, first_head: int, heads: Heads) -> Iterator
         share = index.numel() // layer.ranks
         mine = index[layer.rank * share : (layer.rank + 1) * share].to(heads.group.device)
         for param in (weight, getattr(linear, "bias", None)):
-            if isinstance(param, torch.nn.Parameter) and param.requires_grad and param.numel():
+            if isinstance(param, torch.nn.Parameter) and param.numel():
                 yield Rows(param, mine)
 
 
@@ -149,7 +149,7 @@ def norm_rows(layer: Attention, number: int, heads: Heads) -> list[Rows]:
         centred = bool(getattr(layer.module.config, "layernorm_zero_centered_gamma", False))
         for attribute in ("weight", "bias"):
             param = getattr(norm, attribute, None)
-            if isinstance(param, torch.nn.Parameter) and param.requires_grad:
+            if isinstance(param, torch.nn.Parameter):
                 index = torch.full((param.size(0),), place, dtype=torch.int64, device=heads.group.device)
                 found.append(Rows(param, index, 1.0 if centred and attribute == "weight" else 0.0))
     return found

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.errors import ConfigError
+from megatron_muon.plugin.qk_clip import clip_of
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.qk_clip import GQA, connect, forward, plain_optimizer, small_run
@@ -19,10 +20,11 @@ from tests.pool import RankPool
 
 def overflow() -> tuple[bool, bool, bool]:
     run = small_run()
-    clip = run.chunks[0].muon_qk_clip
+    clip = clip_of(run.chunks)
     run.losses(1)
     before = [param.detach().clone() for param in run.chunks[0].parameters()]
-    run.optimizer.prepare_grads = lambda: True  # as after an overflow
+    for part in run.optimizer.chained_optimizers:
+        part.prepare_grads = lambda: True  # as after an overflow
     try:
         run.losses(1)
         skipped = False
@@ -41,10 +43,10 @@ def evaluation() -> list[float]:
     run.chunks[0].eval()
     run.losses(0)
     forward(run.chunks[0])
-    seen = [run.chunks[0].muon_qk_clip._maxima.max().item()]
+    seen = [clip_of(run.chunks)._maxima.max().item()]
     run.chunks[0].train()
     forward(run.chunks[0])
-    return [*seen, run.chunks[0].muon_qk_clip._maxima.max().item()]
+    return [*seen, clip_of(run.chunks)._maxima.max().item()]
 
 
 def test_evaluation_does_not_count(pool: RankPool) -> None:
@@ -99,7 +101,7 @@ def test_one_collective_and_no_wait_a_step(pool: RankPool) -> None:
 def intervals() -> list[tuple[float, bool]]:
     options = {"muon_qk_logits_interval": 3}
     run = harness.start(Layout(), optimizer=options, qk_clip=True, qk_clip_threshold=0.05, **GQA)
-    clip = run.chunks[0].muon_qk_clip
+    clip = clip_of(run.chunks)
     found = []
     for _ in range(5):
         seen = clip.gauges[0].active
@@ -213,7 +215,7 @@ def replaced() -> tuple[float, float, str]:
     try:
         clip_qk([torch.nn.Linear(2, 2)])
     except ConfigError as error:
-        return found.item(), run.chunks[0].muon_qk_clip.max_logit.item(), str(error)
+        return found.item(), clip_of(run.chunks).max_logit.item(), str(error)
     return found.item(), 0.0, ""
 
 
@@ -278,7 +280,7 @@ def test_a_bound_that_context_parallel_ranks_cannot_have_is_refused_before_train
 
 def only_measured() -> tuple[bool, dict[str, float]]:
     run = small_run(qk_clip=False, log_max_attention_logit=True)
-    clip = run.chunks[0].muon_qk_clip
+    clip = clip_of(run.chunks)
     before = [rows.param for rows in clip.rows]
     run.losses(1)
     return not before, clip.scalars()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from megatron_muon.plugin.qk_clip import clip_of
 from megatron_muon.qk_clip.factors import factor_table
 from tests.megatron import harness
 from tests.megatron.harness import Layout
@@ -32,7 +33,7 @@ def train(
     start = {key: build.pop(key) for key in ("bf16", "param_layout") if key in build}
     flags = {"qk_clip": True, "qk_clip_threshold": threshold}
     run = harness.start(layout, weights=weights, optimizer=optimizer, **start, **flags, **build)
-    clip = run.chunks[0].muon_qk_clip
+    clip = clip_of(run.chunks)
     losses, maxima, clipped = [], [], []
     for _ in range(steps):
         losses += run.losses(1)
@@ -138,7 +139,7 @@ def bits(layout: Layout, weights: str, bf16: bool) -> list[torch.Tensor]:
     optimizer = {**ADAM, "clip_grad": 0.0}  # its norm is summed in another order
     run = harness.start(layout, weights=weights, optimizer=optimizer, **flags, **MODELS["gqa"][1])
     run.losses(3)
-    assert int(run.chunks[0].muon_qk_clip.heads_clipped) > 0
+    assert int(clip_of(run.chunks).heads_clipped) > 0
     return [param.detach().clone() for param in harness.unwrap(run.chunks[0]).parameters()]
 
 
@@ -169,7 +170,7 @@ def masters(layer_wise: bool) -> list[tuple[bool, bool]]:
     )
     before = {held.param: held.master.clone() for held in held_by(run.optimizer) if held.master is not None}
     run.losses(1)
-    clipped = {rows.param for rows in run.chunks[0].muon_qk_clip.rows}
+    clipped = {rows.param for rows in clip_of(run.chunks).rows}
     return [
         (
             torch.equal(held.master.bfloat16(), held.param.detach()),
@@ -209,7 +210,7 @@ def explode(clip: bool, rate: float, projections: str, build: dict[str, Any], st
         for group in part.optimizer.param_groups:
             group["lr"] = group["max_lr"]  # as the scheduler does
     losses, maxima, first_layer = [], [], []
-    its = run.chunks[0].muon_qk_clip
+    its = clip_of(run.chunks)
     for step in range(steps):
         losses += run.losses(1)
         maxima.append(its.max_logit.item())
@@ -222,7 +223,7 @@ def explode(clip: bool, rate: float, projections: str, build: dict[str, Any], st
 
 def logits_of_first_layer(run: harness.Run, step: int) -> torch.Tensor:
     """Of the batch of a step, with the weights of now. What comes into the first layer no clip changes."""
-    maxima = run.chunks[0].muon_qk_clip._maxima
+    maxima = clip_of(run.chunks)._maxima
     tokens = torch.stack([run.data.tokens(step, sample)[:-1] for sample in range(run.data.global_batch)])
     mask = torch.ones(1, 1, *[tokens.size(1)] * 2).tril() < 0.5
     with torch.no_grad():
@@ -235,7 +236,7 @@ def logits_of_first_layer(run: harness.Run, step: int) -> torch.Tensor:
 @contextlib.contextmanager
 def unclipped(run: harness.Run) -> Iterator[None]:
     """With the weights as the last update left them."""
-    clip = run.chunks[0].muon_qk_clip
+    clip = clip_of(run.chunks)
     weights = [rows.param.detach().clone() for rows in clip.rows]
     table = factor_table(clip._last, clip.heads, THRESHOLD, clip.settings.alpha, clip.settings.rule)
     for rows in clip.rows:

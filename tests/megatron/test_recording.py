@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import plugin
+from megatron_muon.plugin.qk_clip import clip_of
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
@@ -85,7 +86,7 @@ def written() -> tuple[list[tuple[str, float, int]], list[list[str]], dict[str, 
             run.losses(1)
             lines.append(megatrons.write(iteration, first=iteration == 1))
             if iteration == 2:
-                layers = run.chunks[0].muon_qk_clip.by_layer()
+                layers = clip_of(run.chunks).by_layer()
     return megatrons.points, lines, layers
 
 
@@ -217,7 +218,7 @@ def on_some_ranks(mine: list[int], optimizer: dict[str, Any]) -> list[Any]:
             chunk(batch[:, :-1], torch.arange(16)[None], mask, labels=batch[:, 1:]).mean().backward()
             chunk.finish_grad_sync()
             update.step()
-            found += [chunk.muon_qk_clip.max_logit.item(), int(chunk.muon_qk_clip.heads_clipped)]
+            found += [clip_of(chunk).max_logit.item(), int(clip_of(chunk).heads_clipped)]
             found += megatrons.write(iteration)
     return found
 

@@ -16,7 +16,7 @@ def sources(source: str, bf16: bool, mla: bool) -> tuple[set[str], set[bool], li
     import megatron_muon
     from megatron_muon.plugin.groups import ranks_of
     from megatron_muon.plugin.qk_clip_build import build_clip
-    from megatron_muon.qk_clip.measure import source_of
+    from megatron_muon.qk_clip.measure import _GAUGES, source_of
     from tests.megatron.qk_clip import plain_optimizer
 
     layout = Layout(tp=2)
@@ -28,7 +28,7 @@ def sources(source: str, bf16: bool, mla: bool) -> tuple[set[str], set[bool], li
     model = models.build_model(layout, "clipped")
     optimizer = plain_optimizer(model, layout)
     clip = build_clip(optimizer.config, [model], options, optimizer, ranks_of(None))
-    cores = [module for module in model.modules() if hasattr(module, "muon_qk_gauge")]
+    cores = [module for module in model.modules() if module in _GAUGES]
     found = {source_of(core, source, "layer") for core in cores}
     names = {param: name for name, param in model.named_parameters()}
     return found, {core.return_max_logit for core in cores}, [names[rows.param] for rows in clip.rows]

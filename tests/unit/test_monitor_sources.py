@@ -10,8 +10,8 @@ from megatron_muon.monitor.sources import Report, Stepped, report, scalars
 
 
 class Optimizer:
-    def step(self) -> str:
-        return "stepped"
+    def prepare_grads(self) -> str:
+        return "prepared"
 
 
 class Temperature:
@@ -37,12 +37,12 @@ def test_those_that_have_stepped() -> None:
     stepped = Stepped()
     actor, critic = watched(stepped, 1.0), watched(stepped, 2.0)
     assert stepped.take() == []
-    assert critic.step() == "stepped"
+    assert critic.prepare_grads() == "prepared"
     assert [source.value for source in stepped.take()] == [2.0]
     assert stepped.take() == []
-    critic.step()
-    actor.step()
-    actor.step()
+    critic.prepare_grads()
+    actor.prepare_grads()
+    actor.prepare_grads()
     assert [source.value for source in stepped.take()] == [1.0, 2.0]
 
 
@@ -50,7 +50,7 @@ def test_an_optimizer_that_is_dropped_is_forgotten() -> None:
     stepped = Stepped()
     optimizer = watched(stepped, 1.0)
     gone = weakref.ref(optimizer)
-    optimizer.step()
+    optimizer.prepare_grads()
     del optimizer
     gc.collect()
     assert gone() is None and stepped.take() == []

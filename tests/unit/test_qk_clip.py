@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -186,7 +187,7 @@ def test_gauge_keeps_the_largest() -> None:
     core = torch.nn.Identity()
     record(core, torch.tensor([1.0]))  # not measured: nothing happens
     gauge = Gauge("layer", torch.full((2,), -math.inf))
-    core.muon_qk_gauge = gauge
+    attach(core, gauge)
     record(core, torch.tensor([1.0, -3.0]))
     record(core, torch.tensor([0.5, -2.0]))
     core.eval()
@@ -242,13 +243,22 @@ class KernelsWithMaxima(torch.nn.Module):
 
 def test_maxima_of_transformer_engine_are_taken_away() -> None:
     core = KernelsWithMaxima()
-    gauge = Gauge("layer", torch.full((2,), -math.inf))
-    assert source_of(core, "auto", "layer") == "te"
-    attach(core, gauge, "te")
-    attach(core, gauge, "te")  # of a second optimizer: the hooks of the first are removed
+    gauge = Gauge("layer", torch.full((2,), -math.inf), source=source_of(core, "auto", "layer"))
+    assert gauge.source == "te"
+    second = Gauge("layer", torch.full((2,), -math.inf), source="te")
+    attach(core, gauge)
+    attach(core, second)
     core(torch.tensor([3.0, 1.0]))
     core(torch.tensor([2.0, 4.0]))
-    assert gauge.maxima.tolist() == [3.0, 4.0] and core.current_max_attn_logits is None
+    for each in (gauge, second):  # of two optimizers
+        assert each.maxima.tolist() == [3.0, 4.0] and core.current_max_attn_logits is None
     core.eval()
     core(torch.tensor([9.0, 9.0]))
     assert gauge.maxima.tolist() == [3.0, 4.0] and core.current_max_attn_logits is None
+    core.train()
+    twin = copy.deepcopy(core)  # a reference model: its logits are none of the optimizers'
+    twin(torch.tensor([9.0, 9.0]))
+    assert gauge.maxima.tolist() == [3.0, 4.0]
+    del second, each
+    core(torch.tensor([5.0, 4.0]))
+    assert gauge.maxima.tolist() == [5.0, 4.0] and len(core._forward_hooks) == 1
