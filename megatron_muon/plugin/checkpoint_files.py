@@ -88,7 +88,9 @@ def _with_marks_checked(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _get_checkpoint_format(checkpoint_name: Any, args: Any) -> Any:
         folder = Path(str(checkpoint_name))
-        expected = args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format
+        # Megatron-Core asks a namespace of the caller's own for neither here.
+        any_format = getattr(args, "auto_detect_ckpt_format", False)
+        expected = getattr(args, "ckpt_format", None) == "torch_dist" and not any_format
 
         def check() -> None:
             if _has_data(folder):

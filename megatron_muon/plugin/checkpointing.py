@@ -246,6 +246,7 @@ def _with_mark(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[st
     @functools.wraps(original)
     def _build_sharded_state_dict_metadata(args: Any, *rest: Any, **kwargs: Any) -> dict[str, Any]:
         metadata = original(args, *rest, **kwargs)
-        return {**metadata, **_SHARDING, RECORD: True} if is_ours(args.optimizer) else metadata
+        ours = is_ours(getattr(args, "optimizer", None))  # which Megatron-Core does not ask for here
+        return {**metadata, **_SHARDING, RECORD: True} if ours else metadata
 
     return _build_sharded_state_dict_metadata

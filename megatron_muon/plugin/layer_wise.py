@@ -133,7 +133,7 @@ def _fp32_member() -> type:
 def _with_decision(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, optimizers: list[Any], config: Any, *args: Any, **kwargs: Any) -> None:
-        by_cost = is_ours(config.optimizer) and not keeps_upstream_lists(options.training_arguments())
+        by_cost = is_ours(getattr(config, "optimizer", None)) and not keeps_upstream_lists(options.training_arguments())
         self.options_of_cost = options.of(config) if by_cost else None
         original(self, optimizers, config, *args, **kwargs)
 
@@ -158,9 +158,9 @@ def keeps_upstream_lists(args: Any) -> bool:
     depend on this package's version and options, or a resumed run would give weights each other's state.
 
     Args:
-        args: of ``megatron.training``; None in code that has none.
+        args: of ``megatron.training``, which may be a namespace of the caller's own; None in code that has none.
     """
-    return args is not None and args.ckpt_format == "torch"
+    return getattr(args, "ckpt_format", None) == "torch"
 
 
 @dataclass
@@ -241,10 +241,10 @@ def _with_balanced_shards(original: Callable[..., Any]) -> staticmethod[..., Any
     @functools.wraps(original)
     def compute_full_param_layout(*args: Any, **kwargs: Any) -> Any:
         layout = original(*args, **kwargs)
-        arguments = options.training_arguments()
+        name = getattr(options.training_arguments(), "optimizer", None)
         # Without arguments nobody knows yet which optimizer will come, and install() says that it is Muon. Any owner
         # is right for any optimizer: only the balance is Muon's.
-        if arguments is None or is_ours(arguments.optimizer):
+        if name is None or is_ours(name):
             _sharing.add(layout)
         return layout
 
@@ -288,7 +288,7 @@ def _with_balanced_lists(original: Callable[..., None]) -> Callable[..., None]:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         params = [list(group["params"]) for group in groups]
         original(self, optimizers, dp_cp_size, expt_dp_size)
-        if self.options_of_cost is not None:
+        if getattr(self, "options_of_cost", None) is not None:
             _balance_lists(self, groups, params)
 
     return _shard_params_ping_pong

@@ -80,7 +80,7 @@ class _Hooks:
                 for line in lines:
                     print(f" {line}", flush=True)
                 self._after_log(values, interval, record)
-            if said and iteration % _megatron_args().tensorboard_log_interval == 0:
+            if said:
                 _to_writers(said, iteration)
             return result
 
@@ -198,7 +198,7 @@ def _to_writers(said: list[sources.Source], iteration: int) -> None:
     """Megatron's, which are on the last rank, if at all."""
     module = sys.modules["megatron.training.global_vars"]
     tensorboard, wandb = module.get_tensorboard_writer(), module.get_wandb_writer()
-    if not tensorboard and not wandb:
+    if not (tensorboard or wandb) or iteration % _megatron_args().tensorboard_log_interval:
         return
     values = sources.scalars(said, iteration)
     if tensorboard:
