@@ -3,6 +3,7 @@
 # make test    set up, then run lint, type check and the whole test suite
 # make results   do the experiments of docs/results again, small trainings on the CPU (an hour or more)
 # make te      build TransformerEngine too (with a CUDA compiler, no GPU), for make test-te
+# make test-clients   the frameworks (Megatron-Bridge, ms-swift, verl), in an environment of their own, with make te
 # make help    all targets
 #
 # Variables: PYTHON=/path/to/python3.12    the interpreter of the virtual environment
@@ -16,11 +17,11 @@ STAMP := $(VENV)/.ready
 JOBS ?= 2
 export PYTHON TORCH
 
-.PHONY: help setup train train-hybrid test test-slow test-te te lint bench results clean
+.PHONY: help setup train train-hybrid test test-slow test-te te clients test-clients lint bench results clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
-	@echo "Targets: setup train train-hybrid test test-slow test-te te lint bench results clean"
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
+	@echo "Targets: setup train train-hybrid test test-slow test-te te clients test-clients lint bench results clean"
 
 setup: $(STAMP)
 
@@ -49,6 +50,13 @@ te: $(STAMP)
 test-te: te
 	@$(RUN) -m pytest tests/te $(ARGS)
 
+# Frameworks over the packages of $(VENV), which does not see them. Their tests are here alone: elsewhere they skip.
+clients: te
+	@VENV=$(VENV) bash tools/make_clients.sh
+
+test-clients: clients
+	@MEGATRON_MUON_CLIENTS=1 $(VENV)-clients/bin/python -m pytest tests/clients $(ARGS)
+
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
@@ -61,5 +69,5 @@ results: $(STAMP)
 	@$(RUN) -m tools.results $(ARGS)
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-clients runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -43,15 +43,16 @@ class RankError(AssertionError):
 class RankPool:
     """Ranks 0 .. n-1, started when first needed."""
 
-    def __init__(self, *, forked: bool = True) -> None:
+    def __init__(self, *, forked: bool = True, preload: str = "tests.preload") -> None:
         """
         Args:
             forked: from the process that all pools share; if not, ranks import everything by themselves, under the
                 environment and the paths that there are when they start.
+            preload: the module that this process imports, if no pool has started it before.
         """
         self._context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
         if forked:
-            self._context.set_forkserver_preload(["tests.preload"])
+            self._context.set_forkserver_preload([preload])
         self._workers: list[tuple[Any, Connection]] = []
         self._calls = 0
 

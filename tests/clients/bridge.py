@@ -1,0 +1,94 @@
+"""Megatron-Bridge's own functions on CPU ranks: a recipe made small, ``pretrain`` and its checkpoints."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.megatron.harness import Layout
+
+SAMPLES, SEQUENCE = 4, 16
+
+
+def recipe(layout: Layout, *, steps: int, save: str = "", load: str = "", save_interval: int = 3) -> Any:
+    """Its smallest GPT recipe with the model, the data and the fusions of a CPU; the optimizer is the caller's."""
+    from megatron.bridge.recipes.gpt.vanilla_gpt import vanilla_gpt_pretrain_config
+    from megatron.bridge.training.config import MockGPTDatasetConfig
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    config = vanilla_gpt_pretrain_config()
+    model = config.model
+    model.num_layers, model.hidden_size, model.ffn_hidden_size = 2, 32, 48
+    model.num_attention_heads, model.num_query_groups = 4, 2
+    model.seq_length, model.vocab_size = SEQUENCE, 64
+    model.activation_func, model.gated_linear_unit, model.add_bias_linear = torch.nn.functional.silu, True, False
+    model.position_embedding_type, model.normalization = "rope", "RMSNorm"
+    model.share_embeddings_and_output_weights = False
+    model.attention_dropout = model.hidden_dropout = 0.0
+    model.tensor_model_parallel_size = layout.tp
+    model.transformer_impl = "local"
+    model.transformer_layer_spec = lambda provider: get_gpt_layer_local_spec(normalization="RMSNorm")
+    model.bias_activation_fusion = model.bias_dropout_fusion = model.masked_softmax_fusion = False
+    model.gradient_accumulation_fusion = model.cross_entropy_loss_fusion = False
+    model.use_cpu_initialization = True
+    config.dist.distributed_backend = "gloo"
+    config.mixed_precision = None
+    config.tokenizer.vocab_size = 64
+    config.dataset = MockGPTDatasetConfig(
+        random_seed=1234,
+        seq_length=SEQUENCE,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        num_workers=0,
+        split="9999,8,2",
+        dataloader_type="single",
+    )
+    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = steps, SAMPLES, 1
+    config.validation.eval_iters = 0
+    config.logger.log_interval, config.logger.tensorboard_dir = 1, None
+    config.checkpoint.save, config.checkpoint.load = save or None, load or None
+    config.checkpoint.save_interval = save_interval
+    config.ddp.overlap_grad_reduce = False
+    return config
+
+
+def muon(config: Any, *, steps: int, **changes: Any) -> None:
+    """Its recipes' Muon, with the settings that ``changes`` name."""
+    from megatron.bridge.recipes.utils.optimizer_utils import distributed_muon_with_cosine_annealing
+
+    values = {"max_lr": 0.01, "min_lr": 0.001, "muon_tp_mode": "duplicated", "muon_fp32_matmul_prec": "highest"}
+    config.optimizer, config.scheduler = distributed_muon_with_cosine_annealing(
+        precision="fp32", lr_warmup_iters=0, lr_decay_iters=steps, **{**values, **changes}
+    )
+    config.ddp.use_distributed_optimizer = False
+
+
+def pretrain(config: Any) -> list[float]:
+    """``pretrain(config, forward_step)``: the losses that its callbacks are given; the process is left as found."""
+    from megatron.bridge.training import setup
+    from megatron.bridge.training.callbacks import Callback
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.initialize import destroy_global_state
+    from megatron.bridge.training.pretrain import pretrain as run
+
+    losses: list[float] = []
+
+    class Losses(Callback):
+        def on_train_step_end(self, context: Any) -> None:
+            losses.append(float(context.loss_dict["lm loss"]))
+
+    # `setup` asserts CUDA, and does not pass on the argument that lets it go.
+    without_cuda = functools.partial(setup.initialize_megatron, allow_no_cuda=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(setup, "initialize_megatron", without_cuda)
+            run(config, forward_step, callbacks=[Losses()])
+    finally:
+        destroy_global_state()
+    dist.barrier()
+    return losses
