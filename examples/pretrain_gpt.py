@@ -22,7 +22,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.datasets.utils import Split
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -60,9 +60,11 @@ def model_provider(
     """The part of the model that one (virtual) pipeline stage holds."""
     args = get_args()
     config = config or core_transformer_config_from_args(args)
+    decoder = layers(config, vp_stage)
+    uses_te = args.transformer_impl == "transformer_engine"
     return GPTModel(
         config,
-        layers(config, vp_stage),
+        decoder,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
@@ -73,6 +75,7 @@ def model_provider(
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
+        mtp_block_spec=get_gpt_mtp_block_spec(config, decoder, uses_te, vp_stage) if args.mtp_num_layers else None,
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )

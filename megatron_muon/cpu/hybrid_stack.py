@@ -7,6 +7,7 @@ TransformerEngine's fused layers give them, as the local specification of GPT do
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_muon._patching import Patch
@@ -26,7 +27,7 @@ class _SparseAttention:
 
 
 def _local_stack_spec(original: Any) -> Any:
-    """``hybrid_stack_spec`` of local modules, without multi-token prediction, which Megatron-Core then refuses."""
+    """``hybrid_stack_spec`` of local modules."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
@@ -48,6 +49,7 @@ def _local_stack_spec(original: Any) -> Any:
         dsa_layer=ModuleSpec(module=_SparseAttention),
         mlp_layer=_mlp_layer(MLPLayer, gpt.mlp, norm_in="linear_fc1"),
         moe_layer=_mlp_layer(MoETransformerLayer, experts),
+        mtp_block_spec=_mtp_block(original.submodules.mtp_block_spec),
     )
     return ModuleSpec(module=original.module, submodules=submodules)
 
@@ -100,6 +102,17 @@ def _mlp_layer(layer: type, mlp: Any, norm_in: str = "") -> Any:
         sharded_state_dict_keys_map={"pre_mlp_layernorm.": f"mlp.{norm_in}.layer_norm_"} if norm_in else {},
     )
     return ModuleSpec(module=layer, submodules=submodules)
+
+
+def _mtp_block(original: Any) -> Any:
+    """Multi-token prediction; the layers inside are those above, by their part of the pattern."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    (layer,) = original.submodules.layer_specs
+    local = {"enorm": WrappedTorchNorm, "hnorm": WrappedTorchNorm, "layer_norm": WrappedTorchNorm}
+    submodules = replace(layer.submodules, eh_proj=ColumnParallelLinear, **local)
+    return replace(original, submodules=type(original.submodules)(layer_specs=[replace(layer, submodules=submodules)]))
 
 
 PATCHES: list[Patch] = [

@@ -12,7 +12,7 @@ import torch
 from megatron_muon._patching import Patch
 from megatron_muon.cpu.settings import refuse_in_config
 
-__all__ = ["PATCHES"]
+__all__ = ["PATCHES", "DuplicatedLinear"]
 
 
 def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -66,10 +66,59 @@ def _wrap_config_check(original: Callable[..., None]) -> Callable[..., None]:
     return post_init
 
 
+def _without_fp8(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: Any, fp8: Any = None) -> None:
+        original(self)
+        self.fp8 = False
+
+    return init
+
+
+class DuplicatedLinear(torch.nn.Linear):
+    """A linear layer that every tensor-parallel rank has whole, as TransformerEngine's with ``"duplicated"``.
+
+    Args:
+        input_size: of the last dimension that goes in.
+        output_size: of the last dimension that comes out.
+        config: Megatron-Core's ``TransformerConfig``.
+        init_method: fills the weight in place.
+        bias: whether there is one, of zeros.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, config: Any, init_method: Callable[[torch.Tensor], Any], bias: bool
+    ) -> None:
+        super().__init__(input_size, output_size, bias=bias, dtype=config.params_dtype)
+        if config.perform_initialization:
+            init_method(self.weight)
+        if bias:
+            torch.nn.init.zeros_(self.bias)
+        parameter: Any
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # each rank sees its part of the sequence
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        """The product, and no bias that is left to add."""
+        return super().forward(input), None
+
+
+def _local_projection(original: Any) -> Callable[..., Any]:
+    def projection(
+        input_size: int, output_size: int, *, config: Any, init_method: Any, bias: bool, **options: Any
+    ) -> Any:
+        if original is not None and config.transformer_impl != "local":
+            return original(input_size, output_size, config=config, init_method=init_method, bias=bias, **options)
+        return DuplicatedLinear(input_size, output_size, config, init_method, bias)
+
+    return projection
+
+
 def _replace_by(value: Any) -> Callable[[Any], Any]:
     return lambda original: value
 
 
+_MOE = "megatron.core.transformer.moe.moe_layer"
 _RNG = "megatron.core.tensor_parallel.random"
 
 PATCHES: list[Patch] = [
@@ -79,6 +128,11 @@ PATCHES: list[Patch] = [
         f"{_RNG}:CudaRNGStatesTracker.fork",
         lambda original: _fork,
         "warns whenever the CPU's generator is used inside, and here that is the point",
+    ),
+    Patch(
+        f"{_RNG}:CheckpointWithoutOutput.__init__",
+        _without_fp8,
+        "takes its default, False, for FP8, which needs TransformerEngine: --recompute-modules layernorm",
     ),
     Patch(
         "torch.utils.data.dataloader:_BaseDataLoaderIter.__init__",
@@ -102,4 +156,6 @@ PATCHES: list[Patch] = [
         "the router's matrix product in a wider dtype uses TransformerEngine's kernel wherever it can be imported",
         create=True,
     ),
+    Patch(f"{_MOE}:HAVE_TE", _replace_by(True), "experts with a latent size insist on TransformerEngine", copies_in=()),
+    Patch(f"{_MOE}:TELinear", _local_projection, "their projections are TransformerEngine's", copies_in=()),
 ]

@@ -13,42 +13,55 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from megatron_muon._patching import Patch
 
-__all__ = ["PATCHES", "ZeroCenteredLayerNorm", "ZeroCenteredRMSNorm", "build_norm", "local_norm"]
+__all__ = ["PATCHES", "LayerNorm", "RMSNorm", "build_norm", "local_norm"]
 
 
-class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
-    """LayerNorm whose scale is ``1 + weight``, so that weight decay pulls the scale to one."""
+class LayerNorm(torch.nn.LayerNorm):
+    """LayerNorm in the dtype of what it is given, returned in that of its weights: fp32 residuals become bfloat16.
 
-    def reset_parameters(self) -> None:
-        """Weight and bias start at zero."""
-        super().reset_parameters()
-        torch.nn.init.zeros_(self.weight)
+    Args:
+        hidden_size: size of the last dimension.
+        eps: added to the variance.
+        zero_centered: whether the scale is ``1 + weight``, so that weight decay pulls the scale to one.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, zero_centered: bool = False) -> None:
+        super().__init__(hidden_size, eps)
+        self.zero_centered = zero_centered
+        if zero_centered:
+            torch.nn.init.zeros_(self.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension."""
-        return torch.nn.functional.layer_norm(input, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
+        weight, bias = _scale(self, input), self.bias.to(input.dtype)
+        return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
 
 
-class ZeroCenteredRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose scale is ``1 + weight``, so that weight decay pulls the scale to one."""
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm with the dtypes and arguments of :class:`LayerNorm`."""
 
-    def reset_parameters(self) -> None:
-        """The weight starts at zero."""
-        torch.nn.init.zeros_(self.weight)
+    def __init__(self, hidden_size: int, eps: float, zero_centered: bool = False) -> None:
+        super().__init__(hidden_size, eps)
+        self.zero_centered = zero_centered
+        if zero_centered:
+            torch.nn.init.zeros_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension."""
-        return torch.nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+        out = functional.rms_norm(x, self.normalized_shape, _scale(self, x), self.eps)
+        return out.to(self.weight.dtype)
 
 
-_PLAIN: dict[str, type[torch.nn.Module]] = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
-_ZERO_CENTERED: dict[str, type[torch.nn.Module]] = {
-    "LayerNorm": ZeroCenteredLayerNorm,
-    "RMSNorm": ZeroCenteredRMSNorm,
-}
+def _scale(norm: LayerNorm | RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """What the normalized ``x`` is multiplied by, in its dtype."""
+    return (1 + norm.weight if norm.zero_centered else norm.weight).to(x.dtype)
+
+
+_NORMS: dict[str, type[LayerNorm | RMSNorm]] = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
 
 
 def build_norm(config: Any, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:
@@ -68,10 +81,9 @@ def build_norm(config: Any, hidden_size: int, eps: float = 1e-5) -> torch.nn.Mod
     """
     if config.normalization == "L2Norm":
         return importlib.import_module("megatron.core.transformer.torch_norm").L2Norm(hidden_size, eps=eps)
-    classes = _ZERO_CENTERED if config.layernorm_zero_centered_gamma else _PLAIN
-    if config.normalization not in classes:
+    if config.normalization not in _NORMS:
         raise ValueError(f"normalization must be LayerNorm, RMSNorm or L2Norm, not {config.normalization!r}")
-    norm = classes[config.normalization](hidden_size, eps=eps)
+    norm = _NORMS[config.normalization](hidden_size, eps, config.layernorm_zero_centered_gamma)
     parameter: Any
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel
@@ -92,6 +104,15 @@ def local_norm(original: Any) -> Any:
     return importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
 
 
+def _build_local_norms(original: Callable[..., Any]) -> Callable[..., Any]:
+    def build_module(spec: Any, *args: Any, **kwargs: Any) -> Any:
+        if spec is torch.nn.LayerNorm or getattr(spec, "__name__", "") == "TENorm":
+            spec = local_norm(spec)
+        return original(spec, *args, **kwargs)
+
+    return build_module
+
+
 PATCHES: list[Patch] = [
     Patch(
         "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
@@ -103,5 +124,12 @@ PATCHES: list[Patch] = [
         _build_in_new,
         "chosen wherever apex is importable, and its kernels need a GPU",
         create=True,
+    ),
+    # No copies: this file builds nothing but norms with it.
+    Patch(
+        "megatron.core.models.vision.clip_vit_model:build_module",
+        _build_local_norms,
+        "norms before and after a vision transformer are TransformerEngine's, or torch's, with other arguments",
+        copies_in=(),
     ),
 ]

@@ -209,8 +209,11 @@ _KEPT = (
     "use_precision_aware_optimizer",
     "optimizer_cpu_offload",
     "transformer_impl",
+    "experimental_attention_variant",
+    "hybrid_layer_pattern",
+    "position_embedding_type",
 )
-"""Refused on the CPU for a reason that holds for a plan too: they change where weights or optimizer state are."""
+"""Refused on the CPU for a reason that holds for a plan too: they change weights, or where these or their state are."""
 
 
 def _fill_batch_size(args: argparse.Namespace, layout: Layout) -> None:

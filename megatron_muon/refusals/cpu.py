@@ -8,7 +8,7 @@ writes it can write the right value at once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_muon.refusals.rule import Condition, Refusal, given, one_of, that
@@ -77,12 +77,14 @@ def _is_gpu_attention(value: Any) -> bool:
 
 _LEAVE_OUT = "leave the flag out"
 
+_NSIGHT = replace(
+    given("profile"),
+    holds=lambda settings: settings["profile"] and not settings.get("use_pytorch_profiler"),
+    words="`--profile` without `--use-pytorch-profiler`",
+)
+
 _REFUSED: tuple[tuple[Condition, str, str], ...] = (
-    *(
-        (given(f"fp{bits}{end}"), f"FP{bits} needs TransformerEngine and a GPU", "use --bf16 or fp32")
-        for bits in (8, 4)
-        for end in ("", "_format")
-    ),
+    *((given(f"fp{bits}"), f"FP{bits} needs TransformerEngine and a GPU", "use --bf16 or fp32") for bits in (8, 4)),
     (given("enable_cuda_graph"), "CUDA graphs need a GPU", _LEAVE_OUT),
     (given("external_cuda_graph"), "CUDA graphs need a GPU", _LEAVE_OUT),
     (
@@ -93,7 +95,7 @@ _REFUSED: tuple[tuple[Condition, str, str], ...] = (
     (
         that("attention_backend", _is_gpu_attention, "`flash`, `fused`"),
         "its kernels need a GPU",
-        "use --attention-backend auto, unfused or local",
+        "use --attention-backend auto or unfused",
     ),
     (given("use_flash_attn"), "flash attention needs a GPU", _LEAVE_OUT),
     (given("use_megatron_fsdp"), "Megatron-FSDP needs NCCL", "use --use-distributed-optimizer"),
@@ -102,6 +104,33 @@ _REFUSED: tuple[tuple[Condition, str, str], ...] = (
     (given("optimizer_cpu_offload"), "the optimizer is there already", _LEAVE_OUT),
     (given("fine_grained_activation_offloading"), "activations are there already", _LEAVE_OUT),
     (given("cpu_offloading_num_layers"), "activations are there already", _LEAVE_OUT),
+    (
+        that("recompute_modules", lambda names: "moe_act" in (names or ()), "`moe_act`"),
+        "moe_act belongs to the grouped experts of TransformerEngine",
+        "leave it out of the list",
+    ),
+    (
+        one_of("experimental_attention_variant", "dsa"),
+        "DeepSeek's sparse attention needs TransformerEngine and a GPU",
+        "use --multi-latent-attention without it",
+    ),
+    (
+        that("hybrid_layer_pattern", lambda pattern: "D" in (pattern or ""), "with `D`"),
+        "DeepSeek's sparse attention (D) needs TransformerEngine and a GPU",
+        "use * (softmax attention) or + (multi-latent attention)",
+    ),
+    *(
+        (given(name), "it belongs to the grouped experts of TransformerEngine", _LEAVE_OUT)
+        for name in ("moe_single_grouped_weight", "moe_single_grouped_bias")
+    ),
+    (given("defer_embedding_wgrad_compute"), "it needs Apex's gradient accumulation fusion", _LEAVE_OUT),
+    (given("hybrid_context_parallel"), "packed sequences need TransformerEngine's attention", _LEAVE_OUT),
+    (
+        one_of("position_embedding_type", "relative"),
+        "it needs TransformerEngine's attention",
+        "use --position-embedding-type rope",
+    ),
+    (_NSIGHT, "that profile is Nsight's, of a GPU", "add --use-pytorch-profiler"),
     (given("delay_wgrad_compute"), "it needs TransformerEngine's linear layers", _LEAVE_OUT),
     (given("overlap_moe_expert_parallel_comm"), "it overlaps CUDA streams", _LEAVE_OUT),
     (
@@ -115,6 +144,8 @@ _REFUSED: tuple[tuple[Condition, str, str], ...] = (
     (given("nccl_ub"), "NCCL user buffers need GPUs", _LEAVE_OUT),
     (given("use_sharp"), "SHARP needs NCCL", _LEAVE_OUT),
     (given("batch_invariant_mode"), "batch-invariant kernels need a GPU", _LEAVE_OUT),
+    (given("init_model_with_meta_device"), "weights would start from unset memory without FSDP", _LEAVE_OUT),
+    (one_of("pipeline_model_parallel_comm_backend", "ucc"), "UCC needs GPUs", _LEAVE_OUT),
     (one_of("transformer_impl", "inference_optimized"), "its kernels need a GPU", "use --transformer-impl local"),
 )
 

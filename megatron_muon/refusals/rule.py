@@ -193,7 +193,7 @@ def refuse(rows: Iterable[Refusal], *sources: object) -> None:
         raise ConfigError("\n".join(problems))
 
 
-_FLAGS = {"nccl_ub": "--use-nccl-ub"}
+_FLAGS = {"nccl_ub": "--use-nccl-ub", "fp8": "--fp8-format", "fp4": "--fp4-format"}
 """Settings whose flag has another name."""
 _OFF = {"muon_split_qkv": "--muon-no-split-qkv"}
 """Those that are turned off by another name than ``--no-...``."""

@@ -184,7 +184,7 @@ def test_arguments_are_changed_and_reported() -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"fp8": "hybrid"}, "--fp8 hybrid on the CPU: .*--bf16"),
+        ({"fp8": "hybrid"}, "--fp8-format hybrid on the CPU: .*--bf16"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
         ({"attention_backend": SimpleNamespace(name="flash")}, "--attention-backend"),
         ({"use_megatron_fsdp": True}, "--use-distributed-optimizer"),

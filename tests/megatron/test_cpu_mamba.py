@@ -323,11 +323,11 @@ OTHER_LAYERS: dict[str, dict[str, Any]] = {
         "num_query_groups": 4,
         "rope_type": "rope",
     },
+    "multi_token_prediction": {"pattern": "M*-/*-/*-", "mtp_num_layers": 2},
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OTHER_LAYERS)
+@pytest.mark.parametrize("name", with_slow(OTHER_LAYERS, "gated_delta_net_and_experts", "latent_attention"))
 def test_other_layers_of_hybrid_models(pool: RankPool, tmp_path: Path, name: str) -> None:
     model = {**MAMBA, **OTHER_LAYERS[name]}
     folder = str(tmp_path / "initial")

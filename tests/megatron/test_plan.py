@@ -168,7 +168,7 @@ def test_settings_of_gpus_do_not_matter(planner: Planner) -> None:
     ]
     document = planner.document([*flags, "--context-parallel-size", "2"], 4)
     assert document["left_out"] == [
-        "--fp8 hybrid",
+        "--fp8-format hybrid",
         "--cuda-graph-impl local",
         "--attention-backend flash",
     ]

@@ -354,6 +354,11 @@ VALUES = {
     "cuda_graph_impl": "local",
     "moe_token_dispatcher_type": "flex",
     "transformer_impl": "inference_optimized",
+    "recompute_modules": ["core_attn", "moe_act"],
+    "experimental_attention_variant": "dsa",
+    "hybrid_layer_pattern": "MDM-",
+    "pipeline_model_parallel_comm_backend": "ucc",
+    "position_embedding_type": "relative",
     "distributed_backend": "cpu:gloo,cuda:nccl",
 }
 
@@ -363,9 +368,11 @@ def test_rows_of_the_cpu(row: Refusal) -> None:
     name = row.when[0].name
     assert messages((row,), {name: None}) == messages((row,), {name: "none"} if name == "cuda_graph_impl" else {}) == []
     (message,) = messages(CPU, argparse.Namespace(**{name: VALUES.get(name, True)}))
-    flag = "--use-nccl-ub" if name == "nccl_ub" else f"--{name.replace('_', '-')}"
+    flag = {"nccl_ub": "--use-nccl-ub", "fp8": "--fp8-format", "fp4": "--fp4-format"}.get(
+        name, f"--{name.replace('_', '-')}"
+    )
     value = VALUES.get(name)
-    shown = "" if value is None else f" {getattr(value, 'name', value)}"
+    shown = "" if value is None else f" {getattr(value, 'name', ' '.join(value) if isinstance(value, list) else value)}"
     assert message == f"{flag}{shown} on the CPU: {row.because}; {row.instead}."
 
 
