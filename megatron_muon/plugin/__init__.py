@@ -20,7 +20,6 @@ from megatron_muon.plugin import (
     factory,
     layer_wise,
     native,
-    optimizer_config,
     options,
     ownership,
     qk_clip,
@@ -36,7 +35,6 @@ __all__ = ["describe", "install", "is_installed", "load", "uninstall"]
 def _all_patches() -> list[Patch]:
     rooms = (
         config_fields,
-        optimizer_config,
         arguments,
         ownership,
         registry,

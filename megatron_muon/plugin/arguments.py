@@ -203,7 +203,7 @@ def _complete(args: argparse.Namespace) -> None:
     names = [PREFIX + field.name for field in fields(MuonConfig)]
     if not all(hasattr(args, name) for name in names):
         defaults = {name: (value,) for name, value in megatron_defaults().items()}
-        options.supply(vars(args), defaults, "the command line is")
+        options.supply(vars(args), defaults, "the command line is from before install()")
 
 
 def megatron_defaults() -> dict[str, Any]:
