@@ -192,13 +192,13 @@ class _Hooks:
     def with_later_classes(self, original: Any) -> Any:
         """An ``__init_subclass__``, which Python calls when a subclass is made."""
 
-        def __init_subclass__(cls: type, **kwargs: Any) -> None:
+        def __init_subclass__(cls: Any, /, **kwargs: Any) -> None:
             from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
             super(OptimizerConfig, cls).__init_subclass__(**kwargs)
             method = vars(cls).get("__post_init__")
             if method is not None and not hasattr(method, "__wrapped__"):  # a class with slots is made twice
-                cls.__post_init__ = self.with_check(method)  # type: ignore[attr-defined]
+                cls.__post_init__ = self.with_check(method)
 
         return classmethod(__init_subclass__)
 

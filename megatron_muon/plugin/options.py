@@ -129,8 +129,8 @@ def supply(values: dict[str, Any], megatron: Mapping[str, Collection[Any]], what
             values[name] = default
     if is_ours(values.get("optimizer")):
         instead = (
-            f" ({', '.join(changed)}: Megatron-Core's default, which is not taken for a choice; whoever wants it says so "
-            "by install(MuonConfig(...)))"
+            f" ({', '.join(changed)}: Megatron-Core's default, which is not taken for a choice; whoever wants it says "
+            "so by install(MuonConfig(...)))"
             if changed
             else ""
         )

@@ -57,7 +57,11 @@ def copied_from_before(source: str, cls: str) -> tuple[Any, ...]:
     with contextlib.redirect_stdout(io.StringIO()) as said:
         config = made(**{field.name: held[field.name] for field in dataclasses.fields(made) if field.name in held})
         muon = MuonConfig.from_optimizer_config(config)
-    return muon, "an OptimizerConfig was given all of Megatron-Core's Muon options and none of this package's" in said.getvalue()
+    return (
+        muon,
+        "an OptimizerConfig was given all of Megatron-Core's Muon options and none of this package's"
+        in said.getvalue(),
+    )
 
 
 @pytest.mark.parametrize(
