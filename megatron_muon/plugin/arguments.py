@@ -193,6 +193,8 @@ def _with_known_options(original: Callable[..., tuple[Any, Any]]) -> Callable[..
         _complete(args)
         if is_ours(getattr(args, "optimizer", None)):
             _check_late(args)
+            if getattr(args, "yaml_cfg", None):  # then validate_args() was not called
+                refuse(MUON, args)
         return original(args)  # copies all arguments that are fields
 
     return get_megatron_optimizer_config
