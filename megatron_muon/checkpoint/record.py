@@ -6,7 +6,7 @@ The record is plain Python data, once in the checkpoint, the same whatever layou
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron_muon.checkpoint.fingerprint import MODULUS
@@ -132,6 +132,20 @@ class Record:
         values["rules"] = [Rule(**{**rule, "states": tuple(rule["states"])}) for rule in plain["rules"]]
         values["alone"] = [(state, key) for state, key in plain["alone"]]
         return cls(**values)
+
+    @classmethod
+    def joined(cls, records: Iterable[Record]) -> Record:
+        """One of several models that are saved together; a model's may be there once for each of its ranks."""
+        whole = cls(0, [], [], {}, [], {})
+        for record in records:
+            whole.step = max(whole.step, record.step)
+            for name, rule in ((name, record.rules[index]) for name, index in record.weights.items()):
+                numbers = _index(whole.numbers, record.numbers[rule.numbers])
+                whole.weights[name] = _index(whole.rules, replace(rule, numbers=numbers))
+            whole.alone += [pair for pair in record.alone if pair not in whole.alone]
+            whole.sums |= record.sums
+            whole.model |= record.model
+        return whole
 
     @classmethod
     def of(cls, step: int, weights: Iterable[WeightRecord], model: Iterable[Mapping[str, int]] = ()) -> Record:

@@ -19,7 +19,9 @@ from megatron_muon.plugin import (
     datasets,
     factory,
     layer_wise,
+    mimo,
     native,
+    optimizer_config,
     options,
     ownership,
     qk_clip,
@@ -35,6 +37,7 @@ __all__ = ["describe", "install", "is_installed", "load", "uninstall"]
 def _all_patches() -> list[Patch]:
     rooms = (
         config_fields,
+        optimizer_config,
         arguments,
         ownership,
         registry,
@@ -43,6 +46,7 @@ def _all_patches() -> list[Patch]:
         layer_wise,
         checkpointing,
         checkpoint_files,
+        mimo,
         datasets,
         qk_clip,
         recording,

@@ -58,7 +58,7 @@ def _places(
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     unpadded = SimpleNamespace(pad_buckets_for_high_nccl_busbw=False)
-    for experts, domain in ((False, groups.mp.rank()), (True, getattr(groups, "tp_ep_pp", groups.mp).rank())):
+    for experts, domain in ((False, groups.mp.rank()), (True, (groups.tp_ep_pp or groups.mp).rank())):
         buffer = 0
         for number, chunk in enumerate(chunks):
             by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}

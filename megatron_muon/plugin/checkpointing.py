@@ -21,7 +21,7 @@ from megatron_muon.plugin.adam_buckets import buckets_of_adam
 from megatron_muon.plugin.checkpoint_files import EARLIER, reason_of
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
-from megatron_muon.plugin.optimizer_state import held_by
+from megatron_muon.plugin.optimizer_state import has_parts, held_by
 
 if TYPE_CHECKING:
     from megatron_muon.checkpoint.canonical import Request
@@ -61,6 +61,8 @@ def _with_canonical_state(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_megatron_optimizer(config: Any, model_chunks: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
         optimizer = original(config, model_chunks, *args, **kwargs)
+        if has_parts(optimizer):
+            return optimizer
         groups = signature.bind(config, model_chunks, *args, **kwargs).arguments.get("pg_collection")
         accept = options.of(config).ckpt_changes == ACCEPT
         _CanonicalState(optimizer, model_chunks, is_ours(config.optimizer), accept, groups).attach()

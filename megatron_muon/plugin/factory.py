@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,11 +19,11 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.plugin import options
-from megatron_muon.plugin.groups import groups_or_default, ranks_of
+from megatron_muon.plugin.groups import groups_of_model, ranks_of
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
 from megatron_muon.plugin.transfer import group_overrides, scalar_numbers, transfer_of
-from megatron_muon.plugin.variants import blockwise, check_adapters, describe
+from megatron_muon.plugin.variants import check_adapters, describe
 from megatron_muon.refusals import MUON, refuse
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names, report
 from megatron_muon.routing.partition import refuse_uneven, refuse_unmatched
@@ -33,14 +34,20 @@ __all__ = ["patches"]
 
 
 def patches() -> list[Patch]:
-    """The hook on the factory of emerging optimizers."""
+    """The hooks on the factory of all optimizers, and on that of emerging ones."""
     return [
+        Patch(
+            "megatron.core.optimizer:get_megatron_optimizer",
+            _among_own_ranks,
+            "param groups are agreed on over all ranks of the run: a model on some of them, beside one under another "
+            "optimizer, would wait for ever",
+        ),
         Patch(
             "megatron.core.optimizer:_get_megatron_emerging_optimizer",
             _with_checks_and_report,
             "layouts are put on the weights, what would diverge silently is refused, every weight is accounted for, "
             "and the user is told",
-        )
+        ),
     ]
 
 
@@ -59,7 +66,7 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
         ranks = ranks_of(pg_collection)
 
         def build() -> Any:
-            groups = groups_or_default(pg_collection)
+            groups = groups_of_model(pg_collection, model_chunks)
             muon = check_optimizer_config(config)
             _route(config, model_chunks, muon, ranks)
             _check_groups(groups)
@@ -68,7 +75,7 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
             others = config_overrides or {}
             overrides = {**others, **group_overrides(config, muon, model_chunks, others)}
             with _aligning_among(ranks):
-                optimizer = original(config, model_chunks, overrides, pg_collection)
+                optimizer = original(config, model_chunks, overrides, groups)
             numbers = scalar_numbers(config, muon, model_chunks, others)
             for each in _muons(optimizer):
                 for group in (each.defaults, *each.param_groups):
@@ -82,6 +89,18 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
         return ranks.together(build)
 
     return _get_megatron_emerging_optimizer
+
+
+def _among_own_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
+        groups = signature.bind(*args, **kwargs).arguments.get("pg_collection")
+        with contextlib.nullcontext() if groups is None else _aligning_among(ranks_of(groups)):
+            return original(*args, **kwargs)
+
+    return get_megatron_optimizer
 
 
 @contextlib.contextmanager
@@ -285,7 +304,7 @@ def _print_report(
     if ranks.is_first:
         notes = [*_notes(muon, config, groups), *_transfer_notes(muon, model_chunks), *planned]
         text = report.render(everything, muon, notes=notes, optimizer=config.optimizer)
-        print(f"megatron_muon {__version__}\n{blockwise(muon, groups.tp.size())}{text}\n", flush=True)
+        print(f"megatron_muon {__version__}\n{text}\n", flush=True)
 
 
 def _is_first(groups: Any, *names: str) -> bool:
@@ -308,4 +327,11 @@ def _transfer_notes(muon: MuonConfig, model_chunks: Sequence[torch.nn.Module]) -
 def _notes(muon: MuonConfig, config: Any, groups: Any) -> list[str]:
     notes = describe(config, muon)
     notes[1] += f"; tensor parallel {groups.tp.size()}: {muon.tp_mode}"
+    if muon.tp_mode == "blockwise" and groups.tp.size() > 1:
+        notes.append(
+            "WARNING --muon-tp-mode blockwise: each tensor-parallel shard is orthogonalized by itself. This is not "
+            f"Muon on one device, and it changes with the tensor-parallel size (now {groups.tp.size()}); "
+            "scale factors are those of the shards, not of the table. "
+            "Use --muon-tp-mode auto for the same update at every size."
+        )
     return notes

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_muon.agree import Ranks
 from megatron_muon.errors import ConfigError
 
-__all__ = ["groups_or_default", "ranks_of"]
+__all__ = ["groups_of_model", "groups_or_default", "ranks_of"]
 
 
 def groups_or_default(pg_collection: Any) -> Any:
@@ -17,6 +19,31 @@ def groups_or_default(pg_collection: Any) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def groups_of_model(pg_collection: Any, chunks: Sequence[Any]) -> Any:
+    """``groups_or_default`` with ``expt_tp``, which MIMO's optimizer does not have: its models do.
+
+    Megatron-Core takes a group that is missing there for one rank, so that shards of experts would count as matrices.
+
+    Raises:
+        ConfigError: if a model with experts has it nowhere.
+    """
+    groups = groups_or_default(pg_collection)
+    if getattr(groups, "expt_tp", None) is not None:
+        return groups
+    groups = copy.copy(groups)
+    own = (getattr(module, "pg_collection", None) for chunk in chunks for module in chunk.modules())
+    found = (group for each in own if (group := getattr(each, "expt_tp", None)) is not None)
+    groups.expt_tp = next(found, groups.tp)
+    named = (name for chunk in chunks for name, _ in chunk.named_parameters())
+    experts = (name for name in named if "experts" in name and "shared" not in name)  # Megatron-Core's way to tell
+    if groups.expt_tp is groups.tp and groups.tp is not None and groups.tp.size() > 1 and (name := next(experts, "")):
+        raise ConfigError(
+            f"pg_collection without expt_tp: over which ranks {name} is divided cannot be told. Give "
+            "ProcessGroupCollection its expt_tp (the expert tensor-parallel ranks)."
+        )
+    return groups
 
 
 def ranks_of(pg_collection: Any) -> Ranks:

@@ -14,7 +14,7 @@ __all__ = ["has_parts", "held_by", "leaves"]
 
 
 def has_parts(optimizer: Any) -> bool:
-    """Whether it is MIMO's, of several models: each of them has come through the factory with its own process groups."""
+    """Whether it is MIMO's, of several models: each has come through the factory with its own process groups."""
     return hasattr(optimizer, "module_infos")
 
 

@@ -13,12 +13,9 @@ from megatron_muon.refusals.rule import (
     that,
 )
 
-__all__ = ["MEGATRON", "YAML"]
+__all__ = ["MEGATRON"]
 
 _OURS = optimizer(*OPTIMIZERS)
-
-YAML = ("its settings pass by all checks, and flags beside it do not count", "give flags")
-"""Reason and way out of ``--yaml-cfg``."""
 
 _FSDP = ("FSDP shards cannot be orthogonalized", "use --use-distributed-optimizer")
 
@@ -26,7 +23,6 @@ MEGATRON: tuple[Refusal, ...] = (
     *(
         Refusal((given(name), _OURS), because, instead)
         for name, because, instead in (
-            ("yaml_cfg", *YAML),
             ("fp16", "Muon needs no loss scale", "use --bf16 or float32"),
             ("use_torch_fsdp2", *_FSDP),
             ("use_megatron_fsdp", *_FSDP),

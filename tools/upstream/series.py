@@ -168,6 +168,8 @@ See NVIDIA/Megatron-LM#2617, #2625, #3939 and #6270.""",
     needs=(FACTORY,),
     points=(
         f"{_OPTIMIZER}:get_megatron_optimizer",
+        "megatron.core.models.mimo.optimizer:_iter_optimizer_sub_dicts",
+        "megatron.core.models.mimo.optimizer:MimoOptimizer.sharded_state_dict",
         f"{_SERIALIZATION}:load",
         f"{_CHECKPOINTING}:_build_sharded_state_dict_metadata",
     ),

@@ -1,0 +1,73 @@
+"""MIMO's optimizer: one of each model in it, with process groups of their own, that are saved as one.
+
+Each model comes through the factory, so that all else is as for a model alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from megatron_muon._patching import Patch
+from megatron_muon.agree import Ranks
+from megatron_muon.checkpoint.record import RECORD, Record
+
+__all__ = ["patches"]
+
+_MODULE = "megatron.core.models.mimo.optimizer"
+
+
+def patches() -> list[Patch]:
+    """Hooks on how MIMO's optimizer is saved and loaded."""
+    return [
+        Patch(
+            f"{_MODULE}:_iter_optimizer_sub_dicts",
+            _without_canonical,
+            "it looks for the param groups of a chain's optimizers, which one form for all does not have",
+        ),
+        Patch(
+            f"{_MODULE}:MimoOptimizer.sharded_state_dict",
+            _with_one_record,
+            "state has the names of the model's weights, and plain data is stored by the first rank alone, which may "
+            "have no part of a model",
+        ),
+    ]
+
+
+def _without_canonical(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _iter_optimizer_sub_dicts(module_sd: Any, optimizer: Any) -> Any:
+        return () if _is_canonical(module_sd) else original(module_sd, optimizer)
+
+    return _iter_optimizer_sub_dicts
+
+
+def _is_canonical(state: Any) -> bool:
+    """Whether the state of one of the models is in the form of :mod:`megatron_muon.checkpoint.canonical`."""
+    from megatron_muon.checkpoint.canonical import WEIGHTS, Request  # imports Megatron-Core, which install() must not
+
+    return isinstance(state, Request) or WEIGHTS in state
+
+
+def _with_one_record(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sharded_state_dict(self: Any, model_state: Any, is_loading: bool = False, **kwargs: Any) -> Any:
+        if is_loading:
+            return original(self, model_state, is_loading, **kwargs)
+        from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+
+        found: dict[str, Any] = {}
+
+        def save() -> list[Any]:
+            found.update(original(self, model_state, **kwargs))
+            ours = {name: part for name, part in found.items() if RECORD in part}
+            for name, part in ours.items():
+                replace_prefix_for_sharding(part, f"mimo.{name}.", "")
+            return [part.pop(RECORD) for part in ours.values()]
+
+        # MIMO's optimizer is of all ranks of the run: it agrees on each step over them.
+        plain = [record for records in Ranks.of_world().gather(save) for record in records]
+        return {**found, RECORD: Record.joined(map(Record.from_plain, plain)).to_plain()} if plain else found
+
+    return sharded_state_dict

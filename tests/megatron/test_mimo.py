@@ -1,0 +1,108 @@
+"""MIMO: models with process groups of their own in one, trained, clipped, saved and resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_muon.plugin.qk_clip import clip_of
+from tests.megatron import harness, mimo
+from tests.megatron.harness import Layout
+from tests.pool import RankPool
+
+CLIP = {"qk_clip": True, "qk_clip_threshold": 0.05}
+
+
+def start(parts: dict[str, tuple[int, int, int]], options: dict[str, Any] | None) -> tuple[Any, Any]:
+    """A model, and its optimizer; with ``options`` for the encoder its own."""
+    import megatron_muon
+
+    megatron_muon.install()
+    from megatron.core import parallel_state
+    from megatron.core.models.mimo.optimizer import MimoOptimizer, get_mimo_optimizer
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    if not parallel_state.model_parallel_is_initialized():
+        Layout(tp=dist.get_world_size()).initialize()
+    model = mimo.build(*(mimo.grid_of(*parts[name]) for name in ("language", "images")), clip=CLIP)
+    config = harness.optimizer_config(Layout())
+    if options is None:
+        return model, get_megatron_optimizer(config, [model])
+    optimizer = get_mimo_optimizer(model, config)
+    info = optimizer.module_infos["images"]
+    if info.is_active:
+        info.optimizer = get_megatron_optimizer(
+            harness.optimizer_config(Layout(), **options),
+            [model.modality_submodules["images"]],
+            use_gloo_process_groups=False,
+            pg_collection=info.pg_collection,
+        )
+    return model, MimoOptimizer(optimizer.module_infos, config)
+
+
+def train(model: Any, optimizer: Any, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss = mimo.backward(model, step % 2)
+        assert optimizer.step()[0]
+        losses.append(loss)
+    return losses
+
+
+def whole(parts: dict[str, tuple[int, int, int]], folder: str, options: dict[str, Any] | None) -> dict[str, Any]:
+    """Four steps, and two of a new model that begins with the checkpoint of the second."""
+    from megatron.core import dist_checkpointing
+
+    model, optimizer = start(parts, options)
+    losses = train(model, optimizer, range(2))
+    state = model.sharded_state_dict()
+    if dist.get_rank() == 0:
+        Path(folder).mkdir()
+    dist.barrier()
+    dist_checkpointing.save({**state, "optimizer": optimizer.sharded_state_dict(state)}, folder)
+    losses += train(model, optimizer, range(2, 4))
+    from megatron.core.optimizer.qk_clip import clip_qk
+
+    clips = [clip_of(part) for part in model._active_submodules()]
+    found = {
+        "losses": losses,
+        "clipped": [int(clip.heads_clipped) for clip in clips if clip is not None],
+        "logit": float(clip_qk([model])),
+        "weights": [param.detach().clone() for param in model.parameters()],
+    }
+    model, optimizer = start(parts, options)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(0.5)
+    state = model.sharded_state_dict()
+    template = optimizer.sharded_state_dict(state, is_loading=True)
+    loaded = dist_checkpointing.load({**state, "optimizer": template}, folder)
+    model.load_state_dict({key: value for key, value in loaded.items() if key in state}, strict=False)
+    optimizer.load_state_dict(loaded["optimizer"])
+    found["resumed"] = train(model, optimizer, range(2, 4))
+    found["same"] = all(torch.equal(*pair) for pair in zip(model.parameters(), found.pop("weights"), strict=True))
+    return found
+
+
+LAYOUTS = {
+    "colocated": {"language": (0, 2, 1), "images": (0, 1, 2)},
+    "apart": {"language": (1, 1, 1), "images": (0, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("options", [None, {"name": "adam"}], ids=["muon", "encoder under adam"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_trains_clips_saves_and_resumes(pool: RankPool, tmp_path: Path, layout: str, options: Any) -> None:
+    ranks = pool.run(whole, 2, LAYOUTS[layout], str(tmp_path / "checkpoint"), options)
+    for found in ranks:
+        assert found["losses"][0] > found["losses"][2] and found["resumed"] == found["losses"][2:]
+        assert found["same"]
+    language = ranks[-1]
+    assert language["clipped"][0] > 0 and language["logit"] > 0.05
+    assert (ranks[0]["clipped"] == []) == (layout == "apart")
