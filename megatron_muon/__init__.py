@@ -18,12 +18,17 @@ __all__ = [
     "Muon",
     "MuonConfig",
     "ParamGroups",
+    "StateBytes",
     "__version__",
     "check_partition",
     "install",
     "is_installed",
     "param_groups",
+    "reset",
+    "sleep",
+    "state_bytes",
     "uninstall",
+    "wake",
 ]
 
 
@@ -41,4 +46,8 @@ def __getattr__(name: str) -> object:
         from megatron_muon.routing import partition
 
         return getattr(partition, name)
+    if name in ("StateBytes", "reset", "sleep", "state_bytes", "wake"):
+        from megatron_muon.plugin import state
+
+        return getattr(state, name)
     raise AttributeError(f"module 'megatron_muon' has no attribute {name!r}")

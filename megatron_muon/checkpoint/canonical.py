@@ -334,6 +334,8 @@ class Request(dict[str, Any]):
             state = each.inner.state[each.key]
             if _counts_in_state(each.inner):
                 state[STEP] = torch.tensor(float(step))
+            elif STEP in state:  # of Muon's rows under Adam
+                state[STEP] = step
         for inner in {id(each.inner): each.inner for each in self.held}.values():
             if not _counts_in_state(inner):
                 for group in inner.param_groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,7 @@ class Engines:
         self._tp_group, self._expert_tp_group = tp_group, expert_tp_group
         triples = tuple(map(parse_triple, config.custom_coefficients))
         self._coefficients = coefficients(config.coefficient_type, config.num_ns_steps, triples)
-        self._engines: dict[tuple[str, tuple[int, ...]], StepEngine] = {}
+        self._engines: dict[Any, StepEngine] = {}
         self.products_note = ""
 
     def __iter__(self) -> Iterator[StepEngine]:
@@ -73,7 +74,8 @@ class Engines:
 
     def of(self, params: Sequence[torch.Tensor], direction: str = MSIGN) -> StepEngine:
         """The engine for these parameters, in this order, all of one direction."""
-        key = direction, tuple(map(id, params))
+        # Shapes and device, too: memory is replaced, and an id is used again.
+        key = direction, params[0].device, tuple((id(param), param.shape) for param in params)
         if key not in self._engines:
             if len(self._engines) >= _MOST:
                 del self._engines[next(iter(self._engines))]

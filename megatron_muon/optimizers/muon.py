@@ -17,10 +17,11 @@ from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.decay import WeightDecay
 from megatron_muon.optimizers.engines import Engines
+from megatron_muon.optimizers.handled import STEP, Marks, refuse_elsewhere
 from megatron_muon.optimizers.jobs import Addition, Job, begin, reader, update_of
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts, spectrally_normalized
 from megatron_muon.optimizers.precision import matmul_precision
-from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, step_scalar_rows
+from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, restart_emptied, step_scalar_rows
 from megatron_muon.optimizers.sizes import VARIANTS, normalized
 from megatron_muon.optimizers.stages import Matrices, Variant
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM, UPDATE_NORM, scale_factor
@@ -47,7 +48,8 @@ class Muon(torch.optim.Optimizer):
     matrices except in ``tp_mode="blockwise"``, where each shard counts as a weight of its own.
 
     State: ``momentum_buffer``, of the parameter's shape and dtype; ``exp_avg_sq`` likewise for parameters with rows
-    under Adam's rule.
+    under Adam's rule, and the ``step`` of these. Between steps it may be moved, replaced, zeroed or taken away, by name
+    or as a whole: nothing else is kept of it that would not be noticed to be out of date.
 
     Attributes:
         directions: the kinds of updates that it has, see :class:`megatron_muon.routing.layout.MatrixLayout`.
@@ -97,6 +99,9 @@ class Muon(torch.optim.Optimizer):
 
     scales = True
     """Whether the scale mode acts on its orthogonalized updates, and keeps state for them."""
+
+    watched: tuple[str, ...] = (SECOND_MOMENT, UPDATE_LEFT)
+    """State that notes are kept of: what follows from it is found anew when somebody else has written to it."""
 
     def __init__(
         self,
@@ -167,6 +172,7 @@ class Muon(torch.optim.Optimizer):
         self.engines = Engines(self.config, tp_group, expert_tp_group, damped=damping_depth > 0.0)
         self._decay = WeightDecay(weight_decay_method, self.variant.decays)
         self.starts = WarmStarts()
+        self._marks = Marks()
         self._first_lrs: list[float] = []
         scalar = {
             "scalar_optimizer": scalar_optimizer,
@@ -227,17 +233,36 @@ class Muon(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
 
+    def forget(self) -> None:
+        """Take nothing for granted of what was found of the weights: others have come in their place."""
+        self.starts = WarmStarts()
+
+    def reset(self) -> None:
+        """Start anew from the weights as they are: the next step is the first one of a fresh optimizer.
+
+        Momentum, second moments, vectors, radii and the count of steps are gone; weights, learning rates and all other
+        options of the groups stay.
+        """
+        self.state.clear()
+        for group in self.param_groups:
+            group[STEP] = 0
+        self.forget()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
         Args:
             closure: as in ``torch.optim.Optimizer``.
+
+        Raises:
+            ConfigError: if state is on another device than its weight.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        refuse_elsewhere(self)
         groups = zip(self.param_groups, self._first_lrs, strict=True)
         jobs = [job for group, first_lr in groups for job in self._begin_group(group, first_lr)]
         if jobs:
@@ -245,6 +270,7 @@ class Muon(torch.optim.Optimizer):
                 self._update_jobs(jobs)
         for group in self.param_groups:
             step_scalar_rows(group, [job for job in jobs if job.group is group])
+        self._marks.leave(tensor for job in jobs for tensor in self._watched_of(job.param))
         return loss
 
     def _update_jobs(self, jobs: list[Job]) -> None:
@@ -295,6 +321,8 @@ class Muon(torch.optim.Optimizer):
             has_second = group["scalar_optimizer"] == "adam" and layout_of(param).has_scalar_rows
             if has_second and SECOND_MOMENT not in state:
                 state[SECOND_MOMENT] = torch.zeros_like(param)
+            if has_second:
+                state.setdefault(STEP, group[STEP])
             if layout_of(param).direction == MSIGN:
                 self.variant.init_state(param, state)
                 if self.scales and self.config.scale_mode == SPECTRAL_NORM and UPDATE_LEFT not in state:
@@ -306,8 +334,25 @@ class Muon(torch.optim.Optimizer):
         params = [param for param in group["params"] if param.grad is not None]
         if not params:
             return []
-        group["step"] += 1
-        return begin(group, params, [self.state[param] for param in params], self._decay, first_lr)
+        states = [self.state[param] for param in params]
+        self._notice(params)
+        group[STEP] += 1
+        for state in states:
+            if STEP in state:
+                state[STEP] += 1
+        return begin(group, params, states, self._decay, first_lr)
+
+    def _watched_of(self, param: torch.Tensor) -> list[torch.Tensor]:
+        state = self.state[param]
+        return [state[name] for name in self.watched if name in state]
+
+    def _notice(self, params: list[torch.Tensor]) -> None:
+        """Find out what somebody else has made of the state since the last step."""
+        touched = [param for param in params if self._marks.are_touched(self._watched_of(param))]
+        for param in touched:
+            self.starts.forget(param)
+        mixed = [param for param in touched if STEP in self.state[param]]
+        restart_emptied(mixed, [self.state[param] for param in mixed])
 
     def _writer(self, jobs: list[Job]) -> Write:
         """Applies orthogonalized directions to the weights."""
@@ -321,7 +366,7 @@ class Muon(torch.optim.Optimizer):
                 matrices = self._matrices(jobs, parts, directions, reduce)
                 directions = self.variant.adapt(matrices)
             if matrices is not None and mode == SPECTRAL_NORM:
-                step = jobs[parts[0].item.weight].group["step"]
+                step = jobs[parts[0].item.weight].group[STEP]
                 directions = spectrally_normalized(matrices, directions, step, self.starts)
             elif matrices is not None and mode == UPDATE_NORM:
                 directions = normalized(matrices, directions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +36,11 @@ class WarmStarts:
     """
 
     def __init__(self) -> None:
-        self._looks: dict[tuple[torch.Tensor, Piece], int] = {}
+        self._looks: dict[torch.Tensor, dict[Piece, int]] = defaultdict(dict)
+
+    def forget(self, param: torch.Tensor) -> None:
+        """Look at a weight's matrices again: somebody else has written to their vectors."""
+        self._looks.pop(param, None)
 
     def iterations(self, matrices: Matrices, tensors: Sequence[torch.Tensor], state: str, usual: int) -> int:
         """``usual``, or more if some of the matrices have no vector; alike on all ranks that hold parts of them.
@@ -46,18 +51,18 @@ class WarmStarts:
             state: as of :func:`top_singular`.
             usual: iterations from a vector of the step before.
         """
-        keys = [(update.param, update.piece) for update in matrices.updates]
-        if all(self._looks.get(key, 0) >= _LOOKS for key in keys):
+        looks = [(self._looks[update.param], update.piece) for update in matrices.updates]
+        if all(found.get(piece, 0) >= _LOOKS for found, piece in looks):
             return usual
         stored = matrices.norms_over_rows([update.batch_of(update.state[state]) for update in matrices.updates])
         norms = matrices.norms(tensors)
         pairs = list(zip(stored, norms, strict=True))
         are_missing = torch.stack([((size == 0) & (norm > 0)).any() for size, norm in pairs])
         are_known = torch.stack([((size > 0) | (norm > 0)).all() for size, norm in pairs])
-        # Waits for the device, once for each matrix in a process, and a few times for one of zeros.
+        # Waits for the device, once for each matrix until it is forgotten, and a few times for one of zeros.
         missing, known = torch.stack([are_missing, are_known]).tolist()
-        for key, is_known in zip(keys, known, strict=True):
-            self._looks[key] = _LOOKS if is_known else self._looks.get(key, 0) + 1
+        for (found, piece), is_known in zip(looks, known, strict=True):
+            found[piece] = _LOOKS if is_known else found.get(piece, 0) + 1
         return max(usual, _COLD_ITERATIONS) if any(missing) else usual
 
 

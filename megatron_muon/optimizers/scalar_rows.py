@@ -14,10 +14,11 @@ from torch.optim.adamw import adamw
 
 from megatron_muon.engine.plan import Weight
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.jobs import Job, rows_of
 from megatron_muon.routing.layout import SCALAR, layout_of
 
-__all__ = ["SECOND_MOMENT", "check_scalar_rows", "step_scalar_rows", "update_rows"]
+__all__ = ["SECOND_MOMENT", "check_scalar_rows", "restart_emptied", "step_scalar_rows"]
 
 SECOND_MOMENT = "exp_avg_sq"
 """Name of the state that Adam's rows need; of the whole weight's shape, so that it is saved and resharded as it is."""
@@ -38,11 +39,31 @@ def check_scalar_rows(weight: Weight) -> None:
         )
 
 
+def restart_emptied(params: list[torch.Tensor], states: list[dict[str, Any]]) -> None:
+    """Let Adam's rows begin anew, with the first update of a fresh optimizer, where they have lost their second moment.
+
+    Args:
+        params: with such rows, whose state somebody else may have replaced or zeroed.
+        states: of them.
+    """
+    layouts = [layout_of(param) for param in params]
+    # Waits for the device: for weights whose state is not as the last step left it, and that have been counted before.
+    counted = [index for index, state in enumerate(states) if state[STEP]]
+    are_left = [
+        torch.stack([rows.any() for rows in layouts[index].rows_by_rule(states[index][SECOND_MOMENT], SCALAR)]).any()
+        for index in counted
+    ]
+    for index, is_left in zip(counted, torch.stack(are_left).tolist() if are_left else [], strict=True):
+        if not is_left:
+            states[index][STEP] = 0
+            torch._foreach_zero_(layouts[index].rows_by_rule(states[index]["momentum_buffer"], SCALAR))
+
+
 def step_scalar_rows(group: dict[str, Any], jobs: list[Job]) -> None:
     """One step of the scalar optimizer on the rows that layouts give to it.
 
     Args:
-        group: as of :func:`update_rows`.
+        group: as of :func:`_update_rows`.
         jobs: of the group; those without such rows are left alone.
     """
     mixed = [job for job in jobs if layout_of(job.param).has_scalar_rows]
@@ -50,17 +71,21 @@ def step_scalar_rows(group: dict[str, Any], jobs: list[Job]) -> None:
         return
     layouts = [layout_of(job.param) for job in mixed]
     seconds = [job.state[SECOND_MOMENT] for job in mixed] if group["scalar_optimizer"] == "adam" else []
-    update_rows(
+    counted = [job.state[STEP] for job in mixed] if seconds else [0] * len(mixed)
+    params = [layout.rows_by_rule(job.param, SCALAR) for job, layout in zip(mixed, layouts, strict=True)]
+    _update_rows(
         group,
-        rows_of([job.param for job in mixed], layouts, SCALAR),
+        [step for step, views in zip(counted, params, strict=True) for _ in views],
+        [view for views in params for view in views],
         rows_of([job.grad for job in mixed], layouts, SCALAR),
         rows_of([job.buffer for job in mixed], layouts, SCALAR),
         rows_of(seconds, layouts[: len(seconds)], SCALAR),
     )
 
 
-def update_rows(
+def _update_rows(
     group: dict[str, Any],
+    steps: list[int],
     params: list[torch.Tensor],
     grads: list[torch.Tensor],
     first_moments: list[torch.Tensor],
@@ -70,8 +95,9 @@ def update_rows(
 
     Args:
         group: Muon's param group. Learning rate and weight decay are its own times ``scalar_lr_mult`` and
-            ``scalar_wd_mult``, so that they follow its schedule; ``scalar_betas``, ``scalar_eps`` and ``step`` (of the
-            current step, from 1) are the scalar optimizer's.
+            ``scalar_wd_mult``, so that they follow its schedule; ``scalar_betas`` and ``scalar_eps`` are the scalar
+            optimizer's.
+        steps: how many updates each had, with this one, since its second moment began.
         params: rows of the weights.
         grads: of the same rows.
         first_moments: of the same rows; updated.
@@ -96,7 +122,7 @@ def update_rows(
         first_moments,
         second_moments,
         [],
-        [torch.tensor(float(group["step"] - 1)) for _ in params],  # on the CPU: reading them waits for no device
+        [torch.tensor(float(step - 1)) for step in steps],  # on the CPU: reading them waits for no device
         foreach=True,
         amsgrad=False,
         beta1=beta1,

@@ -168,6 +168,7 @@ class SpectralSphere(Muon):
     """
 
     scales = False
+    watched = (*Muon.watched, LEFT)
 
     def __init__(
         self, params: Any, lr: float = 1e-3, *, radius: float = 2.0, tolerance: float = 0.1, **options: Any
@@ -186,6 +187,13 @@ class SpectralSphere(Muon):
         """As of :class:`Muon`, with those of the sphere."""
         own = {"sphere_radius": self.radius, "sphere_tolerance": self.tolerance}
         return {**super().checkpoint_options, **own}
+
+    def forget(self) -> None:
+        """As of :class:`Muon`: the weights' singular vectors are looked for anew."""
+        super().forget()
+        for state in self.state.values():
+            if LEFT in state:
+                state[LEFT].zero_()
 
     def _update_matrices(self, jobs: list[Job]) -> None:
         engine = self.engines.of([job.param for job in jobs])

@@ -80,12 +80,17 @@ class StiefelMuon(Muon):
         self.solver, self.radius = solver, radius
         self.iterations = iterations or SOLVERS[solver].iterations
         self.tangency: torch.Tensor | None = None
-        self._placed: set[torch.Tensor] = set()
+        self._placed: set[tuple[torch.Tensor, int, int]] = set()
         super().__init__(params, lr, **options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``; weights that come with another state are looked at anew."""
         super().__setstate__(state)
+        self._placed = set()
+
+    def forget(self) -> None:
+        """As of :class:`Muon`: weights are looked at anew."""
+        super().forget()
         self._placed = set()
 
     @property
@@ -117,12 +122,19 @@ class StiefelMuon(Muon):
         # 16 bits and TF32 leave errors that add up over the steps.
         with matmul_precision("highest"):
             products, _ = choose_products("auto", params[0].device, engine.local_dtype)
-            move = _Move(self, [job.group["lr"] for job in jobs], not self._placed.issuperset(params), Msign(products))
+            move = _Move(
+                self, [job.group["lr"] for job in jobs], not self._placed >= _as_they_are(params), Msign(products)
+            )
             # The variant of the other weights has no part in these.
             read = reader(self.config.nesterov, jobs, Variant())
             engine.solve((read, _weights_reader(jobs)), move, _weights_writer(jobs), self._flops)
-        self._placed.update(params)
+        self._placed = _as_they_are(params)
         self.tangency = move.tangency
+
+
+def _as_they_are(params: Sequence[torch.Tensor]) -> set[tuple[torch.Tensor, int, int]]:
+    """Another set once somebody else has written to one of them, or replaced its memory."""
+    return {(param, param._version, param.data_ptr()) for param in params}
 
 
 class _Move:

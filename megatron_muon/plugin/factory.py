@@ -21,6 +21,7 @@ from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.plugin import options
 from megatron_muon.plugin.groups import groups_of_model, ranks_of
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
+from megatron_muon.plugin.state import guard
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
 from megatron_muon.plugin.transfer import group_overrides, scalar_numbers, transfer_of
 from megatron_muon.plugin.variants import check_adapters, describe
@@ -81,6 +82,7 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
                 for group in (each.defaults, *each.param_groups):
                     group.update(numbers)
             _check_partition(optimizer, model_chunks, groups, ranks)
+            guard(optimizer, next(model_chunks[0].parameters()).device)
             if config.optimizer.removeprefix("dist_") == "stiefel_muon":
                 watch(optimizer, ranks, next(model_chunks[0].parameters()).device)
             _print_report(muon, config, model_chunks, groups, ranks, _planned(optimizer))

@@ -51,8 +51,11 @@ def held_by(optimizer: Any, *, create: bool = False) -> list[Held]:
                 "leave it off for the first run from such a checkpoint, save, and turn it on then."
             )
         if type(leaf).__name__ == "DistributedOptimizer":
-            if create and _lacks_state(leaf.optimizer):
+            if create and (missing := _without_state(leaf.optimizer)):
                 leaf.load_state_dict(leaf.state_dict())
+                for state in (leaf.optimizer.state[param] for param in missing):
+                    # Megatron-Core makes it of memory as it is, for a checkpoint to fill: here it may be saved.
+                    torch._foreach_zero_([value for value in state.values() if isinstance(value, torch.Tensor)])
             found += _in_slices(leaf)
         else:
             if create and leaf.init_state_fn is not None:
@@ -61,8 +64,8 @@ def held_by(optimizer: Any, *, create: bool = False) -> list[Held]:
     return found
 
 
-def _lacks_state(inner: torch.optim.Optimizer) -> bool:
-    return any(not inner.state.get(param) for group in inner.param_groups for param in group["params"])
+def _without_state(inner: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [param for group in inner.param_groups for param in group["params"] if not inner.state.get(param)]
 
 
 def _whole(leaf: Any, owned: bool) -> Iterator[Held]:

@@ -223,6 +223,22 @@ def test_steepest_descent() -> None:
     assert losses[-1] == pytest.approx(best, rel=1e-3)
 
 
+@pytest.mark.parametrize("by_data", [False, True])
+def test_other_weights_are_brought_to_the_manifold_too(by_data: bool) -> None:
+    """Weights that come in the place of those of the steps before: as in the first step of an optimizer."""
+    param, fresh = stiefel((12, 8)), stiefel((12, 8), seed=2)
+    optimizer = train(param, lambda step: grad((12, 8), step))
+    if by_data:
+        param.data = fresh.detach().clone()
+    else:
+        param.detach().copy_(fresh)
+    optimizer.state.clear()
+    for each, its in ((param, optimizer), (fresh, StiefelMuon([fresh], lr=LR, momentum=MOMENTUM, radius=RADIUS))):
+        each.grad = grad((12, 8), 5)
+        its.step()
+    assert torch.equal(param, fresh)
+
+
 def test_zero_gradients_only_retract() -> None:
     param = stiefel((8, 6), QKV)
     optimizer = StiefelMuon([param], lr=LR, weight_decay=0.5)

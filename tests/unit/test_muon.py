@@ -187,6 +187,21 @@ def test_state_dict_round_trip_continues_bitwise() -> None:
     assert torch.equal(straight, resumed)
 
 
+def test_a_weight_whose_memory_is_replaced_is_planned_anew() -> None:
+    """As when a vocabulary grows: the parameter is the same, its shape is not."""
+    param, other = _parameter(6, 4), _parameter(5, 8, seed=1)
+    optimizer, fresh = Muon([param], lr=0.1), Muon([other], lr=0.1)
+    param.grad = _gradients(6, 4, 1)[0]
+    optimizer.step()
+    param.grad = None
+    param.data = other.detach().clone()
+    optimizer.reset()
+    for gradient in _gradients(5, 8, 2):
+        param.grad, other.grad = gradient, gradient
+        optimizer.step(), fresh.step()
+    assert torch.equal(param, other)
+
+
 def test_matmul_precision_of_the_process_is_put_back() -> None:
     param = _parameter(6, 4, dtype=torch.float32)
     param.grad = torch.ones_like(param)

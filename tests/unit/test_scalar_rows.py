@@ -184,7 +184,9 @@ def test_state_has_the_shape_of_the_weight() -> None:
     param = parameter(torch.float32)
     optimizer = muon([param])
     optimizer._init_group(optimizer.param_groups[0], skip_non_grad_params=False)
-    assert {name: tensor.shape for name, tensor in optimizer.state[param].items()} == {
+    state = dict(optimizer.state[param])
+    assert state.pop("step") == 0, "a number, which Megatron-Core leaves out by its name"
+    assert {name: tensor.shape for name, tensor in state.items()} == {
         "momentum_buffer": param.shape,
         SECOND_MOMENT: param.shape,
     }

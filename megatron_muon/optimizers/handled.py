@@ -1,0 +1,63 @@
+"""State that others handle: frameworks replace it, zero it by name, and move it to the host and back, between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from megatron_muon.errors import ConfigError
+
+__all__ = ["STEP", "Marks", "refuse_elsewhere"]
+
+STEP = "step"
+"""Name of counts in state, which stay on the host."""
+
+
+class Marks:
+    """Tells which tensors somebody else has replaced or written to since they were marked.
+
+    By object and version, which are the same on all ranks that have been handled alike. What is written past autograd,
+    through ``.data``, is not noticed.
+    """
+
+    def __init__(self) -> None:
+        self._versions = WeakTensorKeyDictionary()
+
+    def leave(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Mark tensors as they are now."""
+        for tensor in tensors:
+            self._versions[tensor] = tensor._version
+
+    def are_touched(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Whether any of them is not as it was left."""
+        return any(self._versions.get(tensor) != tensor._version for tensor in tensors)
+
+
+def refuse_elsewhere(optimizer: torch.optim.Optimizer, device: torch.device | None = None) -> None:
+    """Refuse a step whose state is not where its weights are; looks at no values.
+
+    Args:
+        optimizer: with its state.
+        device: where all of it must be, what is updated too; None for where that is.
+
+    Raises:
+        ConfigError: naming the call that brings it back.
+    """
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            wanted = device or param.device
+            if param.device != wanted:
+                raise _elsewhere(optimizer, "master weight", param, wanted)
+            for name, value in optimizer.state.get(param, {}).items():
+                if isinstance(value, torch.Tensor) and name != STEP and value.device != wanted:
+                    raise _elsewhere(optimizer, name, value, wanted)
+
+
+def _elsewhere(optimizer: torch.optim.Optimizer, name: str, tensor: torch.Tensor, wanted: torch.device) -> ConfigError:
+    shape = " x ".join(map(str, tensor.shape))
+    return ConfigError(
+        f"{type(optimizer).__name__} is to step on {wanted}, but the {name} of a weight, {shape}, is on "
+        f"{tensor.device}: call megatron_muon.wake(optimizer) before the step."
+    )
