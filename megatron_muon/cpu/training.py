@@ -10,6 +10,8 @@ from typing import Any
 from megatron_muon._patching import Patch
 from megatron_muon.cpu.settings import change_arguments
 from megatron_muon.plugin import datasets
+from megatron_muon.refusals import refuse
+from megatron_muon.refusals.cpu import CPU
 
 __all__ = ["PATCHES"]
 
@@ -27,6 +29,15 @@ def _wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
     return validate_args
 
 
+def _refuse_yaml(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def validate_yaml(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        refuse(CPU, args)
+        return original(args, *rest, **kwargs)
+
+    return validate_yaml
+
+
 def _wrap_initialize_megatron(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def initialize_megatron(allow_no_cuda: bool = True, *args: Any, **kwargs: Any) -> Any:
@@ -40,6 +51,11 @@ PATCHES: list[Patch] = [
         "megatron.training.arguments:validate_args",
         _wrap_validate_args,
         "scripts written for GPUs ask for NCCL, TransformerEngine and fused kernels by default",
+    ),
+    Patch(
+        "megatron.training.yaml_arguments:validate_yaml",
+        _refuse_yaml,
+        "--yaml-cfg passes by validate_args()",
     ),
     Patch(
         "megatron.training.initialize:initialize_megatron",

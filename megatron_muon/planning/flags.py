@@ -212,6 +212,7 @@ _KEPT = (
     "experimental_attention_variant",
     "hybrid_layer_pattern",
     "position_embedding_type",
+    "yaml_cfg",
 )
 """Refused on the CPU for a reason that holds for a plan too: they change weights, or where these or their state are."""
 

@@ -21,7 +21,6 @@ from megatron_muon.plugin import (
     layer_wise,
     mimo,
     native,
-    optimizer_config,
     options,
     ownership,
     qk_clip,
@@ -37,7 +36,6 @@ __all__ = ["describe", "install", "is_installed", "load", "uninstall"]
 def _all_patches() -> list[Patch]:
     rooms = (
         config_fields,
-        optimizer_config,
         arguments,
         ownership,
         registry,

@@ -193,6 +193,8 @@ def _with_known_options(original: Callable[..., tuple[Any, Any]]) -> Callable[..
         _complete(args)
         if is_ours(getattr(args, "optimizer", None)):
             _check_late(args)
+            if getattr(args, "yaml_cfg", None):  # then validate_args() was not called
+                refuse(MUON, args)
         return original(args)  # copies all arguments that are fields
 
     return get_megatron_optimizer_config
@@ -203,7 +205,7 @@ def _complete(args: argparse.Namespace) -> None:
     names = [PREFIX + field.name for field in fields(MuonConfig)]
     if not all(hasattr(args, name) for name in names):
         defaults = {name: (value,) for name, value in megatron_defaults().items()}
-        options.supply(vars(args), defaults, "the command line is")
+        options.supply(vars(args), defaults, "the command line is from before install()")
 
 
 def megatron_defaults() -> dict[str, Any]:

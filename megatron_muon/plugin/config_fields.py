@@ -6,6 +6,8 @@ to the class and to the subclasses that it has already; those that are made late
 
 The defaults are those in force when a config is built (:func:`megatron_muon.plugin.options.current`). Where
 Megatron-Core has an option too, its field gets this package's default (``muon_tp_mode`` auto, not blockwise).
+
+A config that is built in code gets the refusals of the command line, whatever its class does after construction.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig
 from megatron_muon.plugin import options
 from megatron_muon.plugin.arguments import megatron_defaults
+from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
 
 __all__ = ["patches"]
 
@@ -48,6 +51,18 @@ def patches() -> list[Patch]:
             in_subclasses=_if_generated(hooks.with_options),
         ),
         Patch(
+            f"{_CONFIG}.__post_init__",
+            hooks.with_check,
+            "a wrong Muon option in an OptimizerConfig is refused when it is built, before the model is",
+            in_subclasses=hooks.with_check,
+        ),
+        Patch(
+            f"{_CONFIG}.__init_subclass__",
+            hooks.with_later_classes,
+            "a wrong Muon option is refused by classes that are made later, too",
+            create=True,
+        ),
+        Patch(
             f"{_CONFIG}.__getattr__",
             hooks.with_late_options,
             "a config from before install() gets the options when one is first read",
@@ -69,7 +84,12 @@ def _types() -> dict[str, Any]:
     return {PREFIX + name: kind for name, kind in typing.get_type_hints(MuonConfig).items()}
 
 
+_not_given: set[str] = set()
+"""Options whose default was asked for since the last config was built."""
+
+
 def _default(name: str) -> Any:
+    _not_given.add(name)
     return getattr(options.current(), name.removeprefix(PREFIX))
 
 
@@ -118,16 +138,12 @@ class _Hooks:
         """An ``__init__`` that takes the options, around one that was generated without them."""
         signature = inspect.signature(original)
         taken = self.megatron.keys() | signature.parameters.keys()
-        added = self.ours.keys() - self.megatron.keys()
 
         @functools.wraps(original)
         def __init__(config: Any, *args: Any, **kwargs: Any) -> None:
             cls = type(config)
             positional = [field.name for field in dataclasses.fields(cls) if field.init and not field.kw_only]
             given = {*positional[: len(args)], *kwargs}
-            if self.megatron.keys() <= kwargs.keys() and given.isdisjoint(added):
-                self.supply(cls, kwargs)
-                given.update(kwargs)
             for name, field in self.ours.items():
                 if cls.__dataclass_fields__.get(name) is not field:
                     continue  # a subclass has a field of its own by this name
@@ -155,6 +171,37 @@ class _Hooks:
         rest = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
         return original.replace(parameters=[*parameters, *added, *rest])
 
+    def with_check(self, original: Callable[..., None]) -> Callable[..., None]:
+        """A ``__post_init__`` that first looks at what the constructor was given."""
+
+        @functools.wraps(original)
+        def __post_init__(config: Any, *args: Any) -> None:
+            cls = type(config)
+            added = {name for name in self.ours.keys() - self.megatron.keys() if name not in self._own(cls)}
+            try:
+                if _not_given == added:
+                    self.settle_copied(config)
+                if is_ours(config.optimizer):
+                    check_optimizer_config(config, is_complete=False)  # some may be set as attributes later
+            finally:
+                _not_given.clear()
+            original(config, *args)
+
+        return __post_init__
+
+    def with_later_classes(self, original: Any) -> Any:
+        """An ``__init_subclass__``, which Python calls when a subclass is made."""
+
+        def __init_subclass__(cls: Any, /, **kwargs: Any) -> None:
+            from megatron.core.optimizer.optimizer_config import OptimizerConfig
+
+            super(OptimizerConfig, cls).__init_subclass__(**kwargs)
+            method = vars(cls).get("__post_init__")
+            if method is not None and not hasattr(method, "__wrapped__"):  # a class with slots is made twice
+                cls.__post_init__ = self.with_check(method)
+
+        return classmethod(__init_subclass__)
+
     def with_late_options(self, original: Callable[[Any, str], Any] | None) -> Callable[[Any, str], Any]:
         """A ``__getattr__``, which Python asks for what an object lacks."""
 
@@ -170,34 +217,35 @@ class _Hooks:
 
     def settle(self, config: Any) -> dict[str, Any]:
         """Give the options in force to a config that was built before ``install()``; the values of its fields."""
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(config):
-            with contextlib.suppress(AttributeError):
-                # Past __getattr__. Not of vars(): values may be in slots.
-                values[field.name] = object.__getattribute__(config, field.name)
         own = self._own(type(config))
         defaults = {name: (field.default,) for name, field in self.megatron.items() if name not in own}
-        options.supply(values, defaults, "an OptimizerConfig is")
-        for name in self.ours:
-            setattr(config, name, values[name])
-        return values
+        return self._supply(config, defaults, "an OptimizerConfig is from before install()")
 
-    def supply(self, cls: type, values: dict[str, Any]) -> None:
-        """Options for values that were copied from what has all of Megatron-Core's options and none of ours.
+    def settle_copied(self, config: Any) -> None:
+        """Options for a config that was given all of Megatron-Core's and none of ours: somebody has copied them.
 
-        That are arguments which were parsed before ``install()``, or a file from a run without it. What the class says
-        itself counts for what is missing.
+        From arguments that were parsed before ``install()``, from the file of a run without it, or from a class of a
+        framework's own. What the config's class says itself counts.
         """
-        parsed, own = megatron_defaults(), self._own(cls)
+        parsed, own = megatron_defaults(), self._own(type(config))
         defaults = {
             name: (field.default, parsed.get(name, field.default))
             for name, field in self.megatron.items()
             if name not in own
         }
-        missing = own - values.keys()
-        options.supply(values, defaults, "an OptimizerConfig has values")
-        for name in missing:
-            del values[name]
+        what = "an OptimizerConfig was given all of Megatron-Core's Muon options and none of this package's"
+        self._supply(config, defaults, what)
+
+    def _supply(self, config: Any, defaults: dict[str, tuple[Any, ...]], what: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(config):
+            with contextlib.suppress(AttributeError):
+                # Past __getattr__. Not of vars(): values may be in slots.
+                values[field.name] = object.__getattribute__(config, field.name)
+        options.supply(values, defaults, what)
+        for name in self.ours:
+            setattr(config, name, values[name])
+        return values
 
     def _own(self, cls: type) -> set[str]:
         """Options of which a subclass has fields of its own: what it says, it has chosen."""

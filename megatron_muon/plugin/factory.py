@@ -24,7 +24,7 @@ from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_our
 from megatron_muon.plugin.state import guard
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
 from megatron_muon.plugin.transfer import group_overrides, scalar_numbers, transfer_of
-from megatron_muon.plugin.variants import check_adapters, describe
+from megatron_muon.plugin.variants import blockwise, check_adapters, describe
 from megatron_muon.refusals import MUON, refuse
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names, report
 from megatron_muon.routing.partition import refuse_uneven, refuse_unmatched
@@ -306,7 +306,7 @@ def _print_report(
     if ranks.is_first:
         notes = [*_notes(muon, config, groups), *_transfer_notes(muon, model_chunks), *planned]
         text = report.render(everything, muon, notes=notes, optimizer=config.optimizer)
-        print(f"megatron_muon {__version__}\n{text}\n", flush=True)
+        print(f"megatron_muon {__version__}\n{blockwise(muon, groups.tp.size())}{text}\n", flush=True)
 
 
 def _is_first(groups: Any, *names: str) -> bool:
@@ -329,11 +329,4 @@ def _transfer_notes(muon: MuonConfig, model_chunks: Sequence[torch.nn.Module]) -
 def _notes(muon: MuonConfig, config: Any, groups: Any) -> list[str]:
     notes = describe(config, muon)
     notes[1] += f"; tensor parallel {groups.tp.size()}: {muon.tp_mode}"
-    if muon.tp_mode == "blockwise" and groups.tp.size() > 1:
-        notes.append(
-            "WARNING --muon-tp-mode blockwise: each tensor-parallel shard is orthogonalized by itself. This is not "
-            f"Muon on one device, and it changes with the tensor-parallel size (now {groups.tp.size()}); "
-            "scale factors are those of the shards, not of the table. "
-            "Use --muon-tp-mode auto for the same update at every size."
-        )
     return notes

@@ -115,7 +115,7 @@ def supply(values: dict[str, Any], megatron: Mapping[str, Collection[Any]], what
     Args:
         values: by name, ``optimizer`` too.
         megatron: the defaults of Megatron-Core, by name.
-        what: has the values, in words.
+        what: where the values come from, in words.
     """
     from megatron_muon.plugin.optimizer_config import is_ours
 
@@ -129,9 +129,12 @@ def supply(values: dict[str, Any], megatron: Mapping[str, Collection[Any]], what
             values[name] = default
     if is_ours(values.get("optimizer")):
         instead = (
-            f" ({', '.join(changed)}: Megatron-Core's default, which is not taken for a choice)" if changed else ""
+            f" ({', '.join(changed)}: Megatron-Core's default, which is not taken for a choice; whoever wants it says "
+            "so by install(MuonConfig(...)))"
+            if changed
+            else ""
         )
-        say(f"{what} from before install(); options that it lacks are {_origin()}{instead}.")
+        say(f"{what}; options that it lacks are {_origin()}{instead}.")
 
 
 def take_installed(options: MuonConfig) -> None:

@@ -10,10 +10,11 @@ import torch
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.sphere import evaluations
+from megatron_muon.plugin import options
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 from megatron_muon.routing.rules.linear import LORA_FACTOR
 
-__all__ = ["check_adapters", "describe"]
+__all__ = ["blockwise", "check_adapters", "describe"]
 
 _SPHERE, _ADAPTIVE = "spectral_sphere", "adaptive_muon"
 
@@ -42,6 +43,33 @@ def check_adapters(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], s
                 f"grow from zeros. Give adapters to Adam ({flag('param_rule')} '{name}=adam'; a pattern may stand for "
                 "many), or use --optimizer muon."
             )
+
+
+def blockwise(muon: MuonConfig, tp_size: int) -> str:
+    """What is said, before all else, of a run whose tensor-parallel shards are orthogonalized each by itself.
+
+    A framework's recipe that has it by default looks like a user's choice in a config. What was said on the command
+    line or to ``install()`` is a choice for certain.
+    """
+    if muon.tp_mode != "blockwise":
+        return ""
+    lines = [
+        "muon_tp_mode blockwise is another optimizer than Muon on one device: each tensor-parallel shard is",
+        f"orthogonalized by itself, so that it changes with the tensor-parallel size (now {tp_size}), and scale",
+        "factors are those of the shards. auto gives the same update at every size.",
+    ]
+    if tp_size == 1:
+        lines = [
+            "muon_tp_mode blockwise: the same as auto while the tensor-parallel size is 1. Resumed at another size,",
+            "this run would go on with another optimizer. auto gives the same update at every size.",
+        ]
+    if options.current().tp_mode != "blockwise":
+        lines += [
+            "Neither the command line nor install() asks for it: the OptimizerConfig has it. Recipes and argument",
+            "classes of Megatron-Bridge, ms-swift and verl set it by default. There, set muon_tp_mode to auto.",
+        ]
+    frame = "*" * 120 + "\n"
+    return f"{frame}{'\n'.join(f'WARNING {line}' for line in lines)}\n{frame}"
 
 
 def describe(settings: Any, muon: MuonConfig) -> list[str]:

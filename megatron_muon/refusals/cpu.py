@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_muon.refusals.megatron import YAML
 from megatron_muon.refusals.rule import Condition, Refusal, given, one_of, that
 
 __all__ = ["CHANGES", "CPU", "IN_CONFIG", "Change"]
@@ -146,6 +147,7 @@ _REFUSED: tuple[tuple[Condition, str, str], ...] = (
     (given("batch_invariant_mode"), "batch-invariant kernels need a GPU", _LEAVE_OUT),
     (given("init_model_with_meta_device"), "weights would start from unset memory without FSDP", _LEAVE_OUT),
     (one_of("pipeline_model_parallel_comm_backend", "ucc"), "UCC needs GPUs", _LEAVE_OUT),
+    (given("yaml_cfg"), *YAML),
     (one_of("transformer_impl", "inference_optimized"), "its kernels need a GPU", "use --transformer-impl local"),
 )
 

@@ -13,9 +13,12 @@ from megatron_muon.refusals.rule import (
     that,
 )
 
-__all__ = ["MEGATRON"]
+__all__ = ["MEGATRON", "YAML"]
 
 _OURS = optimizer(*OPTIMIZERS)
+
+YAML = ("its settings pass by all checks, and flags beside it do not count", "give flags")
+"""Reason and way out of ``--yaml-cfg``."""
 
 _FSDP = ("FSDP shards cannot be orthogonalized", "use --use-distributed-optimizer")
 
@@ -23,6 +26,7 @@ MEGATRON: tuple[Refusal, ...] = (
     *(
         Refusal((given(name), _OURS), because, instead)
         for name, because, instead in (
+            ("yaml_cfg", *YAML),
             ("fp16", "Muon needs no loss scale", "use --bf16 or float32"),
             ("use_torch_fsdp2", *_FSDP),
             ("use_megatron_fsdp", *_FSDP),

@@ -39,7 +39,7 @@ def test_a_config_from_before_install(pool: RankPool, way: str) -> None:
     assert said == (
         "megatron_muon: an OptimizerConfig is from before install(); options that it lacks are those given to "
         "install() (muon_tp_mode auto instead of blockwise: Megatron-Core's default, which is not taken for a "
-        "choice).\n"
+        "choice; whoever wants it says so by install(MuonConfig(...))).\n"
     )
 
 
@@ -57,11 +57,16 @@ def copied_from_before(source: str, cls: str) -> tuple[Any, ...]:
     with contextlib.redirect_stdout(io.StringIO()) as said:
         config = made(**{field.name: held[field.name] for field in dataclasses.fields(made) if field.name in held})
         muon = MuonConfig.from_optimizer_config(config)
-    return muon, "an OptimizerConfig has values from before install()" in said.getvalue()
+    return (
+        muon,
+        "an OptimizerConfig was given all of Megatron-Core's Muon options and none of this package's"
+        in said.getvalue(),
+    )
 
 
 @pytest.mark.parametrize(
-    ("source", "cls"), [("arguments", "OptimizerConfig"), ("arguments", "Early"), ("file", "OptimizerConfig")]
+    ("source", "cls"),
+    [("arguments", "OptimizerConfig"), ("arguments", "Early"), ("file", "OptimizerConfig"), ("file", "Late")],
 )
 def test_values_from_before_install(pool: RankPool, source: str, cls: str) -> None:
     """As slime, ms-swift and others copy arguments, past Megatron's own function for it."""
@@ -176,7 +181,7 @@ def test_install_after_the_command_line(pool: RankPool, stage: str) -> None:
     assert said == (
         "megatron_muon: the command line is from before install(); options that it lacks are the defaults "
         "(muon_momentum 0.95 instead of 0.9, muon_tp_mode auto instead of blockwise: Megatron-Core's default, which is "
-        "not taken for a choice)."
+        "not taken for a choice; whoever wants it says so by install(MuonConfig(...)))."
     )
 
 

@@ -240,6 +240,22 @@ def test_a_constructor_that_another_tool_has_wrapped(pool: RankPool, wraps: bool
     assert ("is from before install(); options that it lacks are the defaults" in said) is not wraps
 
 
+def wrong_in(name: str) -> str:
+    cls = classes()[name]
+    try:
+        cls(optimizer="muon", muon_scale_mode="nonsense")
+    except ConfigError as error:
+        return str(error)
+    return "built"
+
+
+@pytest.mark.parametrize("name", ["OptimizerConfig", "Early", "Late"])
+def test_a_wrong_option_is_refused_when_the_config_is_built(pool: RankPool, name: str) -> None:
+    """Though the class puts off what Megatron-Core does after construction."""
+    message = pool.run(wrong_in, 1, name)[0]
+    assert message.startswith("--muon-scale-mode nonsense: choose one of spectral, ")
+
+
 def misspelt() -> list[str]:
     from megatron.core.optimizer import OptimizerConfig
 

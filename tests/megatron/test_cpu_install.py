@@ -197,6 +197,28 @@ def test_arguments_that_cannot_be_honoured(change: dict[str, Any], match: str) -
         change_arguments(megatron_arguments(**change))
 
 
+def settings_in_yaml() -> list[str]:
+    """What is said of them where Megatron-Core checks them, and where it makes the optimizer's config of them."""
+    import megatron_muon
+
+    megatron_muon.install()
+    from megatron.training import training, yaml_arguments
+
+    args = SimpleNamespace(yaml_cfg="run.yaml", optimizer="muon")
+    messages = []
+    for function in (yaml_arguments.validate_yaml, training.get_megatron_optimizer_config):
+        with pytest.raises(ConfigError) as caught:
+            function(args)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_settings_in_yaml(pool: RankPool) -> None:
+    on_cpu, with_muon = pool.run(settings_in_yaml, 1)[0]
+    assert on_cpu.startswith("--yaml-cfg run.yaml on the CPU: ") and on_cpu.endswith("; give flags.")
+    assert with_muon.startswith("--yaml-cfg run.yaml with --optimizer muon: ") and with_muon.endswith("; give flags.")
+
+
 def test_configs_made_in_code() -> None:
     class TransformerConfig(SimpleNamespace):
         pass

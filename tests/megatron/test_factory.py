@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 import pytest
@@ -174,6 +176,31 @@ def defaults_and_explicit_values() -> list[str]:
 
 def test_default_of_a_config_built_in_code(pool: RankPool) -> None:
     assert pool.run(defaults_and_explicit_values, 1)[0] == ["blockwise", "auto", "blockwise", "blockwise"]
+
+
+def said_of_blockwise(layout: Layout) -> list[str]:
+    """The first words of a run whose config has blockwise, by whether the user has said it to this package."""
+    import megatron_muon
+
+    found = []
+    for installed in (None, megatron_muon.MuonConfig(tp_mode="blockwise")):
+        megatron_muon.install(installed)
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            harness.start(layout, optimizer={"muon_tp_mode": "blockwise"}, num_layers=1)
+        found.append(text.getvalue().partition("weight  ")[0])
+    return found
+
+
+def test_blockwise_is_said_before_all_else(pool: RankPool) -> None:
+    """A framework's recipe that has it is told apart from a choice on the command line or of install()."""
+    recipes, chosen = pool.run(said_of_blockwise, 2, Layout(tp=2))[0]
+    for text in (recipes, chosen):
+        assert text.splitlines()[1].startswith("*****")
+        assert "WARNING muon_tp_mode blockwise is another optimizer than Muon on one device" in text
+        assert "(now 2)" in text
+    assert "Neither the command line nor install() asks for it" in recipes and "Neither" not in chosen
+    recipes, chosen = pool.run(said_of_blockwise, 1, Layout())[0]
+    assert "the same as auto while the tensor-parallel size is 1" in recipes and "another size" in chosen
 
 
 def knobs_in_the_optimizer() -> Any:

@@ -33,7 +33,7 @@ OTHER_NAMES = {  # extension points are functions, these hooks' targets are not
 }
 AT_RUN_TIME = {  # what is added to a class is no function that could be asked
     f"megatron.core.optimizer.optimizer_config:OptimizerConfig.{name}"
-    for name in ("__dataclass_fields__", "__annotations__", "__getattr__", "__repr__", "__eq__")
+    for name in ("__dataclass_fields__", "__annotations__", "__init_subclass__", "__getattr__", "__repr__", "__eq__")
 }
 
 
@@ -132,7 +132,7 @@ def load_all():
     from megatron_muon import plugin
     for module in sorted({patch.module for patch in plugin._PATCHES.patches}):
         importlib.import_module(module)
-ADDED = {"__dataclass_fields__", "__annotations__", "__getattr__", "__repr__", "__eq__"}  # to OptimizerConfig
+ADDED = {"__dataclass_fields__", "__annotations__", "__init_subclass__", "__getattr__", "__repr__", "__eq__"}  # to OptimizerConfig
 def snapshot():
     found = {}
     for name, module in list(sys.modules.items()):

@@ -182,6 +182,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "--muon-scalar-lr 0.0001 with --lr-warmup-init 1e-05: .*use 0",
     ),
     # Megatron's settings
+    ({"yaml_cfg": "a.yaml"}, "--yaml-cfg a.yaml with --optimizer muon: .*; give flags."),
     ({"fp16": True}, "--fp16 with --optimizer muon: Muon needs no loss scale; use --bf16 or float32."),
     ({"optimizer": "dist_muon", "fp16": True}, "--fp16 with --optimizer dist_muon: Muon needs no loss scale"),
     ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 with --optimizer muon: FSDP shards cannot be orthogonalized; use -"),
