@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_muon._patching import Patch
 from megatron_muon.config import MuonConfig
@@ -53,9 +55,10 @@ def patches() -> list[Patch]:
         ),
         Patch(
             f"{_CLASS}.__init__",
-            _with_tensor_parallel_groups,
+            _with_own_groups,
             "experts whole on each tensor-parallel rank would count in the gradient's norm on its first rank only, "
-            "but other ranks have other experts, or own some",
+            "but other ranks have other experts, or own some; and the norm of a model on some of the ranks would be "
+            "that of all models of the run",
         ),
         Patch(
             f"{_CLASS}.compute_full_param_layout",
@@ -140,15 +143,42 @@ def _with_decision(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def _with_tensor_parallel_groups(original: Callable[..., None]) -> Callable[..., None]:
+def _with_own_groups(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         dense = getattr(self.pg_collection, "tp", None)
         for member in self.chained_optimizers:  # as Megatron-Core does for its other optimizers
             member.tp_group, member.expert_tp_group = dense, getattr(self.pg_collection, "expt_tp", dense)
+        some = _group_of_some(self.pg_collection)
+        if some is None:
+            return
+        for member in self.chained_optimizers:
+            member.grad_stats_parallel_group = some
+        for name in ("get_grad_norm", "_get_grad_norm_for_group", "has_grad_norm_group", "count_zeros"):
+            # Of the base class: over the members' group, where the layer-wise optimizer's own are over the whole run.
+            setattr(self, name, functools.partial(getattr(type(self).__base__, name), self))
 
     return __init__
+
+
+def _group_of_some(pg_collection: Any) -> Any:
+    """The ranks of a model that is on some of the run's; None if it is on all.
+
+    Raises:
+        ConfigError: if the model has no such group.
+    """
+    ranks = 0 if pg_collection is None else math.prod(group.size() for group in ranks_of(pg_collection).groups)
+    if ranks in (0, dist.get_world_size()):
+        return None
+    group = getattr(pg_collection, "intra_dist_opt", None)
+    if group is None or group.size() != ranks:
+        raise ConfigError(
+            f"A layer-wise optimizer on {ranks} of {dist.get_world_size()} ranks without pg_collection.intra_dist_opt: "
+            "the gradient's norm is a sum over the model's ranks alone. Give ProcessGroupCollection the group of these "
+            f"{ranks} ranks as intra_dist_opt."
+        )
+    return group
 
 
 def keeps_upstream_lists(args: Any) -> bool:

@@ -131,8 +131,8 @@ def build(language: Any, vision: Any, asked: dict[str, Any] | None = None, clip:
 def backward(model: Any, step: int) -> float:
     """Gradients of a batch of two, reduced over each part's replicas; the loss, on all ranks.
 
-    Where the parts are on ranks of their own, embeddings of patches go from the first rank to the last, and their
-    gradients back.
+    Where the parts are on ranks of their own, embeddings of patches go from each of the first half to one of the
+    second, and their gradients back.
     """
     samples = 2
     tokens = torch.stack([harness.COUNTING.tokens(step, sample) for sample in range(samples)])
@@ -144,9 +144,13 @@ def backward(model: Any, step: int) -> float:
     mask = torch.zeros(1, 1, PATCHES, PATCHES, dtype=torch.bool)
     found = torch.zeros(1)
     encoder = model.modality_submodules["images"].module if model.modality_submodules else None
+    other = (dist.get_rank() + dist.get_world_size() // 2) % dist.get_world_size()
     if encoder is not None:
         data = encoder.pg_collection.dp
         features = features[:, data.rank() :: data.size()].contiguous()
+    if model.language_model is not None:
+        data = model.language_model.module.pg_collection.dp
+        given, positions, labels = (each[data.rank() :: data.size()] for each in (given, positions, labels))
     inputs = {"images": {"block": {"hidden_states": features, "attention_mask": mask}}}
     if encoder is not None and model.language_model is not None:
         output, _ = model(given, positions, None, None, labels, inputs)
@@ -154,17 +158,17 @@ def backward(model: Any, step: int) -> float:
         found += output.detach().mean()
     elif encoder is not None:
         output, _ = model(given, positions, None, None, None, inputs)
-        dist.send(output["images"].detach(), 1)
+        dist.send(output["images"].detach(), other)
         gradient = torch.empty_like(output["images"])
-        dist.recv(gradient, 1)
+        dist.recv(gradient, other)
         output["images"].backward(gradient)
     else:
-        images = torch.empty(PATCHES * samples, 32)
-        dist.recv(images, 0)
+        images = torch.empty(PATCHES * len(given), 32)
+        dist.recv(images, other)
         model.set_input_tensor({"images": images.requires_grad_()})
         output, _ = model(given, positions, None, None, labels)
         output.mean().backward()
-        dist.send(images.grad, 0)
+        dist.send(images.grad, other)
         found += output.detach().mean()
     for part in model._active_ddp_modules():
         part.finish_grad_sync()

@@ -17,7 +17,9 @@ from tests.pool import RankPool
 CLIP = {"qk_clip": True, "qk_clip_threshold": 0.05}
 
 
-def start(parts: dict[str, tuple[int, int, int]], options: dict[str, Any] | None) -> tuple[Any, Any]:
+def start(
+    parts: dict[str, tuple[int, int, int]], options: dict[str, Any] | None, layer_wise: bool = False
+) -> tuple[Any, Any]:
     """A model, and its optimizer; with ``options`` for the encoder its own."""
     import megatron_muon
 
@@ -25,11 +27,13 @@ def start(parts: dict[str, tuple[int, int, int]], options: dict[str, Any] | None
     from megatron.core import parallel_state
     from megatron.core.models.mimo.optimizer import MimoOptimizer, get_mimo_optimizer
     from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if not parallel_state.model_parallel_is_initialized():
         Layout(tp=dist.get_world_size()).initialize()
+    model_parallel_cuda_manual_seed(1)
     model = mimo.build(*(mimo.grid_of(*parts[name]) for name in ("language", "images")), clip=CLIP)
-    config = harness.optimizer_config(Layout())
+    config = harness.optimizer_config(Layout(layer_wise=layer_wise))
     if options is None:
         return model, get_megatron_optimizer(config, [model])
     optimizer = get_mimo_optimizer(model, config)
@@ -106,3 +110,28 @@ def test_trains_clips_saves_and_resumes(pool: RankPool, tmp_path: Path, layout: 
     language = ranks[-1]
     assert language["clipped"][0] > 0 and language["logit"] > 0.05
     assert (ranks[0]["clipped"] == []) == (layout == "apart")
+
+
+def shared_out() -> list[tuple[list[float], list[float]]]:
+    """Losses and norms of gradients without and with owners of weights, each model on two of four ranks."""
+    found = []
+    for layer_wise in (False, True):
+        model, optimizer = start({"language": (2, 1, 2), "images": (0, 1, 2)}, None, layer_wise)
+        parts = [info.optimizer for info in optimizer.module_infos.values() if info.optimizer is not None]
+        assert all((type(part).__name__ == "LayerWiseDistributedOptimizer") is layer_wise for part in parts)
+        norms, norm = [], optimizer.get_grad_norm
+
+        def get_grad_norm(norm: Any = norm, norms: list[float] = norms) -> float:
+            norms.append(norm())
+            return norms[-1]
+
+        optimizer.get_grad_norm = get_grad_norm
+        found.append((train(model, optimizer, range(3)), norms))
+    return found
+
+
+def test_owners_of_weights_on_some_of_the_ranks(pool: RankPool) -> None:
+    """The gradient's norm is each model's own, which Megatron-Core's layer-wise optimizer sums over the run."""
+    for (losses, norms), (shared_losses, shared_norms) in pool.run(shared_out, 4):
+        assert shared_losses == pytest.approx(losses, rel=1e-5) and shared_norms == pytest.approx(norms, rel=1e-5)
+        assert len(norms) == 3
