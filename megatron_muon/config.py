@@ -290,6 +290,12 @@ class MuonConfig:
         check=one_of("error", "accept"),
         readers=EVERY_OPTIMIZER,
     )
+    nonfinite: str = knob(
+        "stop",
+        "What happens where Megatron's own check of gradients is off (--no-check-for-nan-in-loss-and-grad) and one has "
+        "NaN or infinity: stop the run, naming the weight, or skip the step on all ranks.",
+        check=one_of("stop", "skip"),
+    )
     qk_clip_rule: str = knob(
         "q_only",
         "--qk-clip of query heads that share a key head (GQA, MQA): q_only scales a head's query rows alone; group, "

@@ -20,6 +20,7 @@ from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.plugin import options
 from megatron_muon.plugin.groups import groups_of_model, ranks_of
+from megatron_muon.plugin.nonfinite import refuse_nonfinite
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
 from megatron_muon.plugin.state import guard
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
@@ -83,6 +84,7 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
                     group.update(numbers)
             _check_partition(optimizer, model_chunks, groups, ranks)
             guard(optimizer, next(model_chunks[0].parameters()).device)
+            refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite)
             if config.optimizer.removeprefix("dist_") == "stiefel_muon":
                 watch(optimizer, ranks, next(model_chunks[0].parameters()).device)
             _print_report(muon, config, model_chunks, groups, ranks, _planned(optimizer))

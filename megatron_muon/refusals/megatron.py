@@ -10,6 +10,7 @@ from megatron_muon.refusals.rule import (
     one_of,
     optimizer,
     other_than,
+    ours,
     that,
 )
 
@@ -69,5 +70,13 @@ MEGATRON: tuple[Refusal, ...] = (
         (one_of("ckpt_format", "torch"), layer_wise(), given("use_layer_wise_param_layout"), given("save")),
         "Megatron-Core cannot save it and would fail at the first checkpoint",
         "use --ckpt-format torch_dist, or add --no-use-layer-wise-param-layout",
+    ),
+    *(
+        Refusal(
+            (one_of("muon_nonfinite", "skip"), given(name), ours()),
+            "Megatron's own check of gradients ends the run before",
+            "turn that off: --no-check-for-nan-in-loss-and-grad",
+        )
+        for name in ("check_for_nan_in_loss_and_grad", "DistributedDataParallelConfig.check_for_nan_in_grad")
     ),
 )

@@ -39,6 +39,7 @@ ARGUMENTS: dict[str, Any] = {
     "adaptive_muon_moment2_method": "adamuon",
     "adaptive_muon_beta2": 0.95,
     "adaptive_muon_eps": 1e-8,
+    "check_for_nan_in_loss_and_grad": True,
     "ckpt_format": "torch_dist",
     "context_parallel_size": 1,
     "decoupled_lr": None,
@@ -80,6 +81,11 @@ LAYER_WISE = {"use_distributed_optimizer": True}
 CLIP = {"qk_clip": True}
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    (
+        {"muon_nonfinite": "skip"},
+        "--muon-nonfinite skip with --check-for-nan-in-loss-and-grad: Megatron's own check of gradients ends the run "
+        "before; turn that off: --no-check-for-nan-in-loss-and-grad",
+    ),
     # Options with each other
     ({"muon_split_qkv": False, "muon_qkv": "per_head"}, "--muon-qkv per_head with --muon-no-split-qkv: these contra"),
     (
@@ -290,7 +296,8 @@ def test_every_row_is_tested() -> None:
     fields = {"use_distributed_optimizer": True, "use_layer_wise_distributed_optimizer": False}
     for changes in (TRANSFER, SCALAR):
         config = OptimizerConfig(**fields, decoupled_weight_decay=False)
-        views.append(Settings(config, DistributedDataParallelConfig(**fields), {**ARGUMENTS, **changes}))
+        buffers = DistributedDataParallelConfig(**fields, check_for_nan_in_grad=True)
+        views.append(Settings(config, buffers, {**ARGUMENTS, **changes, "muon_nonfinite": "skip"}))
     views.append(Settings({**ARGUMENTS, "optimizer": "adam"}))
     silent = [row.words for row in (*MUON, *QK_CLIP, *PLAN, *READ) if not any(row.holds(view) for view in views)]
     assert silent == []

@@ -1,0 +1,78 @@
+"""NaN and infinity in gradients: they must not reach momentum and weights, which would keep them for ever.
+
+Megatron-Core looks for them where DDP's ``check_for_nan_in_grad`` is on, before gradients are reduced; afterwards only
+a loss scaler does. :func:`refuse_nonfinite` looks at what the optimizer is about to read, before any state changes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_muon.agree import Ranks
+from megatron_muon.config import flag
+from megatron_muon.routing import global_names
+
+__all__ = ["refuse_nonfinite"]
+
+
+def refuse_nonfinite(optimizer: Any, model_chunks: Sequence[torch.nn.Module], ranks: Ranks, choice: str) -> None:
+    """Let ``optimizer.prepare_grads``, with which every step begins, stop the run or have the step left out.
+
+    Args:
+        optimizer: Megatron-Core's, of a model.
+        model_chunks: of the model on this rank.
+        ranks: the model's; all of them step together, and decide alike.
+        choice: ``stop`` or ``skip``.
+
+    Raises (in each step):
+        RuntimeError: with ``stop``, on all ranks, naming the weights.
+    """
+    prepare = optimizer.prepare_grads
+    device = next(model_chunks[0].parameters()).device
+
+    def prepare_grads() -> bool:
+        found: bool = prepare()
+        suspect = _suspect(optimizer, device)
+        ranks.reduce_max(suspect)
+        # Waits for the device, before state changes; Megatron-Core waits after each step, for whether it succeeded.
+        if not suspect.item():
+            return found
+        names = dict.fromkeys(itertools.chain.from_iterable(ranks.gather(lambda: list(_names(model_chunks)))))
+        if not names:
+            return found  # finite, but too large to be squared
+        told = ", ".join(itertools.islice(names, 4)) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        if choice == "stop":
+            raise RuntimeError(
+                f"NaN or infinity in the gradients of {told}. Weights and momentum are those of the last step. "
+                f"{flag('nonfinite')} skip leaves out such steps; a checkpoint from before and a lower learning rate "
+                "help where they come back."
+            )
+        if ranks.is_first:
+            print(f"megatron_muon: step left out: NaN or infinity in the gradients of {told}", flush=True)
+        return True
+
+    optimizer.prepare_grads = prepare_grads
+
+
+def _suspect(optimizer: Any, device: torch.device) -> torch.Tensor:
+    """1 where a norm of this rank's gradients is not finite, else 0: a single element."""
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    grads = [param.grad for param in params if param.grad is not None]
+    if not grads:
+        return torch.zeros(1, device=device)
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(grads)])
+    return (~norms.isfinite()).any().float().reshape(1)
+
+
+def _names(model_chunks: Sequence[torch.nn.Module]) -> Iterator[str]:
+    """Weights of this rank with a gradient that is not finite."""
+    for chunk in model_chunks:
+        for name, param in global_names(chunk):
+            grad = getattr(param, "main_grad", None)
+            grad = param.grad if grad is None else grad
+            if grad is not None and not grad.isfinite().all():
+                yield name
