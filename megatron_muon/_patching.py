@@ -12,7 +12,7 @@ hand them to a :class:`PatchSet`, which
   for itself whether it was entered;
 * puts everything back on :meth:`PatchSet.revert`.
 
-:func:`holds` and :func:`in_place_of` say what is there now.
+:func:`holds`, :func:`lost` and :func:`in_place_of` say what is there now.
 
 A Megatron-LM with our git patches (``patches/``) has extension points where these changes belong. A patch whose target
 is one is handed to it, and no attribute is replaced: the function itself asks who wraps it. This is decided for each
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-__all__ = ["EXTENSION_POINTS", "Patch", "PatchSet", "holds", "in_place_of"]
+__all__ = ["EXTENSION_POINTS", "Patch", "PatchSet", "holds", "in_place_of", "lost"]
 
 EXTENSION_POINTS = "megatron.core.extension_points"
 """The module in which a patched Megatron-LM keeps its extension points, by the targets of patches."""
@@ -267,6 +267,12 @@ def holds(target: str) -> bool | None:
         return None
     patches = [(patch_set, patch) for patch_set, patch in _FINDER.waiting.get(name, []) if patch.target == target]
     return bool(patches) and all(patch_set.holds(patch, module) for patch_set, patch in patches)
+
+
+def lost() -> list[str]:
+    """Targets in whose place something else stands now."""
+    targets = dict.fromkeys(patch.target for entries in _FINDER.waiting.values() for _, patch in entries)
+    return [target for target in targets if holds(target) is False]
 
 
 def in_place_of(value: Any) -> Any:

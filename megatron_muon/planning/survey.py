@@ -275,6 +275,8 @@ class _Survey:
         from megatron_muon.plugin.variants import describe
 
         notes = describe(self.args, self.options)
+        rate = "" if self.args.lr is None else f"learning rate {self.args.lr:g}, "
+        notes.insert(2, f"{rate}weight decay {self.args.weight_decay:g}")
         if self.args.multi_latent_attention and self.layout.tensor > 1:
             notes.append(
                 "Down projections of latent attention are counted as divided by tensor parallelism, as Megatron's own "

@@ -18,6 +18,7 @@ from megatron_muon.plugin import (
     config_fields,
     datasets,
     factory,
+    holding,
     layer_wise,
     mimo,
     native,
@@ -48,6 +49,7 @@ def _all_patches() -> list[Patch]:
         datasets,
         qk_clip,
         recording,
+        holding,  # the last: it stands around what others have made of the factory
     )
     return native.for_points(patch for room in rooms for patch in room.patches())
 

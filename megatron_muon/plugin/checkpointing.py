@@ -26,7 +26,7 @@ from megatron_muon.plugin.optimizer_state import has_parts, held_by
 if TYPE_CHECKING:
     from megatron_muon.checkpoint.canonical import Request
 
-__all__ = ["patches"]
+__all__ = ["is_canonical", "patches"]
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
@@ -69,6 +69,14 @@ def _with_canonical_state(original: Callable[..., Any]) -> Callable[..., Any]:
         return optimizer
 
     return get_megatron_optimizer
+
+
+def is_canonical(optimizer: Any) -> bool:
+    """Whether the optimizer saves and loads its state in the space of the model's weights."""
+    return all(
+        isinstance(getattr(method, "__self__", None), _CanonicalState)
+        for method in (optimizer.sharded_state_dict, optimizer.load_state_dict)
+    )
 
 
 class _CanonicalState:

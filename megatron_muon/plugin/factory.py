@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 from collections import Counter
@@ -12,22 +13,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_muon._patching import Patch, PatchSet
+from megatron_muon._patching import Patch, PatchSet, in_place_of
 from megatron_muon.agree import Ranks
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.stiefel import StiefelMuon
-from megatron_muon.plugin import options
 from megatron_muon.plugin.groups import groups_of_model, ranks_of
+from megatron_muon.plugin.holding import check_entered
 from megatron_muon.plugin.nonfinite import refuse_nonfinite
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
+from megatron_muon.plugin.optimizer_state import held_by
+from megatron_muon.plugin.ownership import annotate_for_buffers
 from megatron_muon.plugin.state import guard
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
 from megatron_muon.plugin.transfer import group_overrides, scalar_numbers, transfer_of
 from megatron_muon.plugin.variants import blockwise, check_adapters, describe
 from megatron_muon.refusals import MUON, refuse
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names, report
+from megatron_muon.routing.numbers import describe_numbers, numbers_of
 from megatron_muon.routing.partition import refuse_uneven, refuse_unmatched
 from megatron_muon.routing.predicate import exclusion_reason
 from megatron_muon.version import __version__
@@ -61,20 +65,20 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
         config_overrides: dict[Any, Any] | None = None,
         pg_collection: Any = None,
     ) -> Any:
-        if not is_ours(config.optimizer):
-            for chunk in model_chunks:
-                annotate(chunk, options.without_refusal(), adapters=False)
-            return original(config, model_chunks, config_overrides, pg_collection)
         ranks = ranks_of(pg_collection)
+        if not is_ours(config.optimizer):
+            ranks.together(lambda: annotate_for_buffers(model_chunks))
+            return original(config, model_chunks, config_overrides, pg_collection)
 
         def build() -> Any:
+            check_entered()
             groups = groups_of_model(pg_collection, model_chunks)
             muon = check_optimizer_config(config)
             _route(config, model_chunks, muon, ranks)
             _check_groups(groups)
             _check_buffers(config, model_chunks)
             # A copy: Megatron adds its own entries to the caller's dictionary.
-            others = config_overrides or {}
+            others = {_asking_our_predicates(key): value for key, value in (config_overrides or {}).items()}
             overrides = {**others, **group_overrides(config, muon, model_chunks, others)}
             with _aligning_among(ranks):
                 optimizer = original(config, model_chunks, overrides, groups)
@@ -87,7 +91,8 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
             refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite)
             if config.optimizer.removeprefix("dist_") == "stiefel_muon":
                 watch(optimizer, ranks, next(model_chunks[0].parameters()).device)
-            _print_report(muon, config, model_chunks, groups, ranks, _planned(optimizer))
+            planned = [*_numbers(muon, model_chunks, optimizer, ranks), *_planned(optimizer)]
+            _print_report(muon, config, model_chunks, groups, ranks, planned)
             return optimizer
 
         return ranks.together(build)
@@ -105,6 +110,24 @@ def _among_own_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
 
     return get_megatron_optimizer
+
+
+def _asking_our_predicates(key: Any) -> Any:
+    """A key of overrides, whose predicates may be copies of Megatron-Core's from before ``install()``."""
+    from megatron.core.optimizer.optimizer_config import ParamKey
+
+    def of_now(predicate: Any) -> Any:
+        if isinstance(predicate, tuple):
+            return tuple(map(of_now, predicate))
+        function = predicate.fn
+        if isinstance(function, functools.partial):
+            function = functools.partial(in_place_of(function.func), *function.args, **function.keywords)
+        return dataclasses.replace(predicate, fn=in_place_of(function))
+
+    if not isinstance(key, ParamKey):
+        return key
+    names = ("predicate", "with_name_predicate")
+    return dataclasses.replace(key, **{name: of_now(getattr(key, name)) for name in names})
 
 
 @contextlib.contextmanager
@@ -273,6 +296,14 @@ def _planned(optimizer: Any) -> list[str]:
         if isinstance(muon, StiefelMuon):
             lines += muon.notes()
     return list(dict.fromkeys(lines))
+
+
+def _numbers(muon: MuonConfig, model_chunks: Sequence[torch.nn.Module], optimizer: Any, ranks: Ranks) -> list[str]:
+    """Learning rates and weight decay of all param groups, in words."""
+    names = {param: name for chunk in model_chunks for name, param in global_names(chunk)}
+    groups = [(each.param, each.group) for each in held_by(optimizer) if each.group]
+    own = {each for param, group in groups for each in numbers_of(names[param], param, group)}
+    return describe_numbers(set().union(*ranks.gather(lambda: own)), muon)
 
 
 def _print_report(

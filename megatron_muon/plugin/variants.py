@@ -81,12 +81,10 @@ def describe(settings: Any, muon: MuonConfig) -> list[str]:
     """
     name = settings.optimizer.removeprefix("dist_")
     keeps = name == _SPHERE or muon.variant == "hyperball"
-    decay = f"weight decay {settings.weight_decay} ({muon.weight_decay_method})"
     lines = [
         f"Newton-Schulz: {muon.num_ns_steps} steps, {muon.coefficient_type} coefficients; {_size(name, muon)}",
         f"momentum {muon.momentum:g}{', Nesterov' if muon.nesterov else ''}; "
-        + (f"learning rate {settings.lr}, " if settings.lr is not None else "")
-        + ("no weight decay of what keeps its norm" if keeps else decay),
+        + ("no weight decay of what keeps its norm" if keeps else f"weight decay {muon.weight_decay_method}"),
     ]
     if name == _ADAPTIVE:
         method, beta2, eps = (getattr(settings, field) for field in _ADAPTIVE_FIELDS)

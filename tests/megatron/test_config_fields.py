@@ -107,12 +107,12 @@ MOE = {"num_layers": 1, "num_moe_experts": 2, "moe_ffn_hidden_size": 24}
 
 def built_from(cls: str, way: str) -> dict[str, Any]:
     """What the optimizer of a model does that is built from a config that came a long way."""
-    from megatron.core.optimizer import get_megatron_optimizer
-
     import megatron_muon
     from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
     config = WAYS[way](classes()[cls](optimizer="muon", lr=0.01, muon_fp32_matmul_prec="highest", **GIVEN))
+    from megatron.core.optimizer import get_megatron_optimizer
+
     layout = Layout()
     layout.initialize()
     chunks = harness.wrap(harness.build_model(layout, **MOE), layout)
@@ -286,13 +286,13 @@ def test_what_is_misspelt_is_an_error(pool: RankPool) -> None:
 
 def two_models() -> list[Any]:
     """Two models with different options in one process, on the buffers of the layer-wise optimizer."""
-    from megatron.core.optimizer import get_megatron_optimizer
-
     import megatron_muon
 
     first, second = {"muon_router": "adam"}, {"muon_param_rule": ("*.linear_proj.weight=adam",), "muon_momentum": 0.5}
     layout = Layout(ddp_buffers=True, layer_wise=True)
     megatron_muon.install(harness.routing_options(first))
+    from megatron.core.optimizer import get_megatron_optimizer
+
     layout.initialize()
     found: list[Any] = []
 

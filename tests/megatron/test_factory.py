@@ -139,11 +139,12 @@ def test_refusals(pool: RankPool, layout: Layout, optimizer: dict[str, Any], mes
 def refusal_of_unmatched_buffers() -> str:
     """DDP with reduce-scatter buffers, wrapped without Megatron's layer-wise layout, under a layer-wise optimizer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import get_megatron_optimizer
 
     import megatron_muon
 
     megatron_muon.install()
+    from megatron.core.optimizer import get_megatron_optimizer
+
     layout = Layout(layer_wise=True)
     layout.initialize()
     chunk = harness.build_model(layout)[0]

@@ -234,11 +234,12 @@ def plain_losses(optimizer: dict[str, Any]) -> list[float]:
 def build_with_unknown_weight(layout: Layout, optimizer: dict[str, Any]) -> str | list[float]:
     """A model whose last layer has a bare weight that no rule knows; the error, or losses."""
     from megatron.core import parallel_state
-    from megatron.core.optimizer import get_megatron_optimizer
 
     import megatron_muon
 
     megatron_muon.install()
+    from megatron.core.optimizer import get_megatron_optimizer
+
     layout.initialize()
     chunks = harness.build_model(layout)
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):

@@ -284,12 +284,13 @@ def test_torch_format(pool: RankPool) -> None:
 def on_one_stage(conflict: bool) -> str:
     """A layer of the last stage whose branch has no known end; or an override of the user's for its weights."""
     from megatron.core import parallel_state
-    from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamKey
 
     import megatron_muon
 
     megatron_muon.install()
+    from megatron.core.optimizer import get_megatron_optimizer
+
     layout = Layout(pp=2)
     layout.initialize()
     chunks = harness.build_model(layout, transfer="8x2")

@@ -38,11 +38,12 @@ def step(layout: Layout, folder: str, model: str, result: str, optimizer: dict[s
     Returns:
         The norm of all gradients.
     """
-    from megatron.core.optimizer import get_megatron_optimizer
 
     import megatron_muon
 
     megatron_muon.install()
+    from megatron.core.optimizer import get_megatron_optimizer
+
     layout.initialize()
     chunks = harness.wrap([models.build_model(layout, model)], layout)
     _load(chunks[0], folder, "gradients")

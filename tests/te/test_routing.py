@@ -88,12 +88,12 @@ Routes = dict[str, tuple[str, tuple[str, ...] | None]]
 
 def routes(layout: Layout, model: str) -> tuple[Routes, str]:
     """Name -> (optimizer, sections), read from the built optimizers, and what was printed."""
-    from megatron.core.optimizer import get_megatron_optimizer
-
     import megatron_muon
     from megatron_muon.routing import layout_of
 
     megatron_muon.install()
+    from megatron.core.optimizer import get_megatron_optimizer
+
     layout.initialize()
     chunks = harness.wrap([models.build_model(layout, model)], layout)
     printed = io.StringIO()

@@ -118,11 +118,11 @@ class TestAdapters:
 
 def train_lora(layout: Layout) -> tuple[list[tuple[str, str, list[str], int]], list[float]]:
     """A GPT with LoRA on every ``linear_qkv``: (name, factor, sections, rows) of its factors, and losses."""
-    from megatron.core.optimizer import get_megatron_optimizer
-
     import megatron_muon
 
     megatron_muon.install()
+    from megatron.core.optimizer import get_megatron_optimizer
+
     layout.initialize()
     chunks = harness.build_model(layout)
     for layer in chunks[0].decoder.layers:

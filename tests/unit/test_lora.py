@@ -317,12 +317,12 @@ def test_targets_come_from_the_shapes_of_the_logical_factors() -> None:
 
 def train(layout: Layout, kind: str, rules: dict[str, Any]) -> tuple[dict[str, str], list[float]] | str:
     """A GPT with adapters on every ``linear_qkv``: who updates their factors, and losses; or the error."""
-    from megatron.core.optimizer import get_megatron_optimizer
-
     import megatron_muon
 
     own = MuonConfig(**rules)
     megatron_muon.install(own)
+    from megatron.core.optimizer import get_megatron_optimizer
+
     layout.initialize()
     chunks = harness.build_model(layout)
     for layer in chunks[0].decoder.layers:

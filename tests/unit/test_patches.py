@@ -132,7 +132,8 @@ def load_all():
     from megatron_muon import plugin
     for module in sorted({patch.module for patch in plugin._PATCHES.patches}):
         importlib.import_module(module)
-ADDED = {"__dataclass_fields__", "__annotations__", "__init_subclass__", "__getattr__", "__repr__", "__eq__"}  # to OptimizerConfig
+# To OptimizerConfig:
+ADDED = {"__dataclass_fields__", "__annotations__", "__init_subclass__", "__getattr__", "__repr__", "__eq__"}
 def snapshot():
     found = {}
     for name, module in list(sys.modules.items()):
