@@ -126,7 +126,7 @@ class _CanonicalState:
         """Take what was read."""
         request, self._request = self._request, None
         if request is None:
-            self._upstream_load(state_dict)
+            self._upstream_load(_by_number(state_dict))
             return
         text = request.ranks.together(lambda: self._fill(request, state_dict))
         if request.ranks.is_first:
@@ -141,6 +141,11 @@ class _CanonicalState:
             request.take_numbers(_SCHEDULED)
         replicas.check(request.ranks, self._chunks, request.held, groups_or_default(self._pg_collection))
         return describe_changes(request, record)
+
+
+def _by_number(state_dict: Any) -> Any:
+    """Chains say their state in lists, which Megatron-Core's layer-wise optimizer does not take back."""
+    return {i: _by_number(each) for i, each in enumerate(state_dict)} if isinstance(state_dict, list) else state_dict
 
 
 def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,21 +10,19 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_muon.checkpoint.held import STEP
 from megatron_muon.optimizers.handled import refuse_elsewhere
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.plugin.optimizer_state import held_by, leaves
+from megatron_muon.plugin.optimizer_state import has_parts, held_by, leaves
 
 __all__ = ["StateBytes", "guard", "reset", "sleep", "state_bytes", "wake"]
 
 _KEYS = ("exp_avg", "exp_avg_sq", "master_param")
 """What the offloading passes of frameworks look for."""
-
-_MASTER = "fp32_param"
 
 
 @dataclass(frozen=True)
@@ -55,23 +53,18 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.1f}"
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A tensor of state.
+class _Entry(NamedTuple):
+    """A tensor of state, in the state of its weight or (None) a master weight; the weight's device; who finds it."""
 
-    Attributes:
-        key: in the state.
-        tensor: that is there now.
-        is_found: whether the passes of frameworks move it.
-        device: of the weight.
-        replace: puts another in its place.
-    """
-
+    state: dict[str, Any] | None
     key: str
     tensor: torch.Tensor
+    home: torch.device
     is_found: bool
-    device: torch.device
-    replace: Callable[[torch.Tensor], None]
+
+    @property
+    def is_home(self) -> bool:
+        return self.tensor.device == self.home
 
 
 def reset(optimizer: Any) -> None:
@@ -80,7 +73,8 @@ def reset(optimizer: Any) -> None:
     Momentum, second moments, vectors and radii of variants, the count of steps of Adam's rows and of Adam are gone.
     Master weights, learning rates and their schedule stay. May be called at any time between steps, and repeatedly.
     """
-    for inner in _inner(optimizer):
+    for leaf in _wrapped(optimizer):
+        inner = leaf if leaf is optimizer else leaf.optimizer
         if isinstance(inner, Muon):
             inner.reset()
             continue
@@ -104,7 +98,7 @@ def sleep(optimizer: Any) -> int:
     Returns:
         bytes that were moved from this rank's device.
     """
-    return _move([place for place in _places(optimizer) if place.tensor.device == place.device], torch.device("cpu"))
+    return _move([(entry, torch.device("cpu")) for entry in _entries(optimizer) if entry.is_home])
 
 
 def wake(optimizer: Any) -> int:
@@ -113,7 +107,7 @@ def wake(optimizer: Any) -> int:
     Returns:
         bytes that were moved to this rank's device.
     """
-    return _move([place for place in _places(optimizer) if place.tensor.device != place.device], None)
+    return _move([(entry, entry.home) for entry in _entries(optimizer) if not entry.is_home])
 
 
 def state_bytes(optimizer: Any) -> StateBytes:
@@ -121,10 +115,9 @@ def state_bytes(optimizer: Any) -> StateBytes:
     here: Counter[str] = Counter()
     there: Counter[str] = Counter()
     left = 0
-    for place in _places(optimizer):
-        is_here = place.tensor.device == place.device
-        (here if is_here else there)[place.key] += place.tensor.nbytes
-        left += place.tensor.nbytes if is_here and not place.is_found else 0
+    for entry in _entries(optimizer):
+        (here if entry.is_home else there)[entry.key] += entry.tensor.nbytes
+        left += entry.tensor.nbytes if entry.is_home and not entry.is_found else 0
     return StateBytes(dict(here), dict(there), left)
 
 
@@ -151,46 +144,48 @@ def _reload(leaf: Any, reload_model_params: Callable[..., None], *args: Any, **k
         leaf.optimizer.forget()
 
 
-def _inner(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
-    """The torch optimizers inside."""
-    if isinstance(optimizer, torch.optim.Optimizer):
+def _wrapped(optimizer: Any) -> Iterator[Any]:
+    """Optimizers of Megatron-Core, of which each has one torch optimizer; or that of torch itself."""
+    if has_parts(optimizer):
+        for info in optimizer.module_infos.values():
+            if info.is_active and info.optimizer is not None:
+                yield from _wrapped(info.optimizer)
+    elif isinstance(optimizer, torch.optim.Optimizer):
         yield optimizer
     else:
-        for leaf, _ in leaves(optimizer):
-            yield leaf.optimizer
+        yield from (leaf for leaf, _ in leaves(optimizer))
 
 
-def _places(optimizer: Any) -> Iterator[_Place]:
-    if isinstance(optimizer, torch.optim.Optimizer):
-        for param, state in optimizer.state.items():
-            yield from _states(state, param.device)
-        return
-    for held in held_by(optimizer):
-        if held.key is None:
-            continue
-        if held.master is not None:
-            replace = functools.partial(setattr, held.master, "data")
-            yield _Place(_MASTER, held.master, held.slices is not None, held.param.device, replace)
-        yield from _states(held.inner.state.get(held.key, {}), held.param.device)
-
-
-def _states(state: dict[str, Any], device: torch.device) -> Iterator[_Place]:
-    for key, value in list(state.items()):
-        if isinstance(value, torch.Tensor) and key != STEP:
-            yield _Place(key, value, key in _KEYS, device, functools.partial(state.__setitem__, key))
+def _entries(optimizer: Any) -> Iterator[_Entry]:
+    for leaf in _wrapped(optimizer):
+        if leaf is optimizer:
+            states = [(state, param.device) for param, state in leaf.state.items()]
+        else:
+            states = []
+            for held in held_by(leaf):
+                if held.key is not None:
+                    states.append((held.inner.state.get(held.key, {}), held.param.device))
+                if held.master is not None:
+                    yield _Entry(None, "fp32_param", held.master, held.param.device, held.slices is not None)
+        for state, device in states:
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and key != STEP:
+                    yield _Entry(state, key, value, device, key in _KEYS)
 
 
 @torch.no_grad()
-def _move(places: list[_Place], target: torch.device | None) -> int:
-    """Replace tensors by copies on ``target``; None for each one's own device."""
-    for place in places:
-        if place.key == _MASTER:
-            place.tensor.grad = None  # Megatron-Core copies the gradients again before each step
-        device = target or place.device
-        pinned = device.type == "cpu" and place.device.type == "cuda"
-        copy = torch.empty_like(place.tensor, device=device, pin_memory=pinned)
-        place.replace(copy.copy_(place.tensor.detach(), non_blocking=pinned))
+def _move(entries: list[tuple[_Entry, torch.device]]) -> int:
+    """Give each the memory of a copy on the device beside it."""
+    for entry, device in entries:
+        is_down = device.type == "cpu" and entry.tensor.device.type == "cuda"
+        copy = torch.empty_like(entry.tensor, device=device, pin_memory=is_down)
+        copy.copy_(entry.tensor, non_blocking=is_down)
+        if entry.state is not None:
+            entry.state[entry.key] = copy
+        else:
+            entry.tensor.grad = None  # Megatron-Core copies the gradients again before each step
+            entry.tensor.data = copy
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()  # copies are under way; this is between steps
         torch.cuda.empty_cache()
-    return sum(place.tensor.nbytes for place in places)
+    return sum(entry.tensor.nbytes for entry, _ in entries)
