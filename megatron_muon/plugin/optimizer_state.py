@@ -10,12 +10,17 @@ import torch
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.held import Bucket, Held, Slices
 
-__all__ = ["has_parts", "held_by", "leaves"]
+__all__ = ["has_own_masters", "has_parts", "held_by", "leaves"]
 
 
 def has_parts(optimizer: Any) -> bool:
     """Whether it is MIMO's, of several models: each has come through the factory with its own process groups."""
     return hasattr(optimizer, "module_infos")
+
+
+def has_own_masters(leaf: Any) -> bool:
+    """Whether the inner optimizer keeps the master weights, in its state and in a form of its own."""
+    return bool(getattr(leaf.config, "use_precision_aware_optimizer", False))
 
 
 def leaves(optimizer: Any, owned: bool = False) -> Iterator[tuple[Any, bool]]:
@@ -30,7 +35,7 @@ def leaves(optimizer: Any, owned: bool = False) -> Iterator[tuple[Any, bool]]:
         yield from leaves(part, owned)
 
 
-def held_by(optimizer: Any, *, create: bool = False) -> list[Held]:
+def held_by(optimizer: Any, *, create: bool = False, refuse: bool = True) -> list[Held]:
     """State of all weights that this rank has any of.
 
     For weights in slices, those of which the rank has no element are listed too: the ranks of a group gather them
@@ -39,13 +44,14 @@ def held_by(optimizer: Any, *, create: bool = False) -> list[Held]:
     Args:
         optimizer: of Megatron-Core, a chain or not.
         create: make state that does not exist yet, as before the first step.
+        refuse: raise for optimizers that keep master weights in a form of their own.
 
     Raises:
-        CheckpointError: for optimizers that keep master weights in a form of their own.
+        CheckpointError: see ``refuse``.
     """
     found: list[Held] = []
     for leaf, owned in leaves(optimizer):
-        if getattr(leaf.config, "use_precision_aware_optimizer", False):
+        if refuse and has_own_masters(leaf):
             raise CheckpointError(
                 "--use-precision-aware-optimizer keeps master weights in a form that Muon's checkpoints do not have: "
                 "leave it off for the first run from such a checkpoint, save, and turn it on then."

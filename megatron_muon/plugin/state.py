@@ -17,7 +17,7 @@ import torch
 from megatron_muon.checkpoint.held import STEP
 from megatron_muon.optimizers.handled import refuse_elsewhere
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.plugin.optimizer_state import has_parts, held_by, leaves
+from megatron_muon.plugin.optimizer_state import has_own_masters, has_parts, held_by, leaves
 
 __all__ = ["StateBytes", "guard", "reset", "sleep", "state_bytes", "wake"]
 
@@ -160,12 +160,14 @@ def _entries(optimizer: Any) -> Iterator[_Entry]:
     for leaf in _wrapped(optimizer):
         if leaf is optimizer:
             states = [(state, param.device) for param, state in leaf.state.items()]
+        elif hasattr(leaf.optimizer, "sub_optimizers"):
+            continue  # Megatron-Core's own offloading, which has a part on the host as it is
         else:
             states = []
-            for held in held_by(leaf):
+            for held in held_by(leaf, refuse=False):
                 if held.key is not None:
                     states.append((held.inner.state.get(held.key, {}), held.param.device))
-                if held.master is not None:
+                if held.master is not None and not has_own_masters(leaf):
                     yield _Entry(None, "fp32_param", held.master, held.param.device, held.slices is not None)
         for state, device in states:
             for key, value in state.items():
