@@ -270,7 +270,7 @@ class Muon(torch.optim.Optimizer):
                 self._update_jobs(jobs)
         for group in self.param_groups:
             step_scalar_rows(group, [job for job in jobs if job.group is group])
-        self._marks.leave(tensor for job in jobs for tensor in self._watched_of(job.param))
+        self._marks.leave(tensor for job in jobs for tensor in self._watched_in(job.state))
         return loss
 
     def _update_jobs(self, jobs: list[Job]) -> None:
@@ -335,24 +335,23 @@ class Muon(torch.optim.Optimizer):
         if not params:
             return []
         states = [self.state[param] for param in params]
-        self._notice(params)
+        self._notice(params, states)
         group[STEP] += 1
         for state in states:
             if STEP in state:
                 state[STEP] += 1
         return begin(group, params, states, self._decay, first_lr)
 
-    def _watched_of(self, param: torch.Tensor) -> list[torch.Tensor]:
-        state = self.state[param]
+    def _watched_in(self, state: dict[str, Any]) -> list[torch.Tensor]:
         return [state[name] for name in self.watched if name in state]
 
-    def _notice(self, params: list[torch.Tensor]) -> None:
+    def _notice(self, params: list[torch.Tensor], states: list[dict[str, Any]]) -> None:
         """Find out what somebody else has made of the state since the last step."""
-        touched = [param for param in params if self._marks.are_touched(self._watched_of(param))]
-        for param in touched:
+        pairs = zip(params, states, strict=True)
+        touched = [(param, state) for param, state in pairs if self._marks.are_touched(self._watched_in(state))]
+        for param, _ in touched:
             self.starts.forget(param)
-        mixed = [param for param in touched if STEP in self.state[param]]
-        restart_emptied(mixed, [self.state[param] for param in mixed])
+        restart_emptied([(param, state) for param, state in touched if STEP in state])
 
     def _writer(self, jobs: list[Job]) -> Write:
         """Applies orthogonalized directions to the weights."""

@@ -39,24 +39,22 @@ def check_scalar_rows(weight: Weight) -> None:
         )
 
 
-def restart_emptied(params: list[torch.Tensor], states: list[dict[str, Any]]) -> None:
+def restart_emptied(touched: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
     """Let Adam's rows begin anew, with the first update of a fresh optimizer, where they have lost their second moment.
 
     Args:
-        params: with such rows, whose state somebody else may have replaced or zeroed.
-        states: of them.
+        touched: weights with such rows, and their state, which somebody else may have replaced or zeroed.
     """
-    layouts = [layout_of(param) for param in params]
-    # Waits for the device: for weights whose state is not as the last step left it, and that have been counted before.
-    counted = [index for index, state in enumerate(states) if state[STEP]]
-    are_left = [
-        torch.stack([rows.any() for rows in layouts[index].rows_by_rule(states[index][SECOND_MOMENT], SCALAR)]).any()
-        for index in counted
+    # Waits for the device: for state that is not as the last step left it, and that has been counted before.
+    counted = [(layout_of(param), state) for param, state in touched if state[STEP]]
+    sums = [
+        torch.stack([rows.any() for rows in layout.rows_by_rule(state[SECOND_MOMENT], SCALAR)])
+        for layout, state in counted
     ]
-    for index, is_left in zip(counted, torch.stack(are_left).tolist() if are_left else [], strict=True):
+    for (layout, state), is_left in zip(counted, [any(each.tolist()) for each in sums], strict=True):
         if not is_left:
-            states[index][STEP] = 0
-            torch._foreach_zero_(layouts[index].rows_by_rule(states[index]["momentum_buffer"], SCALAR))
+            state[STEP] = 0
+            torch._foreach_zero_(layout.rows_by_rule(state["momentum_buffer"], SCALAR))
 
 
 def step_scalar_rows(group: dict[str, Any], jobs: list[Job]) -> None:

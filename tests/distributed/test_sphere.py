@@ -270,3 +270,19 @@ def test_number_of_evaluations() -> None:
 def test_wrong_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SpectralSphere([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+
+
+def test_weights_that_were_replaced_are_brought_to_the_sphere() -> None:
+    """Three power iterations from the singular vectors of the old weights would not find the norm of the new ones."""
+    generator = torch.Generator().manual_seed(5)
+    bases = [torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=generator)).Q for _ in range(2)]
+    old, new = (base @ torch.diag(torch.linspace(1.0, 0.8, 16, dtype=torch.float64)) @ base.mT for base in bases)
+    param = torch.nn.Parameter(old)
+    optimizer = SpectralSphere([param], lr=0.0, radius=2.0)
+    for values in (old, new):
+        param.detach().copy_(values)
+        optimizer.forget()
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        # 64 iterations: (0.987)^128 of the next singular value is left in the estimate's square.
+        assert torch.linalg.matrix_norm(param.detach(), 2).item() == pytest.approx(2.0, rel=2e-3)

@@ -239,6 +239,19 @@ def test_a_step_without_its_state_is_refused(pool: RankPool, layout: Layout) -> 
         )
 
 
+def vectors_after_a_reload() -> list[bool]:
+    """Whether there are singular vectors of the weights, before and after these were said to be others."""
+    run, found = start(Layout(layer_wise=True), VARIANTS["sphere"], bf16=True), []
+    for act in (lambda: run.losses(1), run.optimizer.reload_model_params):
+        act()
+        found.append(any(value.any().item() for _, key, value in tensors(run) if key == "left_singular_vector"))
+    return found
+
+
+def test_vectors_of_weights_that_were_replaced_are_looked_for_anew(pool: RankPool) -> None:
+    assert pool.run(vectors_after_a_reload, 2) == [[True, False]] * 2
+
+
 def state_before_the_first_step() -> list[float]:
     """Largest absolute values in state that is made for a checkpoint, where memory is not zero by chance."""
     run = start(Layout(layer_wise=True), SPLIT)
