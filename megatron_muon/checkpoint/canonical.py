@@ -160,7 +160,7 @@ class Request(dict[str, Any]):
         Raises:
             CheckpointError: on all ranks, if the checkpoint has not what is needed.
         """
-        self.stored = stored
+        self.stored = stored = stored.of({place.name for place in self.places})
         problems: list[str] = []
         changes: list[str] = []
         weights: dict[str, Any] = {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Stored:
         common: what is no tensor.
         record: ours; None if the checkpoint is not this package's (or of a version before it).
         buckets: whether the distributed optimizer's state is there in the form of its buckets.
+        records: of each optimizer in it, of which ``record`` is made.
     """
 
     folder: str
@@ -35,6 +36,7 @@ class Stored:
     common: dict[str, Any]
     record: Record | None
     buckets: bool
+    records: tuple[Record, ...] = ()
 
     @classmethod
     def read(cls, folder: str) -> Stored:
@@ -53,14 +55,18 @@ class Stored:
             if isinstance(entry, TensorStorageMetadata)
         }
         common = dist_checkpointing.load_common_state_dict(folder)
-        optimizer = common.get("optimizer")
-        plain = optimizer.get(RECORD) if isinstance(optimizer, dict) else None
         try:
-            record = None if plain is None else Record.from_plain(plain)
+            found = [Record.from_plain(plain) for plain in _records(common)]
+            record = Record.joined(found) if len(found) > 1 else next(iter(found), None)
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}.") from error
         buckets = any(map(is_bucket, metadata.state_dict_metadata))
-        return cls(folder, shapes, common, record, buckets)
+        return cls(folder, shapes, common, record, buckets, tuple(found))
+
+    def of(self, weights: set[str]) -> Stored:
+        """As the optimizer of these weights sees it, if several were saved together: each has made steps of its own."""
+        mine = [record for record in self.records if not weights.isdisjoint(record.weights)]
+        return replace(self, record=mine[0]) if len(mine) == 1 else self
 
     @property
     def chains(self) -> list[str]:
@@ -97,6 +103,15 @@ class Stored:
     def step(self) -> int:
         """Updates so far, from the record or from what Megatron-Core stores."""
         return self.record.step if self.record is not None else max(_steps(self.common.get("optimizer")), default=0)
+
+
+def _records(state: Any) -> Iterator[dict[str, Any]]:
+    """The records: one, or one for each of several optimizers under names of the user's own."""
+    if isinstance(state, dict):
+        if isinstance(state.get(RECORD), dict):
+            yield state[RECORD]
+        for value in state.values():
+            yield from _records(value)
 
 
 def _steps(state: Any) -> list[int]:
