@@ -330,6 +330,11 @@ class MuonConfig:
         check=interval_or_never,
         readers=EVERY_OPTIMIZER,
     )
+    dry_run: bool = knob(
+        False,
+        "Stop with status 0 when model and optimizer are built and the report is printed: nothing is trained.",
+        check=boolean,
+    )
     log_jsonl: str = knob(
         "",
         "File to which losses and times are written, one JSON line an iteration, for any optimizer. Empty: none.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -61,7 +62,9 @@ def one_of(*values: str, hints: dict[str, str] | None = None) -> Callable[[Any],
     def check(value: Any) -> str | None:
         if value in values:
             return None
-        return (hints or {}).get(value, f"choose one of {', '.join(values)}")
+        near = difflib.get_close_matches(str(value), values, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        return (hints or {}).get(value, f"choose one of {', '.join(values)}{meant}")
 
     return check
 

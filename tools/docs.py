@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_muon.choices import OPTIMIZERS
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.knobs import EVERY_OPTIMIZER
-from megatron_muon.refusals import OPTIONS, QK_CLIP, TRANSFER, Refusal
+from megatron_muon.refusals import OPTIONS, QK_CLIP, TRANSFER, UNMEASURED, Refusal
 from megatron_muon.refusals.cpu import CHANGES, CPU
 from megatron_muon.refusals.megatron import MEGATRON
 from megatron_muon.refusals.plan import PLAN, READ
@@ -54,7 +54,8 @@ def render() -> str:
         _HEAD,
         "## Flags that the optimizer does not read\n",
         "Another value than the default is refused with any `--optimizer` that does not read the flag, Megatron's own "
-        "included.\n",
+        "included. Of a flag that Megatron-Core has, too, a line is said with its own optimizers: launch scripts give "
+        "it for any. An `OptimizerConfig` for one of them may have any value: recipes set fields for all.\n",
         _table(("flag", "read by"), [(name, ", ".join(map(_code, readers))) for name, readers in some.items()]),
         f"{', '.join(every)} act with any optimizer; all other `--muon-*` flags are read by {_and(OPTIMIZERS)}.\n",
         "## Options with each other\n",
@@ -67,6 +68,8 @@ def render() -> str:
         "## QK-clip\n",
         "With any optimizer.\n",
         _rows(QK_CLIP),
+        "On the command line:\n",
+        _rows(UNMEASURED),
         "## On the CPU\n",
         _rows(CPU),
         "These are changed, and listed once at start; in a `TransformerConfig` made in code they are refused:\n",

@@ -17,6 +17,7 @@ from megatron_muon.plugin import (
     checkpointing,
     config_fields,
     datasets,
+    dry_run,
     factory,
     holding,
     layer_wise,
@@ -49,7 +50,8 @@ def _all_patches() -> list[Patch]:
         datasets,
         qk_clip,
         recording,
-        holding,  # the last: it stands around what others have made of the factory
+        holding,  # it stands around what others have made of the factory
+        dry_run,  # the last: it ends the run when all is said
     )
     return native.for_points(patch for room in rooms for patch in room.patches())
 

@@ -14,11 +14,11 @@ from megatron_muon._patching import Patch
 from megatron_muon.choices import OPTIMIZERS
 from megatron_muon.config import PREFIX, UNREAD, MuonConfig, flag
 from megatron_muon.errors import ConfigError
-from megatron_muon.plugin import options
+from megatron_muon.plugin import options, spellings
 from megatron_muon.plugin.optimizer_config import is_ours
-from megatron_muon.refusals import MUON, refuse
+from megatron_muon.refusals import MUON, Settings, refuse
 
-__all__ = ["from_arguments", "megatron_defaults", "patches"]
+__all__ = ["from_arguments", "given", "megatron_defaults", "patches"]
 
 
 def patches() -> list[Patch]:
@@ -58,6 +58,7 @@ def _with_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[..
             parser.conflict_handler = handler
         _add_optimizers(parser)
         _mend_help(parser)
+        spellings.watch(parser)
         return parser
 
     return add_megatron_arguments
@@ -158,7 +159,7 @@ def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
         if is_ours(args.optimizer):
             options.take_arguments(from_arguments(args))
         else:
-            refuse(UNREAD, _given(args))
+            _check_unread(args)
             known = {name: getattr(args, PREFIX + name) for name in options.ANY_OPTIMIZER}
             MuonConfig(**known).validate()
             options.take_arguments(replace(options.current(), **known))
@@ -181,7 +182,21 @@ def from_arguments(args: argparse.Namespace) -> MuonConfig:
     return muon
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
+def _check_unread(args: argparse.Namespace) -> None:
+    """Flags that Megatron's own optimizer does not read: a flag that only this package has is refused.
+
+    Of one that Megatron-Core has, too, a line is said: without this package it would have trained.
+    """
+    known = Settings(given(args))
+    unread = [row for row in UNREAD if row.holds(known)]
+    megatron = megatron_defaults() if unread else {}
+    theirs = [row for row in unread if row.when[0].name in megatron]
+    refuse([row for row in unread if row not in theirs], given(args))
+    for row in theirs:
+        options.say(f"note: {row.message(known)}")
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments without what they have from ``install(config)``: nobody gave a run of Adam these flags."""
     installed = options.installed().as_settings()
     return {name: value for name, value in vars(args).items() if name not in installed or value != installed[name]}
@@ -233,9 +248,9 @@ def _check_late(args: argparse.Namespace) -> None:
     if late is None:
         return
     for field in fields(MuonConfig):
-        given, parsed = getattr(late, field.name), getattr(args, PREFIX + field.name)
-        if given != parsed:
+        asked, parsed = getattr(late, field.name), getattr(args, PREFIX + field.name)
+        if asked != parsed:
             raise ConfigError(
-                f"install(MuonConfig({field.name}={given!r})) was called after the command line was read, which has "
-                f"{flag(field.name)} {parsed}: call it before, or give the flag."
+                f"install(MuonConfig({field.name}={asked!r})) was called after the command line was read, which has "
+                f"{flag(field.name)} {parsed or 'none'}: call it before, or give the flag."
             )

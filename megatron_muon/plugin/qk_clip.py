@@ -18,11 +18,12 @@ from megatron_muon._patching import Patch
 from megatron_muon.errors import ConfigError
 from megatron_muon.monitor.sources import Report
 from megatron_muon.plugin import options, recording
+from megatron_muon.plugin.arguments import given
 from megatron_muon.plugin.groups import ranks_of
 from megatron_muon.plugin.optimizer_state import has_parts
 from megatron_muon.plugin.qk_clip_build import FLAGS, build_clip
 from megatron_muon.qk_clip.clip import QKClip
-from megatron_muon.refusals import QK_CLIP, refuse
+from megatron_muon.refusals import QK_CLIP, UNMEASURED, refuse
 
 __all__ = ["clip_of", "patches"]
 
@@ -168,6 +169,7 @@ def _connect(optimizer: Any, chunks: Sequence[torch.nn.Module], clip: QKClip) ->
 def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        refuse(UNMEASURED, given(args))
         asked = {name: getattr(args, name, False) for name in FLAGS}
         if not any(asked.values()):
             return original(args, *rest, **kwargs)

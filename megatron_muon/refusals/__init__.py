@@ -8,11 +8,11 @@ groups are where these are looked at.
 
 from megatron_muon.refusals.megatron import MEGATRON
 from megatron_muon.refusals.options import OPTIONS
-from megatron_muon.refusals.qk_clip import QK_CLIP
+from megatron_muon.refusals.qk_clip import QK_CLIP, UNMEASURED
 from megatron_muon.refusals.rule import Chosen, Refusal, Settings, refuse
 from megatron_muon.refusals.transfer import TRANSFER
 
-__all__ = ["MUON", "OPTIONS", "QK_CLIP", "TRANSFER", "Chosen", "Refusal", "Settings", "refuse"]
+__all__ = ["MUON", "OPTIONS", "QK_CLIP", "TRANSFER", "UNMEASURED", "Chosen", "Refusal", "Settings", "refuse"]
 
 MUON: tuple[Refusal, ...] = (*OPTIONS, *TRANSFER, *MEGATRON)
 """Of runs with one of this package's optimizers."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_muon.refusals.rule import Refusal, given, one_of, quietly, that
+from megatron_muon.refusals.rule import Condition, Refusal, given, missing, one_of, other_than, quietly, that
 
-__all__ = ["QK_CLIP"]
+__all__ = ["QK_CLIP", "UNMEASURED"]
 
 _CLIP = given("qk_clip")
 
@@ -37,3 +37,24 @@ QK_CLIP: tuple[Refusal, ...] = (
         )
     ),
 )
+
+_UNMEASURED = Condition(
+    "log_max_attention_logit",
+    lambda settings: not settings["qk_clip"] and not settings["log_max_attention_logit"],
+    lambda _: "without --qk-clip or --log-max-attention-logit",
+    "without `--qk-clip` or `--log-max-attention-logit`",
+)
+
+UNMEASURED: tuple[Refusal, ...] = (
+    *(
+        Refusal(
+            (other_than(name, default), missing("qk_clip")), "nothing is clipped", "add --qk-clip, or leave it away"
+        )
+        for name, default in (("muon_qk_clip_rule", "q_only"), ("muon_qk_clip_norm", "skip"))
+    ),
+    *(
+        Refusal((other_than(name, default), _UNMEASURED), "nothing is measured", "add one of them, or leave it away")
+        for name, default in (("muon_qk_logits", "auto"), ("muon_qk_logits_interval", 1), ("muon_qk_log_layers", 0))
+    ),
+)
+"""Flags that would act on nobody. A config made in code may have them without: recipes set them for all models."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import sys
 from typing import Any
 
@@ -63,6 +65,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         "--muon-ball-radius 2 --muon-param-rule output_layer*=sign "
         "--muon-scalar-weight-decay-method independent_scheduled "
         "--muon-nonfinite skip --no-check-for-nan-in-loss-and-grad "
+        "--muon-dry-run --log-max-attention-logit --qk-clip"
     )
     read = pool.run(parse, 1, flags)[0]
     expected = MuonConfig(
@@ -105,6 +108,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         weight_decay_method="cautious",
         ball_radius=2.0,
         scalar_weight_decay_method="independent_scheduled",
+        dry_run=True,
     )
     assert read == {**dataclasses.asdict(expected), "layer_wise": False, "optimizer": "muon"}
     for field in dataclasses.fields(MuonConfig):
@@ -220,7 +224,33 @@ def test_layer_wise_form(pool: RankPool, flags: str) -> None:
             ],
         ),
         ("adaptive_muon --adaptive-muon-beta2 much", ["--adaptive-muon-beta2 much: give a number from 0 to below 1 "]),
-        ("adam --muon-nesterov", ["--muon-nesterov with --optimizer adam, which does not read it: leave it away, or "]),
+        (
+            "adam --muon-router adam",
+            ["--muon-router adam with --optimizer adam, which does not read it: leave it away"],
+        ),
+        ("muon --muon-dry-rum", ["--muon-dry-rum: there is no such flag; did you mean --muon-dry-run?"]),
+        ("muon --muon_momentum=0.9", ["--muon_momentum: there is no such flag; did you mean --muon-momentum?"]),
+        ("muon --mun-nesterov", ["--mun-nesterov: there is no such flag; did you mean --muon-nesterov?"]),
+        ("muon --muon-xyz 3", ["--muon-xyz: there is no such flag; SCRIPT --help lists all."]),
+        ("muon --muon-scale-mode spektral", ["--muon-scale-mode spektral: choose one of spectral, "]),
+        (
+            "muon --use-layer-wise-distributed-optimizer --muon-matched-adamw-rms 0.2",
+            [
+                "--use-layer-wise-distributed-optimizer: there is no such flag here; use --use-distributed-optimizer, ",
+                "--muon-matched-adamw-rms: there is no such flag here; use --muon-scale-mode spectral --muon-extra-",
+            ],
+        ),
+        (
+            "adam --muon-qk-clip-rule group --muon-qk-logits exact --log-max-attention-logit",
+            ["--muon-qk-clip-rule group without --qk-clip: nothing is clipped; add --qk-clip, or leave it away."],
+        ),
+        (
+            "muon --muon-qk-logits exact --muon-qk-log-layers 5",
+            [
+                "--muon-qk-logits exact without --qk-clip or --log-max-attention-logit: nothing is measured; add one ",
+                "--muon-qk-log-layers 5 without --qk-clip or --log-max-attention-logit: nothing is measured; add one ",
+            ],
+        ),
         ("soap --muon-param-rule *=adam", ["--muon-param-rule *=adam with --optimizer soap, which does not read it: "]),
         ("adam --qk-clip --qk-clip-alpha 2", ["--qk-clip-alpha 2.0: give a number between 0 and 1 "]),
     ],
@@ -233,6 +263,48 @@ def test_the_command_line_walks_the_table(pool: RankPool, flags: str, messages: 
     assert len(lines) == len(messages)
     for line, message in zip(lines, messages, strict=True):
         assert line.startswith(message)
+
+
+def parse_and_listen(flags: str, ignore: bool) -> tuple[Any, str]:
+    """The options of a run, or the error, and what is said; with a parser that skips what it does not know."""
+    import megatron_muon
+
+    megatron_muon.install()
+    from megatron.training.arguments import parse_args, validate_args
+
+    sys.argv = ["pretrain.py", *MODEL.split(), *flags.split()]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            args = parse_args(ignore_unknown_args=ignore)
+            validate_args(args)
+        except megatron_muon.ConfigError as error:
+            return str(error), said.getvalue()
+    return args.muon_nesterov, said.getvalue()
+
+
+def test_names_of_earlier_versions(pool: RankPool) -> None:
+    nesterov, said = pool.run(parse_and_listen, 1, "--optimizer muon --muon-use-nesterov", False)[0]
+    assert nesterov is True
+    assert said.startswith("megatron_muon: --muon-use-nesterov is taken as --muon-nesterov.\n")
+
+
+def test_a_parser_that_skips_unknown_flags_loses_none_of_ours(pool: RankPool) -> None:
+    """An Adam run trains as without this package, which says it."""
+    refusal, _ = pool.run(parse_and_listen, 1, "--optimizer muon --muon-nestrov --else 3", True)[0]
+    assert refusal == "--muon-nestrov: there is no such flag; did you mean --muon-nesterov?"
+    trains, said = pool.run(parse_and_listen, 1, "--optimizer adam --muon-nestrov --else 3", True)[0]
+    assert trains is False and said.startswith(f"megatron_muon: {refusal}\n")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "soap"])
+def test_flags_that_megatron_has_too_stop_no_run_of_its_optimizers(pool: RankPool, optimizer: str) -> None:
+    """Launch scripts give them for any optimizer."""
+    _, said = pool.run(parse_and_listen, 1, f"--optimizer {optimizer} --muon-nesterov --muon-num-ns-steps 6", False)[0]
+    lines = [line for line in said.splitlines() if line.startswith("megatron_muon: ")]
+    assert [line.split(":")[2] for line in lines] == [
+        f" --muon-nesterov with --optimizer {optimizer}, which does not read it",
+        f" --muon-num-ns-steps 6 with --optimizer {optimizer}, which does not read it",
+    ]
 
 
 def parse_with_installed_options(flags: str) -> dict[str, Any] | str:

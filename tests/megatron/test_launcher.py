@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,24 @@ def without_warnings(*arguments: str) -> Result:
     result = launch(*arguments)
     assert "Warning: " not in result.stderr
     return result
+
+
+@pytest.mark.parametrize("run", [launch, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_a_dry_run_ends_when_all_is_built(tmp_path: Path, run: Any) -> None:
+    """On all ranks, with status 0, when all has been said; and writes nothing."""
+    flags = "--optimizer muon --use-distributed-optimizer --muon-dry-run --log-max-attention-logit --train-iters 2"
+    places = (
+        "--save",
+        str(tmp_path / "saved"),
+        "--save-interval",
+        "1",
+        "--muon-log-jsonl",
+        str(tmp_path / "log.jsonl"),
+    )
+    output = check(run(str(SCRIPT), *FLAGS.split(), *flags.split(), *places))
+    assert "decoder.layers.*.mlp.linear_fc1.weight" in output and "[before the start of training step]" not in output
+    assert output.count("megatron_muon: --muon-dry-run: all is built and could be trained; nothing is.") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

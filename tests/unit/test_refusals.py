@@ -66,6 +66,7 @@ ARGUMENTS: dict[str, Any] = {
     "use_precision_aware_optimizer": False,
     "use_torch_fsdp2": False,
     "weight_decay_incr_style": "constant",
+    "yaml_cfg": None,
 }
 """Parsed arguments, as far as the table looks at them: Megatron's defaults, where nothing is refused."""
 
