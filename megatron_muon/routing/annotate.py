@@ -24,8 +24,9 @@ from megatron_muon.routing.rules import is_expert_container, rules_of
 from megatron_muon.routing.rules.embedding import output_embeddings
 from megatron_muon.routing.rules.linear import LORA_FACTOR, adapted, is_linear, linear
 from megatron_muon.routing.treatment import ADAM, SPLIT, UNKNOWN, WHOLE_MATRIX, Treatment
+from megatron_muon.routing.wrappers import restore_attributes, strip_wrappers
 
-__all__ = ["OVERRIDE_ATTRIBUTE", "annotate", "global_names", "strip_wrappers", "tag"]
+__all__ = ["OVERRIDE_ATTRIBUTE", "annotate", "global_names", "tag"]
 
 OVERRIDE_ATTRIBUTE = "muon_override"
 """Attribute that names the ``--muon-param-rule`` which decided about a weight."""
@@ -61,6 +62,7 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adap
             shape does not allow the split that is asked for; or adapters with magnitudes of their own (DoRA).
     """
     options = options or MuonConfig()
+    restore_attributes(module)
     mark_experts(module)
     claims = _claims(module, options)
     shared = _names_of_shared_weights(module)
@@ -136,7 +138,7 @@ def _names_of_shared_weights(module: torch.nn.Module) -> dict[torch.Tensor, str]
         for model in module.modules()
         if getattr(model, "share_embeddings_and_output_weights", False)
         for name, param in model.named_parameters()
-        if name == _OUTPUT_LAYER
+        if strip_wrappers(name) == _OUTPUT_LAYER
     }
     return {
         param: name.removesuffix(_OUTPUT_LAYER) + _EMBEDDING for name, param in global_names(module) if param in tied
@@ -148,13 +150,6 @@ def _renumber(name: str, numbers: dict[str, str]) -> str:
         prefix = name[: found.end()]
         if prefix in numbers:
             return numbers[prefix] + name[found.end() :]
-    return name
-
-
-def strip_wrappers(name: str) -> str:
-    """A parameter's name without the prefixes of DDP and Float16Module."""
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
     return name
 
 
@@ -208,7 +203,8 @@ def _tied_tables_are_layers(module: torch.nn.Module, claims: Claims) -> None:
     for model in module.modules():
         if getattr(model, "share_embeddings_and_output_weights", False):
             for name, param in model.named_parameters():
-                if param in claims and (name.endswith("word_embeddings.weight") or name == _OUTPUT_LAYER):
+                own_name = strip_wrappers(name)
+                if param in claims and (own_name.endswith("word_embeddings.weight") or own_name == _OUTPUT_LAYER):
                     claims[param] = dataclasses.replace(claims[param], kind="output")
 
 

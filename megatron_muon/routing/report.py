@@ -11,9 +11,10 @@ import torch
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import sizes
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, scale_factor
-from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE, strip_wrappers
+from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, WHOLE, Block, MatrixLayout, layout_of
 from megatron_muon.routing.predicate import exclusion_reason
+from megatron_muon.routing.wrappers import strip_wrappers
 
 __all__ = ["Route", "collect", "pattern", "render"]
 

@@ -84,7 +84,7 @@ class TestAdapters:
         attention = self_attention(wrapper)
         with pytest.raises(ConfigError) as error:
             annotate(attention)
-        assert "linear_qkv.down.weight (8, 32), linear_qkv.up.weight (64, 8)" in str(error.value)
+        assert "linear_qkv.down.weight (8 x 32), linear_qkv.up.weight (64 x 8)" in str(error.value)
         annotate(attention, options("linear_qkv.down.weight=muon", "linear_qkv.up.weight=adam"))
         assert not _is_nonlinear_or_embedding(wrapper.down.weight) and _is_nonlinear_or_embedding(wrapper.up.weight)
         annotate(attention, options(unknown_2d="adam"))
@@ -112,7 +112,7 @@ class TestAdapters:
             )
             module.world_size = 1
         setattr(module, layer, two)
-        with pytest.raises(ConfigError, match=rf"{layer}\.down\.weight \(8, 32\), {layer}\.up\.weight \(64, 8\)"):
+        with pytest.raises(ConfigError, match=rf"{layer}\.down\.weight \(8 x 32\), {layer}\.up\.weight \(64 x 8\)"):
             annotate(module)
 
 

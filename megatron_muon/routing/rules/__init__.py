@@ -30,6 +30,7 @@ _MEGATRON: dict[str, Rule] = {
     "Router": feed_forward.router,
     "HyperConnectionModule": feed_forward.hyper_connection,
     "VocabParallelEmbedding": embedding.embedding,
+    "LanguageModule": embedding.language_model,
     "BertModel": embedding.bert,
     "RADIOViTModel": embedding.vision_tower,
     "CLIPViTModel": embedding.vision_tower,

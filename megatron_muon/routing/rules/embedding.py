@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,16 +10,28 @@ import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.routing.layout import TABLE
+from megatron_muon.routing.rules.linear import matrices_in
 from megatron_muon.routing.treatment import ADAM, Claim, Treatment
 
-__all__ = ["bert", "embedding", "vision_tower"]
+__all__ = ["bert", "embedding", "language_model", "vision_tower"]
 
 _TABLE = Treatment(TABLE, ADAM, reason="embedding table")
+_OUTPUT = Treatment("output", ADAM, reason="embedding or output layer")
+_END = {"is_embedding_or_output_parameter": True}
+"""Megatron-Core's tag, which a copied weight has lost."""
 
 
 def embedding(module: Any, options: MuonConfig) -> Iterator[Claim]:
     """Learned tables (word, position, token-type, relative bias): a row is looked up, never multiplied."""
     yield module.weight, _TABLE
+
+
+def language_model(model: Any, options: MuonConfig) -> Iterator[Claim]:
+    """Word embeddings and output layer, also in wrappers and as copies: what they are, tagged or not."""
+    words = getattr(getattr(model, "embedding", None), "word_embeddings", None)
+    for layer, treatment in ((words, _TABLE), (getattr(model, "output_layer", None), _OUTPUT)):
+        for param in matrices_in(layer):
+            yield param, dataclasses.replace(treatment, tags=_END)
 
 
 def vision_tower(module: Any, options: MuonConfig) -> Iterator[Claim]:

@@ -21,6 +21,7 @@ __all__ = [
     "layer_of",
     "linear",
     "low_rank_adapter",
+    "matrices_in",
     "matrices_of",
     "parts_of",
     "weight_of",
@@ -40,7 +41,8 @@ _WRAPPED = ("to_wrap", "base_layer")
 def layer_of(layer: Any) -> torch.nn.Module | None:
     """The module that holds the weights of ``layer``: itself, or the one in a wrapper.
 
-    In a wrapper of unknown make it is the only module with matrices, those of low-rank adapters aside.
+    Among peft's copies of a module it is the one that is trained. In a wrapper of unknown make it is the only module
+    with matrices, those of low-rank adapters aside.
 
     Returns:
         None if there is no such module, or if several could be it.
@@ -50,6 +52,10 @@ def layer_of(layer: Any) -> torch.nn.Module | None:
     for name in _WRAPPED:
         if isinstance(getattr(layer, name, None), torch.nn.Module):
             return layer_of(getattr(layer, name))
+    copies = dict(layer.named_children()).get("modules_to_save")
+    if isinstance(copies, torch.nn.ModuleDict):  # peft's: beside the frozen original, one is trained
+        trained = [each for each in copies.values() if any(param.requires_grad for param in each.parameters())]
+        return layer_of(trained[0]) if len(trained) == 1 else None
     factors = _factors_in(layer)
     holders = [module for module in layer.modules() if any(param not in factors for param in matrices_of(module))]
     return layer if layer in holders else holders[0] if len(holders) == 1 else None
@@ -72,12 +78,16 @@ def hidden(layer: Any) -> Iterator[Claim]:
 
     Without it the linear layers in a wrapper would be taken for one matrix each.
     """
+    for param in matrices_in(layer):
+        yield param, Treatment("part of a fused layer", UNKNOWN)
+
+
+def matrices_in(layer: Any) -> list[torch.nn.Parameter]:
+    """The 2-D parameters of ``layer`` and of the modules in it, those of low-rank adapters aside."""
     if not isinstance(layer, torch.nn.Module):
-        return
+        return []
     factors = _factors_in(layer)
-    for param in layer.parameters():
-        if param.dim() == 2 and param not in factors:
-            yield param, Treatment("part of a fused layer", UNKNOWN)
+    return [param for param in layer.parameters() if param.dim() == 2 and param not in factors]
 
 
 def _factors_in(layer: torch.nn.Module) -> set[torch.Tensor]:
