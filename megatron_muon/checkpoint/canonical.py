@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,24 +28,43 @@ from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, 
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.routing.layout import layout_of
 
-__all__ = ["WEIGHTS", "Request", "saved_state"]
+__all__ = ["WEIGHTS", "Model", "Request", "saved_state"]
 
 WEIGHTS = "weights"
 
 
-def saved_state(ranks: Ranks, held: Sequence[Held], model_state: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Model:
+    """What places of weights are found by, see :func:`megatron_muon.checkpoint.sharding.places_of`.
+
+    Attributes:
+        state: its sharded state, with the parameters themselves in it.
+        again: asks for it once more.
+        names: of weights on this rank.
+    """
+
+    state: Any
+    again: Callable[[], Any]
+    names: Mapping[torch.nn.Parameter, str]
+
+    def places(self, held: Sequence[Held]) -> list[Place]:
+        """Of the weights of this rank."""
+        return places_of([each.param for each in held], self.state, self.again, self.names)
+
+
+def saved_state(ranks: Ranks, held: Sequence[Held], model: Model) -> dict[str, Any]:
     """The state of an optimizer for ``dist_checkpointing.save``.
 
     Args:
         ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
         held: the state of this rank, all of it created.
-        model_state: the model's sharded state, with the parameters themselves in it.
+        model: whose state it is.
 
     Raises:
         CheckpointError: for a weight or a state that has no place in the model's tensors.
     """
-    places = places_of([each.param for each in held], model_state)
-    record = _record(ranks, held, places, model_weights.sums_of(model_weights.described(model_state)))
+    places = model.places(held)
+    record = _record(ranks, held, places, model_weights.sums_of(model_weights.described(model.state)))
     alone = set(record.alone)
     weights: dict[str, Any] = {}
     for each, place, tensors in zip(held, places, gathered(held), strict=True):
@@ -128,7 +148,7 @@ class Request(dict[str, Any]):
         self,
         ranks: Ranks,
         held: Sequence[Held],
-        model_state: Any,
+        model: Model,
         accept: bool,
         buckets_of_adam: Callable[[Stored], Mapping[torch.nn.Parameter, Bucket]],
     ) -> None:
@@ -136,7 +156,7 @@ class Request(dict[str, Any]):
         Args:
             ranks: see above.
             held: the state of this rank, all of it created.
-            model_state: the model's sharded state.
+            model: whose state it is.
             accept: see above.
             buckets_of_adam: where a run of Adam alone, at this layout, had each weight in its buckets.
         """
@@ -144,9 +164,7 @@ class Request(dict[str, Any]):
         self.ranks = ranks
         self.held = held
         self._buckets_of_adam = buckets_of_adam
-        self.places = places_of([each.param for each in self.held], model_state)
-        # Noted now: Megatron-Core's fully parallel loading changes the replica numbers of the model's state.
-        self._counted = [_counted(*pair) for pair in zip(self.held, self.places, strict=True)]
+        self.places = model.places(held)
         self.accept = accept
         self.stored: Stored | None = None
         self.choices: list[list[Choice]] = []
@@ -295,12 +313,14 @@ class Request(dict[str, Any]):
         saved = self.stored.record
         if saved is None:
             return
-        checked = [
-            (place.name, choice.state, each.tensors[choice.state])
-            for each, place, choices, counted in zip(self.held, self.places, self.choices, self._counted, strict=True)
-            for choice in choices
-            if choice.state in counted and choice.stored_as == choice.state and self._is_alike(choice)
-        ]
+        checked = []
+        for each, place, choices in zip(self.held, self.places, self.choices, strict=True):
+            counted = _counted(each, place)
+            checked += [
+                (place.name, choice.state, each.tensors[choice.state])
+                for choice in choices
+                if choice.state in counted and choice.stored_as == choice.state and self._is_alike(choice)
+            ]
         sums = fingerprints(tensor for _, _, tensor in checked)
         mine = [(name, state, value) for (name, state, _), value in zip(checked, sums, strict=True)]
         totals: dict[tuple[str, str], int] = defaultdict(int)

@@ -142,7 +142,7 @@ class _Writer:
         common = dict(self.stored.common)
         common["optimizer"] = {RECORD: self._record().to_plain()}
         metadata = dict(common.get("content_metadata") or {})
-        common["content_metadata"] = {**metadata, RECORD: True, "distrib_optim_sharding_type": "fully_reshardable"}
+        common["content_metadata"] = {**metadata, "distrib_optim_sharding_type": "fully_reshardable"}
         buffer = io.BytesIO()
         torch.save([common], buffer)
         start = self.file.tell()

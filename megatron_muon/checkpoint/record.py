@@ -17,7 +17,7 @@ from megatron_muon.version import __version__
 __all__ = ["ACCEPT", "RECORD", "Record", "Rule", "WeightRecord", "layout_text", "numbers_of"]
 
 RECORD = "megatron_muon"
-"""Key of the record in the optimizer's part of a checkpoint, and of the mark in its metadata."""
+"""Key of the record in the optimizer's part of a checkpoint."""
 
 ACCEPT = "accept"
 """The value of the option that lets a run go on with other rules than the checkpoint's."""

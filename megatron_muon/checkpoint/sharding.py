@@ -7,8 +7,9 @@ weight is described in the same way.
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.keys import ALONE, name_of
 
-__all__ = ["Place", "Replica", "Template", "places_of", "tensors_of"]
+__all__ = ["SAVE_IT", "Place", "Replica", "Template", "noted", "places_of", "tensors_of", "unsaved"]
 
 Replica = tuple[int, int, int]
 
@@ -95,34 +96,90 @@ class Place:
         return parts
 
 
-def places_of(params: Iterable[torch.nn.Parameter], model_state: Any) -> list[Place]:
+def noted(model_state: Any) -> list[ShardedTensor | ShardedTensorFactory]:
+    """What a model says of its tensors, as it is now: copies, since saving and loading change the originals.
+
+    Either takes the parameters out; Megatron-Core's fully parallel strategies also put other replica numbers in.
+    """
+    sharded, _ = extract_sharded_tensors_and_factories(model_state)
+    return [copy.copy(base) for base in nested_values(sharded)]
+
+
+def places_of(
+    params: Iterable[torch.nn.Parameter],
+    model_state: Any,
+    again: Callable[[], Any] | None = None,
+    names: Mapping[torch.nn.Parameter, str] | None = None,
+) -> list[Place]:
     """Where each weight is.
 
     Args:
         params: of the model.
         model_state: its sharded state, with the parameters themselves in it.
+        again: asks the model once more, for a state that was saved or loaded since.
+        names: of weights, for errors.
 
     Raises:
-        CheckpointError: for a weight that is not saved with the model.
+        CheckpointError: for weights that are not saved with the model, or not found in this state of it.
     """
-    sharded, _ = extract_sharded_tensors_and_factories(model_state)
-    bases = [base for base in nested_values(sharded) if base.data is not None]
+    params, bases, problem = list(params), noted(model_state), SAVE_IT
+    templates = _templates(params, bases)
+    if again is not None and not all(map(_is_complete, templates)):
+        fresh, keys = noted(again()), {base.key for base in bases}
+        # What a factory makes may have keys of its own.
+        if fresh and all(base.key in keys for base in fresh if isinstance(base, ShardedTensor)):
+            templates = _templates(params, fresh)
+        else:
+            problem = _CHANGED
+    lost = [param for param, parts in zip(params, templates, strict=True) if not _is_complete(parts)]
+    if lost:
+        lines = ("Weights that are trained, but not saved:", *_lines(lost, names or {}))
+        raise CheckpointError("\n  ".join(lines) + f"\n{problem}")
+    return [
+        Place(tuple(param.shape), parts, *_key_and_index(parts[0].base))
+        for param, parts in zip(params, templates, strict=True)
+    ]
+
+
+SAVE_IT = (
+    "The model's sharded_state_dict() has neither the parameter nor views that make it up. Save it there "
+    "(keep_vars=True), or freeze it."
+)
+_CHANGED = (
+    "The model's sharded state that was given has neither the parameter nor views that make it up, as after it was "
+    "saved or loaded. Ask for the optimizer's state first, or give it what another sharded_state_dict() returns."
+)
+
+
+def unsaved(names: Mapping[torch.nn.Parameter, str], model_state: Any) -> list[str]:
+    """The trained weights that are not in a model's sharded state, as lines."""
+    params = [param for param in names if param.requires_grad]
+    templates = _templates(params, noted(model_state))
+    return _lines([param for param, parts in zip(params, templates, strict=True) if not parts], names)
+
+
+def _lines(params: Iterable[torch.nn.Parameter], names: Mapping[torch.nn.Parameter, str]) -> list[str]:
+    return [f"{names.get(param, 'a weight')} of shape {tuple(param.shape)}" for param in params]
+
+
+def _templates(params: Iterable[torch.nn.Parameter], bases: list[Any]) -> list[tuple[Template, ...]]:
+    """The parts of each weight; none for one that is not there."""
     by_identity = {id(base.data): base for base in bases}
-    by_address: list[Any] | None = None
+    by_address = [base for base in bases if isinstance(base.data, torch.Tensor)]
     found = []
     for param in params:
         base = by_identity.get(id(param))
-        if base is not None:
-            templates: tuple[Template, ...] = (Template(base, 0, tuple(param.shape)),)
-        else:
-            by_address = by_address or [base for base in bases if isinstance(base.data, torch.Tensor)]
-            templates = _parts_of(param, by_address)
-        found.append(Place(tuple(param.shape), templates, *_key_and_index(templates[0].base)))
+        found.append(_parts_of(param, by_address) if base is None else (Template(base, 0, tuple(param.shape)),))
     return found
 
 
+def _is_complete(parts: tuple[Template, ...]) -> bool:
+    """Whether they are there, with the numbers that a model gives to copies."""
+    return bool(parts) and all(isinstance(part.base.replica_id, tuple) for part in parts)
+
+
 def _parts_of(param: torch.nn.Parameter, bases: list[Any]) -> tuple[Template, ...]:
-    """A fused weight of which the model saves views: those that lie in its memory."""
+    """A fused weight of which the model saves views: those that lie in its memory; none if they do not make it up."""
     begin, size = param.data_ptr(), param.element_size()
     parts = []
     for base in bases:
@@ -132,12 +189,8 @@ def _parts_of(param: torch.nn.Parameter, bases: list[Any]) -> tuple[Template, ..
             parts.append(Template(base, offset // size, tuple(base.data.shape)))
     parts.sort(key=lambda part: part.first)
     ends = [part.first + _numel(part.shape) for part in parts]
-    if not parts or [0, *ends[:-1]] != [part.first for part in parts] or ends[-1] != param.numel():
-        raise CheckpointError(
-            f"A weight of shape {tuple(param.shape)} is trained but not saved: the model's sharded_state_dict() has "
-            "neither the parameter nor views that make it up. Save the parameter there (keep_vars=True), or freeze it."
-        )
-    return tuple(parts)
+    whole = parts and [0, *ends[:-1]] == [part.first for part in parts] and ends[-1] == param.numel()
+    return tuple(parts) if whole else ()
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -31,9 +31,14 @@ Described = dict[Where, ShardedTensor | ShardedTensorFactory]
 def described(state: Any) -> Described:
     """The description of every tensor, by its place in nested dictionaries and lists.
 
-    Copies: Megatron-Core's loading changes the originals.
+    Copies: Megatron-Core's loading changes the originals. What its fully parallel strategies have changed is left out:
+    replica numbers there tell who reads or writes a tensor, no longer which are copies.
     """
-    return {path: copy.copy(leaf) for path, leaf in _leaves(state, ()) if _is_plain(getattr(leaf, "data", None))}
+    return {
+        path: copy.copy(leaf)
+        for path, leaf in _leaves(state, ())
+        if _is_plain(leaf.data) and isinstance(leaf.replica_id, tuple)
+    }
 
 
 def _leaves(state: Any, path: Where) -> Iterator[tuple[Where, Any]]:

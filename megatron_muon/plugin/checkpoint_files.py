@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -33,6 +34,12 @@ def patches() -> list[Patch]:
             "megatron.core.dist_checkpointing.serialization:load_common_state_dict",
             _with_named_damage,
             "it is read first, and what a damaged checkpoint makes of torch's readers names no file",
+        ),
+        Patch(
+            "megatron.core.dist_checkpointing.strategies.torch:TorchDistLoadShardedStrategy.load_tensors_metadata",
+            _without_strides,
+            "torch 2.15 stores strides, which torch.empty() does not take: strict loading fails",
+            fixed_by="tp.properties.dtype",
         ),
         Patch(
             "megatron.training.checkpointing:_get_checkpoint_format",
@@ -101,6 +108,19 @@ def _with_marks_checked(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(checkpoint_name, args)
 
     return _get_checkpoint_format
+
+
+def _without_strides(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_tensors_metadata(self: Any, checkpoint_dir: Any, metadata: Any = None) -> Any:
+        from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
+
+        metadata = metadata or _get_filesystem_reader(checkpoint_dir).read_metadata()
+        for entry in metadata.state_dict_metadata.values():
+            vars(getattr(entry, "properties", SimpleNamespace())).pop("strides", None)
+        return original(self, checkpoint_dir, metadata)
+
+    return load_tensors_metadata
 
 
 def _has_data(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.optimizer_state import has_parts, held_by
 
 if TYPE_CHECKING:
-    from megatron_muon.checkpoint.canonical import Request
+    from megatron_muon.checkpoint.canonical import Model, Request
 
 __all__ = ["is_canonical", "patches"]
 
@@ -48,9 +48,9 @@ def patches() -> list[Patch]:
             "what to read depends on what the checkpoint has, which is known here",
         ),
         Patch(
-            "megatron.training.checkpointing:_build_sharded_state_dict_metadata",
-            _with_mark,
-            "an Adam run learns from the metadata that it is given Muon's checkpoint, and passes its own guards",
+            "megatron.core.dist_checkpointing.serialization:save",
+            _with_form,
+            "frameworks refuse to load other forms than this one at another layout, by what the metadata say",
         ),
     ]
 
@@ -65,7 +65,10 @@ def _with_canonical_state(original: Callable[..., Any]) -> Callable[..., Any]:
             return optimizer
         groups = signature.bind(config, model_chunks, *args, **kwargs).arguments.get("pg_collection")
         accept = options.of(config).ckpt_changes == ACCEPT
-        _CanonicalState(optimizer, model_chunks, is_ours(config.optimizer), accept, groups).attach()
+        state = _CanonicalState(optimizer, model_chunks, is_ours(config.optimizer), accept, groups)
+        state.attach()
+        if is_ours(config.optimizer):
+            state.tell_unsaved()
         return optimizer
 
     return get_megatron_optimizer
@@ -91,7 +94,7 @@ class _CanonicalState:
         self._optimizer, self._chunks, self._ours, self._accept = optimizer, chunks, ours, accept
         self._pg_collection = pg_collection
         self._upstream_sharded, self._upstream_load = optimizer.sharded_state_dict, optimizer.load_state_dict
-        self._request: Request | None = None
+        self._request: Request | _Either | None = None
 
     def attach(self) -> None:
         """Take the place of the optimizer's own methods."""
@@ -100,31 +103,106 @@ class _CanonicalState:
 
     def sharded_state_dict(self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
         """What is saved, or what is to be read: see :mod:`megatron_muon.checkpoint.canonical`."""
+        self._request = None
+        if not self._ours:
+            return self._upstream(model_sharded_state_dict, is_loading, **kwargs)
         from megatron_muon.checkpoint import canonical  # it imports Megatron-Core, which install() must not
 
-        self._request = None
-        marked = RECORD in (kwargs.get("metadata") or {})
-        if not self._ours and not (is_loading and marked):
-            return self._upstream_sharded(model_sharded_state_dict, is_loading, **kwargs)
-        ranks = ranks_of(self._pg_collection)
+        ranks, metadata = ranks_of(self._pg_collection), kwargs.get("metadata") or {}
+        if is_loading:
+            self._request = ranks.together(lambda: self._asked(ranks, model_sharded_state_dict, metadata))
+            return self._request
 
         def save() -> dict[str, Any]:
-            return canonical.saved_state(ranks, held_by(self._optimizer, create=True), model_sharded_state_dict)
-
-        def request() -> Request:
             held = held_by(self._optimizer, create=True)
-            groups = groups_or_default(self._pg_collection)
-            buckets = functools.partial(buckets_of_adam, self._chunks, groups=groups)
-            return canonical.Request(ranks, held, model_sharded_state_dict, self._accept, buckets)
+            return canonical.saved_state(ranks, held, self._model(model_sharded_state_dict, metadata))
 
-        if not is_loading:
-            return ranks.together(save)
-        self._request = ranks.together(request)
-        return self._request
+        return ranks.together(save)
+
+    def _upstream(self, model_state: Any, is_loading: bool, **kwargs: Any) -> Any:
+        """Megatron-Core's own; to be read, it may become ours when the checkpoint is known."""
+        metadata = kwargs.get("metadata") or {}
+        if not is_loading or metadata.get("distrib_optim_sharding_type") == "fsdp_dtensor":
+            return self._upstream_sharded(model_state, is_loading, **kwargs)
+        from megatron_muon.checkpoint.sharding import noted
+
+        try:
+            ranks, state = ranks_of(self._pg_collection), noted(model_state)
+        except Exception:  # no run of Adam fails because of what ours would need
+            return self._upstream_sharded(model_state, is_loading, **kwargs)
+        found = _Either(ranks, lambda: self._asked(ranks, state, metadata))
+        try:
+            found.update(self._upstream_sharded(model_state, is_loading, **kwargs))
+        except Exception as error:  # the metadata may be of Muon's checkpoint, in a form that Adam has not
+            found.problem = error
+        self._request = found
+        return found
+
+    def _asked(self, ranks: Ranks, model_state: Any, metadata: dict[str, Any]) -> Request:
+        from megatron_muon.checkpoint import canonical
+
+        held = held_by(self._optimizer, create=True)
+        groups = groups_or_default(self._pg_collection)
+        buckets = functools.partial(buckets_of_adam, self._chunks, groups=groups)
+        return canonical.Request(ranks, held, self._model(model_state, metadata), self._accept, buckets)
+
+    def _model(self, state: Any, metadata: dict[str, Any]) -> Model:
+        from megatron_muon.checkpoint.canonical import Model
+
+        def again() -> Any:
+            try:
+                return self._state_of_model(metadata)
+            except Exception:  # what is wrong with the state that was given is told then
+                return {}
+
+        return Model(state, again, self._names())
+
+    def _names(self) -> dict[torch.nn.Parameter, str]:
+        return {param: name for chunk in self._chunks for name, param in chunk.named_parameters()}
+
+    def _state_of_model(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        from megatron.core.utils import unwrap_model
+
+        groups = groups_or_default(self._pg_collection)
+        metadata = {"dp_cp_group": getattr(groups, "dp_cp", None) or groups.dp, **metadata}
+        chunks = unwrap_model(list(self._chunks))
+        return {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
+
+    def tell_unsaved(self) -> None:
+        """Look for trained weights that the model does not save.
+
+        Raises:
+            CheckpointError: on all ranks, naming them, in a run of ``megatron.training`` that is to save them.
+        """
+        from megatron_muon.checkpoint.sharding import SAVE_IT, unsaved
+
+        ranks, names = ranks_of(self._pg_collection), self._names()
+
+        def look() -> tuple[list[str], str]:
+            try:
+                state = self._state_of_model({})
+            except Exception as error:  # such a model can be trained, too
+                return [], f"{type(error).__name__}: {error}"
+            return unsaved(names, state), ""
+
+        found = ranks.gather(look)
+        missing = sorted({line for lines, _ in found for line in lines})
+        args = options.training_arguments()
+        in_this_form = getattr(args, "ckpt_format", None) == "torch_dist" and not getattr(args, "no_save_optim", None)
+        if getattr(args, "save", None) and in_this_form:
+            raise_together(ranks, missing, "Weights that are trained, but not saved:", SAVE_IT)
+        failed = [f"no checkpoint: sharded_state_dict() of the model fails: {text}" for _, text in found if text][:1]
+        if missing:
+            failed.append("\n  ".join(("weights that are trained, but not saved:", *missing)))
+        for text in failed if ranks.is_first else ():
+            print(f"megatron_muon: WARNING {text}", flush=True)
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Take what was read."""
         request, self._request = self._request, None
+        if isinstance(request, _Either):
+            request.fail()
+            request = request.chosen
         if request is None:
             self._upstream_load(_by_number(state_dict))
             return
@@ -148,19 +226,65 @@ def _by_number(state_dict: Any) -> Any:
     return {i: _by_number(each) for i, each in enumerate(state_dict)} if isinstance(state_dict, list) else state_dict
 
 
+class _Either(dict[str, Any]):
+    """What an optimizer of Megatron-Core would read, until it is known whether the checkpoint is Muon's.
+
+    Attributes:
+        problem: what Megatron-Core has raised instead.
+        chosen: the request for the checkpoint, if it is Muon's.
+    """
+
+    def __init__(self, ranks: Ranks, ask: Callable[[], Request]) -> None:
+        super().__init__()
+        self._ranks, self._ask = ranks, ask
+        self.problem: Exception | None = None
+        self.chosen: Request | None = None
+
+    def choose(self, folder: str) -> Request | None:
+        """Decide, alike on all ranks of the model."""
+        found: list[Any] = []
+        if any(self._ranks.gather(lambda: _has_record(folder, found))):
+            request = self._ranks.together(self._ask)
+            # In a checkpoint of several models, others may be Adam's.
+            names = {place.name for place in request.places}
+            known = any(record["converted"] or not names.isdisjoint(record["weights"]) for record in found)
+            if any(self._ranks.gather(lambda: known)):
+                self.clear()
+                self.chosen = request
+                return request
+        self._ranks.together(self.fail)
+        return None
+
+    def fail(self) -> None:
+        """Raise what Megatron-Core has raised, if what it would read is asked for."""
+        if self.chosen is None and self.problem is not None:
+            raise self.problem
+
+
+def _has_record(folder: str, found: list[Any]) -> bool:
+    """Whether the checkpoint has a record of ours, which is put into ``found``."""
+    from megatron.core import dist_checkpointing
+
+    try:
+        found.append(dist_checkpointing.load_common_state_dict(folder)["optimizer"][RECORD])
+    except Exception:  # there is none; or Megatron-Core, which reads it next, tells what is wrong
+        return False
+    return True
+
+
 def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load(
         sharded_state_dict: Any, checkpoint_dir: Any, sharded_strategy: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        requests = list(_requests(sharded_state_dict))
+        requests = _requests(sharded_state_dict, str(checkpoint_dir))
         if not requests:
             return original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
         from megatron_muon.checkpoint import weights
 
         def together[T](work: Callable[[], T]) -> T:
             """Agreed on by the ranks of each model, if there are several with an optimizer of their own."""
-            for request in requests:
+            for _, request in requests:
                 work = functools.partial(request.ranks.together, work)
             return work()
 
@@ -168,15 +292,16 @@ def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
             described = weights.described(sharded_state_dict)  # of the model alone: requests are still empty
             tensors = _model_tensors(sharded_state_dict)
             stored = _read(str(checkpoint_dir))
-            for request in requests:
+            for place, request in requests:
                 _check_model(request.ranks, tensors, stored)
                 request.resolve(stored)
+                place.update(request)
             return described, stored
 
         def check() -> None:
             # With some values of ``strict`` the keys that do not match come with the state.
             state = loaded[0] if isinstance(loaded, tuple) else loaded
-            for request in requests:
+            for _, request in requests:
                 weights.check(request.ranks, described, state, stored)
 
         described, stored = together(resolve)
@@ -247,21 +372,36 @@ def _check_model(ranks: Ranks, tensors: list[Any], stored: Stored) -> None:
     )
 
 
-def _requests(state: Any) -> Iterator[Request]:
+def _requests(state: Any, folder: str) -> list[tuple[dict[str, Any], Request]]:
+    """Each dictionary that is to become what a request reads, and the request: mostly the same."""
     from megatron_muon.checkpoint.canonical import Request
 
-    if isinstance(state, Request):
+    found = []
+    for each in list(_dictionaries(state)):
+        request = each if isinstance(each, Request) else each.choose(folder) if isinstance(each, _Either) else None
+        if request is not None:
+            found.append((each, request))
+    return found
+
+
+def _dictionaries(state: Any) -> Iterator[dict[str, Any]]:
+    """All that are in one another, the outer first."""
+    if isinstance(state, dict):
         yield state
-    elif isinstance(state, dict):
         for value in state.values():
-            yield from _requests(value)
+            yield from _dictionaries(value)
 
 
-def _with_mark(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+def _with_form(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def _build_sharded_state_dict_metadata(args: Any, *rest: Any, **kwargs: Any) -> dict[str, Any]:
-        metadata = original(args, *rest, **kwargs)
-        ours = is_ours(getattr(args, "optimizer", None))  # which Megatron-Core does not ask for here
-        return {**metadata, **_SHARDING, RECORD: True} if ours else metadata
+    def save(sharded_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(sharded_state_dict, *args, **kwargs)
+        keys = set().union(*_dictionaries(sharded_state_dict))
+        # Beside another model's distributed optimizer, its form is what they tell.
+        if RECORD in keys and "param_state_sharding_type" not in keys:
+            bound.arguments["content_metadata"] = {**(bound.arguments.get("content_metadata") or {}), **_SHARDING}
+        return original(*bound.args, **bound.kwargs)
 
-    return _build_sharded_state_dict_metadata
+    return save

@@ -17,7 +17,7 @@ from megatron_muon.commands import ckpt
 from tests.checkpoints import contents
 from tests.megatron import harness
 from tests.megatron.harness import Layout
-from tests.megatron.test_checkpoint_migration import ADAM, FULLY, OURS, assert_same, masters, resume, train_and_save
+from tests.megatron.test_checkpoint_migration import ADAM, FULLY, assert_same, masters, resume, train_and_save
 from tests.pool import RankPool
 
 
@@ -93,7 +93,7 @@ def test_convert_adam_to_muon(pool: RankPool, adam: Path, tmp_path: Path, layout
     before = sorted((path.name, path.stat().st_size) for path in adam.iterdir())
     folder = convert(adam, tmp_path / "muon", "muon")
     assert before == sorted((path.name, path.stat().st_size) for path in adam.iterdir())
-    losses = pool.run(resume, 2, layout, {}, folder, OURS, str(tmp_path / "again"))[0]
+    losses = pool.run(resume, 2, layout, {}, folder, FULLY, str(tmp_path / "again"))[0]
     switched: dict[str, Any] = {"optimizer": {"muon_ckpt_changes": "accept"}}
     assert losses == pool.run(resume, 2, layout, switched, str(adam), FULLY, str(tmp_path / "switched"))[0]
     assert_same(contents(str(tmp_path / "again")), contents(str(tmp_path / "switched")))
@@ -102,7 +102,7 @@ def test_convert_adam_to_muon(pool: RankPool, adam: Path, tmp_path: Path, layout
 def test_convert_muon_to_adam(pool: RankPool, muon: Path, tmp_path: Path) -> None:
     folder = convert(muon, tmp_path / "adam", "adam", alone=True)
     again = str(tmp_path / "again")
-    pool.run(resume, 2, Layout(ddp_buffers=True), ADAM, folder, OURS, again)
+    pool.run(resume, 2, Layout(ddp_buffers=True), ADAM, folder, FULLY, again)
     assert_same(masters(str(muon)), masters(again))
 
 
@@ -114,11 +114,11 @@ def test_convert_a_variant(pool: RankPool, tmp_path: Path) -> None:
     source, again, back = (str(tmp_path / name) for name in ("normuon/iter_0000003", "again", "back"))
     pool.run(train_and_save, 2, Layout(tp=2), NORMUON, source, FULLY)
     folder = convert(Path(source), tmp_path / "adam", "adam")
-    pool.run(resume, 2, Layout(ddp_buffers=True), ADAM, folder, OURS, again)
+    pool.run(resume, 2, Layout(ddp_buffers=True), ADAM, folder, FULLY, again)
     assert_same(masters(source), masters(again))
     folder = convert(Path(folder), tmp_path / "muon", "muon")
     accept = {"optimizer": {**NORMUON["optimizer"], "muon_ckpt_changes": "accept"}}
-    losses = pool.run(resume, 2, Layout(tp=2), accept, folder, OURS, back, 4)[0]
+    losses = pool.run(resume, 2, Layout(tp=2), accept, folder, FULLY, back, 4)[0]
     assert_same(masters(source), masters(back))
     assert losses[-1] < losses[0]
 

@@ -19,9 +19,6 @@ ADAM_ACCEPT = {"optimizer": {"name": "adam", "muon_ckpt_changes": "accept"}}
 
 FULLY = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 BUCKETS = harness.CHECKPOINT_METADATA
-OURS = {**FULLY, "megatron_muon": True}
-"""What megatron.training finds in the metadata of Muon's checkpoints."""
-
 MOMENTUM = 0.95
 """Of the runs with Muon."""
 
@@ -95,7 +92,7 @@ def test_adam_to_muon_and_back(pool: RankPool, tmp_path: Path, adam: Layout, muo
     assert len(averages) == 4
     for key, value in averages.items():
         assert torch.equal(value, before[key.replace("momentum_buffer", "exp_avg")])
-    assert_same_model(pool.run(resume, 2, adam, ADAM_ACCEPT, b, OURS, c)[0], following, adam, adam)
+    assert_same_model(pool.run(resume, 2, adam, ADAM_ACCEPT, b, FULLY, c)[0], following, adam, adam)
     assert_same(masters(a), masters(c))
     again = contents(c)
     for key, value in before.items():
@@ -116,8 +113,7 @@ def test_other_rules_must_be_accepted(pool: RankPool, tmp_path: Path, options: d
     saves = {} if options else ADAM
     pool.run(train_and_save, 2, Layout(tp=2), saves, folder, FULLY)
     with pytest.raises(RankError) as caught:
-        metadata = OURS if options else FULLY
-        pool.run(resume, 2, Layout(tp=2), options, folder, metadata, str(tmp_path / "b"))
+        pool.run(resume, 2, Layout(tp=2), options, folder, FULLY, str(tmp_path / "b"))
     text = str(caught.value)
     assert "was trained with other rules" in text and "--muon-ckpt-changes accept" in text
     assert "decoder.layers.mlp.linear_fc1.weight[0]" in text

@@ -6,7 +6,7 @@ import dataclasses
 
 from tools.upstream.edits import Change, Edit
 
-__all__ = ["HELP", "HELPERS", "IN_PROJ", "IN_PROJ_0_18", "PREDICATE", "RANK_FILES", "RANK_FILES_0_18"]
+__all__ = ["HELP", "HELPERS", "IN_PROJ", "IN_PROJ_0_18", "PREDICATE", "RANK_FILES", "RANK_FILES_0_18", "STRIDES"]
 
 _LAYER_WISE = "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer"
 
@@ -208,5 +208,22 @@ RANK_FILES_0_18 = dataclasses.replace(
     edits=(
         *RANK_FILES.edits[:-1],
         Edit(RANK_FILES.edits[-1].path, "import math\n", "import math\nimport os\nimport re\n"),
+    ),
+)
+
+STRIDES = Change(
+    "Checkpoints: read tensors' metadata of torch 2.15",
+    """\
+torch 2.15 stores strides among the properties of a tensor, which torch.empty()
+does not take. load_tensors_metadata() gave it all of them, so that every
+--dist-ckpt-strictness but the default ended in a TypeError, as did
+load_plain_tensors(). The type is what is needed.""",
+    fixes=("megatron.core.dist_checkpointing.strategies.torch:TorchDistLoadShardedStrategy.load_tensors_metadata",),
+    edits=(
+        Edit(
+            "megatron/core/dist_checkpointing/strategies/torch.py",
+            "torch.empty(tp.size, **tp.properties.__dict__, device='meta')",
+            "torch.empty(tp.size, dtype=tp.properties.dtype, device='meta')",
+        ),
     ),
 )

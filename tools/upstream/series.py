@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tools.upstream.edits import Change, Edit
-from tools.upstream.fixes import HELP, HELPERS, IN_PROJ, IN_PROJ_0_18, PREDICATE, RANK_FILES, RANK_FILES_0_18
+from tools.upstream.fixes import HELP, HELPERS, IN_PROJ, IN_PROJ_0_18, PREDICATE, RANK_FILES, RANK_FILES_0_18, STRIDES
 
 __all__ = ["RELEASES"]
 
@@ -171,7 +171,7 @@ See NVIDIA/Megatron-LM#2617, #2625, #3939 and #6270.""",
         "megatron.core.models.mimo.optimizer:_iter_optimizer_sub_dicts",
         "megatron.core.models.mimo.optimizer:MimoOptimizer.sharded_state_dict",
         f"{_SERIALIZATION}:load",
-        f"{_CHECKPOINTING}:_build_sharded_state_dict_metadata",
+        f"{_SERIALIZATION}:save",
     ),
 )
 
@@ -185,7 +185,6 @@ to stand here.""",
     needs=(STATE,),
     points=(
         f"{_SERIALIZATION}:load_common_state_dict",
-        f"{_SERIALIZATION}:save",
         f"{_CHECKPOINTING}:_get_checkpoint_format",
         f"{_CHECKPOINTING}:read_metadata",
     ),
@@ -253,6 +252,7 @@ RELEASES = {
         QK_CLIP,
         RECORD,
         INITIAL_WEIGHTS,
+        STRIDES,
     ),
     # This package does not run on 0.18, so that there is nothing to extend: what stands alone.
     "0.18.2": (PREDICATE, IN_PROJ_0_18, HELPERS, HELP, RANK_FILES_0_18),
