@@ -87,7 +87,7 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
                 for group in (each.defaults, *each.param_groups):
                     group.update(numbers)
             _check_partition(optimizer, model_chunks, groups, ranks)
-            guard(optimizer, next(model_chunks[0].parameters()).device)
+            guard(optimizer, model_chunks)
             refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite)
             if config.optimizer.removeprefix("dist_") == "stiefel_muon":
                 watch(optimizer, ranks, next(model_chunks[0].parameters()).device)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_muon.checkpoint.held import STEP
+from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.handled import refuse_elsewhere
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.plugin.optimizer_state import has_own_masters, has_parts, held_by, leaves
@@ -121,16 +122,32 @@ def state_bytes(optimizer: Any) -> StateBytes:
     return StateBytes(dict(here), dict(there), left)
 
 
-def guard(optimizer: Any, device: torch.device) -> None:
-    """Have each part of Megatron-Core's optimizer refuse a step without its state, and hear of new weights.
-
-    Args:
-        optimizer: of a model.
-        device: of the model.
-    """
+def guard(optimizer: Any, chunks: Sequence[torch.nn.Module]) -> None:
+    """Have Megatron-Core's optimizer of a model refuse a step without its state or weights, and hear of new weights."""
+    device = next(chunks[0].parameters()).device
+    optimizer.prepare_grads = functools.partial(_prepare_all, chunks, optimizer.prepare_grads)
     for leaf, _ in leaves(optimizer):
         leaf.prepare_grads = functools.partial(_prepare, leaf, leaf.prepare_grads, device)
         leaf.reload_model_params = functools.partial(_reload, leaf, leaf.reload_model_params)
+
+
+def _prepare_all(chunks: Sequence[torch.nn.Module], prepare_grads: Callable[[], bool]) -> bool:
+    for chunk in chunks:
+        config: Any = getattr(chunk, "ddp_config", None)
+        if config is None or not config.use_distributed_optimizer or config.reuse_grad_buf_for_mxfp8_param_ag:
+            continue
+        parts: Any = chunk
+        for buffer in (*parts.buffers, *parts.expert_parallel_buffers):
+            memory = buffer.param_data.untyped_storage().data_ptr()
+            for param in buffer.params:
+                is_plain = type(param.data) is torch.Tensor and param.dtype == buffer.param_data.dtype
+                if is_plain and param.untyped_storage().data_ptr() != memory:
+                    name = next(name for name, each in chunk.named_parameters() if each is param)
+                    raise ConfigError(
+                        f"{name}: its memory is no longer in DistributedDataParallel's buffer, from which the other "
+                        "ranks get it: do not replace .data, but move buffers (offload_to_cpu and reload_from_cpu)."
+                    )
+    return prepare_grads()
 
 
 def _prepare(leaf: Any, prepare_grads: Callable[[], bool], device: torch.device) -> bool:

@@ -224,19 +224,24 @@ def step_with_state_elsewhere(layout: Layout, **options: Any) -> list[str]:
         found.append(str(caught.value))
         state[key] = value
     run.losses(1)
-    return found
+    weight = harness.unwrap(run.chunks[0]).decoder.layers[0].mlp.linear_fc1.weight
+    weight.data = weight.data.clone()
+    with pytest.raises(ConfigError) as caught:
+        run.losses(1)
+    return [*found, str(caught.value)]
 
 
 @pytest.mark.parametrize("layout", [Layout(layer_wise=True)], ids=["layer-wise"])
 def test_a_step_without_its_state_is_refused(pool: RankPool, layout: Layout) -> None:
     """On each rank, before anything is changed."""
-    for of_muon, of_adam in pool.run(step_with_state_elsewhere, 2, layout, bf16=True):
+    for of_muon, of_adam, of_weight in pool.run(step_with_state_elsewhere, 2, layout, bf16=True):
         assert of_muon.startswith("Muon is to step on cpu, but the momentum_buffer of a weight, ")
         assert of_adam.startswith("GroupStepAdamW is to step on cpu, but the exp_avg of a weight, ")
         assert all(
             text.endswith("is on meta: call megatron_muon.wake(optimizer) before the step.")
             for text in (of_muon, of_adam)
         )
+        assert "mlp.linear_fc1.weight: its memory is no longer in DistributedDataParallel's buffer" in of_weight
 
 
 def vectors_after_a_reload() -> list[bool]:
