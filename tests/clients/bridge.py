@@ -68,6 +68,18 @@ def muon(config: Any, *, steps: int, **changes: Any) -> None:
     config.ddp.use_distributed_optimizer = False
 
 
+def adam(config: Any, *, steps: int, **changes: Any) -> None:
+    """Its recipes' Adam, with the distributed optimizer; ``changes``: fields of the optimizer's config."""
+    from megatron.bridge.recipes.utils.optimizer_utils import distributed_fused_adam_with_cosine_annealing
+
+    config.optimizer, config.scheduler = distributed_fused_adam_with_cosine_annealing(
+        precision="fp32", lr_warmup_iters=0, lr_decay_iters=steps, max_lr=0.01, min_lr=0.001
+    )
+    for name, value in changes.items():
+        setattr(config.optimizer, name, value)
+    config.ddp.use_distributed_optimizer = True
+
+
 def pretrain(config: Any) -> list[float]:
     """``pretrain(config, forward_step)``: the losses that its callbacks are given; the process is left as found."""
     from megatron.bridge.training import setup
