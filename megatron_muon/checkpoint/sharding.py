@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.keys import ALONE, name_of
+from megatron_muon.engine.pieces import plain
 
 __all__ = ["SAVE_IT", "Place", "Replica", "Template", "noted", "places_of", "tensors_of", "unsaved"]
 
@@ -92,7 +93,7 @@ class Place:
         parts = []
         for template in self.templates:
             part = tensor if len(self.templates) == 1 else _rows(tensor, template)
-            parts.append(_described(template.base, source, part, replica, self.index))
+            parts.append(_described(template.base, source, part, replica, _key_and_index(template.base)[1]))
         return parts
 
 
@@ -180,12 +181,16 @@ def _is_complete(parts: tuple[Template, ...]) -> bool:
 
 def _parts_of(param: torch.nn.Parameter, bases: list[Any]) -> tuple[Template, ...]:
     """A fused weight of which the model saves views: those that lie in its memory; none if they do not make it up."""
-    begin, size = param.data_ptr(), param.element_size()
+    begin, size = plain(param).data_ptr(), param.element_size()
     parts = []
     for base in bases:
         offset = base.data.data_ptr() - begin
         inside = 0 <= offset < param.numel() * size and base.data.numel() < param.numel()
-        if inside and base.data.is_contiguous() and base.data.shape[1:] == param.shape[1:]:
+        if (
+            inside
+            and base.data.is_contiguous()
+            and base.data.shape in ((len(base.data), *param.shape[1:]), param.shape[1:])
+        ):
             parts.append(Template(base, offset // size, tuple(base.data.shape)))
     parts.sort(key=lambda part: part.first)
     ends = [part.first + _numel(part.shape) for part in parts]
@@ -207,7 +212,9 @@ def _tensors(state: Any) -> Iterator[ShardedTensor]:
 
 
 def _rows(tensor: torch.Tensor, template: Template) -> torch.Tensor:
-    """The rows of a state that belong to a part of the weight."""
+    """The rows of a state that belong to a part of the weight, or the expert of a stack."""
+    if len(template.shape) < tensor.dim():
+        return tensor[template.first // _numel(template.shape)]
     rest = _numel(template.shape[1:])
     first = template.first // rest
     return tensor[first : first + template.shape[0]] if tensor.shape[0] > 1 else tensor

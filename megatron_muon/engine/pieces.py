@@ -47,7 +47,7 @@ class Piece:
             batch: (matrices of this piece, rows of each on this rank, columns).
         """
         layout = self.layout
-        experts = weight[self.start : self.stop] if layout.stacked else weight.unsqueeze(0)
+        experts = plain(weight)[self.start : self.stop] if layout.stacked else weight.unsqueeze(0)
         if not layout.sections:
             return [(experts, batch)]
         if self.first_row % layout.period or not layout.fits(weight.size(-2)):
@@ -90,6 +90,11 @@ class Piece:
                 found.append((view, batch[:, offset : offset + end - begin]))
                 offset += end - begin
         return found
+
+
+def plain(weight: torch.Tensor) -> torch.Tensor:
+    """The memory of a weight: TransformerEngine's ``GroupedTensor`` of experts forbids all views but the flat one."""
+    return weight.detach().view(-1).view(weight.shape) if weight.is_contiguous() else weight
 
 
 @cache

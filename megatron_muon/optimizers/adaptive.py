@@ -91,7 +91,7 @@ class NorMuon(_SecondMoment):
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
         """v, one number for each row of the weight."""
         if self.state_name not in state:
-            state[self.state_name] = torch.zeros_like(param[..., :1])
+            state[self.state_name] = param.new_zeros((*param.shape[:-1], 1))
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Rows of equal size, in the long run."""
@@ -119,7 +119,7 @@ class NAMO(_SecondMoment):
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
         """v of each matrix, repeated in each of its rows, so that it is saved and resharded with them."""
         if self.state_name not in state:
-            state[self.state_name] = torch.zeros_like(param[..., :1])
+            state[self.state_name] = param.new_zeros((*param.shape[:-1], 1))
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Scaled by how much of the gradient the momentum holds."""

@@ -326,7 +326,7 @@ class Muon(torch.optim.Optimizer):
             if layout_of(param).direction == MSIGN:
                 self.variant.init_state(param, state)
                 if self.scales and self.config.scale_mode == SPECTRAL_NORM and UPDATE_LEFT not in state:
-                    state[UPDATE_LEFT] = torch.zeros_like(param[..., :1])
+                    state[UPDATE_LEFT] = param.new_zeros((*param.shape[:-1], 1))
 
     def _begin_group(self, group: dict[str, Any], first_lr: float) -> list[Job]:
         """Everything elementwise that precedes the iteration."""

@@ -101,7 +101,7 @@ class Hyperball(Variant):
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
         """R of each matrix, repeated in each of its rows, so that it is saved and resharded with them; 0: not yet."""
         if RADIUS not in state:
-            state[RADIUS] = torch.zeros_like(param[..., :1])
+            state[RADIUS] = param.new_zeros((*param.shape[:-1], 1))
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """The direction with the norm of the weight's sphere."""

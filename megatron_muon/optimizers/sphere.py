@@ -68,7 +68,7 @@ class Sphere(Variant):
         """One number a row each; zeros are filled in the first step."""
         for name in (LEFT, RADIUS, MULTIPLIER):
             if name not in state:
-                state[name] = torch.zeros_like(param[..., :1])
+                state[name] = param.new_zeros((*param.shape[:-1], 1))
 
 
 @dataclass

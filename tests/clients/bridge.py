@@ -14,8 +14,11 @@ from tests.megatron.harness import Layout
 SAMPLES, SEQUENCE = 4, 16
 
 
-def recipe(layout: Layout, *, steps: int, save: str = "", load: str = "", save_interval: int = 3) -> Any:
-    """Its smallest GPT recipe with the model, the data and the fusions of a CPU; the optimizer is the caller's."""
+def recipe(layout: Layout, *, steps: int, save: str = "", load: str = "", weights: bool = False) -> Any:
+    """Its smallest GPT recipe with the model, the data and the fusions of a CPU; the optimizer is the caller's.
+
+    ``weights``: of the checkpoint ``load`` take these alone.
+    """
     from megatron.bridge.recipes.gpt.vanilla_gpt import vanilla_gpt_pretrain_config
     from megatron.bridge.training.config import MockGPTDatasetConfig
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -52,7 +55,8 @@ def recipe(layout: Layout, *, steps: int, save: str = "", load: str = "", save_i
     config.validation.eval_iters = 0
     config.logger.log_interval, config.logger.tensorboard_dir = 1, None
     config.checkpoint.save, config.checkpoint.load = save or None, load or None
-    config.checkpoint.save_interval = save_interval
+    config.checkpoint.finetune, config.checkpoint.load_optim = weights, not weights
+    config.checkpoint.load_rng = False
     config.ddp.overlap_grad_reduce = False
     return config
 
@@ -78,6 +82,41 @@ def adam(config: Any, *, steps: int, **changes: Any) -> None:
     for name, value in changes.items():
         setattr(config.optimizer, name, value)
     config.ddp.use_distributed_optimizer = True
+def of_recipe(config: Any, name: str) -> None:
+    """The optimizer that Megatron-Bridge's recipe ``name`` sets, in float32; their models come from a hub."""
+    from megatron.bridge.recipes.kimi.h100.kimi_k2 import _apply_kimi_k2_optimizer
+    from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
+
+    config.mixed_precision = MixedPrecisionConfig(fp32=True)
+    _apply_kimi_k2_optimizer(config, "muon")
+    if name == "deepseek_v4_flash":  # deepseek_v4_flash_pretrain_32gpu_h100_bf16_muon_config
+        muon(
+            config,
+            steps=config.train.train_iters,
+            muon_scale_mode="unit_rms_norm",
+            muon_extra_scale_factor=0.2,
+            max_lr=2.7e-4,
+            min_lr=2.7e-5,
+            muon_tp_mode="blockwise",
+        )
+        config.optimizer.optimizer = "muon"
+        config.optimizer.adam_beta1, config.optimizer.adam_beta2, config.optimizer.adam_eps = 0.9, 0.95, 1e-20
+    config.optimizer.lr, config.optimizer.min_lr = 0.02, 0.002  # three steps are to show a difference
+    config.scheduler.lr_warmup_iters, config.scheduler.lr_decay_iters = 0, 8
+
+
+def optimizer(chunks: list[Any], **changes: Any) -> tuple[Any, Any]:
+    """``finalize()`` and ``setup_optimizer`` on model chunks that are there."""
+    from megatron.bridge.recipes.utils.optimizer_utils import distributed_muon_with_cosine_annealing
+    from megatron.bridge.training.optim import setup_optimizer
+
+    config, scheduler = distributed_muon_with_cosine_annealing(
+        precision="fp32", max_lr=0.01, min_lr=0.001, lr_warmup_iters=0, lr_decay_iters=8, **changes
+    )
+    config.optimizer = "muon"
+    config.finalize()
+    scheduler.lr_warmup_steps, scheduler.lr_decay_steps, scheduler.wd_incr_steps = 0, 8, 8
+    return setup_optimizer(config, scheduler, chunks)
 
 
 def pretrain(config: Any) -> list[float]:
@@ -87,6 +126,7 @@ def pretrain(config: Any) -> list[float]:
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.initialize import destroy_global_state
     from megatron.bridge.training.pretrain import pretrain as run
+    from megatron.bridge.training.utils import checkpoint_utils
 
     losses: list[float] = []
 
@@ -102,5 +142,7 @@ def pretrain(config: Any) -> list[float]:
             run(config, forward_step, callbacks=[Losses()])
     finally:
         destroy_global_state()
+        for cached in (checkpoint_utils.read_train_state, checkpoint_utils.read_run_config):
+            cached.cache_clear()  # rank 0 alone has them from a run of one rank
     dist.barrier()
     return losses

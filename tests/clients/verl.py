@@ -83,7 +83,7 @@ def checkpoints(run: Run, scheduler: Any, *, distributed: bool = True, fully_res
     )
     return MegatronCheckpointManager(
         config=SimpleNamespace(model=SimpleNamespace(path=""), megatron=megatron),
-        checkpoint_config=CheckpointConfig(async_save=False),
+        checkpoint_config=CheckpointConfig(async_save=False, load_contents=["model", "optimizer"]),
         model_config=None,
         transformer_config=config,
         role="actor",

@@ -25,8 +25,17 @@ def save_start(folder: str, model: str) -> None:
         harness.save_weights([built], str(Path(folder) / name))
 
 
-def step(layout: Layout, folder: str, model: str, result: str, optimizer: dict[str, Any]) -> float:
-    """One step from the saved weights with the saved gradients.
+def step(
+    layout: Layout,
+    folder: str,
+    model: str,
+    result: str,
+    optimizer: dict[str, Any],
+    *,
+    load: str = "",
+    save: str = "",
+) -> float:
+    """One step from the saved weights, or from a saved run, with the saved gradients.
 
     Args:
         layout: the parallel layout.
@@ -34,6 +43,8 @@ def step(layout: Layout, folder: str, model: str, result: str, optimizer: dict[s
         model: key of :data:`tests.te.models.MODELS`.
         result: name of the checkpoint of the stepped weights, in ``folder``.
         optimizer: changes to :func:`tests.megatron.harness.optimizer_config`.
+        load: name of the checkpoint of a run to go on from.
+        save: name of the checkpoint of weights and optimizer that the step leaves.
 
     Returns:
         The norm of all gradients.
@@ -47,13 +58,18 @@ def step(layout: Layout, folder: str, model: str, result: str, optimizer: dict[s
     layout.initialize()
     chunks = harness.wrap([models.build_model(layout, model)], layout)
     _load(chunks[0], folder, "gradients")
-    for param in chunks[0].parameters():
-        param.main_grad.copy_(param.detach())
+    gradients = [param.detach().clone() for param in chunks[0].parameters()]
     _load(chunks[0], folder, "weights")
-    built = get_megatron_optimizer(harness.optimizer_config(layout, **optimizer), chunks)
-    success, norm, _ = built.step()
+    run = harness.Run(layout, chunks, get_megatron_optimizer(harness.optimizer_config(layout, **optimizer), chunks))
+    if load:
+        harness.load_run(run, str(Path(folder) / load))
+    for param, gradient in zip(chunks[0].parameters(), gradients, strict=True):
+        param.main_grad.copy_(gradient)
+    success, norm, _ = run.optimizer.step()
     assert success
     harness.save_weights(chunks, str(Path(folder) / result))
+    if save:
+        harness.save_run(run, str(Path(folder) / save))
     return norm
 
 
