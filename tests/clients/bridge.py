@@ -82,6 +82,8 @@ def adam(config: Any, *, steps: int, **changes: Any) -> None:
     for name, value in changes.items():
         setattr(config.optimizer, name, value)
     config.ddp.use_distributed_optimizer = True
+
+
 def of_recipe(config: Any, name: str) -> None:
     """The optimizer that Megatron-Bridge's recipe ``name`` sets, in float32; their models come from a hub."""
     from megatron.bridge.recipes.kimi.h100.kimi_k2 import _apply_kimi_k2_optimizer
