@@ -9,6 +9,8 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from tests.megatron import harness
 from tests.megatron.harness import COUNTING, Layout, Run
 
@@ -42,6 +44,7 @@ def arguments(layout: Layout, **changes: Any) -> Any:
         "overlap_param_gather": False,
         "overlap_param_gather_with_optimizer_step": False,
     }
+    values |= {name: torch.float32 for name, value in values.items() if name.endswith("_dtype") and value == "fp32"}
     args = SimpleNamespace(**{**values, **changes})
     args.__dataclass_fields__ = MegatronArguments.__dataclass_fields__
     args._muon_routes_through_param_overrides = MegatronArguments._muon_routes_through_param_overrides
