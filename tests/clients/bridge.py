@@ -129,6 +129,7 @@ def pretrain(config: Any) -> list[float]:
     from megatron.bridge.training.initialize import destroy_global_state
     from megatron.bridge.training.pretrain import pretrain as run
     from megatron.bridge.training.utils import checkpoint_utils
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 
     losses: list[float] = []
 
@@ -136,6 +137,7 @@ def pretrain(config: Any) -> list[float]:
         def on_train_step_end(self, context: Any) -> None:
             losses.append(float(context.loss_dict["lm loss"]))
 
+    destroy_rerun_state_machine()  # which other tests may have left
     # `setup` asserts CUDA, and does not pass on the argument that lets it go.
     without_cuda = functools.partial(setup.initialize_megatron, allow_no_cuda=True)
     try:

@@ -83,9 +83,10 @@ def build_model(layout: Layout, model: str) -> Any:
 def transformer_config(layout: Layout, changes: dict[str, Any]) -> Any:
     """The configuration of a model of two layers.
 
-    The CPU runtime refuses grouped experts in a configuration, as it could not run them; here they are only built.
+    The CPU runtime refuses grouped experts and sparse attention in a configuration, as it could not run them; here they
+    are only built.
     """
-    late = {name: value for name, value in changes.items() if name in SINGLE_GROUPED}
+    late = {name: value for name, value in changes.items() if name in SINGLE_GROUPED or value == "dsa"}
     early = {name: value for name, value in changes.items() if name not in late}
     config = harness.transformer_config(layout, transformer_impl="transformer_engine", num_layers=2, **early)
     for name, value in late.items():
