@@ -118,6 +118,10 @@ class Divided:
     ranks: int
 
 
+_NORM = 8
+"""Bytes of the square of a norm."""
+
+
 def cost_of(mode: str, matrices: Divided, orthogonalizer: Orthogonalizer, sizes: Sizes) -> Cost:
     """Of the busiest rank, if the matrices are a chunk of their own.
 
@@ -138,10 +142,10 @@ def cost_of(mode: str, matrices: Divided, orthogonalizer: Orthogonalizer, sizes:
     if mode == DISTRIBUTED:
         whole, part = (p, q // ranks) if matrices.by_columns else (q, p // ranks)
         steps = len(orthogonalizer.coefficients)
-        reduced = 2 * others / ranks * count * (steps * whole * whole + 1) * 4
+        reduced = 2 * others / ranks * count * (steps * whole * whole * 4 + _NORM)
         return Cost(count * orthogonalizer.standard_flops(whole, part), reduced, steps + 1)
     triangle, runs = p * (p + 1) // 2 * sizes.gram, orthogonalizer.segment_count
-    sent = 2 * others / ranks * count * 4 + runs * (count / ranks + most) * others * triangle
+    sent = 2 * others / ranks * count * _NORM + runs * (count / ranks + most) * others * triangle
     flops = runs * count * orthogonalizer.rectangular_flops(p, q // ranks) + most * orthogonalizer.polynomial_flops(p)
     return Cost(flops, sent, 1 + 2 * runs)
 

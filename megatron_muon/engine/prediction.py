@@ -69,8 +69,8 @@ class _Rank:
 
     def __init__(self, orthogonalizer: Orthogonalizer, sizes: Sizes, dtype: torch.dtype, number: int) -> None:
         self.orthogonalizer, self.sizes, self.number = orthogonalizer, sizes, number
-        # Sums over ranks are formed in float32 or better.
-        self.norm_bytes = torch.promote_types(dtype, torch.float32).itemsize
+        # Sums over ranks: norms in float64, Gram matrices in float32 or better.
+        self.norm_bytes = torch.float64.itemsize
         self.gram_bytes = torch.promote_types(orthogonalizer.dtype, torch.float32).itemsize
 
     def cost(self, chunk: Chunk) -> Cost:

@@ -35,7 +35,7 @@ def newton_schulz(
     Args:
         x: (..., m, n), floating point. A zero matrix gives zeros.
         coefficients: one (a, b, c) for each step, see :func:`megatron_muon.orthogonalize.coefficients`.
-        dtype: of the iteration; that of ``x`` by default. The norm is always taken in float32 or better.
+        dtype: of the iteration; that of ``x`` by default. The norm is always taken in float64.
         eps: lower bound of the norm that a matrix is divided by.
         shard_dim: the rows (-2) or columns (-1), also counted from the front, if ``x`` is this rank's shard of a
             matrix that is divided along them; the contraction then runs along that dimension and ``reduce`` sums what
@@ -74,19 +74,21 @@ def normalized(
 
     Args:
         x: (batch, p, q).
-        dtype: of the result. The norm is taken in float32 or better.
+        dtype: of the result. The norm is taken in float64, where squares of all float32 numbers have their place.
         eps: lower bound of the norm.
         scale: a power of two.
         reduce: sums over the ranks, if ``x`` is this rank's shard of each matrix.
         damped: add ``eps`` to the norm instead (arXiv 2512.05620).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    square_sum = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).square_()
+    # In float32, matrices of norm 2e19 and more would come out as zeros, and small ones with a small eps as NaN.
+    square_sum = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64).square_()
     if reduce is not None:
         square_sum = reduce(square_sum)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     norm = square_sum.sqrt_().add_(eps) if damped else square_sum.sqrt_().clamp_min_(eps)
-    return torch.mul(x, scale / norm, out=out)  # in ``wide``, rounded once
+    factor = (scale / norm).clamp_max_(torch.finfo(wide).max).to(wide)
+    return torch.mul(x, factor, out=out)  # in ``wide``, rounded once
 
 
 def standard_iteration(

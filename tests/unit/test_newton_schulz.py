@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_muon.orthogonalize import coefficient_types, coefficients, newton_schulz
+from megatron_muon.orthogonalize.newton_schulz import normalized
 from tests.reference import polynomial, singular_value_decomposition, with_singular_values
 
 
@@ -92,3 +93,24 @@ def test_bad_input_is_refused() -> None:
         coefficients("quintic", 0)
     with pytest.raises(ValueError, match="belong together"):
         newton_schulz(torch.ones(2, 2), coefficients("quintic", 1), shard_dim=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("eps", [1e-7, 1e-37])
+def test_no_gradient_is_too_large_or_small_for_its_norm(dtype: torch.dtype, eps: float) -> None:
+    """Squares of 1e20 and more overflow in float32, those of 1e-23 and less vanish: whole matrices, and shards."""
+    matrix = torch.randn(3, 16, 24, dtype=torch.float64)
+
+    def reduce(partial: torch.Tensor) -> torch.Tensor:
+        return (partial[:3] + partial[3:]).repeat(2, 1, 1)
+
+    for exponent in (-40, -30, -20, -8, 0, 18, 20, 30, 37):
+        x = (matrix * 10.0**exponent).to(dtype)
+        exact = normalized(x.double(), torch.float64, eps)
+        found = normalized(x, torch.float32, eps)
+        # Denormal factors have fewer digits.
+        torch.testing.assert_close(found.double(), exact, rtol=1e-3 if exponent == 37 else 1e-6, atol=1e-45)
+        assert exact.abs().max() > 0 and found.isfinite().all()
+        shards = normalized(torch.cat(x.chunk(2, dim=-1)), torch.float32, eps, reduce=reduce)
+        torch.testing.assert_close(torch.cat(shards.chunk(2), dim=-1), found)
+    assert normalized(torch.zeros(1, 4, 4), torch.float32, 1e-45).abs().max() == 0

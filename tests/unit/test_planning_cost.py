@@ -85,7 +85,7 @@ def test_distributed_sums_gram_matrices() -> None:
     """8 x 6 with rows on 4 ranks, 5 steps: a norm and 5 Gram matrices of 6 x 6, 2 * 3/4 of their bytes in float32."""
     by_rows = Weight("w", (8, 6), WHOLE, shards=4, shard_dim=-2)
     flops = 5 * (2 * 36 * 2 + 2 * 6**3 + 2 * 36 * 2)
-    assert work_of(by_rows, "distributed") == [Cost(flops, 2 * 3 / 4 * (5 * 36 + 1) * 4, 6)]
+    assert work_of(by_rows, "distributed") == [Cost(flops, 2 * 3 / 4 * (5 * 36 * 4 + 8), 6)]
 
 
 def test_gram_exchanges_triangles() -> None:
@@ -96,7 +96,7 @@ def test_gram_exchanges_triangles() -> None:
     weight = Weight("w", (4, 8), WHOLE, shards=2, shard_dim=-1)
     work = work_of(weight, "gram", ns_dtype="fp32", num_ns_steps=1)
     rectangular, square = 2 * (2 * 16 * 4), 2 * 4**3
-    assert work == [Cost(rectangular + square, 4 + 10 * 4, 3), Cost(rectangular, 4 + 2 * 10 * 4, 3)]
+    assert work == [Cost(rectangular + square, 8 + 10 * 4, 3), Cost(rectangular, 8 + 2 * 10 * 4, 3)]
 
 
 def test_blockwise_exchanges_nothing() -> None:
