@@ -22,7 +22,6 @@ def predict(
     orthogonalizer: Orthogonalizer,
     sizes: Sizes,
     group_ranks: Mapping[str, int],
-    dtype: torch.dtype = torch.float32,
 ) -> Cost:
     """What one rank does in a step: see :class:`megatron_muon.engine.exchange.Counters`.
 
@@ -31,7 +30,6 @@ def predict(
         orthogonalizer: of the engine.
         sizes: of the elements that the engine sends.
         group_ranks: the rank's number in each group that the plan names.
-        dtype: of the momentum.
 
     Returns:
         ``flops``, ``bytes`` and ``collectives`` of :func:`megatron_muon.engine.execute.execute`, without the comparison
@@ -41,7 +39,7 @@ def predict(
     Raises:
         KeyError: for a group without a number.
     """
-    rank = _Rank(orthogonalizer, sizes, dtype, 0)
+    rank = _Rank(orthogonalizer, sizes, 0)
     total = Cost()
     for chunk in plan.chunks:
         rank.number = group_ranks[chunk.group] if chunk.group else 0
@@ -67,7 +65,7 @@ def matrices_by_mode(plan: Plan) -> Counter[Choice]:
 class _Rank:
     """Counts what one rank does for a chunk; each method is the account of a task in ``execute``."""
 
-    def __init__(self, orthogonalizer: Orthogonalizer, sizes: Sizes, dtype: torch.dtype, number: int) -> None:
+    def __init__(self, orthogonalizer: Orthogonalizer, sizes: Sizes, number: int) -> None:
         self.orthogonalizer, self.sizes, self.number = orthogonalizer, sizes, number
         # Sums over ranks: norms in float64, Gram matrices in float32 or better.
         self.norm_bytes = torch.float64.itemsize

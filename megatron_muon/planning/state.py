@@ -55,6 +55,7 @@ class StateCounter:
                 # Numbers of whole rows are on every rank that has a part of the row.
                 tensor.numel() if tensor.size(shard_dim) == 1 else tensor.numel() // shards
                 for tensor in optimizer.state[param].values()
+                if isinstance(tensor, torch.Tensor)  # counts of steps are numbers
             )
         return self._counted[key]
 

@@ -124,7 +124,7 @@ class Step:
         own = engine.local_dtype.itemsize
         # Momentum and weights to the owners, the new weights back, as they are.
         sizes = Sizes(2 * own, own, own)
-        return found + predict(engine.plan, planner.manifold_work, sizes, group_ranks, engine.local_dtype)
+        return found + predict(engine.plan, planner.manifold_work, sizes, group_ranks)
 
     def _cost(self, mode: str, group_ranks: Mapping[str, int]) -> Cost:
         """Of the weights that are orthogonalized."""
@@ -135,7 +135,7 @@ class Step:
         if key not in self._costs:
             wire, orthogonalizer = engine.wire, self.planner.orthogonalizer
             sizes = Sizes(wire.dtype.itemsize, wire.back.itemsize, wire.gram.itemsize)
-            once = predict(engine.plan, orthogonalizer, sizes, group_ranks, engine.local_dtype)
+            once = predict(engine.plan, orthogonalizer, sizes, group_ranks)
             self._costs[key] = sum([once] * self.planner.passes, Cost())
         return self._costs[key]
 

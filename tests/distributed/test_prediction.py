@@ -151,7 +151,7 @@ def one_step(optimizer: Muon) -> tuple[Cost, int]:
 def prediction_of(engine: StepEngine, ranks: dict[str, int]) -> Cost:
     wire = engine.wire
     sizes = Sizes(wire.dtype.itemsize, wire.back.itemsize, wire.gram.itemsize)
-    return predict(engine.plan, engine.orthogonalizer, sizes, ranks, engine.local_dtype)
+    return predict(engine.plan, engine.orthogonalizer, sizes, ranks)
 
 
 def check(results: list[dict[str, list[Measured]]]) -> None:
