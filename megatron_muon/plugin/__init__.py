@@ -13,13 +13,12 @@ from megatron_muon._patching import Patch, PatchSet
 from megatron_muon.config import MuonConfig
 from megatron_muon.plugin import (
     arguments,
+    building,
     checkpoint_files,
     checkpointing,
     config_fields,
     datasets,
-    dry_run,
     factory,
-    holding,
     layer_wise,
     mimo,
     native,
@@ -50,8 +49,7 @@ def _all_patches() -> list[Patch]:
         datasets,
         qk_clip,
         recording,
-        holding,  # it stands around what others have made of the factory
-        dry_run,  # the last: it ends the run when all is said
+        building,
     )
     return native.for_points(patch for room in rooms for patch in room.patches())
 

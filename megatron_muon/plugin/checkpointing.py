@@ -21,12 +21,12 @@ from megatron_muon.plugin.adam_buckets import buckets_of_adam
 from megatron_muon.plugin.checkpoint_files import EARLIER, reason_of
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
-from megatron_muon.plugin.optimizer_state import has_parts, held_by
+from megatron_muon.plugin.optimizer_state import held_by
 
 if TYPE_CHECKING:
     from megatron_muon.checkpoint.canonical import Model, Request
 
-__all__ = ["is_canonical", "patches"]
+__all__ = ["is_canonical", "keep_canonical", "patches"]
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
@@ -35,13 +35,8 @@ _SCHEDULED = ("max_lr", "min_lr", "wd_mult", "start_wd", "end_wd", "scalar_lr_mu
 
 
 def patches() -> list[Patch]:
-    """Hooks on the factory's result, on loading, and on what is stored about a checkpoint's form."""
+    """Hooks on loading, and on what is stored about a checkpoint's form."""
     return [
-        Patch(
-            "megatron.core.optimizer:get_megatron_optimizer",
-            _with_canonical_state,
-            "each wrapper saves its own form, which other layouts and other optimizers cannot read",
-        ),
         Patch(
             "megatron.core.dist_checkpointing.serialization:load",
             _with_resolution,
@@ -55,23 +50,20 @@ def patches() -> list[Patch]:
     ]
 
 
-def _with_canonical_state(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
+def keep_canonical(optimizer: Any, config: Any, chunks: Sequence[torch.nn.Module], pg_collection: Any) -> None:
+    """Save and load a model's optimizer in one form: those of its wrappers no other layout or optimizer can read.
 
-    @functools.wraps(original)
-    def get_megatron_optimizer(config: Any, model_chunks: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
-        optimizer = original(config, model_chunks, *args, **kwargs)
-        if has_parts(optimizer):
-            return optimizer
-        groups = signature.bind(config, model_chunks, *args, **kwargs).arguments.get("pg_collection")
-        accept = options.of(config).ckpt_changes == ACCEPT
-        state = _CanonicalState(optimizer, model_chunks, is_ours(config.optimizer), accept, groups)
-        state.attach()
-        if is_ours(config.optimizer):
-            state.tell_unsaved()
-        return optimizer
-
-    return get_megatron_optimizer
+    Args:
+        optimizer: Megatron-Core's.
+        config: the ``OptimizerConfig``.
+        chunks: of the model on this rank.
+        pg_collection: the model's process groups; None for those of ``parallel_state``.
+    """
+    accept = options.of(config).ckpt_changes == ACCEPT
+    state = _CanonicalState(optimizer, chunks, is_ours(config.optimizer), accept, pg_collection)
+    optimizer.sharded_state_dict, optimizer.load_state_dict = state.sharded_state_dict, state.load_state_dict
+    if is_ours(config.optimizer):
+        state.tell_unsaved()
 
 
 def is_canonical(optimizer: Any) -> bool:
@@ -95,11 +87,6 @@ class _CanonicalState:
         self._pg_collection = pg_collection
         self._upstream_sharded, self._upstream_load = optimizer.sharded_state_dict, optimizer.load_state_dict
         self._request: Request | _Either | None = None
-
-    def attach(self) -> None:
-        """Take the place of the optimizer's own methods."""
-        self._optimizer.sharded_state_dict = self.sharded_state_dict
-        self._optimizer.load_state_dict = self.load_state_dict
 
     def sharded_state_dict(self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
         """What is saved, or what is to be read: see :mod:`megatron_muon.checkpoint.canonical`."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from megatron_muon.plugin.groups import groups_of_model, ranks_of
 from megatron_muon.plugin.holding import check_entered
 from megatron_muon.plugin.nonfinite import refuse_nonfinite
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
-from megatron_muon.plugin.optimizer_state import held_by
+from megatron_muon.plugin.optimizer_state import held_by, leaves
 from megatron_muon.plugin.ownership import annotate_for_buffers
 from megatron_muon.plugin.state import guard
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
@@ -36,18 +36,12 @@ from megatron_muon.routing.partition import refuse_uneven, refuse_unmatched
 from megatron_muon.routing.predicate import exclusion_reason
 from megatron_muon.version import __version__
 
-__all__ = ["patches"]
+__all__ = ["among_own_ranks", "patches"]
 
 
 def patches() -> list[Patch]:
-    """The hooks on the factory of all optimizers, and on that of emerging ones."""
+    """The hook on the factory of emerging optimizers."""
     return [
-        Patch(
-            "megatron.core.optimizer:get_megatron_optimizer",
-            _among_own_ranks,
-            "param groups are agreed on over all ranks of the run: a model on some of them, beside one under another "
-            "optimizer, would wait for ever",
-        ),
         Patch(
             "megatron.core.optimizer:_get_megatron_emerging_optimizer",
             _with_checks_and_report,
@@ -100,16 +94,12 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
     return _get_megatron_emerging_optimizer
 
 
-def _among_own_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
+def among_own_ranks(pg_collection: Any) -> AbstractContextManager[None]:
+    """Within, param groups of a model with process groups of its own are agreed on over its ranks.
 
-    @functools.wraps(original)
-    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
-        groups = signature.bind(*args, **kwargs).arguments.get("pg_collection")
-        with contextlib.nullcontext() if groups is None else _aligning_among(ranks_of(groups)):
-            return original(*args, **kwargs)
-
-    return get_megatron_optimizer
+    Over all of the run, a model on some of them, beside one under another optimizer, would wait for ever.
+    """
+    return contextlib.nullcontext() if pg_collection is None else _aligning_among(ranks_of(pg_collection))
 
 
 def _asking_our_predicates(key: Any) -> Any:
@@ -222,7 +212,7 @@ def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], gr
     Raises:
         RuntimeError: naming the weights that are held by none, or by several.
     """
-    layer_wise = any(type(part).__name__ == "LayerWiseDistributedOptimizer" for part in _parts(optimizer))
+    layer_wise = any(owned for _, owned in leaves(optimizer))
     held, sliced = _held_params(optimizer)
     counted: dict[str, int] = {}
     parts: list[tuple[list[tuple[str, torch.nn.Parameter]], torch.Tensor, Any]] = []
@@ -255,20 +245,11 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def _parts(optimizer: Any) -> Iterator[Any]:
-    """The optimizer and everything chained in it."""
-    yield optimizer
-    for part in getattr(optimizer, "chained_optimizers", []):
-        yield from _parts(part)
-
-
 def _held_params(optimizer: Any) -> tuple[Counter[torch.nn.Parameter], set[torch.nn.Parameter]]:
     """Model parameters that this rank updates whole, with their count, and those that it updates a slice of."""
     held: Counter[torch.nn.Parameter] = Counter()
     sliced: set[torch.nn.Parameter] = set()
-    for part in _parts(optimizer):
-        if hasattr(part, "chained_optimizers") or getattr(part, "is_stub_optimizer", False):
-            continue
+    for part, _ in leaves(optimizer):
         if type(part).__name__ == "DistributedOptimizer":
             sliced.update(param for buffer in part.buffers for param in buffer.params)
         elif hasattr(part, "float16_groups"):
@@ -281,10 +262,9 @@ def _held_params(optimizer: Any) -> tuple[Counter[torch.nn.Parameter], set[torch
 
 
 def _muons(optimizer: Any) -> Iterator[Muon]:
-    for part in _parts(optimizer):
-        muon = None if hasattr(part, "chained_optimizers") else getattr(part, "optimizer", None)
-        if isinstance(muon, Muon):
-            yield muon
+    for part, _ in leaves(optimizer):
+        if isinstance(part.optimizer, Muon):
+            yield part.optimizer
 
 
 def _planned(optimizer: Any) -> list[str]:

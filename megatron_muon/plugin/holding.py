@@ -1,44 +1,38 @@
 """Which hooks hold, as observed when an optimizer is built: the report ends with it.
 
 A copy of a function from before ``install()`` is found where a module has it by a name. One in a default argument, a
-dictionary or a ``functools.partial`` is not: the inner hook, which every path reaches, sees whether the outer ones
-were entered. (Megatron-Core's old ``get_megatron_muon_optimizer`` and MIMO look the function up at each call.)
+dictionary or a ``functools.partial`` is not: the inner hook, which every path reaches, sees whether the outer one was
+entered. (Megatron-Core's old ``get_megatron_muon_optimizer`` and MIMO look the function up at each call.)
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from megatron_muon._patching import Patch, holds, lost
+from megatron_muon._patching import holds, lost
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
 from megatron_muon.plugin.checkpointing import is_canonical
-from megatron_muon.plugin.groups import ranks_of
-from megatron_muon.plugin.optimizer_config import is_ours
-from megatron_muon.plugin.optimizer_state import has_parts
 from megatron_muon.plugin.qk_clip import clip_of
 
-__all__ = ["check_entered", "patches"]
+__all__ = ["check_entered", "entered", "observed"]
 
-_FACTORY = "megatron.core.optimizer:get_megatron_optimizer"
 _TRAINING = "megatron.training.training"
 
 _entered: ContextVar[bool] = ContextVar("megatron_muon_entered", default=False)
 
 
-def patches() -> list[Patch]:
-    """The outermost hook on the factory."""
-    return [
-        Patch(
-            _FACTORY,
-            _with_observation,
-            "the inner factory must know whether it was reached through the hooks; the report ends with what holds",
-        )
-    ]
+@contextlib.contextmanager
+def entered() -> Iterator[None]:
+    """Within, the factory is reached through the hook on it."""
+    token = _entered.set(True)
+    try:
+        yield
+    finally:
+        _entered.reset(token)
 
 
 def check_entered() -> None:
@@ -57,26 +51,7 @@ def check_entered() -> None:
         )
 
 
-def _with_observation(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
-        token = _entered.set(True)
-        try:
-            optimizer = original(*args, **kwargs)
-        finally:
-            _entered.reset(token)
-        given = signature.bind(*args, **kwargs).arguments
-        config, chunks = given["config"], given["model_chunks"]
-        if is_ours(config.optimizer) and not has_parts(optimizer) and ranks_of(given.get("pg_collection")).is_first:
-            print(f"hooks, as observed: {'; '.join(_observed(config, chunks, optimizer))}\n", flush=True)
-        return optimizer
-
-    return get_megatron_optimizer
-
-
-def _observed(config: Any, chunks: Sequence[Any], optimizer: Any) -> list[str]:
+def observed(config: Any, chunks: Sequence[Any], optimizer: Any) -> list[str]:
     """What holds of what a run needs, and what others have replaced since."""
     clip = clip_of(chunks)
     canonical = is_canonical(optimizer) and holds("megatron.core.dist_checkpointing.serialization:load") is not False

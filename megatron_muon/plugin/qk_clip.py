@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,25 +19,19 @@ from megatron_muon.monitor.sources import Report
 from megatron_muon.plugin import options, recording
 from megatron_muon.plugin.arguments import given
 from megatron_muon.plugin.groups import ranks_of
-from megatron_muon.plugin.optimizer_state import has_parts
 from megatron_muon.plugin.qk_clip_build import FLAGS, build_clip
 from megatron_muon.qk_clip.clip import QKClip
 from megatron_muon.refusals import QK_CLIP, UNMEASURED, refuse
 
-__all__ = ["clip_of", "patches"]
+__all__ = ["build", "clip_of", "patches"]
 
 _CLIPS: weakref.WeakKeyDictionary[torch.nn.Module, Callable[[], QKClip | None]] = weakref.WeakKeyDictionary()
 """Of model chunks without wrappers, the clip of the optimizer that has stepped last. Its optimizer keeps it alive."""
 
 
 def patches() -> list[Patch]:
-    """Hooks on the optimizer, on Megatron's clipping and flags, and on TransformerEngine's attention."""
+    """Hooks on Megatron's clipping and flags, and on TransformerEngine's attention."""
     return [
-        Patch(
-            "megatron.core.optimizer:get_megatron_optimizer",
-            _with_clip,
-            "attention logits are measured, and weights clipped inside the step, before parameters are gathered",
-        ),
         Patch(
             "megatron.core.optimizer.qk_clip:clip_qk",
             lambda original: functools.wraps(original)(functools.partial(_clip_qk)),
@@ -126,27 +119,23 @@ class _Logits:
         return interval > 0 and iteration % interval == 0
 
 
-def _with_clip(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
+def build(optimizer: Any, config: Any, chunks: Sequence[torch.nn.Module], pg_collection: Any) -> None:
+    """Measure logits, and clip weights inside the optimizer's step, before parameters are gathered.
 
-    @functools.wraps(original)
-    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
-        optimizer = original(*args, **kwargs)
-        given = signature.bind(*args, **kwargs).arguments
-        config, chunks = given["config"], given["model_chunks"]
-        if has_parts(optimizer):
-            return optimizer
-        ranks = ranks_of(given.get("pg_collection"))
-        clip = build_clip(config, chunks, options.of(config), optimizer, ranks)
-        if clip is not None:
-            _connect(optimizer, chunks, clip)
-            if ranks.is_last:
-                recording.watch(optimizer, _Logits(clip))
-        for chunk in chunks:
-            _CLIPS.setdefault(_bare(chunk), lambda: None)
-        return optimizer
-
-    return get_megatron_optimizer
+    Args:
+        optimizer: Megatron-Core's.
+        config: the ``OptimizerConfig``.
+        chunks: of the model on this rank.
+        pg_collection: the model's process groups; None for those of ``parallel_state``.
+    """
+    ranks = ranks_of(pg_collection)
+    clip = build_clip(config, chunks, options.of(config), optimizer, ranks)
+    if clip is not None:
+        _connect(optimizer, chunks, clip)
+        if ranks.is_last:
+            recording.watch(optimizer, _Logits(clip))
+    for chunk in chunks:
+        _CLIPS.setdefault(_bare(chunk), lambda: None)
 
 
 def _connect(optimizer: Any, chunks: Sequence[torch.nn.Module], clip: QKClip) -> None:
