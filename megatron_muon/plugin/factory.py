@@ -81,10 +81,12 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
                 for group in (each.defaults, *each.param_groups):
                     group.update(numbers)
             _check_partition(optimizer, model_chunks, groups, ranks)
-            guard(optimizer, model_chunks)
-            refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite)
+            # A rank may have no weights, as an empty stage of a pipeline.
+            device = next((param.device for chunk in model_chunks for param in chunk.parameters()), _device())
+            check = guard(optimizer, model_chunks, device)
+            refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite, device, check)
             if config.optimizer.removeprefix("dist_") == "stiefel_muon":
-                watch(optimizer, ranks, next(model_chunks[0].parameters()).device)
+                watch(optimizer, ranks, device)
             planned = [*_numbers(muon, model_chunks, optimizer, ranks), *_planned(optimizer)]
             _print_report(muon, config, model_chunks, groups, ranks, planned)
             return optimizer

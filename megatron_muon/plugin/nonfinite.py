@@ -7,19 +7,30 @@ a loss scaler does. :func:`refuse_nonfinite` looks at what the optimizer is abou
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from megatron_muon.agree import Ranks
 from megatron_muon.config import flag
+from megatron_muon.plugin.optimizer_state import held_by
 from megatron_muon.routing import global_names
 
 __all__ = ["refuse_nonfinite"]
 
+_FAILED = 2.0
+"""The verdict of a rank that cannot step, above that of one with suspicious gradients."""
 
-def refuse_nonfinite(optimizer: Any, model_chunks: Sequence[torch.nn.Module], ranks: Ranks, choice: str) -> None:
+
+def refuse_nonfinite(
+    optimizer: Any,
+    model_chunks: Sequence[torch.nn.Module],
+    ranks: Ranks,
+    choice: str,
+    device: torch.device,
+    check: Callable[[], None],
+) -> None:
     """Let ``optimizer.prepare_grads``, with which every step begins, stop the run or have the step left out.
 
     Args:
@@ -27,21 +38,31 @@ def refuse_nonfinite(optimizer: Any, model_chunks: Sequence[torch.nn.Module], ra
         model_chunks: of the model on this rank.
         ranks: the model's; all of them step together, and decide alike.
         choice: ``stop`` or ``skip``.
+        device: of the model.
+        check: refuses a step; on some ranks perhaps. What it raises there is raised on all.
 
     Raises (in each step):
         RuntimeError: with ``stop``, on all ranks, naming the weights.
     """
     prepare = optimizer.prepare_grads
-    device = next(model_chunks[0].parameters()).device
 
     def prepare_grads() -> bool:
-        found: bool = prepare()
-        suspect = _suspect(optimizer, device)
-        ranks.reduce_max(suspect)
+        failure: Exception | None = None
+        found, verdict = False, torch.full((1,), _FAILED, device=device)
+        try:
+            check()
+            found = prepare()
+            verdict = _suspect(optimizer, device)
+        except Exception as error:  # the other ranks are on their way to what follows
+            failure = error
+        ranks.reduce_max(verdict)
         # Waits for the device, before state changes; Megatron-Core waits after each step, for whether it succeeded.
-        if not suspect.item():
+        worst = verdict.item()
+        if worst == _FAILED:
+            ranks.together(lambda: _raise(failure))
+        if not worst:
             return found
-        names = dict.fromkeys(itertools.chain.from_iterable(ranks.gather(lambda: list(_names(model_chunks)))))
+        names = dict.fromkeys(itertools.chain.from_iterable(ranks.gather(lambda: _names(optimizer, model_chunks))))
         if not names:
             return found  # finite, but too large to be squared
         told = ", ".join(itertools.islice(names, 4)) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -58,6 +79,11 @@ def refuse_nonfinite(optimizer: Any, model_chunks: Sequence[torch.nn.Module], ra
     optimizer.prepare_grads = prepare_grads
 
 
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
+
+
 def _suspect(optimizer: Any, device: torch.device) -> torch.Tensor:
     """1 where a norm of this rank's gradients is not finite, else 0: a single element."""
     params = (param for group in optimizer.param_groups for param in group["params"])
@@ -68,11 +94,8 @@ def _suspect(optimizer: Any, device: torch.device) -> torch.Tensor:
     return (~norms.isfinite()).any().float().reshape(1)
 
 
-def _names(model_chunks: Sequence[torch.nn.Module]) -> Iterator[str]:
-    """Weights of this rank with a gradient that is not finite."""
-    for chunk in model_chunks:
-        for name, param in global_names(chunk):
-            grad = getattr(param, "main_grad", None)
-            grad = param.grad if grad is None else grad
-            if grad is not None and not grad.isfinite().all():
-                yield name
+def _names(optimizer: Any, model_chunks: Sequence[torch.nn.Module]) -> list[str]:
+    """Weights whose gradient, as this rank's optimizer is to read it, is not finite."""
+    names = {param: name for chunk in model_chunks for name, param in global_names(chunk)}
+    held = [(each.param, each.key.grad) for each in held_by(optimizer, refuse=False) if each.key is not None]
+    return [names[param] for param, grad in held if grad is not None and not grad.isfinite().all()]

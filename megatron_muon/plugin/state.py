@@ -122,16 +122,30 @@ def state_bytes(optimizer: Any) -> StateBytes:
     return StateBytes(dict(here), dict(there), left)
 
 
-def guard(optimizer: Any, chunks: Sequence[torch.nn.Module]) -> None:
-    """Have Megatron-Core's optimizer of a model refuse a step without its state or weights, and hear of new weights."""
-    device = next(chunks[0].parameters()).device
-    optimizer.prepare_grads = functools.partial(_prepare_all, chunks, optimizer.prepare_grads)
-    for leaf, _ in leaves(optimizer):
-        leaf.prepare_grads = functools.partial(_prepare, leaf, leaf.prepare_grads, device)
+def guard(optimizer: Any, chunks: Sequence[torch.nn.Module], device: torch.device) -> Callable[[], None]:
+    """Have Megatron-Core's optimizer of a model hear of new weights.
+
+    Args:
+        optimizer: of the model.
+        chunks: of the model on this rank.
+        device: of the model.
+
+    Returns:
+        what refuses a step without its state or weights, on this rank.
+    """
+    parts = [leaf for leaf, _ in leaves(optimizer)]
+    for leaf in parts:
         leaf.reload_model_params = functools.partial(_reload, leaf, leaf.reload_model_params)
 
+    def check() -> None:
+        _check_buffers(chunks)
+        for leaf in parts:
+            refuse_elsewhere(leaf.optimizer, device)
 
-def _prepare_all(chunks: Sequence[torch.nn.Module], prepare_grads: Callable[[], bool]) -> bool:
+    return check
+
+
+def _check_buffers(chunks: Sequence[torch.nn.Module]) -> None:
     for chunk in chunks:
         config: Any = getattr(chunk, "ddp_config", None)
         if config is None or not config.use_distributed_optimizer or config.reuse_grad_buf_for_mxfp8_param_ag:
@@ -147,12 +161,6 @@ def _prepare_all(chunks: Sequence[torch.nn.Module], prepare_grads: Callable[[], 
                         f"{name}: its memory is no longer in DistributedDataParallel's buffer, from which the other "
                         "ranks get it: do not replace .data, but move buffers (offload_to_cpu and reload_from_cpu)."
                     )
-    return prepare_grads()
-
-
-def _prepare(leaf: Any, prepare_grads: Callable[[], bool], device: torch.device) -> bool:
-    refuse_elsewhere(leaf.optimizer, device)
-    return prepare_grads()
 
 
 def _reload(leaf: Any, reload_model_params: Callable[..., None], *args: Any, **kwargs: Any) -> None:

@@ -107,3 +107,56 @@ def test_the_run_stops_on_all_ranks_and_names_the_weight(pool: RankPool, layout:
 def test_large_gradients_are_no_infinity(pool: RankPool) -> None:
     """Their squares are."""
     assert pool.run(scene, 1, Layout(), {}, {}, [(1e30, WEIGHTS["muon"], 0)]) == [[(True, False)]]
+
+
+def without_ddp(choice: str) -> tuple[Any, bool]:
+    """What a step with a NaN does to a bfloat16 model whose gradients are in ``.grad``; whether weights are finite."""
+    import megatron_muon
+
+    megatron_muon.install()
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    layout = Layout()
+    layout.initialize()
+    chunks = harness.build_model(layout, bf16=True, num_layers=1)
+    config = harness.optimizer_config(layout, bf16=True, muon_nonfinite=choice, **OFF)
+    optimizer = get_megatron_optimizer(config, chunks)
+    for name, param in chunks[0].named_parameters():
+        param.grad = torch.full_like(param, NAN if name.endswith(WEIGHTS["muon"]) else 1e-3)
+    try:
+        outcome: Any = optimizer.step()[0]
+    except RuntimeError as error:
+        outcome = str(error)
+    return outcome, all(bool(param.isfinite().all()) for param in chunks[0].parameters())
+
+
+def test_gradients_without_ddp_are_looked_at(pool: RankPool) -> None:
+    """Megatron-Core has moved them into the masters' by then."""
+    assert pool.run(without_ddp, 1, "skip") == [(False, True)]
+    ((message, is_finite),) = pool.run(without_ddp, 1, "stop")
+    assert message.startswith(f"NaN or infinity in the gradients of {WEIGHTS['muon']}. ") and is_finite
+
+
+def beside_an_empty_stage(value: float) -> bool:
+    """Whether a step was taken; the second stage of the pipeline has no weights."""
+    import megatron_muon
+
+    megatron_muon.install()
+    from megatron.core import parallel_state
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.transformer.module import MegatronModule
+
+    layout = Layout(pp=2)
+    layout.initialize()
+    (chunk,) = harness.build_model(layout, num_layers=2)
+    if parallel_state.get_pipeline_model_parallel_rank() == 1:
+        chunk = MegatronModule(chunk.config)
+    optimizer = get_megatron_optimizer(harness.optimizer_config(layout, muon_nonfinite="skip", **OFF), [chunk])
+    for param in chunk.parameters():
+        param.main_grad = torch.full_like(param, value)
+    return bool(optimizer.step()[0])
+
+
+def test_a_stage_without_weights_takes_part(pool: RankPool) -> None:
+    assert pool.run(beside_an_empty_stage, 2, 1e-3) == [True, True]
+    assert pool.run(beside_an_empty_stage, 2, NAN) == [False, False]
