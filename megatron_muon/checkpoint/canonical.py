@@ -18,14 +18,15 @@ from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint import record as records
 from megatron_muon.checkpoint import weights as model_weights
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
-from megatron_muon.checkpoint.fingerprint import MODULUS, fingerprints
-from megatron_muon.checkpoint.held import STEP, Bucket, Held
+from megatron_muon.checkpoint.fingerprint import added, fingerprints
+from megatron_muon.checkpoint.held import Bucket, Held
 from megatron_muon.checkpoint.keys import ALONE, PREFIX
 from megatron_muon.checkpoint.record import ACCEPT, RECORD, Record, Rule, WeightRecord, layout_text
 from megatron_muon.checkpoint.sharding import Place, Replica, places_of, tensors_of
 from megatron_muon.checkpoint.slices import gathered, scatter
 from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, estimated_second_moment
 from megatron_muon.checkpoint.stored import Stored
+from megatron_muon.optimizers.handled import STEP
 from megatron_muon.routing.layout import layout_of
 
 __all__ = ["WEIGHTS", "Model", "Request", "saved_state"]
@@ -322,14 +323,11 @@ class Request(dict[str, Any]):
                 if choice.state in counted and choice.stored_as == choice.state and self._is_alike(choice)
             ]
         sums = fingerprints(tensor for _, _, tensor in checked)
-        mine = [(name, state, value) for (name, state, _), value in zip(checked, sums, strict=True)]
-        totals: dict[tuple[str, str], int] = defaultdict(int)
-        for part in self.ranks.gather(lambda: mine):
-            for name, state, value in part:
-                totals[name, state] = (totals[name, state] + value) % MODULUS
+        mine = [((name, state), value) for (name, state, _), value in zip(checked, sums, strict=True)]
+        totals = added(share for part in self.ranks.gather(lambda: mine) for share in part)
         damaged = [
             f"{state} of {name}"
-            for (name, state), value in sorted(totals.items())
+            for (name, state), value in totals.items()
             if saved.sums.get(name, {}).get(state, value) != value
         ]
         raise_together(

@@ -55,7 +55,7 @@ def convert(source: Path, target: Path, to: str) -> int:
     if not any(map(parse_state, index.tensors)):
         raise CheckpointError(f"{source} has no optimizer state: there is nothing to convert.")
     iteration = stored.common.get("iteration", folders.iteration_of(source)) or 0
-    folder = target / f"iter_{iteration:07d}"
+    folder = folders.folder_of(target, str(iteration))
     folder.mkdir(parents=True)
     with (folder / _FILE).open("wb") as file:
         _Writer(index, stored, to, file, folder).write()

@@ -7,13 +7,13 @@ of the whole. A flipped bit, a shard that is missing, doubled or zero changes it
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import torch
 
-__all__ = ["MODULUS", "fingerprints"]
+__all__ = ["added", "fingerprints"]
 
-MODULUS = 1 << 64
+_MODULUS = 1 << 64
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -33,8 +33,16 @@ def fingerprints(tensors: Iterable[torch.Tensor]) -> list[int]:
     found = [0] * len(sums)
     for mine in places.values():
         for place, number in zip(mine, torch.stack([sums[place] for place in mine]).tolist(), strict=True):
-            found[place] = number % MODULUS
+            found[place] = number % _MODULUS
     return found
+
+
+def added[Key: Hashable](shares: Iterable[tuple[Key, int]]) -> dict[Key, int]:
+    """The numbers of each whole, in order of the keys, from those of its shards."""
+    totals: dict[Key, int] = defaultdict(int)
+    for key, value in shares:
+        totals[key] = (totals[key] + value) % _MODULUS
+    return dict(sorted(totals.items()))
 
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from megatron_muon.checkpoint.errors import CheckpointError
 __all__ = [
     "TRACKER",
     "check_marks",
+    "folder_of",
     "forget",
     "interruption",
     "is_tracker_text",
@@ -68,6 +69,11 @@ def iteration_of(folder: Path) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def folder_of(root: Path, text: str) -> Path:
+    """The folder that a tracker with this text names."""
+    return root / (text if text == "release" else f"iter_{int(text):07d}")
+
+
 def newest(root: Path) -> int | None:
     """The last iteration that is whole."""
     whole = [iteration_of(folder) for folder in root.glob("iter_*") if is_whole(folder)]
@@ -106,7 +112,7 @@ def interruption(root: Path) -> str | None:
     if not is_tracker_text(text):
         return f"{TRACKER} does not name an iteration"
     assert text is not None
-    folder = root / (text if text == "release" else f"iter_{int(text):07d}")
+    folder = folder_of(root, text)
     if (folder / _OVERWRITTEN).is_file() and not is_whole(folder):
         return f"{folder.name}, which {TRACKER} names, was being written over"
     return None
@@ -124,12 +130,10 @@ def resolve(path: str) -> Path:
     text = tracked(folder)
     if is_tracker_text(text):
         assert text is not None
-        name = text if text == "release" else f"iter_{int(text):07d}"
-        if is_whole(folder / name):
-            return folder / name
-        raise CheckpointError(
-            f"{folder / name} is not whole, although {TRACKER} names it. Give another iteration's folder."
-        )
+        found = folder_of(folder, text)
+        if is_whole(found):
+            return found
+        raise CheckpointError(f"{found} is not whole, although {TRACKER} names it. Give another iteration's folder.")
     raise CheckpointError(
         f"{folder}: no checkpoint of --ckpt-format torch_dist is there, or its writing was interrupted. Give the "
         "folder of a run (--save) or of one iteration (iter_...)."

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["STEP", "Bucket", "Held", "Slices"]
+from megatron_muon.optimizers.handled import STEP
 
-STEP = "step"
-"""Name of the count of updates in state and in param groups: no tensor of a weight."""
+__all__ = ["Bucket", "Held", "Slices"]
 
 
 @dataclass(frozen=True)

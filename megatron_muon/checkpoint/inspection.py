@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon.checkpoint.fingerprint import MODULUS, fingerprints
+from megatron_muon.checkpoint.fingerprint import added, fingerprints
 from megatron_muon.checkpoint.folders import iteration_of
 from megatron_muon.checkpoint.keys import ALONE, PREFIX, name_of, parse_state
 from megatron_muon.checkpoint.reading import Index, read_index
@@ -98,7 +98,7 @@ def _rules(stored: Stored) -> list[dict[str, Any]]:
 def _problems(index: Index, record: Record | None) -> list[str]:
     """Read everything."""
     found: list[str] = []
-    sums: dict[tuple[str, str], int] = defaultdict(int)
+    shares: list[tuple[tuple[str, str], int]] = []
     names = () if record is None else (*record.weights, *record.model)
     depths = {name.partition("[")[0]: _depth(name) for name in names}
     for key in sorted(index.tensors):
@@ -110,8 +110,8 @@ def _problems(index: Index, record: Record | None) -> list[str]:
             weight, _, alone = (key if state is None else state.weight).partition(ALONE)
             where = map(int, alone.split(".")) if alone else chunk.offsets[: depths.get(weight, 0)]
             place = name_of(weight, where), "weight" if state is None else state.state
-            sums[place] = (sums[place] + fingerprints([tensor])[0]) % MODULUS
-    for (name, kind), value in sorted(sums.items()):
+            shares += zip([place], fingerprints([tensor]), strict=True)
+    for (name, kind), value in added(shares).items():
         if record is not None and _saved(record, name, kind) not in (None, value):
             found.append(f"{kind} of {name} is not what was saved")
     return found

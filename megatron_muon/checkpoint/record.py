@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from megatron_muon.checkpoint.fingerprint import MODULUS
+from megatron_muon.checkpoint.fingerprint import added
 from megatron_muon.checkpoint.keys import name_of
 from megatron_muon.routing.layout import MSIGN, SCALAR, MatrixLayout
 from megatron_muon.version import __version__
@@ -159,27 +159,21 @@ class Record:
         rules: list[Rule] = []
         numbers: list[tuple[tuple[str, Any], ...]] = []
         where: dict[str, int] = {}
-        sums: dict[str, dict[str, int]] = {}
+        sums: dict[str, list[tuple[str, int]]] = {}
         holders: dict[tuple[str, str], set[tuple[int, ...]]] = {}
         siblings: dict[str, int] = {}
         for weight in sorted(weights, key=lambda weight: (weight.key, weight.index)):
             group = _index(numbers, weight.numbers)
             where[weight.name] = _index(rules, Rule(weight.rule.name, weight.rule.layout, weight.rule.states, group))
             siblings[weight.key] = weight.siblings
-            mine = sums.setdefault(weight.name, {})
+            mine = sums.setdefault(weight.name, [])
             for state in weight.rule.states:
                 holders.setdefault((state, weight.key), set()).add(weight.index)
-                mine[state] = (mine.get(state, 0) + weight.sums.get(state, 0)) % MODULUS
+                mine.append((state, weight.sums.get(state, 0)))
         alone = [pair for pair, indices in sorted(holders.items()) if len(indices) < siblings[pair[1]]]
-        return cls(step, rules, [dict(each) for each in numbers], where, alone, sums, _added(model))
-
-
-def _added(shares: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    totals: dict[str, int] = {}
-    for share in shares:
-        for name, value in share.items():
-            totals[name] = (totals.get(name, 0) + value) % MODULUS
-    return dict(sorted(totals.items()))
+        of_states = {name: added(shares) for name, shares in sums.items()}
+        of_model = added(share for shares in model for share in shares.items())
+        return cls(step, rules, [dict(each) for each in numbers], where, alone, of_states, of_model)
 
 
 def _index(known: list[Any], value: Any) -> int:

@@ -8,7 +8,6 @@ model takes it.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import raise_together
-from megatron_muon.checkpoint.fingerprint import MODULUS, fingerprints
+from megatron_muon.checkpoint.fingerprint import added, fingerprints
 from megatron_muon.checkpoint.keys import name_of
 from megatron_muon.checkpoint.sharding import tensors_of
 from megatron_muon.checkpoint.stored import Stored
@@ -69,11 +68,8 @@ def sums_of(tensors: Described, counts: Callable[[ShardedTensor], bool] = lambda
         added up.
     """
     parts = [part for part in tensors_of(tensors.values()) if is_main_replica(part.replica_id) and counts(part)]
-    totals: dict[str, int] = defaultdict(int)
-    for part, value in zip(parts, fingerprints(part.data for part in parts), strict=True):
-        name = name_of(part.key, part.global_offset[: part.prepend_axis_num])
-        totals[name] = (totals[name] + value) % MODULUS
-    return dict(totals)
+    names = [name_of(part.key, part.global_offset[: part.prepend_axis_num]) for part in parts]
+    return added(zip(names, fingerprints(part.data for part in parts), strict=True))
 
 
 def check(ranks: Ranks, tensors: Described, loaded: Any, stored: Stored) -> None:
@@ -100,13 +96,10 @@ def check(ranks: Ranks, tensors: Described, loaded: Any, stored: Stored) -> None
     def counts(part: ShardedTensor) -> bool:
         return stored.shapes.get(part.key) == (tuple(part.global_shape), part.data.dtype)
 
-    totals: dict[str, int] = defaultdict(int)
-    for sums in ranks.gather(lambda: sums_of(read, counts)):
-        for name, value in sums.items():
-            totals[name] = (totals[name] + value) % MODULUS
+    totals = added(share for sums in ranks.gather(lambda: sums_of(read, counts)) for share in sums.items())
     raise_together(
         ranks,
-        [f"weight {name}" for name, value in sorted(totals.items()) if saved.get(name, value) != value],
+        [f"weight {name}" for name, value in totals.items() if saved.get(name, value) != value],
         f"{stored.folder} is damaged: what was read is not what was saved:",
         "Load an earlier checkpoint (--ckpt-step), and check the storage.",
     )

@@ -20,8 +20,8 @@ from megatron_muon._patching import Patch
 __all__ = ["PATCHES", "LayerNorm", "RMSNorm", "build_norm", "local_norm"]
 
 
-class LayerNorm(torch.nn.LayerNorm):
-    """LayerNorm in the dtype of what it is given, returned in that of its weights: fp32 residuals become bfloat16.
+class _Norm(torch.nn.Module):
+    """What both norms add to torch's.
 
     Args:
         hidden_size: size of the last dimension.
@@ -29,36 +29,35 @@ class LayerNorm(torch.nn.LayerNorm):
         zero_centered: whether the scale is ``1 + weight``, so that weight decay pulls the scale to one.
     """
 
+    weight: torch.nn.Parameter
+
     def __init__(self, hidden_size: int, eps: float, zero_centered: bool = False) -> None:
         super().__init__(hidden_size, eps)
         self.zero_centered = zero_centered
         if zero_centered:
             torch.nn.init.zeros_(self.weight)
+
+    def _scale(self, x: torch.Tensor) -> torch.Tensor:
+        """What the normalized ``x`` is multiplied by, in its dtype."""
+        return (1 + self.weight if self.zero_centered else self.weight).to(x.dtype)
+
+
+class LayerNorm(_Norm, torch.nn.LayerNorm):
+    """LayerNorm in the dtype of what it is given, returned in that of its weights: fp32 residuals become bfloat16."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension."""
-        weight, bias = _scale(self, input), self.bias.to(input.dtype)
+        weight, bias = self._scale(input), self.bias.to(input.dtype)
         return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
 
 
-class RMSNorm(torch.nn.RMSNorm):
+class RMSNorm(_Norm, torch.nn.RMSNorm):
     """RMSNorm with the dtypes and arguments of :class:`LayerNorm`."""
-
-    def __init__(self, hidden_size: int, eps: float, zero_centered: bool = False) -> None:
-        super().__init__(hidden_size, eps)
-        self.zero_centered = zero_centered
-        if zero_centered:
-            torch.nn.init.zeros_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension."""
-        out = functional.rms_norm(x, self.normalized_shape, _scale(self, x), self.eps)
+        out = functional.rms_norm(x, self.normalized_shape, self._scale(x), self.eps)
         return out.to(self.weight.dtype)
-
-
-def _scale(norm: LayerNorm | RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """What the normalized ``x`` is multiplied by, in its dtype."""
-    return (1 + norm.weight if norm.zero_centered else norm.weight).to(x.dtype)
 
 
 _NORMS: dict[str, type[LayerNorm | RMSNorm]] = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}

@@ -14,6 +14,7 @@ from megatron_muon.monitor.summary import WINDOW, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["METRICS_FILE", "find_runs", "plot_logits", "plot_losses", "write_csv"]
 
@@ -76,15 +77,9 @@ def plot_losses(runs: Mapping[str, Metrics], path: Path, title: str | None = Non
         path: picture to write; its suffix is the format.
         title: above the panels.
     """
-    # Imported here, as matplotlib takes a second; Figure instead of pyplot needs no display and leaves no state.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
+    figure = _figure(title)
     train_axes, valid_axes = figure.subplots(1, 2, sharey=True)
-    for (name, run), colour, line in zip(
-        runs.items(), itertools.cycle(_COLOURS), itertools.cycle(_STYLES), strict=False
-    ):
-        style = {"color": colour, "linestyle": line}
+    for name, run, style in _styled(runs):
         _draw_train(train_axes, name, run, style)
         _draw_valid(valid_axes, run, style)
     _label_ends(valid_axes, runs)
@@ -96,8 +91,6 @@ def plot_losses(runs: Mapping[str, Metrics], path: Path, title: str | None = Non
         train_axes.set_ylim(*limits)
     if train_axes.lines:
         train_axes.legend(frameon=False)
-    if title:
-        figure.suptitle(title, fontsize="medium")
     with _replacing(path) as partial:
         figure.savefig(partial, format=path.suffix[1:])
 
@@ -111,14 +104,9 @@ def plot_logits(runs: Mapping[str, Metrics], threshold: float, path: Path, title
         path: picture to write; its suffix is the format.
         title: above the panels.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
+    figure = _figure(title)
     logit_axes, loss_axes = figure.subplots(1, 2)
-    for (name, run), colour, line in zip(
-        runs.items(), itertools.cycle(_COLOURS), itertools.cycle(_STYLES), strict=False
-    ):
-        style = {"color": colour, "linestyle": line}
+    for name, run, style in _styled(runs):
         points = [point for point in run.train if (point.max_attention_logit or 0.0) > 0.0]
         logits = [point.max_attention_logit or 0.0 for point in points]
         logit_axes.plot([point.iteration for point in points], logits, label=name, **style)
@@ -129,10 +117,26 @@ def plot_logits(runs: Mapping[str, Metrics], threshold: float, path: Path, title
     _finish(loss_axes, "Training loss")
     loss_axes.set_ylabel("cross-entropy (nats per token)")
     logit_axes.legend(frameon=False)
-    if title:
-        figure.suptitle(title, fontsize="medium")
     with _replacing(path) as partial:
         figure.savefig(partial, format=path.suffix[1:])
+
+
+def _figure(title: str | None) -> Figure:
+    # Imported here, as matplotlib takes a second; Figure instead of pyplot needs no display and leaves no state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def _styled(runs: Mapping[str, Metrics]) -> Iterator[tuple[str, Metrics, dict[str, Any]]]:
+    """Each run with its name, colour and style of lines."""
+    for (name, run), colour, line in zip(
+        runs.items(), itertools.cycle(_COLOURS), itertools.cycle(_STYLES), strict=False
+    ):
+        yield name, run, {"color": colour, "linestyle": line}
 
 
 def _draw_train(axes: Axes, name: str, run: Metrics, style: Mapping[str, Any]) -> None:

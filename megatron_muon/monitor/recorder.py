@@ -40,6 +40,9 @@ __all__ = ["Recorder", "Stopwatch"]
 class Recorder:
     """Collects the scalars of one process and appends them to a file.
 
+    Attributes:
+        stopwatch: measures the optimizer step.
+
     Args:
         path: the file; folders are made.
         iteration: the iteration that training starts from. Lines of later iterations are removed.
@@ -50,7 +53,7 @@ class Recorder:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rewrite_until(self.path, iteration)
-        self._stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch()
         self._start_interval()
         self._interval_before = 0.0
         self.write("start", iteration, **header)
@@ -92,7 +95,7 @@ class Recorder:
             losses={name: value.item() / self._advanced for name, value in self._sums.items()},
             skipped=self._skipped,
             seconds=(interval - self._interval_before) / max(1, iterations),
-            optimizer_seconds=self._stopwatch.take() / max(1, iterations),
+            optimizer_seconds=self.stopwatch.take() / max(1, iterations),
             **scalars,
         )
         self._interval_before = 0.0 if interval_restarts else interval
@@ -103,11 +106,6 @@ class Recorder:
         line = json.dumps(_finite({"kind": kind, "iteration": iteration, **values}))
         with self.path.open("a") as file:
             file.write(line + "\n")
-
-    @property
-    def stopwatch(self) -> Stopwatch:
-        """Measures the optimizer step."""
-        return self._stopwatch
 
 
 class Stopwatch:

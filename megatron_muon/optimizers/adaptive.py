@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.optimizers.stages import Matrices, Variant, signs_
+from megatron_muon.optimizers.stages import Matrices, Variant, init_rows, signs_
 from megatron_muon.refusals import OPTIONS, refuse
 
 __all__ = ["METHODS", "AdaptiveMuon"]
@@ -31,6 +31,10 @@ class _SecondMoment(Variant):
     def __init__(self, beta2: float, eps: float) -> None:
         self.beta2 = beta2
         self.eps = eps
+
+    def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
+        """One number for each row of the weight."""
+        init_rows(param, state, self.state_name)
 
     def _average(self, matrices: Matrices, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Move each weight's second moment towards ``values``, and return it in their form."""
@@ -88,11 +92,6 @@ class NorMuon(_SecondMoment):
     name = "normuon"
     state_name = "normuon_moment2"
 
-    def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
-        """v, one number for each row of the weight."""
-        if self.state_name not in state:
-            state[self.state_name] = param.new_zeros((*param.shape[:-1], 1))
-
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Rows of equal size, in the long run."""
         updates = matrices.updates
@@ -115,11 +114,6 @@ class NAMO(_SecondMoment):
 
     name = "namo"
     state_name = "namo_moment2"
-
-    def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
-        """v of each matrix, repeated in each of its rows, so that it is saved and resharded with them."""
-        if self.state_name not in state:
-            state[self.state_name] = param.new_zeros((*param.shape[:-1], 1))
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Scaled by how much of the gradient the momentum holds."""

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from megatron_muon.errors import ConfigError
+from megatron_muon.errors import ConfigError, sizes
 
 __all__ = ["STEP", "Marks", "refuse_elsewhere"]
 
 STEP = "step"
-"""Name of counts in state, which stay on the host."""
+"""Name of the count of updates in state and in param groups: no tensor of a weight, and it stays on the host."""
 
 
 class Marks:
@@ -56,8 +56,7 @@ def refuse_elsewhere(optimizer: torch.optim.Optimizer, device: torch.device | No
 
 
 def _elsewhere(optimizer: torch.optim.Optimizer, name: str, tensor: torch.Tensor, wanted: torch.device) -> ConfigError:
-    shape = " x ".join(map(str, tensor.shape))
     return ConfigError(
-        f"{type(optimizer).__name__} is to step on {wanted}, but the {name} of a weight, {shape}, is on "
+        f"{type(optimizer).__name__} is to step on {wanted}, but the {name} of a weight, {sizes(tensor.shape)}, is on "
         f"{tensor.device}: call megatron_muon.wake(optimizer) before the step."
     )

@@ -23,7 +23,7 @@ from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts, spectrally_n
 from megatron_muon.optimizers.precision import matmul_precision
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, restart_emptied, step_scalar_rows
 from megatron_muon.optimizers.sizes import VARIANTS, normalized
-from megatron_muon.optimizers.stages import Matrices, Variant
+from megatron_muon.optimizers.stages import Matrices, Variant, init_rows
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM, UPDATE_NORM, scale_factor
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
@@ -325,8 +325,8 @@ class Muon(torch.optim.Optimizer):
                 state.setdefault(STEP, group[STEP])
             if layout_of(param).direction == MSIGN:
                 self.variant.init_state(param, state)
-                if self.scales and self.config.scale_mode == SPECTRAL_NORM and UPDATE_LEFT not in state:
-                    state[UPDATE_LEFT] = param.new_zeros((*param.shape[:-1], 1))
+                if self.scales and self.config.scale_mode == SPECTRAL_NORM:
+                    init_rows(param, state, UPDATE_LEFT)
 
     def _begin_group(self, group: dict[str, Any], first_lr: float) -> list[Job]:
         """Everything elementwise that precedes the iteration."""

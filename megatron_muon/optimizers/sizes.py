@@ -9,7 +9,7 @@ import torch
 
 from megatron_muon.engine.pieces import Piece
 from megatron_muon.errors import ConfigError
-from megatron_muon.optimizers.stages import Matrices, Variant, divided
+from megatron_muon.optimizers.stages import Matrices, Variant, divided, init_rows
 
 __all__ = ["VARIANTS", "Hyperball", "PolarGrad", "ZeroWeights", "normalized"]
 
@@ -99,9 +99,8 @@ class Hyperball(Variant):
         self._zeros = ZeroWeights("--muon-variant hyperball (which keeps the norm of each matrix)", "--optimizer muon")
 
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
-        """R of each matrix, repeated in each of its rows, so that it is saved and resharded with them; 0: not yet."""
-        if RADIUS not in state:
-            state[RADIUS] = param.new_zeros((*param.shape[:-1], 1))
+        """R of each matrix."""
+        init_rows(param, state, RADIUS)
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """The direction with the norm of the weight's sphere."""

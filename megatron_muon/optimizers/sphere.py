@@ -26,7 +26,7 @@ from megatron_muon.optimizers.jobs import Job, reader
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.power import store_rows, store_vector, top_singular
 from megatron_muon.optimizers.sizes import ZeroWeights
-from megatron_muon.optimizers.stages import Update, Variant, is_some
+from megatron_muon.optimizers.stages import Update, Variant, init_rows, is_some
 from megatron_muon.refusals import refuse
 
 __all__ = ["SpectralSphere", "Sphere", "evaluations"]
@@ -56,19 +56,14 @@ def evaluations(tolerance: float) -> int:
 
 
 class Sphere(Variant):
-    """What a weight on its sphere keeps: radius, lambda, and the top left singular vector of each logical matrix.
-
-    The numbers of a matrix are repeated in each of its rows, so that they are saved and resharded with them.
-    """
+    """What a weight on its sphere keeps: radius, lambda, and the top left singular vector of each logical matrix."""
 
     name = "spectral_sphere"
     decays = False
 
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
         """One number a row each; zeros are filled in the first step."""
-        for name in (LEFT, RADIUS, MULTIPLIER):
-            if name not in state:
-                state[name] = param.new_zeros((*param.shape[:-1], 1))
+        init_rows(param, state, LEFT, RADIUS, MULTIPLIER)
 
 
 @dataclass

@@ -180,6 +180,16 @@ def _squares(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.linalg.vector_norm(tensor, dim=dim, keepdim=True).square_()
 
 
+def init_rows(param: torch.Tensor, state: dict[str, Any], *names: str) -> None:
+    """Create what is missing of state that has one number for each row of a weight; 0: not yet.
+
+    Numbers of a whole matrix are repeated in each of its rows, so that they are saved and resharded with them.
+    """
+    for name in names:
+        if name not in state:
+            state[name] = param.new_zeros((*param.shape[:-1], 1))
+
+
 class Variant:
     """Plain Muon: nothing before and after the direction. Variants override what they change."""
 

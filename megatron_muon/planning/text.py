@@ -18,7 +18,7 @@ from megatron_muon.planning.document import (
 )
 from megatron_muon.planning.survey import Plan
 from megatron_muon.routing import report
-from megatron_muon.routing.report import Route
+from megatron_muon.routing.report import Route, table
 
 __all__ = ["render"]
 
@@ -26,13 +26,13 @@ __all__ = ["render"]
 def render(plan: Plan) -> str:
     """The routing report, what each rank holds and does, and the optimizer's share of a step."""
 
-    def table(routes: Sequence[Route]) -> str:
+    def routing(routes: Sequence[Route]) -> str:
         return report.render(routes, plan.options, optimizer=plan.optimizer)
 
-    parts = [_layout(plan), table(plan.routes), f"{plan.total_parameters:,} parameters"]
+    parts = [_layout(plan), routing(plan.routes), f"{plan.total_parameters:,} parameters"]
     if plan.mtp_routes:
         extra = sum(route.numel for route in plan.mtp_routes)
-        parts += ["", "Multi-token prediction, besides:", table(plan.mtp_routes)]
+        parts += ["", "Multi-token prediction, besides:", routing(plan.mtp_routes)]
         parts += [f"{extra:,} parameters"]
     parts += ["", *_ranks(plan), "", *_modes(plan), "", *_step(plan)]
     notes = list(plan.notes)
@@ -86,7 +86,7 @@ def _ranks(plan: Plan) -> list[str]:
         "Newton-Schulz, mean",
         "greatest",
     )
-    return [*_table(header, rows), _balance(plan)]
+    return [*table(header, rows), _balance(plan)]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -129,14 +129,14 @@ def _modes(plan: Plan) -> list[str]:
         "collectives",
         "share of a step",
     )
-    lines = _table(header, rows)
+    lines = table(header, rows)
     precision = plan.planner.precision
     return [
         *lines,
         *plan.refusals.values(),
         "blockwise is another optimizer: each shard counts as a matrix of its own.",
         "",
-        *_table(("auto", "matrices", "which"), _choices(plan)),
+        *table(("auto", "matrices", "which"), _choices(plan)),
         f"For an accelerator with NVLink; Newton-Schulz in {dtype_name(precision.iteration)}, matrices sent in "
         f"{dtype_name(precision.wire)}.",
     ]
@@ -181,15 +181,6 @@ def _step(plan: Plan) -> list[str]:
         f"{optimizer_share(plan, mode):.2%},",
         "if both run at one rate of operations and nothing waits for communication.",
     ]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    ]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 def _gib(count: float) -> str:

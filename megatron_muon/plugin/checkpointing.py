@@ -268,6 +268,7 @@ def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
         if not requests:
             return original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
         from megatron_muon.checkpoint import weights
+        from megatron_muon.checkpoint.sharding import noted, tensors_of
 
         def together[T](work: Callable[[], T]) -> T:
             """Agreed on by the ranks of each model, if there are several with an optimizer of their own."""
@@ -277,7 +278,7 @@ def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
 
         def resolve() -> tuple[weights.Described, Stored]:
             described = weights.described(sharded_state_dict)  # of the model alone: requests are still empty
-            tensors = _model_tensors(sharded_state_dict)
+            tensors = tensors_of(noted(sharded_state_dict))
             stored = _read(str(checkpoint_dir))
             for place, request in requests:
                 _check_model(request.ranks, tensors, stored)
@@ -336,17 +337,6 @@ def _read(folder: str) -> Stored:
         raise CheckpointError(
             f"{folder} cannot be read:\n  {problem}\nLoad an earlier checkpoint (--ckpt-step)."
         ) from error
-
-
-def _model_tensors(state: Any) -> list[Any]:
-    """The ``ShardedTensor`` of the model."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-
-    from megatron_muon.checkpoint.sharding import tensors_of
-
-    sharded, _ = extract_sharded_tensors_and_factories(state)
-    return list(tensors_of(nested_values(sharded)))
 
 
 def _check_model(ranks: Ranks, tensors: list[Any], stored: Stored) -> None:

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_muon.checkpoint.held import STEP
 from megatron_muon.errors import ConfigError
-from megatron_muon.optimizers.handled import refuse_elsewhere
+from megatron_muon.optimizers.handled import STEP, refuse_elsewhere
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.plugin.optimizer_state import has_own_masters, has_parts, held_by, leaves
 

@@ -133,45 +133,46 @@ def source_of(core: Any, wanted: str, name: str) -> str:
 def attach(core: Any, gauge: Gauge) -> None:
     """Let a core attention fill a gauge, as long as there is the gauge."""
     _GAUGES.setdefault(core, weakref.WeakSet()).add(gauge)
-    if gauge.source == "scores":
-        softmax = core.scale_mask_softmax
-        handle = softmax.register_forward_pre_hook(_from_scores(softmax, weakref.ref(gauge)), with_kwargs=True)
-    elif gauge.source == "te":
-        handle = core.register_forward_hook(_from_te)
-    elif gauge.source in ("exact", "lse"):
-        handle = core.register_forward_pre_hook(_from_inputs(core, weakref.ref(gauge)), with_kwargs=True)
-    else:
+    if gauge.source == "own":
         return
+    if gauge.source == "te":
+        handle = core.register_forward_hook(_from_te)
+    else:
+        module, measure = (core.scale_mask_softmax, _of_scores) if gauge.source == "scores" else (core, _of_inputs)
+        handle = module.register_forward_pre_hook(_before(module, gauge, measure), with_kwargs=True)
     weakref.finalize(gauge, handle.remove)
 
 
-def _of(reference: weakref.ref[Gauge], own: weakref.ref[torch.nn.Module], module: torch.nn.Module) -> Gauge | None:
-    """The gauge that this forward pass of ``module`` fills; None if it does not count, or if ``module`` is a copy."""
-    gauge = reference()
-    return gauge if gauge is not None and gauge.active and module.training and own() is module else None
+def _before(
+    own: Any, gauge: Gauge, measure: Callable[[Any, dict[str, Any], Gauge], torch.Tensor]
+) -> Callable[..., None]:
+    """A hook that gives ``gauge`` the maxima of a forward pass, if it counts, and if its module is no copy of ``own``.
 
-
-def _from_scores(own: Any, reference: weakref.ref[Gauge]) -> Callable[..., None]:
+    It keeps neither alive.
+    """
     signature = inspect.signature(own.forward)
-    mine = weakref.ref(own)
+    reference, mine = weakref.ref(gauge), weakref.ref(own)
 
     @torch.no_grad()
-    def hook(softmax: Any, args: Any, kwargs: Any) -> None:
-        gauge = _of(reference, mine, softmax)
-        if gauge is None:
-            return
-        given = signature.bind(*args, **kwargs).arguments
-        scores, hidden = given["input"], given["mask"]
-        rows, columns = scores.shape[-2:]
-        window = softmax.window_size
-        causal = hidden is None and rows > 1 and _name(softmax.attn_mask_type) == "causal"
-        if window is not None or causal:
-            positions = torch.arange(columns, device=scores.device)
-            left, right = window or (-1, 0)
-            hidden = hidden_keys(positions[-rows:], positions, (left, max(right, 0)))
-        gauge.take(score_maxima(scores, hidden) * (softmax.scale or 1.0))
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        gauge = reference()
+        if gauge is not None and gauge.active and module.training and mine() is module:
+            gauge.take(measure(module, signature.bind(*args, **kwargs).arguments, gauge))
 
     return hook
+
+
+def _of_scores(softmax: Any, given: dict[str, Any], gauge: Gauge) -> torch.Tensor:
+    """The maxima of what Megatron's softmax is given."""
+    scores, hidden = given["input"], given["mask"]
+    rows, columns = scores.shape[-2:]
+    window = softmax.window_size
+    causal = hidden is None and rows > 1 and _name(softmax.attn_mask_type) == "causal"
+    if window is not None or causal:
+        positions = torch.arange(columns, device=scores.device)
+        left, right = window or (-1, 0)
+        hidden = hidden_keys(positions[-rows:], positions, (left, max(right, 0)))
+    return score_maxima(scores, hidden) * (softmax.scale or 1.0)
 
 
 def _from_te(core: Any, args: Any, output: Any) -> None:
@@ -182,38 +183,27 @@ def _from_te(core: Any, args: Any, output: Any) -> None:
         record(core, values)
 
 
-def _from_inputs(core: Any, reference: weakref.ref[Gauge]) -> Callable[..., None]:
-    signature = inspect.signature(core.forward)
-    mine = weakref.ref(core)
-
-    @torch.no_grad()
-    def hook(module: Any, args: Any, kwargs: Any) -> None:
-        gauge = _of(reference, mine, module)
-        if gauge is None:
-            return
-        given = signature.bind(*args, **kwargs).arguments
-        given = {**given, **given.pop("kwargs", {})}
-        for name in ("packed_seq_params", "attention_bias"):
-            if given.get(name) is not None:
-                raise ConfigError(
-                    f"--muon-qk-logits: {gauge.name} is given {name}, which the measurement does not know. Use te "
-                    "(TransformerEngine 2.9 or later) or leave --qk-clip off."
-                )
-        mask_type = _name(given.get("attn_mask_type") or module.attn_mask_type)
-        softmax = getattr(module, "scale_mask_softmax", module)
-        measure = key_maxima if gauge.source == "exact" else log_sum_exp
-        values = measure(
-            given["query"],
-            given["key"],
-            module.softmax_scale * (getattr(softmax, "scale", None) or 1.0),
-            hidden=given.get("attention_mask") if mask_type not in ("causal", "no_mask") else None,
-            causal="causal" in mask_type,
-            window=getattr(softmax, "window_size", None),
-            cp_group=gauge.cp_group,
-        )
-        gauge.take(values)
-
-    return hook
+def _of_inputs(core: Any, given: dict[str, Any], gauge: Gauge) -> torch.Tensor:
+    """The maxima of a core attention's products, found once more."""
+    given = {**given, **given.pop("kwargs", {})}
+    for name in ("packed_seq_params", "attention_bias"):
+        if given.get(name) is not None:
+            raise ConfigError(
+                f"--muon-qk-logits: {gauge.name} is given {name}, which the measurement does not know. Use te "
+                "(TransformerEngine 2.9 or later) or leave --qk-clip off."
+            )
+    mask_type = _name(given.get("attn_mask_type") or core.attn_mask_type)
+    softmax = getattr(core, "scale_mask_softmax", core)
+    measure = key_maxima if gauge.source == "exact" else log_sum_exp
+    return measure(
+        given["query"],
+        given["key"],
+        core.softmax_scale * (getattr(softmax, "scale", None) or 1.0),
+        hidden=given.get("attention_mask") if mask_type not in ("causal", "no_mask") else None,
+        causal="causal" in mask_type,
+        window=getattr(softmax, "window_size", None),
+        cp_group=gauge.cp_group,
+    )
 
 
 def hidden_keys(

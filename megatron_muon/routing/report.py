@@ -16,7 +16,7 @@ from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, WHOLE, B
 from megatron_muon.routing.predicate import exclusion_reason
 from megatron_muon.routing.wrappers import strip_wrappers
 
-__all__ = ["Route", "collect", "pattern", "render"]
+__all__ = ["Route", "collect", "pattern", "render", "table"]
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,17 @@ def render(routes: Sequence[Route], options: MuonConfig, *, notes: Sequence[str]
         counts[route] = counts.get(route, 0) + 1
     header = ("weight", "count", "parameters", "shape", "divided", "optimizer", "as", "scale")
     rows = [_row(route, count, options, optimizer) for route, count in counts.items()]
+    return "\n".join([*table(header, rows), *_totals(routes, options), *_overrides(routes), *notes])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns, with a rule under the header."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [header, *rows]
     ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, *_totals(routes, options), *_overrides(routes), *notes])
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 def _row(route: Route, count: int, options: MuonConfig, optimizer: str) -> tuple[str, ...]:
