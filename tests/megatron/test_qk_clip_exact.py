@@ -55,7 +55,7 @@ def clip_once(layout: Layout, options: dict[str, Any], build: dict[str, Any]) ->
     weights = {name: param.detach().clone() for name, param in chunk.named_parameters()}
     factors = {}
     update = optimizer.optimizer.step
-    clip.step(lambda: (factors.update(clip._factors), update())[0])
+    clip.step(lambda: (factors.update(clip._factors or {}), update())[0])
     forward(chunk)
     dist.all_reduce(clip._maxima, op=dist.ReduceOp.MAX)
     one = torch.ones(1, dtype=torch.float64)
