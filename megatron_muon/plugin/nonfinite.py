@@ -19,8 +19,11 @@ from megatron_muon.routing import global_names
 
 __all__ = ["refuse_nonfinite"]
 
-_FAILED = 2.0
-"""The verdict of a rank that cannot step, above that of one with suspicious gradients."""
+_SUSPECT, _OVERFLOW, _FAILED = 1.0, 2.0, 3.0
+"""What a rank finds: a norm that is not finite, what Megatron-Core's loss scaler has seen, that it cannot step at all.
+
+The largest counts on all ranks: with a loss scaler infinity is to be expected, and Megatron-Core leaves the step out.
+"""
 
 
 def refuse_nonfinite(
@@ -48,11 +51,10 @@ def refuse_nonfinite(
 
     def prepare_grads() -> bool:
         failure: Exception | None = None
-        found, verdict = False, torch.full((1,), _FAILED, device=device)
+        verdict = torch.full((), _FAILED, device=device)
         try:
             check()
-            found = prepare()
-            verdict = _suspect(optimizer, device)
+            verdict = torch.full((), _OVERFLOW, device=device) if prepare() else _suspect(optimizer, device)
         except Exception as error:  # the other ranks are on their way to what follows
             failure = error
         ranks.reduce_max(verdict)
@@ -60,11 +62,11 @@ def refuse_nonfinite(
         worst = verdict.item()
         if worst == _FAILED:
             ranks.together(lambda: _raise(failure))
-        if not worst:
-            return found
+        if worst != _SUSPECT:
+            return bool(worst == _OVERFLOW)
         names = dict.fromkeys(itertools.chain.from_iterable(ranks.gather(lambda: _names(optimizer, model_chunks))))
         if not names:
-            return found  # finite, but too large to be squared
+            return False  # finite, but too large to be squared
         told = ", ".join(itertools.islice(names, 4)) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         if choice == "stop":
             raise RuntimeError(
@@ -85,13 +87,13 @@ def _raise(failure: Exception | None) -> None:
 
 
 def _suspect(optimizer: Any, device: torch.device) -> torch.Tensor:
-    """1 where a norm of this rank's gradients is not finite, else 0: a single element."""
+    """:data:`_SUSPECT` where a norm of this rank's gradients is not finite, else 0: a scalar."""
     params = (param for group in optimizer.param_groups for param in group["params"])
     grads = [param.grad for param in params if param.grad is not None]
     if not grads:
-        return torch.zeros(1, device=device)
+        return torch.zeros((), device=device)
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(grads)])
-    return (~norms.isfinite()).any().float().reshape(1)
+    return (~norms.isfinite()).any() * _SUSPECT
 
 
 def _names(optimizer: Any, model_chunks: Sequence[torch.nn.Module]) -> list[str]:

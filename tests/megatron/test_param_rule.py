@@ -36,7 +36,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         "flags,message",
         [
-            ("--muon-qkv heads", "--muon-qkv heads: choose one of split, per_head, whole."),
+            ("--muon-qkv heads", "--muon-qkv heads: choose one of split, per_head, whole (did you mean per_head?)."),
             ("--muon-mla-up no", "--muon-mla-up no: choose one of per_head, split, whole."),
             ("--muon-mla-down per_head", "--muon-mla-down per_head: choose one of split, whole."),
             ("--muon-glu per_head", "--muon-glu per_head: choose one of split, whole."),

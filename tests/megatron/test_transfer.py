@@ -346,7 +346,7 @@ def refused(optimizer: dict[str, Any], model: dict[str, Any], scaled: bool = Tru
             "--muon-transfer without --untie-embeddings-and-output-weights: the output layer is the embedding",
         ),
         ({"decoupled_lr": 0.1}, {}, "--muon-transfer 8x2 with --decoupled-lr 0.1"),
-        ({"lr": None, "min_lr": None}, {}, "--muon-transfer 8x2 without --lr"),
+        ({"lr": None, "min_lr": None}, {}, "--muon-weight-decay-method independent_scheduled without --lr"),
         (
             {"name": "spectral_sphere", "muon_scale_mode": "spectral", "muon_weight_decay_method": "decoupled"},
             {},
