@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 
 from megatron_muon._patching import Patch, PatchSet
 from megatron_muon.config import MuonConfig
@@ -55,6 +56,8 @@ def _all_patches() -> list[Patch]:
 
 
 _PATCHES = PatchSet("megatron_muon", _all_patches())
+_LOCK = threading.RLock()
+"""Of threads that install or uninstall at once: none goes on with half of the hooks."""
 
 
 def install(config: MuonConfig | None = None) -> None:
@@ -75,17 +78,19 @@ def install(config: MuonConfig | None = None) -> None:
     """
     if config is not None:
         config.validate()
-    if not _PATCHES.active:
-        check_megatron_core()
-        _PATCHES.apply()
-        _print_native()
+    with _LOCK:
+        if not _PATCHES.active:
+            check_megatron_core()
+            _PATCHES.apply()
+            _print_native()
     if config is not None:
         options.take_installed(dataclasses.replace(config))
 
 
 def uninstall() -> None:
     """Undo :func:`install`: every replaced attribute of Megatron-Core is what it was."""
-    _PATCHES.revert()
+    with _LOCK:
+        _PATCHES.revert()
     options.forget()
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -122,30 +124,48 @@ def _asking_our_predicates(key: Any) -> Any:
     return dataclasses.replace(key, **{name: of_now(getattr(key, name)) for name in names})
 
 
-@contextlib.contextmanager
-def _aligning_among(ranks: Ranks) -> Iterator[None]:
-    """Within, what Megatron-Core gathers from all ranks of the run, the keys of param groups, is gathered from these.
+class _Alignment:
+    """Has what Megatron-Core gathers from all ranks of the run, the keys of param groups, gathered from a model's.
 
     A rank that has failed before would leave the others there; and ranks that have no part in this model, or another
-    optimizer for theirs, would have to come.
+    optimizer for theirs, would have to come. What other threads gather meanwhile is as ever.
     """
 
-    def make(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self) -> None:
+        self._ranks: ContextVar[Ranks | None] = ContextVar("megatron_muon_aligning", default=None)
+        self._lock = threading.Lock()
+        self._inside = 0
+        patch = Patch("torch.distributed:all_gather_object", self._make, "a model need not live on all", copies_in=())
+        self._patches = PatchSet("megatron_muon.factory", [patch])
+
+    @contextlib.contextmanager
+    def among(self, ranks: Ranks) -> Iterator[None]:
+        """Within, in this thread, these are the ranks."""
+        token = self._ranks.set(ranks)
+        with self._lock:
+            self._inside += 1
+            self._patches.apply()
+        try:
+            yield
+        finally:
+            self._ranks.reset(token)
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._patches.revert()
+
+    def _make(self, original: Callable[..., None]) -> Callable[..., None]:
         def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
-            if group is None:
+            ranks = self._ranks.get()
+            if group is None and ranks is not None:
                 object_list[:] = ranks.gather(lambda: obj)
             else:
                 original(object_list, obj, group)
 
         return all_gather_object
 
-    patch = Patch("torch.distributed:all_gather_object", make, "a model need not live on all ranks", copies_in=())
-    patches = PatchSet("megatron_muon.factory", [patch])
-    patches.apply()
-    try:
-        yield
-    finally:
-        patches.revert()
+
+_aligning_among = _Alignment().among
 
 
 def _route(config: Any, model_chunks: Sequence[torch.nn.Module], muon: MuonConfig, ranks: Ranks) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_any_order_of_imports(order: str) -> None:
 
 
 def test_everything_is_hooked_and_put_back() -> None:
-    """After Megatron's imports; and again after an install() that failed at a function that has moved."""
+    """After Megatron's imports; after an install() that failed at a function that has moved; by two threads at once."""
     code = """
         before = snapshot()
         import megatron_muon
@@ -109,12 +110,59 @@ def test_everything_is_hooked_and_put_back() -> None:
         assert before == after, [key for key in before if before[key] != after.get(key)]
         megatron_muon.install()
         check()
+
+        import sys, threading
+        sys.setswitchinterval(1e-5)
+        def both():
+            for _ in range(3):
+                megatron_muon.install()
+                megatron_muon.uninstall()
+        threads = [threading.Thread(target=both) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        after = snapshot()
+        assert before == after, [key for key in before if before[key] != after.get(key)]
         print("ok")
     """
     output = run(textwrap.dedent(CHECK) + textwrap.dedent(code))
     error, ok = output.splitlines()[-2:]
     assert "emerging_optimizers:_is_nonlinear_or_embedding does not exist" in error and error.endswith("False")
     assert ok == "ok"
+
+
+def test_threads_that_build_optimizers_at_once_leave_nothing() -> None:
+    """What others gather from all ranks would be gathered among those of a model that is gone."""
+    import torch.distributed as dist
+
+    from megatron_muon.agree import Ranks
+    from megatron_muon.plugin.factory import _aligning_among as aligning
+
+    original, turns = dist.all_gather_object, [threading.Barrier(2, timeout=10) for _ in range(3)]
+    found: list[int] = []
+
+    def build(number: int) -> None:
+        mine = [-1]
+        if number == 1:
+            turns[0].wait()
+        with aligning(Ranks(())):
+            if number == 0:
+                turns[0].wait()
+            turns[1].wait()
+            dist.all_gather_object(mine, number)
+            found.extend(mine)
+            if number == 1:
+                turns[2].wait()
+        if number == 0:
+            turns[2].wait()
+
+    threads = [threading.Thread(target=build, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [0, 1] and dist.all_gather_object is original
 
 
 def test_before_the_imports_nothing_is_imported_and_uninstall_leaves_nothing() -> None:
