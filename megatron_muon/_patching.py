@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-__all__ = ["EXTENSION_POINTS", "Patch", "PatchSet", "holds", "in_place_of", "lost"]
+__all__ = ["EXTENSION_POINTS", "Patch", "PatchSet", "holds", "in_place_of", "lost", "replace_by"]
 
 EXTENSION_POINTS = "megatron.core.extension_points"
 """The module in which a patched Megatron-LM keeps its extension points, by the targets of patches."""
@@ -81,6 +81,11 @@ class Patch:
     def path(self) -> str:
         """The attribute inside the module, with dots for members of classes."""
         return self.target.partition(":")[2]
+
+
+def replace_by(value: Any) -> Callable[[Any], Any]:
+    """What a :class:`Patch` makes of an original that is not needed."""
+    return lambda original: value
 
 
 class PatchSet:

@@ -11,6 +11,7 @@ from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import raise_together
 from megatron_muon.checkpoint.fingerprint import fingerprints
 from megatron_muon.checkpoint.held import Held
+from megatron_muon.routing.predicate import is_expert_parallel
 
 __all__ = ["check"]
 
@@ -37,7 +38,7 @@ def check(ranks: Ranks, chunks: Iterable[torch.nn.Module], held: Sequence[Held],
     sums: list[tuple[list[str], list[int], Any]] = []
     for experts, group_name in ((False, "dp_cp"), (True, "expt_dp")):
         group = getattr(groups, group_name, None)
-        mine = [entry for entry in checked if (not getattr(entry[1], "allreduce", True)) == experts]
+        mine = [entry for entry in checked if is_expert_parallel(entry[1]) == experts]
         if group is not None and group.size() > 1 and mine:
             sums.append(([name for name, _, _ in mine], fingerprints(tensor for _, _, tensor in mine), group))
     ranks.together(lambda: None)  # whoever has failed so far must not be missed in what follows

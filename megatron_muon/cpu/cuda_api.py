@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Patch, replace_by
 
 __all__ = ["PATCHES", "Event", "Stream"]
 
@@ -164,23 +164,19 @@ _FUNCTIONS: dict[str, tuple[Any, str]] = {
 }
 
 
-def _replace_by(value: Any) -> Callable[[Any], Any]:
-    return lambda original: value
-
-
 PATCHES: list[Patch] = [
-    Patch(f"torch.cuda:{name}", _replace_by(value), reason, create=True, copies_in=("megatron",))
+    Patch(f"torch.cuda:{name}", replace_by(value), reason, create=True, copies_in=("megatron",))
     for name, (value, reason) in _FUNCTIONS.items()
 ] + [
     Patch(
         "torch.cuda.random:get_rng_state",
-        _replace_by(_get_rng_state),
+        replace_by(_get_rng_state),
         "Megatron-Core's random number tracker calls it under this name",
         copies_in=(),
     ),
     Patch(
         "torch.cuda.random:set_rng_state",
-        _replace_by(_set_rng_state),
+        replace_by(_set_rng_state),
         "the counterpart of get_rng_state",
         copies_in=(),
     ),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Patch, replace_by
 
 __all__ = ["PATCHES", "causal_conv1d", "chunk_gated_delta_rule", "l2norm"]
 
@@ -141,10 +141,6 @@ def _is_local(backend: Any) -> bool:
     return isinstance(backend, importlib.import_module("megatron.core.models.backends").LocalSpecProvider)
 
 
-def _replace_by(value: Any) -> Callable[[Any], Any]:
-    return lambda original: value
-
-
 _SPECS = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
 _NO_LOCAL_SPEC = "the layer specification of hybrids exists for TransformerEngine only"
 _PACKAGE = "megatron.core.ssm.gated_delta_net"
@@ -153,11 +149,11 @@ PATCHES: list[Patch] = [
     # The package and gdn hold copies of common's names, which are None where fla is absent: copies of None cannot be
     # found, so each place is named.
     *(
-        Patch(f"{module}:HAVE_FLA", _replace_by(True), "GatedDeltaNet refuses to be built without fla")
+        Patch(f"{module}:HAVE_FLA", replace_by(True), "GatedDeltaNet refuses to be built without fla")
         for module in (_PACKAGE, f"{_PACKAGE}.common")
     ),
     *(
-        Patch(f"{module}:{function.__name__}", _replace_by(function), "fla's kernel needs a GPU")
+        Patch(f"{module}:{function.__name__}", replace_by(function), "fla's kernel needs a GPU")
         for module, functions in (
             (_PACKAGE, (causal_conv1d, chunk_gated_delta_rule, l2norm)),
             (f"{_PACKAGE}.common", (causal_conv1d, chunk_gated_delta_rule, l2norm)),
@@ -171,7 +167,7 @@ PATCHES: list[Patch] = [
         "without sequence parallelism nobody sums the gradient of the output norm, which is shared by the heads that "
         "tensor-parallel ranks hold: the replicas would drift apart",
     ),
-    Patch(f"{_SPECS}:_get_backend_spec_provider", _replace_by(_local_provider), _NO_LOCAL_SPEC),
+    Patch(f"{_SPECS}:_get_backend_spec_provider", replace_by(_local_provider), _NO_LOCAL_SPEC),
     Patch(f"{_SPECS}:_get_self_attention_module_spec", _wrap_attention_spec, _NO_LOCAL_SPEC),
     Patch(f"{_SPECS}:get_gated_delta_net_module_spec", _wrap_gated_delta_net_spec, _NO_LOCAL_SPEC),
 ]

@@ -12,13 +12,12 @@ inside a chunk and one step of the recurrence from chunk to chunk.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Patch, replace_by
 from megatron_muon.cpu import gated_delta_net
 
 __all__ = [
@@ -310,23 +309,19 @@ def _packing_support(for_inference_not_training: bool = True) -> tuple[bool, str
     return False, _NO_PACKING
 
 
-def _replace_by(value: Any) -> Callable[[Any], Any]:
-    return lambda original: value
-
-
 _MIXER = "megatron.core.ssm.mamba_mixer"
 
 PATCHES: list[Patch] = [
-    Patch(f"{_MIXER}:HAVE_MAMBA_SSM", _replace_by(True), "the mixer refuses to be built without mamba-ssm"),
-    Patch(f"{_MIXER}:MAMBA_HAS_STATE_DTYPE", _replace_by(True), "the scan takes mamba_training_ssm_states_dtype"),
-    Patch(f"{_MIXER}:ExtendedRMSNorm", _replace_by(GatedRMSNorm), "a subclass of mamba-ssm's norm, a Triton kernel"),
+    Patch(f"{_MIXER}:HAVE_MAMBA_SSM", replace_by(True), "the mixer refuses to be built without mamba-ssm"),
+    Patch(f"{_MIXER}:MAMBA_HAS_STATE_DTYPE", replace_by(True), "the scan takes mamba_training_ssm_states_dtype"),
+    Patch(f"{_MIXER}:ExtendedRMSNorm", replace_by(GatedRMSNorm), "a subclass of mamba-ssm's norm, a Triton kernel"),
     *(
-        Patch(f"{_MIXER}:{function.__name__}", _replace_by(function), "a CUDA or Triton kernel")
+        Patch(f"{_MIXER}:{function.__name__}", replace_by(function), "a CUDA or Triton kernel")
         for function in (causal_conv1d_fn, mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined)
     ),
     Patch(
         f"{_MIXER}:_check_mamba_sequence_packing_support",
-        _replace_by(_packing_support),
+        replace_by(_packing_support),
         "advises to install a newer causal-conv1d, which would not help without a GPU",
     ),
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Patch, replace_by
 from megatron_muon.cpu.settings import refuse_in_config
 
 __all__ = ["PATCHES", "DuplicatedLinear"]
@@ -114,16 +114,12 @@ def _local_projection(original: Any) -> Callable[..., Any]:
     return projection
 
 
-def _replace_by(value: Any) -> Callable[[Any], Any]:
-    return lambda original: value
-
-
 _MOE = "megatron.core.transformer.moe.moe_layer"
 _RNG = "megatron.core.tensor_parallel.random"
 
 PATCHES: list[Patch] = [
-    Patch(f"{_RNG}:_get_cuda_rng_state", _replace_by(_get_rng_state), "the tracker forks the generator of the model"),
-    Patch(f"{_RNG}:_set_cuda_rng_state", _replace_by(_set_rng_state), "the tracker forks the generator of the model"),
+    Patch(f"{_RNG}:_get_cuda_rng_state", replace_by(_get_rng_state), "the tracker forks the generator of the model"),
+    Patch(f"{_RNG}:_set_cuda_rng_state", replace_by(_set_rng_state), "the tracker forks the generator of the model"),
     Patch(
         f"{_RNG}:CudaRNGStatesTracker.fork",
         lambda original: _fork,
@@ -152,10 +148,10 @@ PATCHES: list[Patch] = [
     ),
     Patch(
         "megatron.core.transformer.moe.moe_utils:te_general_gemm",
-        _replace_by(None),
+        replace_by(None),
         "the router's matrix product in a wider dtype uses TransformerEngine's kernel wherever it can be imported",
         create=True,
     ),
-    Patch(f"{_MOE}:HAVE_TE", _replace_by(True), "experts with a latent size insist on TransformerEngine", copies_in=()),
+    Patch(f"{_MOE}:HAVE_TE", replace_by(True), "experts with a latent size insist on TransformerEngine", copies_in=()),
     Patch(f"{_MOE}:TELinear", _local_projection, "their projections are TransformerEngine's", copies_in=()),
 ]

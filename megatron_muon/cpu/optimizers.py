@@ -18,7 +18,7 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Patch, replace_by
 
 __all__ = ["PATCHES", "GroupStepAdamW"]
 
@@ -79,10 +79,6 @@ class GroupStepAdamW(torch.optim.AdamW):
         return state
 
 
-def _replace_by(value: Any) -> Callable[[Any], Any]:
-    return lambda original: value
-
-
 def _local(name: str) -> Callable[[Any], Any]:
     """Megatron-Core's own torch version of a multi-tensor kernel."""
     return lambda original: getattr(importlib.import_module("megatron.core.utils"), name)
@@ -107,18 +103,18 @@ _KERNEL = "multi-tensor kernels need a GPU, also where TransformerEngine or Apex
 # No copies are replaced here: others hold torch.optim.SGD and the local kernels for their own sake, and would lose them
 # on revert. Each module that imports them is named instead.
 PATCHES: list[Patch] = [
-    Patch(f"{_CORE}:Adam", _replace_by(GroupStepAdamW), _FUSED, copies_in=()),
-    Patch(f"{_CORE}:SGD", _replace_by(torch.optim.SGD), _FUSED, copies_in=()),
-    Patch(f"{_CORE}:USING_PYTORCH_OPTIMIZER", _replace_by(False), _CONTRACT),
-    Patch(f"{_DISTRIBUTED}:Adam", _replace_by(GroupStepAdamW), _FUSED, copies_in=()),
-    Patch(f"{_DISTRIBUTED}:HAVE_APEX_OR_TE", _replace_by(True), _CONTRACT),
-    Patch(f"{_DISTRIBUTED}:USING_TE_OPTIMIZER", _replace_by(True), _CONTRACT),
+    Patch(f"{_CORE}:Adam", replace_by(GroupStepAdamW), _FUSED, copies_in=()),
+    Patch(f"{_CORE}:SGD", replace_by(torch.optim.SGD), _FUSED, copies_in=()),
+    Patch(f"{_CORE}:USING_PYTORCH_OPTIMIZER", replace_by(False), _CONTRACT),
+    Patch(f"{_DISTRIBUTED}:Adam", replace_by(GroupStepAdamW), _FUSED, copies_in=()),
+    Patch(f"{_DISTRIBUTED}:HAVE_APEX_OR_TE", replace_by(True), _CONTRACT),
+    Patch(f"{_DISTRIBUTED}:USING_TE_OPTIMIZER", replace_by(True), _CONTRACT),
     Patch(
         f"{_DISTRIBUTED}:DistributedOptimizer._set_main_param_and_optimizer_states",
         _without_grad,
         "fp32 training, which is rare on GPUs, loads --ckpt-format torch into views of leaves outside of no_grad",
     ),
-    Patch(f"{_CORE}.clip_grads:multi_tensor_scale_tensor_impl", _replace_by(None), _KERNEL, copies_in=()),
+    Patch(f"{_CORE}.clip_grads:multi_tensor_scale_tensor_impl", replace_by(None), _KERNEL, copies_in=()),
     *(
         Patch(target, _local(name), _KERNEL, copies_in=())
         for target, name in (

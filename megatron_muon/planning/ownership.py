@@ -16,7 +16,7 @@ from megatron_muon.planning.flags import Layout
 from megatron_muon.planning.model import Stage
 from megatron_muon.plugin.arguments import from_arguments
 from megatron_muon.plugin.layer_wise import balanced_together, keeps_upstream_lists
-from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
+from megatron_muon.routing.predicate import _is_nonlinear_or_embedding, is_expert_parallel
 
 __all__ = ["Owners", "owners_of_stage"]
 
@@ -123,6 +123,6 @@ def _param_groups(chunks: Sequence[torch.nn.Module]) -> Iterable[dict[str, Any]]
             mine = [
                 param
                 for param in params
-                if _is_nonlinear_or_embedding(param) is scalar and (not getattr(param, "allreduce", True)) is expert
+                if _is_nonlinear_or_embedding(param) is scalar and is_expert_parallel(param) is expert
             ]
             yield {"params": mine, "is_expert_parallel": expert}

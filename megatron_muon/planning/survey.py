@@ -36,7 +36,7 @@ from megatron_muon.refusals.plan import PLAN
 from megatron_muon.routing import annotate, global_names
 from megatron_muon.routing.layout import layout_of
 from megatron_muon.routing.partition import refuse_unmatched
-from megatron_muon.routing.predicate import exclusion_reason
+from megatron_muon.routing.predicate import exclusion_reason, is_expert_parallel
 from megatron_muon.routing.report import Route, collect, pattern
 from megatron_muon.transfer import roles
 
@@ -250,7 +250,7 @@ class _Survey:
             shard_dim=division[1],
             routed=routed,
             copies=self.layout.expert if routed else 1,
-            by_expert_data=not getattr(param, "allreduce", True),
+            by_expert_data=is_expert_parallel(param),
             element_bytes=param.element_size(),
             replica=self._is_replica(param),
             owners=owners.get(param),

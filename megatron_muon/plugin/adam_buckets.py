@@ -14,6 +14,7 @@ import torch
 
 from megatron_muon.checkpoint.held import Bucket
 from megatron_muon.checkpoint.stored import Stored
+from megatron_muon.routing.predicate import is_expert_parallel
 
 __all__ = ["buckets_of_adam"]
 
@@ -63,7 +64,7 @@ def _places(
         for number, chunk in enumerate(chunks):
             by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
             for param in chunk.parameters():
-                if param.requires_grad and (not getattr(param, "allreduce", True)) == experts:
+                if param.requires_grad and is_expert_parallel(param) == experts:
                     by_dtype.setdefault(param.dtype, []).append(param)
             for params in by_dtype.values():
                 size = bucket_size if number == 0 else None

@@ -35,7 +35,7 @@ from megatron_muon.refusals import MUON, refuse
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names, report
 from megatron_muon.routing.numbers import describe_numbers, numbers_of
 from megatron_muon.routing.partition import refuse_uneven, refuse_unmatched
-from megatron_muon.routing.predicate import exclusion_reason
+from megatron_muon.routing.predicate import exclusion_reason, is_expert_parallel
 from megatron_muon.version import __version__
 
 __all__ = ["among_own_ranks", "patches"]
@@ -210,7 +210,7 @@ def _check_buffers(config: Any, model_chunks: Sequence[torch.nn.Module]) -> None
 def _check_ownership(chunk: torch.nn.Module) -> None:
     """Buffers were assigned when DDP was built: they must agree with the routes of now."""
     for name, param in chunk.named_parameters():
-        if param.requires_grad and _is_expert_parallel(param) and _is_nonlinear_or_embedding(param):
+        if param.requires_grad and is_expert_parallel(param) and _is_nonlinear_or_embedding(param):
             raise ConfigError(
                 f"{name}: an expert-parallel weight of the scalar optimizer ({exclusion_reason(param)}), which "
                 "Megatron-Core's layer-wise parameter layout does not support. Add --no-use-layer-wise-param-layout, "
@@ -243,7 +243,7 @@ def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], gr
             (name, param)
             for chunk in model_chunks
             for name, param in chunk.named_parameters()
-            if param.requires_grad and _is_expert_parallel(param) == experts
+            if param.requires_grad and is_expert_parallel(param) == experts
         ]
         counts = torch.tensor([held[param] for _, param in named], dtype=torch.int32, device=_device())
         parts.append((named, counts, getattr(groups, group_name, None)))
@@ -256,11 +256,6 @@ def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], gr
         for (name, param), count in zip(named, counts.tolist(), strict=True):
             counted[name] = count + (param in sliced)
     refuse_uneven(counted, "Plain --optimizer muon, without --use-distributed-optimizer, does not share them out.")
-
-
-def _is_expert_parallel(param: torch.nn.Parameter) -> bool:
-    """Whether gradients of ``param`` are reduced over the expert data-parallel group."""
-    return not getattr(param, "allreduce", True)
 
 
 def _device() -> torch.device:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.routing.layout import SCALAR, layout_of
+from megatron_muon.routing.layout import layout_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 from megatron_muon.routing.report import pattern
 
@@ -56,7 +56,7 @@ def numbers_of(name: str, param: torch.nn.Parameter, group: Mapping[str, Any]) -
     decay = group.get("end_wd", group["weight_decay"]) * group.get("wd_mult", 1.0)
     # Groups that differ in digits that do not matter are one to the reader.
     yield Numbers(muon, _rounded(rate), _rounded(decay), pattern(name), param.dim() < 2)
-    if muon and any(section.rule == SCALAR for section in layout_of(param).sections):
+    if muon and layout_of(param).has_scalar_rows:
         rate, decay = rate * group["scalar_lr_mult"], decay * group["scalar_wd_mult"]
         yield Numbers(False, _rounded(rate), _rounded(decay), f"{pattern(name)} (its rows)", False)
 

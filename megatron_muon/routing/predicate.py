@@ -6,7 +6,8 @@ import torch
 
 from megatron_muon.routing.layout import layout_of
 
-__all__ = ["REASON_ATTRIBUTE", "_is_nonlinear_or_embedding", "exclusion_reason", "is_divided", "is_vector"]
+__all__ = ["REASON_ATTRIBUTE", "_is_nonlinear_or_embedding", "exclusion_reason", "is_divided"]
+__all__ += ["is_expert_parallel", "is_vector"]
 
 REASON_ATTRIBUTE = "skip_orthogonalization_reason"
 """Attribute that says why ``skip_orthogonalization`` was set; a tag set by hand has none."""
@@ -54,3 +55,8 @@ def is_vector(param: torch.Tensor) -> bool:
 def is_divided(param: torch.Tensor, dim: int) -> bool:
     """Whether tensor parallelism divides ``param`` along ``dim``: a size of 1 there says nothing of the whole."""
     return bool(getattr(param, "tensor_model_parallel", False)) and getattr(param, "partition_dim", -1) == dim
+
+
+def is_expert_parallel(param: torch.Tensor) -> bool:
+    """Whether gradients of ``param`` are reduced over the expert data-parallel group."""
+    return not getattr(param, "allreduce", True)

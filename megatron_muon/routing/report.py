@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -65,10 +67,7 @@ class Route:
     @property
     def numel(self) -> int:
         """Number of elements of the whole weight."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def scalar_numel(self) -> int:
@@ -125,11 +124,8 @@ def render(routes: Sequence[Route], options: MuonConfig, *, notes: Sequence[str]
         notes: lines to print under it.
         optimizer: its name.
     """
-    counts: dict[Route, int] = {}
-    for route in routes:
-        counts[route] = counts.get(route, 0) + 1
     header = ("weight", "count", "parameters", "shape", "divided", "optimizer", "as", "scale")
-    rows = [_row(route, count, options, optimizer) for route, count in counts.items()]
+    rows = [_row(route, count, options, optimizer) for route, count in Counter(routes).items()]
     return "\n".join([*table(header, rows), *_totals(routes, options), *_overrides(routes), *notes])
 
 
@@ -176,10 +172,7 @@ def _totals(routes: Sequence[Route], options: MuonConfig) -> list[str]:
 
 def _overrides(routes: Sequence[Route]) -> list[str]:
     """Which rules of the user decided, and about how many weights."""
-    counts: dict[str, int] = {}
-    for route in routes:
-        if route.override:
-            counts[route.override] = counts.get(route.override, 0) + 1
+    counts = Counter(route.override for route in routes if route.override)
     return [f"{flag('param_rule')} {rule}: {count} weights" for rule, count in counts.items()]
 
 
