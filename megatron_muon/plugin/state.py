@@ -93,7 +93,8 @@ def reset(optimizer: Any) -> None:
 def sleep(optimizer: Any) -> int:
     """Move all state of an optimizer to the host: momentum, second moments, master weights, Adam's part, in any layout.
 
-    A step is refused until :func:`wake` has brought it back, with the same bits. What is on the host stays there.
+    A step is refused until :func:`wake` has brought it back, with the same bits. A model on CPU processes has its
+    state at home on the host: it is copied there, and steps go on.
 
     Returns:
         bytes that were moved from this rank's device.
