@@ -11,8 +11,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron_muon._patching import Patch
+from megatron_muon.errors import ConfigError
 from megatron_muon.monitor import sources
 from megatron_muon.monitor.recorder import Recorder, Stopwatch
+from megatron_muon.plugin.checkpointing import is_canonical
+from megatron_muon.plugin.optimizer_config import is_ours
+from megatron_muon.plugin.optimizer_state import has_parts
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +61,11 @@ class _Hooks:
         self.evaluated: list[dict[str, torch.Tensor]] = []
 
     def around_train(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
         @functools.wraps(original)
         def train(*args: Any, **kwargs: Any) -> Any:
+            _refuse_other_muon(signature.bind(*args, **kwargs).arguments["optimizer"])
             self.recorder = _recorder()
             _stepped.take()  # steps of other loops
             return original(*args, **kwargs)
@@ -178,6 +185,20 @@ def patches() -> list[Patch]:
         ),
         Patch("megatron.core.timers:Timers.__call__", hooks.around_timers, "the time of the optimizer step"),
     ]
+
+
+def _refuse_other_muon(optimizer: Any) -> None:
+    """Refuse one that Megatron-Core has built itself under a name of ours: nothing else would ever say so.
+
+    Raises:
+        ConfigError: on every rank, since all have built it in the same way.
+    """
+    name = getattr(getattr(optimizer, "config", None), "optimizer", None)
+    if is_ours(name) and not has_parts(optimizer) and not is_canonical(optimizer):
+        raise ConfigError(
+            f"--optimizer {name} was built before megatron_muon.install(), by Megatron-Core itself. Call "
+            "megatron_muon.install() before the model is built."
+        )
 
 
 def _megatron_args() -> Any:

@@ -208,3 +208,25 @@ def test_rates_of_overrides(pool: RankPool, folder: str) -> None:
         warning = found[way]["lines"][-1]
         assert warning.startswith("WARNING adam updates ") and name in warning
         assert "with muon's learning rate, while its vectors have 0.001: the override that gives" in warning
+
+
+def trained_past_us() -> str:
+    """Megatron's loop with an optimizer that it has built itself, before ``install()``."""
+    import megatron.training.training as training
+
+    import megatron_muon
+    from megatron_muon import ConfigError
+
+    run = harness.start(Layout(), install=False)
+    megatron_muon.install()
+    with pytest.raises(ConfigError) as refused:
+        training.train(None, run.chunks, run.optimizer, *[None] * 7)
+    return str(refused.value)
+
+
+def test_install_after_the_optimizer_was_built(pool: RankPool) -> None:
+    """Megatron-Core's own Muon, under our name, would train without a word."""
+    assert pool.run(trained_past_us, 1)[0] == (
+        "--optimizer muon was built before megatron_muon.install(), by Megatron-Core itself. Call "
+        "megatron_muon.install() before the model is built."
+    )
