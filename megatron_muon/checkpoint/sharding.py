@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.keys import ALONE, name_of
 from megatron_muon.engine.pieces import plain
+from megatron_muon.errors import sizes
 
 __all__ = ["SAVE_IT", "Place", "Replica", "Template", "noted", "places_of", "tensors_of", "unsaved"]
 
@@ -160,7 +161,7 @@ def unsaved(names: Mapping[torch.nn.Parameter, str], model_state: Any) -> list[s
 
 
 def _lines(params: Iterable[torch.nn.Parameter], names: Mapping[torch.nn.Parameter, str]) -> list[str]:
-    return [f"{names.get(param, 'a weight')} of shape {tuple(param.shape)}" for param in params]
+    return [f"{names.get(param, 'a weight')} of shape {sizes(param.shape)}" for param in params]
 
 
 def _templates(params: Iterable[torch.nn.Parameter], bases: list[Any]) -> list[tuple[Template, ...]]:
@@ -240,8 +241,8 @@ def _described(
         return _without_index(found) if alone else found
     if tensor.dim() != base.data.dim() or tensor.shape[0] != base.data.shape[0]:
         raise CheckpointError(
-            f"{key}: a state of shape {tuple(tensor.shape)} cannot be saved for a weight of shape "
-            f"{tuple(base.data.shape)}, which the model saves in blocks of rows. Give each row of the weight one."
+            f"{key}: a state of shape {sizes(tensor.shape)} cannot be saved for a weight of shape "
+            f"{sizes(base.data.shape)}, which the model saves in blocks of rows. Give each row of the weight one."
         )
     whole, build = tuple(base.data.shape), base.build_fn
 
@@ -283,8 +284,8 @@ def _shaped(base: ShardedTensor, key: str, tensor: torch.Tensor, replica: Replic
     )
     if not fits:
         raise CheckpointError(
-            f"{key}: a state of shape {tuple(tensor.shape)} has no place beside a weight of shape {base.local_shape}: "
-            "give it the weight's shape, or 1 in place of some sizes."
+            f"{key}: a state of shape {sizes(tensor.shape)} has no place beside a weight of shape "
+            f"{sizes(base.local_shape)}: give it the weight's shape, or 1 in place of some sizes."
         )
     cuts = base.axis_fragmentations or (1,) * len(base.global_shape)
     keeps = [have == want for have, want in zip(shape, base.local_shape, strict=True)]

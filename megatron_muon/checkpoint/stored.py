@@ -14,6 +14,7 @@ from megatron_muon.checkpoint.folders import check_marks
 from megatron_muon.checkpoint.held import Bucket
 from megatron_muon.checkpoint.keys import bucket_pattern, chain_of, is_bucket
 from megatron_muon.checkpoint.record import RECORD, Record
+from megatron_muon.errors import sizes
 
 __all__ = ["Stored", "check_files", "read_metadata"]
 
@@ -89,7 +90,7 @@ class Stored:
             there = self.shapes.get(tensor.key)
             if there is not None and there[0] != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch:
                 found.append(
-                    f"{tensor.key} has shape {there[0]} in the checkpoint and {tuple(tensor.global_shape)} here"
+                    f"{tensor.key} has shape {sizes(there[0])} in the checkpoint and {sizes(tensor.global_shape)} here"
                 )
         return found
 

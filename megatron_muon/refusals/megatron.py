@@ -43,6 +43,11 @@ MEGATRON: tuple[Refusal, ...] = (
         "use torch_dist (or torch)",
     ),
     Refusal(
+        (given("freeze_all_layers"), _OURS),
+        "Muon has nothing to train, and Megatron-Core reads the learning rate of an optimizer that is not there",
+        "use --optimizer adam for a run that only measures",
+    ),
+    Refusal(
         (given("OptimizerConfig.use_distributed_optimizer"), layer_wise(False)),
         "Megatron's distributed optimizer cuts weights into flat slices, which cannot be orthogonalized",
         "set OptimizerConfig.use_layer_wise_distributed_optimizer=True, so that each weight has one owner, or "

@@ -293,7 +293,7 @@ def start_without_saving(what: str, megatron: bool) -> tuple[Outcome, Outcome, s
 
 def test_weights_that_are_not_saved_are_told_at_the_start(pool: RankPool) -> None:
     """By name; in a run that is to be saved by Megatron's own scripts, as an error on all ranks."""
-    name = "module.decoder.layers.0.mlp.linear_fc2.weight of shape (32, "
+    name = "module.decoder.layers.0.mlp.linear_fc2.weight of shape 32 x "
     (mine, saved, said), (theirs, saved_there, _) = pool.run(start_without_saving, 2, "layer", False)
     assert mine == theirs == FINE and said.startswith("weights that are trained, but not saved:") and name in said
     assert name in one_error([saved, saved_there])

@@ -177,7 +177,7 @@ def test_weight_that_the_model_saves_in_parts() -> None:
 
 def test_weight_that_is_not_saved_is_refused() -> None:
     param = torch.nn.Parameter(torch.randn(6, 4))
-    with pytest.raises(CheckpointError, match=r"not saved:\n  a weight of shape \(6, 4\)\n.*has neither"):
+    with pytest.raises(CheckpointError, match=r"not saved:\n  a weight of shape 6 x 4\n.*has neither"):
         places_of([param], {"a": sharded("q", param.data[:4])})
 
 
@@ -191,7 +191,7 @@ def test_one_layer_of_a_stack() -> None:
     assert (alone.key, alone.global_shape, alone.global_offset) == (f"optimizer.state.m.w{ALONE}2", (6, 4), (3, 0))
     (columns,) = tensors_of(place.sharded("optimizer.state.c", torch.ones(1, 4), (0, 0, 0)))
     assert (columns.global_shape, columns.replica_id) == ((5, 1, 4), (0, 1, 0)), "the second shard has a copy"
-    with pytest.raises(CheckpointError, match=r"a state of shape \(2, 4\) has no place beside a weight of shape"):
+    with pytest.raises(CheckpointError, match=r"a state of shape 2 x 4 has no place beside a weight of shape 3 x 4:"):
         place.sharded("optimizer.state.x", torch.ones(2, 4), (0, 0, 0))
 
 

@@ -41,6 +41,7 @@ ARGUMENTS: dict[str, Any] = {
     "adaptive_muon_eps": 1e-8,
     "check_for_nan_in_loss_and_grad": True,
     "ckpt_format": "torch_dist",
+    "freeze_all_layers": False,
     "context_parallel_size": 1,
     "decoupled_lr": None,
     "fp16": False,
@@ -199,6 +200,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload with --optimizer muon: Muon's state cannot be offload"),
     ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph with --optimizer muon: the step of Muon is not captured"),
     ({"ckpt_format": "fsdp_dtensor"}, "--ckpt-format fsdp_dtensor with --optimizer muon: .*use torch_dist (or torch)."),
+    ({"freeze_all_layers": True}, "--freeze-all-layers with --optimizer muon: .*use --optimizer adam for a run"),
     (
         {**LAYER_WISE, "num_distributed_optimizer_instances": 2},
         "--num-distributed-optimizer-instances 2 with layer-wise --optimizer muon: each weight has one owner",
