@@ -54,8 +54,14 @@ def watch(parser: argparse.ArgumentParser) -> None:
 def _renamed(word: str, known: Collection[str]) -> str:
     if word not in RENAMED or word in known:
         return word
-    options.say(f"{word} is taken as {RENAMED[word]}.")
+    _say_once(f"{word} is taken as {RENAMED[word]}.")
     return RENAMED[word]
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """The launcher parses the script's flags too, before the script does."""
+    options.say(text)
 
 
 def _problem(name: str, known: Collection[str]) -> str:
