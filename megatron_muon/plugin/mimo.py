@@ -55,19 +55,29 @@ def _with_one_record(original: Callable[..., Any]) -> Callable[..., Any]:
     def sharded_state_dict(self: Any, model_state: Any, is_loading: bool = False, **kwargs: Any) -> Any:
         if is_loading:
             return original(self, model_state, is_loading, **kwargs)
+        from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+        from megatron.core.dist_checkpointing.mapping import ShardedBase
         from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 
         found: dict[str, Any] = {}
 
-        def save() -> list[Any]:
+        def save() -> tuple[list[Any], dict[str, Any]]:
             found.update(original(self, model_state, **kwargs))
             ours = {name: part for name, part in found.items() if RECORD in part}
             for name, part in ours.items():
                 replace_prefix_for_sharding(part, f"mimo.{name}.", "")
-            return [part.pop(RECORD) for part in ours.values()]
+            records = [part.pop(RECORD) for part in ours.values()]
+            others = {name: part for name, part in found.items() if part and name not in ours}
+            return records, {
+                name: extract_matching_values(part, lambda value: not isinstance(value, ShardedBase))[0]
+                for name, part in others.items()
+            }
 
         # MIMO's optimizer is of all ranks of the run: it agrees on each step over them.
-        plain = [record for records in Ranks.of_world().gather(save) for record in records]
-        return {**found, RECORD: Record.joined(map(Record.from_plain, plain)).to_plain()} if plain else found
+        gathered = Ranks.of_world().gather(save)
+        for name, plain in (each for _, others in gathered for each in others.items()):
+            found[name] = found[name] or plain  # a rank without this model stores its steps all the same
+        records = [Record.from_plain(record) for part, _ in gathered for record in part]
+        return {**found, RECORD: Record.joined(records).to_plain()} if records else found
 
     return sharded_state_dict

@@ -18,7 +18,7 @@ CLIP = {"qk_clip": True, "qk_clip_threshold": 0.05}
 
 
 def start(
-    parts: dict[str, tuple[int, int, int]], options: dict[str, Any] | None, layer_wise: bool = False
+    parts: dict[str, tuple[int, int, int]], options: dict[str, Any] | None, layer_wise: bool = False, name: str = "muon"
 ) -> tuple[Any, Any]:
     """A model, and its optimizer; with ``options`` for the encoder its own."""
     import megatron_muon
@@ -33,7 +33,7 @@ def start(
         Layout(tp=dist.get_world_size()).initialize()
     model_parallel_cuda_manual_seed(1)
     model = mimo.build(*(mimo.grid_of(*parts[name]) for name in ("language", "images")), clip=CLIP)
-    config = harness.optimizer_config(Layout(layer_wise=layer_wise))
+    config = harness.optimizer_config(Layout(layer_wise=layer_wise), name=name)
     if options is None:
         return model, get_megatron_optimizer(config, [model])
     optimizer = get_mimo_optimizer(model, config)
@@ -59,11 +59,13 @@ def train(model: Any, optimizer: Any, steps: range) -> list[float]:
     return losses
 
 
-def whole(parts: dict[str, tuple[int, int, int]], folder: str, options: dict[str, Any] | None) -> dict[str, Any]:
+def whole(
+    parts: dict[str, tuple[int, int, int]], folder: str, options: dict[str, Any] | None, name: str = "muon"
+) -> dict[str, Any]:
     """Four steps, and two of a new model that begins with the checkpoint of the second."""
     from megatron.core import dist_checkpointing
 
-    model, optimizer = start(parts, options)
+    model, optimizer = start(parts, options, name=name)
     losses = train(model, optimizer, range(2))
     state = model.sharded_state_dict()
     if dist.get_rank() == 0:
@@ -80,7 +82,7 @@ def whole(parts: dict[str, tuple[int, int, int]], folder: str, options: dict[str
         "logit": float(clip_qk([model])),
         "weights": [param.detach().clone() for param in model.parameters()],
     }
-    model, optimizer = start(parts, options)
+    model, optimizer = start(parts, options, name=name)
     with torch.no_grad():
         for param in model.parameters():
             param.mul_(0.5)
@@ -110,6 +112,12 @@ def test_trains_clips_saves_and_resumes(pool: RankPool, tmp_path: Path, layout: 
     language = ranks[-1]
     assert language["clipped"][0] > 0 and language["logit"] > 0.05
     assert (ranks[0]["clipped"] == []) == (layout == "apart")
+
+
+def test_adam_of_models_on_ranks_of_their_own_resumes(pool: RankPool, tmp_path: Path) -> None:
+    """The first rank stores plain data, and has no part of the language model, whose step counts were lost."""
+    for found in pool.run(whole, 2, LAYOUTS["apart"], str(tmp_path / "checkpoint"), None, "adam"):
+        assert found["resumed"] == found["losses"][2:] and found["same"]
 
 
 def shared_out() -> list[tuple[list[float], list[float]]]:
