@@ -22,7 +22,7 @@ from megatron_muon.checkpoint.fingerprint import added, fingerprints
 from megatron_muon.checkpoint.held import Bucket, Held
 from megatron_muon.checkpoint.keys import ALONE, PREFIX
 from megatron_muon.checkpoint.record import ACCEPT, RECORD, Record, Rule, WeightRecord, layout_text
-from megatron_muon.checkpoint.sharding import Place, Replica, places_of, tensors_of
+from megatron_muon.checkpoint.sharding import Place, Replica, key_and_index, places_of, rows_of, tensors_of
 from megatron_muon.checkpoint.slices import gathered, scatter
 from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, estimated_second_moment
 from megatron_muon.checkpoint.stored import Stored
@@ -97,14 +97,22 @@ def _record(ranks: Ranks, held: Sequence[Held], places: Sequence[Place], model: 
     """The same on all ranks."""
     pairs = [(each, place) for each, place in zip(held, places, strict=True) if each.key is not None]
     saved = [(each, place) for each, place in pairs if _replica(each, place) == (0, 0, 0)]
-    counted = [(index, state) for index, pair in enumerate(saved) for state in _counted(*pair)]
-    values = fingerprints(saved[index][0].tensors[state] for index, state in counted)
-    sums: dict[int, dict[str, int]] = defaultdict(dict)
-    for (index, state), value in zip(counted, values, strict=True):
-        sums[index][state] = value
+    counted = [
+        (name, state, share)
+        for pair in saved
+        for state in _counted(*pair)
+        for name, share in _shares(*pair, state).items()
+    ]
+    values = fingerprints(share for _, _, share in counted)
+    sums: dict[str, dict[str, int]] = defaultdict(dict)
+    for (name, state, _), value in zip(counted, values, strict=True):
+        sums[name][state] = value
     mine = [
-        WeightRecord(place.key, place.index, place.siblings, _rule(each), records.numbers_of(each.numbers), sums[index])
-        for index, (each, place) in enumerate(saved)
+        WeightRecord(
+            *key_and_index(part.base), place.siblings, _rule(each), records.numbers_of(each.numbers), sums[name]
+        )
+        for each, place in saved
+        for name, part in place.members.items()
     ]
     steps, weights, shares = zip(*ranks.gather(lambda: (_step(held), mine, model)), strict=True)
     return Record.of(max(steps), [weight for share in weights for weight in share], shares)
@@ -120,6 +128,22 @@ def _counted(held: Held, place: Place) -> list[str]:
         for state, tensor in sorted(held.tensors.items())
         if all(part.replica_id == (0, 0, 0) for part in tensors_of(place.sharded(PREFIX, tensor, replica)))
     ]
+
+
+def _shares(held: Held, place: Place, state: str) -> dict[str, torch.Tensor]:
+    """What this rank has of a state, by the names of :attr:`Place.members`."""
+    tensor, members = held.tensors[state], place.members
+    if len(members) == 1:
+        return dict.fromkeys(members, tensor)
+    if held.slices is None:
+        return {name: rows_of(tensor, part) for name, part in members.items()}
+    start, stop = held.slices.mine
+    found = {}
+    for name, part in members.items():
+        first, last = max(start, part.first), min(stop, part.first + part.numel)
+        if first < last:
+            found[name] = tensor[first - start : last - start]
+    return found
 
 
 def _step(held: Sequence[Held]) -> int:
@@ -179,7 +203,7 @@ class Request(dict[str, Any]):
         Raises:
             CheckpointError: on all ranks, if the checkpoint has not what is needed.
         """
-        self.stored = stored = stored.of({place.name for place in self.places})
+        self.stored = stored = stored.of({name for place in self.places for name in place.members})
         problems: list[str] = []
         changes: list[str] = []
         weights: dict[str, Any] = {}
@@ -318,9 +342,10 @@ class Request(dict[str, Any]):
         for each, place, choices in zip(self.held, self.places, self.choices, strict=True):
             counted = _counted(each, place)
             checked += [
-                (place.name, choice.state, each.tensors[choice.state])
+                (name, choice.state, share)
                 for choice in choices
                 if choice.state in counted and choice.stored_as == choice.state and self._is_alike(choice)
+                for name, share in _shares(each, place, choice.state).items()
             ]
         sums = fingerprints(tensor for _, _, tensor in checked)
         mine = [((name, state), value) for (name, state, _), value in zip(checked, sums, strict=True)]

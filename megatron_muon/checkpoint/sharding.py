@@ -23,7 +23,18 @@ from megatron_muon.checkpoint.keys import ALONE, name_of
 from megatron_muon.engine.pieces import plain
 from megatron_muon.errors import sizes
 
-__all__ = ["SAVE_IT", "Place", "Replica", "Template", "noted", "places_of", "tensors_of", "unsaved"]
+__all__ = [
+    "SAVE_IT",
+    "Place",
+    "Replica",
+    "Template",
+    "key_and_index",
+    "noted",
+    "places_of",
+    "rows_of",
+    "tensors_of",
+    "unsaved",
+]
 
 Replica = tuple[int, int, int]
 
@@ -41,6 +52,11 @@ class Template:
     base: ShardedTensor | ShardedTensorFactory
     first: int
     shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of it."""
+        return _numel(self.shape)
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,13 @@ class Place:
     def name(self) -> str:
         """Unique in the model, at every layout."""
         return name_of(self.key, self.index)
+
+    @property
+    def members(self) -> dict[str, Template]:
+        """By name, the experts of a stack, each a weight of its own at other layouts; any other weight is one."""
+        if len(self.templates[0].shape) == len(self.shape):
+            return {self.name: Template(self.templates[0].base, 0, self.shape)}
+        return {name_of(*key_and_index(part.base)): part for part in self.templates}
 
     @property
     def replica(self) -> Replica:
@@ -93,8 +116,8 @@ class Place:
         """
         parts = []
         for template in self.templates:
-            part = tensor if len(self.templates) == 1 else _rows(tensor, template)
-            parts.append(_described(template.base, source, part, replica, _key_and_index(template.base)[1]))
+            part = tensor if len(self.templates) == 1 else rows_of(tensor, template)
+            parts.append(_described(template.base, source, part, replica, key_and_index(template.base)[1]))
         return parts
 
 
@@ -138,7 +161,7 @@ def places_of(
         lines = ("Weights that are trained, but not saved:", *_lines(lost, names or {}))
         raise CheckpointError("\n  ".join(lines) + f"\n{problem}")
     return [
-        Place(tuple(param.shape), parts, *_key_and_index(parts[0].base))
+        Place(tuple(param.shape), parts, *key_and_index(parts[0].base))
         for param, parts in zip(params, templates, strict=True)
     ]
 
@@ -203,7 +226,8 @@ def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _key_and_index(base: ShardedTensor | ShardedTensorFactory) -> tuple[str, tuple[int, ...]]:
+def key_and_index(base: ShardedTensor | ShardedTensorFactory) -> tuple[str, tuple[int, ...]]:
+    """The model's key, and the layer, expert... in the tensor of that key."""
     tensor = next(_tensors(base.build())) if isinstance(base, ShardedTensorFactory) else base
     return base.key, tuple(tensor.global_offset[: tensor.prepend_axis_num])
 
@@ -212,7 +236,7 @@ def _tensors(state: Any) -> Iterator[ShardedTensor]:
     yield from ([state] if isinstance(state, ShardedTensor) else nested_values(state))
 
 
-def _rows(tensor: torch.Tensor, template: Template) -> torch.Tensor:
+def rows_of(tensor: torch.Tensor, template: Template) -> torch.Tensor:
     """The rows of a state that belong to a part of the weight, or the expert of a stack."""
     if len(template.shape) < tensor.dim():
         return tensor[template.first // _numel(template.shape)]

@@ -233,7 +233,7 @@ class _Either(dict[str, Any]):
         if any(self._ranks.gather(lambda: _has_record(folder, found))):
             request = self._ranks.together(self._ask)
             # In a checkpoint of several models, others may be Adam's.
-            names = {place.name for place in request.places}
+            names = {name for place in request.places for name in place.members}
             known = any(record["converted"] or not names.isdisjoint(record["weights"]) for record in found)
             if any(self._ranks.gather(lambda: known)):
                 self.clear()

@@ -32,12 +32,14 @@ def test_step_save_reshard_and_load(pool: RankPool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", [EP2, Layout(ep=2, layer_wise=True)], ids=["ep2", "ep2_layer_wise"])
 def test_experts_on_other_ranks(pool: RankPool, tmp_path: Path, layout: Layout) -> None:
-    """Saved and loaded where each rank has its own experts."""
+    """From one rank with all experts to two with some each, and back; then two ranks' own checkpoint."""
     folder = str(tmp_path)
     _start(pool, folder)
     pool.run(steps.step, 2, layout, folder, MODEL, "two", {}, save="run_of_two")
+    pool.run(steps.step, 2, layout, folder, MODEL, "from_one", {}, load="run_of_one")
     pool.run(steps.step, 2, layout, folder, MODEL, "from_two", {}, load="run_of_two")
-    for expected, result in [("one", "two"), ("second", "from_two")]:
+    pool.run(steps.step, 1, Layout(), folder, MODEL, "back", {}, load="run_of_two")
+    for expected, result in [("one", "two"), ("second", "from_one"), ("second", "from_two"), ("second", "back")]:
         _check(pool, folder, expected, result)
 
 
