@@ -11,6 +11,9 @@ import os
 
 import pytest
 
+HOOKS = "hooks, as observed: checkpoints canonical; QK-clip off; "
+"""With which the report's last line begins; what follows depends on which loops the process has imported."""
+
 
 def needs(*modules: str) -> pytest.MarkDecorator:
     """For ``pytestmark``: skips where one of ``modules`` is not installed, except in ``make test-clients``."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.clients import HOOKS, needs
 from tests.clients import bridge as client
-from tests.clients import needs
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.pool import RankError, RankPool
@@ -94,7 +94,7 @@ def test_the_muon_of_recipes(pool: RankPool, start: str, name: str) -> None:
     one = pool.run(recipe_losses, 1, Layout(), name, start, **exact)[0][0]
     [(blockwise, report), _] = pool.run(recipe_losses, 2, TP2, name, start)
     assert blockwise == pytest.approx(one, rel=0.05) and blockwise != pytest.approx(one, rel=ROUNDING)
-    assert "tensor parallel 2: blockwise" in report
+    assert "tensor parallel 2: blockwise" in report and HOOKS in report
     for losses, _ in pool.run(recipe_losses, 2, TP2, name, start, muon_tp_mode="duplicated", **exact):
         assert losses == pytest.approx(one, rel=ROUNDING)
 
@@ -131,6 +131,6 @@ def test_lora(pool: RankPool, tmp_path: Path) -> None:
     base, factors = str(tmp_path / "base"), str(tmp_path / "factors")
     pool.run(harness.save_initial_weights, 1, base)
     expected, report = pool.run(adapted, 1, Layout(), base, factors, True)[0]
-    assert "adapter.linear_in.weight" in report and expected[-1] < expected[0]
+    assert "adapter.linear_in.weight" in report and HOOKS in report and expected[-1] < expected[0]
     for losses, _ in pool.run(adapted, 2, TP2, base, factors, False):
         assert losses == pytest.approx(expected, rel=ROUNDING)

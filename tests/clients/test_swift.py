@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.clients import needs
+from tests.clients import HOOKS, needs
 from tests.clients import swift as client
 from tests.megatron import harness
 from tests.megatron.harness import Layout
@@ -82,3 +84,13 @@ def test_muon_lr_is_of_what_muon_updates(pool: RankPool) -> None:
     of = {name.split("layers.0.")[-1].removeprefix("module."): rate for name, rate in found.items()}
     assert of["mlp.linear_fc1.weight"] == 0.01
     assert of["self_attention.in_proj.weight"] == 0.001, "GatedDeltaNet's in_proj is under Adam"
+
+
+def report(layout: Layout, weights: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        client.start(layout, weights)
+    return output.getvalue()
+
+
+def test_the_report_says_which_hooks_hold(pool: RankPool, weights: str) -> None:
+    assert HOOKS in pool.run(report, 2, LAYER_WISE, weights)[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.clients import needs
+from tests.clients import HOOKS, needs
 from tests.clients import verl as client
 from tests.megatron import harness
 from tests.megatron.harness import Layout
@@ -92,3 +94,13 @@ def test_the_distributed_optimizer_without_layer_wise_is_refused(pool: RankPool,
     with pytest.raises(RankError) as refusal:
         pool.run(losses_of, 2, Layout(), weights, 3)
     assert "ConfigError" in str(refusal.value) and "use_layer_wise_distributed_optimizer" in str(refusal.value)
+
+
+def report(layout: Layout, weights: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        client.start(layout, weights)
+    return output.getvalue()
+
+
+def test_the_report_says_which_hooks_hold(pool: RankPool, weights: str) -> None:
+    assert HOOKS in pool.run(report, 2, LAYER_WISE, weights)[0]
