@@ -65,7 +65,7 @@ class _Hooks:
 
         @functools.wraps(original)
         def train(*args: Any, **kwargs: Any) -> Any:
-            _refuse_other_muon(signature.bind(*args, **kwargs).arguments["optimizer"])
+            _refuse_other_muon(signature.bind(*args, **kwargs).arguments.get("optimizer"))
             self.recorder = _recorder()
             _stepped.take()  # steps of other loops
             return original(*args, **kwargs)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.clients import bridge, needs, swift, verl
 from tests.launch import ROOT
@@ -87,6 +86,8 @@ def swift_as_printed(flags: dict[str, str]) -> tuple[list[float], str]:
 
     fields = {each.name for each in dataclasses.fields(MegatronArguments)}
     assert set(flags) <= fields, set(flags) - fields
+    import yaml  # comes with the frameworks
+
     values = {name: float(value) if "e-" in value else yaml.safe_load(value) for name, value in flags.items()}
     (run, scheduler, _), report = table_of(swift.start, LAYER_WISE, **values)
     swift.train(run, scheduler, 1)
