@@ -141,6 +141,7 @@ class _Hooks:
 
         @functools.wraps(original)
         def __init__(config: Any, *args: Any, **kwargs: Any) -> None:
+            _not_given.clear()  # of a config whose constructor has failed
             cls = type(config)
             positional = [field.name for field in dataclasses.fields(cls) if field.init and not field.kw_only]
             given = {*positional[: len(args)], *kwargs}

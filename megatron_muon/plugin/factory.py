@@ -21,7 +21,7 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.stiefel import StiefelMuon
-from megatron_muon.plugin.groups import groups_of_model, ranks_of
+from megatron_muon.plugin.groups import device_of, device_of_rank, groups_of_model, ranks_of
 from megatron_muon.plugin.holding import check_entered
 from megatron_muon.plugin.nonfinite import refuse_nonfinite
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
@@ -83,8 +83,7 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
                 for group in (each.defaults, *each.param_groups):
                     group.update(numbers)
             _check_partition(optimizer, model_chunks, groups, ranks)
-            # A rank may have no weights, as an empty stage of a pipeline.
-            device = next((param.device for chunk in model_chunks for param in chunk.parameters()), _device())
+            device = device_of(model_chunks)
             check = guard(optimizer, model_chunks, device)
             refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite, device, check)
             if config.optimizer.removeprefix("dist_") == "stiefel_muon":
@@ -245,7 +244,7 @@ def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], gr
             for name, param in chunk.named_parameters()
             if param.requires_grad and is_expert_parallel(param) == experts
         ]
-        counts = torch.tensor([held[param] for _, param in named], dtype=torch.int32, device=_device())
+        counts = torch.tensor([held[param] for _, param in named], dtype=torch.int32, device=device_of_rank())
         parts.append((named, counts, getattr(groups, group_name, None)))
     ranks.together(lambda: None)  # whoever has failed so far must not be missed in what follows
     for named, counts, group in parts:
@@ -256,10 +255,6 @@ def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], gr
         for (name, param), count in zip(named, counts.tolist(), strict=True):
             counted[name] = count + (param in sliced)
     refuse_uneven(counted, "Plain --optimizer muon, without --use-distributed-optimizer, does not share them out.")
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def _held_params(optimizer: Any) -> tuple[Counter[torch.nn.Parameter], set[torch.nn.Parameter]]:

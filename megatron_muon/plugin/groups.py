@@ -1,4 +1,4 @@
-"""The process groups of a model, and the ranks that they are."""
+"""The process groups of a model, the ranks that they are, and their device."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from megatron_muon.agree import Ranks
 from megatron_muon.errors import ConfigError
 
-__all__ = ["groups_of_model", "groups_or_default", "ranks_of"]
+__all__ = ["device_of", "device_of_rank", "groups_of_model", "groups_or_default", "ranks_of"]
 
 
 def groups_or_default(pg_collection: Any) -> Any:
@@ -44,6 +47,16 @@ def groups_of_model(pg_collection: Any, chunks: Sequence[Any]) -> Any:
             "ProcessGroupCollection its expt_tp (the expert tensor-parallel ranks)."
         )
     return groups
+
+
+def device_of(chunks: Sequence[Any]) -> torch.device:
+    """Of a model on this rank, which may have no weights of it, as in an empty stage of a pipeline."""
+    return next((param.device for chunk in chunks for param in chunk.parameters()), device_of_rank())
+
+
+def device_of_rank() -> torch.device:
+    """On which this rank's collectives are."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def ranks_of(pg_collection: Any) -> Ranks:

@@ -13,6 +13,7 @@ import torch
 from megatron_muon.agree import Ranks
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError
+from megatron_muon.plugin.groups import device_of
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.optimizer_state import held_by
 from megatron_muon.qk_clip.clip import ClipSettings, QKClip, Target
@@ -70,10 +71,11 @@ def build_clip(
             print("QK-clip: the model has no softmax attention, nothing is measured", flush=True)
         return None
     settings = _settings(found, config, muon)
-    param = next(chunks[0].parameters())
-    heads = Heads.of([(each.heads, each.groups) for each in found], param.device)
-    dtype = torch.promote_types(param.dtype, torch.float32)
-    clip = QKClip([each.name for each in found], heads, settings, ranks, param.device, dtype)
+    device = device_of(chunks)
+    heads = Heads.of([(each.heads, each.groups) for each in found], device)
+    weights = next((param.dtype for chunk in chunks for param in chunk.parameters()), torch.float32)
+    dtype = torch.promote_types(weights, torch.float32)
+    clip = QKClip([each.name for each in found], heads, settings, ranks, device, dtype)
     kept = _keeper(config, muon)
     notes, clipped = zip(*ranks.gather(lambda: _fill(clip, found, layers, muon, optimizer, kept)), strict=True)
     clip.clip_only(_each_once(clipped))

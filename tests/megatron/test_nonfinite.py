@@ -140,7 +140,7 @@ def test_gradients_without_ddp_are_looked_at(pool: RankPool) -> None:
 
 
 def beside_an_empty_stage(value: float) -> bool:
-    """Whether a step was taken; the second stage of the pipeline has no weights."""
+    """Whether a step was taken, with QK-clip; the second stage of the pipeline has no weights."""
     import megatron_muon
 
     megatron_muon.install()
@@ -150,7 +150,7 @@ def beside_an_empty_stage(value: float) -> bool:
 
     layout = Layout(pp=2)
     layout.initialize()
-    (chunk,) = harness.build_model(layout, num_layers=2)
+    (chunk,) = harness.build_model(layout, num_layers=2, qk_clip=True)
     if parallel_state.get_pipeline_model_parallel_rank() == 1:
         chunk = MegatronModule(chunk.config)
     optimizer = get_megatron_optimizer(harness.optimizer_config(layout, muon_nonfinite="skip", **OFF), [chunk])
