@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from megatron_muon import cpu
 from tests.pool import RankPool
 
 # Matrices of tests are tiny: threads would only wait for one another, for seconds where a core has other work.
@@ -19,3 +20,12 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(autouse=True)
+def this_process_stays_what_it_was() -> Iterator[None]:
+    """Redirects to the CPU belong into ranks: here they would turn the next test's ``device="cuda"`` into the CPU."""
+    yield
+    left = cpu.is_installed()
+    cpu.uninstall()
+    assert not left, "a test has left megatron_muon.cpu installed in pytest's own process"

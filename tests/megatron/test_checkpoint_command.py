@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_muon import cpu
 from megatron_muon.checkpoint import folders
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.commands import ckpt
@@ -19,6 +22,14 @@ from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.test_checkpoint_migration import ADAM, FULLY, assert_same, masters, resume, train_and_save
 from tests.pool import RankPool
+
+
+@pytest.fixture(autouse=True)
+def a_process_of_its_own() -> Iterator[None]:
+    """The command is a program: what it sets for its process is taken back."""
+    yield
+    cpu.uninstall()
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
