@@ -11,6 +11,7 @@ GQA or MLA, ``--transformer-impl local`` or ``transformer_engine``. ``examples/d
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,6 +26,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
@@ -60,11 +63,9 @@ def model_provider(
     """The part of the model that one (virtual) pipeline stage holds."""
     args = get_args()
     config = config or core_transformer_config_from_args(args)
-    decoder = layers(config, vp_stage)
-    uses_te = args.transformer_impl == "transformer_engine"
     return GPTModel(
         config,
-        decoder,
+        layers(config, vp_stage),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
@@ -75,10 +76,26 @@ def model_provider(
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
-        mtp_block_spec=get_gpt_mtp_block_spec(config, decoder, uses_te, vp_stage) if args.mtp_num_layers else None,
+        mtp_block_spec=mtp_layers(config, vp_stage, layers) if args.mtp_num_layers else None,
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+
+
+def mtp_layers(config: TransformerConfig, vp_stage: int | None, layers: Layers) -> ModuleSpec | None:
+    """Multi-token prediction, as the model's last layer is made, of which its stage need not have any."""
+    whole = copy.copy(config)
+    whole.pipeline_model_parallel_size, whole.pipeline_model_parallel_layout = 1, None
+    whole.virtual_pipeline_model_parallel_size = None
+    uses_te = get_args().transformer_impl == "transformer_engine"
+    return get_gpt_mtp_block_spec(config, layers(whole, None), uses_te, vp_stage)
+
+
+def embedding_ranks(ranks: list[int]) -> list[int]:
+    """Of a pipeline's ranks those that have the embedding: the first, a tied output's, multi-token prediction's."""
+    args = get_args()
+    tied = [] if args.untie_embeddings_and_output_weights else ranks[-1:]
+    return sorted({ranks[0], *tied, *get_mtp_ranks(ranks, core_transformer_config_from_args(args))})
 
 
 class SameEveryTime(Dataset):
@@ -180,6 +197,7 @@ def main(layers: Layers = gpt_layers) -> None:
         ModelType.encoder_or_decoder,
         forward_step,
         partial(model_provider, layers=layers),
+        get_embedding_ranks=embedding_ranks,
     )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -55,20 +55,42 @@ def _wrap_all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
         # Every member sees the same list of sizes, so all of them take the same way.
         if len(set(sizes)) <= 1 or not _is_gloo(group):
             return original(tensor_list, tensor, group=group, async_op=async_op)
-        if async_op:
-            raise NotImplementedError(
-                "all_gather of tensors of different sizes has no asynchronous form on gloo; call it with async_op=False"
-            )
         longest = max(sizes)
         padded = tensor.new_zeros(longest)
         padded[: tensor.numel()] = tensor.reshape(-1)
         gathered = [tensor.new_empty(longest) for _ in sizes]
-        original(gathered, padded, group=group)
-        for out, whole in zip(tensor_list, gathered, strict=True):
-            out.copy_(whole[: out.numel()].view_as(out))
+        work = _PaddedGather(original(gathered, padded, group=group, async_op=async_op), tensor_list, gathered)
+        if async_op:
+            return work
+        work.wait()
         return None
 
     return all_gather
+
+
+class _PaddedGather:
+    """Handle of an all-gather into buffers of one length, which are copied from when it is waited for."""
+
+    def __init__(self, work: Any, outputs: Sequence[torch.Tensor], gathered: Sequence[torch.Tensor]) -> None:
+        self._work, self._pairs = work, list(zip(outputs, gathered, strict=True))
+
+    def wait(self) -> bool:
+        if self._work is not None:
+            self._work.wait()
+        for out, whole in self._pairs:
+            out.copy_(whole[: out.numel()].view_as(out))
+        self._pairs = []  # what is done with the outputs afterwards stays
+        return True
+
+
+def _wrap_wait(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(original)
+    def wait(self: Any) -> None:
+        for handle in (self.handles or ())[:-1]:
+            handle.wait()
+        original(self)
+
+    return wait
 
 
 def _is_gloo(group: Any) -> bool:
@@ -140,6 +162,11 @@ PATCHES: list[Patch] = [
         _wrap_all_gather,
         "gloo wants equal sizes; the layer-wise optimizer's legacy path gathers what each rank happens to own",
         copies_in=_PATCHED_IN,
+    ),
+    Patch(
+        "megatron.core.distributed.param_and_grad_buffer:_LayerwiseAllGatherHandle.wait",
+        _wrap_wait,
+        "the last of several gathers alone is waited for: NCCL ends them in order, gloo does not",
     ),
     Patch(
         f"{_C10D}:all_reduce",

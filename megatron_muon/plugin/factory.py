@@ -26,7 +26,7 @@ from megatron_muon.plugin.holding import check_entered
 from megatron_muon.plugin.nonfinite import refuse_nonfinite
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
 from megatron_muon.plugin.optimizer_state import held_by, leaves
-from megatron_muon.plugin.ownership import annotate_for_buffers
+from megatron_muon.plugin.ownership import annotate_for_buffers, check_copies
 from megatron_muon.plugin.state import guard
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
 from megatron_muon.plugin.transfer import group_overrides, scalar_numbers, transfer_of
@@ -72,6 +72,7 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
             muon = check_optimizer_config(config)
             _route(config, model_chunks, muon, ranks)
             _check_groups(groups)
+            check_copies(model_chunks)
             _check_buffers(config, model_chunks)
             # A copy: Megatron adds its own entries to the caller's dictionary.
             others = {_asking_our_predicates(key): value for key, value in (config_overrides or {}).items()}

@@ -55,6 +55,12 @@ def patches() -> list[Patch]:
         ),
         Patch(
             f"{_CLASS}.__init__",
+            _with_overlap_of_buffers,
+            "by its own config it would leave the gathers to forward hooks that DDP does not have, and replicas would "
+            "train on weights that others have changed; or DDP's hooks would gather by lists that nobody has made",
+        ),
+        Patch(
+            f"{_CLASS}.__init__",
             _with_own_groups,
             "experts whole on each tensor-parallel rank would count in the gradient's norm on its first rank only, "
             "but other ranks have other experts, or own some; and the norm of a model on some of the ranks would be "
@@ -139,6 +145,24 @@ def _with_decision(original: Callable[..., None]) -> Callable[..., None]:
         by_cost = is_ours(getattr(config, "optimizer", None)) and not keeps_upstream_lists(options.training_arguments())
         self.options_of_cost = options.of(config) if by_cost else None
         original(self, optimizers, config, *args, **kwargs)
+
+    return __init__
+
+
+def _with_overlap_of_buffers(original: Callable[..., None]) -> Callable[..., None]:
+    """DDP's ``overlap_param_gather`` counts, as in Megatron-Core's distributed optimizer."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        of_buffers = [
+            chunk.ddp_config.overlap_param_gather for chunk in self.model_chunks if hasattr(chunk, "ddp_config")
+        ]
+        if not of_buffers or self.overlap_param_gather is any(of_buffers):
+            return
+        self.overlap_param_gather = any(of_buffers)
+        if self.overlap_param_gather and not self.use_buffer_param_sync:
+            self.set_bucket_layerwise_params_list(self.model_chunks)
 
     return __init__
 

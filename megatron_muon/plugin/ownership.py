@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_muon._patching import Patch
+from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
 from megatron_muon.routing.annotate import annotate, tag
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
-__all__ = ["annotate_for_buffers", "patches"]
+__all__ = ["annotate_for_buffers", "check_copies", "patches"]
 
 _OPTIMIZER = "megatron.core.optimizer"
 
@@ -74,6 +76,34 @@ def annotate_for_buffers(model_chunks: Sequence[torch.nn.Module]) -> None:
     """Put the tags and layouts on the weights by which DDP's buffers are chosen; whatever is wrong is told later."""
     for chunk in model_chunks:
         annotate(chunk, options.without_refusal(), adapters=False)
+
+
+def check_copies(model_chunks: Sequence[torch.nn.Module]) -> None:
+    """Copies of the embedding on several pipeline stages have one gradient, or would drift apart without a sign.
+
+    Raises:
+        ConfigError: for a copy whose gradient Megatron-Core does not add to those of the others, and for an output
+            layer that has a weight beside the tied one.
+    """
+    modules: list[Any] = [each for chunk in model_chunks for each in chunk.modules() if hasattr(each, "embd_group")]
+    for module in modules:
+        copies = [name for name, param in module.named_parameters() if getattr(param, "shared_embedding", False)]
+        group = module.embd_group
+        if copies and (group is None or dist.get_rank() not in dist.get_process_group_ranks(group)):
+            raise ConfigError(
+                f"{copies[0]} is a copy of the embedding on a rank outside the embedding group: its gradient would not "
+                "be added to those of the other copies. Give megatron.training.pretrain a get_embedding_ranks (or the "
+                "model's ProcessGroupCollection an embd) with the ranks of the first stage, of multi-token prediction, "
+                "and of the last stage if the output layer is tied."
+            )
+        apart = getattr(module, "mtp_process", False) and not module.pre_process
+        if apart and module.post_process and module.share_embeddings_and_output_weights:
+            raise ConfigError(
+                "--mtp-num-layers on a last stage whose output layer is tied to the embedding: Megatron-Core gives "
+                "that layer a weight of its own, too, which is not trained, which --overlap-grad-reduce waits for, and "
+                "with which no checkpoint can be saved. Put multi-token prediction on a stage before the last "
+                "(--pipeline-model-parallel-layout 'Et|t|m|L'), or add --untie-embeddings-and-output-weights."
+            )
 
 
 def _with_layout(original: Callable[..., None]) -> Callable[..., None]:

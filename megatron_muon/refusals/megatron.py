@@ -7,11 +7,13 @@ from megatron_muon.refusals.rule import (
     Refusal,
     given,
     layer_wise,
+    missing,
     one_of,
     optimizer,
     other_than,
     ours,
     that,
+    turned_off,
 )
 
 __all__ = ["MEGATRON", "YAML"]
@@ -21,6 +23,8 @@ _OURS = optimizer(*OPTIMIZERS)
 YAML = ("its settings pass by all checks, and flags beside it do not count", "give flags")
 """Reason and way out of ``--yaml-cfg``."""
 
+_DDP = "DistributedDataParallelConfig."
+_ALL_REDUCED = "gradients are all-reduced, in their own precision, and nothing is scattered"
 _FSDP = ("FSDP shards cannot be orthogonalized", "use --use-distributed-optimizer")
 
 MEGATRON: tuple[Refusal, ...] = (
@@ -70,6 +74,30 @@ MEGATRON: tuple[Refusal, ...] = (
         (given("overlap_param_gather_with_optimizer_step"), layer_wise()),
         "Megatron-Core does not support it",
         "leave it off (--overlap-param-gather works)",
+    ),
+    *(
+        Refusal(
+            (given(f"{prefix}reduce_scatter_with_fp32_accumulation"), given(f"{prefix}average_in_collective"), ours()),
+            "it adds gradients up and does not average them, as Megatron-Core finds in the first step",
+            "leave one of the two off",
+        )
+        for prefix in ("ddp_", _DDP)
+    ),
+    *(
+        Refusal(
+            (given("ddp_reduce_scatter_with_fp32_accumulation"), *without),
+            _ALL_REDUCED,
+            "use --use-distributed-optimizer, with the parameter layout, or leave it off",
+        )
+        for without in (
+            (layer_wise(False),),
+            (layer_wise(), turned_off("use_layer_wise_param_layout", "--no-use-layer-wise-param-layout")),
+        )
+    ),
+    Refusal(
+        (given(f"{_DDP}reduce_scatter_with_fp32_accumulation"), missing(f"{_DDP}use_distributed_optimizer"), ours()),
+        _ALL_REDUCED,
+        "wrap the model with wrap_model_chunks_with_ddp(use_layer_wise_distributed_optimizer=True), or leave it off",
     ),
     Refusal(
         (one_of("ckpt_format", "torch"), layer_wise(), given("use_layer_wise_param_layout"), given("save")),

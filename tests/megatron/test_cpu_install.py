@@ -296,6 +296,8 @@ def test_group_step_adamw_has_torchs_arithmetic(adam_w_mode: bool) -> None:
 
 def collectives() -> None:
     """NCCL's abilities on gloo: gathering different sizes, averaging, new groups."""
+    from megatron.core.distributed.param_and_grad_buffer import _LayerwiseAllGatherHandle
+
     rank, size = dist.get_rank(), dist.get_world_size()
     group = dist.new_group(list(range(size)), backend="nccl")
     assert dist.get_backend(group) == "gloo"
@@ -303,6 +305,15 @@ def collectives() -> None:
     dist.all_gather(outputs, torch.full((rank + 1, 2), float(rank)), group=group)
     for n, out in enumerate(outputs):
         assert out.shape == (n + 1, 2) and (out == n).all()
+    # As the layer-wise optimizer's older path does it: into views of one buffer, with one handle for several gathers.
+    buffers, works = [torch.full((size * (size + 1) // 2,), -1.0) for _ in range(2)], []
+    for number, buffer in enumerate(buffers):
+        views = buffer.split([n + 1 for n in range(size)])
+        views[rank].fill_(10 * number + rank)
+        works.append(dist.all_gather(list(views), views[rank], group=group, async_op=True))
+    _LayerwiseAllGatherHandle(works).wait()
+    for number, buffer in enumerate(buffers):
+        assert buffer.tolist() == [10 * number + n for n in range(size) for _ in range(n + 1)]
     mean = torch.full((3,), float(rank))
     dist.all_reduce(mean, op=dist.ReduceOp.AVG, group=group, async_op=True).wait()
     assert (mean == (size - 1) / 2).all()

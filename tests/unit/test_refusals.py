@@ -43,6 +43,8 @@ ARGUMENTS: dict[str, Any] = {
     "ckpt_format": "torch_dist",
     "freeze_all_layers": False,
     "context_parallel_size": 1,
+    "ddp_average_in_collective": False,
+    "ddp_reduce_scatter_with_fp32_accumulation": False,
     "decoupled_lr": None,
     "fp16": False,
     "fp8_param_gather": False,
@@ -81,6 +83,13 @@ HYPERBALL = {"muon_variant": "hyperball", "muon_scale_mode": "none"}
 ADAPTIVE = {"optimizer": "adaptive_muon"}
 LAYER_WISE = {"use_distributed_optimizer": True}
 CLIP = {"qk_clip": True}
+FP32_ACCUMULATION = {"ddp_reduce_scatter_with_fp32_accumulation": True}
+FP32_BUFFERS, FP32_AVERAGES = (
+    DistributedDataParallelConfig(
+        reduce_scatter_with_fp32_accumulation=True, average_in_collective=scattered, use_distributed_optimizer=scattered
+    )
+    for scattered in (False, True)
+)
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
@@ -210,6 +219,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "--overlap-param-gather-with-optimizer-step with layer-wise --optimizer dist_muon: .*leave it off",
     ),
     (
+        {**LAYER_WISE, **FP32_ACCUMULATION, "ddp_average_in_collective": True},
+        "--ddp-reduce-scatter-with-fp32-accumulation with --ddp-average-in-collective: it adds gradients up and does "
+        "not average them, as Megatron-Core finds in the first step; leave one of the two off",
+    ),
+    (
+        FP32_ACCUMULATION,
+        "--ddp-reduce-scatter-with-fp32-accumulation with --optimizer muon, not layer-wise: gradients are all-reduced",
+    ),
+    (
+        {**LAYER_WISE, **FP32_ACCUMULATION, "use_layer_wise_param_layout": False},
+        "--ddp-reduce-scatter-with-fp32-accumulation with layer-wise --optimizer muon and "
+        "--no-use-layer-wise-param-layout: gradients are all-reduced",
+    ),
+    (
         {**LAYER_WISE, "ckpt_format": "torch", "save": "checkpoints"},
         "--ckpt-format torch with layer-wise --optimizer muon and .*: Megatron-Core cannot save it",
     ),
@@ -272,6 +295,13 @@ def test_rows_speak_where_they_hold_and_no_others_do(changes: dict[str, Any], ex
             ],
             "DistributedDataParallelConfig.use_distributed_optimizer True with --optimizer muon, not layer-wise: each",
         ),
+        ({}, [FP32_BUFFERS], "DistributedDataParallelConfig.reduce_scatter_with_fp32_accumulation True without Dist"),
+        (
+            {},
+            [FP32_AVERAGES],
+            "DistributedDataParallelConfig.reduce_scatter_with_fp32_accumulation True with "
+            "DistributedDataParallelConfig.average_in_collective True: it adds gradients up",
+        ),
         *(
             (changes, [OptimizerConfig(decoupled_weight_decay=False)], "OptimizerConfig.decoupled_weight_decay False")
             for changes in (TRANSFER, SCALAR)
@@ -301,7 +331,8 @@ def test_every_row_is_tested() -> None:
         config = OptimizerConfig(**fields, decoupled_weight_decay=False)
         buffers = DistributedDataParallelConfig(**fields, check_for_nan_in_grad=True)
         views.append(Settings(config, buffers, {**ARGUMENTS, **changes, "muon_nonfinite": "skip"}))
-    views.append(Settings({**ARGUMENTS, "optimizer": "adam"}))
+    views += [Settings({**ARGUMENTS, "optimizer": "adam"})]
+    views += [Settings(buffers, ARGUMENTS) for buffers in (FP32_BUFFERS, FP32_AVERAGES)]
     silent = [row.words for row in (*MUON, *QK_CLIP, *PLAN, *READ) if not any(row.holds(view) for view in views)]
     assert silent == []
 
