@@ -101,8 +101,8 @@ def check_copies(model_chunks: Sequence[torch.nn.Module]) -> None:
             raise ConfigError(
                 "--mtp-num-layers on a last stage whose output layer is tied to the embedding: Megatron-Core gives "
                 "that layer a weight of its own, too, which is not trained, which --overlap-grad-reduce waits for, and "
-                "with which no checkpoint can be saved. Put multi-token prediction on a stage before the last "
-                "(--pipeline-model-parallel-layout 'Et|t|m|L'), or add --untie-embeddings-and-output-weights."
+                "with which no checkpoint can be saved. Put multi-token prediction on the stage before the last (a "
+                "--pipeline-model-parallel-layout that ends in '|m|L'), or add --untie-embeddings-and-output-weights."
             )
 
 

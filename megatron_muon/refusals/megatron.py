@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_muon.choices import OPTIMIZERS
 from megatron_muon.refusals.rule import (
     Refusal,
+    Settings,
     given,
     layer_wise,
     missing,
@@ -26,6 +29,13 @@ YAML = ("its settings pass by all checks, and flags beside it do not count", "gi
 _DDP = "DistributedDataParallelConfig."
 _ALL_REDUCED = "gradients are all-reduced, in their own precision, and nothing is scattered"
 _FSDP = ("FSDP shards cannot be orthogonalized", "use --use-distributed-optimizer")
+
+
+def _predicts_on_first_rank(settings: Settings) -> bool:
+    """Whether multi-token prediction is in a later virtual stage of the pipeline's first rank."""
+    before, found, after = str(settings["pipeline_model_parallel_layout"] or "").rpartition("m")
+    return bool(found) and "|" in before and after.count("|") == settings["pipeline_model_parallel_size"] - 1
+
 
 MEGATRON: tuple[Refusal, ...] = (
     *(
@@ -74,6 +84,18 @@ MEGATRON: tuple[Refusal, ...] = (
         (given("overlap_param_gather_with_optimizer_step"), layer_wise()),
         "Megatron-Core does not support it",
         "leave it off (--overlap-param-gather works)",
+    ),
+    Refusal(
+        (
+            replace(
+                given("pipeline_model_parallel_layout"),
+                holds=_predicts_on_first_rank,
+                words="`--pipeline-model-parallel-layout` with `m` in a later virtual stage of the first rank",
+            ),
+            ours(),
+        ),
+        "Megatron-Core keeps one copy of the embedding equal on each rank of a pipeline, and the first would have two",
+        "put multi-token prediction (m) on another rank",
     ),
     *(
         Refusal(

@@ -56,6 +56,8 @@ ARGUMENTS: dict[str, Any] = {
     "optimizer_cpu_offload": False,
     "optimizer_cuda_graph": False,
     "overlap_param_gather_with_optimizer_step": False,
+    "pipeline_model_parallel_layout": None,
+    "pipeline_model_parallel_size": 1,
     "qk_clip": False,
     "qk_clip_alpha": 0.5,
     "qk_clip_threshold": 100.0,
@@ -218,6 +220,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"optimizer": "dist_muon", "overlap_param_gather_with_optimizer_step": True},
         "--overlap-param-gather-with-optimizer-step with layer-wise --optimizer dist_muon: .*leave it off",
     ),
+    *(
+        (
+            {"pipeline_model_parallel_layout": text, "pipeline_model_parallel_size": size},
+            f"--pipeline-model-parallel-layout {text}: Megatron-Core keeps one copy of the embedding equal on each ra",
+        )
+        for text, size in (("Et|t|m|L", 2), ("Et*2|(t|)*4mm||L", 3))
+    ),
     (
         {**LAYER_WISE, **FP32_ACCUMULATION, "ddp_average_in_collective": True},
         "--ddp-reduce-scatter-with-fp32-accumulation with --ddp-average-in-collective: it adds gradients up and does "
@@ -335,6 +344,14 @@ def test_every_row_is_tested() -> None:
     views += [Settings(buffers, ARGUMENTS) for buffers in (FP32_BUFFERS, FP32_AVERAGES)]
     silent = [row.words for row in (*MUON, *QK_CLIP, *PLAN, *READ) if not any(row.holds(view) for view in views)]
     assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("Et|t|m|L", 4), ("Ett|m|L", 3), ("E|t|t|mL", 2), ("Ettm|L", 2), ("EtmL", 1), ("Et|tL", 2)]
+)
+def test_stages_of_prediction_on_other_ranks(text: str, size: int) -> None:
+    layout = {"pipeline_model_parallel_layout": text, "pipeline_model_parallel_size": size}
+    assert messages(MUON, {**ARGUMENTS, **layout}) == []
 
 
 def test_what_is_not_known_is_not_refused() -> None:
