@@ -114,6 +114,15 @@ def _local_projection(original: Any) -> Callable[..., Any]:
     return projection
 
 
+def _not_alone(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(original)
+    def reduce(input_: torch.Tensor, group: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        alone = group is not None and group.size() == 1
+        return input_ if alone else original(input_, group, *args, **kwargs)
+
+    return reduce
+
+
 _MOE = "megatron.core.transformer.moe.moe_layer"
 _RNG = "megatron.core.tensor_parallel.random"
 
@@ -151,6 +160,14 @@ PATCHES: list[Patch] = [
         replace_by(None),
         "the router's matrix product in a wider dtype uses TransformerEngine's kernel wherever it can be imported",
         create=True,
+    ),
+    *(
+        Patch(
+            f"megatron.core.tensor_parallel.mappings:{name}",
+            _not_alone,
+            "experts add their bias in place to the sum over a single rank: a view, where autograd forbids it",
+        )
+        for name in ("reduce_from_tensor_model_parallel_region", "reduce_scatter_to_sequence_parallel_region")
     ),
     Patch(f"{_MOE}:HAVE_TE", replace_by(True), "experts with a latent size insist on TransformerEngine", copies_in=()),
     Patch(f"{_MOE}:TELinear", _local_projection, "their projections are TransformerEngine's", copies_in=()),

@@ -277,6 +277,8 @@ class _Survey:
         notes = describe(self.args, self.options)
         rate = "" if self.args.lr is None else f"learning rate {self.args.lr:g}, "
         notes.insert(2, f"{rate}weight decay {self.args.weight_decay:g}")
+        if self.args.use_layer_wise_distributed_optimizer and not self.args.use_layer_wise_param_layout:
+            notes.append("Lists (--no-use-layer-wise-param-layout): weights under Adam are whole on one rank each.")
         if self.args.multi_latent_attention and self.layout.tensor > 1:
             notes.append(
                 "Down projections of latent attention are counted as divided by tensor parallelism, as Megatron's own "

@@ -19,6 +19,7 @@ from megatron_muon.plugin import (
     checkpointing,
     config_fields,
     datasets,
+    expert_scalars,
     factory,
     layer_wise,
     mimo,
@@ -29,6 +30,7 @@ from megatron_muon.plugin import (
     recording,
     registry,
     transfer,
+    wrapping,
 )
 from megatron_muon.plugin.version import check_megatron_core
 
@@ -44,6 +46,8 @@ def _all_patches() -> list[Patch]:
         transfer,
         factory,
         layer_wise,
+        expert_scalars,
+        wrapping,
         checkpointing,
         checkpoint_files,
         mimo,

@@ -21,21 +21,24 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.stiefel import StiefelMuon
+from megatron_muon.plugin import options
+from megatron_muon.plugin.expert_scalars import set_apart, sum_once
 from megatron_muon.plugin.groups import device_of, device_of_rank, groups_of_model, ranks_of
 from megatron_muon.plugin.holding import check_entered
 from megatron_muon.plugin.nonfinite import refuse_nonfinite
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
 from megatron_muon.plugin.optimizer_state import held_by, leaves
-from megatron_muon.plugin.ownership import annotate_for_buffers, check_copies
+from megatron_muon.plugin.ownership import annotate_for_buffers, check_copies, is_in_layer_wise_buffer
 from megatron_muon.plugin.state import guard
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
 from megatron_muon.plugin.transfer import group_overrides, scalar_numbers, transfer_of
 from megatron_muon.plugin.variants import blockwise, check_adapters, describe
+from megatron_muon.plugin.wrapping import check_bucket_groups
 from megatron_muon.refusals import MUON, refuse
-from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names, report
+from megatron_muon.routing import annotate, global_names, report
 from megatron_muon.routing.numbers import describe_numbers, numbers_of
 from megatron_muon.routing.partition import refuse_uneven, refuse_unmatched
-from megatron_muon.routing.predicate import exclusion_reason, is_expert_parallel
+from megatron_muon.routing.predicate import is_expert_parallel
 from megatron_muon.version import __version__
 
 __all__ = ["among_own_ranks", "patches"]
@@ -73,11 +76,12 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
             _route(config, model_chunks, muon, ranks)
             _check_groups(groups)
             check_copies(model_chunks)
-            _check_buffers(config, model_chunks)
+            sum_once(model_chunks, getattr(groups, "expt_tp", None))
+            by_layout = _check_buffers(config, model_chunks)
             # A copy: Megatron adds its own entries to the caller's dictionary.
             others = {_asking_our_predicates(key): value for key, value in (config_overrides or {}).items()}
             overrides = {**others, **group_overrides(config, muon, model_chunks, others)}
-            with _aligning_among(ranks):
+            with _aligning_among(ranks), set_apart() if by_layout else contextlib.nullcontext():
                 optimizer = original(config, model_chunks, overrides, groups)
             numbers = scalar_numbers(config, muon, model_chunks, others)
             for each in _muons(optimizer):
@@ -89,7 +93,11 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
             refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite, device, check)
             if config.optimizer.removeprefix("dist_") == "stiefel_muon":
                 watch(optimizer, ranks, device)
-            planned = [*_numbers(muon, model_chunks, optimizer, ranks), *_planned(optimizer)]
+            planned = [
+                *_data_parallel(optimizer, groups),
+                *_numbers(muon, model_chunks, optimizer, ranks),
+                *_planned(optimizer),
+            ]
             _print_report(muon, config, model_chunks, groups, ranks, planned)
             return optimizer
 
@@ -196,8 +204,13 @@ def _check_groups(groups: Any) -> None:
             )
 
 
-def _check_buffers(config: Any, model_chunks: Sequence[torch.nn.Module]) -> None:
-    """DDP's reduce-scatter leaves each rank with a part of the gradients: only a layer-wise optimizer knows which."""
+def _check_buffers(config: Any, model_chunks: Sequence[torch.nn.Module]) -> bool:
+    """DDP's reduce-scatter leaves each rank with a part of the gradients: only a layer-wise optimizer knows which.
+
+    Returns:
+        whether DDP does so: it has the layer-wise parameter layout.
+    """
+    by_layout = False
     for chunk in model_chunks:
         ddp_config = getattr(chunk, "ddp_config", None)
         if ddp_config is None:
@@ -205,19 +218,16 @@ def _check_buffers(config: Any, model_chunks: Sequence[torch.nn.Module]) -> None
         refuse(MUON, config, ddp_config)
         if ddp_config.use_distributed_optimizer:
             _check_ownership(chunk)
+            by_layout = True
+    check_bucket_groups(model_chunks)
+    return by_layout
 
 
 def _check_ownership(chunk: torch.nn.Module) -> None:
     """Buffers were assigned when DDP was built: they must agree with the routes of now."""
     for name, param in chunk.named_parameters():
-        if param.requires_grad and is_expert_parallel(param) and _is_nonlinear_or_embedding(param):
-            raise ConfigError(
-                f"{name}: an expert-parallel weight of the scalar optimizer ({exclusion_reason(param)}), which "
-                "Megatron-Core's layer-wise parameter layout does not support. Add --no-use-layer-wise-param-layout, "
-                "or give the weight to Muon."
-            )
         owned = getattr(param, "is_managed_by_layer_wise_optimizer", None)
-        if param.requires_grad and owned is not (not _is_nonlinear_or_embedding(param)):
+        if param.requires_grad and owned is not is_in_layer_wise_buffer(param):
             raise ConfigError(
                 f"{name}: DistributedDataParallel was built "
                 + ("without a layer-wise parameter layout" if owned is None else "before the weight's tags were set")
@@ -289,6 +299,23 @@ def _planned(optimizer: Any) -> list[str]:
         if isinstance(muon, StiefelMuon):
             lines += muon.notes()
     return list(dict.fromkeys(lines))
+
+
+def _data_parallel(optimizer: Any, groups: Any) -> list[str]:
+    """What replicas share of the step, and by which of Megatron-Core's ways, in words."""
+    parts = (optimizer, *getattr(optimizer, "chained_optimizers", ()))
+    dense = getattr(groups, "dp_cp", None) or groups.dp
+    ranks, of_experts = dense.size(), (getattr(groups, "expt_dp", None) or dense).size()
+    layer_wise = next((each for each in parts if hasattr(each, "use_buffer_param_sync")), None)
+    if layer_wise is None:
+        return [f"data parallel {ranks}: each rank holds all state and does the whole step"] if ranks > 1 else []
+    way = "by the parameter layout (gradients are reduce-scattered, Adam's weights cut evenly)"
+    if not layer_wise.use_buffer_param_sync:
+        asked = getattr(options.training_arguments(), "use_layer_wise_param_layout", True) is False
+        why = "--no-use-layer-wise-param-layout" if asked else "DDP was built without a layer-wise parameter layout"
+        way = f"by lists, {why} (gradients are all-reduced, Adam's weights whole on their owners)"
+    experts = f", experts over {of_experts}" if of_experts != ranks else ""
+    return [f"layer-wise over {ranks} data-parallel ranks{experts}, {way}"]
 
 
 def _numbers(muon: MuonConfig, model_chunks: Sequence[torch.nn.Module], optimizer: Any, ranks: Ranks) -> list[str]:

@@ -32,7 +32,6 @@ from megatron_muon.optimizers.stiefel_solvers import SOLVERS
 from megatron_muon.plugin import options
 from megatron_muon.plugin.groups import ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
-from megatron_muon.plugin.ownership import annotate_for_buffers
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
 __all__ = ["balanced_together", "keeps_upstream_lists", "patches"]
@@ -70,11 +69,6 @@ def patches() -> list[Patch]:
             f"{_CLASS}.compute_full_param_layout",
             _with_balanced_shards,
             "the step waits for the rank with most Newton-Schulz to do, which is not the one with most elements",
-        ),
-        Patch(
-            "megatron.training.training:wrap_model_chunks_with_ddp",
-            _with_all_chunks,
-            "the chunks of virtual pipeline stages are balanced together, or each would burden the same ranks",
         ),
         Patch(
             f"{_CLASS}._shard_params_ping_pong",
@@ -278,19 +272,6 @@ _sharing = _Sharing()
 balanced_together = _sharing.together
 
 
-def _with_all_chunks(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    @functools.wraps(original)
-    def wrap_model_chunks_with_ddp(model_chunks: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
-        groups = kwargs.get("pg_collection")
-        if kwargs.get("use_layer_wise_distributed_optimizer", False):
-            # Megatron-Core asks for it again; here all ranks hear of it if one cannot.
-            ranks_of(groups).together(lambda: annotate_for_buffers(model_chunks))
-        with balanced_together(len(model_chunks), groups):
-            return original(model_chunks, *args, **kwargs)
-
-    return wrap_model_chunks_with_ddp
-
-
 def _with_balanced_shards(original: Callable[..., Any]) -> staticmethod[..., Any]:
     @functools.wraps(original)
     def compute_full_param_layout(*args: Any, **kwargs: Any) -> Any:
@@ -322,8 +303,9 @@ def _balance_shards(buffers: Sequence[Any], cost: Callable[[torch.Tensor], int])
         shards += [(start, (end - start) // ranks) for start, end in buffer.bucket_indices]
         for param, (start, end, bucket) in buffer.param_index_map.items():
             bucket_start, length = shards[first + bucket]
-            # Megatron puts a shared embedding into the first shard of its bucket, where other stages expect it.
-            movable = not getattr(param, "shared_embedding", False)
+            # Megatron puts a shared embedding into the first shard of its bucket, where other stages expect it; what
+            # costs nothing (Adam's weights among experts) is shared out by elements, as Megatron has done.
+            movable = not (getattr(param, "shared_embedding", False) or _is_nonlinear_or_embedding(param))
             owner = (start - bucket_start) // length
             jobs.append(Job(cost(param), pad_param_start(end - start), first + bucket, owner, movable))
     owners = assign_owners(jobs, ranks, [length for _, length in shards])

@@ -14,9 +14,9 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
 from megatron_muon.routing.annotate import annotate, tag
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE
-from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
+from megatron_muon.routing.predicate import _is_nonlinear_or_embedding, is_expert_parallel
 
-__all__ = ["annotate_for_buffers", "check_copies", "patches"]
+__all__ = ["annotate_for_buffers", "check_copies", "is_in_layer_wise_buffer", "patches"]
 
 _OPTIMIZER = "megatron.core.optimizer"
 
@@ -68,8 +68,18 @@ def _with_annotation(original: Callable[..., None]) -> Callable[..., None]:
     def tag_params_for_buffer_routing(model_chunks: Sequence[torch.nn.Module]) -> None:
         annotate_for_buffers(model_chunks)
         original(model_chunks)
+        for param in (param for chunk in model_chunks for param in chunk.parameters() if param.requires_grad):
+            param.is_managed_by_layer_wise_optimizer = is_in_layer_wise_buffer(param)  # type: ignore[attr-defined]
 
     return tag_params_for_buffer_routing
+
+
+def is_in_layer_wise_buffer(param: torch.Tensor) -> bool:
+    """Whether a trainable weight lies whole in the shard of one rank: Muon's, and all of expert parallelism.
+
+    The latter because of :mod:`megatron_muon.plugin.expert_scalars`.
+    """
+    return is_expert_parallel(param) or not _is_nonlinear_or_embedding(param)
 
 
 def annotate_for_buffers(model_chunks: Sequence[torch.nn.Module]) -> None:

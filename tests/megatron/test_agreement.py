@@ -82,24 +82,14 @@ def build(layout: Layout, options: dict[str, Any]) -> tuple[str, str, set[int], 
     return failure(lambda: harness.start(layout, **options))
 
 
-EXPERTS_ON_THE_SECOND_STAGE = {
-    "num_moe_experts": 2,
-    "moe_layer_freq": [0, 0, 1, 1],
-    "moe_router_load_balancing_type": "none",
-    "moe_token_dispatcher_type": "alltoall",
-    "add_bias_linear": False,
-}
-
-
 def test_a_refusal_that_one_stage_meets(pool: RankPool) -> None:
-    """Megatron-Core's layer-wise layout has no place for experts under Adam; the first stage has none."""
-    layout = Layout(pp=2, ep=2, layer_wise=True)
-    options = {"optimizer": {"muon_param_rule": ("*experts*=adam",)}, "early": True, **EXPERTS_ON_THE_SECOND_STAGE}
-    results = pool.run(build, 4, layout, options)
+    """Buffers that were laid out by other options than the optimizer's, for a weight of the second stage."""
+    options = {"optimizer": {"muon_param_rule": ("decoder.layers.2.*linear_fc1.weight=adam",)}}
+    results = pool.run(build, 4, Layout(pp=2, layer_wise=True), options)
     assert len({message for _, message, _, _ in results}) == 1
     for rank, (kind, message, ranks, note) in enumerate(results):
         assert (kind, ranks) == ("ConfigError", {0, 1, 2, 3})
-        assert ".experts." in message and "Add --no-use-layer-wise-param-layout" in message
+        assert ".linear_fc1.weight: " in message and "before the weight's tags were set" in message
         assert note == ("" if rank >= 2 else "on rank 2")
 
 

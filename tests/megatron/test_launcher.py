@@ -178,13 +178,27 @@ def test_checkpoints_written_in_the_background(tmp_path: Path) -> None:
 
 
 def test_model_from_a_builder(tmp_path: Path) -> None:
-    """Megatron-LM 0.19's own script builds its model so; that path gives DDP no layer-wise parameter layout."""
+    """As Megatron-LM 0.19's own script has it: in the same buckets as by a model provider, so the same bits."""
+    reports: list[str] = []
+
+    def run(*arguments: str, **options: Any) -> Result:
+        result = launch(*arguments, **options)
+        reports.append(result.stdout)
+        return result
+
     script = Path(__file__).parent / "scripts" / "pretrain_with_builder.py"
-    flags = ["--use-distributed-optimizer", "--train-iters", "4"]
-    builder = train(*flags, log=tmp_path / "builder.jsonl", script=script)
-    provider = train(*flags, log=tmp_path / "provider.jsonl")
-    assert len(builder) == 4 and builder[-1] < builder[0]
-    assert builder == pytest.approx(provider, abs=1e-5)
+    flags = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--ddp-num-buckets", "3", "--train-iters", "4"]
+    builder = train(*flags, log=tmp_path / "builder.jsonl", script=script, run=run)
+    assert train(*flags, log=tmp_path / "provider.jsonl", run=run) == builder
+    assert builder[-1] < builder[0]
+    older = train(*flags, "--no-use-layer-wise-param-layout", log=tmp_path / "older.jsonl", script=script, run=run)
+    assert older == pytest.approx(builder, abs=1e-5)
+    ways = [line for text in reports for line in text.splitlines() if line.startswith("layer-wise over ")]
+    assert [line.split(" (")[0] for line in ways] == [
+        "layer-wise over 2 data-parallel ranks, by the parameter layout",
+        "layer-wise over 2 data-parallel ranks, by the parameter layout",
+        "layer-wise over 2 data-parallel ranks, by lists, --no-use-layer-wise-param-layout",
+    ]
 
 
 def leave(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:

@@ -27,7 +27,6 @@ TOLERANCE = 4e-6
 TRAINING = {
     "buckets": (2, Layout(layer_wise=True), {}, 6000),
     "four replicas": (4, Layout(layer_wise=True), {}, None),
-    "virtual stages": (4, Layout(pp=2, vpp=2, layer_wise=True), {}, None),
     "tensor, experts whole": (4, Layout(tp=2, etp=1, sp=True, layer_wise=True), MOE, None),
     "expert parallel": (4, Layout(ep=2, layer_wise=True), MOE, None),
     "older": (2, Layout(layer_wise=True), {"param_layout": False}, None),

@@ -179,7 +179,7 @@ CASES = {
         Layout(ep=2, layer_wise=True),
         4,
         ["--expert-model-parallel-size", "2", "--use-distributed-optimizer", *EXPERTS],
-        EXPERT_MODEL,
+        {**EXPERT_MODEL, "add_bias_linear": True},
     ),
     "layer-wise, copies of experts alone": (
         Layout(tp=2, etp=1, sp=True, layer_wise=True),
@@ -210,6 +210,8 @@ def test_plan_is_what_ranks_do(pool: RankPool, planner: Planner, name: str, bf16
     options, precision = {**options, "optimizer": muon}, muon["muon_fp32_matmul_prec"]
     groups = [] if flags[-len(LATENT) :] == LATENT else GROUPS
     flags = [*TINY, *groups, *flags, "--muon-fp32-matmul-prec", precision, *(["--bf16"] if bf16 else [])]
+    if options.get("add_bias_linear"):
+        flags.remove("--disable-bias-linear")
     document = planner.document(flags, world)
     figures, mode = document["all_ranks"], muon.get("muon_tp_mode", "auto")
     in_mode = document["tensor_parallel_modes"][mode]

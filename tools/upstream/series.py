@@ -84,6 +84,7 @@ See NVIDIA/Megatron-LM#1822 and NVIDIA/Megatron-LM#3174.""",
     points=(
         f"{_OPTIMIZER}.emerging_optimizers:get_emerging_optimizers",
         f"{_OPTIMIZER}:_get_megatron_emerging_optimizer",
+        f"{_OPTIMIZER}:_get_param_groups",
         f"{_OPTIMIZER}:get_mup_config_overrides",
     ),
     edits=(
@@ -143,16 +144,21 @@ LAYER_WISE = Change(
 The step waits for the rank with most work, which for matrix optimizers is not
 the one with most elements. An optimizer that knows what a weight costs chooses
 owners here, for all chunks of a virtual pipeline together; experts with other
-numbers of copies than dense weights, and float32 models, need it too.
+numbers of copies than dense weights, experts with biases, and float32 models,
+need it too. Models from builders are given the layout where they are wrapped,
+and buckets of two optimizers are kept out of one group.
 
-See NVIDIA/Megatron-LM#2162, #6099, #6379 and #7452.""",
+See NVIDIA/Megatron-LM#2162, #6099, #6379, #6754 and #7452.""",
     needs=(FLAGS, OWNERSHIP),
     points=(
         f"{_LAYER_WISE}.__init__",
         f"{_LAYER_WISE}.compute_full_param_layout",
         f"{_LAYER_WISE}._shard_params_ping_pong",
         f"{_LAYER_WISE}.shard_params",
+        f"{_OPTIMIZER}.distrib_optimizer:DistributedOptimizer.compute_full_param_layout",
         f"{_TRAINING}:wrap_model_chunks_with_ddp",
+        "megatron.training.models.dist_utils:_ddp_wrap",
+        "megatron.core.distributed.param_and_grad_buffer:partition_buckets",
     ),
 )
 
