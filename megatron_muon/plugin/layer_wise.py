@@ -82,6 +82,12 @@ def patches() -> list[Patch]:
             "copy of an expert would be updated, with the part of the gradients that its rank has",
         ),
         Patch(
+            f"{_CLASS}.allgather_params",
+            _with_every_dtype,
+            "the first weight of the first rank's list speaks for all: a bfloat16 model's float32 weights would be "
+            "gathered as bfloat16, and nothing where that rank has none",
+        ),
+        Patch(
             f"{_CLASS}.save_state_dict_to_file",
             _with_file_of_rank,
             "with context parallelism several ranks are told one file, and each would write over the others'",
@@ -376,6 +382,35 @@ def _with_expert_owners(original: Callable[..., None]) -> Callable[..., None]:
         self.dp_cp_params_list = None  # as Megatron-Core has it for one copy: there is nothing to gather
 
     return shard_params
+
+
+def _with_every_dtype(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def allgather_params(self: Any) -> None:
+        shared_out = [(self.dp_cp_params_list, self.dp_cp), (self.expt_dp_params_list, self.expt_dp)]
+        shared_out = [(lists, group) for lists, group in shared_out if lists]
+        dtypes = [{param.dtype for its in lists for param in its} for lists, _ in shared_out]
+        if all(lists[0] and len(found) == 1 for (lists, _), found in zip(shared_out, dtypes, strict=True)):
+            original(self)
+            return
+        for (lists, group), found in zip(shared_out, dtypes, strict=True):
+            for dtype in sorted(found, key=str):
+                _gather([[param for param in its if param.dtype == dtype] for its in lists], group)
+
+    return allgather_params
+
+
+@torch.no_grad()
+def _gather(lists: Sequence[list[torch.Tensor]], group: Any) -> None:
+    """Give every rank of a group the weights of all, which are of one type, as their owners have them."""
+    first, rank = next(param for its in lists for param in its), group.rank()
+    parts = [first.new_empty(sum(param.numel() for param in its)) for its in lists]
+    if lists[rank]:
+        parts[rank] = torch.cat([param.reshape(-1) for param in lists[rank]])
+    dist.all_gather(parts, parts[rank], group=group)
+    for part, its in zip(parts, lists, strict=True):
+        for param, values in zip(its, part.split([param.numel() for param in its]), strict=True):
+            param.copy_(values.view_as(param))
 
 
 def _with_file_of_rank(original: Callable[[Any, str], None]) -> Callable[[Any, str], None]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megatron_muon.plugin import layer_wise
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
@@ -79,6 +81,37 @@ def sizes_and_muon(layout: Layout, options: dict[str, Any]) -> dict[str, tuple[i
     """Runs on a rank: elements of each weight, and whether it is Muon's."""
     run = harness.start(layout, param_layout=False, **options)
     return {name: (param.numel(), not _is_nonlinear_or_embedding(param)) for param, name in names_of(run).items()}
+
+
+def apart_after_a_step() -> list[str]:
+    """Runs on a rank: weights that differ from the first rank's, in a bfloat16 model with float32 norms."""
+    import megatron_muon
+
+    megatron_muon.install()
+    layout = Layout(layer_wise=True)
+    layout.initialize()
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    (chunk,) = harness.build_model(layout, num_layers=1, bf16=True)
+    for name, param in chunk.named_parameters():
+        param.data = param.data.float() if "layernorm" in name else param.data
+    (chunk,) = harness.wrap([chunk], layout, param_layout=False)
+    optimizer = get_megatron_optimizer(harness.optimizer_config(layout, bf16=True), [chunk])
+    generator = torch.Generator().manual_seed(0)
+    for param in chunk.parameters():
+        param.main_grad.copy_(torch.randn(param.shape, generator=generator))
+    chunk.finish_grad_sync()
+    optimizer.step()
+    apart = []
+    for name, param in chunk.named_parameters():
+        first = param.detach().clone()
+        dist.broadcast(first, 0)
+        apart += [] if torch.equal(first, param) else [name]
+    return apart
+
+
+def test_weights_of_several_types_are_gathered_as_they_are(pool: RankPool) -> None:
+    assert pool.run(apart_after_a_step, 2) == [[], []]
 
 
 def decisions(optimizer: str, checkpoint_format: str) -> bool:
