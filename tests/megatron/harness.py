@@ -1,7 +1,9 @@
 """Tiny real Megatron-Core models, trained on gloo ranks: what the tests of layouts, routing and checkpoints share.
 
 Everything here runs on a rank of the pool. Weights come from one checkpoint and data from the step's number, so that
-every parallel layout sees the same model and the same batches.
+every parallel layout sees the same model and the same batches. By default runs are as people launch them: weights in
+TransformerEngine's order, several buckets, their exchange under way during the passes. What is to be the same on
+several ranks is compared bit for bit in every step.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from tests.megatron.layers import layer_spec as layer_spec
 from tests.megatron.layers import model_class
 from tests.megatron.layers import transformer_config as transformer_config
+from tests.megatron.replicas import check_replicas
 
 CHECKPOINT_METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
 """The default of ``megatron.training``."""
@@ -69,6 +72,17 @@ class Layout:
     ddp_buffers: bool = False
     """DDP with the distributed optimizer's buffers (reduce-scatter)."""
     layer_wise: bool = False
+    overlap: bool = True
+    """Gradients are reduced during the backward pass, and weights that ranks own gathered during the forward pass."""
+    bucket_size: int | None = 6000
+    """Elements of a bucket of DDP, under ``overlap``: a bucket is closed when it has as many."""
+    local: bool = False
+    """Weights of Megatron-Core's own modules, with names and order of their own, not as TransformerEngine has them."""
+
+    @property
+    def gathers(self) -> bool:
+        """Whether weights are gathered during the forward pass."""
+        return self.overlap and (self.layer_wise or self.ddp_buffers)
 
     def initialize(self, seed: int = 1) -> None:
         """Make Megatron's process groups, or keep those of this layout, and seed its random states."""
@@ -116,7 +130,7 @@ def build_model(
         scale_initialization(config, transfer)
     chunks = []
     for vp_stage in range(layout.vpp) if layout.vpp else [None]:
-        chunk = model_class(config, pattern, vp_stage)(
+        chunk = model_class(config, pattern, vp_stage, layout.local)(
             config=config,
             vocab_size=data.vocabulary,
             max_sequence_length=data.sequence,
@@ -131,22 +145,56 @@ def build_model(
     return chunks
 
 
-def wrap(chunks: list, layout: Layout, *, param_layout: bool = True, groups: Any = None) -> list:
-    """DDP around the chunks, by Megatron's own function; ``groups``: the model's, if not those of parallel_state."""
+def wrap(
+    chunks: list, layout: Layout, *, param_layout: bool = True, groups: Any = None, ddp: dict[str, Any] | None = None
+) -> list:
+    """DDP around the chunks, as ``megatron.training`` does it.
+
+    Args:
+        chunks: of :func:`build_model`.
+        layout: the parallel layout.
+        param_layout: see :func:`start`.
+        groups: the model's, if not those of parallel_state.
+        ddp: changes to ``DistributedDataParallelConfig``.
+    """
+    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.training.training import wrap_model_chunks_with_ddp
 
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=layout.ddp_buffers
-    )
-    return wrap_model_chunks_with_ddp(
+    values: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "overlap_grad_reduce": layout.overlap,
+        "overlap_param_gather": layout.gathers and (param_layout or not layout.layer_wise),
+        "use_distributed_optimizer": layout.ddp_buffers,
+        "bucket_size": layout.bucket_size if layout.overlap else None,
+    }
+    config, ddp_config = unwrap(chunks[0]).config, DistributedDataParallelConfig(**(values | (ddp or {})))
+    later_stage = (groups.pp.rank() if groups else parallel_state.get_pipeline_model_parallel_rank()) > 0
+    wrapped = wrap_model_chunks_with_ddp(
         chunks,
-        unwrap(chunks[0]).config,
+        config,
         ddp_config,
         use_layer_wise_distributed_optimizer=layout.layer_wise,
         use_layer_wise_param_layout=param_layout,
         pg_collection=groups,
+        bucket_sizes=[None if number or later_stage else ddp_config.bucket_size for number in range(len(chunks))],
+        disable_bucketing_per_chunk=[number > 0 for number in range(len(chunks))],
     )
+    overlap(wrapped, config)
+    return wrapped
+
+
+def overlap(chunks: list, config: Any) -> None:
+    """What the training loop gives Megatron's schedules, so that they let exchanges run."""
+
+    def one_or_all(functions: list) -> Any:
+        return functions if len(functions) > 1 else functions[0]
+
+    if chunks[0].ddp_config.overlap_grad_reduce:
+        config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])
+        config.grad_sync_func = one_or_all([chunk.start_grad_sync for chunk in chunks])
+    if chunks[0].ddp_config.overlap_param_gather:
+        config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in chunks])
 
 
 def unwrap(chunk: Any) -> Any:
@@ -167,10 +215,26 @@ class Run:
     step: int = 0
     gradient_norms: list[float] = field(default_factory=list)
     """Of every step, before clipping."""
+    replicas: bool = True
+    """Whether the replicas of weights are compared in each step."""
 
     def losses(self, steps: int) -> list[float]:
-        """Train ``steps`` steps; the mean loss of each, on every rank."""
-        return [self._one_step() for _ in range(steps)]
+        """Train ``steps`` steps; the mean loss of each, on every rank. All ranks have all their weights then."""
+        losses = [self._one_step() for _ in range(steps)]
+        self.gather()
+        self._compare()
+        return losses
+
+    def gather(self) -> None:
+        """Bring in the weights that other ranks have updated, as before evaluation."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.disable_forward_pre_hook()
+                chunk.enable_forward_pre_hook()
+
+    def _compare(self) -> None:
+        if self.replicas:
+            check_replicas(self.chunks)
 
     def _one_step(self) -> float:
         from megatron.core import parallel_state
@@ -195,6 +259,7 @@ class Run:
             micro_batch_size=size,
             forward_only=False,
         )
+        self._compare()  # the forward pass has gathered what the last step left
         success, norm, _ = self.optimizer.step()
         assert success
         self.gradient_norms.append(norm)
@@ -253,6 +318,7 @@ def optimizer_config(layout: Layout, *, name: str = "muon", bf16: bool = False, 
         "muon_fp32_matmul_prec": "highest",
         "use_distributed_optimizer": layout.ddp_buffers and name == "adam",
         "use_layer_wise_distributed_optimizer": layout.layer_wise,
+        "overlap_param_gather": layout.gathers,
     }
     if name == "spectral_sphere" or changes.get("muon_variant") == "hyperball":
         del values["muon_extra_scale_factor"]  # refused: weights decide about the size of their updates
@@ -280,6 +346,8 @@ def start(
     install: bool = True,
     early: bool = False,
     overrides: dict[Any, Any] | None = None,
+    ddp: dict[str, Any] | None = None,
+    replicas: bool = True,
     **model: Any,
 ) -> Run:
     """A run ready to train.
@@ -295,6 +363,8 @@ def start(
         install: whether this package's hooks are there; False for Megatron-Core as it is.
         early: whether the options of ``optimizer`` hold before DDP lays out its buffers, as from the command line.
         overrides: Megatron's ``config_overrides`` of param groups.
+        ddp: changes to DDP's config.
+        replicas: whether those of weights are compared in each step.
         model: changes to :func:`build_model`.
     """
     import megatron_muon
@@ -304,13 +374,14 @@ def start(
     layout.initialize(seed)
     if transfer := (optimizer or {}).get("muon_transfer"):
         model["transfer"] = transfer
-    chunks = wrap(build_model(layout, data=data, bf16=bf16, **model), layout, param_layout=param_layout)
+    chunks = wrap(build_model(layout, data=data, bf16=bf16, **model), layout, param_layout=param_layout, ddp=ddp)
     if weights is not None:
         load_weights(chunks, weights)
     from megatron.core.optimizer import get_megatron_optimizer
 
-    config = optimizer_config(layout, bf16=bf16, **(optimizer or {}))
-    return Run(layout, chunks, get_megatron_optimizer(config, chunks, overrides), data)
+    gathers = {"overlap_param_gather": chunks[0].ddp_config.overlap_param_gather}
+    config = optimizer_config(layout, bf16=bf16, **gathers | (optimizer or {}))
+    return Run(layout, chunks, get_megatron_optimizer(config, chunks, overrides), data, replicas=replicas)
 
 
 def routing_options(optimizer: dict[str, Any]) -> Any:

@@ -1,9 +1,7 @@
-"""Configurations and layer specifications of the harness's models, without TransformerEngine."""
+"""Configurations and layer specifications of the harness's models, which need no TransformerEngine."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -55,63 +53,75 @@ def transformer_config(layout: Layout, *, bf16: bool = False, **changes: Any) ->
     return cls(**values)
 
 
-def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
-    """The local (no TransformerEngine) layer spec that fits ``config``."""
+def layer_spec(config: Any, vp_stage: int | None = None, local: bool = False) -> Any:
+    """The layer spec that fits ``config``: weights as TransformerEngine's modules have them, or ``local`` ones."""
+    if local:
+        return local_spec(config, vp_stage)
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    from tests.megatron.fused_layers import Provider, in_place_of_transformer_engine
+
+    with in_place_of_transformer_engine():
+        if config.experimental_attention_variant is not None:
+            return hybrid_spec(config, vp_stage, Provider())
+        if config.num_moe_experts:
+            return gpt_layer_specs.get_gpt_decoder_block_spec(
+                config, use_transformer_engine=True, normalization=config.normalization, vp_stage=vp_stage
+            )
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=config.qk_layernorm,
+            qk_l2_norm=config.qk_l2_norm,
+            multi_latent_attention=config.multi_latent_attention,
+            mla_down_proj_fusion=getattr(config, "mla_down_proj_fusion", False),
+        )
+
+
+def local_spec(config: Any, vp_stage: int | None) -> Any:
+    """Megatron-Core's own (no TransformerEngine) layer spec: norms are modules of their own."""
+    from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 
+    if config.experimental_attention_variant is not None:
+        return hybrid_spec(config, vp_stage, LocalSpecProvider())
     if config.num_moe_experts:
         return get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
         )
-    spec = get_gpt_layer_local_spec(
+    return get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm,
         qk_l2_norm=config.qk_l2_norm,
         multi_latent_attention=config.multi_latent_attention,
         normalization=config.normalization,
     )
-    if getattr(config, "mla_down_proj_fusion", False):
-        fuse_down_projections(spec.submodules.self_attention)
-    return spec if config.experimental_attention_variant is None else hybrid_spec(config, spec, vp_stage)
 
 
-def fuse_down_projections(attention: Any) -> None:
-    """One down projection for queries, keys and values; Megatron's own function wants TransformerEngine."""
-    from megatron.core.tensor_parallel import ColumnParallelLinear
-    from megatron.core.transformer.multi_latent_attention import FusedMLASelfAttention
-
-    attention.module = FusedMLASelfAttention
-    attention.submodules = dataclasses.replace(attention.submodules, linear_qkv_down_proj=ColumnParallelLinear)
-
-
-def hybrid_spec(config: Any, attention: Any, vp_stage: int | None) -> Any:
-    """GatedDeltaNet layers with ``attention`` layers between them; Megatron's own function wants TransformerEngine."""
-    from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_linear_attention_pattern
-    from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.spec_utils import ModuleSpec
+def hybrid_spec(config: Any, vp_stage: int | None, backend: Any) -> Any:
+    """GatedDeltaNet layers with softmax attention between them."""
+    from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+        get_transformer_layer_with_experimental_attention_variant_spec,
+    )
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    norm = attention.submodules.input_layernorm
-    linear = copy.deepcopy(attention)
-    linear.submodules.self_attention = ModuleSpec(
-        module=GatedDeltaNet,
-        submodules=GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_norm=norm, out_proj=RowParallelLinear),
-    )
-    offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    mine = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage))
-    pattern = get_linear_attention_pattern(config)
-    specs = [linear if pattern[layer] else attention for layer in mine]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+    layers = get_transformer_layer_with_experimental_attention_variant_spec(config, backend)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    mine = layers[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
+    return TransformerBlockSubmodules(layer_specs=mine, layer_norm=backend.layer_norm(rms_norm=True))
 
 
-def model_class(config: Any, pattern: str | None, vp_stage: int | None) -> Callable[..., Any]:
+def model_class(config: Any, pattern: str | None, vp_stage: int | None, local: bool = False) -> Callable[..., Any]:
     """The class of the model with the arguments that make its layers."""
     from megatron.core.models.gpt import GPTModel
 
-    if pattern is None:
-        return functools.partial(GPTModel, transformer_layer_spec=layer_spec(config, vp_stage))
-    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from tests.megatron import fused_layers
 
-    return functools.partial(HybridModel, hybrid_stack_spec=hybrid_stack_spec, hybrid_layer_pattern=pattern)
+    if pattern is None:
+        spec = layer_spec(config, vp_stage, local)
+        build = functools.partial(GPTModel, transformer_layer_spec=spec)
+    else:
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+        spec = hybrid_stack_spec if local else fused_layers.hybrid_stack_spec(hybrid_stack_spec)
+        build = functools.partial(HybridModel, hybrid_stack_spec=spec, hybrid_layer_pattern=pattern)
+    return build if local else fused_layers.in_place_of_transformer_engine()(build)

@@ -20,7 +20,7 @@ from megatron_muon.commands import ckpt
 from tests.checkpoints import contents
 from tests.megatron import harness
 from tests.megatron.harness import Layout
-from tests.megatron.test_checkpoint_migration import ADAM, FULLY, assert_same, masters, resume, train_and_save
+from tests.megatron.test_checkpoint_migration import ADAM, BUFFERS, FULLY, assert_same, masters, resume, train_and_save
 from tests.pool import RankPool
 
 
@@ -42,7 +42,7 @@ def muon(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adam(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adam") / "iter_0000003"
-    pool.run(train_and_save, 2, Layout(ddp_buffers=True), ADAM, str(folder), FULLY)
+    pool.run(train_and_save, 2, BUFFERS, ADAM, str(folder), FULLY)
     return folder
 
 
@@ -113,7 +113,7 @@ def test_convert_adam_to_muon(pool: RankPool, adam: Path, tmp_path: Path, layout
 def test_convert_muon_to_adam(pool: RankPool, muon: Path, tmp_path: Path) -> None:
     folder = convert(muon, tmp_path / "adam", "adam", alone=True)
     again = str(tmp_path / "again")
-    pool.run(resume, 2, Layout(ddp_buffers=True), ADAM, folder, FULLY, again)
+    pool.run(resume, 2, BUFFERS, ADAM, folder, FULLY, again)
     assert_same(masters(str(muon)), masters(again))
 
 
@@ -125,7 +125,7 @@ def test_convert_a_variant(pool: RankPool, tmp_path: Path) -> None:
     source, again, back = (str(tmp_path / name) for name in ("normuon/iter_0000003", "again", "back"))
     pool.run(train_and_save, 2, Layout(tp=2), NORMUON, source, FULLY)
     folder = convert(Path(source), tmp_path / "adam", "adam")
-    pool.run(resume, 2, Layout(ddp_buffers=True), ADAM, folder, FULLY, again)
+    pool.run(resume, 2, BUFFERS, ADAM, folder, FULLY, again)
     assert_same(masters(source), masters(again))
     folder = convert(Path(folder), tmp_path / "muon", "muon")
     accept = {"optimizer": {**NORMUON["optimizer"], "muon_ckpt_changes": "accept"}}

@@ -67,7 +67,10 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
         assert torch.equal(value, second[key]), key
 
 
-TP2, PLAIN, LAYER_WISE, BUFFERS = Layout(tp=2), Layout(), Layout(layer_wise=True), Layout(ddp_buffers=True)
+TP2, PLAIN, LAYER_WISE = Layout(tp=2), Layout(), Layout(layer_wise=True)
+BUFFERS = Layout(ddp_buffers=True, bucket_size=None)
+"""One bucket: of several, Megatron-Core 0.19.2 by itself reads wrong numbers of Adam's back where weights are not
+multiples of 64 elements, as the norms here (``fully_reshardable``; it warns of padding)."""
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,7 @@ def test_other_split_must_be_accepted(pool: RankPool, tmp_path: Path) -> None:
     "adam",
     [
         pytest.param(BUFFERS, id="dp2"),
-        pytest.param(Layout(tp=2, ddp_buffers=True), id="tp2_dp2", marks=pytest.mark.slow),
+        pytest.param(Layout(tp=2, ddp_buffers=True, bucket_size=None), id="tp2_dp2", marks=pytest.mark.slow),
     ],
 )
 def test_buckets_of_adam_at_the_same_layout(pool: RankPool, tmp_path: Path, adam: Layout) -> None:
@@ -162,7 +165,7 @@ def both_forms(layout: Layout, buckets: str, fully: str) -> None:
 
 def test_buckets_of_adam_are_refused_at_another_layout(pool: RankPool, tmp_path: Path) -> None:
     folder = str(tmp_path / "a")
-    pool.run(train_and_save, 2, Layout(ddp_buffers=True), ADAM, folder, BUCKETS)
+    pool.run(train_and_save, 2, BUFFERS, ADAM, folder, BUCKETS)
     with pytest.raises(RankError, match="--dist-ckpt-optim-fully-reshardable"):
         pool.run(resume, 2, Layout(tp=2), ACCEPT, folder, BUCKETS, str(tmp_path / "b"))
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_muon.errors import ConfigError
 from megatron_muon.monitor import metrics
@@ -79,8 +78,6 @@ class Trained(NamedTuple):
 
     losses: list[float]
     norms: list[float]
-    drifted: list[str]
-    """Weights that replicas have different values of."""
 
 
 def start(layout: Layout, rate: float, **options: Any) -> harness.Run:
@@ -97,26 +94,7 @@ def train(layout: Layout, rate: float, weights: str, result: str, build: dict[st
     run = start(layout, rate, weights=weights, **build)
     losses = run.losses(STEPS)
     harness.save_weights(run.chunks, result)
-    return Trained(losses, run.gradient_norms, drifted(run))
-
-
-def drifted(run: harness.Run) -> list[str]:
-    """Names of weights that are not bitwise those of the first of their replicas."""
-    from megatron.core import parallel_state
-
-    found = []
-    for name, param in run.chunks[0].named_parameters():
-        dense = getattr(param, "allreduce", True)
-        group = (
-            parallel_state.get_data_parallel_group(with_context_parallel=True)
-            if dense
-            else parallel_state.get_expert_data_parallel_group()
-        )
-        first = param.detach().clone()
-        dist.broadcast(first, group=group, group_src=0)
-        if not torch.equal(first, param):
-            found.append(name)
-    return found
+    return Trained(losses, run.gradient_norms)
 
 
 def read(folder: str, build: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -182,12 +160,12 @@ SLOW = (
 def test_training_does_not_depend_on_context_parallelism(
     pool: RankPool, tmp_path: Path, references: dict[str, Reference], name: str
 ) -> None:
-    """Losses, norms of the gradients, and all weights after the last step; replicas stay bitwise the same."""
+    """Losses, norms of the gradients, and all weights after the last step."""
     model_name, world_size, layout, changes = CASES[name]
     model, reference = MODELS[model_name], references[model_name]
     result, build = str(tmp_path / "trained"), {**model.build, **changes}
     ranks = pool.run(train, world_size, layout, model.rate, reference.initial, result, build)
-    assert all(rank.losses == ranks[0].losses and not rank.drifted for rank in ranks)
+    assert all(rank.losses == ranks[0].losses for rank in ranks)
     assert ranks[0].losses == pytest.approx(reference.trained.losses, abs=LOSS_TOLERANCE)
     # Neither Muon nor Adam depends on the scale of gradients, so that a wrong one would show here only.
     assert ranks[0].norms == pytest.approx(reference.trained.norms, rel=NORM_TOLERANCE)

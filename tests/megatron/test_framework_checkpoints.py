@@ -20,6 +20,7 @@ from tests.checkpoints import differences
 from tests.megatron import harness
 from tests.megatron.harness import Layout, Run
 from tests.megatron.loading import FINE, TIMEOUT, Outcome, failure, one_error
+from tests.megatron.test_checkpoint_migration import BUFFERS
 from tests.pool import RankPool
 
 COMMON = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -150,7 +151,7 @@ def test_model_and_optimizer_in_folders_of_their_own(pool: RankPool, tmp_path: P
 # --- other optimizers ------------------------------------------------------------------------------------------------
 
 ACCEPT = {"muon_ckpt_changes": "accept"}
-ADAM = Layout(ddp_buffers=True)
+ADAM = BUFFERS
 """With the distributed optimizer, as frameworks have it."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections import Counter
@@ -96,7 +97,7 @@ def shares(layout: Layout, options: dict[str, Any], bucket_size: int | None) -> 
         found: list[tuple[Any, Any]] = []
         for chunk in run.chunks:
             params = [param for param in chunk.parameters() if param.requires_grad]
-            before = upstream(params, bucket_size, data, chunk.ddp_config, expert_data_parallel_world_size=ranks)
+            before = upstream(params, chunk.bucket_size, data, chunk.ddp_config, expert_data_parallel_world_size=ranks)
             for key, buffer in before.layouts.items():
                 if key.is_managed_by_layer_wise_optimizer and key.is_expert_parallel is experts:
                     found.append((buffer, chunk.full_param_layout.layouts[key]))
@@ -118,22 +119,7 @@ def shares(layout: Layout, options: dict[str, Any], bucket_size: int | None) -> 
 
 
 def start(layout: Layout, options: dict[str, Any], bucket_size: int | None) -> Run:
-    """As ``harness.start``, with buckets."""
-    with contextlib.ExitStack() as stack:
-        if bucket_size is not None:
-            import megatron_muon
-
-            megatron_muon.install()
-            from megatron.training import training
-
-            original = training.wrap_model_chunks_with_ddp
-
-            def wrap(chunks: list, *args: Any, **kwargs: Any) -> list:
-                return original(chunks, *args, bucket_sizes=[bucket_size] * len(chunks), **kwargs)
-
-            training.wrap_model_chunks_with_ddp = wrap
-            stack.callback(setattr, training, "wrap_model_chunks_with_ddp", original)
-        return harness.start(layout, **options)
+    return harness.start(dataclasses.replace(layout, bucket_size=bucket_size), **options)
 
 
 def owners_in(buffer: Any, ranks: int) -> dict[torch.nn.Parameter, int]:
@@ -258,7 +244,7 @@ def owners_under(optimizer: str) -> bool:
     upstream = LayerWiseDistributedOptimizer.compute_full_param_layout.__wrapped__  # type: ignore[attr-defined]
     with arguments(optimizer=optimizer):
         (chunk,) = harness.wrap(harness.build_model(layout, **THREE_LAYERS), layout)
-    theirs = upstream(list(chunk.parameters()), None, 2, chunk.ddp_config)
+    theirs = upstream(list(chunk.parameters()), chunk.bucket_size, 2, chunk.ddp_config)
     return all(
         theirs.layouts[key].param_index_map == ours.param_index_map
         for key, ours in chunk.full_param_layout.layouts.items()

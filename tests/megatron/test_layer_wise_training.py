@@ -1,4 +1,4 @@
-"""Layer-wise runs with owners by cost train as plain runs do, and resume what other owners have saved."""
+"""Layer-wise runs with owners by cost resume what other owners have saved."""
 
 from __future__ import annotations
 
@@ -10,44 +10,13 @@ import torch
 
 from tests.megatron import harness
 from tests.megatron.harness import Layout, Run
-from tests.megatron.test_layer_wise_balance import THREE_LAYERS, names_of, start
+from tests.megatron.test_layer_wise_balance import THREE_LAYERS, names_of
 from tests.megatron.test_layer_wise_lists import upstream_owners
 from tests.megatron.test_routing import MOE
 from tests.pool import RankPool
-from tests.slow import with_slow
-
-
-def train(layout: Layout, options: dict[str, Any], bucket_size: int | None = None) -> list[float]:
-    return start(layout, options, bucket_size).losses(8)
-
 
 # As in test_layouts: float32, losses of about 4, ten times the 4e-7 by which the order of additions changes them.
 TOLERANCE = 4e-6
-
-TRAINING = {
-    "buckets": (2, Layout(layer_wise=True), {}, 6000),
-    "four replicas": (4, Layout(layer_wise=True), {}, None),
-    "tensor, experts whole": (4, Layout(tp=2, etp=1, sp=True, layer_wise=True), MOE, None),
-    "expert parallel": (4, Layout(ep=2, layer_wise=True), MOE, None),
-    "older": (2, Layout(layer_wise=True), {"param_layout": False}, None),
-    "older, experts": (2, Layout(layer_wise=True), {**MOE, "param_layout": False}, None),
-}
-
-
-SLOW = ("buckets", "four replicas", "expert parallel", "older", "older, experts")
-
-
-@pytest.mark.parametrize("case", with_slow(TRAINING, *SLOW))
-def test_training_equals_the_plain_run(pool: RankPool, tmp_path: Path, case: str) -> None:
-    world, layout, options, bucket_size = TRAINING[case]
-    model = {key: value for key, value in options.items() if key != "param_layout"}
-    folder = str(tmp_path / "initial")
-    pool.run(harness.save_initial_weights, 1, folder, **model)
-    expected = pool.run(train, 1, Layout(), {**model, "weights": folder})[0]
-    losses = pool.run(train, world, layout, {**options, "weights": folder}, bucket_size)
-    assert all(rank == losses[0] for rank in losses)
-    assert losses[0] == pytest.approx(expected, abs=TOLERANCE)
-    assert expected[-1] < expected[0]
 
 
 def states(run: Run) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ def start(
         Layout(tp=dist.get_world_size()).initialize()
     model_parallel_cuda_manual_seed(1)
     model = mimo.build(*(mimo.grid_of(*parts[name]) for name in ("language", "images")), clip=CLIP)
-    config = harness.optimizer_config(Layout(layer_wise=layer_wise), name=name)
+    config = harness.optimizer_config(Layout(layer_wise=layer_wise, overlap=False), name=name)
     if options is None:
         return model, get_megatron_optimizer(config, [model])
     optimizer = get_mimo_optimizer(model, config)

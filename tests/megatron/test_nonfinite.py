@@ -48,6 +48,7 @@ def step_with(run: Run, value: float, name: str, rank: int) -> bool:
             param.main_grad.fill_(1e-3)
             if full.endswith(name) and dist.get_rank() == rank:
                 param.main_grad.view(-1)[-1] = value
+        chunk.start_grad_sync()
         chunk.finish_grad_sync()
     return bool(run.optimizer.step()[0])
 

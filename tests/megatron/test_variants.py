@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "muon_coefficient_type": "polar_express",
         "muon_num_ns_steps": 8,
     },
-    "stiefel": {"name": "stiefel_muon", "muon_param_rule": ("*.self_attention.*=stiefel",)},
+    "stiefel": {"name": "stiefel_muon", "muon_param_rule": ("*.self_attention.*.weight=stiefel",)},
 }
 VARIANTS["scion"] = {
     "muon_scale_mode": "unit_rms_norm",

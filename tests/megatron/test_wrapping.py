@@ -2,78 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import dataclasses
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.test_layer_wise_balance import arguments
 from tests.pool import RankPool
 
-VIRTUAL = Layout(pp=2, vpp=2, layer_wise=True)
+VIRTUAL = Layout(pp=2, vpp=2, layer_wise=True, overlap=False)
 
 
-def in_order_of_transformer_engine(chunk: Any) -> None:
-    """Its layers have no norm before attention, so that a chunk without embeddings begins with ``linear_proj``."""
-    for layer in harness.unwrap(chunk).decoder.layers:
-        norm = layer._modules.pop("input_layernorm")
-        layer._modules["input_layernorm"] = norm
-
-
-def wrap(chunks: list[Any], layout: Layout, *, bucket_size: int | None = None, **ddp: Any) -> list[Any]:
-    """As ``megatron.training.get_model``, whose later chunks have one bucket group."""
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.training.training import wrap_model_chunks_with_ddp
-
-    later = [number > 0 for number in range(len(chunks))]
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, bucket_size=bucket_size, **ddp)
-    return wrap_model_chunks_with_ddp(
-        chunks,
-        harness.unwrap(chunks[0]).config,
-        ddp_config,
-        use_layer_wise_distributed_optimizer=layout.layer_wise,
-        bucket_sizes=[None if each else bucket_size for each in later],
-        disable_bucketing_per_chunk=later,
-    )
-
-
-@contextlib.contextmanager
-def wrapped_by_training() -> Iterator[None]:
-    """Within, the harness wraps as above, in that order."""
-
-    def reordered(chunks: list[Any], layout: Layout, **_: Any) -> list[Any]:
-        for chunk in chunks:
-            in_order_of_transformer_engine(chunk)
-        return wrap(chunks, layout)
-
-    with mock.patch.object(harness, "wrap", reordered):
-        yield
-
-
-def train(layout: Layout, weights: str) -> tuple[list[float], list[list[str]], list[set[bool]]]:
-    """Runs on a rank: losses, weights that are not those of the first replica after each step, kinds in each group."""
-    from megatron.core import parallel_state
-
-    with wrapped_by_training():
-        run = harness.start(layout, weights=weights)
-    replicas = parallel_state.get_data_parallel_group()
-    losses, apart = [], []
-    for _ in range(4):
-        losses += run.losses(1)
-        apart.append([])
-        for name, param in ((name, p) for chunk in run.chunks for name, p in chunk.named_parameters()):
-            first = param.detach().clone()
-            dist.broadcast(first, dist.get_global_rank(replicas, 0), group=replicas)
-            if not torch.equal(first, param):
-                apart[-1].append(name)
-    return losses, apart, [kinds(group) for chunk in run.chunks for group in chunk.bucket_groups]
+def train(layout: Layout, weights: str) -> tuple[list[float], list[set[bool]]]:
+    """Runs on a rank: losses, and kinds of weights in each group of buckets. The harness compares replicas."""
+    run = harness.start(layout, weights=weights)
+    return run.losses(4), [kinds(group) for chunk in run.chunks for group in chunk.bucket_groups]
 
 
 def kinds(group: Any) -> set[bool]:
@@ -86,9 +34,7 @@ def test_replicas_of_later_chunks_stay_together(pool: RankPool, tmp_path: Path) 
     folder = str(tmp_path / "initial")
     pool.run(harness.save_initial_weights, 1, folder)
     expected = pool.run(train, 1, Layout(), folder)[0][0]
-    ranks = pool.run(train, 4, VIRTUAL, folder)
-    assert [apart for _, apart, _ in ranks] == [[[], [], [], []]] * 4
-    for losses, _, groups in ranks:
+    for losses, groups in pool.run(train, 4, VIRTUAL, folder):
         assert groups == [{False}, {True}, {True}, {False}] or groups == [{True}, {False}, {True}, {False}]
         assert losses == pytest.approx(expected, abs=4e-6)  # see test_layouts
 
@@ -99,7 +45,7 @@ def groups_of_two_chunks() -> dict[str, Any]:
     from megatron_muon import ConfigError
 
     megatron_muon.install()
-    layout = Layout(layer_wise=True)
+    layout = Layout(layer_wise=True, bucket_size=3000)
     layout.initialize()
     from megatron.core.distributed import distributed_data_parallel as ddp
     from megatron.core.optimizer import get_megatron_optimizer
@@ -107,7 +53,7 @@ def groups_of_two_chunks() -> dict[str, Any]:
     def chunks() -> list[Any]:
         return [harness.build_model(layout, num_layers=1)[0] for _ in range(2)]
 
-    first, second = wrap(chunks(), layout, bucket_size=3000, overlap_grad_reduce=True, overlap_param_gather=True)
+    first, second = harness.wrap(chunks(), layout)
     found: dict[str, Any] = {"first": [kinds(group) for group in first.bucket_groups]}
     found["second"] = [kinds(group) for group in second.bucket_groups]
     group, found["gathered"] = second.bucket_groups[-1], []
@@ -121,7 +67,7 @@ def groups_of_two_chunks() -> dict[str, Any]:
 
     upstream = ddp.partition_buckets.__wrapped__
     with mock.patch.object(ddp, "partition_buckets", upstream):
-        mixed = wrap(chunks(), layout)
+        mixed = harness.wrap(chunks(), dataclasses.replace(layout, overlap=False))
     try:
         get_megatron_optimizer(harness.optimizer_config(layout), mixed)
     except ConfigError as error:
@@ -162,7 +108,7 @@ def layouts(optimizer: str, param_layout: bool, **ddp: Any) -> tuple[list[Any], 
             DistributedDataParallelConfig(grad_reduce_in_fp32=True, **ddp),
         )
         size = sum(param.numel() for chunk in built for param in chunk.parameters()) // ddp.pop("num_buckets")
-        provided = wrap(chunks(), layout, bucket_size=size, **ddp)
+        provided = harness.wrap(chunks(), dataclasses.replace(layout, bucket_size=size), ddp=ddp)
     return places(built), places(provided)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
 from tests.te import models, needs_transformer_engine
@@ -86,6 +87,19 @@ def test_experts_in_one_weight_count_dimensions_of_one_matrix(pool: RankPool) ->
     fc1, fc2 = (_find(weights, f"{MLP}experts.linear_fc{i}.weight") for i in (1, 2))
     assert (fc1.shape, fc1.partition_dim) == ((4, 48, 32), 0)
     assert (fc2.shape, fc2.partition_dim) == ((4, 32, 24), 1)
+
+
+def names_in_the_harness(model: str) -> list[str]:
+    Layout().initialize()
+    build = harness.build_model(Layout(), num_layers=2, **models.MODELS[model])
+    return [name for name, param in build[0].named_parameters() if param.requires_grad]
+
+
+@pytest.mark.parametrize("model", ["dense", "moe_sequential", "mla", "mla_without_q_lora", "mla_fused_down", "hybrid"])
+def test_the_harness_has_these_weights_in_this_order(pool: RankPool, model: str) -> None:
+    """By order, DDP puts weights into buckets."""
+    expected = [weight.name for weight in pool.run(models.weights, 1, Layout(), model)[0]]
+    assert pool.run(names_in_the_harness, 1, model)[0] == expected
 
 
 def _find(weights: list[Weight], name: str) -> Weight:

@@ -361,7 +361,9 @@ def test_dora_stops_all_ranks_of_megatron(pool: RankPool) -> None:
 
 
 def test_dora_with_adam_trains(pool: RankPool) -> None:
-    routes, losses = pool.run(train, 2, Layout(tp=2), "dora", {"param_rule": ("*.adapter.linear_*.weight=adam",)})[0]
+    """No forward pass uses these magnitudes, and overlap asks each weight for a gradient in the first step."""
+    layout = Layout(tp=2, overlap=False)
+    routes, losses = pool.run(train, 2, layout, "dora", {"param_rule": ("*.adapter.linear_*.weight=adam",)})[0]
     assert "muon" not in routes.values() and losses[-1] < losses[0]
 
 
