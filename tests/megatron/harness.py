@@ -164,7 +164,7 @@ def wrap(
     values: dict[str, Any] = {
         "grad_reduce_in_fp32": True,
         "overlap_grad_reduce": layout.overlap,
-        "overlap_param_gather": layout.gathers and (param_layout or not layout.layer_wise),
+        "overlap_param_gather": layout.gathers,
         "use_distributed_optimizer": layout.ddp_buffers,
         "bucket_size": layout.bucket_size if layout.overlap else None,
     }
@@ -379,8 +379,7 @@ def start(
         load_weights(chunks, weights)
     from megatron.core.optimizer import get_megatron_optimizer
 
-    gathers = {"overlap_param_gather": chunks[0].ddp_config.overlap_param_gather}
-    config = optimizer_config(layout, bf16=bf16, **gathers | (optimizer or {}))
+    config = optimizer_config(layout, bf16=bf16, **(optimizer or {}))
     return Run(layout, chunks, get_megatron_optimizer(config, chunks, overrides), data, replicas=replicas)
 
 

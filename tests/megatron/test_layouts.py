@@ -35,8 +35,11 @@ class Tolerance(NamedTuple):
     norms: float
 
 
-# Layouts add the same numbers in another order (tensor-parallel partial sums, gradient averages).
-TOLERANCES = {False: Tolerance(4e-6, 4e-6), True: Tolerance(4e-2, 4e-2)}
+# Layouts add the same numbers in another order (tensor-parallel partial sums, gradient averages). Measured over all
+# cases: float32 losses 4.8e-7 (GatedDeltaNet 1.7e-6), norms 9.8e-7 (GatedDeltaNet 2.0e-5); bfloat16, which routes a
+# token to another expert now and then, losses 1.2e-2, norms 2.6e-2 (dense models 3.2e-3 and 5.6e-3).
+FP32, BF16 = Tolerance(losses=4e-6, norms=1e-5), Tolerance(losses=4e-2, norms=8e-2)
+DELTA = Tolerance(losses=1e-5, norms=2e-4)
 
 
 class Case(NamedTuple):
@@ -90,6 +93,7 @@ CASES = {
     # Megatron-Core's own modules, one bucket, every exchange by itself.
     "local_layer_wise": Case(2, Layout(layer_wise=True, overlap=False, local=True)),
     "no_overlap_layer_wise": Case(2, Layout(layer_wise=True, overlap=False)),
+    "no_overlap_vpp2_layer_wise": Case(4, Layout(pp=2, vpp=2, layer_wise=True, overlap=False)),
 }
 QUICK = {
     *("pp2_vpp2_dp2-layer_wise-fp32", "tp2_sp_dp2-layer_wise-bf16", "dp2-lists-bf16", "cp2_dp2-lists-fp32"),
@@ -125,7 +129,8 @@ def reference(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Calla
 def test_training_does_not_depend_on_the_layout(
     pool: RankPool, reference: Callable[[str, bool], tuple[str, Trained]], name: str
 ) -> None:
-    case, tolerance = CASES[name], TOLERANCES[CASES[name].bf16]
+    case = CASES[name]
+    tolerance = BF16 if case.bf16 else DELTA if case.model == "gated_delta_net" else FP32
     weights, expected = reference(case.model, case.bf16)
     options = {**MODELS[case.model], "bf16": case.bf16, "param_layout": case.param_layout}
     ranks = pool.run(train, case.ranks, case.layout, weights, **options)

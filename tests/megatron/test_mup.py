@@ -76,7 +76,7 @@ def test_every_weight_has_the_rate_of_the_rule(pool: RankPool, layout: Layout) -
                 told = f"{case}: {name}"
                 if "word_embeddings" in name or "output_layer" in name:
                     expected = ends
-                elif "conv1d" in name or ("in_proj" in name and case.get("muon_gdn_in_proj") == "adam"):
+                elif "conv1d" in name or (name.endswith("in_proj.weight") and case.get("muon_gdn_in_proj") == "adam"):
                     expected = matrices
                 elif group["scalar_lr_mult"] is None:
                     expected = vectors

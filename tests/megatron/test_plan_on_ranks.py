@@ -193,6 +193,7 @@ CASES = {
 }
 
 
+BUCKETS = ["--overlap-grad-reduce", "--ddp-bucket-size", str(Layout.bucket_size)]
 QUICK_IN_BF16 = ("tensor auto", "layer-wise, experts")
 
 
@@ -209,7 +210,7 @@ def test_plan_is_what_ranks_do(pool: RankPool, planner: Planner, name: str, bf16
     muon = {"muon_fp32_matmul_prec": "medium" if bf16 else "highest", **options.get("optimizer", {})}
     options, precision = {**options, "optimizer": muon}, muon["muon_fp32_matmul_prec"]
     groups = [] if flags[-len(LATENT) :] == LATENT else GROUPS
-    flags = [*TINY, *groups, *flags, "--muon-fp32-matmul-prec", precision, *(["--bf16"] if bf16 else [])]
+    flags = [*TINY, *BUCKETS, *groups, *flags, "--muon-fp32-matmul-prec", precision, *(["--bf16"] if bf16 else [])]
     if options.get("add_bias_linear"):
         flags.remove("--disable-bias-linear")
     document = planner.document(flags, world)

@@ -242,7 +242,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
     ),
     (
         {},
-        {"name": "stiefel_muon", "muon_param_rule": ("*linear_qkv*=stiefel",)},
+        {"name": "stiefel_muon", "muon_param_rule": ("*linear_qkv.weight=stiefel",)},
         {},
         "--qk-clip with --muon-param-rule GLOB=stiefel: decoder.layers.0",
     ),

@@ -252,8 +252,8 @@ THRESHOLD = 30.0
 @pytest.mark.parametrize(
     ("projections", "rate", "build"),
     [
-        pytest.param("*linear_qkv*", 0.2, GQA, id="gqa"),
-        pytest.param("*_up_proj*", 1.0, LATENT, id="mla", marks=pytest.mark.slow),
+        pytest.param("*linear_qkv.weight", 0.2, GQA, id="gqa"),
+        pytest.param("*_up_proj.weight", 1.0, LATENT, id="mla", marks=pytest.mark.slow),
     ],
 )
 def test_large_learning_rate(pool: RankPool, projections: str, rate: float, build: dict[str, Any]) -> None:
