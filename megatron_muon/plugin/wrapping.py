@@ -120,10 +120,14 @@ def _kinds(group: Any) -> dict[bool, list[Any]]:
 def check_bucket_groups(model_chunks: Sequence[Any]) -> None:
     """Refuse what would drift apart: groups of buckets of two optimizers, from a copy of Megatron-Core's function.
 
+    With ``overlap_param_gather`` they are gathered in the next forward pass, after both steps.
+
     Raises:
         ConfigError: naming the chunk.
     """
     for number, chunk in enumerate(model_chunks):
+        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", True):
+            continue
         for group in (*getattr(chunk, "bucket_groups", ()), *getattr(chunk, "expert_parallel_bucket_groups", ())):
             if len(_kinds(group)) > 1:
                 raise ConfigError(
