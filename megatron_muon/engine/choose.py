@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_muon.engine.modes import AUTO, GRAM, OWNER
 from megatron_muon.engine.plan import Plan, Weight
 from megatron_muon.engine.planner import Policy, make_plan
 from megatron_muon.engine.prediction import predict
+from megatron_muon.engine.stages import in_stages
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 __all__ = ["choose_plan"]
@@ -30,14 +31,23 @@ def choose_plan(weights: Sequence[Weight], policy: Policy, orthogonalizer: Ortho
         ConfigError: for a weight that the mode cannot treat.
     """
     if policy.mode != AUTO:
-        return make_plan(weights, policy, orthogonalizer)
+        return _made(weights, policy, orthogonalizer)
     candidates = [AUTO, OWNER] if orthogonalizer.restarts is None else [AUTO, OWNER, GRAM]
     modes = {}
     for group in dict.fromkeys(weight.group for weight in weights if weight.group):
         mine = [weight for weight in weights if weight.group == group]
         times = {mode: _seconds(mine, dataclasses.replace(policy, mode=mode), orthogonalizer) for mode in candidates}
         modes[group] = min(times, key=lambda mode: times[mode])
-    return make_plan(weights, policy, orthogonalizer, modes)
+    return _made(weights, policy, orthogonalizer, modes)
+
+
+def _made(
+    weights: Sequence[Weight], policy: Policy, orthogonalizer: Orthogonalizer, modes: Mapping[str, str] | None = None
+) -> Plan:
+    """With as many stages as pay."""
+    return in_stages(
+        lambda stages: make_plan(weights, policy, orthogonalizer, modes, stages), weights, policy, orthogonalizer
+    )
 
 
 def _seconds(weights: Sequence[Weight], policy: Policy, orthogonalizer: Orthogonalizer) -> float:

@@ -27,6 +27,8 @@ class Weight:
         dim: the divided dimension of its matrices, -2 or -1; 0 if it is whole.
         group: name of the group that divides it; empty if it is whole.
         ranks: number of shards.
+        bucket: number, in the order in which buckets are to be done, of the one in which its result travels to
+            data-parallel ranks.
     """
 
     shape: tuple[int, ...]
@@ -34,6 +36,7 @@ class Weight:
     dim: int = 0
     group: str = ""
     ranks: int = 1
+    bucket: int = 0
 
     @property
     def whole_shape(self) -> tuple[int, ...]:

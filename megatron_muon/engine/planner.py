@@ -9,6 +9,7 @@ of shapes, group sizes and options, never of the rank: every rank of a group mak
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,10 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import SCALAR, Block
 
-__all__ = ["Policy", "check_weight", "make_plan"]
+__all__ = ["Policy", "Stages", "check_weight", "make_plan"]
+
+Stages = Mapping[str, Mapping[int, int]]
+"""For a group's name (empty: matrices that are whole on the rank) the stage of each bucket."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def make_plan(
     policy: Policy,
     orthogonalizer: Orthogonalizer,
     modes: Mapping[str, str] | None = None,
+    stages: Stages | None = None,
 ) -> Plan:
     """Plan a step.
 
@@ -65,6 +70,7 @@ def make_plan(
         policy: mode and bounds.
         orthogonalizer: knows what each shape costs.
         modes: of single groups, instead of the policy's.
+        stages: of single groups, which bucket is done in which stage; without, all are done together.
 
     Raises:
         ConfigError: for a weight that the mode cannot treat.
@@ -75,16 +81,30 @@ def make_plan(
         for kind, item in _items(index, weight, policy.mode):
             groups[kind].append(item)
     chosen = _with_modes(groups, policy, orthogonalizer, modes or {})
+    staged = [(stage, kind, some) for kind, items in chosen for stage, some in _staged(kind, items, weights, stages)]
     # Costliest first: what comes later evens out the owners' loads.
-    chosen.sort(key=lambda pair: (pair[0].mode, pair[0].group, -_weight_of(pair[0]), repr(pair[0])))
+    staged.sort(key=lambda each: (each[1].mode, each[1].group, each[0], -_weight_of(each[1]), repr(each[1])))
     maker = _Chunks(policy, orthogonalizer)
-    for kind, items in chosen:
-        maker.add(kind, items)
-    chunks = maker.finish()
-    local = [chunk for chunk in chunks if chunk.mode == LOCAL]
-    exchanged = [chunk for chunk in chunks if chunk.mode != LOCAL]
-    # A chunk without exchange goes first: it is computed while the first exchange is under way.
-    return Plan(tuple(weights), (*local[:1], *exchanged, *local[1:]))
+    for stage, kind, items in staged:
+        maker.add(kind, items, stage)
+    chunks: list[Chunk] = []
+    for _, group in itertools.groupby(sorted(maker.finish(), key=lambda pair: pair[0]), key=lambda pair: pair[0]):
+        some = [chunk for _, chunk in group]
+        local = [chunk for chunk in some if chunk.mode == LOCAL]
+        # A chunk without exchange goes first: it is computed while the first exchange is under way.
+        chunks += [*local[:1], *(chunk for chunk in some if chunk.mode != LOCAL), *local[1:]]
+    return Plan(tuple(weights), tuple(chunks))
+
+
+def _staged(
+    kind: Kind, items: Sequence[Item], weights: Sequence[Weight], stages: Stages | None
+) -> Iterator[tuple[int, list[Item]]]:
+    """Matrices of one kind by the stage in which they are done."""
+    of_bucket = (stages or {}).get(kind.group, {})
+    found: dict[int, list[Item]] = defaultdict(list)
+    for item in items:
+        found[of_bucket.get(weights[item.weight].bucket, 0)].append(item)
+    yield from sorted(found.items())
 
 
 def check_weight(weight: Weight, mode: str) -> None:
@@ -239,16 +259,22 @@ class _Chunks:
 
     def __init__(self, policy: Policy, orthogonalizer: Orthogonalizer) -> None:
         self.policy, self.orthogonalizer = policy, orthogonalizer
-        self.done: list[Chunk] = []
+        self.done: list[tuple[int, Chunk]] = []
         self.open: list[Batch] = []
+        self.stage = 0
         self.room = 0
         self.load: dict[str, list[int]] = {}
         self.chunk_load: dict[int, int] = {}
 
-    def add(self, kind: Kind, items: list[Item]) -> None:
-        """Matrices of one kind, all that there are."""
-        if self.open and (self.open[0].kind.mode, self.open[0].kind.group) != (kind.mode, kind.group):
+    def add(self, kind: Kind, items: list[Item], stage: int) -> None:
+        """Matrices of one kind, all that there are in a stage."""
+        if self.open and (self.open[0].kind.mode, self.open[0].kind.group, self.stage) != (
+            kind.mode,
+            kind.group,
+            stage,
+        ):
             self._close()
+        self.stage = stage
         size = 4 * kind.p * kind.q
         while items:
             if not self.open:
@@ -273,15 +299,15 @@ class _Chunks:
             number -= number % len(kind.parts)
         return number
 
-    def finish(self) -> list[Chunk]:
-        """All chunks."""
+    def finish(self) -> list[tuple[int, Chunk]]:
+        """All chunks, with their stages."""
         self._close()
         return self.done
 
     def _close(self) -> None:
         if self.open:
             kind = self.open[0].kind
-            self.done.append(Chunk(kind.mode, kind.group, tuple(self.open)))
+            self.done.append((self.stage, Chunk(kind.mode, kind.group, tuple(self.open))))
             self.open, self.chunk_load = [], {}
 
     def _share_out(self, kind: Kind, number: int) -> tuple[int, ...]:

@@ -19,7 +19,10 @@ from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import MSIGN, STIEFEL, layout_of
 
-__all__ = ["DENSE", "EXPERT", "Engines"]
+__all__ = ["BUCKET_ATTRIBUTE", "DENSE", "EXPERT", "Engines"]
+
+BUCKET_ATTRIBUTE = "muon_bucket"
+"""Of parameters: :attr:`megatron_muon.engine.plan.Weight.bucket`."""
 
 DENSE, EXPERT = "tensor-parallel", "expert tensor-parallel"
 """Names of the groups that divide weights."""
@@ -66,11 +69,11 @@ class Engines:
 
     def weight(self, param: torch.Tensor) -> Weight:
         """What the engine must know of a parameter."""
-        shard, layout = self.shard(param), layout_of(param)
+        shard, layout, bucket = self.shard(param), layout_of(param), getattr(param, BUCKET_ATTRIBUTE, 0)
         if shard is None:
-            return Weight(tuple(param.shape), layout)
+            return Weight(tuple(param.shape), layout, bucket=bucket)
         name = EXPERT if getattr(param, "expert_tp", False) else DENSE
-        return Weight(tuple(param.shape), layout, shard.dim, name, shard.size)
+        return Weight(tuple(param.shape), layout, shard.dim, name, shard.size, bucket)
 
     def of(self, params: Sequence[torch.Tensor], direction: str = MSIGN) -> StepEngine:
         """The engine for these parameters, in this order, all of one direction."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Reduce, Write
+from megatron_muon.engine.plan import Plan
 from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
@@ -54,6 +56,8 @@ class Muon(torch.optim.Optimizer):
     Attributes:
         directions: the kinds of updates that it has, see :class:`megatron_muon.routing.layout.MatrixLayout`.
         engines: plan and carry out its steps, see :class:`megatron_muon.optimizers.engines.Engines`.
+        finals: called one after another, in each step once for each parameter, with those that are as the step leaves
+            them: when their last matrix is written, or at the end of the step.
 
     Args:
         params: 2-D parameters (3-D with a stacked layout) or param groups.
@@ -172,6 +176,7 @@ class Muon(torch.optim.Optimizer):
         self.engines = Engines(self.config, tp_group, expert_tp_group, damped=damping_depth > 0.0)
         self._decay = WeightDecay(weight_decay_method, self.variant.decays)
         self.starts = WarmStarts()
+        self.finals: list[Callable[[list[torch.Tensor]], None]] = []
         self._marks = Marks()
         self._first_lrs: list[float] = []
         scalar = {
@@ -265,11 +270,14 @@ class Muon(torch.optim.Optimizer):
         refuse_elsewhere(self)
         groups = zip(self.param_groups, self._first_lrs, strict=True)
         jobs = [job for group, first_lr in groups for job in self._begin_group(group, first_lr)]
+        for group in self.param_groups:
+            step_scalar_rows(group, [job for job in jobs if job.group is group])
+        self._pending = {param: None for group in self.param_groups for param in group["params"]}
+        self._tell([param for param in self._pending if param.grad is None])
         if jobs:
             with matmul_precision(self.config.fp32_matmul_prec):
                 self._update_jobs(jobs)
-        for group in self.param_groups:
-            step_scalar_rows(group, [job for job in jobs if job.group is group])
+        self._tell(list(self._pending))
         self._marks.leave(tensor for job in jobs for tensor in self._watched_in(job.state))
         return loss
 
@@ -285,7 +293,26 @@ class Muon(torch.optim.Optimizer):
     def _update_matrices(self, jobs: list[Job]) -> None:
         """Those whose direction is an orthogonalized matrix."""
         engine = self.engines.of([job.param for job in jobs])
-        engine.run(reader(self.config.nesterov, jobs, self.variant), self._writer(jobs))
+        write = self._telling(engine.plan, dict(enumerate(jobs)), self._writer(jobs))
+        engine.run(reader(self.config.nesterov, jobs, self.variant), write)
+
+    def _telling(self, plan: Plan, jobs: Mapping[int, Job], write: Write) -> Write:
+        """Tells of each weight when all its matrices have been handed out."""
+        left = Counter(item.weight for chunk in plan.chunks for batch in chunk.batches for item in batch.items)
+
+        def writing(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
+            write(parts, directions, reduce)
+            left.subtract(part.item.weight for part in parts)
+            done = dict.fromkeys(part.item.weight for part in parts if not left[part.item.weight])
+            self._tell([jobs[number].param for number in done if number in jobs])
+
+        return writing
+
+    def _tell(self, params: list[torch.Tensor]) -> None:
+        for param in params:
+            del self._pending[param]
+        for final in self.finals if params else ():
+            final(params)
 
     def _update_otherwise(self, jobs: list[Job], direction: str) -> None:
         """Those whose direction is of another kind: in the ball of entries, rows or columns."""

@@ -19,6 +19,7 @@ from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.plugin import options
 from megatron_muon.plugin.adam_buckets import buckets_of_adam
 from megatron_muon.plugin.checkpoint_files import EARLIER, reason_of
+from megatron_muon.plugin.early_gather import settle
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.optimizer_state import held_by
@@ -264,6 +265,7 @@ def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(
         sharded_state_dict: Any, checkpoint_dir: Any, sharded_strategy: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
+        settle()
         requests = _requests(sharded_state_dict, str(checkpoint_dir))
         if not requests:
             return original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)

@@ -22,6 +22,7 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.plugin import options
+from megatron_muon.plugin.early_gather import gather_early
 from megatron_muon.plugin.expert_scalars import set_apart, sum_once
 from megatron_muon.plugin.groups import device_of, device_of_rank, groups_of_model, ranks_of
 from megatron_muon.plugin.holding import check_entered
@@ -93,6 +94,7 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
             refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite, device, check)
             if config.optimizer.removeprefix("dist_") == "stiefel_muon":
                 watch(optimizer, ranks, device)
+            gather_early(optimizer, model_chunks)
             planned = [
                 *_data_parallel(optimizer, groups),
                 *_numbers(muon, model_chunks, optimizer, ranks),

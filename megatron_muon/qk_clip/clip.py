@@ -2,14 +2,15 @@
 
 A step goes like this. While the forward passes run, each attention layer writes its maxima into one buffer of the whole
 model. When gradients are prepared an all-reduce (maximum) makes the buffer the same on all ranks, and before the update
-all factors are computed from it. As soon as an inner optimizer has updated its tensors - float32 masters where there
-are any, whole or in slices - the rows of queries and keys among them are multiplied; Megatron-Core copies and gathers
-them after that, as always. Nothing here waits for the device or branches on what it holds: a factor of 1 changes no
+all factors are computed from it. As soon as an inner optimizer has updated a tensor - float32 masters where there
+are any, whole or in slices - the rows of queries and keys in it are multiplied; what copies and gathers comes
+after that. Nothing here waits for the device or branches on what it holds: a factor of 1 changes no
 bit.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,7 +146,11 @@ class QKClip:
         for inner, target in targets:
             if inner not in self._targets:
                 self._targets[inner] = []
-                inner.register_step_post_hook(self._after_update)
+                finals = getattr(inner, "finals", None)
+                if finals is None:
+                    inner.register_step_post_hook(lambda inner, args, kwargs: self._scale(inner))
+                else:  # before anybody else hears of them
+                    finals.insert(0, functools.partial(self._scale, inner))
             self._targets[inner].append(target)
 
     @property
@@ -208,9 +213,13 @@ class QKClip:
         table = factor_table(self._maxima, self.heads, settings.threshold, settings.alpha, settings.rule)
         return {id(rows.param): table[rows.index] for rows in self.rows}
 
-    def _after_update(self, inner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._factors is not None:
-            for target in self._targets[inner]:
+    def _scale(self, inner: torch.optim.Optimizer, updated: Sequence[torch.Tensor] | None = None) -> None:
+        """Clip what an optimizer has updated: all, or these tensors."""
+        if self._factors is None:
+            return
+        some = None if updated is None else set(map(id, updated))
+        for target in self._targets[inner]:
+            if some is None or id(target.tensor) in some:
                 scale_rows(target, self._factors[id(target.rows.param)])
 
     @property

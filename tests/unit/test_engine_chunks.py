@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
+from megatron_muon.engine.choose import choose_plan
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LOCAL, OWNER
 from megatron_muon.engine.plan import Batch, Chunk, Weight
+from megatron_muon.engine.planner import Policy
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import WHOLE
-from tests.random_weights import EXACT, FLOAT32, RANKS, SEEDS, batches_of, plan_of, random_plans, random_weights
+from tests.random_weights import (
+    CPU,
+    EXACT,
+    FLOAT32,
+    PLENTY,
+    RANKS,
+    SEEDS,
+    SIZES,
+    batches_of,
+    plan_of,
+    random_plans,
+    random_weights,
+)
 
 # Owners.
 
@@ -123,3 +139,46 @@ def test_a_chunk_without_exchange_comes_first() -> None:
     weights = [*[Weight((8, 6), WHOLE, -1, "tp", 4)] * 4, *[Weight((8, 6), WHOLE)] * 4]
     modes = [chunk.mode for chunk in plan_of(weights, OWNER, 8 * 6 * 4).chunks]
     assert modes == [LOCAL, OWNER, LOCAL, LOCAL, LOCAL]
+
+
+# Buckets.
+
+
+def staged(weights: list[Weight], mode: str = "auto") -> tuple[list[list[int]], Counter[tuple[int, int, int]]]:
+    """Buckets of each chunk, and how often each block of each weight is orthogonalized, by its shape."""
+    plan = choose_plan(weights, Policy(mode, SIZES, PLENTY, CPU), FLOAT32)
+    buckets = [
+        sorted({weights[item.weight].bucket for batch in chunk.batches for item in batch.items})
+        for chunk in plan.chunks
+    ]
+    found: Counter[tuple[int, int, int]] = Counter()
+    for _, batch in batches_of(plan):
+        for item in batch.items:
+            found[item.weight, item.rows, item.columns] += item.count
+    return buckets, found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        (1, [[0], [1], [2], [3], [4], [5], [6], [7]]),
+        (4, [[0, 1], [2], [3, 4], [5], [6, 7]]),  # each exchange takes its time
+    ],
+)
+def test_buckets_are_done_one_after_another(ranks: int, expected: list[list[int]]) -> None:
+    """Eight of them, with four shapes each; the last weights come first, as DDP lays them out."""
+    shapes = [(768, 256), (256, 256), (1024, 256), (256, 512)] * ranks
+    cut = (-1, "tp", ranks) if ranks > 1 else (0, "", 1)
+    weights = [Weight((m, n // ranks), WHOLE, *cut, bucket) for bucket in reversed(range(8)) for m, n in shapes]
+    buckets, found = staged(weights)
+    assert buckets == expected
+    assert set(found.values()) == {1}
+    assert len(found) == len(weights)
+
+
+def test_buckets_stay_together_where_apart_they_would_be_slower() -> None:
+    """Batches of tiny matrices; and a matrix a bucket for four owners, of whom three would have nothing to do."""
+    buckets, _ = staged([Weight((8, 8), WHOLE, bucket=number) for number in range(8)])
+    assert buckets == [list(range(8))]
+    buckets, _ = staged([Weight((1024, 256), WHOLE, -1, "tp", 4, number) for number in range(8)], OWNER)
+    assert buckets == [[0, 1, 2, 3], [4, 5, 6, 7]]
