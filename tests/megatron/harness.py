@@ -448,8 +448,8 @@ def load_run(run: Run, folder: str, metadata: dict[str, Any] = CHECKPOINT_METADA
     run.step = loaded["step"]
 
 
-def save_initial_weights(folder: str, **model: Any) -> None:
-    """Make a model on one rank and save it: the start of runs at every layout."""
-    layout = Layout()
+def save_initial_weights(folder: str, local: bool = False, **model: Any) -> None:
+    """Make a model on one rank and save it: the start of runs at every layout (``local``: as the layout's)."""
+    layout = Layout(local=local)
     layout.initialize()
     save_weights(build_model(layout, **model), folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ MAMBA: dict[str, Any] = {
 def outputs_of_both_paths() -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """What a real mixer makes of one input on its fused and on its separate path, and the weights without gradient."""
     Layout().initialize()
-    model = harness.build_model(Layout(), **MAMBA)[0]
+    model = harness.build_model(Layout(local=True), **MAMBA)[0]
     mixer = model.decoder.layers[0].mixer
     hidden = torch.randn(150, 2, 32)  # more than a chunk of 128 tokens
     fused, _ = mixer(hidden)
@@ -247,6 +248,8 @@ def test_the_real_mixer(pool: RankPool) -> None:
 
 
 def train(layout: Layout, weights: str | None, steps: int, **options: Any) -> list[float]:
+    """Of the modules that the CPU runtime chooses."""
+    layout = dataclasses.replace(layout, local=True)
     return harness.start(layout, weights=weights, **options).losses(steps)
 
 
@@ -265,7 +268,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def weights(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("mamba") / "initial")
-    pool.run(harness.save_initial_weights, 1, folder, **MAMBA)
+    pool.run(harness.save_initial_weights, 1, folder, local=True, **MAMBA)
     return folder
 
 
@@ -331,7 +334,7 @@ OTHER_LAYERS: dict[str, dict[str, Any]] = {
 def test_other_layers_of_hybrid_models(pool: RankPool, tmp_path: Path, name: str) -> None:
     model = {**MAMBA, **OTHER_LAYERS[name]}
     folder = str(tmp_path / "initial")
-    pool.run(harness.save_initial_weights, 1, folder, **model)
+    pool.run(harness.save_initial_weights, 1, folder, local=True, **model)
     expected = pool.run(train, 1, Layout(), folder, STEPS, **model)[0]
     losses = pool.run(train, 2, Layout(tp=2, sp=True), folder, STEPS, **model)[0]
     assert losses == pytest.approx(expected, abs=TOLERANCE)
@@ -340,10 +343,10 @@ def test_other_layers_of_hybrid_models(pool: RankPool, tmp_path: Path, name: str
 
 def keys_and_refusal() -> tuple[list[str], str]:
     Layout().initialize()
-    model = harness.build_model(Layout(), **MAMBA)[0]
+    model = harness.build_model(Layout(local=True), **MAMBA)[0]
     keys = sorted({value.key for value in model.sharded_state_dict().values() if hasattr(value, "key")})
     try:
-        harness.build_model(Layout(), **{**MAMBA, "pattern": "MDM-"})
+        harness.build_model(Layout(local=True), **{**MAMBA, "pattern": "MDM-"})
     except NotImplementedError as error:
         return keys, str(error)
     return keys, ""

@@ -88,13 +88,13 @@ def apart_after_a_step() -> list[str]:
     import megatron_muon
 
     megatron_muon.install()
-    layout = Layout(layer_wise=True)
+    layout = Layout(layer_wise=True, overlap=False)
     layout.initialize()
     from megatron.core.optimizer import get_megatron_optimizer
 
     (chunk,) = harness.build_model(layout, num_layers=1, bf16=True)
     for name, param in chunk.named_parameters():
-        param.data = param.data.float() if "layernorm" in name else param.data
+        param.data = param.data.float() if "norm" in name else param.data
     (chunk,) = harness.wrap([chunk], layout, param_layout=False)
     optimizer = get_megatron_optimizer(harness.optimizer_config(layout, bf16=True), [chunk])
     generator = torch.Generator().manual_seed(0)
