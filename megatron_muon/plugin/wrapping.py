@@ -1,4 +1,4 @@
-"""How DDP wraps the model of a layer-wise run: where weights lie in its buffers, and which buckets travel together."""
+"""How DDP wraps a layer-wise model: where weights lie in its buffers, which buckets travel together, who waits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["check_bucket_groups", "patches"]
 
 
 def patches() -> list[Patch]:
-    """Hooks on both functions of ``megatron.training`` that wrap a model, and on how buckets are grouped."""
+    """Hooks on both functions of ``megatron.training`` that wrap a model, on groups of buckets, on waiting for them."""
     return [
         Patch(
             "megatron.training.training:wrap_model_chunks_with_ddp",
@@ -41,6 +41,12 @@ def patches() -> list[Patch]:
             _with_one_optimizer_each,
             "the first bucket of a group decides whose step it is gathered after: with Muon's first, Adam's weights "
             "are gathered before Adam has stepped, and other replicas keep the old ones",
+        ),
+        Patch(
+            "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel._make_forward_pre_hook",
+            _with_weights_of_layers,
+            "a module waits for the gather of its own weights alone, but GatedDeltaNet reads those of its convolution "
+            "without calling it: with --overlap-param-gather and several buckets it computed with the old ones",
         ),
     ]
 
@@ -115,6 +121,25 @@ def _kinds(group: Any) -> dict[bool, list[Any]]:
             bucket
         )
     return found
+
+
+def _with_weights_of_layers(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer waits for all that is in it, called or not: its weights lie in few buckets."""
+
+    @functools.wraps(original)
+    def _make_forward_pre_hook(self: Any) -> Callable[..., None]:
+        from megatron.core.ssm.mamba_layer import MambaLayer
+        from megatron.core.transformer.transformer_layer import BaseTransformerLayer
+
+        wait = original(self)
+
+        def hook(module: Any, *inputs: Any) -> None:
+            for each in module.modules() if isinstance(module, (BaseTransformerLayer, MambaLayer)) else (module,):
+                wait(each)
+
+        return hook
+
+    return _make_forward_pre_hook
 
 
 def check_bucket_groups(model_chunks: Sequence[Any]) -> None:

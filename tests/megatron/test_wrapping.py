@@ -12,6 +12,7 @@ import torch
 
 from tests.megatron import harness
 from tests.megatron.harness import Layout
+from tests.megatron.test_cpu_parallelism import ADAM, HYBRID, TOLERANCE
 from tests.megatron.test_layer_wise_balance import arguments
 from tests.pool import RankPool
 
@@ -138,3 +139,14 @@ def test_models_from_builders_are_laid_out_alike(
     for built, provided in pool.run(layouts, 2, optimizer, param_layout, num_buckets=3, overlap_grad_reduce=True):
         assert (built == provided) is same
         assert same or built == [None, None]
+
+
+def with_and_without_overlap() -> list[list[float]]:
+    """Runs on a rank: losses of GatedDeltaNet under Adam, whose convolution lies in a bucket with later layers."""
+    layouts = [Layout(local=True, ddp_buffers=True, overlap=overlap) for overlap in (True, False)]
+    return [harness.start(layout, optimizer=ADAM, **HYBRID).losses(3) for layout in layouts]
+
+
+def test_layers_wait_for_weights_of_modules_that_they_do_not_call(pool: RankPool) -> None:
+    for overlapped, not_overlapped in pool.run(with_and_without_overlap, 2):
+        assert overlapped == pytest.approx(not_overlapped, abs=TOLERANCE)

@@ -146,7 +146,8 @@ the one with most elements. An optimizer that knows what a weight costs chooses
 owners here, for all chunks of a virtual pipeline together; experts with other
 numbers of copies than dense weights, experts with biases, and float32 models,
 need it too. Models from builders are given the layout where they are wrapped,
-and buckets of two optimizers are kept out of one group.
+and buckets of two optimizers are kept out of one group. A layer waits for all
+weights in it, those of modules that it reads without calling them too.
 
 See NVIDIA/Megatron-LM#2162, #6099, #6379, #6754 and #7452.""",
     needs=(FLAGS, OWNERSHIP),
@@ -160,6 +161,7 @@ See NVIDIA/Megatron-LM#2162, #6099, #6379, #6754 and #7452.""",
         f"{_TRAINING}:wrap_model_chunks_with_ddp",
         "megatron.training.models.dist_utils:_ddp_wrap",
         "megatron.core.distributed.param_and_grad_buffer:partition_buckets",
+        "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel._make_forward_pre_hook",
     ),
 )
 
