@@ -26,6 +26,7 @@ from megatron_muon.plugin.early_gather import gather_early
 from megatron_muon.plugin.expert_scalars import set_apart, sum_once
 from megatron_muon.plugin.groups import device_of, device_of_rank, groups_of_model, ranks_of
 from megatron_muon.plugin.holding import check_entered
+from megatron_muon.plugin.logged import mark_parts
 from megatron_muon.plugin.nonfinite import refuse_nonfinite
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
 from megatron_muon.plugin.optimizer_state import held_by, leaves
@@ -89,6 +90,7 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
                 for group in (each.defaults, *each.param_groups):
                     group.update(numbers)
             _check_partition(optimizer, model_chunks, groups, ranks)
+            mark_parts(optimizer, model_chunks)
             device = device_of(model_chunks)
             check = guard(optimizer, model_chunks, device)
             refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite, device, check)
@@ -182,18 +184,25 @@ def _route(config: Any, model_chunks: Sequence[torch.nn.Module], muon: MuonConfi
     """Decide about every weight; a rule of the user must match somewhere in the whole model.
 
     Raises:
-        ConfigError: from :func:`annotate`. Or if the optimizer is for weights of a direction that no rank has.
+        ConfigError: from :func:`annotate`. Or if the optimizer is for weights of a direction that no rank has, or all
+            weights are frozen.
     """
 
-    def route() -> tuple[set[str], bool]:
+    def route() -> tuple[set[str], bool, bool]:
         matched = set().union(*(annotate(chunk, muon) for chunk in model_chunks))
         for chunk in model_chunks:
             check_adapters(global_names(chunk), config, muon)
-        return matched, any(map(has_stiefel, model_chunks))
+        trained = any(param.requires_grad for chunk in model_chunks for param in chunk.parameters())
+        return matched, any(map(has_stiefel, model_chunks)), trained
 
     gathered = ranks.gather(route)
-    refuse_unmatched(muon, set().union(*(rules for rules, _ in gathered)))
-    check_stiefel(config.optimizer, any(found for _, found in gathered))
+    if not any(trained for _, _, trained in gathered):
+        raise ConfigError(
+            f"--optimizer {config.optimizer} has nothing to train: no weight of the model, on any rank, has "
+            "requires_grad. Leave some of it trainable, or build no optimizer."
+        )
+    refuse_unmatched(muon, set().union(*(rules for rules, _, _ in gathered)))
+    check_stiefel(config.optimizer, any(found for _, found, _ in gathered))
 
 
 def _check_groups(groups: Any) -> None:

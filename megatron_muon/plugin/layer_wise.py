@@ -169,19 +169,21 @@ def _with_overlap_of_buffers(original: Callable[..., None]) -> Callable[..., Non
 
 def _with_own_groups(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
+    def __init__(self: Any, optimizers: list[Any], config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, optimizers, config, *args, **kwargs)
         dense = getattr(self.pg_collection, "tp", None)
-        for member in self.chained_optimizers:  # as Megatron-Core does for its other optimizers
-            member.tp_group, member.expert_tp_group = dense, getattr(self.pg_collection, "expt_tp", dense)
-        some = _group_of_some(self.pg_collection)
-        if some is None:
-            return
-        for member in self.chained_optimizers:
-            member.grad_stats_parallel_group = some
+        for part in (self, *self.chained_optimizers):  # as Megatron-Core does for its other optimizers
+            part.tp_group, part.expert_tp_group = dense, getattr(self.pg_collection, "expt_tp", dense)
+            part.grad_stats_parallel_group = _group_of_some(self.pg_collection) or dist.group.WORLD
         for name in ("get_grad_norm", "_get_grad_norm_for_group", "has_grad_norm_group", "count_zeros"):
-            # Of the base class: over the members' group, where the layer-wise optimizer's own are over the whole run.
+            # Of the base class: over the members' groups, where the layer-wise optimizer's own are over the whole run,
+            # and take one tensor-parallel group for all weights.
             setattr(self, name, functools.partial(getattr(type(self).__base__, name), self))
+        if not self.chained_optimizers:  # no weight of the model is Muon's: a link of the chain all the same
+            self.config = config
+            self.get_grad_stats_parallel_group = lambda: self.grad_stats_parallel_group
+            self.has_grad_norm_group = lambda name: False
+            self.get_grad_norm = self.count_zeros = lambda: 0
 
     return __init__
 

@@ -225,6 +225,7 @@ that have them.""",
     points=(
         f"{_TRAINING}:train",
         f"{_TRAINING}:training_log",
+        "megatron.training.utils.common_utils:_get_param_data",
         f"{_TRAINING}:evaluate",
         f"{_TRAINING}:evaluate_and_print_results",
         "megatron.core.timers:Timers.__call__",
