@@ -30,6 +30,7 @@ from megatron_muon.knobs import (
     transfer_base,
     unit_interval,
 )
+from megatron_muon.orthogonalize.newton_schulz import EPS
 from megatron_muon.refusals import MUON, Refusal, refuse
 from megatron_muon.refusals.rule import unread
 
@@ -154,8 +155,9 @@ class MuonConfig:
     )
     num_ns_steps: int = knob(5, "Number of Newton-Schulz steps.", check=at_least_one)
     eps: float = knob(
-        1e-7,
-        "Lower bound of the Frobenius norm that a matrix is divided by before the Newton-Schulz iteration.",
+        EPS,
+        "Lower bound of the Frobenius norm that a matrix is divided by before the Newton-Schulz iteration: matrices of "
+        "smaller norm get smaller updates.",
         check=positive,
     )
     fp32_matmul_prec: str = knob(

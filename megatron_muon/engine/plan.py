@@ -179,6 +179,11 @@ class Plan:
         ]
         return hashlib.sha256(f"{numbers} {concerned}".encode()).digest()
 
+    def exchanged(self, group: str) -> list[int]:
+        """Indices of the weights of which the ranks of ``group`` exchange something."""
+        chunks = [chunk for chunk in self.chunks if chunk.group == group]
+        return sorted({item.weight for chunk in chunks for batch in chunk.batches for item in batch.items})
+
     def _weights_of(self, group: str) -> list[int]:
         return [index for index, weight in enumerate(self.weights) if weight.group == group]
 

@@ -1,4 +1,4 @@
-"""The engine of an optimizer step: holds the plan, checks that all ranks hold the same, and carries it out."""
+"""The engine of an optimizer step: holds the plan and carries it out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class StepEngine:
     """Orthogonalizes the matrices of many weights at once.
 
     Attributes:
-        plan: of the step.
+        plan: of the step; whoever steps must know that it is the same on all ranks of each group.
         counters: collectives, bytes and operations so far; see :class:`megatron_muon.engine.exchange.Counters`.
     """
 
@@ -88,11 +88,17 @@ class StepEngine:
         self.counters = Counters()
         self._groups = groups
         self._exchanges = {name: Exchange(groups[name], self.counters) for name in self.plan.groups()}
-        self._agreed = False
+        self._digests: dict[str, bytes] = {}
 
     def describe(self) -> list[str]:
         """The step in words, for the report."""
         return describe(self.plan, self.orthogonalizer)
+
+    def digest(self, group: str) -> bytes:
+        """What the ranks of a group compare: their plans, types of numbers, kernels; see :meth:`Plan.digest`."""
+        if group not in self._digests:
+            self._digests[group] = self.plan.digest(group, self._numbers)
+        return self._digests[group]
 
     def run(self, read: Read, write: Write, portion: Plan | None = None) -> None:
         """Orthogonalize everything once.
@@ -101,12 +107,7 @@ class StepEngine:
             read: fills batches with what is to be orthogonalized, see :data:`megatron_muon.engine.callbacks.Read`.
             write: takes the result, see :data:`megatron_muon.engine.callbacks.Write`.
             portion: one of :meth:`Plan.portions`, if not everything.
-
-        Raises:
-            RuntimeError: on the first call, on all ranks, if they do not hold the same plan.
         """
-        if not self._agreed:
-            self._check_agreement()
         plan = portion or self.plan
         execute(plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, read, write)
         self.counters.steps += 1
@@ -124,13 +125,10 @@ class StepEngine:
 
         Raises:
             ValueError: if the plan has matrices without an owner (modes other than ``owner`` and ``blockwise``).
-            RuntimeError: on the first call, on all ranks, if they do not hold the same plan.
         """
         others = sorted({chunk.mode for chunk in self.plan.chunks} - {LOCAL, OWNER})
         if others:
             raise ValueError(f"whole matrices are wanted; in mode {others[0]} nobody owns them")
-        if not self._agreed:
-            self._check_agreement()
         wire = dataclasses.replace(self.wire, dtype=self.local_dtype, back=self.local_dtype)
         execute(
             self.plan,
@@ -154,24 +152,5 @@ class StepEngine:
                 and cannot be written to), and the sum over the ranks of a part.
             portion: one of :meth:`Plan.portions`, if not everything.
         """
-        if not self._agreed:
-            self._check_agreement()
         plan = portion or self.plan
         visit(plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, look)
-
-    def _check_agreement(self) -> None:
-        """Compare the plans of all ranks of each group: a difference would hang the step or mix up weights."""
-        for name, exchange in self._exchanges.items():
-            digest = self.plan.digest(name, self._numbers)
-            mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(self.wire.device)
-            every = mine.new_empty(exchange.size, mine.numel())
-            dist.all_gather_into_tensor(every.view(-1), mine, group=exchange.group)
-            # Waits for the device, once for each plan.
-            differing = (every != mine).any(dim=1).nonzero().flatten().tolist()
-            if differing:
-                raise RuntimeError(
-                    f"Muon: rank {exchange.rank} of the {name} group plans another step than ranks {differing}: their "
-                    "weights, shapes, options, or the kernels that their devices have (--muon-ns-backend) differ. All "
-                    "ranks of a tensor-parallel group must be given the same parameters in the same order."
-                )
-        self._agreed = True

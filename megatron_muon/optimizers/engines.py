@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,13 +14,14 @@ from megatron_muon.engine.modes import BLOCKWISE, DUPLICATED, OWNER
 from megatron_muon.engine.plan import Weight
 from megatron_muon.engine.shards import Shard, shard_of
 from megatron_muon.engine.step import StepEngine
+from megatron_muon.errors import sizes
 from megatron_muon.optimizers.precision import matmul_precision, precision_of
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import MSIGN, STIEFEL, layout_of
 
-__all__ = ["BUCKET_ATTRIBUTE", "DENSE", "EXPERT", "Engines"]
+__all__ = ["BUCKET_ATTRIBUTE", "DENSE", "EXPERT", "Engines", "unequal_gradients"]
 
 BUCKET_ATTRIBUTE = "muon_bucket"
 """Of parameters: :attr:`megatron_muon.engine.plan.Weight.bucket`."""
@@ -31,11 +33,30 @@ _MOST = 8
 """So many are kept."""
 
 
+def unequal_gradients(weight: str, having: Sequence[int], lacking: Sequence[int], of: str = "") -> str:
+    """Why ranks that share a weight stop together.
+
+    Args:
+        weight: its name.
+        having: ranks with a gradient for it.
+        lacking: ranks without.
+        of: which numbers of ranks these are.
+    """
+    return (
+        f"{weight} has a gradient on ranks {list(having)}{of} and none on ranks {list(lacking)}, which hold parts or "
+        "copies of it: they would take different steps. Weights and momentum are those of the last step. Give it a "
+        "gradient on all of them (zeros where nothing came), or on none (grad = None)."
+    )
+
+
 class Engines:
     """Makes engines and keeps them: parameters with gradients may alternate between steps.
 
     Attributes:
         products_note: which kernels multiply and why, once there is an engine.
+        told: whether somebody else has all ranks of the model compare, before each step, which weights have gradients,
+            and sets ``due`` on all of them where that has changed on one (:mod:`megatron_muon.plugin.nonfinite`).
+        due: whether plans are to be compared before the next step.
     """
 
     def __init__(
@@ -55,10 +76,13 @@ class Engines:
         """
         self.config, self._damped = config, damped
         self._tp_group, self._expert_tp_group = tp_group, expert_tp_group
+        groups = {DENSE: tp_group, EXPERT: expert_tp_group}
+        self._groups = {name: group for name, group in groups.items() if group is not None}
         triples = tuple(map(parse_triple, config.custom_coefficients))
         self._coefficients = coefficients(config.coefficient_type, config.num_ns_steps, triples)
         self._engines: dict[Any, StepEngine] = {}
         self.products_note = ""
+        self.told, self.due = False, True
 
     def __iter__(self) -> Iterator[StepEngine]:
         return iter(self._engines.values())
@@ -79,11 +103,71 @@ class Engines:
         """The engine for these parameters, in this order, all of one direction."""
         # Shapes and device, too: memory is replaced, and an id is used again.
         key = direction, params[0].device, tuple((id(param), param.shape) for param in params)
-        if key not in self._engines:
-            if len(self._engines) >= _MOST:
-                del self._engines[next(iter(self._engines))]
-            self._engines[key] = self._new(params, self._mode_of(direction))
-        return self._engines[key]
+        engine = self._engines.pop(key, None) or self._new(params, self._mode_of(direction))
+        if len(self._engines) >= _MOST:
+            del self._engines[next(iter(self._engines))]
+        self._engines[key] = engine  # the last: the first is the one that has been left longest
+        return engine
+
+    def agree(self, groups: Sequence[dict[str, Any]], directions: Sequence[str]) -> None:
+        """Have the ranks of each group that exchanges something compare their plans of a step, before it.
+
+        Two kinds of weights are told apart: those that a rank has a gradient for, and all. A rank whose weights are
+        those of the last step cannot know that another's are not, and would wait for it in another collective, or
+        take one weight's shard for another's. So all of them meet here, in each step unless :attr:`told`: an
+        all-gather of 32 bytes in each group, for which the host waits.
+
+        Args:
+            groups: param groups of the optimizer.
+            directions: of its weights, in the order of their steps.
+
+        Raises:
+            RuntimeError: on all ranks of a group, if their gradients or plans differ.
+        """
+        if (self.told and not self.due) or all(group.size() == 1 for group in self._groups.values()):
+            return
+        params = [param for group in groups for param in group["params"]]
+        names = dict(zip(params, (name for group in groups for name in group.get("param_names", ())), strict=False))
+        shared: dict[str, list[torch.Tensor]] = {}
+        plans: dict[str, list[bytes]] = {}
+        for direction in directions:
+            some = [param for param in params if layout_of(param).direction == direction]
+            if not some:
+                continue
+            plan, having = self.of(some, direction).plan, [param for param in some if param.grad is not None]
+            engine = self.of(having, direction) if having else None
+            for name in plan.groups():
+                shared.setdefault(name, []).extend(some[index] for index in plan.exchanged(name))
+                takes_part = engine is not None and name in engine.plan.groups()
+                plans.setdefault(name, []).append(engine.digest(name) if engine and takes_part else b"")
+        for name in sorted(shared):  # the same order on all ranks
+            self._compare(name, shared[name], b"".join(plans[name]), names)
+        self.due = False
+
+    def _compare(self, name: str, shared: list[torch.Tensor], plans: bytes, names: dict[torch.Tensor, str]) -> None:
+        group = self._groups[name]
+        lacking = [index for index, param in enumerate(shared) if param.grad is None]
+        digest = hashlib.sha256(repr((len(shared), lacking)).encode() + plans).digest()
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(shared[0].device)
+        every = mine.new_empty(group.size(), mine.numel())
+        dist.all_gather_into_tensor(every.view(-1), mine, group=group)
+        # Waits for the device: what is sent next depends on it.
+        differing = (every != mine).any(dim=1).nonzero().flatten().tolist()
+        if not differing:
+            return
+        gathered: list[Any] = [None] * group.size()
+        dist.all_gather_object(gathered, lacking, group=group)
+        for index, param in enumerate(shared):
+            without = [rank for rank, its in enumerate(gathered) if index in its]
+            if 0 < len(without) < group.size():
+                having = [rank for rank in range(group.size()) if rank not in without]
+                what = names.get(param, f"a weight of {sizes(param.shape)} on this rank")
+                raise RuntimeError(f"Muon: {unequal_gradients(what, having, without, f' of the {name} group')}")
+        raise RuntimeError(
+            f"Muon: rank {group.rank()} of the {name} group plans another step than ranks {differing}: their "
+            "weights, shapes, options, or the kernels that their devices have (--muon-ns-backend) differ. All "
+            "ranks of a tensor-parallel group must be given the same parameters in the same order."
+        )
 
     def _mode_of(self, direction: str) -> str:
         """Of tensor parallelism: for balls nothing but sums is exchanged, the manifold wants whole matrices."""
@@ -96,10 +180,9 @@ class Engines:
         precision = precision_of(config, first.dtype)
         with matmul_precision(config.fp32_matmul_prec):
             products, self.products_note = choose_products(config.ns_backend, first.device, precision.iteration)
-        groups = {DENSE: self._tp_group, EXPERT: self._expert_tp_group}
         return StepEngine(
             [self.weight(param) for param in params],
-            {name: group for name, group in groups.items() if group is not None},
+            self._groups,
             Orthogonalizer(self._coefficients, precision.iteration, config.eps, products, damped=self._damped),
             mode=mode,
             dtype=precision.own,

@@ -26,6 +26,7 @@ from megatron_muon.optimizers.precision import matmul_precision
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, restart_emptied, step_scalar_rows
 from megatron_muon.optimizers.sizes import VARIANTS, normalized
 from megatron_muon.optimizers.stages import Matrices, Variant, init_rows
+from megatron_muon.orthogonalize.newton_schulz import EPS
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM, UPDATE_NORM, scale_factor
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
@@ -119,7 +120,7 @@ class Muon(torch.optim.Optimizer):
         extra_scale_factor: float = 1.0,
         coefficient_type: str = "quintic",
         num_ns_steps: int = 5,
-        eps: float = 1e-7,
+        eps: float = EPS,
         custom_coefficients: Sequence[str] = (),
         fp32_matmul_prec: str = "medium",
         ns_dtype: str = "auto",
@@ -255,19 +256,22 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient.
+        """Update every parameter that has a gradient; one without (None) stays as it is, its momentum too.
 
         Args:
             closure: as in ``torch.optim.Optimizer``.
 
         Raises:
             ConfigError: if state is on another device than its weight.
+            RuntimeError: on all ranks of a group that divides weights, before anything changes, if one of them has a
+                gradient on some ranks and none on others, or if their parameters, options or kernels differ.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         refuse_elsewhere(self)
+        self.engines.agree(self.param_groups, self.directions)
         groups = zip(self.param_groups, self._first_lrs, strict=True)
         jobs = [job for group, first_lr in groups for job in self._begin_group(group, first_lr)]
         for group in self.param_groups:

@@ -9,7 +9,13 @@ import torch
 from megatron_muon.orthogonalize.coefficients import Coefficients
 from megatron_muon.orthogonalize.products import TorchProducts
 
-__all__ = ["Reduce", "newton_schulz", "normalized", "standard_iteration"]
+__all__ = ["EPS", "Reduce", "newton_schulz", "normalized", "standard_iteration"]
+
+EPS = 1e-15
+"""Default of the lower bound of norms. Updates do not depend on the gradient's scale, and global clipping may bring
+that to 1e-9 and less where one weight's gradient is huge: 1e-7, which others use, would all but stop the others. What
+momentum is left after hundreds of steps without any gradient is to count for nothing all the same: 0.95^540 is 1e-12.
+"""
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Sums a tensor over the ranks that share a matrix; may work in place; returns the sum."""
@@ -22,7 +28,7 @@ def newton_schulz(
     coefficients: Coefficients,
     *,
     dtype: torch.dtype | None = None,
-    eps: float = 1e-7,
+    eps: float = EPS,
     shard_dim: int | None = None,
     reduce: Reduce | None = None,
     products: TorchProducts = _TORCH,

@@ -9,7 +9,7 @@ import torch
 
 from megatron_muon.orthogonalize.coefficients import Coefficients
 from megatron_muon.orthogonalize.gram import gram_iteration, polynomial_of_gram, prescale, segments
-from megatron_muon.orthogonalize.newton_schulz import Reduce, normalized, standard_iteration
+from megatron_muon.orthogonalize.newton_schulz import EPS, Reduce, normalized, standard_iteration
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.restarts import best_restarts
 
@@ -51,7 +51,7 @@ class Orthogonalizer:
         self,
         coefficients: Coefficients,
         dtype: torch.dtype,
-        eps: float = 1e-7,
+        eps: float = EPS,
         products: TorchProducts | None = None,
         *,
         damped: bool = False,

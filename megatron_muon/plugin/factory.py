@@ -93,7 +93,8 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
             mark_parts(optimizer, model_chunks)
             device = device_of(model_chunks)
             check = guard(optimizer, model_chunks, device)
-            refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite, device, check)
+            experts = getattr(groups, "ep", None)
+            refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite, device, check, experts)
             if config.optimizer.removeprefix("dist_") == "stiefel_muon":
                 watch(optimizer, ranks, device)
             gather_early(optimizer, model_chunks)

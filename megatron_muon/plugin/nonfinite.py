@@ -1,21 +1,29 @@
-"""NaN and infinity in gradients: they must not reach momentum and weights, which would keep them for ever.
+"""What all ranks of a model hear of gradients before each step, and before any state changes: by one all-reduce.
 
-Megatron-Core looks for them where DDP's ``check_for_nan_in_grad`` is on, before gradients are reduced; afterwards only
-a loss scaler does. :func:`refuse_nonfinite` looks at what the optimizer is about to read, before any state changes.
+NaN and infinity must not reach momentum and weights, which would keep them for ever. Megatron-Core looks for them where
+DDP's ``check_for_nan_in_grad`` is on, before gradients are reduced; afterwards only a loss scaler does.
+
+And a weight must have a gradient on all ranks that hold parts or copies of it, or on none. Under DDP all trainable
+weights have one (zeros, if nothing came); without it, or with parts that are frozen in between, a rank of a
+tensor-parallel group would wait for the others in a collective that they do not come to, or replicas would drift apart.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_muon.agree import Ranks
 from megatron_muon.config import flag
-from megatron_muon.plugin.optimizer_state import held_by
+from megatron_muon.optimizers.engines import unequal_gradients
+from megatron_muon.optimizers.muon import Muon
+from megatron_muon.plugin.optimizer_state import held_by, leaves
 from megatron_muon.routing import global_names
+from megatron_muon.routing.predicate import is_expert_parallel
 
 __all__ = ["refuse_nonfinite"]
 
@@ -33,6 +41,7 @@ def refuse_nonfinite(
     choice: str,
     device: torch.device,
     check: Callable[[], None],
+    experts: dist.ProcessGroup | None,
 ) -> None:
     """Let ``optimizer.prepare_grads``, with which every step begins, stop the run or have the step left out.
 
@@ -43,27 +52,45 @@ def refuse_nonfinite(
         choice: ``stop`` or ``skip``.
         device: of the model.
         check: refuses a step; on some ranks perhaps. What it raises there is raised on all.
+        experts: the expert-parallel group, whose ranks have other experts under the same names; None for one rank.
 
     Raises (in each step):
-        RuntimeError: with ``stop``, on all ranks, naming the weights.
+        RuntimeError: on all ranks, naming the weights: with ``stop``, for NaN or infinity; for gradients that ranks
+            which share a weight do not all have.
     """
     prepare = optimizer.prepare_grads
+    engines = [leaf.optimizer.engines for leaf, _ in leaves(optimizer) if isinstance(leaf.optimizer, Muon)]
+    for each in engines:
+        each.told = True
+    place = "" if experts is None or experts.size() == 1 else f" of expert-parallel rank {experts.rank()}"
+    agreed: list[int] = []  # weights that had gradients when the ranks last compared them
 
     def prepare_grads() -> bool:
         failure: Exception | None = None
-        verdict = torch.full((), _FAILED, device=device)
+        verdict = torch.full((2,), _FAILED, device=device)
+        having: list[int] = []
         try:
             check()
-            verdict = torch.full((), _OVERFLOW, device=device) if prepare() else _suspect(optimizer, device)
+            verdict[0] = _OVERFLOW if prepare() else _suspect(optimizer, device)
+            having = [id(param) for param in _params(optimizer) if param.grad is not None]
+            verdict[1] = having != agreed
         except Exception as error:  # the other ranks are on their way to what follows
             failure = error
+            verdict[0] = _FAILED
         ranks.reduce_max(verdict)
         # Waits for the device, before state changes; Megatron-Core waits after each step, for whether it succeeded.
-        worst = verdict.item()
+        worst, others = verdict.tolist()
         if worst == _FAILED:
             ranks.together(lambda: _raise(failure))
+        if worst == _OVERFLOW:
+            return True
+        if others:
+            _refuse_unequal(optimizer, model_chunks, ranks, place)
+            agreed[:] = having
+            for each in engines:
+                each.due = True
         if worst != _SUSPECT:
-            return bool(worst == _OVERFLOW)
+            return False
         names = dict.fromkeys(itertools.chain.from_iterable(ranks.gather(lambda: _names(optimizer, model_chunks))))
         if not names:
             return False  # finite, but too large to be squared
@@ -86,10 +113,48 @@ def _raise(failure: Exception | None) -> None:
         raise failure
 
 
+def _params(optimizer: Any) -> Iterator[torch.Tensor]:
+    """What this rank's optimizers update: weights, or master weights or slices in their place."""
+    return (param for group in optimizer.param_groups for param in group["params"])
+
+
+def _refuse_unequal(optimizer: Any, model_chunks: Sequence[torch.nn.Module], ranks: Ranks, place: str) -> None:
+    """All ranks tell of weights without gradients, and stop if others that share one of them have a gradient for it.
+
+    Args:
+        optimizer: as of :func:`refuse_nonfinite`.
+        model_chunks: likewise.
+        ranks: likewise.
+        place: what to add to the names of this rank's experts.
+
+    Raises:
+        RuntimeError: on all ranks.
+    """
+    has: dict[str, bool] = {}
+    named = (each for chunk in model_chunks for each in global_names(chunk))
+    names = {param: name + place * is_expert_parallel(param) for name, param in named}
+
+    def lacking() -> list[str]:
+        held = [(names.get(each.param), each.key) for each in held_by(optimizer, refuse=False)]
+        has.update((name, key.grad is not None) for name, key in held if name is not None and key is not None)
+        return [name for name, there in has.items() if not there]
+
+    gathered = ranks.gather(lambda: (dist.get_rank() if ranks.groups else 0, lacking()))
+    missed = dict.fromkeys(itertools.chain.from_iterable(its for _, its in gathered))
+    if not missed:
+        return
+    having = ranks.gather(lambda: [name for name in missed if has.get(name)])
+    numbers = [rank for rank, _ in gathered]
+    for name in missed:
+        those = sorted(rank for rank, its in zip(numbers, having, strict=True) if name in its)
+        others = sorted(rank for rank, its in gathered if name in its)
+        if those:
+            raise RuntimeError(f"Muon: {unequal_gradients(name, those, others)}")
+
+
 def _suspect(optimizer: Any, device: torch.device) -> torch.Tensor:
     """:data:`_SUSPECT` where a norm of this rank's gradients is not finite, else 0: a scalar."""
-    params = (param for group in optimizer.param_groups for param in group["params"])
-    grads = [param.grad for param in params if param.grad is not None]
+    grads = [param.grad for param in _params(optimizer) if param.grad is not None]
     if not grads:
         return torch.zeros((), device=device)
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(grads)])
