@@ -71,14 +71,14 @@ def weights(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("steps", with_slow(["20", "300"], "300"))
+@pytest.mark.parametrize("steps", with_slow(["16", "300"], "300"))
 def test_losses_where_gradients_come_and_go(pool: RankPool, weights: str, name: str, steps: str) -> None:
     """More patterns than plans are kept. A weight without a gradient stays, on all of its ranks."""
     ranks, layout, options = LAYOUTS[name]
     expected = pool.run(in_patterns, 1, Layout(), weights, int(steps), 12, {}, timeout=900)[0]
     for losses in pool.run(in_patterns, ranks, layout, weights, int(steps), 12, options, timeout=900):
         # Steps multiply what sums in another order differ by.
-        assert losses == pytest.approx(expected, abs=TOLERANCE if steps == "20" else 1e-3)
+        assert losses == pytest.approx(expected, abs=TOLERANCE if steps == "16" else 1e-3)
     assert expected[-1] < 0.9 * expected[0]
 
 
@@ -116,7 +116,7 @@ def test_a_gradient_on_one_rank_alone_stops_all(pool: RankPool, layout: Layout, 
 
 # --- experts without tokens ------------------------------------------------------------------------------------------
 
-STARVED = {**MOE, "num_moe_experts": 4, "moe_router_topk": 1, **SMALL}
+STARVED = {**MOE, "num_moe_experts": 4, "moe_router_topk": 1, "moe_router_pre_softmax": True, **SMALL}
 EXPERTS = {
     "ep2": (2, Layout(ep=2)),
     "dp2_layer_wise": (2, Layout(ddp_buffers=True, layer_wise=True)),
@@ -158,8 +158,8 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("steps", with_slow(["12", "200"], "200"))
+@pytest.mark.parametrize("optimizer", with_slow(OPTIMIZERS, "namo"))
+@pytest.mark.parametrize("steps", with_slow(["8", "200"], "200"))
 def test_experts_without_tokens(pool: RankPool, tmp_path: Path, optimizer: str, steps: str) -> None:
     """Their momentum fades and moves them on, as it does on one rank, wherever they are; frozen routers stay."""
     folder, options = str(tmp_path / "initial"), OPTIMIZERS[optimizer]
@@ -168,7 +168,7 @@ def test_experts_without_tokens(pool: RankPool, tmp_path: Path, optimizer: str, 
     assert zeros > 0.7, "three of four experts"
     for name, (ranks, layout) in EXPERTS.items():
         for losses, _ in pool.run(starve, ranks, layout, folder, int(steps), options, timeout=900):
-            assert losses == pytest.approx(expected, abs=TOLERANCE if steps == "12" else 1e-3), name
+            assert losses == pytest.approx(expected, abs=TOLERANCE if steps == "8" else 1e-3), name
 
 
 # --- one huge gradient, and all others clipped ------------------------------------------------------------------------
