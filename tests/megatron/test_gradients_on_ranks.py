@@ -14,12 +14,13 @@ import torch.distributed as dist
 
 from tests.megatron import harness
 from tests.megatron.harness import Layout, Run
-from tests.megatron.test_layouts import TOLERANCE
 from tests.megatron.test_routing import MOE
 from tests.pool import RankPool
 from tests.slow import with_slow
 
 SMALL = {"num_layers": 2}
+TOLERANCE = 4e-6
+"""Of losses: layouts add the same numbers in another order, by 4e-7 at most here."""
 LAYOUTS = {
     "tp2": (2, Layout(tp=2), {}),
     "dp2": (2, Layout(), {}),
@@ -192,7 +193,7 @@ def beside_a_huge_one(layout: Layout, name: str, bf16: bool) -> list[list[float]
             mine = [(each, param) for each, param in matrices(run) if not each.endswith(name)]
             before = [param.detach().clone() for _, param in mine]
             answer = step()
-            found.append([(param - old).float().norm() for (_, param), old in zip(mine, before, strict=True)])
+            found.append([(param.detach() - old).float().norm() for (_, param), old in zip(mine, before, strict=True)])
             return answer
 
         run.optimizer.step = scaled
@@ -212,8 +213,10 @@ def beside_a_huge_one(layout: Layout, name: str, bf16: bool) -> list[list[float]
     ids=["tp2", "layer_wise"],
 )
 def test_a_huge_gradient_does_not_stop_other_matrices(pool: RankPool, layout: Layout, name: str, bf16: bool) -> None:
-    for sizes in pool.run(beside_a_huge_one, 2, layout, name, bf16):
-        assert len(sizes[0]) >= 6
+    on_ranks = pool.run(beside_a_huge_one, 2, layout, name, bf16)
+    # What a rank does not own comes with the next forward pass.
+    assert sum(len(sizes[0]) for sizes in on_ranks) >= 7
+    for sizes in on_ranks:
         # Directions differ from the second step on: momentum has next to nothing of the first gradient.
         for ratios, tolerance in zip(sizes, (0.01, 0.1, 0.1), strict=True):
             assert all(ratio == pytest.approx(1.0, abs=tolerance) for ratio in ratios), sizes
