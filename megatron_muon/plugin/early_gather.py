@@ -10,7 +10,7 @@ All ranks start the gathers in one order: a rank that is done with a bucket befo
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import functools
 import weakref
 from collections.abc import Callable, Sequence
@@ -128,8 +128,10 @@ class _EarlyGathers:
             group = self._groups[self._next]
             self._next += 1
             ddp_config = group.ddp_config
-            # By this alone Megatron-Core decides whether it waits at once.
-            group.ddp_config = dataclasses.replace(ddp_config, overlap_param_gather=True)
+            # By this alone Megatron-Core decides whether it waits at once. DDP has filled in what dataclasses.replace()
+            # would check anew: a bucket size beside --ddp-num-buckets.
+            group.ddp_config = copy.copy(ddp_config)
+            group.ddp_config.overlap_param_gather = True
             try:
                 group.start_param_sync()
             finally:
