@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from megatron_muon.engine.lending import lend
 from megatron_muon.engine.modes import AUTO, GRAM, OWNER
-from megatron_muon.engine.plan import Plan, Weight
-from megatron_muon.engine.planner import Policy, make_plan
+from megatron_muon.engine.plan import Chunk, Item, Kind, Plan, Weight
+from megatron_muon.engine.planner import Policy, Stages, items_of, make_plan
 from megatron_muon.engine.prediction import predict
 from megatron_muon.engine.stages import in_stages
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -15,7 +16,12 @@ from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 __all__ = ["choose_plan"]
 
 
-def choose_plan(weights: Sequence[Weight], policy: Policy, orthogonalizer: Orthogonalizer) -> Plan:
+def choose_plan(
+    weights: Sequence[Weight],
+    policy: Policy,
+    orthogonalizer: Orthogonalizer,
+    places: Mapping[str, int] | None = None,
+) -> Plan:
     """The plan; in ``auto``, for each group the quickest of: a mode for each shape, ``owner`` or ``gram`` for all.
 
     Modes that are best shape by shape need not be best together: owners make up for one another's loads. So whole plans
@@ -23,37 +29,47 @@ def choose_plan(weights: Sequence[Weight], policy: Policy, orthogonalizer: Ortho
     may differ in the weights of another, and must choose alike.
 
     Args:
-        weights: of this rank.
+        weights: of this rank; with ``places`` those of all ranks of the groups.
         policy: mode and bounds.
         orthogonalizer: knows what each shape costs.
+        places: this rank's number in each data-parallel group whose ranks orthogonalize for one another.
 
     Raises:
         ConfigError: for a weight that the mode cannot treat.
     """
+    items, shared = items_of(weights, policy.mode), list[Chunk]()
+    if places:
+        lending = lend(tuple(weights), policy, orthogonalizer)
+        items, shared = lending.kept_by(places), lending.chunks_of(places)
     if policy.mode != AUTO:
-        return _made(weights, policy, orthogonalizer)
+        return _made(weights, policy, orthogonalizer, {}, items, shared)
     candidates = [AUTO, OWNER] if orthogonalizer.restarts is None else [AUTO, OWNER, GRAM]
     modes = {}
-    for group in dict.fromkeys(weight.group for weight in weights if weight.group):
-        mine = [weight for weight in weights if weight.group == group]
-        times = {mode: _seconds(mine, dataclasses.replace(policy, mode=mode), orthogonalizer) for mode in candidates}
-        modes[group] = min(times, key=lambda mode: times[mode])
-    return _made(weights, policy, orthogonalizer, modes)
+    for group in dict.fromkeys(kind.group for kind, _ in items if kind.group):
+        mine = [(kind, item) for kind, item in items if kind.group == group]
+
+        def seconds(mode: str, mine: list[tuple[Kind, Item]] = mine, group: str = group) -> float:
+            """Of the busiest rank of the group that divides these."""
+            plan = make_plan(weights, dataclasses.replace(policy, mode=mode), orthogonalizer, items=mine)
+            ranks = range(len(mine[0][0].parts))
+            costs = (predict(plan, orthogonalizer, policy.sizes, {group: rank}) for rank in ranks)
+            return max(cost.seconds(policy.machine) for cost in costs)
+
+        modes[group] = min(candidates, key=seconds)
+    return _made(weights, policy, orthogonalizer, modes, items, shared)
 
 
 def _made(
-    weights: Sequence[Weight], policy: Policy, orthogonalizer: Orthogonalizer, modes: Mapping[str, str] | None = None
+    weights: Sequence[Weight],
+    policy: Policy,
+    orthogonalizer: Orthogonalizer,
+    modes: Mapping[str, str],
+    items: Sequence[tuple[Kind, Item]],
+    shared: Sequence[Chunk],
 ) -> Plan:
     """With as many stages as pay."""
-    return in_stages(
-        lambda stages: make_plan(weights, policy, orthogonalizer, modes, stages), weights, policy, orthogonalizer
-    )
 
+    def make(stages: Stages) -> Plan:
+        return make_plan(weights, policy, orthogonalizer, modes, stages, items, shared)
 
-def _seconds(weights: Sequence[Weight], policy: Policy, orthogonalizer: Orthogonalizer) -> float:
-    """Of the busiest rank of the group that divides the weights."""
-    plan = make_plan(weights, policy, orthogonalizer)
-    return max(
-        predict(plan, orthogonalizer, policy.sizes, {weights[0].group: rank}).seconds(policy.machine)
-        for rank in range(weights[0].ranks)
-    )
+    return in_stages(make, weights, policy, orthogonalizer)

@@ -3,36 +3,53 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
-from megatron_muon.engine.modes import LOCAL
+from megatron_muon.engine.modes import LENT, LOCAL, SPLIT
 from megatron_muon.engine.plan import Plan
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 __all__ = ["describe"]
 
 
-def describe(plan: Plan, orthogonalizer: Orthogonalizer) -> list[str]:
+_WAYS = {LOCAL: "whole on this rank", LENT: "lent by others ({})", SPLIT: "split with others ({})"}
+
+
+def describe(plan: Plan, orthogonalizer: Orthogonalizer, ranks: Mapping[str, int]) -> list[str]:
     """What one rank's step consists of.
 
     Args:
         plan: of its step.
         orthogonalizer: the iteration.
+        ranks: the rank's number in each group.
 
     Returns:
         Lines: how matrices are shared, and by which iteration they are orthogonalized.
     """
     ways: Counter[str] = Counter()
     methods: Counter[str] = Counter()
-    shapes = set()
+    shapes, lent = set(), 0
     for chunk in plan.chunks:
         for batch in chunk.batches:
-            kind = batch.kind
-            ways["whole on this rank" if chunk.mode == LOCAL else f"{chunk.mode} ({chunk.group})"] += batch.count
-            methods[str(orthogonalizer.method(*sorted((kind.p, kind.q))))] += batch.count
-            shapes.add((kind.p, kind.q))
+            kind, count, way = (
+                batch.kind,
+                batch.count,
+                _WAYS.get(chunk.mode, f"{chunk.mode} ({{}})").format(chunk.group),
+            )
+            method = str(orthogonalizer.method(*sorted((kind.p, kind.q))))
+            if chunk.mode in (LENT, SPLIT):
+                place = ranks[chunk.group]
+                lent += count if kind.parts[place] else 0
+                count = batch.counts[place] if chunk.mode == LENT else count if batch.counts[place] else 0
+                method = method if chunk.mode == LENT else f"split Newton-Schulz, {orthogonalizer.method(1, 1).dtype}"
+            if count:
+                ways[way] += count
+                methods[method] += count
+                shapes.add((kind.p, kind.q))
     number = f"{len(plan.chunks)} chunk{'s' if len(plan.chunks) != 1 else ''}"
+    gone = f"; {lent} of its own go to others" if lent else ""
     return [
-        f"step of this rank: {sum(ways.values())} matrices of {len(shapes)} shapes in {number}; {_listed(ways)}",
+        f"step of this rank: {sum(ways.values())} matrices of {len(shapes)} shapes in {number}; {_listed(ways)}{gone}",
         f"iteration: {_listed(methods)}",
     ]
 

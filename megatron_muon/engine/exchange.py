@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-__all__ = ["Counters", "Exchange", "Pending"]
+__all__ = ["Counters", "Exchange", "Members", "Pending"]
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Exchange:
         """
         received = send.new_empty(sum(by))
         size = send.element_size()
-        self._count((send.numel() - to[self.rank]) * size)
+        self.count((send.numel() - to[self.rank]) * size)
         work = dist.all_to_all_single(
             received.view(torch.uint8),
             send.view(torch.uint8),
@@ -95,7 +95,7 @@ class Exchange:
     def all_gather(self, send: torch.Tensor) -> Pending:
         """(ranks, elements): every rank's buffer, all of one length."""
         received = send.new_empty(self.size, send.numel())
-        self._count((self.size - 1) * send.numel() * send.element_size())
+        self.count((self.size - 1) * send.numel() * send.element_size())
         work = dist.all_gather_into_tensor(
             received.view(torch.uint8).view(-1), send.view(torch.uint8), group=self.group, async_op=True
         )
@@ -103,10 +103,71 @@ class Exchange:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place."""
-        self._count(2 * (self.size - 1) * tensor.numel() * tensor.element_size() / self.size)
+        self.count(2 * (self.size - 1) * tensor.numel() * tensor.element_size() / self.size)
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def _count(self, sent: float) -> None:
+    def count(self, sent: float) -> None:
+        """Of one collective more."""
         self.counters.collectives += 1
         self.counters.bytes += sent
+
+
+class Members:
+    """Some ranks of a group, which exchange messages among themselves: the others have no part in it.
+
+    Tensors are (batch, rows, columns); the ranks share the rows as evenly as can be.
+    """
+
+    def __init__(self, exchange: Exchange, ranks: Sequence[int]) -> None:
+        """
+        Args:
+            exchange: of the group.
+            ranks: their numbers in it; this rank's is among them.
+        """
+        self._exchange, self.ranks = exchange, list(ranks)
+        self._own = self.ranks.index(exchange.rank)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Over the ranks: for a few numbers, which each sends whole."""
+        return sum_of(self._trade([tensor] * len(self.ranks), [tensor.shape] * len(self.ranks)))
+
+    def scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of the sum."""
+        pieces = list(tensor.tensor_split(len(self.ranks), dim=-2))
+        return sum_of(self._trade(pieces, [pieces[self._own].shape] * len(pieces)))
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """All rows of square matrices, from those of each rank."""
+        whole = rows.new_empty(rows.size(0), rows.size(-1), rows.size(-1))
+        shapes = [piece.shape for piece in whole.tensor_split(len(self.ranks), dim=-2)]
+        return torch.cat(self._trade([rows] * len(self.ranks), shapes), dim=-2)
+
+    def _trade(self, pieces: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> list[torch.Tensor]:
+        """Send a piece to each of the ranks, and get one of a shape from each."""
+        sent = [piece.contiguous() for piece in pieces]
+        received = [
+            piece if number == self._own else piece.new_empty(shape)
+            for number, (piece, shape) in enumerate(zip(sent, shapes, strict=True))
+        ]
+        operations = []
+        for number, rank in enumerate(self.ranks):
+            if number != self._own:
+                peer = dist.get_global_rank(self._exchange.group, rank)
+                for function, tensor in ((dist.isend, sent[number]), (dist.irecv, received[number])):
+                    if tensor.numel():
+                        bytes_ = tensor.view(-1).view(torch.uint8)
+                        operations.append(dist.P2POp(function, bytes_, peer, self._exchange.group))
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+        others = (tensor for number, tensor in enumerate(sent) if number != self._own)
+        self._exchange.count(sum(tensor.numel() * tensor.element_size() for tensor in others))
+        return received
+
+
+def sum_of(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """In their order, so that all ranks get the same bits."""
+    total = pieces[0].clone()
+    for piece in pieces[1:]:
+        total += piece
+    return total

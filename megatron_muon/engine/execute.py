@@ -1,7 +1,8 @@
 """Carries out a plan, chunk after chunk: pack, exchange, orthogonalize, unpack.
 
 The exchange of the next chunk, and the return of the last one, are under way while a chunk is computed: as asynchronous
-collectives, which NCCL runs on a stream of its own.
+collectives, which NCCL runs on a stream of its own. What other data-parallel ranks orthogonalize for this one is
+awaited last: they may be at it for as long as this rank is at its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from megatron_muon.engine.callbacks import Flops, Read, Solve, Write
 from megatron_muon.engine.exchange import Counters, Exchange
 from megatron_muon.engine.plan import Plan
-from megatron_muon.engine.tasks import TASKS, Run, Wire
+from megatron_muon.engine.tasks import TASKS, Run, Task, Wire
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 __all__ = ["execute", "visit"]
@@ -46,9 +47,11 @@ def execute(
         solve_flops: what that takes, for the counters.
     """
     reads = (read,) if callable(read) else tuple(read)
-    run = Run(plan, orthogonalizer, wire, local_dtype, counters, reads, write, solve, solve_flops)
-    tasks = (TASKS[chunk.mode](run, chunk, exchanges.get(chunk.group)) for chunk in plan.chunks)
-    previous, task = None, next(tasks, None)
+    run = Run(plan, orthogonalizer, wire, local_dtype, counters, reads, write, exchanges, solve, solve_flops)
+    tasks = (TASKS[chunk.mode](run, chunk) for chunk in plan.chunks)
+    late: list[Task] = []
+    previous: Task | None = None
+    task = next(tasks, None)
     if task is not None:
         task.start()
     while task is not None:
@@ -58,9 +61,13 @@ def execute(
         task.compute()
         if previous is not None:
             previous.finish()
-        previous, task = task, following
+        if task.is_late:
+            late.append(task)
+        previous, task = None if task.is_late else task, following
     if previous is not None:
         previous.finish()
+    for task in late:
+        task.finish()
 
 
 def visit(
@@ -84,7 +91,7 @@ def visit(
         counters: to be increased by what ``look`` sends.
         look: called for each chunk, on all ranks of its group.
     """
-    run = Run(plan, orthogonalizer, wire, local_dtype, counters, (), look)
+    run = Run(plan, orthogonalizer, wire, local_dtype, counters, (), look, exchanges)
     for chunk in plan.chunks:
-        task = TASKS[chunk.mode](run, chunk, exchanges.get(chunk.group))
+        task = TASKS[chunk.mode](run, chunk)
         task.unpack(task.blanks(local_dtype))

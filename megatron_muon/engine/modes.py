@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["AUTO", "BLOCKWISE", "DISTRIBUTED", "DUPLICATED", "GRAM", "LOCAL", "MODES", "OWNER", "Cost", "Machine"]
-__all__ += ["Divided", "Sizes", "cheapest_mode", "cost_of"]
+__all__ = ["AUTO", "BLOCKWISE", "DISTRIBUTED", "DUPLICATED", "GRAM", "LENT", "LOCAL", "MODES", "OWNER", "SPLIT", "Cost"]
+__all__ += ["Divided", "Machine", "Sizes", "cheapest_mode", "cost_of"]
 
 OWNER, GRAM, DUPLICATED, DISTRIBUTED = "owner", "gram", "duplicated", "distributed"
 BLOCKWISE, AUTO = "blockwise", "auto"
@@ -35,6 +35,9 @@ MODES = (AUTO, OWNER, GRAM, DUPLICATED, DISTRIBUTED, BLOCKWISE)
 
 LOCAL = "local"
 """What plans call matrices that a rank holds whole."""
+
+LENT, SPLIT = "lent", "split"
+"""What they call those that another data-parallel rank orthogonalizes, or several together."""
 
 
 @dataclass(frozen=True)

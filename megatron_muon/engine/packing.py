@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["flat", "from_triangle", "joined", "lower_triangle", "numel", "padded"]
+__all__ = ["even_part", "flat", "from_triangle", "joined", "lower_triangle", "numel", "padded"]
 
 
 def numel(shape: tuple[int, ...]) -> int:
@@ -13,6 +13,11 @@ def numel(shape: tuple[int, ...]) -> int:
     for size in shape:
         product *= size
     return product
+
+
+def even_part(total: int, parts: int, number: int) -> int:
+    """Size of part ``number`` of so many, the first ones larger by one, as ``torch.tensor_split`` has it."""
+    return total // parts + (number < total % parts)
 
 
 def flat(tensors: list[torch.Tensor]) -> torch.Tensor:

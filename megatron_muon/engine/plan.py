@@ -11,10 +11,29 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_muon.engine.modes import LOCAL
 from megatron_muon.engine.pieces import Piece
 from megatron_muon.routing.layout import MatrixLayout
 
-__all__ = ["Batch", "Chunk", "Item", "Kind", "Plan", "Weight"]
+__all__ = ["Batch", "Chunk", "Item", "Kind", "Peers", "Plan", "Weight"]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The ranks of a data-parallel group, one of which holds a weight's state: others may orthogonalize for it.
+
+    Attributes:
+        group: its name.
+        ranks: its size.
+        holder: number of the rank that holds the weight.
+        wide: name of the group of the tensor-parallel ranks of all of them, numbered tensor first; empty if there is
+            none: then matrices that tensor parallelism divides stay with their holder.
+    """
+
+    group: str
+    ranks: int
+    holder: int
+    wide: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,7 @@ class Weight:
         ranks: number of shards.
         bucket: number, in the order in which buckets are to be done, of the one in which its result travels to
             data-parallel ranks.
+        peers: who else may orthogonalize its matrices; None: nobody.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +57,7 @@ class Weight:
     group: str = ""
     ranks: int = 1
     bucket: int = 0
+    peers: Peers | None = None
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -92,7 +113,7 @@ class Kind:
         p: rows, as they take part; at most ``q``, except in ``distributed``, which contracts the divided side.
         q: columns.
         dim: the divided dimension, -2 or -1; 0 if they are whole.
-        parts: its size on each rank.
+        parts: its size on each rank; of matrices that are lent, 0 on all but those that hold them.
     """
 
     mode: str
@@ -116,7 +137,8 @@ class Batch:
     Attributes:
         kind: of all of them.
         items: in the order of the batch.
-        counts: how many each rank of the group owns, in the order of the batch; empty where nobody owns.
+        counts: how many each rank of the group owns, in the order of the batch; empty where nobody owns. In ``split``,
+            how many columns of each matrix.
     """
 
     kind: Kind
@@ -164,7 +186,9 @@ class Plan:
             numbers: what else must be the same: types of numbers, kernels.
         """
         # Weights are counted within the group: ranks that share it may differ in the weights of another.
-        places = {index: place for place, index in enumerate(self._weights_of(group))}
+        mine = [chunk for chunk in self.chunks if chunk.group == group]
+        used = {item.weight for chunk in mine for batch in chunk.batches for item in batch.items}
+        places = {index: place for place, index in enumerate(sorted(used))}
         concerned = [
             [
                 (
@@ -174,8 +198,7 @@ class Plan:
                 )
                 for batch in chunk.batches
             ]
-            for chunk in self.chunks
-            if chunk.group == group
+            for chunk in mine
         ]
         return hashlib.sha256(f"{numbers} {concerned}".encode()).digest()
 
@@ -184,8 +207,12 @@ class Plan:
         chunks = [chunk for chunk in self.chunks if chunk.group == group]
         return sorted({item.weight for chunk in chunks for batch in chunk.batches for item in batch.items})
 
-    def _weights_of(self, group: str) -> list[int]:
-        return [index for index, weight in enumerate(self.weights) if weight.group == group]
+    @property
+    def before_shared(self) -> set[Item]:
+        """What is done before the last messages to data-parallel ranks are sent: the first chunk, if it is whole."""
+        chunk = next(iter(self.chunks), None)
+        batches = chunk.batches if chunk is not None and chunk.mode == LOCAL else ()
+        return {item for batch in batches for item in batch.items}
 
     def groups(self) -> list[str]:
         """Names of the groups that exchange something, in the order of first use."""

@@ -33,7 +33,7 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import SCALAR, Block
 
-__all__ = ["Policy", "Stages", "check_weight", "make_plan"]
+__all__ = ["Policy", "Stages", "check_weight", "items_of", "make_plan"]
 
 Stages = Mapping[str, Mapping[int, int]]
 """For a group's name (empty: matrices that are whole on the rank) the stage of each bucket."""
@@ -62,6 +62,8 @@ def make_plan(
     orthogonalizer: Orthogonalizer,
     modes: Mapping[str, str] | None = None,
     stages: Stages | None = None,
+    items: Sequence[tuple[Kind, Item]] | None = None,
+    shared: Sequence[Chunk] = (),
 ) -> Plan:
     """Plan a step.
 
@@ -71,29 +73,30 @@ def make_plan(
         orthogonalizer: knows what each shape costs.
         modes: of single groups, instead of the policy's.
         stages: of single groups, which bucket is done in which stage; without, all are done together.
+        items: of these weights, if not all: :func:`items_of`.
+        shared: chunks of data-parallel groups, which come before what ranks do each for itself.
 
     Raises:
         ConfigError: for a weight that the mode cannot treat.
     """
     groups: dict[Kind, list[Item]] = defaultdict(list)
-    for index, weight in enumerate(weights):
-        check_weight(weight, policy.mode)
-        for kind, item in _items(index, weight, policy.mode):
-            groups[kind].append(item)
+    for kind, item in items_of(weights, policy.mode) if items is None else items:
+        groups[kind].append(item)
     chosen = _with_modes(groups, policy, orthogonalizer, modes or {})
-    staged = [(stage, kind, some) for kind, items in chosen for stage, some in _staged(kind, items, weights, stages)]
+    staged = [(stage, kind, some) for kind, mine in chosen for stage, some in _staged(kind, mine, weights, stages)]
     # Costliest first: what comes later evens out the owners' loads.
     staged.sort(key=lambda each: (each[1].mode, each[1].group, each[0], -_weight_of(each[1]), repr(each[1])))
     maker = _Chunks(policy, orthogonalizer)
-    for stage, kind, items in staged:
-        maker.add(kind, items, stage)
+    for stage, kind, some in staged:
+        maker.add(kind, some, stage)
     chunks: list[Chunk] = []
     for _, group in itertools.groupby(sorted(maker.finish(), key=lambda pair: pair[0]), key=lambda pair: pair[0]):
-        some = [chunk for _, chunk in group]
-        local = [chunk for chunk in some if chunk.mode == LOCAL]
+        of_stage = [chunk for _, chunk in group]
+        local = [chunk for chunk in of_stage if chunk.mode == LOCAL]
         # A chunk without exchange goes first: it is computed while the first exchange is under way.
-        chunks += [*local[:1], *(chunk for chunk in some if chunk.mode != LOCAL), *local[1:]]
-    return Plan(tuple(weights), tuple(chunks))
+        chunks += [*local[:1], *(chunk for chunk in of_stage if chunk.mode != LOCAL), *local[1:]]
+    first = int(bool(chunks) and chunks[0].mode == LOCAL)
+    return Plan(tuple(weights), (*chunks[:first], *shared, *chunks[first:]))
 
 
 def _staged(
@@ -105,6 +108,19 @@ def _staged(
     for item in items:
         found[of_bucket.get(weights[item.weight].bucket, 0)].append(item)
     yield from sorted(found.items())
+
+
+def items_of(weights: Sequence[Weight], mode: str) -> list[tuple[Kind, Item]]:
+    """All matrices of all weights, with their kinds in mode ``auto`` if they must be exchanged.
+
+    Raises:
+        ConfigError: for a weight that the mode cannot treat.
+    """
+    found: list[tuple[Kind, Item]] = []
+    for index, weight in enumerate(weights):
+        check_weight(weight, mode)
+        found += _items(index, weight, mode)
+    return found
 
 
 def check_weight(weight: Weight, mode: str) -> None:

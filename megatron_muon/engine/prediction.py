@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LOCAL, OWNER, Cost, Sizes
+from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LENT, LOCAL, OWNER, SPLIT, Cost, Sizes
+from megatron_muon.engine.packing import even_part
 from megatron_muon.engine.plan import Batch, Chunk, Plan
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
@@ -79,6 +80,8 @@ class _Rank:
             GRAM: self._gram,
             DUPLICATED: self._duplicated,
             DISTRIBUTED: self._distributed,
+            LENT: self._owner,
+            SPLIT: self._split,
         }
         return accounts[chunk.mode](chunk.batches)
 
@@ -114,6 +117,27 @@ class _Rank:
             back += own * (kind.p * kind.q - mine)
             flops += own * self.orthogonalizer.flops(kind.p, kind.q)
         return Cost(flops, there * self.sizes.wire + back * self.sizes.back, 2)
+
+    def _split(self, batches: tuple[Batch, ...]) -> Cost:
+        """All-to-all there and back; among members the norm, and in each step rows of sums, and rows to all, twice."""
+        total = Cost(0, 0, 2)
+        for batch in batches:
+            kind, own = batch.kind, batch.counts[self.number]
+            if kind.parts[self.number]:
+                total += Cost(0, batch.count * kind.p * (kind.q - own) * self.sizes.wire)
+            elif own:
+                total += Cost(0, batch.count * kind.p * own * self.sizes.back)
+            members = [rank for rank, columns in enumerate(batch.counts) if columns]
+            if not own:
+                continue
+            others, steps = len(members) - 1, len(self.orthogonalizer.coefficients)
+            rows = even_part(kind.p, len(members), members.index(self.number))
+            summed = (kind.p - rows) * kind.p * self.gram_bytes
+            gathered = others * rows * kind.p * self.orthogonalizer.dtype.itemsize
+            flops = int(self.orthogonalizer.member_flops(kind.p, own, rows))
+            sent = others * self.norm_bytes + steps * (summed + 2 * gathered)
+            total += Cost(batch.count * flops, batch.count * sent, 1 + 3 * steps)
+        return total
 
     def _gram(self, batches: tuple[Batch, ...]) -> Cost:
         """The norms; in each segment triangles of Gram matrices to the owners, and an all-gather of polynomials."""

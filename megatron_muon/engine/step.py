@@ -13,7 +13,7 @@ from megatron_muon.engine.choose import choose_plan
 from megatron_muon.engine.describe import describe
 from megatron_muon.engine.exchange import Counters, Exchange
 from megatron_muon.engine.execute import execute, visit
-from megatron_muon.engine.modes import GRAM, LOCAL, OWNER, Machine, Sizes
+from megatron_muon.engine.modes import GRAM, LENT, LOCAL, OWNER, SPLIT, Machine, Sizes
 from megatron_muon.engine.plan import Plan, Weight
 from megatron_muon.engine.planner import Policy
 from megatron_muon.engine.tasks import Wire
@@ -51,7 +51,7 @@ class StepEngine:
         """Plan the step; no communication.
 
         Args:
-            weights: in the order in which the step will number them.
+            weights: in the order in which the step will number them; if they have peers, those of all these ranks.
             groups: process group of each name in ``weights``.
             orthogonalizer: the iteration.
             mode: see :mod:`megatron_muon.engine.modes`.
@@ -83,16 +83,26 @@ class StepEngine:
         policy = Policy(mode, sizes, int((chunk_mb or CHUNK_MB[device.type]) * MEBIBYTE), Machine.of(device.type))
         self.orthogonalizer = orthogonalizer
         self.local_dtype = dtype
-        self.plan: Plan = choose_plan(weights, policy, orthogonalizer)
+        peers = {weight.peers.group for weight in weights if weight.peers is not None}
+        self.plan: Plan = choose_plan(weights, policy, orthogonalizer, {name: groups[name].rank() for name in peers})
         self._numbers = f"{orthogonalizer.coefficients} {iteration} {orthogonalizer.products.name} {self.wire}"
         self.counters = Counters()
         self._groups = groups
-        self._exchanges = {name: Exchange(groups[name], self.counters) for name in self.plan.groups()}
+        named = self.plan.groups()
+        if peers:  # whether matrices are lent is compared too, and what is lent may be divided
+            named = sorted({*named, *peers, *(weight.group for weight in weights if weight.group)})
+        self._exchanges = {name: Exchange(groups[name], self.counters) for name in named}
         self._digests: dict[str, bytes] = {}
+        self._agreed = False
+
+    @property
+    def shares(self) -> bool:
+        """Whether data-parallel ranks orthogonalize for one another."""
+        return any(chunk.mode in (LENT, SPLIT) for chunk in self.plan.chunks)
 
     def describe(self) -> list[str]:
         """The step in words, for the report."""
-        return describe(self.plan, self.orthogonalizer)
+        return describe(self.plan, self.orthogonalizer, {name: each.rank for name, each in self._exchanges.items()})
 
     def digest(self, group: str) -> bytes:
         """What the ranks of a group compare: their plans, types of numbers, kernels; see :meth:`Plan.digest`."""
@@ -154,3 +164,25 @@ class StepEngine:
         """
         plan = portion or self.plan
         visit(plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, look)
+
+    def agree(self) -> None:
+        """Compare the plans of all ranks of each group, once: a difference would hang the step or mix up weights.
+
+        Raises:
+            RuntimeError: on all ranks of a group, if they do not hold the same plan.
+        """
+        if self._agreed:
+            return
+        for name, exchange in self._exchanges.items():
+            mine = torch.frombuffer(bytearray(self.digest(name)), dtype=torch.uint8).to(self.wire.device)
+            every = mine.new_empty(exchange.size, mine.numel())
+            dist.all_gather_into_tensor(every.view(-1), mine, group=exchange.group)
+            # Waits for the device, once for each plan.
+            differing = (every != mine).any(dim=1).nonzero().flatten().tolist()
+            if differing:
+                raise RuntimeError(
+                    f"Muon: rank {exchange.rank} of the {name} group plans another step than ranks {differing}: their "
+                    "weights, shapes, options, or the kernels that their devices have (--muon-ns-backend) differ. All "
+                    "ranks of a tensor-parallel group must be given the same parameters in the same order."
+                )
+        self._agreed = True

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_muon.engine.callbacks import Flops, Part, Read, Solve, Write
-from megatron_muon.engine.exchange import Counters, Exchange, Pending
-from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LOCAL, OWNER
-from megatron_muon.engine.packing import flat, from_triangle, joined, lower_triangle, numel, padded
+from megatron_muon.engine.exchange import Counters, Exchange, Members, Pending
+from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LENT, LOCAL, OWNER, SPLIT
+from megatron_muon.engine.packing import even_part, flat, from_triangle, joined, lower_triangle, numel, padded
 from megatron_muon.engine.plan import Batch, Chunk, Kind, Plan
 from megatron_muon.orthogonalize.gram import prescale
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -46,6 +47,7 @@ class Run:
     counters: Counters
     reads: tuple[Read, ...]
     write: Write
+    exchanges: Mapping[str, Exchange]
     solve: Solve | None = None
     solve_flops: Flops | None = None
 
@@ -58,16 +60,19 @@ class Run:
 class Task:
     """The work on one chunk: :meth:`start` its exchange, :meth:`compute`, :meth:`finish`."""
 
-    def __init__(self, run: Run, chunk: Chunk, exchange: Exchange | None) -> None:
+    is_late = False
+    """Whether others have to do a lot before :meth:`finish`."""
+
+    def __init__(self, run: Run, chunk: Chunk) -> None:
         self.run, self.chunk = run, chunk
-        self._exchange = exchange
-        self.rank = 0 if exchange is None else exchange.rank
+        self.batches = chunk.batches  # of which this rank has a part
+        self.rank = self.exchange.rank if chunk.group else 0
+        self.shard = self.rank  # of the weights
 
     @property
     def exchange(self) -> Exchange:
         """Collectives of the chunk's group."""
-        assert self._exchange is not None, f"no process group {self.chunk.group!r}"
-        return self._exchange
+        return self.run.exchanges[self.chunk.group]
 
     def start(self) -> None:
         """Send what the computation needs."""
@@ -84,7 +89,7 @@ class Task:
         run = self.run
         batches = [
             torch.empty((batch.count, *run.stack, *batch.kind.part(self.rank)), dtype=dtype, device=run.wire.device)
-            for batch in self.chunk.batches
+            for batch in self.batches
         ]
         for number, read in enumerate(run.reads):
             read(*self._parts([batch[:, number] if run.stack else batch for batch in batches]))
@@ -93,7 +98,7 @@ class Task:
     def blanks(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """What :meth:`unpack` takes in shape and dtype, without memory."""
         element = torch.zeros((), dtype=dtype, device=self.run.wire.device)
-        return [element.expand(batch.count, *batch.kind.part(self.rank)) for batch in self.chunk.batches]
+        return [element.expand(batch.count, *batch.kind.part(self.rank)) for batch in self.batches]
 
     def unpack(self, batches: list[torch.Tensor]) -> None:
         """Hand out this rank's part of each orthogonalized batch."""
@@ -120,11 +125,11 @@ class Task:
     def _parts(self, batches: list[torch.Tensor]) -> tuple[list[Part], list[torch.Tensor]]:
         """The items of all batches, each with its slice of the batch, the right way round."""
         parts, slots = [], []
-        for batch, tensor in zip(self.chunk.batches, batches, strict=True):
+        for batch, tensor in zip(self.batches, batches, strict=True):
             offsets = itertools.accumulate((item.count for item in batch.items), initial=0)
             for item, offset in zip(batch.items, offsets, strict=False):
                 slot = tensor[offset : offset + item.count]
-                parts.append(Part(item, item.piece(self.run.plan.weights[item.weight], self.rank)))
+                parts.append(Part(item, item.piece(self.run.plan.weights[item.weight], self.shard)))
                 slots.append(slot.mT if item.transposed else slot)
         return parts, slots
 
@@ -234,6 +239,126 @@ class _Owner(Task):
         return self.exchange.all_to_all(send, to, by)
 
 
+class _Lent(Task):
+    """All-to-all among data-parallel ranks: matrices to who orthogonalizes them, and back. Most ranks have no part."""
+
+    is_late = True
+    along = 0
+    """What is cut for those who get a part: matrices, or their columns."""
+
+    def __init__(self, run: Run, chunk: Chunk) -> None:
+        super().__init__(run, chunk)
+        peers = run.plan.weights[chunk.batches[0].items[0].weight].peers
+        assert peers is not None
+        self.width = self.exchange.size // peers.ranks
+        place, self.shard = divmod(self.rank, self.width)
+        self.batches = tuple(batch for batch in chunk.batches if _holder(run.plan, batch) == place)
+        self.borrowed = tuple(batch for batch in chunk.batches if batch.counts[self.rank])
+        # (rank, number of the batch): in the order in which the pieces lie in the messages.
+        self.to = sorted((rank, n) for n, batch in enumerate(self.batches) for rank in _some(batch.counts))
+        self.by = sorted((rank, n) for n, batch in enumerate(self.borrowed) for rank in _some(batch.kind.parts))
+
+    def start(self) -> None:
+        pieces = [
+            x.split(b.counts, dim=self.along) for b, x in zip(self.batches, self.pack(self.run.wire.dtype), strict=True)
+        ]
+        shapes = [self._shape(self.borrowed[n], self.rank, rank) for rank, n in self.by]
+        self.pending = self._send(
+            [pieces[n][rank] for rank, n in self.to], self.run.wire.dtype, self.to, self.by, shapes
+        )
+
+    def compute(self) -> None:
+        shards: list[list[torch.Tensor]] = [[] for _ in self.borrowed]
+        for (_, n), piece in zip(self.by, self._received(), strict=True):
+            shards[n].append(piece)
+        back = self.run.wire.back
+        results = []
+        for batch, pieces in zip(self.borrowed, shards, strict=True):
+            whole = self.work(batch, torch.cat(pieces, dim=batch.kind.dim)).to(back)
+            results.append([whole] if len(pieces) == 1 else whole.split(batch.kind.parts, dim=batch.kind.dim))
+        returned = [results[n][0 if len(results[n]) == 1 else rank] for rank, n in self.by]
+        shapes = [self._shape(self.batches[n], rank, self.rank) for rank, n in self.to]
+        self.pending = self._send(returned, back, self.by, self.to, shapes)
+
+    def finish(self) -> None:
+        pieces: list[list[torch.Tensor]] = [[] for _ in self.batches]
+        for (_, n), piece in zip(self.to, self._received(), strict=True):
+            pieces[n].append(piece)
+        self.unpack([torch.cat(some, dim=self.along) for some in pieces])
+
+    def work(self, batch: Batch, x: torch.Tensor) -> torch.Tensor:
+        """What this rank does of a batch."""
+        return self.orthogonalize(x)
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The parts of a lent matrix are with the tensor-parallel ranks of its holder, all of it if it is one rank."""
+        if self.width == 1:
+            return tensor
+        return self.run.exchanges[self.run.plan.weights[self.batches[0].items[0].weight].group].all_reduce(tensor)
+
+    def unpack(self, batches: list[torch.Tensor]) -> None:
+        if batches:
+            super().unpack(batches)
+
+    def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        return super().pack(dtype) if self.batches else []
+
+    def _shape(self, batch: Batch, worker: int, holder: int) -> tuple[int, ...]:
+        """Of what one rank gets of another's part."""
+        return (batch.counts[worker], *batch.kind.part(holder))
+
+    def _send(
+        self,
+        pieces: list[torch.Tensor],
+        dtype: torch.dtype,
+        to: list[tuple[int, int]],
+        by: list[tuple[int, int]],
+        shapes: list[tuple[int, ...]],
+    ) -> Pending:
+        """Pieces to ranks, and of certain shapes from ranks; both in order."""
+        there, here = [0] * self.exchange.size, [0] * self.exchange.size
+        for (rank, _), piece in zip(to, pieces, strict=True):
+            there[rank] += piece.numel()
+        for (rank, _), shape in zip(by, shapes, strict=True):
+            here[rank] += numel(shape)
+        self.shapes = shapes
+        send = flat(pieces) if pieces else torch.empty(0, dtype=dtype, device=self.run.wire.device)
+        return self.exchange.all_to_all(send, there, here)
+
+    def _received(self) -> list[torch.Tensor]:
+        sizes = [numel(shape) for shape in self.shapes]
+        pieces = self.pending.wait().split(sizes) if sizes else ()
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+
+class _Split(_Lent):
+    """Some columns to each of several ranks, which iterate together."""
+
+    along = -1
+
+    def work(self, batch: Batch, x: torch.Tensor) -> torch.Tensor:
+        run, p = self.run, batch.kind.p
+        members = Members(self.exchange, _some(batch.counts))
+        rows = even_part(p, len(members.ranks), members.ranks.index(self.rank))
+        run.counters.flops += x.size(0) * int(run.orthogonalizer.member_flops(p, x.size(-1), rows))
+        return run.orthogonalizer.split(x, members.sum, members.scatter, members.gather)
+
+    def _shape(self, batch: Batch, worker: int, holder: int) -> tuple[int, ...]:
+        return (batch.count, batch.kind.p, batch.counts[worker])
+
+
+def _holder(plan: Plan, batch: Batch) -> int:
+    """The data-parallel rank whose weights these are."""
+    peers = plan.weights[batch.items[0].weight].peers
+    assert peers is not None
+    return peers.holder
+
+
+def _some(counts: Sequence[int]) -> list[int]:
+    """The ranks that have some."""
+    return [rank for rank, count in enumerate(counts) if count]
+
+
 class _Gram(Task):
     """Partial Gram matrices to their owners, polynomials back."""
 
@@ -297,6 +422,8 @@ TASKS: dict[str, type[Task]] = {
     LOCAL: _Local,
     OWNER: _Owner,
     GRAM: _Gram,
+    LENT: _Lent,
+    SPLIT: _Split,
     DUPLICATED: _Duplicated,
     DISTRIBUTED: _Distributed,
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.modes import BLOCKWISE, DUPLICATED, OWNER
-from megatron_muon.engine.plan import Weight
+from megatron_muon.engine.plan import Peers, Weight
 from megatron_muon.engine.shards import Shard, shard_of
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import sizes
@@ -21,13 +22,17 @@ from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import MSIGN, STIEFEL, layout_of
 
-__all__ = ["BUCKET_ATTRIBUTE", "DENSE", "EXPERT", "Engines", "unequal_gradients"]
+__all__ = ["BUCKET_ATTRIBUTE", "DATA", "DENSE", "EXPERT", "EXPERT_DATA", "WIDE", "Engines", "Sharing"]
+__all__ += ["unequal_gradients"]
 
 BUCKET_ATTRIBUTE = "muon_bucket"
 """Of parameters: :attr:`megatron_muon.engine.plan.Weight.bucket`."""
 
 DENSE, EXPERT = "tensor-parallel", "expert tensor-parallel"
 """Names of the groups that divide weights."""
+
+DATA, EXPERT_DATA, WIDE = "data-parallel", "expert data-parallel", "tensor x data-parallel"
+"""Names of the groups whose ranks may orthogonalize for one another."""
 
 _MOST = 8
 """So many are kept."""
@@ -49,6 +54,23 @@ def unequal_gradients(weight: str, having: Sequence[int], lacking: Sequence[int]
     )
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """The weights of a layer-wise optimizer on all ranks of its data-parallel groups.
+
+    Attributes:
+        weights: of all ranks, in an order that is the same on all; with their peers.
+        numbers: which of them the optimizer's own are, in the order of its param groups.
+        groups: the groups that their peers name.
+        device: of all of them.
+    """
+
+    weights: Sequence[Weight]
+    numbers: Sequence[int]
+    groups: Mapping[str, dist.ProcessGroup]
+    device: torch.device
+
+
 class Engines:
     """Makes engines and keeps them: parameters with gradients may alternate between steps.
 
@@ -57,6 +79,7 @@ class Engines:
         told: whether somebody else has all ranks of the model compare, before each step, which weights have gradients,
             and sets ``due`` on all of them where that has changed on one (:mod:`megatron_muon.plugin.nonfinite`).
         due: whether plans are to be compared before the next step.
+        sharing: with whom work may be shared; None: with nobody.
     """
 
     def __init__(
@@ -83,27 +106,32 @@ class Engines:
         self._engines: dict[Any, StepEngine] = {}
         self.products_note = ""
         self.told, self.due = False, True
+        self.sharing: Sharing | None = None
+        self._shared: StepEngine | None = None
 
     def __iter__(self) -> Iterator[StepEngine]:
-        return iter(self._engines.values())
+        return iter([*self._engines.values(), *([] if self._shared is None else [self._shared])])
 
     def shard(self, param: torch.Tensor) -> Shard | None:
         """The shard that a parameter is, see :func:`megatron_muon.engine.shards.shard_of`."""
         return shard_of(param, self._tp_group, self._expert_tp_group)
 
-    def weight(self, param: torch.Tensor) -> Weight:
+    def weight(self, param: torch.Tensor, peers: Peers | None = None) -> Weight:
         """What the engine must know of a parameter."""
         shard, layout, bucket = self.shard(param), layout_of(param), getattr(param, BUCKET_ATTRIBUTE, 0)
         if shard is None:
-            return Weight(tuple(param.shape), layout, bucket=bucket)
+            return Weight(tuple(param.shape), layout, bucket=bucket, peers=peers)
         name = EXPERT if getattr(param, "expert_tp", False) else DENSE
-        return Weight(tuple(param.shape), layout, shard.dim, name, shard.size, bucket)
+        return Weight(tuple(param.shape), layout, shard.dim, name, shard.size, bucket, peers)
 
     def of(self, params: Sequence[torch.Tensor], direction: str = MSIGN) -> StepEngine:
         """The engine for these parameters, in this order, all of one direction."""
         # Shapes and device, too: memory is replaced, and an id is used again.
         key = direction, params[0].device, tuple((id(param), param.shape) for param in params)
-        engine = self._engines.pop(key, None) or self._new(params, self._mode_of(direction))
+        engine = self._engines.pop(key, None)
+        if engine is None:
+            first, weights = params[0], [self.weight(param) for param in params]
+            engine = self._new(weights, {}, self._mode_of(direction), first.device, first.dtype)
         if len(self._engines) >= _MOST:
             del self._engines[next(iter(self._engines))]
         self._engines[key] = engine  # the last: the first is the one that has been left longest
@@ -124,9 +152,11 @@ class Engines:
         Raises:
             RuntimeError: on all ranks of a group, if their gradients or plans differ.
         """
+        params = [param for group in groups for param in group["params"]]
+        if (all_ranks := self.shared(params)) is not None:
+            all_ranks.agree()  # on sharing nothing, too; gradients make no difference there
         if (self.told and not self.due) or all(group.size() == 1 for group in self._groups.values()):
             return
-        params = [param for group in groups for param in group["params"]]
         names = dict(zip(params, (name for group in groups for name in group.get("param_names", ())), strict=False))
         shared: dict[str, list[torch.Tensor]] = {}
         plans: dict[str, list[bytes]] = {}
@@ -169,24 +199,51 @@ class Engines:
             "ranks of a tensor-parallel group must be given the same parameters in the same order."
         )
 
+    def shared(self, own: Sequence[torch.Tensor]) -> StepEngine | None:
+        """The engine for the matrices of all ranks of the data-parallel groups; None if there are none.
+
+        It may come out that each rank does its own: then plans without the others' weights are as good.
+
+        Args:
+            own: all parameters of the optimizer.
+        """
+        sharing = self.sharing
+        if sharing is None:
+            return None
+        if self._shared is None:
+            # Layer-wise optimizers update float32 weights: main copies, or the model's own.
+            mode, weights = self.config.tp_mode, list(sharing.weights)
+            for number, param in zip(sharing.numbers, own, strict=True):
+                if number >= 0:  # buckets are numbered later than weights are shared out
+                    weights[number] = replace(weights[number], bucket=getattr(param, BUCKET_ATTRIBUTE, 0))
+            self._shared = self._new(weights, sharing.groups, mode, sharing.device, torch.float32)
+        return self._shared
+
     def _mode_of(self, direction: str) -> str:
         """Of tensor parallelism: for balls nothing but sums is exchanged, the manifold wants whole matrices."""
         if direction == MSIGN or self.config.tp_mode == BLOCKWISE:
             return self.config.tp_mode
         return OWNER if direction == STIEFEL else DUPLICATED
 
-    def _new(self, params: Sequence[torch.Tensor], mode: str) -> StepEngine:
-        config, first = self.config, params[0]
-        precision = precision_of(config, first.dtype)
+    def _new(
+        self,
+        weights: Sequence[Weight],
+        groups: Mapping[str, dist.ProcessGroup],
+        mode: str,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> StepEngine:
+        config = self.config
+        precision = precision_of(config, dtype)
         with matmul_precision(config.fp32_matmul_prec):
-            products, self.products_note = choose_products(config.ns_backend, first.device, precision.iteration)
+            products, self.products_note = choose_products(config.ns_backend, device, precision.iteration)
         return StepEngine(
-            [self.weight(param) for param in params],
-            self._groups,
+            weights,
+            {**self._groups, **groups},
             Orthogonalizer(self._coefficients, precision.iteration, config.eps, products, damped=self._damped),
             mode=mode,
             dtype=precision.own,
             wire_dtype=precision.wire,
             chunk_mb=config.chunk_mb,
-            device=first.device,
+            device=device,
         )

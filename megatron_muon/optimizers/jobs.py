@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from megatron_muon.optimizers.decay import WeightDecay
 from megatron_muon.optimizers.stages import Update, Variant
 from megatron_muon.routing.layout import ORTHOGONALIZE, STIEFEL, MatrixLayout, layout_of
 
-__all__ = ["Addition", "Job", "begin", "reader", "rows_of", "update_of"]
+__all__ = ["Addition", "Job", "Jobs", "begin", "reader", "rows_of", "update_of"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,11 @@ def begin(
     return [Job(group, *job) for job in zip(params, grads, states, strict=True)]
 
 
-def reader(nesterov: bool, jobs: list[Job], variant: Variant) -> Read:
+Jobs = Sequence[Job] | Mapping[int, Job]
+"""By the number that the engine has for the weight."""
+
+
+def reader(nesterov: bool, jobs: Jobs, variant: Variant) -> Read:
     """Packs the momentum, or Nesterov's mix of gradient and momentum."""
 
     def read(parts: list[Part], slots: list[torch.Tensor]) -> None:
@@ -96,7 +100,7 @@ def reader(nesterov: bool, jobs: list[Job], variant: Variant) -> Read:
     return read
 
 
-def _damping_scale(jobs: list[Job], part: Part) -> float:
+def _damping_scale(jobs: Jobs, part: Part) -> float:
     """Where the iteration adds eps to the norm of u times this, it adds eps sqrt(n / m) / depth to that of u."""
     depth: float = jobs[part.item.weight].group["damping_depth"]
     return depth * (part.item.rows / part.item.columns) ** 0.5 if depth else 1.0
@@ -147,7 +151,7 @@ def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class Addition:
     """P7: adds directions to the weights, learning rate times a factor of each."""
 
-    def __init__(self, jobs: list[Job], factor: Callable[[Part], float], decay: WeightDecay) -> None:
+    def __init__(self, jobs: Jobs, factor: Callable[[Part], float], decay: WeightDecay) -> None:
         """
         Args:
             jobs: of the weights.

@@ -20,7 +20,7 @@ from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.decay import WeightDecay
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.handled import STEP, Marks, refuse_elsewhere
-from megatron_muon.optimizers.jobs import Addition, Job, begin, reader, update_of
+from megatron_muon.optimizers.jobs import Addition, Job, Jobs, begin, reader, update_of
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts, spectrally_normalized
 from megatron_muon.optimizers.precision import matmul_precision
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, restart_emptied, step_scalar_rows
@@ -105,6 +105,9 @@ class Muon(torch.optim.Optimizer):
     scales = True
     """Whether the scale mode acts on its orthogonalized updates, and keeps state for them."""
 
+    lends = True
+    """Whether other data-parallel ranks may orthogonalize for it: once for each matrix, knowing nothing else."""
+
     watched: tuple[str, ...] = (SECOND_MOMENT, UPDATE_LEFT)
     """State that notes are kept of: what follows from it is found anew when somebody else has written to it."""
 
@@ -178,6 +181,7 @@ class Muon(torch.optim.Optimizer):
         self._decay = WeightDecay(weight_decay_method, self.variant.decays)
         self.starts = WarmStarts()
         self.finals: list[Callable[[list[torch.Tensor]], None]] = []
+        self._untold: list[torch.Tensor] | None = None
         self._marks = Marks()
         self._first_lrs: list[float] = []
         scalar = {
@@ -277,10 +281,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             step_scalar_rows(group, [job for job in jobs if job.group is group])
         self._pending = {param: None for group in self.param_groups for param in group["params"]}
+        self._untold = [] if self.shares else None
         self._tell([param for param in self._pending if param.grad is None])
-        if jobs:
+        if jobs or self.engines.sharing is not None:
             with matmul_precision(self.config.fp32_matmul_prec):
                 self._update_jobs(jobs)
+        self._tell_untold()
         self._tell(list(self._pending))
         self._marks.leave(tensor for job in jobs for tensor in self._watched_in(job.state))
         return loss
@@ -289,16 +295,49 @@ class Muon(torch.optim.Optimizer):
         """P2 to P7, for all matrices: those of each direction together, in the same order on all ranks."""
         for direction in self.directions:
             some = [job for job in jobs if layout_of(job.param).direction == direction]
-            if some and direction == MSIGN:
+            if direction == MSIGN and (some or self.engines.sharing is not None):
                 self._update_matrices(some)
             elif some:
                 self._update_otherwise(some, direction)
 
     def _update_matrices(self, jobs: list[Job]) -> None:
         """Those whose direction is an orthogonalized matrix."""
-        engine = self.engines.of([job.param for job in jobs])
-        write = self._telling(engine.plan, dict(enumerate(jobs)), self._writer(jobs))
-        engine.run(reader(self.config.nesterov, jobs, self.variant), write)
+        shared = self.engines.shared([param for group in self.param_groups for param in group["params"]])
+        if shared is not None and shared.shares:
+            self._update_with_others(shared, jobs)
+        elif jobs:
+            engine = self.engines.of([job.param for job in jobs])
+            write = self._telling(engine.plan, dict(enumerate(jobs)), self._writer(jobs))
+            engine.run(reader(self.config.nesterov, jobs, self.variant), write)
+
+    def _update_with_others(self, engine: StepEngine, jobs: list[Job]) -> None:
+        """The same, by a plan for the weights of all data-parallel ranks, whether they have gradients or not."""
+        assert self.engines.sharing is not None
+        params = (param for group in self.param_groups for param in group["params"])
+        number = dict(zip(params, self.engines.sharing.numbers, strict=True))
+        mine = {number[job.param]: job for job in jobs}
+        fill, add = reader(self.config.nesterov, mine, self.variant), self._writer(mine)
+
+        def of_mine(parts: list[Part], slots: list[torch.Tensor]) -> tuple[list[Part], list[torch.Tensor]]:
+            pairs = [pair for pair in zip(parts, slots, strict=True) if pair[0].item.weight in mine]
+            return [part for part, _ in pairs], [slot for _, slot in pairs]
+
+        def read(parts: list[Part], slots: list[torch.Tensor]) -> None:
+            for part, slot in zip(parts, slots, strict=True):
+                if part.item.weight not in mine:
+                    slot.zero_()  # a weight without gradient: the others count on its matrices
+            fill(*of_mine(parts, slots))
+
+        before = engine.plan.before_shared
+
+        def write(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
+            some, of_some = of_mine(parts, directions)
+            if some:
+                add(some, of_some, reduce)
+            if any(part.item not in before for part in parts):
+                self._tell_untold()
+
+        engine.run(read, self._telling(engine.plan, mine, write))
 
     def _telling(self, plan: Plan, jobs: Mapping[int, Job], write: Write) -> Write:
         """Tells of each weight when all its matrices have been handed out."""
@@ -312,7 +351,24 @@ class Muon(torch.optim.Optimizer):
 
         return writing
 
+    @property
+    def shares(self) -> bool:
+        """Whether data-parallel ranks orthogonalize for one another in its steps.
+
+        Nothing is final there before all messages to them have been sent: gathers that a final weight sets off are of
+        the same groups, whose ranks must come to everything in one order.
+        """
+        engine = self.engines.shared([param for group in self.param_groups for param in group["params"]])
+        return engine is not None and engine.shares
+
+    def _tell_untold(self) -> None:
+        untold, self._untold = self._untold or [], None
+        self._tell(untold)
+
     def _tell(self, params: list[torch.Tensor]) -> None:
+        if self._untold is not None:
+            self._untold += params
+            return
         for param in params:
             del self._pending[param]
         for final in self.finals if params else ():
@@ -337,7 +393,10 @@ class Muon(torch.optim.Optimizer):
         engines = {}
         for direction in self.directions:
             some = [param for param in params if layout_of(param).direction == direction]
-            if some:
+            shared = self.engines.shared(params) if direction == MSIGN else None
+            if shared is not None and shared.shares:
+                engines[direction] = shared
+            elif some:
                 engines[direction] = self.engines.of(some, direction)
         return engines.get(MSIGN)
 
@@ -384,7 +443,7 @@ class Muon(torch.optim.Optimizer):
             self.starts.forget(param)
         restart_emptied([(param, state) for param, state in touched if STEP in state])
 
-    def _writer(self, jobs: list[Job]) -> Write:
+    def _writer(self, jobs: Jobs) -> Write:
         """Applies orthogonalized directions to the weights."""
         mode = self.config.scale_mode
         measured = mode in (UPDATE_NORM, SPECTRAL_NORM)
@@ -419,7 +478,7 @@ class Muon(torch.optim.Optimizer):
         factor = scale_factor(self.config.scale_mode, part.item.rows, part.item.columns, self.hidden_size)
         return factor * self.config.extra_scale_factor
 
-    def _matrices(self, jobs: list[Job], parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> Matrices:
+    def _matrices(self, jobs: Jobs, parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> Matrices:
         """What variants see of a chunk."""
         updates = []
         for part, direction in zip(parts, directions, strict=True):

@@ -163,6 +163,7 @@ class SpectralSphere(Muon):
     """
 
     scales = False
+    lends = False
     watched = (*Muon.watched, LEFT)
 
     def __init__(

@@ -114,3 +114,23 @@ def standard_iteration(
             gram = reduce(gram.to(torch.promote_types(gram.dtype, torch.float32))).to(gram.dtype)
         x = products.multiply_add(x, products.quadratic(gram, b, c), a)
     return x
+
+
+def split_iteration(
+    x: torch.Tensor, coefficients: Coefficients, products: TorchProducts, scatter: Reduce, gather: Reduce
+) -> torch.Tensor:
+    """:func:`standard_iteration` of a matrix whose columns several ranks have: each computes some rows of ``A A`` too.
+
+    Args:
+        x: (batch, p, columns of this rank) of whole matrices of Frobenius norm at most 1.
+        coefficients: one (a, b, c) for each step.
+        products: how to multiply.
+        scatter: this rank's rows of the sum over the ranks.
+        gather: all rows, from those of each rank.
+    """
+    for a, b, c in coefficients:
+        partial = products.gram(x)
+        rows = scatter(partial.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+        polynomial = torch.baddbmm(rows, rows, gather(rows), beta=b, alpha=c)
+        x = products.multiply_add(x, gather(polynomial), a)
+    return x

@@ -9,7 +9,7 @@ import torch
 
 from megatron_muon.orthogonalize.coefficients import Coefficients
 from megatron_muon.orthogonalize.gram import gram_iteration, polynomial_of_gram, prescale, segments
-from megatron_muon.orthogonalize.newton_schulz import EPS, Reduce, normalized, standard_iteration
+from megatron_muon.orthogonalize.newton_schulz import EPS, Reduce, normalized, split_iteration, standard_iteration
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.restarts import best_restarts
 
@@ -139,6 +139,23 @@ class Orthogonalizer:
             reduce: sums over the ranks.
         """
         return standard_iteration(self.normalized(x, reduce=reduce), self.coefficients, self.products, reduce)
+
+    def split(self, x: torch.Tensor, reduce: Reduce, scatter: Reduce, gather: Reduce) -> torch.Tensor:
+        """The same as :meth:`sharded`, where ranks share the square products too.
+
+        Args:
+            x: (batch, p, columns of this rank), any p.
+            reduce: sums over the ranks.
+            scatter: this rank's rows of the sum.
+            gather: all rows, from those of each rank.
+        """
+        return split_iteration(self.normalized(x, reduce=reduce), self.coefficients, self.products, scatter, gather)
+
+    def member_flops(self, p: int, columns: float, rows: float) -> float:
+        """Operations of a rank that has so many columns of a matrix in :meth:`split`, and rows of its square."""
+        return len(self.coefficients) * (
+            self.products.symmetric_flops(p, 1) * columns + 2 * p * p * rows + 2 * p * p * columns
+        )
 
     def normalized(self, x: torch.Tensor, scale: float = 1.0, reduce: Reduce | None = None) -> torch.Tensor:
         """Where the iteration starts: see :func:`megatron_muon.orthogonalize.newton_schulz.normalized`."""

@@ -6,6 +6,7 @@ Bytes, matrices and active parameters are arithmetic on shapes; what a step does
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,8 +15,9 @@ from functools import cached_property
 
 from megatron_muon.engine import plan as engine
 from megatron_muon.engine.modes import AUTO, MODES, Cost
+from megatron_muon.engine.plan import Peers
 from megatron_muon.engine.prediction import Choice
-from megatron_muon.optimizers.engines import DENSE, EXPERT
+from megatron_muon.optimizers.engines import DATA, DENSE, EXPERT, EXPERT_DATA, WIDE
 from megatron_muon.planning.flags import Layout
 from megatron_muon.planning.steps import Step, StepPlanner
 from megatron_muon.routing.layout import MatrixLayout
@@ -122,12 +124,14 @@ class RankLoad:
         parameter_bytes: of its shard of the model.
         state_bytes: of its optimizer state.
         work: for each mode that can be, what it does for one step.
+        lent_bytes: for each, what of it goes to data-parallel ranks, which orthogonalize for one another.
     """
 
     ranks: int
     parameter_bytes: int
     state_bytes: int
     work: dict[str, Cost]
+    lent_bytes: dict[str, float]
 
 
 def loads_of_stage(
@@ -143,19 +147,31 @@ def loads_of_stage(
     """
     refused = refusals_of_stage(weights, planner)
     modes = [mode for mode in MODES if mode not in refused]
-    data = _holdings([w for w in weights if not w.by_expert_data], layout.data, scalar_optimizer, planner)
-    experts = _holdings([w for w in weights if w.by_expert_data], layout.expert_data, scalar_optimizer, planner)
-    found: Counter[tuple[int, tuple[Cost, ...]]] = Counter()
+    wide = WIDE if layout.tensor > 1 else ""
+    peers, expert_peers = Peers(DATA, layout.data, 0, wide), Peers(EXPERT_DATA, layout.expert_data, 0)
+    data = _holdings([w for w in weights if not w.by_expert_data], peers, scalar_optimizer, planner)
+    experts = _holdings([w for w in weights if w.by_expert_data], expert_peers, scalar_optimizer, planner)
+    found: Counter[tuple[int, tuple[Cost, ...], tuple[float, ...]]] = Counter()
     for position in map(layout.position, range(layout.ranks_of_stage)):
         (state, step), (expert_state, expert_step) = data[position.data], experts[position.expert_data]
-        group_ranks = {DENSE: position.tensor, EXPERT: position.expert_tensor}
+        group_ranks = {
+            DENSE: position.tensor,
+            EXPERT: position.expert_tensor,
+            DATA: position.data,
+            EXPERT_DATA: position.expert_data,
+            WIDE: position.data * layout.tensor + position.tensor,
+        }
         # No group divides weights of both, so that planning them apart changes nothing.
         work = tuple(step.cost(mode, group_ranks) + expert_step.cost(mode, group_ranks) for mode in modes)
-        found[state + expert_state, work] += 1
+        both = step, expert_step
+        lent = tuple(sum(each.lent_bytes(mode, group_ranks) for each in both) for mode in modes)
+        found[state + expert_state, work, lent] += 1
     parameter_bytes = sum(weight.local_numel * weight.element_bytes for weight in weights)
     return [
-        RankLoad(ranks, parameter_bytes, state, dict(zip(modes, work, strict=True)))
-        for (state, work), ranks in found.items()
+        RankLoad(
+            ranks, parameter_bytes, state, dict(zip(modes, work, strict=True)), dict(zip(modes, lent, strict=True))
+        )
+        for (state, work, lent), ranks in found.items()
     ]
 
 
@@ -177,16 +193,26 @@ def choices_of_stage(weights: Sequence[Weight], layout: Layout, planner: StepPla
 
 
 def _holdings(
-    weights: Sequence[Weight], ranks: int, scalar_optimizer: str, planner: StepPlanner
+    weights: Sequence[Weight], peers: Peers, scalar_optimizer: str, planner: StepPlanner
 ) -> list[tuple[int, Step]]:
-    """For each data-parallel rank the bytes of state and the step of the weights that it owns."""
+    """For each data-parallel rank the bytes of state and the step of the weights that it owns, or has a part in."""
+    ranks = peers.ranks
     state, everywhere = [0] * ranks, 0
     for weight in weights:
         if weight.owners is None:
             everywhere += state_bytes(weight, weight.local_numel, scalar_optimizer)
         for rank, elements in weight.owners or ():
             state[rank] += state_bytes(weight, elements, scalar_optimizer)
-    steps = _steps(weights, ranks, planner)
+    muons = [(each, weight.owners) for weight in weights if (each := weight.engine_weight) is not None]
+    if muons and all(owners is not None for _, owners in muons):
+        owned = [
+            dataclasses.replace(each, peers=dataclasses.replace(peers, holder=rank))
+            for each, owners in muons
+            for rank, _ in owners or ()
+        ]
+        steps = planner.steps(owned, ranks)
+    else:
+        steps = _steps(weights, ranks, planner)
     return [(state[rank] + everywhere, steps[rank]) for rank in range(ranks)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.engine.modes import AUTO, BLOCKWISE, MODES, OWNER, Cost, Sizes
+from megatron_muon.engine.modes import AUTO, BLOCKWISE, LENT, MODES, OWNER, SPLIT, Cost, Sizes
 from megatron_muon.engine.plan import Weight
 from megatron_muon.engine.prediction import Choice, matrices_by_mode, predict
 from megatron_muon.engine.step import StepEngine
@@ -52,6 +53,7 @@ class StepPlanner:
         self.orthogonalizer = Orthogonalizer(steps, self.precision.iteration, options.eps)
         self.manifold_work = _ManifoldWork(options)
         self._steps: dict[frozenset[tuple[Weight, int]], Step] = {}
+        self._shared: dict[tuple[Weight, ...], list[Step]] = {}
 
     def step(self, weights: Sequence[Weight]) -> Step:
         """The step of a rank that updates these weights; their order does not matter to what it costs."""
@@ -59,6 +61,25 @@ class StepPlanner:
         if key not in self._steps:
             self._steps[key] = Step(self, weights)
         return self._steps[key]
+
+    def steps(self, weights: Sequence[Weight], ranks: int) -> list[Step]:
+        """Those of the ranks of a data-parallel group, each of which holds some weights.
+
+        Args:
+            weights: of all of them, with their peers, in the order in which the optimizer has them.
+            ranks: how many.
+        """
+        key = tuple(weights)
+        if key not in self._shared:
+            held: list[list[Weight]] = [[] for _ in range(ranks)]
+            for weight in weights:
+                if weight.peers is not None:
+                    held[weight.peers.holder].append(dataclasses.replace(weight, peers=None))
+            steps = [Step(self, mine, weights, rank) for rank, mine in enumerate(held)]
+            # The spectral sphere goes over its matrices again and again: each rank over its own.
+            shares = self.passes == 1 and steps[0].engine(self.options.tp_mode).shares
+            self._shared[key] = steps if shares else [self.step(mine) for mine in held]
+        return self._shared[key]
 
     def refusals(self, weights: Iterable[Weight]) -> dict[str, str]:
         """The modes of tensor parallelism in which some weight cannot be updated, with the engine's message."""
@@ -75,16 +96,22 @@ class StepPlanner:
 class Step:
     """One step of a rank, in any mode of tensor parallelism; made by :class:`StepPlanner`."""
 
-    def __init__(self, planner: StepPlanner, weights: Sequence[Weight]) -> None:
+    def __init__(
+        self, planner: StepPlanner, weights: Sequence[Weight], shared: Sequence[Weight] = (), place: int = 0
+    ) -> None:
         """
         Args:
             planner: knows the options.
             weights: of the rank.
+            shared: those of all ranks of its data-parallel group, if they orthogonalize for one another.
+            place: its number there.
         """
         # Updates in balls of entries, rows or columns cost next to nothing.
         self.planner = planner
         self.weights = tuple(weight for weight in weights if weight.layout.direction == MSIGN)
         self.manifold = tuple(weight for weight in weights if weight.layout.direction == STIEFEL)
+        self._planned = tuple(weight for weight in shared if weight.layout.direction == MSIGN) or self.weights
+        self._place = place
         self._engines: dict[str, StepEngine] = {}
         self._manifold_engines: dict[str, StepEngine] = {}
         self._costs: dict[tuple[str, ...], Cost] = {}
@@ -96,7 +123,7 @@ class Step:
             ConfigError: for what the mode cannot do.
         """
         if mode not in self._engines:
-            self._engines[mode] = self._new_engine(self.weights, mode)
+            self._engines[mode] = self._new_engine(self._planned, mode)
         return self._engines[mode]
 
     def manifold_engine(self, mode: str) -> StepEngine:
@@ -111,8 +138,7 @@ class Step:
 
         Args:
             mode: of tensor parallelism.
-            group_ranks: the rank's number in the groups :data:`megatron_muon.optimizers.engines.DENSE` and
-                ``EXPERT``.
+            group_ranks: the rank's number in the groups of :mod:`megatron_muon.optimizers.engines`.
 
         Raises:
             ConfigError: for what the mode cannot do.
@@ -126,9 +152,17 @@ class Step:
         sizes = Sizes(2 * own, own, own)
         return found + predict(engine.plan, planner.manifold_work, sizes, group_ranks)
 
+    def lent_bytes(self, mode: str, group_ranks: Mapping[str, int]) -> float:
+        """What of it a rank sends to data-parallel ranks, which orthogonalize for one another."""
+        engine = self.engine(mode)
+        chunks = tuple(chunk for chunk in engine.plan.chunks if chunk.mode in (LENT, SPLIT))
+        sizes = Sizes(engine.wire.dtype.itemsize, engine.wire.back.itemsize, engine.wire.gram.itemsize)
+        lent = dataclasses.replace(engine.plan, chunks=chunks)
+        return predict(lent, self.planner.orthogonalizer, sizes, group_ranks).bytes
+
     def _cost(self, mode: str, group_ranks: Mapping[str, int]) -> Cost:
         """Of the weights that are orthogonalized."""
-        if not any(weight.dim for weight in self.weights):
+        if not any(weight.dim for weight in self._planned):
             mode = AUTO  # nothing is exchanged, so that all modes are one
         engine = self.engine(mode)
         key = (mode, *(f"{name} {group_ranks[name]}" for name in engine.plan.groups()))
@@ -145,10 +179,14 @@ class Step:
 
     def _new_engine(self, weights: tuple[Weight, ...], mode: str) -> StepEngine:
         options, precision = self.planner.options, self.planner.precision
-        ranks = {weight.group: weight.ranks for weight in weights if weight.dim}
+        groups = {weight.group: _Group(weight.ranks) for weight in weights if weight.dim}
+        tensor = max((weight.ranks for weight in weights), default=1)
+        for peers in {weight.peers for weight in weights if weight.peers is not None}:
+            groups[peers.group] = _Group(peers.ranks, self._place)
+            groups[peers.wide] = _Group(peers.ranks * tensor)
         return StepEngine(
             weights,
-            {name: cast(dist.ProcessGroup, _Group(size)) for name, size in ranks.items()},
+            {name: cast(dist.ProcessGroup, group) for name, group in groups.items()},
             self.planner.orthogonalizer,
             mode=mode,
             dtype=precision.own,
@@ -173,11 +211,11 @@ class _ManifoldWork(Orthogonalizer):
 class _Group:
     """What an engine asks of a process group before it sends anything."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, rank: int = 0) -> None:
+        self._size, self._rank = size, rank
 
     def rank(self) -> int:
-        return 0
+        return self._rank
 
     def size(self) -> int:
         return self._size

@@ -110,8 +110,10 @@ def _balance(plan: Plan) -> str:
     if not flops["mean"]:
         return "No weight is orthogonalized."
     ratio = flops["max"] / flops["mean"]
+    lent = max(load.lent_bytes.get(plan.options.tp_mode, 0.0) for load in plan.loads)
     return (
         f"Layer-wise Muon: the busiest rank does {ratio:.2f} times the mean work of all ranks; the others wait for it."
+        + (f"\nRanks orthogonalize for one another: a rank sends up to {_gib(lent)} for that." if lent else "")
     )
 
 

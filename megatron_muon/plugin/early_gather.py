@@ -5,7 +5,8 @@ forward pass, before the layers that need them. But what a rank sends of a bucke
 orthogonalized its matrices in it. So Adam steps first here, which takes next to nothing, and its buckets are under way
 while Muon goes through the others, in the order in which the forward pass will need them.
 
-All ranks start the gathers in one order: a rank that is done with a bucket before an earlier one holds it back.
+All ranks start the gathers in one order: a rank that is done with a bucket before an earlier one holds it back. Where
+ranks orthogonalize for one another, no rank starts one of Muon's before its last message to the others.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class _EarlyGathers:
         self._overlaps = any(group.ddp_config.overlap_param_gather for group in self._groups)
         self._outermost, self._stepping = optimizer, False
         self._left: list[int] = []
+        self._silent: set[Any] = set()  # those with messages to come
         self._next = 0
         places = {param: place for place, group in enumerate(self._groups) for param in group.params}
         self._held: dict[Any, dict[torch.Tensor, tuple[int, torch.Tensor]]] = {}
@@ -90,6 +92,7 @@ class _EarlyGathers:
             return self._step_members(chain)
         self.settle()  # of modules that no forward pass has come to
         self._left, self._next, self._stepping = [0] * len(self._groups), 0, True
+        self._silent = {leaf for leaf in self._held if isinstance(leaf.optimizer, Muon) and leaf.optimizer.shares}
         for held in self._held.values():
             for place, _ in held.values():
                 self._left[place] += 1
@@ -107,13 +110,14 @@ class _EarlyGathers:
         success = True
         for member in sorted(chain.chained_optimizers, key=_has_muon):
             success &= member.step_with_ready_grads()
-            if member in self._held and not isinstance(member.optimizer, Muon):
-                self._send(member, None)
+            if member in self._held:
+                self._send(member, [] if isinstance(member.optimizer, Muon) else None)
         return success
 
     def _send(self, leaf: Any, final: Sequence[torch.Tensor] | None) -> None:
         """Take note of an optimizer's tensors that are final: these, or all, which Megatron-Core has copied."""
         held = self._held[leaf]
+        self._silent.discard(leaf)
         if final is not None and hasattr(leaf, "_copy_main_params_to_model_params"):
             mains = [tensor for tensor in final if held[tensor][1] is not tensor]
             if mains:
@@ -126,6 +130,8 @@ class _EarlyGathers:
         """Start the gathers of which this rank's part is final, in their order."""
         while self._next < len(self._groups) and not self._left[self._next]:
             group = self._groups[self._next]
+            if self._silent and _waits_for_muon(group):
+                return
             self._next += 1
             ddp_config = group.ddp_config
             # By this alone Megatron-Core decides whether it waits at once. DDP has filled in what dataclasses.replace()
@@ -147,9 +153,12 @@ def _in_order(chunks: Sequence[Any]) -> list[Any]:
     for number, chunk in enumerate(chunks):
         places = {param: place for place, param in enumerate(chunk.parameters())}
         for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
-            waits = any(getattr(param, "is_managed_by_layer_wise_optimizer", True) for param in group.params)
-            found.append((waits, number, min(places[param] for param in group.params), group))
+            found.append((_waits_for_muon(group), number, min(places[param] for param in group.params), group))
     return [group for *_, group in sorted(found, key=lambda each: each[:3])]
+
+
+def _waits_for_muon(group: Any) -> bool:
+    return any(getattr(param, "is_managed_by_layer_wise_optimizer", True) for param in group.params)
 
 
 def _has_muon(optimizer: Any) -> bool:

@@ -32,6 +32,7 @@ from megatron_muon.optimizers.stiefel_solvers import SOLVERS
 from megatron_muon.plugin import options
 from megatron_muon.plugin.groups import ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
+from megatron_muon.plugin.sharing import share_work
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
 __all__ = ["balanced_together", "keeps_upstream_lists", "patches"]
@@ -376,12 +377,13 @@ def _with_expert_owners(original: Callable[..., None]) -> Callable[..., None]:
         copies = get_pg_size(self.expt_dp)
         if get_pg_size(self.dp_cp) > 1 or copies == 1:
             original(self, optimizers, full_param_layouts)
-            return
-        if full_param_layouts is None:
-            self._shard_params_ping_pong(optimizers, 1, copies)
         else:
-            self._shard_params_from_layout(optimizers, full_param_layouts, 1, copies)
-        self.dp_cp_params_list = None  # as Megatron-Core has it for one copy: there is nothing to gather
+            if full_param_layouts is None:
+                self._shard_params_ping_pong(optimizers, 1, copies)
+            else:
+                self._shard_params_from_layout(optimizers, full_param_layouts, 1, copies)
+            self.dp_cp_params_list = None  # as Megatron-Core has it for one copy: there is nothing to gather
+        share_work(self, optimizers)
 
     return shard_params
 

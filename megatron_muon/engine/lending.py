@@ -1,0 +1,390 @@
+"""Balance among data-parallel ranks: matrices that others orthogonalize for the rank that holds their weight.
+
+State and momentum stay with the holder. Where it has more to do than others, it lends matrices: sends the momentum,
+and gets the orthogonalized matrices back. What alone exceeds a fair share is split: several ranks get some columns of
+the matrix each, and iterate together. Everything follows from shapes and constants, in seconds (operations and bytes),
+so that all ranks of a group come to the same; where it gains little, nothing is lent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from megatron_muon.engine.modes import AUTO, BLOCKWISE, DUPLICATED, LENT, LOCAL, OWNER, SPLIT
+from megatron_muon.engine.packing import even_part
+from megatron_muon.engine.plan import Batch, Chunk, Item, Kind, Peers, Weight
+from megatron_muon.engine.planner import Policy, items_of
+from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+
+__all__ = ["Lending", "lend"]
+
+WORTHWHILE = 0.95
+"""Nothing is lent unless the busiest rank then needs at most this part of its time."""
+
+CLOSE_ENOUGH = 0.01
+"""Matrices move until the busiest rank has at most this part more to do than the mean."""
+
+COLUMNS = 32
+"""Matrices are split between so many columns, where they can be: kernels like it."""
+
+
+@dataclass(frozen=True)
+class Lending:
+    """Who orthogonalizes what, in all data-parallel groups of some weights.
+
+    Attributes:
+        weights: of all ranks.
+        kept: what stays with its holder.
+        chunks: what does not, of each group of :class:`megatron_muon.engine.plan.Peers`.
+        flops: operations of each rank for the weights of a group, numbered tensor first, before and after; even shares
+            assumed of what tensor-parallel ranks divide.
+    """
+
+    weights: tuple[Weight, ...]
+    kept: tuple[tuple[Kind, Item], ...]
+    chunks: Mapping[str, tuple[Chunk, ...]]
+    flops: Mapping[str, tuple[list[float], list[float]]]
+
+    def kept_by(self, places: Mapping[str, int]) -> list[tuple[Kind, Item]]:
+        """What a rank does for itself, by its number in each group."""
+        peers = [weight.peers for weight in self.weights]
+        return [
+            (kind, item)
+            for kind, item in self.kept
+            if (of := peers[item.weight]) is None or places.get(of.group) == of.holder
+        ]
+
+    def chunks_of(self, groups: Mapping[str, int]) -> list[Chunk]:
+        """What the ranks of some groups do for one another."""
+        return [chunk for group in sorted(self.chunks) if group in groups for chunk in self.chunks[group]]
+
+
+@functools.lru_cache(maxsize=64)
+def lend(weights: tuple[Weight, ...], policy: Policy, orthogonalizer: Orthogonalizer) -> Lending:
+    """Let busy ranks lend matrices to idle ones, for as long as that relieves the busiest.
+
+    Args:
+        weights: of all ranks, with their peers; without, a rank's own.
+        policy: mode, sizes and rates.
+        orthogonalizer: knows what each shape costs.
+
+    Raises:
+        ConfigError: for a weight that the mode cannot treat.
+    """
+    kept: list[tuple[Kind, Item]] = []
+    lots: dict[str, list[_Lot]] = defaultdict(list)
+    peers: dict[str, Peers] = {}
+    for kind, item in items_of(weights, policy.mode):
+        of = weights[item.weight].peers
+        if of is None:
+            kept.append((kind, item))
+        else:
+            peers.setdefault(of.group, of)
+            lots[of.group].append(_Lot(kind, item, of))
+    chunks, flops = {}, {}
+    for group, its in lots.items():
+        levelled = _level(its, peers[group], policy, orthogonalizer)
+        kept += levelled.kept()
+        chunks[group] = tuple(levelled.chunks())
+        before = _Levels(its, peers[group], policy, orthogonalizer)
+        flops[group] = before.flops, levelled.flops
+    return Lending(weights, tuple(kept), chunks, flops)
+
+
+def _level(lots: list[_Lot], peers: Peers, policy: Policy, orthogonalizer: Orthogonalizer) -> _Levels:
+    """The best of what comes of splitting into at most 1, 2, 4, ... parts; the fewest where that is as good."""
+    before = _Levels(lots, peers, policy, orthogonalizer)
+    best, seconds = before, WORTHWHILE * before.busiest
+    if peers.ranks == 1 or not before.busiest or policy.mode == BLOCKWISE:
+        return before
+    for most in sorted({*(2**exponent for exponent in range(peers.ranks.bit_length())), peers.ranks}):
+        found = _Levels(lots, peers, policy, orthogonalizer)
+        found.split(most)
+        found.even_out(most)
+        needed = found.busiest + found.overhead
+        if needed < (seconds if best is before else (1.0 - CLOSE_ENOUGH) * seconds):
+            best, seconds = found, needed
+    return best
+
+
+@dataclass(frozen=True)
+class _Lot:
+    """Matrices of one block of one weight.
+
+    Attributes:
+        kind: of them, at their holder.
+        item: all of them.
+        peers: of the weight.
+    """
+
+    kind: Kind
+    item: Item
+    peers: Peers
+
+    @property
+    def units(self) -> int:
+        return self.item.stop - self.item.start
+
+    @property
+    def each(self) -> int:
+        """Matrices in a unit."""
+        return self.item.count // self.units
+
+    @property
+    def numel(self) -> int:
+        """Elements of a unit."""
+        return self.each * self.kind.p * self.kind.q
+
+
+@dataclass
+class _Levels:
+    """What each rank of a group has to do, and what it does for others. Ranks are numbered tensor first."""
+
+    lots: list[_Lot]
+    peers: Peers
+    policy: Policy
+    orthogonalizer: Orthogonalizer
+    left: list[int] = field(init=False)
+    """Units of each lot that stay."""
+    lent: list[dict[int, int]] = field(init=False)
+    """Of each lot the units that each rank gets: a data-parallel one for matrices that ranks hold whole."""
+    parts: list[list[tuple[int, ...]]] = field(init=False)
+    """Of each lot the data-parallel ranks among which each unit is split that is."""
+    loads: list[float] = field(init=False)
+    """Seconds of each rank."""
+    flops: list[float] = field(init=False)
+    """Operations of each rank."""
+
+    def __post_init__(self) -> None:
+        divided = [len(lot.kind.parts) for lot in self.lots if lot.kind.mode != LOCAL]
+        self.tensor = max(divided, default=1)
+        ranks = self.peers.ranks * self.tensor
+        self.left = [lot.units for lot in self.lots]
+        self.lent = [{} for _ in self.lots]
+        self.parts = [[] for _ in self.lots]
+        self.loads, self.flops = [0.0] * ranks, [0.0] * ranks
+        self.held: list[list[int]] = [[] for _ in range(self.peers.ranks)]
+        for index, lot in enumerate(self.lots):
+            self.held[lot.peers.holder].append(index)
+            self._work(lot.peers.holder, lot.units * self._whole(lot) / self._sharing(lot))
+
+    @property
+    def busiest(self) -> float:
+        """Seconds of the rank that needs most."""
+        return max(self.loads, default=0.0)
+
+    @property
+    def overhead(self) -> float:
+        """Seconds that messages take to be sent at all."""
+        return 2 * self.policy.machine.latency * sum(1 for _ in self.chunks())
+
+    def split(self, most: int) -> None:
+        """Split matrices that need more than a fair share, into as few parts as do not, or ``most``."""
+        fair = sum(self.loads) / len(self.loads)
+        shares = [0] * self.peers.ranks
+        large = [index for index, lot in enumerate(self.lots) if lot.kind.mode == LOCAL and self._single(lot) > fair]
+        for index in sorted(large, key=lambda index: (-self._single(self.lots[index]), index)):
+            lot = self.lots[index]
+            most_of_it = min(most, lot.kind.q // COLUMNS)
+            number = next((n for n in range(2, most_of_it) if self._member(lot, n) <= fair), most_of_it)
+            for _ in range(lot.units if number > 1 else 0):
+                load = self._without(index)
+                members = sorted(range(self.peers.ranks), key=lambda rank: (shares[rank], load[rank], rank))[:number]
+                self._cut(index, members)
+                for rank in members:
+                    shares[rank] += 1
+
+    def even_out(self, most: int) -> None:
+        """Let the busiest rank lend to the idlest, or split a matrix with up to ``most``, as long as it relieves it."""
+        while self.busiest > (1.0 + CLOSE_ENOUGH) * sum(self.loads) / len(self.loads):
+            rank = self.loads.index(self.busiest)
+            move = min(self._moves(rank), default=None)
+            if move is None or move[0] >= self.busiest * (1.0 - CLOSE_ENOUGH / 10):
+                cut = min(self._cuts(rank, most), default=None)
+                if cut is None or cut[0] >= self.busiest * (1.0 - CLOSE_ENOUGH):
+                    return
+                self._cut(cut[2], cut[3])
+                continue
+            _, _, index, to, units = move
+            lot, sizes = self.lots[index], self.policy.sizes
+            self.left[index] -= units
+            self.lent[index][to] = self.lent[index].get(to, 0) + units
+            self._work(lot.peers.holder, -units * self._whole(lot) / self._sharing(lot))
+            self._send(lot.peers.holder, units * lot.numel * sizes.wire / self._sharing(lot))
+            self._work(to, units * self._whole(lot), whole=lot.kind.mode == LOCAL)
+            self._send(to, units * lot.numel * sizes.back, whole=lot.kind.mode == LOCAL)
+
+    def _moves(self, rank: int) -> Iterator[tuple[float, float, int, int, int]]:
+        """What ``rank`` may lend: (seconds of the busier of the two afterwards, elements, lot, to whom, units)."""
+        place, busy, machine = rank // self.tensor, self.busiest, self.policy.machine
+        fair = sum(self.loads) / len(self.loads)
+        data = self._of_data_ranks()
+        idlest = data.index(min(data)), self.loads.index(min(self.loads))
+        seen = set()
+        for index in self.held[place]:
+            lot = self.lots[index]
+            local = lot.kind.mode == LOCAL
+            # Other modes were asked for by name: what they share out among tensor-parallel ranks stays there.
+            movable = local or (lot.peers.wide and self.policy.mode in (AUTO, OWNER))
+            if not self.left[index] or not movable or (lot.kind, lot.each) in seen:
+                continue
+            seen.add((lot.kind, lot.each))
+            to = idlest[not local]
+            free = data[to] if local else self.loads[to]
+            if (to if local else to // self.tensor) == place:
+                continue
+            cost = self._whole(lot) / machine.flops
+            sent, back = (lot.numel * size / machine.bytes for size in (self.policy.sizes.wire, self.policy.sizes.back))
+            relief, burden = (cost - sent) / self._sharing(lot), cost + back
+            # What evens the two out, but no more than a fair share: what is lent is not lent on.
+            units = int(min((busy - free) / max(relief + burden, burden), (fair - free) / burden))
+            units = max(1, min(self.left[index], units))
+            yield max(busy - units * relief, free + units * burden), units * lot.numel, index, to, units
+
+    def _cuts(self, rank: int, most: int) -> Iterator[tuple[float, int, int, tuple[int, ...]]]:
+        """What it may split: (seconds of the busiest of all that take part, ranks, lot, which ranks)."""
+        held = [index for index in self.held[rank // self.tensor] if self.left[index]]
+        local = [index for index in held if self.lots[index].kind.mode == LOCAL]
+        # The largest: it is what could not be lent.
+        for index in sorted(local, key=lambda index: (-self._single(self.lots[index]), index))[:1]:
+            lot, load = self.lots[index], self._without(index)
+            idle = sorted(range(self.peers.ranks), key=lambda rank: (load[rank], rank))
+            for number in range(2, min(most, lot.kind.q // COLUMNS) + 1):
+                after = load[idle[number - 1]] + lot.each * self._member(lot, number)
+                yield max(after, load[lot.peers.holder]), number, index, tuple(idle[:number])
+
+    def _without(self, index: int) -> list[float]:
+        """Seconds of each data-parallel rank when a unit of a lot has been sent away."""
+        lot, load = self.lots[index], self._of_data_ranks()
+        sent = lot.numel * self.policy.sizes.wire / self.policy.machine.bytes
+        load[lot.peers.holder] -= lot.each * self._single(lot) - sent
+        return load
+
+    def _cut(self, index: int, members: Sequence[int]) -> None:
+        """Split a unit of a lot."""
+        lot = self.lots[index]
+        self.left[index] -= 1
+        self.parts[index].append(tuple(sorted(members)))
+        self._work(lot.peers.holder, -self._whole(lot))
+        self._send(lot.peers.holder, lot.numel * self.policy.sizes.wire)
+        for rank in members:
+            self._work(rank, lot.each * member_flops(self.orthogonalizer, lot.kind, len(members)))
+            self._send(rank, lot.each * self._member_bytes(lot, len(members)))
+
+    def kept(self) -> Iterator[tuple[Kind, Item]]:
+        """What stays with its holder."""
+        for lot, left in zip(self.lots, self.left, strict=True):
+            if left:
+                yield lot.kind, _some(lot, 0, left)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """What does not."""
+        rounds: dict[int, list[Batch]] = defaultdict(list)
+        lent: dict[tuple[str, int], dict[tuple[Kind, int], list[tuple[int, Item]]]] = defaultdict(dict)
+        filled: dict[tuple[str, int], int] = defaultdict(int)
+        giants = [0] * self.peers.ranks  # of each holder
+        for lot, left, lent_to, parts in zip(self.lots, self.left, self.lent, self.parts, strict=True):
+            holder = lot.peers.holder
+            kind = self._lent_kind(lot)
+            for members in parts:
+                split = dataclasses.replace(kind, mode=SPLIT)
+                rounds[giants[holder]].append(Batch(split, (_some(lot, left, 1),), self._widths(lot.kind.q, members)))
+                giants[holder] += 1
+                left += 1
+            for rank, units in sorted(lent_to.items()):
+                while units:
+                    size = filled[kind.group, rank]
+                    number, rest = divmod(size, self.policy.chunk_bytes)
+                    fitting = (self.policy.chunk_bytes - rest) // (4 * lot.numel)
+                    take = min(units, fitting or int(not rest))
+                    if not take:  # the rest of this round stays empty
+                        filled[kind.group, rank] += self.policy.chunk_bytes - rest
+                        continue
+                    lent[kind.group, number].setdefault((kind, holder), []).append((rank, _some(lot, left, take)))
+                    # A larger matrix than a round may hold is a round of its own.
+                    filled[kind.group, rank] += max(4 * lot.numel * take, 0 if fitting else self.policy.chunk_bytes)
+                    left, units = left + take, units - take
+        for _, batches in sorted(rounds.items()):
+            yield Chunk(SPLIT, self.peers.group, tuple(batches))
+        for (group, _), found in sorted(lent.items()):
+            yield Chunk(LENT, group, tuple(_batch(kind, items) for (kind, _), items in found.items()))
+
+    def _lent_kind(self, lot: _Lot) -> Kind:
+        """With parts on the holder's ranks alone."""
+        kind, holder = lot.kind, lot.peers.holder
+        if kind.mode == LOCAL:
+            parts = tuple(kind.q * (rank == holder) for rank in range(self.peers.ranks))
+            return Kind(LENT, self.peers.group, kind.p, kind.q, -1, parts)
+        before, after = holder * self.tensor, (self.peers.ranks - holder - 1) * self.tensor
+        parts = (*[0] * before, *kind.parts, *[0] * after)
+        return Kind(LENT, lot.peers.wide, kind.p, kind.q, kind.dim, parts)
+
+    def _widths(self, q: int, members: Sequence[int]) -> tuple[int, ...]:
+        """Columns of each rank."""
+        step = COLUMNS if q % COLUMNS == 0 and q // COLUMNS >= len(members) else 1
+        widths = [0] * self.peers.ranks
+        for number, rank in enumerate(members):
+            widths[rank] = step * even_part(q // step, len(members), number)
+        return tuple(widths)
+
+    def _whole(self, lot: _Lot) -> int:
+        """Operations of a unit."""
+        return lot.each * self.orthogonalizer.flops(lot.kind.p, lot.kind.q)
+
+    def _single(self, lot: _Lot) -> float:
+        """Seconds of one matrix."""
+        return self.orthogonalizer.flops(lot.kind.p, lot.kind.q) / self.policy.machine.flops
+
+    def _member(self, lot: _Lot, number: int) -> float:
+        """Seconds of one of ``number`` ranks that split a matrix."""
+        flops = member_flops(self.orthogonalizer, lot.kind, number) / self.policy.machine.flops
+        return flops + self._member_bytes(lot, number) / self.policy.machine.bytes
+
+    def _member_bytes(self, lot: _Lot, number: int) -> float:
+        """Sent by one of ``number`` ranks for one matrix: in each step rows of sums, and rows to all, twice."""
+        p, width = lot.kind.p, lot.kind.q / number
+        moved = p * p * (4 + 2 * self.orthogonalizer.dtype.itemsize) * (number - 1) / number
+        return len(self.orthogonalizer.coefficients) * moved + p * width * self.policy.sizes.back
+
+    def _sharing(self, lot: _Lot) -> int:
+        """How many ranks of the holder share the work on one matrix."""
+        return 1 if lot.kind.mode == LOCAL or self.policy.mode == DUPLICATED else self.tensor
+
+    def _work(self, rank: int, flops: float, whole: bool = True) -> None:
+        """Give a data-parallel rank, or one rank alone, more to do."""
+        for each in range(rank * self.tensor, (rank + 1) * self.tensor) if whole else (rank,):
+            self.flops[each] += flops
+            self.loads[each] += flops / self.policy.machine.flops
+
+    def _send(self, rank: int, size: float, whole: bool = True) -> None:
+        for each in range(rank * self.tensor, (rank + 1) * self.tensor) if whole else (rank,):
+            self.loads[each] += size / self.policy.machine.bytes
+
+    def _of_data_ranks(self) -> list[float]:
+        """Seconds of the busiest tensor-parallel rank of each."""
+        return [max(some) for some in itertools.batched(self.loads, self.tensor)]
+
+
+def member_flops(orthogonalizer: Orthogonalizer, kind: Kind, number: int) -> float:
+    """Operations of one of ``number`` ranks that split a matrix evenly."""
+    p, width = kind.p, kind.q / number
+    return orthogonalizer.member_flops(p, width, p / number)
+
+
+def _some(lot: _Lot, first: int, units: int) -> Item:
+    start = lot.item.start + first
+    return dataclasses.replace(lot.item, start=start, stop=start + units, count=units * lot.each)
+
+
+def _batch(kind: Kind, items: list[tuple[int, Item]]) -> Batch:
+    """In the order of who orthogonalizes."""
+    items.sort(key=lambda pair: pair[0])
+    counts = [0] * len(kind.parts)
+    for rank, item in items:
+        counts[rank] += item.count
+    return Batch(kind, tuple(item for _, item in items), tuple(counts))
