@@ -34,6 +34,7 @@ class StepEngine:
     Attributes:
         plan: of the step; whoever steps must know that it is the same on all ranks of each group.
         counters: collectives, bytes and operations so far; see :class:`megatron_muon.engine.exchange.Counters`.
+        agreed: whether :meth:`agree` has found all ranks with one plan.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class StepEngine:
             named = sorted({*named, *peers, *(weight.group for weight in weights if weight.group)})
         self._exchanges = {name: Exchange(groups[name], self.counters) for name in named}
         self._digests: dict[str, bytes] = {}
-        self._agreed = False
+        self.agreed = False
 
     @property
     def shares(self) -> bool:
@@ -171,7 +172,7 @@ class StepEngine:
         Raises:
             RuntimeError: on all ranks of a group, if they do not hold the same plan.
         """
-        if self._agreed:
+        if self.agreed:
             return
         for name, exchange in self._exchanges.items():
             mine = torch.frombuffer(bytearray(self.digest(name)), dtype=torch.uint8).to(self.wire.device)
@@ -185,4 +186,4 @@ class StepEngine:
                     "weights, shapes, options, or the kernels that their devices have (--muon-ns-backend) differ. All "
                     "ranks of a tensor-parallel group must be given the same parameters in the same order."
                 )
-        self._agreed = True
+        self.agreed = True

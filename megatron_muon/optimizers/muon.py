@@ -353,13 +353,13 @@ class Muon(torch.optim.Optimizer):
 
     @property
     def shares(self) -> bool:
-        """Whether data-parallel ranks orthogonalize for one another in its steps.
+        """Whether its next step sends messages to data-parallel ranks: to compare plans, or matrices.
 
-        Nothing is final there before all messages to them have been sent: gathers that a final weight sets off are of
-        the same groups, whose ranks must come to everything in one order.
+        Nothing is final there before all of them have been sent: gathers that a final weight sets off are of the same
+        groups, whose ranks must come to everything in one order.
         """
         engine = self.engines.shared([param for group in self.param_groups for param in group["params"]])
-        return engine is not None and engine.shares
+        return engine is not None and (engine.shares or not engine.agreed)
 
     def _tell_untold(self) -> None:
         untold, self._untold = self._untold or [], None

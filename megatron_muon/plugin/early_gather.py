@@ -152,8 +152,10 @@ def _in_order(chunks: Sequence[Any]) -> list[Any]:
     found = []
     for number, chunk in enumerate(chunks):
         places = {param: place for place, param in enumerate(chunk.parameters())}
-        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
-            found.append((_waits_for_muon(group), number, min(places[param] for param in group.params), group))
+        found += [
+            (_waits_for_muon(group), number, min(places[param] for param in group.params), group)
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+        ]
     return [group for *_, group in sorted(found, key=lambda each: each[:3])]
 
 
