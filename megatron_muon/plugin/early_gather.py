@@ -65,7 +65,8 @@ class _EarlyGathers:
                 leaf.optimizer.finals.append(functools.partial(self._send, leaf))
                 self._unless_stepping(leaf, "_copy_main_params_to_model_params")  # done in _send()
         for part in parts:
-            self._unless_stepping(part, "start_param_sync_for_bucket_group_subset")
+            if hasattr(part, "start_param_sync_for_bucket_group_subset"):
+                part.start_param_sync_for_bucket_group_subset = lambda: None  # _step() has done it
             if hasattr(part, "chained_optimizers"):
                 part._step = functools.partial(self._step, part)
         for chunk in chunks:

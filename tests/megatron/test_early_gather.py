@@ -240,3 +240,30 @@ def load_at_once(folder: str) -> tuple[str, str]:
 def test_what_is_loaded_meanwhile_stays(pool: RankPool, tmp_path: Path) -> None:
     for saved, loaded in pool.run(load_at_once, 2, str(tmp_path / "checkpoint")):
         assert loaded == saved
+
+
+def without_adam() -> tuple[int, int]:
+    """Runs on a rank, with nothing to train but Muon's matrices: the gathers of a step, and the bucket groups."""
+    build_model = harness.build_model
+
+    def frozen(*args: Any, **kwargs: Any) -> Any:
+        chunks = build_model(*args, **kwargs)
+        for name, param in (each for chunk in chunks for each in chunk.named_parameters()):
+            param.requires_grad_(param.dim() == 2 and "embedding" not in name and "output_layer" not in name)
+        return chunks
+
+    harness.build_model = frozen
+    try:
+        run = start(Layout(layer_wise=True), {}, False, 6000)
+    finally:
+        harness.build_model = build_model
+    wire = Wire(0.001)
+    with wire.under():
+        run.losses(1)
+    return round(wire.exchange / wire.delay), sum(len(chunk.bucket_groups) for chunk in run.chunks)
+
+
+def test_each_bucket_travels_once(pool: RankPool) -> None:
+    """The layer-wise optimizer alone, in no chain with Adam's, gathers after its step by itself."""
+    for gathers, groups in pool.run(without_adam, 2):
+        assert gathers == groups
