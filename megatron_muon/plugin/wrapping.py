@@ -145,13 +145,24 @@ def _with_weights_of_layers(original: Callable[..., Any]) -> Callable[..., Any]:
 def check_bucket_groups(model_chunks: Sequence[Any]) -> None:
     """Refuse what would drift apart: groups of buckets of two optimizers, from a copy of Megatron-Core's function.
 
+    And gradients that nobody waits for: DDP with float32 accumulation sets its reduce-scatter for the whole process.
     With ``overlap_param_gather`` they are gathered in the next forward pass, after both steps.
 
     Raises:
-        ConfigError: naming the chunk.
+        ConfigError: naming the chunk, and what to do.
     """
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    accumulates = buffers.dist_reduce_scatter_func is buffers.reduce_scatter_with_fp32_accumulation
     for number, chunk in enumerate(model_chunks):
-        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", True):
+        ddp_config = getattr(chunk, "ddp_config", None)
+        if accumulates and not getattr(ddp_config, "reduce_scatter_with_fp32_accumulation", True):
+            raise ConfigError(
+                f"Model chunk {number}: DistributedDataParallel without reduce_scatter_with_fp32_accumulation in a "
+                "process where another has it: Megatron-Core keeps that choice for all of them, and this one would not "
+                "wait for its gradients. Give it to all models of the process, or to none."
+            )
+        if getattr(ddp_config, "overlap_param_gather", True):
             continue
         for group in (*getattr(chunk, "bucket_groups", ()), *getattr(chunk, "expert_parallel_bucket_groups", ())):
             if len(_kinds(group)) > 1:

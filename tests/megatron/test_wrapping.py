@@ -49,6 +49,7 @@ def groups_of_two_chunks() -> dict[str, Any]:
     layout = Layout(layer_wise=True, bucket_size=3000)
     layout.initialize()
     from megatron.core.distributed import distributed_data_parallel as ddp
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.optimizer import get_megatron_optimizer
 
     def chunks() -> list[Any]:
@@ -73,6 +74,12 @@ def groups_of_two_chunks() -> dict[str, Any]:
         get_megatron_optimizer(harness.optimizer_config(layout), mixed)
     except ConfigError as error:
         found["refused"] = str(error)
+    accumulating = param_and_grad_buffer.reduce_scatter_with_fp32_accumulation
+    with mock.patch.object(param_and_grad_buffer, "dist_reduce_scatter_func", accumulating):
+        try:
+            get_megatron_optimizer(harness.optimizer_config(layout), [first])
+        except ConfigError as error:
+            found["accumulates elsewhere"] = str(error)
     return found
 
 
@@ -83,6 +90,7 @@ def test_no_group_has_buckets_of_two_optimizers(pool: RankPool) -> None:
         assert found["gathered"] == [1, 0]
         assert found["8 bits"][-1] == {False} and all(each == {True} for each in found["8 bits"][:-1])
         assert found["refused"].startswith("Model chunk 1: ") and "install() before" in found["refused"]
+        assert "Give it to all models of the process, or to none" in found["accumulates elsewhere"]
 
 
 def layouts(optimizer: str, param_layout: bool, **ddp: Any) -> tuple[list[Any], list[Any]]:
