@@ -172,7 +172,7 @@ def fused_latent_attention(layout: Layout, **model: Any) -> torch.nn.Module:
     from megatron.core.transformer.spec_utils import build_module
 
     config = harness.transformer_config(layout, **model)
-    spec = copy.deepcopy(harness.layer_spec(config).submodules.self_attention)
+    spec = copy.deepcopy(harness.layer_spec(config, local=True).submodules.self_attention)
     spec.module = FusedMLASelfAttention
     spec.submodules = dataclasses.replace(spec.submodules, linear_qkv_down_proj=ColumnParallelLinear)
     return build_module(spec, config=config, layer_number=1)
