@@ -34,7 +34,6 @@ class StepEngine:
     Attributes:
         plan: of the step; whoever steps must know that it is the same on all ranks of each group.
         counters: collectives, bytes and operations so far; see :class:`megatron_muon.engine.exchange.Counters`.
-        agreed: whether :meth:`agree` has found all ranks with one plan.
     """
 
     def __init__(
@@ -88,13 +87,11 @@ class StepEngine:
         self.plan: Plan = choose_plan(weights, policy, orthogonalizer, {name: groups[name].rank() for name in peers})
         self._numbers = f"{orthogonalizer.coefficients} {iteration} {orthogonalizer.products.name} {self.wire}"
         self.counters = Counters()
-        self._groups = groups
         named = self.plan.groups()
         if peers:  # whether matrices are lent is compared too, and what is lent may be divided
             named = sorted({*named, *peers, *(weight.group for weight in weights if weight.group)})
         self._exchanges = {name: Exchange(groups[name], self.counters) for name in named}
         self._digests: dict[str, bytes] = {}
-        self.agreed = False
 
     @property
     def shares(self) -> bool:
@@ -104,6 +101,11 @@ class StepEngine:
     def describe(self) -> list[str]:
         """The step in words, for the report."""
         return describe(self.plan, self.orthogonalizer, {name: each.rank for name, each in self._exchanges.items()})
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of the groups whose ranks must hold the same plan."""
+        return list(self._exchanges)
 
     def digest(self, group: str) -> bytes:
         """What the ranks of a group compare: their plans, types of numbers, kernels; see :meth:`Plan.digest`."""
@@ -165,25 +167,3 @@ class StepEngine:
         """
         plan = portion or self.plan
         visit(plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, look)
-
-    def agree(self) -> None:
-        """Compare the plans of all ranks of each group, once: a difference would hang the step or mix up weights.
-
-        Raises:
-            RuntimeError: on all ranks of a group, if they do not hold the same plan.
-        """
-        if self.agreed:
-            return
-        for name, exchange in self._exchanges.items():
-            mine = torch.frombuffer(bytearray(self.digest(name)), dtype=torch.uint8).to(self.wire.device)
-            every = mine.new_empty(exchange.size, mine.numel())
-            dist.all_gather_into_tensor(every.view(-1), mine, group=exchange.group)
-            # Waits for the device, once for each plan.
-            differing = (every != mine).any(dim=1).nonzero().flatten().tolist()
-            if differing:
-                raise RuntimeError(
-                    f"Muon: rank {exchange.rank} of the {name} group plans another step than ranks {differing}: their "
-                    "weights, shapes, options, or the kernels that their devices have (--muon-ns-backend) differ. All "
-                    "ranks of a tensor-parallel group must be given the same parameters in the same order."
-                )
-        self.agreed = True

@@ -108,6 +108,7 @@ class Engines:
         self.told, self.due = False, True
         self.sharing: Sharing | None = None
         self._shared: StepEngine | None = None
+        self._have_agreed = False
 
     def __iter__(self) -> Iterator[StepEngine]:
         return iter([*self._engines.values(), *([] if self._shared is None else [self._shared])])
@@ -153,8 +154,10 @@ class Engines:
             RuntimeError: on all ranks of a group, if their gradients or plans differ.
         """
         params = [param for group in groups for param in group["params"]]
-        if (all_ranks := self.shared(params)) is not None:
-            all_ranks.agree()  # on sharing nothing, too; gradients make no difference there
+        if (all_ranks := self.shared(params)) is not None and not self._have_agreed:
+            for name in all_ranks.groups:  # on sharing nothing, too; gradients make no difference there
+                self._compare(name, [], all_ranks.digest(name), {})
+            self._have_agreed = True
         if (self.told and not self.due) or all(group.size() == 1 for group in self._groups.values()):
             return
         names = dict(zip(params, (name for group in groups for name in group.get("param_names", ())), strict=False))
@@ -174,11 +177,23 @@ class Engines:
             self._compare(name, shared[name], b"".join(plans[name]), names)
         self.due = False
 
+    def sends(self, own: Sequence[torch.Tensor]) -> bool:
+        """Whether the next step sends messages to data-parallel ranks: to compare plans, or matrices.
+
+        Args:
+            own: all parameters of the optimizer.
+        """
+        engine = self.shared(own)
+        return engine is not None and (engine.shares or not self._have_agreed)
+
     def _compare(self, name: str, shared: list[torch.Tensor], plans: bytes, names: dict[torch.Tensor, str]) -> None:
-        group = self._groups[name]
+        """Compare plans of the ranks of a group, and for which of the weights that they share they have gradients."""
+        sharing = self.sharing
+        group = self._groups[name] if sharing is None or name in self._groups else sharing.groups[name]
+        device = shared[0].device if sharing is None or shared else sharing.device
         lacking = [index for index, param in enumerate(shared) if param.grad is None]
         digest = hashlib.sha256(repr((len(shared), lacking)).encode() + plans).digest()
-        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(shared[0].device)
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
         every = mine.new_empty(group.size(), mine.numel())
         dist.all_gather_into_tensor(every.view(-1), mine, group=group)
         # Waits for the device: what is sent next depends on it.
@@ -196,7 +211,7 @@ class Engines:
         raise RuntimeError(
             f"Muon: rank {group.rank()} of the {name} group plans another step than ranks {differing}: their "
             "weights, shapes, options, or the kernels that their devices have (--muon-ns-backend) differ. All "
-            "ranks of a tensor-parallel group must be given the same parameters in the same order."
+            "ranks of a group must be given the same parameters in the same order."
         )
 
     def shared(self, own: Sequence[torch.Tensor]) -> StepEngine | None:

@@ -280,8 +280,8 @@ class Muon(torch.optim.Optimizer):
         jobs = [job for group, first_lr in groups for job in self._begin_group(group, first_lr)]
         for group in self.param_groups:
             step_scalar_rows(group, [job for job in jobs if job.group is group])
-        self._pending = {param: None for group in self.param_groups for param in group["params"]}
-        self._untold = [] if self.shares else None
+        self._pending = dict.fromkeys(self._own)
+        self._untold = [] if self.sends else None
         self._tell([param for param in self._pending if param.grad is None])
         if jobs or self.engines.sharing is not None:
             with matmul_precision(self.config.fp32_matmul_prec):
@@ -302,7 +302,7 @@ class Muon(torch.optim.Optimizer):
 
     def _update_matrices(self, jobs: list[Job]) -> None:
         """Those whose direction is an orthogonalized matrix."""
-        shared = self.engines.shared([param for group in self.param_groups for param in group["params"]])
+        shared = self.engines.shared(self._own)
         if shared is not None and shared.shares:
             self._update_with_others(shared, jobs)
         elif jobs:
@@ -313,8 +313,7 @@ class Muon(torch.optim.Optimizer):
     def _update_with_others(self, engine: StepEngine, jobs: list[Job]) -> None:
         """The same, by a plan for the weights of all data-parallel ranks, whether they have gradients or not."""
         assert self.engines.sharing is not None
-        params = (param for group in self.param_groups for param in group["params"])
-        number = dict(zip(params, self.engines.sharing.numbers, strict=True))
+        number = dict(zip(self._own, self.engines.sharing.numbers, strict=True))
         mine = {number[job.param]: job for job in jobs}
         fill, add = reader(self.config.nesterov, mine, self.variant), self._writer(mine)
 
@@ -352,14 +351,17 @@ class Muon(torch.optim.Optimizer):
         return writing
 
     @property
-    def shares(self) -> bool:
-        """Whether its next step sends messages to data-parallel ranks: to compare plans, or matrices.
+    def sends(self) -> bool:
+        """Whether its next step sends messages to data-parallel ranks, see :meth:`Engines.sends`.
 
         Nothing is final there before all of them have been sent: gathers that a final weight sets off are of the same
         groups, whose ranks must come to everything in one order.
         """
-        engine = self.engines.shared([param for group in self.param_groups for param in group["params"]])
-        return engine is not None and (engine.shares or not engine.agreed)
+        return self.engines.sends(self._own)
+
+    @property
+    def _own(self) -> list[torch.Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _tell_untold(self) -> None:
         untold, self._untold = self._untold or [], None
@@ -389,7 +391,7 @@ class Muon(torch.optim.Optimizer):
         Returns:
             the engine, which has the plan; None if this rank has no parameters to orthogonalize.
         """
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = self._own
         engines = {}
         for direction in self.directions:
             some = [param for param in params if layout_of(param).direction == direction]

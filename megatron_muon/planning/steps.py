@@ -183,7 +183,8 @@ class Step:
         tensor = max((weight.ranks for weight in weights), default=1)
         for peers in {weight.peers for weight in weights if weight.peers is not None}:
             groups[peers.group] = _Group(peers.ranks, self._place)
-            groups[peers.wide] = _Group(peers.ranks * tensor)
+            if peers.wide:
+                groups[peers.wide] = _Group(peers.ranks * tensor)
         return StepEngine(
             weights,
             {name: cast(dist.ProcessGroup, group) for name, group in groups.items()},

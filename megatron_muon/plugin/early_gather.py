@@ -93,7 +93,7 @@ class _EarlyGathers:
             return self._step_members(chain)
         self.settle()  # of modules that no forward pass has come to
         self._left, self._next, self._stepping = [0] * len(self._groups), 0, True
-        self._silent = {leaf for leaf in self._held if isinstance(leaf.optimizer, Muon) and leaf.optimizer.shares}
+        self._silent = {leaf for leaf in self._held if isinstance(leaf.optimizer, Muon) and leaf.optimizer.sends}
         for held in self._held.values():
             for place, _ in held.values():
                 self._left[place] += 1

@@ -143,10 +143,10 @@ def _with_weights_of_layers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_bucket_groups(model_chunks: Sequence[Any]) -> None:
-    """Refuse what would drift apart: groups of buckets of two optimizers, from a copy of Megatron-Core's function.
+    """Refuse what would drift apart: groups of buckets of two optimizers, and gradients that nobody waits for.
 
-    And gradients that nobody waits for: DDP with float32 accumulation sets its reduce-scatter for the whole process.
-    With ``overlap_param_gather`` they are gathered in the next forward pass, after both steps.
+    Mixed groups come of a copy of Megatron-Core's function; with ``overlap_param_gather`` they are gathered in the next
+    forward pass, after both steps. DDP with float32 accumulation sets its reduce-scatter for the whole process.
 
     Raises:
         ConfigError: naming the chunk, and what to do.
