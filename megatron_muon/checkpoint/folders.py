@@ -1,8 +1,13 @@
-"""Folders of checkpoints: which iteration is whole, and which is the newest of these."""
+"""Folders of checkpoints: which iteration is whole, and which is the newest of these.
+
+A folder is on a file system or in an object store; both are a ``Path`` here (:func:`path_of`). What is done with one is
+what both can do: an object appears whole or not at all, as a file does by renaming, and a folder is its objects' names.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -18,8 +23,11 @@ __all__ = [
     "is_whole",
     "iteration_of",
     "newest",
+    "path_of",
     "resolve",
+    "sizes_in",
     "tracked",
+    "write_bytes",
     "write_tracker",
 ]
 
@@ -32,17 +40,70 @@ _INDEX = ".metadata"
 _OVERWRITTEN = "being_written_over"
 """Says of a folder without marks that it once was whole; without meaning in a whole one."""
 _ITERATION = re.compile(r"iter_(\d+)$")
+_URL = re.compile(r"\w+://|msc:/")
+"""``Path`` leaves one slash of two, and Megatron-Core's stores take such a path."""
+
+
+def path_of(folder: str | os.PathLike[str]) -> Path:
+    """What Megatron-Core takes the name of a folder for.
+
+    Args:
+        folder: a local path, or a URL if object stores are enabled (``msc://PROFILE/...``).
+
+    Returns:
+        a ``Path``, or the object store's own, of which the methods that are used here do the same. Enumerating,
+        opening, reading and ``write_bytes`` work on both; renaming does not, and ``is_file`` tells no failure of a
+        store from a file that is missing (``exists`` does).
+
+    Raises:
+        CheckpointError: for a URL where object stores are not enabled, which would be a local folder of this name.
+    """
+    from megatron.core.msc_utils import MultiStorageClientFeature, maybe_msc
+
+    if _URL.match(str(folder)) and not MultiStorageClientFeature.is_enabled():
+        try:
+            MultiStorageClientFeature.import_package()
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder} is in an object store: {error}") from error
+    return maybe_msc.Path(str(folder))
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """The bytes of every file of a folder, by name; a store is asked once for all of them."""
+    from megatron.core.msc_utils import maybe_msc
+
+    if isinstance(folder, Path):
+        return {path.name: path.stat().st_size for path in _entries(folder) if path.is_file()}
+    listed = maybe_msc.list(url=f"{folder}/", include_directories=True)
+    return {each.key.rpartition("/")[2]: each.content_length for each in listed if each.type == "file"}
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file so that it is the old one or the new one at any moment."""
+    if not isinstance(path, Path):
+        path.write_bytes(content)  # a store's objects are so
+        return
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_bytes(content)
+    scratch.replace(path)
 
 
 def is_whole(folder: Path) -> bool:
     """Whether the checkpoint was written to its end."""
-    return _is_mark(folder / _WHOLE) and (folder / _INDEX).is_file()
+    return _is_mark(folder / _WHOLE) and (folder / _INDEX).exists()
 
 
 def _is_mark(path: Path) -> bool:
     """Whether it is there with all of its contents: Megatron-Core opens the file first, and then writes it."""
     try:
-        return isinstance(json.loads(path.read_bytes()), dict)
+        return isinstance(json.loads(path.read_text()), dict)
     except (OSError, ValueError):
         return False
 
@@ -55,8 +116,8 @@ def check_marks(folder: Path) -> None:
     """
     if is_whole(folder):
         return
-    name = _WHOLE if (folder / _INDEX).is_file() else _INDEX
-    state = "is damaged" if (folder / name).is_file() else "is missing"
+    name = _WHOLE if (folder / _INDEX).exists() else _INDEX
+    state = "is damaged" if (folder / name).exists() else "is missing"
     raise CheckpointError(
         f"{folder} is not whole: {name} {state}, so its writing was interrupted, or the file was lost. Load another "
         "checkpoint (--ckpt-step)."
@@ -76,14 +137,17 @@ def folder_of(root: Path, text: str) -> Path:
 
 def newest(root: Path) -> int | None:
     """The last iteration that is whole."""
-    whole = [iteration_of(folder) for folder in root.glob("iter_*") if is_whole(folder)]
-    return max((iteration for iteration in whole if iteration is not None), default=None)
+    found = {iteration_of(folder): folder for folder in _entries(root) if folder.name.startswith("iter_")}
+    iterations = sorted((iteration for iteration in found if iteration is not None), reverse=True)
+    return next((iteration for iteration in iterations if is_whole(found[iteration])), None)
 
 
 def tracked(root: Path) -> str | None:
     """What the tracker says; None if there is none, or nothing in it."""
-    path = root / TRACKER
-    return (path.read_text(errors="replace").strip() or None) if path.is_file() else None
+    try:
+        return (root / TRACKER).read_text(errors="replace").strip() or None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def is_tracker_text(text: str | None) -> bool:
@@ -92,16 +156,14 @@ def is_tracker_text(text: str | None) -> bool:
 
 
 def write_tracker(root: Path, text: str) -> None:
-    """Write the tracker so that it is the old one or the new one at any moment."""
-    scratch = root / f".{TRACKER}.new"
-    scratch.write_text(text)
-    scratch.replace(root / TRACKER)
+    """Write the tracker."""
+    write_bytes(root / TRACKER, text.encode())
 
 
 def forget(folder: Path) -> None:
     """Take the marks of a whole checkpoint away, before it is written over."""
     if is_whole(folder):
-        (folder / _OVERWRITTEN).touch()
+        (folder / _OVERWRITTEN).write_bytes(b"")
     for name in (_WHOLE, _INDEX):
         (folder / name).unlink(missing_ok=True)
 
@@ -113,18 +175,18 @@ def interruption(root: Path) -> str | None:
         return f"{TRACKER} does not name an iteration"
     assert text is not None
     folder = folder_of(root, text)
-    if (folder / _OVERWRITTEN).is_file() and not is_whole(folder):
+    if (folder / _OVERWRITTEN).exists() and not is_whole(folder):
         return f"{folder.name}, which {TRACKER} names, was being written over"
     return None
 
 
-def resolve(path: str) -> Path:
+def resolve(path: str | os.PathLike[str]) -> Path:
     """The folder of one iteration, from it or from the folder of a run.
 
     Raises:
         CheckpointError: if there is no whole checkpoint of format ``torch_dist``.
     """
-    folder = Path(path)
+    folder = path_of(path)
     if is_whole(folder):
         return folder
     text = tracked(folder)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_muon.checkpoint.errors import CheckpointError
-from megatron_muon.checkpoint.folders import check_marks
+from megatron_muon.checkpoint.folders import check_marks, path_of, sizes_in
 from megatron_muon.checkpoint.held import Bucket
 from megatron_muon.checkpoint.keys import bucket_pattern, chain_of, is_bucket
 from megatron_muon.checkpoint.record import RECORD, Record
@@ -49,7 +49,7 @@ class Stored:
         from megatron.core import dist_checkpointing
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        metadata = read_metadata(Path(folder))
+        metadata = read_metadata(path_of(folder))
         shapes = {
             key: (tuple(entry.size), entry.properties.dtype)
             for key, entry in metadata.state_dict_metadata.items()
@@ -139,11 +139,11 @@ def read_metadata(folder: Path) -> Any:
     Raises:
         CheckpointError: naming the file that is missing, too short or unreadable.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
 
     check_marks(folder)
     try:
-        metadata = FileSystemReader(str(folder)).read_metadata()
+        metadata = _get_filesystem_reader(str(folder)).read_metadata()
     except Exception as error:  # whatever a damaged pickle makes of its reader
         raise CheckpointError(
             f"{folder} is damaged: .metadata cannot be read ({type(error).__name__}: {error}). Restore the file, or "
@@ -166,9 +166,9 @@ def check_files(folder: Path, metadata: Any) -> None:
     needed: dict[str, int] = {}
     for info in (metadata.storage_data or {}).values():
         needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+    found = sizes_in(folder)
     for name, length in sorted(needed.items()):
-        path = folder / name
-        there = path.stat().st_size if path.is_file() else None
+        there = found.get(name)
         if there is None or there < length:
             state = "is missing" if there is None else f"has {there} bytes of {length}"
             raise CheckpointError(

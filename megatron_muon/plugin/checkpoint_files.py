@@ -58,8 +58,7 @@ def patches() -> list[Patch]:
 def _with_old_marks_removed(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_local(checkpoint_dir):
-            Ranks.of_world().from_first(lambda: folders.forget(Path(checkpoint_dir)))
+        Ranks.of_world().from_first(lambda: folders.forget(folders.path_of(checkpoint_dir)))
         return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     return save
@@ -71,8 +70,8 @@ def _with_named_damage(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(checkpoint_dir)
         except (Exception, CheckpointException) as error:
-            folder = Path(str(checkpoint_dir))
-            if not _is_local(checkpoint_dir) or not _has_data(folder):
+            folder = folders.path_of(checkpoint_dir)
+            if not _has_data(folder):
                 raise
             read_metadata(folder)
             raise _damage(folder, "common_state", error) from error
@@ -94,17 +93,17 @@ def reason_of(error: BaseException) -> str:
 def _with_marks_checked(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _get_checkpoint_format(checkpoint_name: Any, args: Any) -> Any:
-        folder = Path(str(checkpoint_name))
         # Megatron-Core asks a namespace of the caller's own for neither here.
         any_format = getattr(args, "auto_detect_ckpt_format", False)
         expected = getattr(args, "ckpt_format", None) == "torch_dist" and not any_format
 
         def check() -> None:
+            folder = folders.path_of(checkpoint_name)
             if _has_data(folder):
                 folders.check_marks(folder)
 
-        if expected and _is_local(checkpoint_name):
-            Ranks.of_world().together(check)  # the checkpoint is the run's
+        if expected:
+            Ranks.of_world().from_first(check)  # the checkpoint is the run's
         return original(checkpoint_name, args)
 
     return _get_checkpoint_format
@@ -125,18 +124,16 @@ def _without_strides(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _has_data(folder: Path) -> bool:
     """Whether there are files of format ``torch_dist`` (or ``torch_dcp``)."""
-    return any(folder.glob("*.distcp"))
+    return any(name.endswith(".distcp") for name in folders.sizes_in(folder))
 
 
 def _with_recovery(original: Callable[[str], tuple[int, bool]]) -> Callable[[str], tuple[int, bool]]:
     @functools.wraps(original)
     def read_metadata(tracker_filename: str) -> tuple[int, bool]:
-        if not _is_local(tracker_filename):
-            return original(tracker_filename)
-        root = Path(tracker_filename).parent
+        root = folders.path_of(tracker_filename).parent
         # Ranks may see a shared file system at different moments, but must decide alike.
         ranks = Ranks.of_world()
-        problem, iteration = ranks.from_first(lambda: (folders.interruption(root), folders.newest(root)))
+        problem, iteration = ranks.from_first(lambda: _interruption(root))
         if problem is None:
             return original(tracker_filename)
         if iteration is None:
@@ -155,6 +152,7 @@ def _with_recovery(original: Callable[[str], tuple[int, bool]]) -> Callable[[str
     return read_metadata
 
 
-def _is_local(path: Any) -> bool:
-    """Megatron-Core reads object stores too."""
-    return "://" not in str(path)
+def _interruption(root: Path) -> tuple[str | None, int | None]:
+    """What is wrong with the tracker, and the iteration to take instead of the one that it names."""
+    problem = folders.interruption(root)
+    return problem, None if problem is None else folders.newest(root)
