@@ -121,9 +121,46 @@ class Ranks:
         return results[0]
 
     def from_first[T](self, work: Callable[[], T]) -> T:
-        """What the first rank alone finds by ``work``, on all ranks; fails as :meth:`gather` does."""
-        found: Sequence[T | None] = self.gather(lambda: work() if self.is_first else None)
-        return found[0]  # type: ignore[return-value]  # the first rank's
+        """What the first rank alone finds by ``work``, on all ranks; fails as :meth:`gather` does.
+
+        It may be large: it is sent once to each rank, after all have learned that there is one.
+        """
+        if not self.groups:
+            return work()
+        found = [b""]
+
+        def look() -> None:
+            if self.is_first:
+                found[0] = pickle.dumps(work())
+
+        self.together(look)
+        for number, group in enumerate(self.groups):
+            # From the first rank along its own row, then down each column: in the other rows nobody has it yet.
+            if all(later.rank() == 0 for later in self.groups[number + 1 :]):
+                dist.broadcast_object_list(found, group=group, group_src=0)
+        value: T = pickle.loads(found[0])
+        return value
+
+    def to_first[T](self, work: Callable[[], T]) -> list[T] | None:
+        """The results of ``work`` on the first rank, in the order of :meth:`gather`; None elsewhere.
+
+        Args:
+            work: done on every rank; its result must be picklable. Those of ranks beside one another should be of much
+                the same size: each is padded to the largest.
+
+        Raises:
+            Exception: as :meth:`gather`.
+        """
+        if not self.groups:
+            return [work()]
+        found: list[bytes] = []
+        self.together(lambda: found.append(pickle.dumps(work())))
+        for number, group in enumerate(self.groups):
+            if all(earlier.rank() == 0 for earlier in self.groups[:number]):
+                gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+                dist.gather_object(found, gathered, group=group, group_dst=0)
+                found = [value for part in gathered or () for value in part]
+        return [pickle.loads(value) for value in found] if self.is_first else None
 
     def reduce_max(self, tensor: torch.Tensor) -> None:
         """Make each element of ``tensor`` the largest of all ranks, in place, without waiting for the device.

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megatron_muon.agree import Ranks, ranks_with
 from megatron_muon.checkpoint.errors import CheckpointError
@@ -72,7 +74,7 @@ def fail_on(failing: list[int], kind: str) -> dict[str, Any]:
         return dist.get_rank()
 
     answer: dict[str, Any] = {}
-    for name in ("gather", "together", "from_first"):
+    for name in ("gather", "together", "from_first", "to_first"):
         try:
             answer[name] = getattr(ranks, name)(work)
         except Exception as error:
@@ -82,7 +84,8 @@ def fail_on(failing: list[int], kind: str) -> dict[str, Any]:
 
 def test_values(pool: RankPool) -> None:
     for rank, answer in enumerate(pool.run(fail_on, 4, [], "bug")):
-        assert answer == {"gather": [0, 1, 2, 3], "together": rank, "from_first": 0}
+        on_first = [0, 1, 2, 3] if rank == 0 else None
+        assert answer == {"gather": [0, 1, 2, 3], "together": rank, "from_first": 0, "to_first": on_first}
 
 
 @pytest.mark.parametrize("kind", ERRORS)
@@ -92,7 +95,7 @@ def test_a_failure_of_one_rank_is_raised_on_all(pool: RankPool, kind: str) -> No
     if kind == "odd":
         expected = ("RuntimeError", "OddError: this and that", {0, 1, 2, 3})
     for rank, answer in enumerate(pool.run(fail_on, 4, [2, 3], kind)):
-        for name in ("gather", "together"):
+        for name in ("gather", "together", "to_first"):
             if rank in (2, 3) and kind == "odd":  # their own is whole
                 assert answer[name][:2] == ("OddError", "this and that")
             else:
@@ -102,6 +105,50 @@ def test_a_failure_of_one_rank_is_raised_on_all(pool: RankPool, kind: str) -> No
             else:
                 assert "on rank 2" in answer[name][3][0]
         assert answer["from_first"] == 0
+
+
+def test_a_failure_of_the_first_rank_is_raised_on_all(pool: RankPool) -> None:
+    for answer in pool.run(fail_on, 4, [0], "refusal"):
+        assert answer["from_first"][:3] == ("ConfigError", "--flag 3: give 4.", {0, 1, 2, 3})
+
+
+PAYLOAD = 1_000_000
+
+
+def sent(name: str) -> tuple[int, int]:
+    """Length of what one exchange of a large value brings to this rank, and bytes of the tensors that it made."""
+    ranks, made = grid(), [0]
+
+    def counting(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values())
+            tensors = [each for arg in given if arg is not None for each in (arg if isinstance(arg, list) else [arg])]
+            made[0] += sum(each.nbytes for each in tensors if isinstance(each, torch.Tensor))
+            return collective(*args, **kwargs)
+
+        return call
+
+    within = distributed_c10d  # where torch's exchanges of objects call these
+    names = ("all_gather_single", "broadcast", "gather")
+    originals = {each: getattr(within, each) for each in names}
+    for each, original in originals.items():
+        setattr(within, each, counting(original))
+    try:
+        value = getattr(ranks, name)(lambda: b"." * PAYLOAD)
+    finally:
+        for each, original in originals.items():
+            setattr(within, each, original)
+    return sum(map(len, [value] if isinstance(value, bytes) else value or [])), made[0]
+
+
+def test_large_values_are_sent_to_those_who_need_them(pool: RankPool) -> None:
+    """Once to each rank, and from each rank once to the first: not padded into a place for every rank on every rank."""
+    small = PAYLOAD // 10
+    assert all(size == PAYLOAD and made < 2 * PAYLOAD + small for size, made in pool.run(sent, 4, "from_first"))
+    sizes, made = zip(*pool.run(sent, 4, "to_first"), strict=True)
+    assert sizes == (4 * PAYLOAD, 0, 0, 0)
+    # In its row (2 values), then from the first of each row to the first of all (4).
+    assert all(mine < PAYLOAD * most + small for mine, most in zip(made, (9, 1, 5, 1), strict=True))
 
 
 def steps(failing: int, step: int) -> tuple[str, frozenset[int]]:
