@@ -16,10 +16,11 @@ from megatron_muon.engine.plan import Peers, Weight
 from megatron_muon.engine.shards import Shard, shard_of
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import sizes
-from megatron_muon.optimizers.precision import matmul_precision, precision_of
+from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.routing.layout import MSIGN, STIEFEL, layout_of
 
 __all__ = ["BUCKET_ATTRIBUTE", "DATA", "DENSE", "EXPERT", "EXPERT_DATA", "WIDE", "Engines", "Sharing"]

@@ -42,7 +42,7 @@ class Job:
 
 
 def begin(
-    group: dict[str, Any], params: list[torch.Tensor], states: list[dict[str, Any]], decay: WeightDecay, first_lr: float
+    group: dict[str, Any], params: list[torch.Tensor], states: list[dict[str, Any]], decay: WeightDecay, factor: float
 ) -> list[Job]:
     """P1, and the weight decay that precedes the update: everything elementwise, for one parameter group.
 
@@ -51,7 +51,7 @@ def begin(
         params: of the group, with gradients.
         states: of them.
         decay: the method.
-        first_lr: see :meth:`megatron_muon.optimizers.decay.WeightDecay.factor`.
+        factor: see :meth:`megatron_muon.optimizers.decay.WeightDecay.factor`.
     """
     buffers = [state["momentum_buffer"] for state in states]
     grads = [cast(torch.Tensor, param.grad).to(buffer.dtype) for param, buffer in zip(params, buffers, strict=True)]
@@ -66,7 +66,6 @@ def begin(
         grad_rows = rows_of([grads[index] for index in decaying], decaying_layouts)
         torch._foreach_add_(grad_rows, decaying_rows, alpha=group["weight_decay"])
     torch._foreach_lerp_(rows_of(buffers, layouts), rows_of(grads, layouts), 1.0 - group["momentum"])
-    factor = decay.factor(group, first_lr)
     if factor != 1.0 and decaying_rows:
         torch._foreach_mul_(decaying_rows, factor)
     return [Job(group, *job) for job in zip(params, grads, states, strict=True)]

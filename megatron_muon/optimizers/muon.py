@@ -22,12 +22,12 @@ from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.handled import STEP, Marks, refuse_elsewhere
 from megatron_muon.optimizers.jobs import Addition, Job, Jobs, begin, reader, update_of
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts, spectrally_normalized
-from megatron_muon.optimizers.precision import matmul_precision
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, restart_emptied, step_scalar_rows
 from megatron_muon.optimizers.sizes import VARIANTS, normalized
 from megatron_muon.optimizers.stages import Matrices, Variant, init_rows
 from megatron_muon.orthogonalize.newton_schulz import EPS
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM, UPDATE_NORM, scale_factor
+from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
 
@@ -269,44 +269,55 @@ class Muon(torch.optim.Optimizer):
             ConfigError: if state is on another device than its weight.
             RuntimeError: on all ranks of a group that divides weights, before anything changes, if one of them has a
                 gradient on some ranks and none on others, or if their parameters, options or kernels differ.
+            Exception: whatever is raised once something has changed has a note that says so.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        refuse_elsewhere(self)
-        self.engines.agree(self.param_groups, self.directions)
-        groups = zip(self.param_groups, self._first_lrs, strict=True)
-        jobs = [job for group, first_lr in groups for job in self._begin_group(group, first_lr)]
-        for group in self.param_groups:
+        with matmul_precision(self.config.fp32_matmul_prec):
+            refuse_elsewhere(self)
+            self.engines.agree(self.param_groups, self.directions)
+            engines = self._engines([param for param in self._own if param.grad is not None])
+            groups = zip(self.param_groups, self._first_lrs, strict=True)
+            ready = [(group, self._decay.factor(group, first_lr)) for group, first_lr in groups if self._ready(group)]
+            self._pending = dict.fromkeys(self._own)
+            try:
+                self._change(ready, engines)
+            except Exception as error:
+                error.add_note(
+                    f"Muon: the step had begun, {len(self._pending)} of {len(self._own)} weights are not done: they or "
+                    "their momentum may be between two steps. Go on from a checkpoint."
+                )
+                raise
+        return loss
+
+    def _change(self, ready: list[tuple[dict[str, Any], float]], engines: dict[str, StepEngine]) -> None:
+        """All of a step that changes weights and state, of groups with their factors of decay."""
+        jobs = [job for group, factor in ready for job in self._begin_group(group, factor)]
+        for group, _ in ready:
             step_scalar_rows(group, [job for job in jobs if job.group is group])
-        self._pending = dict.fromkeys(self._own)
         self._untold = [] if self.sends else None
         self._tell([param for param in self._pending if param.grad is None])
-        if jobs or self.engines.sharing is not None:
-            with matmul_precision(self.config.fp32_matmul_prec):
-                self._update_jobs(jobs)
+        self._update_jobs(jobs, engines)
         self._tell_untold()
         self._tell(list(self._pending))
         self._marks.leave(tensor for job in jobs for tensor in self._watched_in(job.state))
-        return loss
 
-    def _update_jobs(self, jobs: list[Job]) -> None:
+    def _update_jobs(self, jobs: list[Job], engines: dict[str, StepEngine]) -> None:
         """P2 to P7, for all matrices: those of each direction together, in the same order on all ranks."""
-        for direction in self.directions:
+        for direction, engine in engines.items():
             some = [job for job in jobs if layout_of(job.param).direction == direction]
-            if direction == MSIGN and (some or self.engines.sharing is not None):
-                self._update_matrices(some)
-            elif some:
-                self._update_otherwise(some, direction)
+            if direction == MSIGN:
+                self._update_matrices(some, engine)
+            else:
+                self._update_otherwise(some, engine, direction)
 
-    def _update_matrices(self, jobs: list[Job]) -> None:
+    def _update_matrices(self, jobs: list[Job], engine: StepEngine) -> None:
         """Those whose direction is an orthogonalized matrix."""
-        shared = self.engines.shared(self._own)
-        if shared is not None and shared.shares:
-            self._update_with_others(shared, jobs)
-        elif jobs:
-            engine = self.engines.of([job.param for job in jobs])
+        if engine.shares:
+            self._update_with_others(engine, jobs)
+        else:
             write = self._telling(engine.plan, dict(enumerate(jobs)), self._writer(jobs))
             engine.run(reader(self.config.nesterov, jobs, self.variant), write)
 
@@ -376,14 +387,14 @@ class Muon(torch.optim.Optimizer):
         for final in self.finals if params else ():
             final(params)
 
-    def _update_otherwise(self, jobs: list[Job], direction: str) -> None:
+    def _update_otherwise(self, jobs: list[Job], engine: StepEngine, direction: str) -> None:
         """Those whose direction is of another kind: in the ball of entries, rows or columns."""
         write = self._ball_writer(jobs)
 
         def look(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
             write(parts, ball_directions(self._matrices(jobs, parts, slots, reduce), direction), reduce)
 
-        self.engines.of([job.param for job in jobs], direction).visit(look)
+        engine.visit(look)
 
     def prepare(self) -> StepEngine | None:
         """Plan the step for all parameters, without communication; the step makes up for it if this is not called.
@@ -391,16 +402,19 @@ class Muon(torch.optim.Optimizer):
         Returns:
             the engine, which has the plan; None if this rank has no parameters to orthogonalize.
         """
-        params = self._own
+        return self._engines(self._own).get(MSIGN)
+
+    def _engines(self, params: list[torch.Tensor]) -> dict[str, StepEngine]:
+        """What carries out the step of some of the parameters, in its order, by their direction."""
         engines = {}
         for direction in self.directions:
             some = [param for param in params if layout_of(param).direction == direction]
-            shared = self.engines.shared(params) if direction == MSIGN else None
+            shared = self.engines.shared(self._own) if direction == MSIGN else None
             if shared is not None and shared.shares:
                 engines[direction] = shared
             elif some:
                 engines[direction] = self.engines.of(some, direction)
-        return engines.get(MSIGN)
+        return engines
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Create missing state. Megatron-Core calls this with False before it loads a checkpoint."""
@@ -420,19 +434,22 @@ class Muon(torch.optim.Optimizer):
                 if self.scales and self.config.scale_mode == SPECTRAL_NORM:
                     init_rows(param, state, UPDATE_LEFT)
 
-    def _begin_group(self, group: dict[str, Any], first_lr: float) -> list[Job]:
-        """Everything elementwise that precedes the iteration."""
+    def _ready(self, group: dict[str, Any]) -> bool:
+        """Whether a group takes part in a step; has its state ready."""
         self._init_group(group)
         params = [param for param in group["params"] if param.grad is not None]
-        if not params:
-            return []
+        self._notice(params, [self.state[param] for param in params])
+        return bool(params)
+
+    def _begin_group(self, group: dict[str, Any], factor: float) -> list[Job]:
+        """Everything elementwise that precedes the iteration."""
+        params = [param for param in group["params"] if param.grad is not None]
         states = [self.state[param] for param in params]
-        self._notice(params, states)
         group[STEP] += 1
         for state in states:
             if STEP in state:
                 state[STEP] += 1
-        return begin(group, params, states, self._decay, first_lr)
+        return begin(group, params, states, self._decay, factor)
 
     def _watched_in(self, state: dict[str, Any]) -> list[torch.Tensor]:
         return [state[name] for name in self.watched if name in state]

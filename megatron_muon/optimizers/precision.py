@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from megatron_muon.config import MuonConfig
 
-__all__ = ["Precision", "matmul_precision", "precision_of"]
+__all__ = ["Precision", "precision_of"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,15 +41,3 @@ def precision_of(config: MuonConfig, weights: torch.dtype) -> Precision:
     automatic = torch.bfloat16 if iteration.itemsize == 2 else own
     wire = {"auto": automatic, "fp32": own, "bf16": torch.bfloat16}[config.tp_wire_dtype]
     return Precision(own, iteration, wire)
-
-
-@contextlib.contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """float32 products in TF32 where asked for; the process-wide setting is put back."""
-    before = torch.get_float32_matmul_precision()
-    # "medium" converts to bfloat16 by itself, so that float32 products (there are none then) may stay exact.
-    torch.set_float32_matmul_precision("high" if precision == "high" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -22,6 +22,7 @@ import torch
 
 from megatron_muon.config import PREFIX, UNREAD, MuonConfig
 from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
+from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.jobs import Job, reader
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.power import store_rows, store_vector, top_singular
@@ -191,8 +192,7 @@ class SpectralSphere(Muon):
             if LEFT in state:
                 state[LEFT].zero_()
 
-    def _update_matrices(self, jobs: list[Job]) -> None:
-        engine = self.engines.of([job.param for job in jobs])
+    def _update_matrices(self, jobs: list[Job], engine: StepEngine) -> None:
         read = reader(self.config.nesterov, jobs, self.variant)
         for some in engine.plan.portions(_CHUNKS):
             solves: dict[Key, _Solve] = {}

@@ -16,13 +16,14 @@ import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
+from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.jobs import Job, reader
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.optimizers.precision import matmul_precision
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.optimizers.stiefel_solvers import PLACING_STEPS, SOLVERS, Msign, defect, tangency, tangent
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.routing.layout import STIEFEL, layout_of
 
 __all__ = ["StiefelMuon"]
@@ -109,16 +110,15 @@ class StiefelMuon(Muon):
     def _flops(self, p: int, q: int) -> int:
         return SOLVERS[self.solver].flops(p, q, self.iterations)
 
-    def _update_jobs(self, jobs: list[Job]) -> None:
+    def _update_jobs(self, jobs: list[Job], engines: dict[str, StepEngine]) -> None:
         self.tangency = None
-        super()._update_jobs(jobs)
+        super()._update_jobs(jobs, engines)
 
-    def _update_otherwise(self, jobs: list[Job], direction: str) -> None:
+    def _update_otherwise(self, jobs: list[Job], engine: StepEngine, direction: str) -> None:
         if direction != STIEFEL:
-            super()._update_otherwise(jobs, direction)
+            super()._update_otherwise(jobs, engine, direction)
             return
         params = [job.param for job in jobs]
-        engine = self.engines.of(params, direction)
         # 16 bits and TF32 leave errors that add up over the steps.
         with matmul_precision("highest"):
             products, _ = choose_products("auto", params[0].device, engine.local_dtype)

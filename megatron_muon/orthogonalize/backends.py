@@ -12,6 +12,7 @@ import torch
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.kernels.gate import examine
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
+from megatron_muon.orthogonalize.switches import float32_is_exact
 
 __all__ = ["BACKENDS", "choose_products"]
 
@@ -68,8 +69,8 @@ def choose_products(backend: str, device: torch.device, dtype: torch.dtype) -> t
         backend: one of :data:`BACKENDS`. ``auto`` takes the first of gram_newton_schulz, triton, emerging and torch
             that can be used, on CPUs torch by blocks.
         device: where it will multiply.
-        dtype: in which. For float32, call this under the ``torch.set_float32_matmul_precision`` of the step: what is
-            best depends on whether products may be TF32.
+        dtype: in which. For float32, call this under the :func:`matmul_precision` of the step: what is best
+            depends on whether products may be TF32.
 
     Returns:
         The products, and one line for the report: what was chosen, with the numbers of the check, and why those that
@@ -88,7 +89,7 @@ def choose_products(backend: str, device: torch.device, dtype: torch.dtype) -> t
     if backend == "auto":
         products, text = _preferred(device, dtype)
         return products, f"{products.name}, {where}{text}"
-    found = _candidate(backend, device, dtype, torch.get_float32_matmul_precision())
+    found = _candidate(backend, device, dtype, float32_is_exact())
     if found.products is None:
         raise ConfigError(f"{_FLAG} {backend}, {where}: it {found.text}. Use auto or torch.")
     return found.products, f"{found.products.name}, {where}, as {_FLAG} says ({found.text})"
@@ -98,7 +99,7 @@ def _preferred(device: torch.device, dtype: torch.dtype) -> tuple[TorchProducts,
     """What ``auto`` stands for, and why."""
     if device.type == "cpu":
         return BlockProducts(_CPU_BLOCK_ROWS[dtype]), f" (blocks of {_CPU_BLOCK_ROWS[dtype]} rows or more)"
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+    if dtype == torch.float32 and float32_is_exact():
         # Exact float32 has no tensor cores; without them, Triton's products are no match for torch's.
         return TorchProducts(), " (symmetric kernels are for 16 bits and TF32)"
     return _first_that_passes(device, dtype)
@@ -107,7 +108,7 @@ def _preferred(device: torch.device, dtype: torch.dtype) -> tuple[TorchProducts,
 def _first_that_passes(device: torch.device, dtype: torch.dtype) -> tuple[TorchProducts, str]:
     reasons: list[str] = []
     for backend in _KERNELS:
-        found = _candidate(backend, device, dtype, torch.get_float32_matmul_precision())
+        found = _candidate(backend, device, dtype, float32_is_exact())
         if found.products is not None:
             return found.products, "".join([f" ({found.text})", *reasons])
         reasons.append(f"; {backend} {found.text}")
@@ -115,9 +116,9 @@ def _first_that_passes(device: torch.device, dtype: torch.dtype) -> tuple[TorchP
 
 
 @cache
-def _candidate(backend: str, device: torch.device, dtype: torch.dtype, precision: str) -> _Candidate:
-    """Load a backend and check it. ``precision`` is in force for float32 products, and here a part of the key."""
-    del precision
+def _candidate(backend: str, device: torch.device, dtype: torch.dtype, is_exact: bool) -> _Candidate:
+    """Load a backend and check it. ``is_exact``, of float32 products, is here a part of the key."""
+    del is_exact
     kernel = _KERNELS[backend]
     try:
         module = import_module(f"megatron_muon.orthogonalize.kernels.{kernel.module}")

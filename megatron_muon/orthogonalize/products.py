@@ -10,6 +10,8 @@ import itertools
 
 import torch
 
+from megatron_muon.orthogonalize.switches import float32_is_exact
+
 __all__ = ["BlockProducts", "TorchProducts", "is_exact", "shifted_"]
 
 
@@ -111,9 +113,7 @@ def is_exact(dtype: torch.dtype) -> bool:
 
     That saves a pass over R for each product. With few bits the sum would be rounded where it matters.
     """
-    return dtype == torch.float64 or (
-        dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    )  # otherwise TF32
+    return dtype == torch.float64 or (dtype == torch.float32 and float32_is_exact())  # otherwise TF32
 
 
 def shifted_(z: torch.Tensor, a: float) -> torch.Tensor:

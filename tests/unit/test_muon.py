@@ -1,13 +1,14 @@
 """The optimizer in one process, against its formula in float64 and against Megatron-Core's own."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from megatron_muon import ConfigError, Muon
 from megatron_muon.optimizers.sizes import Hyperball, PolarGrad
-from megatron_muon.optimizers.stages import Variant
+from megatron_muon.optimizers.stages import Matrices, Variant
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
@@ -202,12 +203,73 @@ def test_a_weight_whose_memory_is_replaced_is_planned_anew() -> None:
     assert torch.equal(param, other)
 
 
-def test_matmul_precision_of_the_process_is_put_back() -> None:
-    param = _parameter(6, 4, dtype=torch.float32)
+class Looking(Variant):
+    """Notes torch's switches in the middle of a step."""
+
+    adapts = True
+
+    def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
+        self.seen = switches()
+        return super().adapt(matrices)
+
+
+def switches() -> list[str]:
+    return [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+
+
+@pytest.fixture
+def torchs_switches() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for each in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        each.fp32_precision = "none"
+
+
+@pytest.mark.usefixtures("torchs_switches")
+@pytest.mark.parametrize("given", ["nothing", "high", "medium", "cuda", "mkldnn", "all"])
+@pytest.mark.parametrize(("prec", "in_step"), [("high", "tf32"), ("highest", "ieee")])
+def test_matmul_precision_of_the_process_is_put_back(given: str, prec: str, in_step: str) -> None:
+    """By whichever of torch's functions and attributes it was set; each raises where another has been used."""
+    match given:
+        case "high" | "medium":
+            torch.set_float32_matmul_precision(given)
+        case "cuda":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        case "mkldnn":
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        case "all":
+            torch.backends.fp32_precision = "tf32"
+    before = switches()
+    param, variant = _parameter(6, 4, dtype=torch.float32), Looking()
     param.grad = torch.ones_like(param)
-    before = torch.get_float32_matmul_precision()
-    Muon([param], fp32_matmul_prec="high").step()
-    assert torch.get_float32_matmul_precision() == before
+    Muon([param], fp32_matmul_prec=prec, variant=variant).step()
+    assert variant.seen == [in_step, in_step] and switches() == before
+    if given in ("high", "medium"):
+        assert torch.get_float32_matmul_precision() == given
+    if given == "all":
+        torch.backends.fp32_precision = "ieee"
+        assert switches() == ["ieee", "ieee"], "what was inherited still is"
+
+
+def test_a_step_that_raises_has_changed_nothing_or_says_so() -> None:
+    class Failing(Variant):
+        adapts = True
+
+        def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
+            raise ArithmeticError
+
+    first, second = _parameter(6, 4), _parameter(6, 4, seed=1)
+    first.grad, second.grad = _gradients(6, 4, 2)
+    before = [first.detach().clone(), second.detach().clone()]
+    late = [{"params": [first], "max_lr": 1.0}, {"params": [second]}]
+    refused = Muon(late, lr=0.0, weight_decay_method="independent_scheduled")
+    with pytest.raises(ConfigError, match="give the peak rate") as refusal:
+        refused.step()
+    assert all(map(torch.equal, [first, second], before)) and not hasattr(refusal.value, "__notes__")
+    assert not any(refused.state[first]["momentum_buffer"].flatten()) and refused.param_groups[0]["step"] == 0
+    with pytest.raises(ArithmeticError) as error:
+        Muon([first, second], variant=Failing()).step()
+    assert "2 of 2 weights are not done" in error.value.__notes__[0]
 
 
 @pytest.mark.parametrize(("variant", "scale_mode"), [(PolarGrad(), "update_norm"), (Hyperball(), "spectral")])

@@ -100,8 +100,7 @@ def examine(
     Args:
         products: the implementation.
         device: where.
-        dtype: in which it multiplies; float32 is multiplied, by torch too, as
-            ``torch.get_float32_matmul_precision()`` says.
+        dtype: in which it multiplies; float32 is multiplied, by torch too, as torch's switches say.
         sizes: of the matrices; by default :data:`CPU_SIZES` or :data:`GPU_SIZES`.
 
     Returns:

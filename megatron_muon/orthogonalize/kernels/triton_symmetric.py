@@ -19,6 +19,7 @@ import triton.language as tl
 
 from megatron_muon.orthogonalize.kernels import current
 from megatron_muon.orthogonalize.products import TorchProducts
+from megatron_muon.orthogonalize.switches import float32_is_exact
 
 __all__ = ["DTYPES", "INTERPRETED", "TILES", "Tile", "TritonProducts", "obstacle", "symmetric_product"]
 
@@ -178,7 +179,7 @@ def symmetric_product(
 
     Returns:
         (batch, p, p), contiguous, exactly symmetric, in the dtype of ``a``. float32 is multiplied in TF32 unless
-        ``torch.get_float32_matmul_precision()`` is ``highest``. Not differentiable.
+        torch's products are exact. Not differentiable.
 
     Raises:
         TypeError: for another dtype.
@@ -300,7 +301,7 @@ def _check(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> None:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and not float32_is_exact():
         return "tf32"
     return "ieee"
 

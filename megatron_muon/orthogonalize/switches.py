@@ -1,0 +1,54 @@
+"""torch's process-wide switches that change what matrix products compute: set for a step, and put back after it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["float32_is_exact", "matmul_precision"]
+
+
+def float32_is_exact() -> bool:
+    """Whether products of float32 matrices take all their bits, on all devices."""
+    if switches := _float32_switches():
+        return all(each.fp32_precision in ("none", "ieee") for each in switches)
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """float32 products in TF32 where asked for; the process's switches are put back.
+
+    Args:
+        precision: ``high`` for TF32. With ``medium`` matrices are converted to bfloat16 by the iteration, so that
+            float32 products (there are none then) may stay exact.
+    """
+    wanted = "high" if precision == "high" else "highest"
+    switches = _float32_switches()
+    if not switches:
+        legacy = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(wanted)
+    before = [each.fp32_precision for each in switches]
+    for each in switches:
+        each.fp32_precision = "tf32" if wanted == "high" else "ieee"
+    try:
+        yield
+    finally:
+        for each, value in zip(switches, before, strict=True):
+            each.fp32_precision = "none"  # what it inherits, from ``torch.backends.fp32_precision``, it goes on to
+            if each.fp32_precision != value:
+                each.fp32_precision = value
+        if not switches:
+            torch.set_float32_matmul_precision(legacy)
+
+
+def _float32_switches() -> list[Any]:
+    """What has ``fp32_precision``, of matrix products; nothing before torch 2.9.
+
+    Where these have been set, torch's older functions raise; where the older ones have been, these can be read.
+    """
+    found = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    return [each for each in found if hasattr(each, "fp32_precision")]
