@@ -19,6 +19,7 @@ from tools.results.transfer import RULES
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_an_experiment_writes_its_page_numbers_and_picture(tmp_path: Path) -> None:
     words = ["-m", "tools.results", "coordinates", "--quick", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

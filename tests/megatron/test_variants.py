@@ -107,7 +107,7 @@ def train_experts(layout: Layout, weights: str, optimizer: dict[str, Any]) -> li
             **VARIANTS["scion"],
             "muon_param_rule": ("*.experts.*linear_fc1*=col_norm", "*.experts.*linear_fc2*=row_norm"),
         },
-        {"name": "stiefel_muon", "muon_param_rule": ("*.experts.*=stiefel",)},
+        pytest.param({"name": "stiefel_muon", "muon_param_rule": ("*.experts.*=stiefel",)}, marks=pytest.mark.slow),
         pytest.param(VARIANTS["sphere"], marks=pytest.mark.slow),
         pytest.param(VARIANTS["normuon"], marks=pytest.mark.slow),
     ],
@@ -140,7 +140,7 @@ def resume(layout: Layout, optimizer: dict[str, Any], folder: str) -> list[float
     return run.losses(2)
 
 
-@pytest.mark.parametrize("name", with_slow(SAVED, "adamuon_eo", "namo", "hyperball", "scion"))
+@pytest.mark.parametrize("name", with_slow(SAVED, "adamuon_eo", "namo", "hyperball", "scion", "stiefel", "transfer"))
 def test_state_is_saved_for_every_layout(pool: RankPool, weights: str, tmp_path: Path, name: str) -> None:
     """TP 2 to TP 4 (more ranks than query groups), PP 2 and layer-wise; without its state the losses would differ."""
     folder = str(tmp_path / "checkpoint")
