@@ -24,6 +24,7 @@ from megatron_muon.optimizers.stages import divided
 from megatron_muon.orthogonalize.coefficients import coefficients
 from megatron_muon.orthogonalize.newton_schulz import newton_schulz
 from megatron_muon.orthogonalize.products import TorchProducts
+from megatron_muon.orthogonalize.switches import without_autocast
 
 __all__ = ["PLACING_STEPS", "SIGN_STEPS", "SOLVERS", "Msign", "Solver", "defect", "msign", "tangency", "tangent"]
 
@@ -170,6 +171,7 @@ SOLVERS = {
 """By the names that ``--muon-stiefel-solver`` takes."""
 
 
+@without_autocast()
 def tangent(
     weight: torch.Tensor, gradient: torch.Tensor, solver: str = "admm", iterations: int = 0, msign: Msign = msign
 ) -> torch.Tensor:
@@ -191,11 +193,13 @@ def tangent(
     return way.solve(weight, divided(gradient, norms), iterations or way.iterations, msign)
 
 
+@without_autocast()
 def tangency(weight: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     """(matrices,): |W^T Phi + Phi^T W|_F / n, how far each direction is from the tangent space."""
     return torch.linalg.matrix_norm(_twice_symmetric(weight.mT @ direction)) / weight.size(-1)
 
 
+@without_autocast()
 def defect(weight: torch.Tensor) -> torch.Tensor:
     """(matrices, 1, 1): |W^T W - I|_F / sqrt(n), how far each weight is from the manifold."""
     gram = weight.mT @ weight

@@ -13,6 +13,7 @@ import torch
 
 from megatron_muon.orthogonalize.coefficients import Coefficients
 from megatron_muon.orthogonalize.products import TorchProducts, is_exact, shifted_
+from megatron_muon.orthogonalize.switches import without_autocast
 
 __all__ = ["gram_iteration", "polynomial_of_gram", "prescale", "segments"]
 
@@ -23,6 +24,7 @@ def segments(coefficients: Coefficients, restarts: tuple[int, ...]) -> list[Coef
     return [coefficients[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
+@without_autocast()
 def gram_iteration(
     x: torch.Tensor, coefficients: Coefficients, restarts: tuple[int, ...], products: TorchProducts, scale: float = 1.0
 ) -> torch.Tensor:
@@ -49,6 +51,7 @@ def gram_iteration(
     return x
 
 
+@without_autocast()
 def polynomial_of_gram(
     r: torch.Tensor, coefficients: Coefficients, products: TorchProducts, scale: float = 1.0
 ) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from megatron_muon.orthogonalize.coefficients import Coefficients
 from megatron_muon.orthogonalize.products import TorchProducts
+from megatron_muon.orthogonalize.switches import without_autocast
 
 __all__ = ["EPS", "Reduce", "newton_schulz", "normalized", "standard_iteration"]
 
@@ -97,6 +98,7 @@ def normalized(
     return torch.mul(x, factor, out=out)  # in ``wide``, rounded once
 
 
+@without_autocast()
 def standard_iteration(
     x: torch.Tensor, coefficients: Coefficients, products: TorchProducts = _TORCH, reduce: Reduce | None = None
 ) -> torch.Tensor:
@@ -116,6 +118,7 @@ def standard_iteration(
     return x
 
 
+@without_autocast()
 def split_iteration(
     x: torch.Tensor, coefficients: Coefficients, products: TorchProducts, scatter: Reduce, gather: Reduce
 ) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["float32_is_exact", "matmul_precision"]
+__all__ = ["float32_is_exact", "matmul_precision", "without_autocast"]
 
 
 def float32_is_exact() -> bool:
@@ -19,8 +19,18 @@ def float32_is_exact() -> bool:
 
 
 @contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Products are in the numbers that they are given, also within ``torch.autocast``; for functions as a decorator."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """float32 products in TF32 where asked for; the process's switches are put back.
+    """No autocast, float32 products in TF32 where asked for; the process's switches are put back.
 
     Args:
         precision: ``high`` for TF32. With ``medium`` matrices are converted to bfloat16 by the iteration, so that
@@ -35,7 +45,8 @@ def matmul_precision(precision: str) -> Iterator[None]:
     for each in switches:
         each.fp32_precision = "tf32" if wanted == "high" else "ieee"
     try:
-        yield
+        with without_autocast():
+            yield
     finally:
         for each, value in zip(switches, before, strict=True):
             each.fp32_precision = "none"  # what it inherits, from ``torch.backends.fp32_precision``, it goes on to
