@@ -30,7 +30,10 @@ def without_autocast() -> Iterator[None]:
 
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """No autocast, float32 products in TF32 where asked for; the process's switches are put back.
+    """No autocast, float32 products in TF32 where asked for, and sums of all in float32; all switches are put back.
+
+    Where Gram Newton-Schulz restarts (:mod:`megatron_muon.orthogonalize.restarts`) is chosen for products that are
+    rounded once.
 
     Args:
         precision: ``high`` for TF32. With ``medium`` matrices are converted to bfloat16 by the iteration, so that
@@ -42,18 +45,34 @@ def matmul_precision(precision: str) -> Iterator[None]:
         legacy = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(wanted)
     before = [each.fp32_precision for each in switches]
+    sums = _sum_switches()
     for each in switches:
         each.fp32_precision = "tf32" if wanted == "high" else "ieee"
     try:
+        for name, value in sums.items():
+            setattr(torch.backends.cuda.matmul, name, (False, value[1]) if isinstance(value, tuple) else False)
         with without_autocast():
             yield
     finally:
+        for name, value in sums.items():
+            setattr(torch.backends.cuda.matmul, name, value)
         for each, value in zip(switches, before, strict=True):
             each.fp32_precision = "none"  # what it inherits, from ``torch.backends.fp32_precision``, it goes on to
             if each.fp32_precision != value:
                 each.fp32_precision = value
         if not switches:
             torch.set_float32_matmul_precision(legacy)
+
+
+def _sum_switches() -> dict[str, Any]:
+    """Whether sums within products of 16 bits may be of 16 bits; with whether a product may be cut into sums."""
+    matmul, found = torch.backends.cuda.matmul, {}
+    reductions = [f"allow_{numbers}_reduced_precision_reduction" for numbers in ("fp16", "bf16")]
+    for name in (*reductions, "allow_fp16_accumulation"):
+        value = [getattr(matmul, each) for each in (name, f"{name}_split_k") if hasattr(matmul, each)]
+        if value:
+            found[name] = tuple(value) if len(value) > 1 else value[0]
+    return found
 
 
 def _float32_switches() -> list[Any]:

@@ -214,7 +214,7 @@ class Looking(Variant):
     adapts = True
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
-        self.seen = switches()
+        self.seen, self.sums = switches(), sums()
         return super().adapt(matrices)
 
 
@@ -222,9 +222,22 @@ def switches() -> list[str]:
     return [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
 
 
+REDUCTION = "allow_{}_reduced_precision_reduction"
+
+
+def sums() -> list[bool]:
+    """May products of 16 bits be summed in 16 bits; may they be cut into several sums; may fp16 be added up in fp16."""
+    matmul, names = torch.backends.cuda.matmul, [REDUCTION.format(numbers) for numbers in ("fp16", "bf16")]
+    found = [getattr(matmul, name) for name in names] + [getattr(matmul, f"{name}_split_k") for name in names]
+    return [*found, matmul.allow_fp16_accumulation]
+
+
 @pytest.fixture
 def torchs_switches() -> Iterator[None]:
     yield
+    for numbers in ("fp16", "bf16"):
+        setattr(torch.backends.cuda.matmul, REDUCTION.format(numbers), (True, True))
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
     torch.set_float32_matmul_precision("highest")
     for each in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
         each.fp32_precision = "none"
@@ -254,6 +267,19 @@ def test_matmul_precision_of_the_process_is_put_back(given: str, prec: str, in_s
     if given == "all":
         torch.backends.fp32_precision = "ieee"
         assert switches() == ["ieee", "ieee"], "what was inherited still is"
+
+
+@pytest.mark.usefixtures("torchs_switches")
+@pytest.mark.parametrize("fp16", [True, (True, True), (False, True), (False, False)])
+def test_sums_of_products_are_not_of_16_bits_in_a_step(fp16: bool | tuple[bool, bool]) -> None:
+    """Restarts of Gram Newton-Schulz are chosen for products that are rounded once."""
+    setattr(torch.backends.cuda.matmul, REDUCTION.format("fp16"), fp16)
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    before = sums()
+    param, variant = _parameter(6, 4, dtype=torch.float32), Looking()
+    param.grad = torch.ones_like(param)
+    Muon([param], ns_dtype="fp16", variant=variant).step()
+    assert variant.sums == [False, False, *before[2:4], False] and sums() == before
 
 
 def _stepped_within(optimizer: type[Muon], layout: MatrixLayout, enabled: bool, **options: Any) -> torch.Tensor:
