@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
 
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint import record as records
@@ -22,9 +23,9 @@ from megatron_muon.checkpoint.fingerprint import added, fingerprints
 from megatron_muon.checkpoint.held import Bucket, Held
 from megatron_muon.checkpoint.keys import ALONE, PREFIX
 from megatron_muon.checkpoint.record import ACCEPT, RECORD, Record, Rule, WeightRecord, layout_text
-from megatron_muon.checkpoint.sharding import Place, Replica, key_and_index, places_of, rows_of, tensors_of
-from megatron_muon.checkpoint.slices import gathered, scatter
-from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, estimated_second_moment
+from megatron_muon.checkpoint.sharding import Place, Replica, key_and_index, places_of, rows_of
+from megatron_muon.checkpoint.slices import mean_squares
+from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, gradients_to_average
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.routing.layout import layout_of
@@ -66,20 +67,31 @@ def saved_state(ranks: Ranks, held: Sequence[Held], model: Model) -> dict[str, A
     """
     places = model.places(held)
     record = _record(ranks, held, places, model_weights.sums_of(model_weights.described(model.state)))
-    alone = set(record.alone)
     weights: dict[str, Any] = {}
-    for each, place, tensors in zip(held, places, gathered(held), strict=True):
-        for state, tensor in tensors.items():
-            source = f"{PREFIX}.{state}{ALONE if (state, place.key) in alone else ''}"
-            parts = place.sharded(source, tensor, _replica(each, place))
+    for each, place in zip(held, places, strict=True):
+        for state, parts in described(each, place, record.alone).items():
             weights.setdefault(place.name, {})[state] = dict(enumerate(parts))
     return {RECORD: record.to_plain(), WEIGHTS: _or_local(weights)}
 
 
+def described(held: Held, place: Place, alone: Collection[tuple[str, str]] = ()) -> dict[str, list[ShardedTensor]]:
+    """What this rank has of each state of a weight, where it lies; those of replica (0, 0, 0) are saved.
+
+    Args:
+        held: the weight.
+        place: of it.
+        alone: (state, key) of states that not all weights of a tensor have.
+    """
+    return {
+        state: place.sharded(
+            f"{PREFIX}.{state}{ALONE if (state, place.key) in alone else ''}", tensor, _replica(held, place), held.span
+        )
+        for state, tensor in held.tensors.items()
+    }
+
+
 def _or_local(weights: dict[str, Any]) -> Any:
     """Empty containers would be stored, and lost, as plain data."""
-    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
-
     return weights or LocalNonpersistentObject({})
 
 
@@ -126,7 +138,7 @@ def _counted(held: Held, place: Place) -> list[str]:
     return [
         state
         for state, tensor in sorted(held.tensors.items())
-        if all(part.replica_id == (0, 0, 0) for part in tensors_of(place.sharded(PREFIX, tensor, replica)))
+        if all(part.replica_id == (0, 0, 0) for part in place.sharded(PREFIX, tensor, replica))
     ]
 
 
@@ -216,7 +228,7 @@ class Request(dict[str, Any]):
                     each,
                     place,
                     state,
-                    self._replica(each, place),
+                    _replica(each, place),
                     stored,
                     buckets.get(each.param),
                     fresh=self._is_new(each, place),
@@ -258,18 +270,36 @@ class Request(dict[str, Any]):
             raise RuntimeError("load the checkpoint with megatron.core.dist_checkpointing.load after install()")
         weights = loaded.get(WEIGHTS, {})
         for each, place, choices in zip(self.held, self.places, self.choices, strict=True):
-            read = {choice.state: _joined(weights[place.name][choice.state]) for choice in choices if choice.is_read}
             for choice in choices:
-                if choice.state == MASTER and not choice.is_read:
-                    read[choice.state] = each.param.data
-                elif not choice.is_read and choice.state == ESTIMATED:
-                    read[choice.state] = _second_moment(place, read, self.stored.momentum)
-                elif not choice.is_read:
-                    continue  # it starts as every weight's does
-                scatter(each, choice.state, read[choice.state])
+                if choice.is_read:
+                    _take(choice, weights[place.name].pop(choice.state))
+                elif choice.state == MASTER:
+                    weight = each.param.data.reshape(-1)[slice(*each.span)] if each.span else each.param.data
+                    each.tensors[choice.state].copy_(weight)
+        self._estimate()
         self._check_contents()
         self._set_steps(self.stored.step)
         return self.stored.record
+
+    def _estimate(self) -> None:
+        """Second moments of weights whose earlier optimizer had none, from their first."""
+        assert self.stored is not None
+        firsts: list[torch.Tensor | None] = [None] * len(self.held)
+
+        def look() -> bool:
+            for number, (each, place, choices) in enumerate(zip(self.held, self.places, self.choices, strict=True)):
+                read = {choice.state for choice in choices if choice.is_read}
+                if any(choice.state == ESTIMATED for choice in choices) and ESTIMATED not in read:
+                    first = next((state for state in ("exp_avg", "momentum_buffer") if state in read), None)
+                    if first is None:
+                        raise CheckpointError(f"{place.name}: there is no first moment to estimate {ESTIMATED} from")
+                    firsts[number] = each.tensors[first]
+            return any(first is not None for first in firsts)
+
+        if any(self.ranks.gather(look)):
+            for each, first, mean in zip(self.held, firsts, mean_squares(self.held, firsts), strict=True):
+                if first is not None:
+                    each.tensors[ESTIMATED].copy_(mean * gradients_to_average(self.stored.momentum))
 
     def _buckets(self, stored: Stored) -> Mapping[torch.nn.Parameter, Bucket]:
         """Where the distributed optimizer had each weight: this run's, in a layer-wise one, or that of Adam alone."""
@@ -302,12 +332,6 @@ class Request(dict[str, Any]):
         )
         for _, group, numbers in found:
             group.update({name: numbers[name] for name in names if name in numbers and name in group})
-
-    def _replica(self, held: Held, place: Place) -> Replica:
-        pipeline, shard, data = place.replica
-        if held.slices is not None:
-            return (pipeline, shard, held.slices.holders.index(held.slices.rank))
-        return (pipeline, shard, 0 if held.owned else data)
 
     def _is_new(self, held: Held, place: Place) -> bool:
         """Whether the checkpoint's weight had another rule, so that it may lack what this one's keeps."""
@@ -364,10 +388,10 @@ class Request(dict[str, Any]):
 
     def _is_alike(self, choice: Choice) -> bool:
         """A state that was rounded when it was read, or has fewer rows (of a padded vocabulary), has another sum."""
-        assert self.stored is not None and choice.tensor is not None
+        assert self.stored is not None
         return all(
-            self.stored.shapes[part.key] == (tuple(part.global_shape), choice.tensor.dtype)
-            for part in tensors_of(choice.parts)
+            self.stored.shapes[part.key] == (tuple(part.global_shape), target.dtype)
+            for part, target in zip(choice.parts, choice.targets, strict=True)
         )
 
     def _set_steps(self, step: int) -> None:
@@ -397,18 +421,12 @@ def _counts_in_state(inner: torch.optim.Optimizer) -> bool:
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)) and not hasattr(inner, "adam_w_mode")
 
 
-def _joined(parts: dict[int, torch.Tensor]) -> torch.Tensor:
-    """The parts of a weight, flattened where there are several."""
-    tensors = [parts[number] for number in sorted(parts)]
-    return tensors[0] if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def _second_moment(place: Place, read: dict[str, torch.Tensor], momentum: float) -> torch.Tensor:
-    """Of a weight whose earlier optimizer had none, but a moving average of this decay."""
-    first = read.get("exp_avg", read.get("momentum_buffer"))
-    if first is None:
-        raise CheckpointError(f"{place.name}: there is no first moment to estimate {ESTIMATED} from")
-    return estimated_second_moment(first, momentum)
+def _take(choice: Choice, parts: dict[int, torch.Tensor]) -> None:
+    """Put what was read into the state, unless it was read there."""
+    for number, target in enumerate(choice.targets):
+        part = parts.pop(number)
+        if (part.data_ptr(), part.device) != (target.data_ptr(), target.device):
+            target.copy_(part)
 
 
 def _way_out(stored: Stored) -> str:

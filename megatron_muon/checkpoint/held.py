@@ -30,24 +30,9 @@ class Slices:
     spans: tuple[tuple[int, int], ...]
 
     @property
-    def rank(self) -> int:
-        """This rank in ``group``."""
-        return self.group.rank()
-
-    @property
     def mine(self) -> tuple[int, int]:
         """This rank's elements."""
-        return self.spans[self.rank]
-
-    @property
-    def holders(self) -> list[int]:
-        """Ranks in ``group`` that have a part."""
-        return [rank for rank, (start, stop) in enumerate(self.spans) if stop > start]
-
-    @property
-    def owner(self) -> int:
-        """The rank that has most of it, the first of several: it saves the weight."""
-        return max(self.holders, key=lambda rank: (self.spans[rank][1] - self.spans[rank][0], -rank))
+        return self.spans[self.group.rank()]
 
 
 @dataclass(frozen=True)
@@ -92,6 +77,11 @@ class Held:
     slices: Slices | None = None
     owned: bool = False
     bucket: Bucket | None = None
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """The elements of the flattened weight that this rank has, [start, stop); None if the state is whole."""
+        return None if self.slices is None else self.slices.mine
 
     @property
     def rule(self) -> str:

@@ -8,6 +8,7 @@ weight is described in the same way.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.keys import ALONE, name_of
+from megatron_muon.checkpoint.slices import boxes
 from megatron_muon.engine.pieces import plain
 from megatron_muon.errors import sizes
 
@@ -40,6 +42,21 @@ Replica = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
+class Block:
+    """Rows of a weight that are one shard of a tensor of the model's: all, or what a factory makes of them.
+
+    Attributes:
+        base: the model's description, without its data.
+        first: the first element of the flattened :class:`Template` in it.
+        suffix: what the factory adds to the model's key.
+    """
+
+    base: ShardedTensor
+    first: int
+    suffix: str
+
+
+@dataclass(frozen=True)
 class Template:
     """A part of a weight that the model saves under a key of its own; mostly the whole weight.
 
@@ -57,6 +74,29 @@ class Template:
     def numel(self) -> int:
         """Elements of it."""
         return _numel(self.shape)
+
+    @functools.cached_property
+    def blocks(self) -> list[Block]:
+        """What a factory saves it in; one for a tensor.
+
+        Raises:
+            CheckpointError: for a factory that does other things than cutting rows.
+        """
+        if isinstance(self.base, ShardedTensor):
+            return [Block(self.base.without_data(), 0, "")]
+        whole, key = torch.empty(self.shape, device="meta"), self.base.key
+        memory, rest = whole.untyped_storage()._cdata, self.shape[1:]
+        found = []
+        for part in _tensors(self.base.build_fn(key, whole, self.base.replica_id, None)):
+            data = part.data
+            is_view = data is not None and data.untyped_storage()._cdata == memory and data.is_contiguous()
+            if data is None or not is_view or tuple(data.shape[1:]) != rest:
+                raise CheckpointError(
+                    f"{key}: the model saves this weight in parts that are no blocks of its rows; its optimizer state "
+                    "cannot be saved beside it. Let the factory in the model's sharded_state_dict() cut rows."
+                )
+            found.append(Block(part.without_data(), int(data.storage_offset()), part.key.removeprefix(key)))
+        return found
 
 
 @dataclass(frozen=True)
@@ -101,8 +141,12 @@ class Place:
         tensor = next(_tensors(base.build())) if isinstance(base, ShardedTensorFactory) else base
         return _numel(tensor.global_shape[: tensor.prepend_axis_num])
 
-    def sharded(self, source: str, tensor: torch.Tensor, replica: Replica) -> list[Any]:
-        """Describe a state tensor.
+    def sharded(
+        self, source: str, tensor: torch.Tensor, replica: Replica, span: tuple[int, int] | None = None
+    ) -> list[ShardedTensor]:
+        """Describe a state tensor, where it lies: what is read into the descriptions is read into the state.
+
+        Without a regular grid, since ranks may have slices of what others have whole.
 
         Args:
             source: what precedes the model's key (``optimizer.state.momentum_buffer``). With :data:`ALONE` at its end,
@@ -110,14 +154,21 @@ class Place:
             tensor: of the weight's shape; or with 1 in place of some sizes (one number for each row or column), or of
                 one element.
             replica: (pipeline, tensor, data).
-
-        Returns:
-            ``ShardedTensor`` or ``ShardedTensorFactory`` for each of ``templates``.
+            span: ``tensor`` has these elements of the flattened weight only, [start, stop).
         """
-        parts = []
+        parts: list[ShardedTensor] = []
+        alone = source.endswith(ALONE)
         for template in self.templates:
-            part = tensor if len(self.templates) == 1 else rows_of(tensor, template)
-            parts.append(_described(template.base, source, part, replica, key_and_index(template.base)[1]))
+            rows = tensor if span or len(self.templates) == 1 else rows_of(tensor, template)
+            for block in template.blocks:
+                base = block.base
+                index = base.global_offset[: base.prepend_axis_num]
+                key = _key(source, template.base.key, index, alone) + block.suffix
+                if span is None:
+                    found = [_shaped(base, key, _rows(rows, template, block, key), replica)]
+                else:
+                    found = _cut(base, key, tensor, template.first + block.first, span, replica)
+                parts += [_without_grid(_without_index(part) if alone else part) for part in found]
         return parts
 
 
@@ -251,50 +302,43 @@ def _key(source: str, key: str, index: tuple[int, ...], alone: bool) -> str:
     return f"{source.removesuffix(ALONE)}.{key}{ALONE}{'.'.join(map(str, index))}"
 
 
-def _described(
-    base: ShardedTensor | ShardedTensorFactory,
-    source: str,
-    tensor: torch.Tensor,
-    replica: Replica,
-    index: tuple[int, ...],
-) -> ShardedTensor | ShardedTensorFactory:
-    alone = source.endswith(ALONE)
-    key = _key(source, base.key, index, alone)
-    if isinstance(base, ShardedTensor):
-        found = _shaped(base, key, tensor, replica)
-        return _without_index(found) if alone else found
-    if tensor.dim() != base.data.dim() or tensor.shape[0] != base.data.shape[0]:
+def _rows(tensor: torch.Tensor, template: Template, block: Block, key: str) -> torch.Tensor:
+    """The rows of a state that a factory saves in one block."""
+    if len(template.blocks) == 1:
+        return tensor
+    if tensor.dim() != len(template.shape) or tensor.shape[0] != template.shape[0]:
         raise CheckpointError(
             f"{key}: a state of shape {sizes(tensor.shape)} cannot be saved for a weight of shape "
-            f"{sizes(base.data.shape)}, which the model saves in blocks of rows. Give each row of the weight one."
+            f"{sizes(template.shape)}, which the model saves in blocks of rows. Give each row of the weight one."
         )
-    whole, build = tuple(base.data.shape), base.build_fn
-
-    def build_from(key: str, tensor: torch.Tensor, replica_id: Any, flattened_range: Any) -> Any:
-        # Some factories look at the shape of the weight: numbers of rows are cut as its rows are.
-        built = build(key, tensor.expand(whole), replica_id, flattened_range)
-        parts = _tensors(built)
-        if tuple(tensor.shape) != whole:
-            parts = (_narrowed(part, tensor) for part in parts)
-        return _refilled(built, map(_without_index, parts) if alone else parts)
-
-    return replace(base, key=key, data=tensor, replica_id=replica, build_fn=build_from)
+    first = block.first // _numel(template.shape[1:])
+    return tensor[first : first + block.base.local_shape[0]]
 
 
-def _narrowed(part: ShardedTensor, tensor: torch.Tensor) -> ShardedTensor:
-    """The same rows of a state that has 1 in place of some sizes."""
-    assert part.data is not None
-    kept = part.data[(slice(None), *(slice(0, size) for size in tensor.shape[1:]))]
-    return _shaped(part.without_data(), part.key, kept, part.replica_id)
-
-
-def _refilled(state: Any, parts: Iterator[ShardedTensor]) -> Any:
-    """The same lists and dictionaries with other leaves, in order."""
-    if isinstance(state, ShardedTensor):
-        return next(parts)
-    if isinstance(state, dict):
-        return {key: _refilled(value, parts) for key, value in state.items()}
-    return [_refilled(value, parts) for value in state]
+def _cut(
+    base: ShardedTensor, key: str, tensor: torch.Tensor, first: int, span: tuple[int, int], replica: Replica
+) -> list[ShardedTensor]:
+    """What a slice of the flattened weight has of a block, which begins at its element ``first``."""
+    start, stop = (min(max(edge - first, 0), _numel(base.local_shape)) for edge in span)
+    found, at = [], max(first - span[0], 0)
+    before = base.prepend_axis_num
+    for offsets, shape in boxes(start, stop, base.local_shape):
+        data = tensor.view(-1)[at : at + _numel(shape)].view(shape)
+        at += data.numel()
+        here = (*base.global_offset[:before], *map(sum, zip(base.global_offset[before:], offsets, strict=True)))
+        found.append(
+            replace(
+                base,
+                key=key,
+                data=data,
+                dtype=data.dtype,
+                local_shape=shape,
+                global_offset=here,
+                axis_fragmentations=None,
+                replica_id=replica,
+            )
+        )
+    return found
 
 
 def _shaped(base: ShardedTensor, key: str, tensor: torch.Tensor, replica: Replica) -> ShardedTensor:
@@ -348,6 +392,19 @@ def _without_index(tensor: ShardedTensor) -> ShardedTensor:
         global_shape=tensor.global_shape[before:],
         global_offset=tensor.global_offset[before:],
         axis_fragmentations=None if cuts is None else cuts[before:],
+        prepend_axis_num=0,
+    )
+
+
+def _without_grid(tensor: ShardedTensor) -> ShardedTensor:
+    """At any place of the global tensor, which then has all of its axes on this rank as well."""
+    before = tensor.prepend_axis_num
+    assert tensor.data is not None
+    return replace(
+        tensor,
+        data=tensor.data[(None,) * before],
+        local_shape=(*(1 for _ in range(before)), *tensor.local_shape),
+        axis_fragmentations=None,
         prepend_axis_num=0,
     )
 

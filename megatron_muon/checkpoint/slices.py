@@ -1,68 +1,75 @@
-"""Weights whose state lies in slices on several ranks, put together on the one that saves them."""
+"""Weights of which each rank of a group has a slice of the flattened elements.
+
+A slice is a few boxes of the weight: part of a row, whole rows, part of a row. Each is described, saved and read where
+it lies, so that no rank needs what others have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_muon.checkpoint.held import Held
 
-__all__ = ["gathered", "scatter"]
+__all__ = ["boxes", "mean_squares"]
+
+Sizes = tuple[int, ...]
+
+_PIECE = 1 << 22
+"""Elements that are squared at once, in float64."""
 
 
-def gathered(held: Sequence[Held]) -> list[dict[str, torch.Tensor]]:
-    """The state of each weight, whole, on the rank that saves it; empty elsewhere.
-
-    Only slices of weights that several ranks share are sent, one weight after the other, to the rank that has most of
-    it. All ranks of the groups must call this with weights in the same order.
-
-    Args:
-        held: from :func:`megatron_muon.checkpoint.held.held_by`.
-    """
-    return [_gather(each) if each.slices else each.tensors for each in held]
-
-
-def _gather(held: Held) -> dict[str, torch.Tensor]:
-    slices, mine = held.slices, held.tensors
-    assert slices is not None
-    holders = slices.holders
-    if holders == [slices.rank]:
-        return {name: tensor.reshape(held.param.shape) for name, tensor in mine.items()}
-    if slices.rank not in holders:
-        return {}
-    receives = slices.rank == slices.owner
-    whole: dict[str, torch.Tensor] = {}
-    work: list[dist.P2POp] = []
-    owner = dist.get_global_rank(slices.group, slices.owner)
-    for name in sorted(mine):
-        if not receives:
-            work.append(dist.P2POp(dist.isend, mine[name].contiguous(), owner, slices.group))
-            continue
-        flat = whole[name] = mine[name].new_empty(held.param.numel())
-        start, stop = slices.mine
-        flat[start:stop].copy_(mine[name].reshape(-1))
-        for rank in holders:
-            if rank != slices.rank:
-                part = flat[slice(*slices.spans[rank])]
-                work.append(dist.P2POp(dist.irecv, part, dist.get_global_rank(slices.group, rank), slices.group))
-    for request in dist.batch_isend_irecv(work):
-        request.wait()
-    return {name: tensor.reshape(held.param.shape) for name, tensor in whole.items()}
+def boxes(start: int, stop: int, shape: Sizes) -> Iterator[tuple[Sizes, Sizes]]:
+    """The elements [start, stop) of a flattened tensor, as (offsets, sizes) of boxes in it, in order."""
+    if start >= stop:
+        return
+    if not shape:
+        yield (), ()
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # whole rows
+    if start % row:
+        number, end = start // row, min(stop, first * row)
+        for offsets, sizes in boxes(start - number * row, end - number * row, shape[1:]):
+            yield (number, *offsets), (1, *sizes)
+        yield from boxes(end, stop, shape)
+        return
+    if first < last:
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    for offsets, sizes in boxes(0, stop - last * row, shape[1:]):
+        yield (last, *offsets), (1, *sizes)
 
 
-def scatter(held: Held, name: str, whole: torch.Tensor) -> None:
-    """Write this rank's elements of a state.
+def mean_squares(held: Sequence[Held], tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The mean square of a state, over all slices of a weight.
+
+    One all-reduce of a number for each weight in slices in each group: all ranks of a group must call this with the
+    weights in the same order, and nothing may fail on one of them between their last exchange and this.
 
     Args:
-        held: the weight.
-        name: of the state.
-        whole: of the weight's shape, or of the state's where it is whole on this rank.
+        held: the weights of this rank, those of which it has no element among them.
+        tensors: one for each: the state, whole or the slice; None counts nothing.
+
+    Returns:
+        float64 scalars on the weights' devices.
     """
-    target = held.tensors[name]
-    if held.slices is not None:
-        start, stop = held.slices.mine
-        whole = whole.reshape(-1)[start:stop]
-    if whole.data_ptr() != target.data_ptr():
-        target.copy_(whole.reshape(target.shape))
+    sums = [torch.zeros((), dtype=torch.float64, device=each.param.device) for each in held]
+    for total, tensor in zip(sums, tensors, strict=True):
+        for piece in () if tensor is None else tensor.reshape(-1).split(_PIECE):
+            total += piece.double().square().sum()
+    groups: dict[dist.ProcessGroup, list[int]] = {}
+    for place, each in enumerate(held):
+        if each.slices is not None:
+            groups.setdefault(each.slices.group, []).append(place)
+    for group, places in groups.items():
+        totals = torch.stack([sums[place] for place in places])
+        dist.all_reduce(totals, group=group)
+        for place, total in zip(places, totals, strict=True):
+            sums[place] = total
+    return [
+        total / (each.param if tensor is None or each.slices else tensor).numel()
+        for each, tensor, total in zip(held, tensors, sums, strict=True)
+    ]

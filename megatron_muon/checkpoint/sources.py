@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -18,14 +17,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_muon.checkpoint.held import Bucket, Held
 from megatron_muon.checkpoint.keys import ALONE, PREFIX
 from megatron_muon.checkpoint.record import Rule
-from megatron_muon.checkpoint.sharding import Place, Replica, tensors_of
+from megatron_muon.checkpoint.sharding import Place, Replica
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.optimizers.adaptive import NAMO
 from megatron_muon.optimizers.power import UPDATE_LEFT
 from megatron_muon.optimizers.sizes import RADIUS as BALL_RADIUS
 from megatron_muon.optimizers.sphere import LEFT, MULTIPLIER, RADIUS
 
-__all__ = ["ESTIMATED", "MASTER", "Choice", "choose", "difference", "estimated_second_moment"]
+__all__ = ["ESTIMATED", "MASTER", "Choice", "choose", "difference", "estimated_second_moment", "gradients_to_average"]
 
 _ALTERNATIVES = {
     "fp32_param": ("fp32_param", "param"),
@@ -58,13 +57,19 @@ class Choice:
         state: name.
         stored_as: the name that it has in the checkpoint, without prefixes, or :data:`MODEL`; None if there is nothing.
         parts: what to read, see :meth:`Place.sharded`.
-        tensor: what is read into.
+        targets: of each part, the memory of the state that it is read into.
     """
 
     state: str
     stored_as: str | None
-    parts: tuple[Any, ...] = ()
-    tensor: torch.Tensor | None = None
+    parts: tuple[ShardedTensor, ...] = ()
+    targets: tuple[torch.Tensor, ...] = ()
+
+    @classmethod
+    def reading(cls, state: str, stored_as: str, parts: list[ShardedTensor]) -> Choice:
+        """To read these parts."""
+        # A loader may take the data out of the descriptions.
+        return cls(state, stored_as, tuple(parts), tuple(part.data for part in parts if part.data is not None))
 
     @property
     def is_same(self) -> bool:
@@ -104,24 +109,20 @@ def choose(
     """
     if regrouped and state in _OF_MATRICES:
         return Choice(state, None)
-    target = held.tensors[state]
-    # Zeros: of a vocabulary that was padded less, the last rows are not there to be read.
-    tensor = target if held.slices is None else target.new_zeros(place.shape)
-    wrong = ""
+    tensor, wrong = held.tensors[state], ""
     for name, source in _sources(state, stored):
-        parts = place.sharded(source, tensor, replica)
-        found = tensors_of(parts)
-        if not all(part.key in stored.shapes for part in found):
+        parts = place.sharded(source, tensor, replica, held.span)
+        if not all(part.key in stored.shapes for part in parts):
             continue
-        different = stored.misfits(found)
+        different = stored.misfits(parts)
         if not different:
-            return Choice(state, name, tuple(parts), tensor)
+            return Choice.reading(state, name, parts)
         wrong = wrong or different[0]
     if bucket is not None:
         for name in _ALTERNATIVES.get(state, (state,)):
             key = stored.bucket_key(bucket, name)
             if key is not None:
-                return Choice(state, name, (_slice_of_bucket(key, bucket, tensor, replica),), tensor)
+                return Choice.reading(state, name, [_slice_of_bucket(key, bucket, tensor, replica, held.span)])
     if wrong:
         return wrong
     if state == MASTER:
@@ -131,11 +132,13 @@ def choose(
     return f"{place.name}: there is no {state}"
 
 
-def _slice_of_bucket(key: str, bucket: Bucket, tensor: torch.Tensor, replica: Replica) -> ShardedTensor:
-    """A flattened weight in the tensor of a bucket. Tensor-parallel ranks have buckets of their own."""
-    flat = tensor.view(-1)
+def _slice_of_bucket(
+    key: str, bucket: Bucket, tensor: torch.Tensor, replica: Replica, span: tuple[int, int] | None
+) -> ShardedTensor:
+    """What this rank has of a flattened weight in a bucket. Tensor-parallel ranks have buckets of their own."""
+    flat, start = tensor.view(-1), bucket.start + (span[0] if span else 0)
     shape = tuple(flat.shape)
-    return ShardedTensor(key, flat, flat.dtype, shape, (bucket.size,), (bucket.start,), None, (0, 0, replica[2]))
+    return ShardedTensor(key, flat, flat.dtype, shape, (bucket.size,), (start,), None, (0, 0, replica[2]))
 
 
 def _sources(state: str, stored: Stored) -> Iterator[tuple[str, str]]:
@@ -155,7 +158,12 @@ def estimated_second_moment(average: torch.Tensor, decay: float) -> torch.Tensor
     Returns:
         of the same shape, the estimate of the mean square of a gradient.
     """
-    return torch.full_like(average, 1.0) * average.square().mean() * ((1.0 + decay) / (1.0 - decay))
+    return torch.full_like(average, 1.0) * average.square().mean() * gradients_to_average(decay)
+
+
+def gradients_to_average(decay: float) -> float:
+    """The mean square of gradients of noise, divided by that of their moving average of this decay."""
+    return (1.0 + decay) / (1.0 - decay)
 
 
 def difference(name: str, before: Rule | None, now: Rule) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.ssm.utils import _split_tensor_factory
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
 from megatron_muon.checkpoint import fingerprint
 from megatron_muon.checkpoint.canonical import Request
@@ -22,6 +24,7 @@ from megatron_muon.checkpoint.keys import (
 )
 from megatron_muon.checkpoint.record import Record, Rule, WeightRecord, layout_text
 from megatron_muon.checkpoint.sharding import places_of, tensors_of
+from megatron_muon.checkpoint.slices import boxes
 from megatron_muon.checkpoint.sources import difference, estimated_second_moment
 from megatron_muon.cpu.optimizers import GroupStepAdamW
 from megatron_muon.plugin.optimizer_state import _spans
@@ -83,6 +86,56 @@ def test_spans_of_a_weight_over_shards() -> None:
     assert _spans(10, 30, 0, 40, 4) == ((0, 0), (0, 10), (10, 20), (0, 0))
     assert _spans(5, 12, 0, 40, 4) == ((0, 5), (5, 7), (0, 0), (0, 0))
     assert _spans(105, 112, 100, 40, 4) == ((0, 5), (5, 7), (0, 0), (0, 0))
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (5, 3), (2, 1), (1, 6), (2, 3, 4)])
+def test_boxes_of_a_slice(shape: tuple[int, ...]) -> None:
+    """Every element of it once, in order, in as few boxes as there can be."""
+    elements = torch.arange(torch.Size(shape).numel()).view(shape)
+    for start in range(elements.numel() + 1):
+        for stop in range(start, elements.numel() + 1):
+            found = list(boxes(start, stop, shape))
+            parts = [
+                elements[tuple(map(slice, offsets, map(sum, zip(offsets, sizes, strict=True))))]
+                for offsets, sizes in found
+            ]
+            assert [part.shape for part in parts] == [sizes for _, sizes in found]
+            assert [int(x) for part in parts for x in part.flatten()] == list(range(start, stop))
+            assert len(found) <= max(1, 2 * len(shape) - 1)
+
+
+def test_slices_of_a_fused_weight_in_place() -> None:
+    """Of the third of five layers, on the second of two tensor-parallel ranks, in halves that a factory makes."""
+    weight = torch.arange(24.0).view(8, 3)
+    param = torch.nn.Parameter(weight)
+    base = sharded("w", param, (0, 2, 5), (1, 1, 2), before=1)
+    (place,) = places_of([param], {"w": apply_swiglu_sharded_factory(base, ((0, 2, 5),))})
+    for source in ("optimizer.state.m", f"optimizer.state.m{ALONE}"):
+        whole, read = torch.zeros(5, 16, 3), torch.full((5, 16, 3), -1.0)
+        for part in place.sharded(source, weight, (0, 0, 0)):
+            at(whole if part.global_shape == whole.shape else whole[2], part).copy_(part.data)
+        assert torch.equal(torch.cat([whole[2, 4:8], whole[2, 12:]]), weight)
+        for span in ((0, 5), (5, 20), (20, 20), (20, 24)):
+            state = weight.view(-1)[slice(*span)].clone()
+            for part in place.sharded(source, state, (0, 0, 0), span):
+                assert part.data.untyped_storage().data_ptr() == state.untyped_storage().data_ptr(), "no copy"
+                at(read if part.global_shape == read.shape else read[2], part).copy_(part.data)
+        assert torch.equal(read, torch.where(read < 0, read, whole)) and (read >= 0).sum() == 24
+
+
+def at(whole: torch.Tensor, part: ShardedTensor) -> torch.Tensor:
+    """The elements of a global tensor that a rank has."""
+    return whole[
+        tuple(map(slice, part.global_offset, map(sum, zip(part.global_offset, part.local_shape, strict=True))))
+    ]
+
+
+def test_factory_that_does_not_cut_rows_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 6))
+    base = sharded("w", weight)
+    (place,) = places_of([weight], {"w": _split_tensor_factory(base, [2, 4], ["x", "y"], 1)})
+    with pytest.raises(CheckpointError, match="w: the model saves this weight in parts that are no blocks of its rows"):
+        place.sharded("optimizer.state.m", torch.ones(4, 6), (0, 0, 0))
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
