@@ -173,7 +173,8 @@ class Request(dict[str, Any]):
     What it does, all ranks of the model must do, under :meth:`Ranks.together`.
 
     Attributes:
-        ranks: of the model.
+        ranks: of the model; of those that read, where only some do.
+        members: all of them, by number.
         held: the weights of this rank.
         places: of them.
         accept: whether the checkpoint may have other rules.
@@ -199,12 +200,17 @@ class Request(dict[str, Any]):
         """
         super().__init__()
         self.ranks = ranks
+        self.members: frozenset[int] = frozenset()
         self.held = held
         self._buckets_of_adam = buckets_of_adam
         self.places = model.places(held)
         self.accept = accept
         self.stored: Stored | None = None
         self.choices: list[list[Choice]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Request:
+        """Frameworks copy what is to be loaded; this stands for the optimizer itself."""
+        return self
 
     def resolve(self, stored: Stored) -> None:
         """Decide what to read, and become the state that ``dist_checkpointing.load`` takes.

@@ -15,21 +15,18 @@ from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint import folders
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.stored import read_metadata
+from megatron_muon.plugin import options
+from megatron_muon.plugin.optimizer_config import is_ours
 
-__all__ = ["EARLIER", "patches", "reason_of"]
+__all__ = ["EARLIER", "patches", "reason_of", "remove_old_marks"]
 
 EARLIER = "Load an earlier checkpoint (--ckpt-step), and check the storage."
 """The way out of damage."""
 
 
 def patches() -> list[Patch]:
-    """Hooks on saving over an old checkpoint, on what is read first, and on the tracker."""
+    """Hooks on what is read first, and on the tracker."""
     return [
-        Patch(
-            "megatron.core.dist_checkpointing.serialization:save",
-            _with_old_marks_removed,
-            "a checkpoint that is written over keeps its index until the end: interrupted, it would pass for whole",
-        ),
         Patch(
             "megatron.core.dist_checkpointing.serialization:load_common_state_dict",
             _with_named_damage,
@@ -55,13 +52,15 @@ def patches() -> list[Patch]:
     ]
 
 
-def _with_old_marks_removed(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        Ranks.of_world().from_first(lambda: folders.forget(folders.path_of(checkpoint_dir)))
-        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+def remove_old_marks(folder: Any) -> None:
+    """A checkpoint that is about to be written over counts no more. For one rank, before the others write.
 
-    return save
+    Megatron-Core's ranks exchange what they will write before they do.
+    """
+    try:
+        folders.forget(folders.path_of(folder))
+    except Exception as error:  # of a file system or a store; Megatron-Core, which writes there next, fails or does not
+        print(f"megatron_muon: WARNING {folder}: {error}; if it is written over and interrupted, it passes for whole")
 
 
 def _with_named_damage(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,7 +101,7 @@ def _with_marks_checked(original: Callable[..., Any]) -> Callable[..., Any]:
             if _has_data(folder):
                 folders.check_marks(folder)
 
-        if expected:
+        if expected and not _is_anothers(args):
             Ranks.of_world().from_first(check)  # the checkpoint is the run's
         return original(checkpoint_name, args)
 
@@ -130,6 +129,8 @@ def _has_data(folder: Path) -> bool:
 def _with_recovery(original: Callable[[str], tuple[int, bool]]) -> Callable[[str], tuple[int, bool]]:
     @functools.wraps(original)
     def read_metadata(tracker_filename: str) -> tuple[int, bool]:
+        if _is_anothers(options.training_arguments()):
+            return original(tracker_filename)
         root = folders.path_of(tracker_filename).parent
         # Ranks may see a shared file system at different moments, but must decide alike.
         ranks = Ranks.of_world()
@@ -156,3 +157,9 @@ def _interruption(root: Path) -> tuple[str | None, int | None]:
     """What is wrong with the tracker, and the iteration to take instead of the one that it names."""
     problem = folders.interruption(root)
     return problem, None if problem is None else folders.newest(root)
+
+
+def _is_anothers(args: Any) -> bool:
+    """Whether a run is of an optimizer that is not ours: then all is as ever."""
+    name = getattr(args, "optimizer", None)
+    return name is not None and not is_ours(name)

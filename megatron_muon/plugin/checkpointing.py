@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_muon._patching import Patch
@@ -18,11 +22,11 @@ from megatron_muon.checkpoint.record import ACCEPT, RECORD
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.plugin import options
 from megatron_muon.plugin.adam_buckets import buckets_of_adam
-from megatron_muon.plugin.checkpoint_files import EARLIER, reason_of
+from megatron_muon.plugin.checkpoint_files import EARLIER, reason_of, remove_old_marks
 from megatron_muon.plugin.early_gather import settle
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
-from megatron_muon.plugin.optimizer_state import held_by
+from megatron_muon.plugin.optimizer_state import held_by, leaves
 
 if TYPE_CHECKING:
     from megatron_muon.checkpoint.canonical import Model, Request
@@ -46,7 +50,8 @@ def patches() -> list[Patch]:
         Patch(
             "megatron.core.dist_checkpointing.serialization:save",
             _with_form,
-            "frameworks refuse to load other forms than this one at another layout, by what the metadata say",
+            "frameworks refuse to load other forms than this one at another layout, by what the metadata say; and a "
+            "checkpoint that is written over keeps its index until the end: interrupted, it would pass for whole",
         ),
     ]
 
@@ -87,43 +92,52 @@ class _CanonicalState:
         self._optimizer, self._chunks, self._ours, self._accept = optimizer, chunks, ours, accept
         self._pg_collection = pg_collection
         self._upstream_sharded, self._upstream_load = optimizer.sharded_state_dict, optimizer.load_state_dict
-        self._request: Request | _Either | None = None
+        self._signature = inspect.signature(optimizer.sharded_state_dict)
+        if ours and ranks_of(pg_collection).is_first:
+            _OURS.add(self)
 
-    def sharded_state_dict(self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
-        """What is saved, or what is to be read: see :mod:`megatron_muon.checkpoint.canonical`."""
-        self._request = None
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What is saved, or what is to be read: see :mod:`megatron_muon.checkpoint.canonical`.
+
+        The arguments are those of the optimizer's class: Megatron-Core's have ``metadata`` in different places.
+        """
+        bound = self._signature.bind(*args, **kwargs)
+        given = {**bound.arguments, **bound.kwargs}
+        metadata, is_loading = given.get("metadata") or {}, given.get("is_loading", False)
+        model_state = given.get("model_sharded_state_dict", {})
         if not self._ours:
-            return self._upstream(model_sharded_state_dict, is_loading, **kwargs)
+            upstream = functools.partial(self._upstream_sharded, *args, **kwargs)
+            form = given.get("sharding_type") or metadata.get("distrib_optim_sharding_type")
+            return (
+                self._either(upstream, model_state, metadata) if is_loading and form != "fsdp_dtensor" else upstream()
+            )
         from megatron_muon.checkpoint import canonical  # it imports Megatron-Core, which install() must not
 
-        ranks, metadata = ranks_of(self._pg_collection), kwargs.get("metadata") or {}
+        ranks = ranks_of(self._pg_collection)
         if is_loading:
-            self._request = ranks.together(lambda: self._asked(ranks, model_sharded_state_dict, metadata))
-            return self._request
+            request = ranks.together(lambda: self._asked(ranks, model_state, metadata))
+            request.members = frozenset(ranks.gather(dist.get_rank))
+            return request
 
         def save() -> dict[str, Any]:
             held = held_by(self._optimizer, create=True)
-            return canonical.saved_state(ranks, held, self._model(model_sharded_state_dict, metadata))
+            return canonical.saved_state(ranks, held, self._model(model_state, metadata))
 
         return ranks.together(save)
 
-    def _upstream(self, model_state: Any, is_loading: bool, **kwargs: Any) -> Any:
-        """Megatron-Core's own; to be read, it may become ours when the checkpoint is known."""
-        metadata = kwargs.get("metadata") or {}
-        if not is_loading or metadata.get("distrib_optim_sharding_type") == "fsdp_dtensor":
-            return self._upstream_sharded(model_state, is_loading, **kwargs)
+    def _either(self, upstream: Callable[[], Any], model_state: Any, metadata: dict[str, Any]) -> Any:
+        """What Megatron-Core would read; it becomes ours if the checkpoint is."""
         from megatron_muon.checkpoint.sharding import noted
 
         try:
             ranks, state = ranks_of(self._pg_collection), noted(model_state)
         except Exception:  # no run of Adam fails because of what ours would need
-            return self._upstream_sharded(model_state, is_loading, **kwargs)
+            return upstream()
         found = _Either(ranks, lambda: self._asked(ranks, state, metadata))
         try:
-            found.update(self._upstream_sharded(model_state, is_loading, **kwargs))
+            found.update(upstream())
         except Exception as error:  # the metadata may be of Muon's checkpoint, in a form that Adam has not
             found.problem = error
-        self._request = found
         return found
 
     def _asked(self, ranks: Ranks, model_state: Any, metadata: dict[str, Any]) -> Request:
@@ -186,27 +200,48 @@ class _CanonicalState:
             print(f"megatron_muon: WARNING {text}", flush=True)
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Take what was read."""
-        request, self._request = self._request, None
-        if isinstance(request, _Either):
-            request.fail()
-            request = request.chosen
-        if request is None:
-            self._upstream_load(_by_number(state_dict))
+        """Take what was read; what was not asked for by :meth:`sharded_state_dict` is Megatron-Core's."""
+        answer = state_dict.get(_ANSWER) if isinstance(state_dict, dict) else None
+        if isinstance(answer, _Answer):
+            request = answer.request
+            text = request.ranks.together(lambda: self._fill(request, state_dict))
+            if request.ranks.is_first:
+                print(text, flush=True)
             return
-        text = request.ranks.together(lambda: self._fill(request, state_dict))
-        if request.ranks.is_first:
-            print(text, flush=True)
+        from megatron_muon.checkpoint.canonical import WEIGHTS, Request
+
+        if isinstance(state_dict, Request) or (isinstance(state_dict, dict) and {RECORD, WEIGHTS} & state_dict.keys()):
+            raise CheckpointError(
+                "load_state_dict() was given state that no checkpoint was read for. Give what optimizer."
+                "sharded_state_dict(..., is_loading=True) returns, as it is, to megatron.core.dist_checkpointing.load, "
+                "and what comes back in its place to load_state_dict()."
+            )
+        self._upstream_load(_by_number(state_dict))
 
     def _fill(self, request: Request, state_dict: Any) -> str:
         from megatron_muon.checkpoint import replicas
         from megatron_muon.checkpoint.changes import describe_changes
 
+        own = {id(leaf.optimizer) for leaf, _ in leaves(self._optimizer)}
+        if not own.issuperset(id(held.inner) for held in request.held):
+            raise CheckpointError("load_state_dict() was given the state that another optimizer has asked for.")
         record = request.fill(state_dict)
         if getattr(options.training_arguments(), "use_checkpoint_opt_param_scheduler", False):
             request.take_numbers(_SCHEDULED)
-        replicas.check(request.ranks, self._chunks, request.held, groups_or_default(self._pg_collection))
+        if request.ranks == ranks_of(self._pg_collection):  # copies of ranks that did not read are their caller's
+            replicas.check(request.ranks, self._chunks, request.held, groups_or_default(self._pg_collection))
         return describe_changes(request, record)
+
+    def is_in(self, state: Any) -> bool:
+        """Whether a state that is about to be saved has the optimizer's, or the weights of its model."""
+        from megatron_muon.checkpoint.sharding import noted
+
+        params = set(map(id, self._names()))
+        return RECORD in _keys(state) or any(id(base.data) in params for base in noted(state))
+
+
+_OURS: weakref.WeakSet[_CanonicalState] = weakref.WeakSet()
+"""Of Muon's models of which this rank is the first."""
 
 
 def _by_number(state_dict: Any) -> Any:
@@ -214,61 +249,84 @@ def _by_number(state_dict: Any) -> Any:
     return {i: _by_number(each) for i, each in enumerate(state_dict)} if isinstance(state_dict, list) else state_dict
 
 
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """Beside what was read, the request that it was read for: there may be several, in any order, or none."""
+
+    request: Request
+
+
+_ANSWER = "megatron_muon_answer"
+
+
 class _Either(dict[str, Any]):
     """What an optimizer of Megatron-Core would read, until it is known whether the checkpoint is Muon's.
 
     Attributes:
         problem: what Megatron-Core has raised instead.
-        chosen: the request for the checkpoint, if it is Muon's.
     """
 
     def __init__(self, ranks: Ranks, ask: Callable[[], Request]) -> None:
         super().__init__()
         self._ranks, self._ask = ranks, ask
         self.problem: Exception | None = None
-        self.chosen: Request | None = None
 
-    def choose(self, folder: str) -> Request | None:
-        """Decide, alike on all ranks of the model."""
-        found: list[Any] = []
-        if any(self._ranks.gather(lambda: _has_record(folder, found))):
-            request = self._ranks.together(self._ask)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Either:
+        found = copy.copy(self)
+        found.update({key: copy.deepcopy(value, memo) for key, value in self.items()})
+        return found
+
+    def choose(self, folder: str, group: dist.ProcessGroup | None) -> Request | None:
+        """Decide, alike on all ranks that read; they communicate only if the checkpoint is Muon's.
+
+        Raises:
+            Exception: what Megatron-Core has raised, if what it would read is asked for.
+        """
+        record = _record_in(folder)
+        if record is not None:
+            ranks = self._ranks if group is None or group.size() == dist.get_world_size() else Ranks((group,))
+            request = ranks.together(self._ask)
+            request.ranks = ranks
             # In a checkpoint of several models, others may be Adam's.
             names = {name for place in request.places for name in place.members}
-            known = any(record["converted"] or not names.isdisjoint(record["weights"]) for record in found)
-            if any(self._ranks.gather(lambda: known)):
+            known = record["converted"] or not names.isdisjoint(record["weights"])
+            if any(ranks.gather(lambda: known)):
                 self.clear()
-                self.chosen = request
                 return request
-        self._ranks.together(self.fail)
+        if self.problem is not None:
+            raise self.problem
         return None
 
-    def fail(self) -> None:
-        """Raise what Megatron-Core has raised, if what it would read is asked for."""
-        if self.chosen is None and self.problem is not None:
-            raise self.problem
 
-
-def _has_record(folder: str, found: list[Any]) -> bool:
-    """Whether the checkpoint has a record of ours, which is put into ``found``."""
+def _record_in(folder: str) -> dict[str, Any] | None:
+    """The checkpoint's record, if it has one of ours."""
     from megatron.core import dist_checkpointing
 
     try:
-        found.append(dist_checkpointing.load_common_state_dict(folder)["optimizer"][RECORD])
+        found: dict[str, Any] = dist_checkpointing.load_common_state_dict(folder)["optimizer"][RECORD]
     except Exception:  # there is none; or Megatron-Core, which reads it next, tells what is wrong
-        return False
-    return True
+        return None
+    return found
 
 
 def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def load(
         sharded_state_dict: Any, checkpoint_dir: Any, sharded_strategy: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         settle()
-        requests = _requests(sharded_state_dict, str(checkpoint_dir))
+        bound = signature.bind(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
+        requests = _requests(sharded_state_dict, str(checkpoint_dir), bound.arguments.get("process_group"))
         if not requests:
-            return original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
+            try:
+                return original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
+            except (Exception, CheckpointException) as error:
+                _refuse_others(sharded_state_dict, str(checkpoint_dir), error)
+                raise
+        from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+
         from megatron_muon.checkpoint import weights
         from megatron_muon.checkpoint.sharding import noted, tensors_of
 
@@ -286,6 +344,7 @@ def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
                 _check_model(request.ranks, tensors, stored)
                 request.resolve(stored)
                 place.update(request)
+                place[_ANSWER] = LocalNonpersistentObject(_Answer(request))
             return described, stored
 
         def check() -> None:
@@ -299,8 +358,12 @@ def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
             from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
             sharded_strategy = TorchDistLoadShardedStrategy()
-        with _reading(sharded_strategy, checkpoint_dir, together):
-            loaded = original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
+        try:
+            with _reading(sharded_strategy, checkpoint_dir, together):
+                loaded = original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
+        finally:
+            for place, _ in requests:
+                place.pop(_ANSWER, None)  # mostly the request, which would hold itself
         together(check)
         return loaded
 
@@ -351,16 +414,42 @@ def _check_model(ranks: Ranks, tensors: list[Any], stored: Stored) -> None:
     )
 
 
-def _requests(state: Any, folder: str) -> list[tuple[dict[str, Any], Request]]:
-    """Each dictionary that is to become what a request reads, and the request: mostly the same."""
+def _requests(state: Any, folder: str, group: dist.ProcessGroup | None) -> list[tuple[dict[str, Any], Request]]:
+    """Each dictionary that is to become what a request reads, and the request: mostly the same.
+
+    Args:
+        state: what is to be loaded.
+        folder: of the checkpoint.
+        group: ranks that load it, as ``dist_checkpointing.load`` is told; None for all.
+    """
     from megatron_muon.checkpoint.canonical import Request
 
     found = []
     for each in list(_dictionaries(state)):
-        request = each if isinstance(each, Request) else each.choose(folder) if isinstance(each, _Either) else None
-        if request is not None:
+        request = each.choose(folder, group) if isinstance(each, _Either) else each
+        if isinstance(request, Request):
+            if group is not None and not request.members.issubset(dist.get_process_group_ranks(group)):
+                request.ranks = Ranks((group,))  # nobody waits for ranks of the model that do not read
             found.append((each, request))
     return found
+
+
+def _refuse_others(state: Any, folder: str, error: BaseException) -> None:
+    """In place of what Megatron-Core says when an optimizer that this package does not know asks for Muon's state.
+
+    Raises:
+        CheckpointError: if that is why it has failed.
+    """
+    from megatron_muon.checkpoint.keys import is_bucket, parse_state
+    from megatron_muon.checkpoint.sharding import noted
+
+    keys = (base.key for base in noted(state))
+    if any(parse_state(key) or is_bucket(key) for key in keys) and _record_in(folder) is not None:
+        raise CheckpointError(
+            f"{folder} has the state of megatron_muon's optimizers, and the optimizer that is to read it was built "
+            f"before megatron_muon.install(), or not by megatron.core.optimizer.get_megatron_optimizer "
+            f"({reason_of(error)}). Build it so; or load the weights alone (--no-load-optim)."
+        ) from error
 
 
 def _dictionaries(state: Any) -> Iterator[dict[str, Any]]:
@@ -371,16 +460,21 @@ def _dictionaries(state: Any) -> Iterator[dict[str, Any]]:
             yield from _dictionaries(value)
 
 
+def _keys(state: Any) -> set[str]:
+    return set().union(*_dictionaries(state))
+
+
 def _with_form(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def save(sharded_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(sharded_state_dict, *args, **kwargs)
-        keys = set().union(*_dictionaries(sharded_state_dict))
+    def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        bound, keys = signature.bind(sharded_state_dict, checkpoint_dir, *args, **kwargs), _keys(sharded_state_dict)
         # Beside another model's distributed optimizer, its form is what they tell.
         if RECORD in keys and "param_state_sharding_type" not in keys:
             bound.arguments["content_metadata"] = {**(bound.arguments.get("content_metadata") or {}), **_SHARDING}
+        if any(each.is_in(sharded_state_dict) for each in _OURS):
+            remove_old_marks(checkpoint_dir)
         return original(*bound.args, **bound.kwargs)
 
     return save
