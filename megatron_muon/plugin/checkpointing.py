@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_muon._patching import Patch
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
+from megatron_muon.checkpoint.folders import path_of
 from megatron_muon.checkpoint.record import ACCEPT, RECORD
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.plugin import options
@@ -473,6 +474,8 @@ def _with_form(original: Callable[..., Any]) -> Callable[..., Any]:
         # Beside another model's distributed optimizer, its form is what they tell.
         if RECORD in keys and "param_state_sharding_type" not in keys:
             bound.arguments["content_metadata"] = {**(bound.arguments.get("content_metadata") or {}), **_SHARDING}
+        if RECORD in keys:
+            path_of(checkpoint_dir)  # a store that is not enabled is refused on all ranks
         if any(each.is_in(sharded_state_dict) for each in _OURS):
             remove_old_marks(checkpoint_dir)
         return original(*bound.args, **bound.kwargs)
