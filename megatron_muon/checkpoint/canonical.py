@@ -7,8 +7,8 @@ Saving is ``sharded_state_dict`` of an optimizer. Loading takes three steps, as 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,14 @@ from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint import record as records
 from megatron_muon.checkpoint import weights as model_weights
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
-from megatron_muon.checkpoint.fingerprint import added, fingerprints
 from megatron_muon.checkpoint.held import Bucket, Held
-from megatron_muon.checkpoint.keys import ALONE, PREFIX
-from megatron_muon.checkpoint.record import ACCEPT, RECORD, Record, Rule, WeightRecord, layout_text
-from megatron_muon.checkpoint.sharding import Place, Replica, key_and_index, places_of, rows_of
+from megatron_muon.checkpoint.keys import ALONE, PREFIX, name_of
+from megatron_muon.checkpoint.record import ACCEPT, RECORD, Record, Rule, Sums, WeightRecord, layout_text
+from megatron_muon.checkpoint.sharding import Place, Replica, key_and_index, places_of
 from megatron_muon.checkpoint.slices import mean_squares
 from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, gradients_to_average
 from megatron_muon.checkpoint.stored import Stored
+from megatron_muon.checkpoint.weights import Share, compare, sums_of_parts
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.routing.layout import layout_of
 
@@ -66,7 +66,9 @@ def saved_state(ranks: Ranks, held: Sequence[Held], model: Model) -> dict[str, A
         CheckpointError: for a weight or a state that has no place in the model's tensors.
     """
     places = model.places(held)
-    record = _record(ranks, held, places, model_weights.sums_of(model_weights.described(model.state)))
+    sums = sums_of_parts(each for pair in zip(held, places, strict=True) for each in _shares(*pair))
+    sums |= model_weights.sums_of(model_weights.described(model.state))
+    record = _record(ranks, held, places, sums)
     weights: dict[str, Any] = {}
     for each, place in zip(held, places, strict=True):
         for state, parts in described(each, place, record.alone).items():
@@ -105,57 +107,31 @@ def _rule(held: Held) -> Rule:
     return Rule(held.rule, layout, tuple(sorted(held.tensors)))
 
 
-def _record(ranks: Ranks, held: Sequence[Held], places: Sequence[Place], model: dict[str, int]) -> Record:
+def _record(ranks: Ranks, held: Sequence[Held], places: Sequence[Place], sums: Sums) -> Record:
     """The same on all ranks."""
-    pairs = [(each, place) for each, place in zip(held, places, strict=True) if each.key is not None]
-    saved = [(each, place) for each, place in pairs if _replica(each, place) == (0, 0, 0)]
-    counted = [
-        (name, state, share)
-        for pair in saved
-        for state in _counted(*pair)
-        for name, share in _shares(*pair, state).items()
-    ]
-    values = fingerprints(share for _, _, share in counted)
-    sums: dict[str, dict[str, int]] = defaultdict(dict)
-    for (name, state, _), value in zip(counted, values, strict=True):
-        sums[name][state] = value
     mine = [
-        WeightRecord(
-            *key_and_index(part.base), place.siblings, _rule(each), records.numbers_of(each.numbers), sums[name]
-        )
-        for each, place in saved
-        for name, part in place.members.items()
+        WeightRecord(*key_and_index(part.base), place.siblings, _rule(each), records.numbers_of(each.numbers))
+        for each, place in zip(held, places, strict=True)
+        if each.key is not None and _replica(each, place) == (0, 0, 0)
+        for part in place.members.values()
     ]
-    steps, weights, shares = zip(*ranks.gather(lambda: (_step(held), mine, model)), strict=True)
-    return Record.of(max(steps), [weight for share in weights for weight in share], shares)
+    steps, weights, shares = zip(*ranks.gather(lambda: (_step(held), mine, sums)), strict=True)
+    return Record.of(max(steps), itertools.chain(*weights), shares)
 
 
-def _counted(held: Held, place: Place) -> list[str]:
-    """The states that count in this rank's sums: shards and slices do, copies do not."""
-    replica = _replica(held, place)
-    if held.slices is not None:
-        return sorted(held.tensors) if replica == (0, 0, 0) else []
-    return [
-        state
-        for state, tensor in sorted(held.tensors.items())
-        if all(part.replica_id == (0, 0, 0) for part in place.sharded(PREFIX, tensor, replica))
-    ]
+def _shares(held: Held, place: Place, one_of_all: bool = False) -> Iterator[Share]:
+    """What of a weight's state is stored under keys of their own, as if all weights of a tensor had it.
 
-
-def _shares(held: Held, place: Place, state: str) -> dict[str, torch.Tensor]:
-    """What this rank has of a state, by the names of :attr:`Place.members`."""
-    tensor, members = held.tensors[state], place.members
-    if len(members) == 1:
-        return dict.fromkeys(members, tensor)
-    if held.slices is None:
-        return {name: rows_of(tensor, part) for name, part in members.items()}
-    start, stop = held.slices.mine
-    found = {}
-    for name, part in members.items():
-        first, last = max(start, part.first), min(stop, part.first + part.numel)
-        if first < last:
-            found[name] = tensor[first - start : last - start]
-    return found
+    Args:
+        held: the weight.
+        place: of it.
+        one_of_all: by the name of the weight instead, as form 1 of the record has it; experts of a stack by their own.
+    """
+    depth = len(place.index)
+    for state, parts in described(held, place).items():
+        for part in parts:
+            name = name_of(part.key.removeprefix(f"{PREFIX}.{state}."), part.global_offset[:depth])
+            yield (place.name if one_of_all and len(place.members) == 1 else name, state), part, depth
 
 
 def _step(held: Sequence[Held]) -> int:
@@ -282,8 +258,8 @@ class Request(dict[str, Any]):
                 elif choice.state == MASTER:
                     weight = each.param.data.reshape(-1)[slice(*each.span)] if each.span else each.param.data
                     each.tensors[choice.state].copy_(weight)
-        self._estimate()
         self._check_contents()
+        self._estimate()
         self._set_steps(self.stored.step)
         return self.stored.record
 
@@ -368,29 +344,11 @@ class Request(dict[str, Any]):
         saved = self.stored.record
         if saved is None:
             return
-        checked = []
+        shares = []
         for each, place, choices in zip(self.held, self.places, self.choices, strict=True):
-            counted = _counted(each, place)
-            checked += [
-                (name, choice.state, share)
-                for choice in choices
-                if choice.state in counted and choice.stored_as == choice.state and self._is_alike(choice)
-                for name, share in _shares(each, place, choice.state).items()
-            ]
-        sums = fingerprints(tensor for _, _, tensor in checked)
-        mine = [((name, state), value) for (name, state, _), value in zip(checked, sums, strict=True)]
-        totals = added(share for part in self.ranks.gather(lambda: mine) for share in part)
-        damaged = [
-            f"{state} of {name}"
-            for (name, state), value in totals.items()
-            if saved.sums.get(name, {}).get(state, value) != value
-        ]
-        raise_together(
-            self.ranks,
-            damaged,
-            f"{self.stored.folder} is damaged: what was read is not what was saved:",
-            "Load an earlier checkpoint (--ckpt-step), and check the storage.",
-        )
+            states = {choice.state for choice in choices if choice.stored_as == choice.state and self._is_alike(choice)}
+            shares += [share for share in _shares(each, place, saved.version == 1) if share[0][1] in states]
+        compare(self.ranks, self.stored.folder, saved, sums_of_parts(shares))
 
     def _is_alike(self, choice: Choice) -> bool:
         """A state that was rounded when it was read, or has fewer rows (of a padded vocabulary), has another sum."""

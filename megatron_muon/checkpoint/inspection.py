@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from megatron_muon.checkpoint.fingerprint import added, fingerprints
+from megatron_muon.checkpoint.fingerprint import added, fingerprints, fits
 from megatron_muon.checkpoint.folders import iteration_of
 from megatron_muon.checkpoint.keys import ALONE, PREFIX, name_of, parse_state
 from megatron_muon.checkpoint.reading import Index, read_index
-from megatron_muon.checkpoint.record import Record
+from megatron_muon.checkpoint.record import WEIGHT, Record
 from megatron_muon.checkpoint.stored import Stored
 
 __all__ = ["inspect", "render"]
@@ -99,27 +99,24 @@ def _problems(index: Index, record: Record | None) -> list[str]:
     """Read everything."""
     found: list[str] = []
     shares: list[tuple[tuple[str, str], int]] = []
-    names = () if record is None else (*record.weights, *record.model)
+    names = () if record is None else (*record.weights, *record.sums, *record.model)
     depths = {name.partition("[")[0]: _depth(name) for name in names}
     for key in sorted(index.tensors):
         state = parse_state(key)
+        weight, _, alone = (key if state is None else state.weight).partition(ALONE)
+        depth = 0 if alone else depths.get(weight, 0)
         for chunk in index.chunks(key):
             tensor = index.tensor(chunk)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 found.append(f"{key} has numbers that are not finite, at {list(chunk.offsets)}")
-            weight, _, alone = (key if state is None else state.weight).partition(ALONE)
-            where = map(int, alone.split(".")) if alone else chunk.offsets[: depths.get(weight, 0)]
-            place = name_of(weight, where), "weight" if state is None else state.state
-            shares += zip([place], fingerprints([tensor]), strict=True)
+            where = map(int, alone.split(".")) if alone else chunk.offsets[:depth]
+            place = name_of(weight, where), WEIGHT if state is None else state.state
+            own = tensor.reshape(tensor.shape[depth:])
+            shares += zip([place], fingerprints([own], [chunk.offsets[depth:]]), strict=True)
     for (name, kind), value in added(shares).items():
-        if record is not None and _saved(record, name, kind) not in (None, value):
+        if record is not None and not fits(record.sum_of(name, kind), value):
             found.append(f"{kind} of {name} is not what was saved")
     return found
-
-
-def _saved(record: Record, name: str, kind: str) -> int | None:
-    """The sum that was taken when the checkpoint was saved; None if there was none."""
-    return record.model.get(name) if kind == "weight" else record.sums.get(name, {}).get(kind)
 
 
 def _depth(name: str) -> int:

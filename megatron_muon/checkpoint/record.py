@@ -22,7 +22,14 @@ RECORD = "megatron_muon"
 ACCEPT = "accept"
 """The value of the option that lets a run go on with other rules than the checkpoint's."""
 
-FORMAT = 1
+WEIGHT = "weight"
+"""What the weight itself is called beside its states."""
+
+Sums = dict[tuple[str, str], int]
+"""(Name, :data:`WEIGHT` or a state) -> number that depends on the contents, see :mod:`.fingerprint`."""
+
+FORMAT = 2
+"""Form 1, read as well, has sums that do not see the order of elements, one for all parts of a fused weight's state."""
 
 _PASSING = ("params", "step", "lr", "weight_decay", "is_expert_parallel")
 """Entries of param groups that the schedule or the parallel layout sets, or that are stored otherwise."""
@@ -58,7 +65,6 @@ class WeightRecord:
         siblings: how many weights that tensor has place for.
         rule: with ``numbers`` 0.
         numbers: of its param group.
-        sums: a number for each state that depends on its contents, see :mod:`megatron_muon.checkpoint.fingerprint`.
     """
 
     key: str
@@ -66,7 +72,6 @@ class WeightRecord:
     siblings: int
     rule: Rule
     numbers: tuple[tuple[str, Any], ...]
-    sums: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -84,9 +89,9 @@ class Record:
         numbers: of param groups: rates, betas...
         weights: name -> index in ``rules``.
         alone: (state, key) of states that not all weights of a tensor have.
-        sums: name -> state -> number that depends on the contents.
-        model: name -> number that depends on the contents, for each tensor of the model itself; empty in checkpoints of
-            versions that had none.
+        sums: name of what has a key of its own, with layer and expert -> state -> number that depends on the contents.
+        model: name -> such a number, for each tensor of the model itself; empty in checkpoints of versions that had
+            none.
         converted: the optimizer that the checkpoint was converted for; it then fits any rules, and ``weights`` is
             empty.
         package: version that wrote it.
@@ -109,6 +114,10 @@ class Record:
         index = self.weights.get(name)
         return None if index is None else self.rules[index]
 
+    def sum_of(self, name: str, kind: str) -> int | None:
+        """Of a state, or of the weight itself, when it was saved; None if there was none."""
+        return self.model.get(name) if kind == WEIGHT else self.sums.get(name, {}).get(kind)
+
     def to_plain(self) -> dict[str, Any]:
         """Lists, dictionaries, numbers and strings only."""
         plain = asdict(self)
@@ -123,10 +132,10 @@ class Record:
         Raises:
             ValueError: for a form that this version does not know.
         """
-        if plain.get("version") != FORMAT:
+        if plain.get("version") not in (1, FORMAT):
             raise ValueError(
                 f"its optimizer state has form {plain.get('version')}, written by megatron_muon "
-                f"{plain.get('package')}; this is {__version__}, which reads form {FORMAT}"
+                f"{plain.get('package')}; this is {__version__}, which reads forms up to {FORMAT}"
             )
         values = dict(plain)
         values["rules"] = [Rule(**{**rule, "states": tuple(rule["states"])}) for rule in plain["rules"]]
@@ -145,35 +154,37 @@ class Record:
             whole.alone += [pair for pair in record.alone if pair not in whole.alone]
             whole.sums |= record.sums
             whole.model |= record.model
+            whole.version = record.version
         return whole
 
     @classmethod
-    def of(cls, step: int, weights: Iterable[WeightRecord], model: Iterable[Mapping[str, int]] = ()) -> Record:
-        """Put together what the ranks report; the sums of a weight's shards are added up.
+    def of(cls, step: int, weights: Iterable[WeightRecord], sums: Iterable[Sums] = ()) -> Record:
+        """Put together what the ranks report.
 
         Args:
             step: updates so far.
             weights: of all ranks.
-            model: of each rank, its share of the sums of the model's tensors.
+            sums: of each rank, its share.
         """
         rules: list[Rule] = []
         numbers: list[tuple[tuple[str, Any], ...]] = []
         where: dict[str, int] = {}
-        sums: dict[str, list[tuple[str, int]]] = {}
         holders: dict[tuple[str, str], set[tuple[int, ...]]] = {}
         siblings: dict[str, int] = {}
         for weight in sorted(weights, key=lambda weight: (weight.key, weight.index)):
             group = _index(numbers, weight.numbers)
             where[weight.name] = _index(rules, Rule(weight.rule.name, weight.rule.layout, weight.rule.states, group))
             siblings[weight.key] = weight.siblings
-            mine = sums.setdefault(weight.name, [])
             for state in weight.rule.states:
                 holders.setdefault((state, weight.key), set()).add(weight.index)
-                mine.append((state, weight.sums.get(state, 0)))
         alone = [pair for pair, indices in sorted(holders.items()) if len(indices) < siblings[pair[1]]]
-        of_states = {name: added(shares) for name, shares in sums.items()}
-        of_model = added(share for shares in model for share in shares.items())
-        return cls(step, rules, [dict(each) for each in numbers], where, alone, of_states, of_model)
+        record = cls(step, rules, [dict(each) for each in numbers], where, alone, {})
+        for (name, kind), value in added(share for shares in sums for share in shares.items()).items():
+            if kind == WEIGHT:
+                record.model[name] = value
+            else:
+                record.sums.setdefault(name, {})[kind] = value
+        return record
 
 
 def _index(known: list[Any], value: Any) -> int:

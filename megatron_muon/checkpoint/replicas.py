@@ -11,6 +11,7 @@ from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import raise_together
 from megatron_muon.checkpoint.fingerprint import fingerprints
 from megatron_muon.checkpoint.held import Held
+from megatron_muon.checkpoint.weights import is_plain
 from megatron_muon.routing.predicate import is_expert_parallel
 
 __all__ = ["check"]
@@ -40,7 +41,7 @@ def check(ranks: Ranks, chunks: Iterable[torch.nn.Module], held: Sequence[Held],
         group = getattr(groups, group_name, None)
         mine = [entry for entry in checked if is_expert_parallel(entry[1]) == experts]
         if group is not None and group.size() > 1 and mine:
-            sums.append(([name for name, _, _ in mine], fingerprints(tensor for _, _, tensor in mine), group))
+            sums.append(([name for name, _, _ in mine], fingerprints(_numbers(tensor) for _, _, tensor in mine), group))
     ranks.together(lambda: None)  # whoever has failed so far must not be missed in what follows
     different = [name for names, values, group in sums for name in _different(names, values, Ranks((group,)))]
     raise_together(
@@ -49,6 +50,18 @@ def check(ranks: Ranks, chunks: Iterable[torch.nn.Module], held: Sequence[Held],
         "The checkpoint is loaded, but these are not the same on all data-parallel ranks:",
         "A rank has read something else than the others. Start again; if it happens again, check the storage.",
     )
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """What is compared.
+
+    A quantized weight is a class that has other tensors in it, some of them caches: the numbers that it stands for. Of
+    any other class, such as the shards of a ``DTensor``, nothing: whether ranks have the same is not known.
+    """
+    if is_plain(tensor):
+        return tensor
+    stands_for = type(tensor).dequantize is not torch.Tensor.dequantize
+    return tensor.dequantize() if stands_for else torch.empty(0)
 
 
 def _different(names: Sequence[str], values: list[int], copies: Ranks) -> list[str]:

@@ -1,14 +1,13 @@
-"""Sums of the bits of the model's own tensors: its weights, and the buffers that it saves beside them.
+"""Sums of what is saved: of the model's own tensors, its weights and the buffers beside them, and of the state of each.
 
-The model describes them as it describes state (:mod:`megatron_muon.checkpoint.sharding`): each part that is no copy of
-another rank's counts once, whatever the layout, so that sums do not depend on it. What is read is compared before the
-model takes it.
+Both are described in the same way (:mod:`megatron_muon.checkpoint.sharding`): each part that is no copy of another
+rank's counts once, whatever the layout, so that sums do not depend on it. What is read is compared before it is used.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,15 +15,19 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import raise_together
-from megatron_muon.checkpoint.fingerprint import added, fingerprints
+from megatron_muon.checkpoint.fingerprint import added, fingerprints, fits
 from megatron_muon.checkpoint.keys import name_of
+from megatron_muon.checkpoint.record import WEIGHT, Record, Sums
 from megatron_muon.checkpoint.sharding import tensors_of
 from megatron_muon.checkpoint.stored import Stored
 
-__all__ = ["check", "described", "sums_of"]
+__all__ = ["Share", "check", "compare", "described", "is_plain", "sums_of", "sums_of_parts"]
 
 Where = tuple[Any, ...]
 Described = dict[Where, ShardedTensor | ShardedTensorFactory]
+
+Share = tuple[tuple[str, str], ShardedTensor, int]
+"""What a sum is known by; a shard; and how many axes of layers and experts come first in its global tensor."""
 
 
 def described(state: Any) -> Described:
@@ -36,7 +39,7 @@ def described(state: Any) -> Described:
     return {
         path: copy.copy(leaf)
         for path, leaf in _leaves(state, ())
-        if _is_plain(leaf.data) and isinstance(leaf.replica_id, tuple)
+        if is_plain(leaf.data) and isinstance(leaf.replica_id, tuple)
     }
 
 
@@ -51,25 +54,51 @@ def _leaves(state: Any, path: Where) -> Iterator[tuple[Where, Any]]:
             yield from _leaves(value, (*path, number))
 
 
-def _is_plain(data: Any) -> bool:
-    """Quantized weights are classes of their own; what is stored of them are other numbers."""
-    return type(data) in (torch.Tensor, torch.nn.Parameter)
+def is_plain(data: Any) -> bool:
+    """Whether it has bits of its own; quantized weights are classes that have other tensors in them."""
+    return isinstance(data, torch.Tensor) and type(data.data) is torch.Tensor
 
 
-def sums_of(tensors: Described, counts: Callable[[ShardedTensor], bool] = lambda part: True) -> dict[str, int]:
-    """This rank's share of the sums.
+def sums_of(tensors: Described, counts: Callable[[ShardedTensor], bool] = lambda part: True) -> Sums:
+    """This rank's share of the sums of the model's tensors.
 
     Args:
         tensors: from :func:`described`.
         counts: which parts do, of those that are no copies.
-
-    Returns:
-        the model's key, with the index of layer and expert, -> a number in [0, 2**64); those of the ranks are to be
-        added up.
     """
-    parts = [part for part in tensors_of(tensors.values()) if is_main_replica(part.replica_id) and counts(part)]
-    names = [name_of(part.key, part.global_offset[: part.prepend_axis_num]) for part in parts]
-    return added(zip(names, fingerprints(part.data for part in parts), strict=True))
+    return sums_of_parts(
+        ((name_of(part.key, part.global_offset[: part.prepend_axis_num]), WEIGHT), part, part.prepend_axis_num)
+        for part in filter(counts, tensors_of(tensors.values()))
+    )
+
+
+def sums_of_parts(shares: Iterable[Share]) -> Sums:
+    """This rank's part of the sums of these; copies do not count."""
+    mine = [share for share in shares if is_main_replica(share[1].replica_id)]
+    own = [part.global_offset[depth:] for _, part, depth in mine]
+    tensors = (part.data.reshape(part.local_shape[-len(at) :]) for (_, part, _), at in zip(mine, own, strict=True))
+    return added(zip((key for key, _, _ in mine), fingerprints(tensors, own), strict=True))
+
+
+def compare(ranks: Ranks, folder: str, record: Record, mine: Sums) -> None:
+    """Compare sums of what was read with those of what was saved.
+
+    Args:
+        ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
+        folder: of the checkpoint.
+        record: what it says about itself.
+        mine: this rank's share.
+
+    Raises:
+        CheckpointError: on all ranks, if a tensor is not what was saved.
+    """
+    totals = added(share for shares in ranks.gather(lambda: mine) for share in shares.items())
+    raise_together(
+        ranks,
+        [f"{kind} of {name}" for (name, kind), value in totals.items() if not fits(record.sum_of(name, kind), value)],
+        f"{folder} is damaged: what was read is not what was saved:",
+        "Load an earlier checkpoint (--ckpt-step), and check the storage.",
+    )
 
 
 def check(ranks: Ranks, tensors: Described, loaded: Any, stored: Stored) -> None:
@@ -86,8 +115,7 @@ def check(ranks: Ranks, tensors: Described, loaded: Any, stored: Stored) -> None
     Raises:
         CheckpointError: on all ranks, if a tensor is not what was saved.
     """
-    saved = None if stored.record is None else stored.record.model
-    if not saved:
+    if stored.record is None or not stored.record.model:
         return
     read = {
         path: _with_data(base, content) for path, base in tensors.items() if (content := _at(loaded, path)) is not None
@@ -96,13 +124,7 @@ def check(ranks: Ranks, tensors: Described, loaded: Any, stored: Stored) -> None
     def counts(part: ShardedTensor) -> bool:
         return stored.shapes.get(part.key) == (tuple(part.global_shape), part.data.dtype)
 
-    totals = added(share for sums in ranks.gather(lambda: sums_of(read, counts)) for share in sums.items())
-    raise_together(
-        ranks,
-        [f"weight {name}" for name, value in totals.items() if saved.get(name, value) != value],
-        f"{stored.folder} is damaged: what was read is not what was saved:",
-        "Load an earlier checkpoint (--ckpt-step), and check the storage.",
-    )
+    compare(ranks, stored.folder, stored.record, sums_of(read, counts))
 
 
 def _at(state: Any, path: Where) -> torch.Tensor | None:
@@ -112,7 +134,7 @@ def _at(state: Any, path: Where) -> torch.Tensor | None:
             state = state[key]
         except (KeyError, IndexError, TypeError):
             return None
-    return state if _is_plain(state) else None
+    return state if is_plain(state) else None
 
 
 def _with_data(base: ShardedTensor | ShardedTensorFactory, data: torch.Tensor) -> ShardedTensor | ShardedTensorFactory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_muon.checkpoint.inspection import inspect
+from megatron_muon.checkpoint.keys import name_of
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.loading import FINE, TIMEOUT, Outcome, failure, load_each, one_error, save_after_a_step
@@ -46,7 +49,7 @@ def flip_bit(folder: Path) -> str:
 
 def flip_bit_of_weight(folder: Path) -> str:
     """Of one layer, of which float32 runs have no other copy."""
-    return f"weight {WEIGHT}[{flip_bit_of(WEIGHT, folder)}]"
+    return f"weight of {WEIGHT}[{flip_bit_of(WEIGHT, folder)}]"
 
 
 def flip_bit_of(key: str, folder: Path) -> int:
@@ -109,11 +112,14 @@ def lose_tensor(folder: Path) -> str:
     return "what is stored"
 
 
-def overwrite(folder: Path, info: Any) -> None:
-    """Put zeros in the place of one entry."""
+def overwrite(folder: Path, info: Any, *numbers: torch.Tensor) -> None:
+    """Put zeros in the place of one entry; or some numbers in the place of others in it."""
     path = folder / info.relative_path
     data = bytearray(path.read_bytes())
-    data[info.offset : info.offset + info.length] = bytes(info.length)
+    entry = data[info.offset : info.offset + info.length]
+    old, new = (each.view(torch.uint8).numpy().tobytes() for each in numbers) if numbers else (entry, bytes(len(entry)))
+    assert old in entry
+    data[info.offset : info.offset + info.length] = entry.replace(old, new)
     path.write_bytes(data)
 
 
@@ -217,8 +223,96 @@ def test_a_start_reads_no_tensors(looked_at: Outcomes) -> None:
         assert looked_at[damage] == [FINE] * 2, damage
 
 
+def halves(x: torch.Tensor, axis: int) -> torch.Tensor:
+    return x.roll(x.shape[axis] // 2, axis)
+
+
+FC1, FC2 = WEIGHT, "decoder.layers.mlp.linear_fc2.weight"
+QKV, PROJ = (f"decoder.layers.self_attention.linear_{name}.weight" for name in ("qkv", "proj"))
+EXPERTS = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+
+Move = tuple[str, int | slice, Any]
+
+MOVES: list[Move] = [
+    (FC1, 0, lambda x: halves(x, 0)),  # gate and up
+    (FC1, 1, lambda x: x.unflatten(0, (2, 2, -1)).flip(1).flatten(0, 2)),  # shards of tensor-parallel ranks
+    (FC1, slice(2, 4), lambda x: x.flip(0)),  # two layers
+    (FC2, 0, lambda x: halves(x, 1)),
+    (FC2, 1, lambda x: torch.cat([x[3:4], x[1:3], x[:1], x[4:]])),  # two rows
+    (PROJ, 0, lambda x: x.t()),
+    (PROJ, 1, lambda x: x.flatten().roll(1).view_as(x)),
+    (QKV, 0, lambda x: x.roll(1, 0)),
+    (QKV, 1, lambda x: halves(x, 0)),  # query groups
+]
+"""What a wrong offset would make of a tensor of four layers, or of some: the same elements as before."""
+
+WHOLE: list[Move] = [
+    ("embedding.word_embeddings.weight", slice(None), lambda x: halves(x, 0)),
+    ("decoder.final_layernorm.weight", slice(None), lambda x: x.flip(0)),
+]
+"""And of one that no layers have: under Adam."""
+
+OF_EXPERTS: list[Move] = [
+    (EXPERTS, 0, lambda x: x.flip(0)),  # all experts of a layer
+    (EXPERTS, 1, lambda x: torch.stack([halves(x[0], 0), *x[1:]])),  # gate and up of one
+]
+
+
+def move(folder: Path, prefix: str, moves: list[Move], depth: int) -> set[str]:
+    """Store moved elements in the place of others; the names of what has changed, with layer and expert."""
+    from megatron_muon.checkpoint.reading import read_index
+
+    index, changed = read_index(folder), set()
+    for key, where, change in moves:
+        parts = [
+            (chunk, tuple(map(slice, chunk.offsets, map(sum, zip(chunk.offsets, chunk.sizes, strict=True)))))
+            for chunk in index.chunks(prefix + key)
+        ]
+        before = torch.zeros(index.tensors[prefix + key].size)
+        for chunk, place in parts:
+            before[place] = index.tensor(chunk)
+        after = before.clone()
+        after[where] = change(before[where])
+        assert torch.equal(after.flatten().sort()[0], before.flatten().sort()[0])
+        for each in itertools.product(*map(range, before.shape[:depth])):
+            if not torch.equal(after[each], before[each]):
+                changed.add(name_of(key, each))
+        for chunk, place in parts:
+            overwrite(folder, chunk.info, *(each[place].contiguous() for each in (before, after)))
+    return changed
+
+
+def test_elements_that_have_moved(pool: RankPool, damaged: dict[str, Damaged], tmp_path: Path) -> None:
+    """Of the model's weights, and of the state of each, in rows, columns, shards and slices: each is named."""
+    whole, weights, states = damaged["nothing"].folder, tmp_path / "weights", tmp_path / "states"
+    for folder in (weights, states):
+        shutil.copytree(whole, folder)
+    names = {
+        str(weights): {f"weight of {name}" for name in move(weights, "", MOVES, 1) | move(weights, "", WHOLE, 0)},
+        str(states): {
+            f"{state} of {name}"
+            for state, moves, depth in (("momentum_buffer", MOVES, 1), ("exp_avg", WHOLE, 0))
+            for name in move(states, f"optimizer.state.{state}.", moves, depth)
+        },
+    }
+    for layout in (Layout(), Layout(layer_wise=True)):
+        outcomes = pool.run(load_each, 2, layout, {}, [*names, str(whole)], timeout=TIMEOUT)
+        for folder, *each in zip([*names, str(whole)], *outcomes, strict=True):
+            assert each == [FINE] * 2 if folder == str(whole) else named(each) == names[folder], folder
+    assert inspect(whole, contents=True)["problems"] == []
+    for folder in names:
+        assert set(inspect(Path(folder), contents=True)["problems"]) == {
+            f"{name} is not what was saved" for name in names[folder]
+        }
+
+
+def named(outcomes: list[Outcome]) -> set[str]:
+    """What an error lists."""
+    return {line.strip() for line in one_error(outcomes).splitlines()[1:-1]}
+
+
 FLIPS = {
-    "experts_of_ep2": (2, Layout(ep=2), MOE, "decoder.layers.mlp.experts.experts.linear_fc1.weight"),
+    "experts_of_ep2": (2, Layout(ep=2), MOE, EXPERTS),
     "gate_and_up_of_tp2": (2, Layout(tp=2), {}, WEIGHT),
     "norm_of_pp2_bf16": (2, Layout(pp=2), {"bf16": True}, "decoder.layers.self_attention.linear_qkv.layer_norm_weight"),
 }
@@ -228,16 +322,19 @@ FLIPS = {
 def test_flipped_bit_of_a_weight_at_another_layout(pool: RankPool, tmp_path: Path, case: str) -> None:
     """Experts, fused weights and copies: sums do not depend on the layout, and see one bit."""
     ranks, source, options, key = FLIPS[case]
-    whole, flipped = (tmp_path / name / "iter_0000001" for name in ("whole", "flipped"))
+    whole, flipped, moved = (tmp_path / name / "iter_0000001" for name in ("whole", "flipped", "moved"))
     pool.run(save_after_a_step, ranks, source, options, str(whole))
-    shutil.copytree(whole, flipped)
+    for folder in (flipped, moved):
+        shutil.copytree(whole, folder)
     flip_bit_of(key, flipped)
+    names = {f"weight of {name}" for name in move(moved, "", OF_EXPERTS, 2)} if key == EXPERTS else set()
+    folders = [str(whole), str(flipped), *([str(moved)] if names else [])]
     for layout in (Layout(), Layout(layer_wise=True)):
-        outcomes = pool.run(load_each, 2, layout, options, [str(whole), str(flipped)], timeout=TIMEOUT)
-        assert [good for good, _ in outcomes] == [FINE] * 2
-        text = one_error([bad for _, bad in outcomes])
-        (line,) = text.splitlines()[1:-1]
-        assert line.strip().startswith(f"weight {key}"), text
+        outcomes = pool.run(load_each, 2, layout, options, folders, timeout=TIMEOUT)
+        assert [good for good, *_ in outcomes] == [FINE] * 2
+        (name,) = named([bad for _, bad, *_ in outcomes])
+        assert name.startswith(f"weight of {key}"), name
+        assert not names or named([bad for _, _, bad in outcomes]) == names
 
 
 def test_vocabulary_that_is_padded_otherwise(pool: RankPool, tmp_path: Path) -> None:

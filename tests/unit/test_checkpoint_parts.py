@@ -8,10 +8,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
-from megatron_muon.checkpoint import fingerprint
 from megatron_muon.checkpoint.canonical import Request
 from megatron_muon.checkpoint.errors import CheckpointError
-from megatron_muon.checkpoint.fingerprint import fingerprints
 from megatron_muon.checkpoint.held import Held
 from megatron_muon.checkpoint.keys import (
     ALONE,
@@ -22,39 +20,13 @@ from megatron_muon.checkpoint.keys import (
     parse_state,
     without_chain,
 )
-from megatron_muon.checkpoint.record import Record, Rule, WeightRecord, layout_text
+from megatron_muon.checkpoint.record import WEIGHT, Record, Rule, WeightRecord, layout_text
 from megatron_muon.checkpoint.sharding import places_of, tensors_of
 from megatron_muon.checkpoint.slices import boxes
 from megatron_muon.checkpoint.sources import difference, estimated_second_moment
 from megatron_muon.cpu.optimizers import GroupStepAdamW
 from megatron_muon.plugin.optimizer_state import _spans
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
-
-# --- sums of bits ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
-def test_fingerprints_of_shards_add_up(dtype: torch.dtype) -> None:
-    x = (100 * torch.randn(12, 8)).abs().to(dtype)
-    whole, *shards = fingerprints([x, x[:5], x[5:, :3], x[5:, 3:]])
-    assert sum(shards) % (1 << 64) == whole
-    assert fingerprints([x.clone()]) == [whole]
-
-
-def test_fingerprints_see_one_bit() -> None:
-    x = torch.randn(64, 64)
-    y = x.clone()
-    y.view(torch.int32)[3, 5] ^= 1
-    assert not torch.equal(x, y) and fingerprints([x]) != fingerprints([y])
-    assert fingerprints([torch.zeros(4)]) == [0] and fingerprints([]) == []
-
-
-def test_fingerprints_of_more_than_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(7, 5)
-    whole = fingerprints([x])
-    monkeypatch.setattr(fingerprint, "_PIECE", 4)
-    assert fingerprints([x]) == whole
-
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
@@ -144,17 +116,19 @@ MUON = Rule("muon", "whole", ("momentum_buffer",))
 ADAM = Rule("adam", "", ("exp_avg", "exp_avg_sq"))
 
 
-def weight(key: str, index: tuple[int, ...], siblings: int, rule: Rule, **sums: int) -> WeightRecord:
-    return WeightRecord(key, index, siblings, rule, (("momentum", 0.9),), sums)
+def weight(key: str, index: tuple[int, ...], siblings: int, rule: Rule) -> WeightRecord:
+    return WeightRecord(key, index, siblings, rule, (("momentum", 0.9),))
 
 
 def test_record_keeps_everything() -> None:
-    shards = [weight("w", (0,), 2, MUON, momentum_buffer=2**64 - 1), weight("w", (0,), 2, MUON, momentum_buffer=3)]
-    model = [{"w[0]": 2**64 - 1, "v": 4}, {"w[0]": 3}]
-    record = Record.of(7, [*shards, weight("w", (1,), 2, MUON, momentum_buffer=5), weight("v", (), 1, ADAM)], model)
+    name = ("w[0]", "momentum_buffer")
+    sums = [{("w[0]", WEIGHT): 2**128 - 1, ("v", WEIGHT): 4, name: 2**64 - 1}, {("w[0]", WEIGHT): 3, name: 3 + 2**64}]
+    weights = [weight("w", (0,), 2, MUON), weight("w", (1,), 2, MUON), weight("v", (), 1, ADAM)]
+    record = Record.of(7, weights, sums)
     assert Record.from_plain(record.to_plain()) == record
-    assert record.model == {"w[0]": 2, "v": 4}
-    assert record.sums["w[0]"] == {"momentum_buffer": 2}, "shards add up, modulo 2**64"
+    assert record.model == {"w[0]": 2 + (2**64 - 1 << 64), "v": 4}, "shards add up, both sums modulo 2**64"
+    assert record.sums == {"w[0]": {"momentum_buffer": 2 + 2**64}}
+    assert (record.sum_of("v", WEIGHT), record.sum_of("v", "exp_avg")) == (4, None)
     assert str(record.rule("w[1]")) == "muon (whole)" and record.rule("other") is None
     assert record.alone == []
 
@@ -171,9 +145,10 @@ def test_record_knows_states_that_not_all_layers_have() -> None:
 
 
 def test_newer_form_is_refused() -> None:
-    plain = {**Record.of(1, []).to_plain(), "version": 2, "package": "9.9"}
-    with pytest.raises(ValueError, match=r"form 2, written by megatron_muon 9\.9"):
+    plain = {**Record.of(1, []).to_plain(), "version": 3, "package": "9.9"}
+    with pytest.raises(ValueError, match=r"form 3, written by megatron_muon 9\.9"):
         Record.from_plain(plain)
+    assert Record.from_plain({**plain, "version": 1}).version == 1
 
 
 def test_differences_between_rules() -> None:
