@@ -7,19 +7,19 @@ Saving is ``sharded_state_dict`` of an optimizer. Loading takes three steps, as 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor
 
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint import record as records
 from megatron_muon.checkpoint import weights as model_weights
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
 from megatron_muon.checkpoint.held import Bucket, Held
+from megatron_muon.checkpoint.joining import Part, Recorder
 from megatron_muon.checkpoint.keys import ALONE, PREFIX, name_of
 from megatron_muon.checkpoint.record import ACCEPT, RECORD, Record, Rule, Sums, WeightRecord, layout_text
 from megatron_muon.checkpoint.sharding import Place, Replica, key_and_index, places_of
@@ -32,7 +32,8 @@ from megatron_muon.routing.layout import layout_of
 
 __all__ = ["WEIGHTS", "Model", "Request", "saved_state"]
 
-WEIGHTS = "weights"
+WEIGHTS, OBJECT = "weights", "record"
+"""In an optimizer's sharded state: what is saved of its weights, and its record, which only the first rank has."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,14 @@ class Model:
         return places_of([each.param for each in held], self.state, self.again, self.names)
 
 
-def saved_state(ranks: Ranks, held: Sequence[Held], model: Model) -> dict[str, Any]:
+def saved_state(ranks: Ranks, held: Sequence[Held], model: Model, recorder: Recorder) -> dict[str, Any]:
     """The state of an optimizer for ``dist_checkpointing.save``.
 
     Args:
         ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
         held: the state of this rank, all of it created.
         model: whose state it is.
+        recorder: of the optimizer, the same at every save.
 
     Raises:
         CheckpointError: for a weight or a state that has no place in the model's tensors.
@@ -68,12 +70,17 @@ def saved_state(ranks: Ranks, held: Sequence[Held], model: Model) -> dict[str, A
     places = model.places(held)
     sums = sums_of_parts(each for pair in zip(held, places, strict=True) for each in _shares(*pair))
     sums |= model_weights.sums_of(model_weights.described(model.state))
-    record = _record(ranks, held, places, sums)
+    record = _record(recorder, ranks, held, places, sums)
     weights: dict[str, Any] = {}
     for each, place in zip(held, places, strict=True):
-        for state, parts in described(each, place, record.alone).items():
+        for state, parts in described(each, place, recorder.alone).items():
             weights.setdefault(place.name, {})[state] = dict(enumerate(parts))
-    return {RECORD: record.to_plain(), WEIGHTS: _or_local(weights)}
+    whole = None if record is None else record.to_plain()
+    return {
+        RECORD: records.note([recorder.key]),
+        OBJECT: ShardedObject(recorder.key, whole, (1,), (0,), 0 if ranks.is_first else 1),
+        WEIGHTS: _or_local(weights),
+    }
 
 
 def described(held: Held, place: Place, alone: Collection[tuple[str, str]] = ()) -> dict[str, list[ShardedTensor]]:
@@ -107,16 +114,29 @@ def _rule(held: Held) -> Rule:
     return Rule(held.rule, layout, tuple(sorted(held.tensors)))
 
 
-def _record(ranks: Ranks, held: Sequence[Held], places: Sequence[Place], sums: Sums) -> Record:
-    """The same on all ranks."""
-    mine = [
-        WeightRecord(*key_and_index(part.base), place.siblings, _rule(each), records.numbers_of(each.numbers))
+def _record(
+    recorder: Recorder, ranks: Ranks, held: Sequence[Held], places: Sequence[Place], sums: Sums
+) -> Record | None:
+    """On the first rank."""
+    saved = [
+        (each, place)
         for each, place in zip(held, places, strict=True)
         if each.key is not None and _replica(each, place) == (0, 0, 0)
-        for part in place.members.values()
     ]
-    steps, weights, shares = zip(*ranks.gather(lambda: (_step(held), mine, sums)), strict=True)
-    return Record.of(max(steps), itertools.chain(*weights), shares)
+    return recorder.join(ranks, Part(tuple(_told(saved)), tuple(sums)), _step(held), sums.values())
+
+
+def _told(saved: Iterable[tuple[Held, Place]]) -> Iterator[WeightRecord]:
+    """What does not depend on contents; the rules and numbers of weights that have the same are one object."""
+    rules: dict[Rule, Rule] = {}
+    numbers: dict[int, tuple[tuple[str, Any], ...]] = {}
+    for each, place in saved:
+        rule = _rule(each)
+        rule = rules.setdefault(rule, rule)
+        if id(each.group) not in numbers:
+            numbers[id(each.group)] = records.numbers_of(each.numbers)
+        for part in place.members.values():
+            yield WeightRecord(*key_and_index(part.base), place.siblings, rule, numbers[id(each.group)])
 
 
 def _shares(held: Held, place: Place, one_of_all: bool = False) -> Iterator[Share]:
@@ -339,7 +359,7 @@ class Request(dict[str, Any]):
         return f"{place.name}: {', '.join(other)} in the checkpoint, {now} now" if other else None
 
     def _check_contents(self) -> None:
-        """Compare what was read with the sums that were taken when it was saved."""
+        """Compare what was read with the sums that were taken when it was saved, on the first rank."""
         assert self.stored is not None
         saved = self.stored.record
         if saved is None:

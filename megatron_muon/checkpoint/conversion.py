@@ -16,7 +16,7 @@ import torch
 
 from megatron_muon.checkpoint import folders
 from megatron_muon.checkpoint.errors import CheckpointError
-from megatron_muon.checkpoint.keys import PREFIX, parse_state, without_chain
+from megatron_muon.checkpoint.keys import PREFIX, RECORD_KEY, parse_state, without_chain
 from megatron_muon.checkpoint.reading import Index, read_index
 from megatron_muon.checkpoint.record import RECORD, Record
 from megatron_muon.checkpoint.sources import estimated_second_moment
@@ -74,7 +74,7 @@ class _Writer:
 
     def write(self) -> None:
         for key, entry in self.index.metadata.state_dict_metadata.items():
-            if key != _COMMON:
+            if key != _COMMON and not key.startswith(RECORD_KEY):
                 self._copy(key, without_chain(key), entry)
         for key in list(self.entries):
             self._name_twice(key)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 __all__ = [
     "ALONE",
     "PREFIX",
+    "RECORD_KEY",
     "StateKey",
     "bucket_pattern",
     "chain_of",
@@ -20,6 +21,9 @@ __all__ = [
 
 PREFIX = "optimizer.state"
 """Before the names of states in keys."""
+
+RECORD_KEY = "megatron_muon.record."
+"""Before the name of a weight, in the key of the record of the optimizer that has it."""
 
 ALONE = "@"
 """Marks a state that not all layers (experts) in the model's tensor have."""

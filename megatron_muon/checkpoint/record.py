@@ -1,23 +1,35 @@
 """What is stored beside the tensors: who updates which weight and how, with which numbers, after how many steps.
 
-The record is plain Python data, once in the checkpoint, the same whatever layout wrote it.
+The record is plain Python data, once in the checkpoint, the same whatever layout wrote it. It is an object with a key
+of its own, which other readers of the checkpoint pass by; the optimizer's plain state has a note of it. In form 1 it
+had the record in place of the note.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from megatron_muon.checkpoint.fingerprint import added
 from megatron_muon.checkpoint.keys import name_of
 from megatron_muon.routing.layout import MSIGN, SCALAR, MatrixLayout
 from megatron_muon.version import __version__
 
-__all__ = ["ACCEPT", "RECORD", "Record", "Rule", "WeightRecord", "layout_text", "numbers_of"]
+__all__ = [
+    "ACCEPT",
+    "RECORD",
+    "Record",
+    "Rule",
+    "WeightRecord",
+    "check_version",
+    "index_in",
+    "layout_text",
+    "note",
+    "numbers_of",
+]
 
 RECORD = "megatron_muon"
-"""Key of the record in the optimizer's part of a checkpoint."""
+"""Key of the note of the record, or of the record itself, in the optimizer's part of a checkpoint."""
 
 ACCEPT = "accept"
 """The value of the option that lets a run go on with other rules than the checkpoint's."""
@@ -120,8 +132,8 @@ class Record:
 
     def to_plain(self) -> dict[str, Any]:
         """Lists, dictionaries, numbers and strings only."""
-        plain = asdict(self)
-        plain["rules"] = [{**rule, "states": list(rule["states"])} for rule in plain["rules"]]
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        plain["rules"] = [{**vars(rule), "states": list(rule.states)} for rule in self.rules]
         plain["alone"] = [list(pair) for pair in self.alone]
         return plain
 
@@ -132,11 +144,7 @@ class Record:
         Raises:
             ValueError: for a form that this version does not know.
         """
-        if plain.get("version") not in (1, FORMAT):
-            raise ValueError(
-                f"its optimizer state has form {plain.get('version')}, written by megatron_muon "
-                f"{plain.get('package')}; this is {__version__}, which reads forms up to {FORMAT}"
-            )
+        check_version(plain)
         values = dict(plain)
         values["rules"] = [Rule(**{**rule, "states": tuple(rule["states"])}) for rule in plain["rules"]]
         values["alone"] = [(state, key) for state, key in plain["alone"]]
@@ -144,50 +152,40 @@ class Record:
 
     @classmethod
     def joined(cls, records: Iterable[Record]) -> Record:
-        """One of several models that are saved together; a model's may be there once for each of its ranks."""
+        """One of several optimizers that are saved together."""
         whole = cls(0, [], [], {}, [], {})
         for record in records:
             whole.step = max(whole.step, record.step)
-            for name, rule in ((name, record.rules[index]) for name, index in record.weights.items()):
-                numbers = _index(whole.numbers, record.numbers[rule.numbers])
-                whole.weights[name] = _index(whole.rules, replace(rule, numbers=numbers))
-            whole.alone += [pair for pair in record.alone if pair not in whole.alone]
+            numbers = [index_in(whole.numbers, each) for each in record.numbers]
+            rules = [index_in(whole.rules, replace(rule, numbers=numbers[rule.numbers])) for rule in record.rules]
+            whole.weights |= {name: rules[index] for name, index in record.weights.items()}
+            whole.alone = list(dict.fromkeys([*whole.alone, *record.alone]))
             whole.sums |= record.sums
             whole.model |= record.model
             whole.version = record.version
         return whole
 
-    @classmethod
-    def of(cls, step: int, weights: Iterable[WeightRecord], sums: Iterable[Sums] = ()) -> Record:
-        """Put together what the ranks report.
 
-        Args:
-            step: updates so far.
-            weights: of all ranks.
-            sums: of each rank, its share.
-        """
-        rules: list[Rule] = []
-        numbers: list[tuple[tuple[str, Any], ...]] = []
-        where: dict[str, int] = {}
-        holders: dict[tuple[str, str], set[tuple[int, ...]]] = {}
-        siblings: dict[str, int] = {}
-        for weight in sorted(weights, key=lambda weight: (weight.key, weight.index)):
-            group = _index(numbers, weight.numbers)
-            where[weight.name] = _index(rules, Rule(weight.rule.name, weight.rule.layout, weight.rule.states, group))
-            siblings[weight.key] = weight.siblings
-            for state in weight.rule.states:
-                holders.setdefault((state, weight.key), set()).add(weight.index)
-        alone = [pair for pair, indices in sorted(holders.items()) if len(indices) < siblings[pair[1]]]
-        record = cls(step, rules, [dict(each) for each in numbers], where, alone, {})
-        for (name, kind), value in added(share for shares in sums for share in shares.items()).items():
-            if kind == WEIGHT:
-                record.model[name] = value
-            else:
-                record.sums.setdefault(name, {})[kind] = value
-        return record
+def note(keys: Iterable[str]) -> dict[str, Any]:
+    """What the optimizer's plain state says of the records of a checkpoint, and under which keys they are."""
+    return {"version": FORMAT, "package": __version__, "keys": sorted(keys)}
 
 
-def _index(known: list[Any], value: Any) -> int:
+def check_version(plain: Mapping[str, Any]) -> None:
+    """Of a record, or of the note of it.
+
+    Raises:
+        ValueError: for a form that this version does not know.
+    """
+    if plain.get("version") not in (1, FORMAT):
+        raise ValueError(
+            f"its optimizer state has form {plain.get('version')}, written by megatron_muon {plain.get('package')}; "
+            f"this is {__version__}, which reads forms up to {FORMAT}"
+        )
+
+
+def index_in[Value](known: list[Value], value: Value) -> int:
+    """The place of a value, which is put at the end if it is not there."""
     if value not in known:
         known.append(value)
     return known.index(value)

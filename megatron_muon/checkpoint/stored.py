@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.folders import check_marks, path_of, sizes_in
 from megatron_muon.checkpoint.held import Bucket
 from megatron_muon.checkpoint.keys import bucket_pattern, chain_of, is_bucket
-from megatron_muon.checkpoint.record import RECORD, Record
+from megatron_muon.checkpoint.record import RECORD, Record, check_version
 from megatron_muon.errors import sizes
 
-__all__ = ["Stored", "check_files", "read_metadata"]
+__all__ = ["Stored", "check_files", "has_record", "read_metadata", "records_in"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,13 @@ class Stored:
     records: tuple[Record, ...] = ()
 
     @classmethod
-    def read(cls, folder: str) -> Stored:
+    def read(cls, folder: str, ranks: Sequence[Ranks] = ()) -> Stored:
         """Read the metadata of a checkpoint; no tensors.
+
+        Args:
+            folder: of one iteration.
+            ranks: those of a model, or of several, whose first alone reads the record: all of them must call this,
+                under :meth:`Ranks.together`. Without any, this process reads it.
 
         Raises:
             CheckpointError: if it is incomplete, or newer than this package.
@@ -56,11 +63,10 @@ class Stored:
             if isinstance(entry, TensorStorageMetadata)
         }
         common = dist_checkpointing.load_common_state_dict(folder)
-        try:
-            found = [Record.from_plain(plain) for plain in _records(common)]
-            record = Record.joined(found) if len(found) > 1 else next(iter(found), None)
-        except ValueError as error:
-            raise CheckpointError(f"{folder}: {error}.") from error
+        found: list[Record] = []
+        for each in ranks or (Ranks(()),):
+            found = each.from_first(lambda: records_in(folder, common))
+        record = Record.joined(found) if len(found) > 1 else next(iter(found), None)
         buckets = any(map(is_bucket, metadata.state_dict_metadata))
         return cls(folder, shapes, common, record, buckets, tuple(found))
 
@@ -106,13 +112,58 @@ class Stored:
         return self.record.step if self.record is not None else max(_steps(self.common.get("optimizer")), default=0)
 
 
-def _records(state: Any) -> Iterator[dict[str, Any]]:
-    """The records: one, or one for each of several optimizers under names of the user's own."""
+def records_in(folder: str, common: dict[str, Any]) -> list[Record]:
+    """The records of a checkpoint: none, one, or one for each of several optimizers.
+
+    Args:
+        folder: of one iteration.
+        common: what is no tensor in it.
+
+    Raises:
+        CheckpointError: for a form that this version does not know.
+    """
+    try:
+        notes = list(_notes(common))
+        for note in notes:
+            check_version(note)
+        keys = [key for note in notes for key in note.get("keys", ())]
+        plain = [note for note in notes if "keys" not in note]  # the record itself
+        return [Record.from_plain(each) for each in (*plain, *(_objects(folder, keys) if keys else ()))]
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}.") from error
+
+
+def has_record(common: dict[str, Any]) -> bool:
+    """Whether a checkpoint has a record of ours, of any form."""
+    return next(_notes(common), None) is not None
+
+
+def _notes(state: Any) -> Iterator[dict[str, Any]]:
+    """One, or one for each of several optimizers under names of the user's own."""
     if isinstance(state, dict):
         if isinstance(state.get(RECORD), dict):
             yield state[RECORD]
         for value in state.values():
-            yield from _records(value)
+            yield from _notes(value)
+
+
+def _objects(folder: str, keys: Iterable[str]) -> list[Any]:
+    """Stored objects that are no tensors, as Megatron-Core reads the common state."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    names = [ShardedObject(key, None, (1,), (0,)).unique_key for key in keys]
+    state: dict[str, Any] = {name: io.BytesIO() for name in names}
+    load(state, storage_reader=_get_filesystem_reader(folder), no_dist=True)
+    found = []
+    for name in names:
+        loaded = state[name]
+        if isinstance(loaded, io.BytesIO):
+            loaded.seek(0)
+            loaded = torch.load(loaded, weights_only=True)
+        found.append(loaded[0])
+    return found
 
 
 def _steps(state: Any) -> list[int]:

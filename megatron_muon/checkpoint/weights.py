@@ -81,7 +81,7 @@ def sums_of_parts(shares: Iterable[Share]) -> Sums:
 
 
 def compare(ranks: Ranks, folder: str, record: Record, mine: Sums) -> None:
-    """Compare sums of what was read with those of what was saved.
+    """Compare sums of what was read with those of what was saved, on the first rank.
 
     Args:
         ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
@@ -92,7 +92,7 @@ def compare(ranks: Ranks, folder: str, record: Record, mine: Sums) -> None:
     Raises:
         CheckpointError: on all ranks, if a tensor is not what was saved.
     """
-    totals = added(share for shares in ranks.gather(lambda: mine) for share in shares.items())
+    totals = added(share for shares in ranks.to_first(lambda: mine) or () for share in shares.items())
     raise_together(
         ranks,
         [f"{kind} of {name}" for (name, kind), value in totals.items() if not fits(record.sum_of(name, kind), value)],

@@ -19,8 +19,10 @@ from megatron_muon._patching import Patch
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
 from megatron_muon.checkpoint.folders import path_of
+from megatron_muon.checkpoint.joining import Recorder
+from megatron_muon.checkpoint.keys import RECORD_KEY
 from megatron_muon.checkpoint.record import ACCEPT, RECORD
-from megatron_muon.checkpoint.stored import Stored
+from megatron_muon.checkpoint.stored import Stored, has_record, records_in
 from megatron_muon.plugin import options
 from megatron_muon.plugin.adam_buckets import buckets_of_adam
 from megatron_muon.plugin.checkpoint_files import EARLIER, reason_of, remove_old_marks
@@ -94,6 +96,7 @@ class _CanonicalState:
         self._pg_collection = pg_collection
         self._upstream_sharded, self._upstream_load = optimizer.sharded_state_dict, optimizer.load_state_dict
         self._signature = inspect.signature(optimizer.sharded_state_dict)
+        self._recorder = Recorder()
         if ours and ranks_of(pg_collection).is_first:
             _OURS.add(self)
 
@@ -122,7 +125,7 @@ class _CanonicalState:
 
         def save() -> dict[str, Any]:
             held = held_by(self._optimizer, create=True)
-            return canonical.saved_state(ranks, held, self._model(model_state, metadata))
+            return canonical.saved_state(ranks, held, self._model(model_state, metadata), self._recorder)
 
         return ranks.together(save)
 
@@ -283,14 +286,15 @@ class _Either(dict[str, Any]):
         Raises:
             Exception: what Megatron-Core has raised, if what it would read is asked for.
         """
-        record = _record_in(folder)
-        if record is not None:
+        common = _common_with_record(folder)
+        if common is not None:
             ranks = self._ranks if group is None or group.size() == dist.get_world_size() else Ranks((group,))
             request = ranks.together(self._ask)
             request.ranks = ranks
             # In a checkpoint of several models, others may be Adam's.
             names = {name for place in request.places for name in place.members}
-            known = record["converted"] or not names.isdisjoint(record["weights"])
+            found = ranks.from_first(lambda: records_in(folder, common))
+            known = any(record.converted or not names.isdisjoint(record.weights) for record in found)
             if any(ranks.gather(lambda: known)):
                 self.clear()
                 return request
@@ -299,15 +303,15 @@ class _Either(dict[str, Any]):
         return None
 
 
-def _record_in(folder: str) -> dict[str, Any] | None:
-    """The checkpoint's record, if it has one of ours."""
+def _common_with_record(folder: str) -> Any:
+    """What is no tensor in the checkpoint, if it has a record of ours; else None."""
     from megatron.core import dist_checkpointing
 
     try:
-        found: dict[str, Any] = dist_checkpointing.load_common_state_dict(folder)["optimizer"][RECORD]
-    except Exception:  # there is none; or Megatron-Core, which reads it next, tells what is wrong
+        common = dist_checkpointing.load_common_state_dict(folder)
+    except Exception:  # Megatron-Core, which reads it next, tells what is wrong
         return None
-    return found
+    return common if has_record(common) else None
 
 
 def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -340,7 +344,7 @@ def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
         def resolve() -> tuple[weights.Described, Stored]:
             described = weights.described(sharded_state_dict)  # of the model alone: requests are still empty
             tensors = tensors_of(noted(sharded_state_dict))
-            stored = _read(str(checkpoint_dir))
+            stored = _read(str(checkpoint_dir), [request.ranks for _, request in requests])
             for place, request in requests:
                 _check_model(request.ranks, tensors, stored)
                 request.resolve(stored)
@@ -373,9 +377,12 @@ def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _reading(strategy: Any, folder: Any, together: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
-    """Each rank reads its tensors for itself: if one cannot, the others must not wait for it."""
+    """Each rank reads its tensors for itself: if one cannot, the others must not wait for it.
+
+    Our records, which have been read, are no keys that were not asked for.
+    """
     reader = getattr(strategy, "base_strategy", strategy)
-    read = reader.load
+    read, keys = reader.load, strategy.load_sharded_metadata
 
     def load(*args: Any, **kwargs: Any) -> Any:
         def work() -> Any:
@@ -387,17 +394,20 @@ def _reading(strategy: Any, folder: Any, together: Callable[[Callable[[], Any]],
 
         return together(work)
 
-    reader.load = load
+    def load_sharded_metadata(*args: Any) -> dict[str, Any]:
+        return {name: each for name, each in keys(*args).items() if not each.key.startswith(RECORD_KEY)}
+
+    reader.load, strategy.load_sharded_metadata = load, load_sharded_metadata
     try:
         yield
     finally:
-        del reader.load
+        del reader.load, strategy.load_sharded_metadata
 
 
-def _read(folder: str) -> Stored:
+def _read(folder: str, ranks: Sequence[Ranks]) -> Stored:
     """The contents of a checkpoint."""
     try:
-        return Stored.read(folder)
+        return Stored.read(folder, ranks)
     except Exception as error:  # whatever a damaged index makes of the readers
         problem = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(
@@ -445,7 +455,7 @@ def _refuse_others(state: Any, folder: str, error: BaseException) -> None:
     from megatron_muon.checkpoint.sharding import noted
 
     keys = (base.key for base in noted(state))
-    if any(parse_state(key) or is_bucket(key) for key in keys) and _record_in(folder) is not None:
+    if any(parse_state(key) or is_bucket(key) for key in keys) and _common_with_record(folder) is not None:
         raise CheckpointError(
             f"{folder} has the state of megatron_muon's optimizers, and the optimizer that is to read it was built "
             f"before megatron_muon.install(), or not by megatron.core.optimizer.get_megatron_optimizer "

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_muon._patching import Patch
 from megatron_muon.agree import Ranks
-from megatron_muon.checkpoint.record import RECORD, Record
+from megatron_muon.checkpoint.record import RECORD, note
 
 __all__ = ["patches"]
 
@@ -28,7 +28,7 @@ def patches() -> list[Patch]:
         ),
         Patch(
             f"{_MODULE}:MimoOptimizer.sharded_state_dict",
-            _with_one_record,
+            _with_one_note,
             "state has the names of the model's weights, and plain data is stored by the first rank alone, which may "
             "have no part of a model",
         ),
@@ -50,7 +50,7 @@ def _is_canonical(state: Any) -> bool:
     return isinstance(state, Request) or WEIGHTS in state
 
 
-def _with_one_record(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_one_note(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def sharded_state_dict(self: Any, model_state: Any, is_loading: bool = False, **kwargs: Any) -> Any:
         if is_loading:
@@ -66,9 +66,9 @@ def _with_one_record(original: Callable[..., Any]) -> Callable[..., Any]:
             ours = {name: part for name, part in found.items() if RECORD in part}
             for name, part in ours.items():
                 replace_prefix_for_sharding(part, f"mimo.{name}.", "")
-            records = [part.pop(RECORD) for part in ours.values()]
+            notes = [part.pop(RECORD) for part in ours.values()]
             others = {name: part for name, part in found.items() if part and name not in ours}
-            return records, {
+            return notes, {
                 name: extract_matching_values(part, lambda value: not isinstance(value, ShardedBase))[0]
                 for name, part in others.items()
             }
@@ -77,7 +77,7 @@ def _with_one_record(original: Callable[..., Any]) -> Callable[..., Any]:
         gathered = Ranks.of_world().gather(save)
         for name, plain in (each for _, others in gathered for each in others.items()):
             found[name] = found[name] or plain  # a rank without this model stores its steps all the same
-        records = [Record.from_plain(record) for part, _ in gathered for record in part]
-        return {**found, RECORD: Record.joined(records).to_plain()} if records else found
+        keys = {key for part, _ in gathered for each in part for key in each["keys"]}
+        return {**found, RECORD: note(keys)} if keys else found
 
     return sharded_state_dict

@@ -11,6 +11,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron_muon.checkpoint.canonical import Request
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.held import Held
+from megatron_muon.checkpoint.joining import Part, Whole, _packed
 from megatron_muon.checkpoint.keys import (
     ALONE,
     bucket_pattern,
@@ -20,10 +21,11 @@ from megatron_muon.checkpoint.keys import (
     parse_state,
     without_chain,
 )
-from megatron_muon.checkpoint.record import WEIGHT, Record, Rule, WeightRecord, layout_text
+from megatron_muon.checkpoint.record import RECORD, WEIGHT, Record, Rule, WeightRecord, layout_text
 from megatron_muon.checkpoint.sharding import places_of, tensors_of
 from megatron_muon.checkpoint.slices import boxes
 from megatron_muon.checkpoint.sources import difference, estimated_second_moment
+from megatron_muon.checkpoint.stored import records_in
 from megatron_muon.cpu.optimizers import GroupStepAdamW
 from megatron_muon.plugin.optimizer_state import _spans
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
@@ -117,37 +119,49 @@ ADAM = Rule("adam", "", ("exp_avg", "exp_avg_sq"))
 
 
 def weight(key: str, index: tuple[int, ...], siblings: int, rule: Rule) -> WeightRecord:
-    return WeightRecord(key, index, siblings, rule, (("momentum", 0.9),))
+    return WeightRecord(key, index, siblings, rule, (("momentum", 0.9), ("betas", [0.9, 0.95])))
 
 
 def test_record_keeps_everything() -> None:
-    name = ("w[0]", "momentum_buffer")
-    sums = [{("w[0]", WEIGHT): 2**128 - 1, ("v", WEIGHT): 4, name: 2**64 - 1}, {("w[0]", WEIGHT): 3, name: 3 + 2**64}]
-    weights = [weight("w", (0,), 2, MUON), weight("w", (1,), 2, MUON), weight("v", (), 1, ADAM)]
-    record = Record.of(7, weights, sums)
+    """Of three ranks; the first two have shards of one weight."""
+    sums = (("w[0]", "momentum_buffer"), ("w[0]", WEIGHT))
+    parts = [
+        Part((weight("w", (0,), 2, MUON),), sums),
+        Part((weight("w", (0,), 2, MUON),), sums),
+        Part((weight("w", (1,), 2, MUON), weight("v", (), 1, ADAM)), (("v", WEIGHT), ("w[1]", "momentum_buffer"))),
+    ]
+    high = 1 << 64
+    values = [[5 * high - 1, high - 1], [3 + 4 * high, 3], [4, high * high - 1]]
+    record = Whole(parts).filled(7, [_packed(each) for each in values])
     assert Record.from_plain(record.to_plain()) == record
-    assert record.model == {"w[0]": 2 + (2**64 - 1 << 64), "v": 4}, "shards add up, both sums modulo 2**64"
-    assert record.sums == {"w[0]": {"momentum_buffer": 2 + 2**64}}
+    assert record.step == 7 and record.model == {"w[0]": 2, "v": 4}
+    assert record.sums["w[0]"] == {"momentum_buffer": 2 + 8 * high}, "each half adds up for itself, modulo 2**64"
+    assert record.sums["w[1]"] == {"momentum_buffer": high * high - 1}
     assert (record.sum_of("v", WEIGHT), record.sum_of("v", "exp_avg")) == (4, None)
     assert str(record.rule("w[1]")) == "muon (whole)" and record.rule("other") is None
+    assert record.numbers == [{"momentum": 0.9, "betas": [0.9, 0.95]}] and len(record.rules) == 2
     assert record.alone == []
+    assert Whole([Part((), ())]).filled(0, [b""]).weights == {}
 
 
 def test_record_without_sums_of_the_model_is_read() -> None:
-    plain = Record.of(7, []).to_plain()
+    plain = Whole([]).record.to_plain()
     del plain["model"]
     assert Record.from_plain(plain).model == {}
 
 
 def test_record_knows_states_that_not_all_layers_have() -> None:
-    record = Record.of(1, [weight("w", (0,), 3, MUON), weight("w", (1,), 3, ADAM), weight("w", (2,), 3, MUON)])
-    assert record.alone == [("exp_avg", "w"), ("exp_avg_sq", "w"), ("momentum_buffer", "w")]
+    weights = (weight("w", (0,), 3, MUON), weight("w", (1,), 3, ADAM), weight("w", (2,), 3, MUON))
+    assert Whole([Part(weights, ())]).record.alone == [("exp_avg", "w"), ("exp_avg_sq", "w"), ("momentum_buffer", "w")]
 
 
 def test_newer_form_is_refused() -> None:
-    plain = {**Record.of(1, []).to_plain(), "version": 3, "package": "9.9"}
+    plain = {**Whole([]).record.to_plain(), "version": 3, "package": "9.9"}
     with pytest.raises(ValueError, match=r"form 3, written by megatron_muon 9\.9"):
         Record.from_plain(plain)
+    common = {"optimizer": {RECORD: {"version": 3, "package": "9.9", "somewhere": "else"}}}
+    with pytest.raises(CheckpointError, match=r"folder: its optimizer state has form 3, written by megatron_muon 9\.9"):
+        records_in("folder", common)
     assert Record.from_plain({**plain, "version": 1}).version == 1
 
 
