@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from megatron_muon.engine.modes import LENT, LOCAL, SPLIT
 from megatron_muon.engine.plan import Plan
+from megatron_muon.engine.tasks import TASKS
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 __all__ = ["describe"]
@@ -36,12 +37,11 @@ def describe(plan: Plan, orthogonalizer: Orthogonalizer, ranks: Mapping[str, int
                 batch.count,
                 _WAYS.get(chunk.mode, f"{chunk.mode} ({{}})").format(chunk.group),
             )
-            method = str(orthogonalizer.method(*sorted((kind.p, kind.q))))
+            method = TASKS[chunk.mode].method(orthogonalizer, kind)
             if chunk.mode in (LENT, SPLIT):
                 place = ranks[chunk.group]
                 lent += count if kind.parts[place] else 0
                 count = batch.counts[place] if chunk.mode == LENT else count if batch.counts[place] else 0
-                method = method if chunk.mode == LENT else f"split Newton-Schulz, {orthogonalizer.method(1, 1).dtype}"
             if count:
                 ways[way] += count
                 methods[method] += count

@@ -63,6 +63,11 @@ class Task:
     is_late = False
     """Whether others have to do a lot before :meth:`finish`."""
 
+    @staticmethod
+    def method(orthogonalizer: Orthogonalizer, kind: Kind) -> str:
+        """The iteration by which it orthogonalizes matrices of a kind."""
+        return str(orthogonalizer.method(kind.p, kind.q))
+
     def __init__(self, run: Run, chunk: Chunk) -> None:
         self.run, self.chunk = run, chunk
         self.batches = chunk.batches  # of which this rank has a part
@@ -174,6 +179,11 @@ class _Duplicated(Task):
 
 class _Distributed(Task):
     """Each rank keeps its columns; Gram matrices are summed."""
+
+    @staticmethod
+    def method(orthogonalizer: Orthogonalizer, kind: Kind) -> str:
+        """Standard for all shapes."""
+        return str(orthogonalizer.named(None))
 
     def compute(self) -> None:
         orthogonalizer = self.run.orthogonalizer
@@ -336,6 +346,11 @@ class _Split(_Lent):
 
     along = -1
 
+    @staticmethod
+    def method(orthogonalizer: Orthogonalizer, kind: Kind) -> str:
+        """Standard, but for who computes what."""
+        return f"split Newton-Schulz, {orthogonalizer.named(None).dtype}"
+
     def work(self, batch: Batch, x: torch.Tensor) -> torch.Tensor:
         run, p = self.run, batch.kind.p
         members = Members(self.exchange, _some(batch.counts))
@@ -361,6 +376,11 @@ def _some(counts: Sequence[int]) -> list[int]:
 
 class _Gram(Task):
     """Partial Gram matrices to their owners, polynomials back."""
+
+    @staticmethod
+    def method(orthogonalizer: Orthogonalizer, kind: Kind) -> str:
+        """Gram Newton-Schulz for all shapes."""
+        return str(orthogonalizer.named(orthogonalizer.restarts))
 
     def compute(self) -> None:
         run = self.run

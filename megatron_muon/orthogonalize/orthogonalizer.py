@@ -73,7 +73,10 @@ class Orthogonalizer:
 
     def method(self, p: int, q: int) -> Method:
         """The cheapest iteration that is accurate in this dtype."""
-        restarts = self.restarts if self._gram_pays(p, q) else None
+        return self.named(self.restarts if self._gram_pays(p, q) else None)
+
+    def named(self, restarts: tuple[int, ...] | None) -> Method:
+        """Gram Newton-Schulz with restarts, or the standard iteration (None)."""
         return Method(str(self.dtype).removeprefix("torch."), restarts, self.products.name)
 
     def flops(self, p: int, q: int) -> int:

@@ -16,6 +16,7 @@ from megatron_muon import Muon
 from megatron_muon.engine.modes import MODES
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.gram import prescale
+from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 from tests.pool import RankPool
@@ -105,6 +106,46 @@ def test_bfloat16_wire_rounds_what_is_sent_and_nothing_else(pool: RankPool) -> N
             else:
                 torch.testing.assert_close(owner, expected, rtol=2.0**-8, atol=3e-5)
                 assert torch.equal(owner, owner.bfloat16().float()) and not torch.equal(owner, expected)
+
+
+class Counted(TorchProducts):
+    """Counts products of either iteration alone: ``a X + Z X`` of the standard one, ``Q X`` of Gram Newton-Schulz."""
+
+    standard = gram_iteration = 0
+
+    def multiply_add(self, x: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
+        self.standard += x.size(0)
+        return super().multiply_add(x, z, a)
+
+    def apply(self, q: torch.Tensor, x: torch.Tensor, alpha: float) -> torch.Tensor:
+        self.gram_iteration += x.size(0)
+        return super().apply(q, x, alpha)
+
+
+def reported_and_done() -> dict[str, tuple[str, int, int]]:
+    """The report's line, and how many matrices went through each iteration on this rank, by mode."""
+    group, found = dist.group.WORLD, {}
+    for mode in EXACT:
+        params = [Given((16, 64), 1).parameter(group, random((16, 64), 1)) for _ in range(2)]
+        params += [Given((16, 16), 1).parameter(group, random((16, 16), 2)) for _ in range(2)]
+        for param in params:
+            param.grad = param.detach().clone()
+        optimizer = Muon(params, tp_group=group, tp_mode=mode, ns_dtype="fp32", num_ns_steps=4)
+        engine, products = optimizer.prepare(), Counted()
+        engine.orthogonalizer.products = products
+        optimizer.step()
+        found[mode] = engine.describe()[1], products.standard // 4, products.gram_iteration // 2
+    return found
+
+
+def test_report_names_the_iterations_that_run(pool: RankPool) -> None:
+    """Whatever is cheaper for the whole matrix: ``distributed`` has none but the standard one, ``gram`` only Gram."""
+    standard, gram = "standard Newton-Schulz, float32", "Gram Newton-Schulz, float32, restarts 2"
+    for rank in pool.run(reported_and_done, 2):
+        assert rank["distributed"] == (f"iteration: 4 {standard}", 4, 0)
+        assert rank["gram"] == (f"iteration: 4 {gram}", 0, 4)
+        assert rank["duplicated"] == (f"iteration: 2 {gram}, 2 {standard}", 2, 2)
+        assert rank["owner"] == (f"iteration: 2 {gram}, 2 {standard}", 1, 1), "each rank owns one of both shapes"
 
 
 def errors_in_float16(shape: tuple[int, int]) -> dict[str, float]:
