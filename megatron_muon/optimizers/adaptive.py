@@ -162,16 +162,14 @@ class AdaptiveMuon(Muon):
         moment2_eps: float = 1e-8,
         **options: Any,
     ) -> None:
-        refuse(
-            OPTIONS,
-            {
-                "optimizer": "adaptive_muon",
-                "adaptive_muon_moment2_method": moment2_method,
-                "adaptive_muon_beta2": beta2,
-                "adaptive_muon_eps": moment2_eps,
-                "muon_scale_mode": options.get("scale_mode", "spectral"),
-            },
-        )
+        self._settings = {
+            "optimizer": "adaptive_muon",
+            "adaptive_muon_moment2_method": moment2_method,
+            "adaptive_muon_beta2": beta2,
+            "adaptive_muon_eps": moment2_eps,
+            "muon_scale_mode": options.get("scale_mode", "spectral"),
+        }
+        refuse(OPTIONS, self._settings)
         self.beta2, self.moment2_eps = beta2, moment2_eps
         super().__init__(params, lr, variant=METHODS[moment2_method](beta2, moment2_eps), **options)
         if moment2_method == NAMO.name and self.config.momentum**2 > beta2:
@@ -181,6 +179,11 @@ class AdaptiveMuon(Muon):
                 "grow. Give a beta2 above the momentum's square.",
                 stacklevel=2,
             )
+
+    def refuse_options(self, options: dict[str, Any]) -> None:
+        """As of :class:`Muon`, beside the second moment."""
+        super().refuse_options(options)
+        refuse(OPTIONS, self._settings | {"muon_scale_mode": options.get("scale_mode", self.config.scale_mode)})
 
     @property
     def checkpoint_options(self) -> dict[str, Any]:

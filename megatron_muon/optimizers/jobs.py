@@ -11,7 +11,7 @@ import torch
 
 from megatron_muon.engine.callbacks import Part, Read
 from megatron_muon.engine.shards import Shard
-from megatron_muon.optimizers.decay import WeightDecay
+from megatron_muon.optimizers.groups import Options, add_
 from megatron_muon.optimizers.stages import Update, Variant
 from megatron_muon.routing.layout import ORTHOGONALIZE, STIEFEL, MatrixLayout, layout_of
 
@@ -24,12 +24,14 @@ class Job:
 
     Attributes:
         group: its parameter group.
+        options: of the group, in this step.
         param: the weight (this rank's shard).
         grad: of the weight's shape, in the dtype of its momentum.
         state: of the weight.
     """
 
     group: dict[str, Any]
+    options: Options
     param: torch.Tensor
     grad: torch.Tensor
     state: dict[str, Any]
@@ -42,40 +44,36 @@ class Job:
 
 
 def begin(
-    group: dict[str, Any], params: list[torch.Tensor], states: list[dict[str, Any]], decay: WeightDecay, factor: float
+    group: dict[str, Any], options: Options, params: list[torch.Tensor], states: list[dict[str, Any]]
 ) -> list[Job]:
-    """P1, and the weight decay that precedes the update: everything elementwise, for one parameter group.
+    """P1: gradients and momentum, for one parameter group.
 
     Args:
-        group: has momentum, learning rate and decay.
+        group: the group.
+        options: of the group, in this step.
         params: of the group, with gradients.
         states: of them.
-        decay: the method.
-        factor: see :meth:`megatron_muon.optimizers.decay.WeightDecay.factor`.
     """
     buffers = [state["momentum_buffer"] for state in states]
     grads = [cast(torch.Tensor, param.grad).to(buffer.dtype) for param, buffer in zip(params, buffers, strict=True)]
     layouts = [layout_of(param) for param in params]
-    # Those on a manifold do not decay: the way back to it would undo that.
-    decaying = [index for index, layout in enumerate(layouts) if layout.direction != STIEFEL]
-    decaying_layouts = [layouts[index] for index in decaying]
-    decaying_rows = rows_of([params[index] for index in decaying], decaying_layouts)
-    if decay.on_gradients and group["weight_decay"] != 0.0 and decaying_rows:
+    if options.l2:
+        # Those on a manifold do not decay: the way back to it would undo that.
+        which = [index for index, layout in enumerate(layouts) if layout.direction != STIEFEL]
         # Copies: Megatron reads its gradient buffer again, and rows under Adam have their own decay.
         grads = [grad.clone() for grad in grads]
-        grad_rows = rows_of([grads[index] for index in decaying], decaying_layouts)
-        torch._foreach_add_(grad_rows, decaying_rows, alpha=group["weight_decay"])
-    torch._foreach_lerp_(rows_of(buffers, layouts), rows_of(grads, layouts), 1.0 - group["momentum"])
-    if factor != 1.0 and decaying_rows:
-        torch._foreach_mul_(decaying_rows, factor)
-    return [Job(group, *job) for job in zip(params, grads, states, strict=True)]
+        some = [layouts[index] for index in which]
+        if rows := rows_of([params[index] for index in which], some):
+            torch._foreach_add_(rows_of([grads[index] for index in which], some), rows, alpha=options.l2)
+    torch._foreach_lerp_(rows_of(buffers, layouts), rows_of(grads, layouts), 1.0 - options.momentum)
+    return [Job(group, options, *job) for job in zip(params, grads, states, strict=True)]
 
 
 Jobs = Sequence[Job] | Mapping[int, Job]
 """By the number that the engine has for the weight."""
 
 
-def reader(nesterov: bool, jobs: Jobs, variant: Variant) -> Read:
+def reader(jobs: Jobs, variant: Variant) -> Read:
     """Packs the momentum, or Nesterov's mix of gradient and momentum."""
 
     def read(parts: list[Part], slots: list[torch.Tensor]) -> None:
@@ -83,14 +81,14 @@ def reader(nesterov: bool, jobs: Jobs, variant: Variant) -> Read:
         for part, slot in zip(parts, slots, strict=True):
             job = jobs[part.item.weight]
             pairs = part.piece.pairs(job.buffer, slot)
-            grads = part.piece.pairs(job.grad, slot) if nesterov else pairs
-            views[job.group["momentum"]] += [(*pair, grad) for pair, (grad, _) in zip(pairs, grads, strict=True)]
-        for momentum, found in views.items():
+            grads = part.piece.pairs(job.grad, slot) if job.options.nesterov != 1.0 else pairs
+            views[job.options.nesterov] += [(*pair, grad) for pair, (grad, _) in zip(pairs, grads, strict=True)]
+        for share, found in views.items():
             if not found:
                 continue
             sources, targets, mixed_in = zip(*found, strict=True)
             # The gradient itself stays as it is: Megatron reads its buffer again (logging, gradient norms).
-            torch._foreach_copy_(targets, torch._foreach_lerp(mixed_in, sources, momentum) if nesterov else sources)
+            torch._foreach_copy_(targets, torch._foreach_lerp(mixed_in, sources, share) if share != 1.0 else sources)
         variant.transform(slots)
         scales = [_damping_scale(jobs, part) for part in parts]
         if any(scale != 1.0 for scale in scales):
@@ -101,7 +99,7 @@ def reader(nesterov: bool, jobs: Jobs, variant: Variant) -> Read:
 
 def _damping_scale(jobs: Jobs, part: Part) -> float:
     """Where the iteration adds eps to the norm of u times this, it adds eps sqrt(n / m) / depth to that of u."""
-    depth: float = jobs[part.item.weight].group["damping_depth"]
+    depth = jobs[part.item.weight].options.damping_depth
     return depth * (part.item.rows / part.item.columns) ** 0.5 if depth else 1.0
 
 
@@ -113,14 +111,13 @@ def rows_of(
     return [view for tensor, layout in pairs for view in layout.rows_by_rule(tensor, rule)]
 
 
-def update_of(job: Job, part: Part, direction: torch.Tensor, nesterov: bool, shard: Shard | None) -> Update:
+def update_of(job: Job, part: Part, direction: torch.Tensor, shard: Shard | None) -> Update:
     """What variants see of some matrices.
 
     Args:
         job: of their weight.
         part: which matrices.
         direction: (matrices, rows, columns) on this rank.
-        nesterov: whether momentum is mixed with the gradient.
         shard: that the weight is; None if every rank holds it whole.
     """
     divides_columns = shard is not None and shard.dim == -1
@@ -129,7 +126,7 @@ def update_of(job: Job, part: Part, direction: torch.Tensor, nesterov: bool, sha
         state=job.state,
         grad=job.grad,
         momentum=job.buffer,
-        nesterov=job.group["momentum"] if nesterov else 1.0,
+        nesterov=job.options.nesterov,
         piece=part.piece,
         rows=part.item.rows,
         columns=part.item.columns,
@@ -148,27 +145,29 @@ def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Addition:
-    """P7: adds directions to the weights, learning rate times a factor of each."""
+    """P6 and P7: weights decay, and directions are added to them, learning rate times a factor of each."""
 
-    def __init__(self, jobs: Jobs, factor: Callable[[Part], float], decay: WeightDecay) -> None:
+    def __init__(self, jobs: Jobs, factor: Callable[[Job, Part], float]) -> None:
         """
         Args:
             jobs: of the weights.
             factor: of the directions of some matrices.
-            decay: the method: one of them acts here.
         """
-        self._jobs, self._factor, self._decay = jobs, factor, decay
+        self._jobs, self._factor = jobs, factor
 
     def __call__(self, parts: list[Part], directions: list[torch.Tensor]) -> None:
         """Of the matrices of one chunk."""
-        pairs: dict[float, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        views: dict[tuple[Options, float], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         for part, direction in zip(parts, directions, strict=True):
             job = self._jobs[part.item.weight]
-            views = part.piece.pairs(job.param, direction)
-            pairs[-job.group["lr"] * self._factor(part)] += views
-            if self._decay.is_cautious and job.group["weight_decay"] != 0.0:
-                self._decay.decay_cautiously(views, job.group["lr"] * job.group["weight_decay"])
-        for alpha, found in pairs.items():
-            if found:
-                weights, updates = zip(*found, strict=True)
-                torch._foreach_add_(weights, updates, alpha=alpha)
+            views[job.options, self._factor(job, part)] += part.piece.pairs(job.param, direction)
+        for (options, factor), found in views.items():
+            if not found:
+                continue
+            weights, updates = zip(*found, strict=True)
+            if options.kept is not None:
+                torch._foreach_mul_(weights, options.kept)
+            if options.cautious is not None:
+                smaller = [weight * (weight * update > 0) for weight, update in found]
+                add_(weights, smaller, -options.cautious)
+            add_(weights, updates, -options.lr * factor)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +19,8 @@ from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.balls import ball_directions
-from megatron_muon.optimizers.decay import WeightDecay
 from megatron_muon.optimizers.engines import Engines
+from megatron_muon.optimizers.groups import OPTIONAL, Options, Rate, check_names, check_numbers, options_of
 from megatron_muon.optimizers.handled import STEP, Marks, refuse_elsewhere
 from megatron_muon.optimizers.jobs import Addition, Job, Jobs, begin, reader, update_of
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts, spectrally_normalized
@@ -59,10 +61,11 @@ class Muon(torch.optim.Optimizer):
         engines: plan and carry out its steps, see :class:`megatron_muon.optimizers.engines.Engines`.
         finals: called one after another, in each step once for each parameter, with those that are as the step leaves
             them: when their last matrix is written, or at the end of the step.
+        is_complete: whether others rely on its weights being all that it will have.
 
     Args:
         params: 2-D parameters (3-D with a stacked layout) or param groups.
-        lr: learning rate.
+        lr: learning rate; a tensor of one element is not read by the host in a step.
         momentum: decay of the momentum, 0 <= momentum < 1.
         nesterov: whether to use Nesterov momentum.
         weight_decay: weight decay; decoupled, it is multiplied by ``lr`` alone.
@@ -114,7 +117,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: Rate = 1e-3,
         momentum: float = 0.95,
         nesterov: bool = False,
         weight_decay: float = 0.01,
@@ -144,10 +147,6 @@ class Muon(torch.optim.Optimizer):
         hidden_size: int = 0,
         damping_depth: float = 0.0,
     ) -> None:
-        if lr < 0.0:
-            raise ValueError(f"lr {lr}: give a number of at least 0")
-        if weight_decay < 0.0:
-            raise ValueError(f"weight_decay {weight_decay}: give a number of at least 0")
         self.config = MuonConfig(
             momentum=momentum,
             nesterov=nesterov,
@@ -173,17 +172,15 @@ class Muon(torch.optim.Optimizer):
                 f"--muon-scale-mode {MOONLIGHT_HIDDEN} with hidden_size {hidden_size}: give the model's hidden size, "
                 "or use --muon-scale-mode moonlight."
             )
-        if damping_depth < 0.0:
-            raise ConfigError(f"damping_depth {damping_depth}: give a positive number, or 0 for none.")
         self.hidden_size = hidden_size
         self.variant = VARIANTS.get(variant, Variant)() if isinstance(variant, str) else variant
         self.engines = Engines(self.config, tp_group, expert_tp_group, damped=damping_depth > 0.0)
-        self._decay = WeightDecay(weight_decay_method, self.variant.decays)
         self.starts = WarmStarts()
         self.finals: list[Callable[[list[torch.Tensor]], None]] = []
         self._untold: list[torch.Tensor] | None = None
         self._marks = Marks()
-        self._first_lrs: list[float] = []
+        self._first_lrs: list[Rate] = []
+        self.is_complete = False
         scalar = {
             "scalar_optimizer": scalar_optimizer,
             "scalar_betas": scalar_betas,
@@ -192,7 +189,9 @@ class Muon(torch.optim.Optimizer):
             "scalar_wd_mult": scalar_wd_mult,
         }
         own = {"momentum": momentum, "weight_decay": weight_decay, "damping_depth": damping_depth}
-        super().__init__(params, {"lr": lr, "step": 0, **own, **scalar})
+        defaults = {"lr": lr, STEP: 0, **own, **scalar}
+        check_numbers(defaults)
+        super().__init__(params, defaults)
 
     @property
     def checkpoint_rule(self) -> str:
@@ -208,10 +207,45 @@ class Muon(torch.optim.Optimizer):
         return {"newton_schulz_eps": self.config.eps, **{name: getattr(self.config, name) for name in names}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in ``torch.optim.Optimizer``; refuses what cannot be orthogonalized."""
+        """As in ``torch.optim.Optimizer``; refuses what cannot be orthogonalized, and leaves nothing of it behind.
+
+        A group may have options of its own, but none that is the whole optimizer's: see
+        :mod:`megatron_muon.optimizers.groups`.
+
+        Raises:
+            ConfigError: for an option that a group cannot have, for a wrong value, and if the optimizer is complete.
+        """
+        if self.is_complete:
+            raise ConfigError(
+                "add_param_group of an optimizer that get_megatron_optimizer has built: Megatron-Core's lists, and "
+                "other ranks, know the weights that it was built with. Build it anew with all of them."
+            )
+        given = dict(param_group)
         super().add_param_group(param_group)
-        self._first_lrs.append(self.param_groups[-1]["lr"])
-        for param in self.param_groups[-1]["params"]:
+        try:
+            self._check_group(given, param_group)
+        except Exception:
+            self.param_groups.pop()
+            param_group.clear()
+            param_group.update(given)
+            raise
+        lr = param_group["lr"]
+        self._first_lrs.append(lr.clone() if isinstance(lr, torch.Tensor) else lr)
+
+    def _check_group(self, given: dict[str, Any], group: dict[str, Any]) -> None:
+        """Refuse a param group: as it was given, and with the entries that it lacked."""
+        constructor = {name for cls in (type(self), Muon) for name in inspect.signature(cls.__init__).parameters}
+        check_names(given, self.defaults, constructor)
+        check_numbers(group)
+        if group["damping_depth"] and not self.defaults["damping_depth"]:
+            raise ConfigError(
+                f"damping_depth {group['damping_depth']} in a param group of an optimizer without: give the "
+                "constructor one, too."
+            )
+        self.refuse_options(
+            {name: group[name] for name in (*OPTIONAL, "momentum", "scalar_optimizer") if name in group}
+        )
+        for param in group["params"]:
             layout = layout_of(param)
             if param.dim() != layout.dims:
                 raise ValueError(
@@ -221,6 +255,14 @@ class Muon(torch.optim.Optimizer):
             weight = self.engines.weight(param)
             check_weight(weight, self.config.tp_mode)
             check_scalar_rows(weight)
+
+    def refuse_options(self, options: dict[str, Any]) -> None:
+        """Refuse wrong values of a param group's own options, and what does not go with the optimizer's.
+
+        Raises:
+            ConfigError: naming option, value and way out.
+        """
+        replace(self.config, **options).validate()
 
     def _check_direction(self, param: torch.Tensor, layout: MatrixLayout) -> None:
         rule = getattr(param, OVERRIDE_ATTRIBUTE, f"NAME={layout.direction}")
@@ -280,7 +322,11 @@ class Muon(torch.optim.Optimizer):
             self.engines.agree(self.param_groups, self.directions)
             engines = self._engines([param for param in self._own if param.grad is not None])
             groups = zip(self.param_groups, self._first_lrs, strict=True)
-            ready = [(group, self._decay.factor(group, first_lr)) for group, first_lr in groups if self._ready(group)]
+            ready = [
+                (group, options_of(group, self.config, self.variant.decays, first_lr))
+                for group, first_lr in groups
+                if self._ready(group)
+            ]
             self._pending = dict.fromkeys(self._own)
             try:
                 self._change(ready, engines)
@@ -292,9 +338,9 @@ class Muon(torch.optim.Optimizer):
                 raise
         return loss
 
-    def _change(self, ready: list[tuple[dict[str, Any], float]], engines: dict[str, StepEngine]) -> None:
-        """All of a step that changes weights and state, of groups with their factors of decay."""
-        jobs = [job for group, factor in ready for job in self._begin_group(group, factor)]
+    def _change(self, ready: list[tuple[dict[str, Any], Options]], engines: dict[str, StepEngine]) -> None:
+        """All of a step that changes weights and state."""
+        jobs = [job for group, options in ready for job in self._begin_group(group, options)]
         for group, _ in ready:
             step_scalar_rows(group, [job for job in jobs if job.group is group])
         self._untold = [] if self.sends else None
@@ -319,14 +365,14 @@ class Muon(torch.optim.Optimizer):
             self._update_with_others(engine, jobs)
         else:
             write = self._telling(engine.plan, dict(enumerate(jobs)), self._writer(jobs))
-            engine.run(reader(self.config.nesterov, jobs, self.variant), write)
+            engine.run(reader(jobs, self.variant), write)
 
     def _update_with_others(self, engine: StepEngine, jobs: list[Job]) -> None:
         """The same, by a plan for the weights of all data-parallel ranks, whether they have gradients or not."""
         assert self.engines.sharing is not None
         number = dict(zip(self._own, self.engines.sharing.numbers, strict=True))
         mine = {number[job.param]: job for job in jobs}
-        fill, add = reader(self.config.nesterov, mine, self.variant), self._writer(mine)
+        fill, add = reader(mine, self.variant), self._writer(mine)
 
         def of_mine(parts: list[Part], slots: list[torch.Tensor]) -> tuple[list[Part], list[torch.Tensor]]:
             pairs = [pair for pair in zip(parts, slots, strict=True) if pair[0].item.weight in mine]
@@ -431,7 +477,7 @@ class Muon(torch.optim.Optimizer):
                 state.setdefault(STEP, group[STEP])
             if layout_of(param).direction == MSIGN:
                 self.variant.init_state(param, state)
-                if self.scales and self.config.scale_mode == SPECTRAL_NORM:
+                if self.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:
                     init_rows(param, state, UPDATE_LEFT)
 
     def _ready(self, group: dict[str, Any]) -> bool:
@@ -441,7 +487,7 @@ class Muon(torch.optim.Optimizer):
         self._notice(params, [self.state[param] for param in params])
         return bool(params)
 
-    def _begin_group(self, group: dict[str, Any], factor: float) -> list[Job]:
+    def _begin_group(self, group: dict[str, Any], options: Options) -> list[Job]:
         """Everything elementwise that precedes the iteration."""
         params = [param for param in group["params"] if param.grad is not None]
         states = [self.state[param] for param in params]
@@ -449,7 +495,7 @@ class Muon(torch.optim.Optimizer):
         for state in states:
             if STEP in state:
                 state[STEP] += 1
-        return begin(group, params, states, self._decay, factor)
+        return begin(group, options, params, states)
 
     def _watched_in(self, state: dict[str, Any]) -> list[torch.Tensor]:
         return [state[name] for name in self.watched if name in state]
@@ -464,45 +510,51 @@ class Muon(torch.optim.Optimizer):
 
     def _writer(self, jobs: Jobs) -> Write:
         """Applies orthogonalized directions to the weights."""
-        mode = self.config.scale_mode
-        measured = mode in (UPDATE_NORM, SPECTRAL_NORM)
-        add = Addition(jobs, self._scale, self._decay)
+        add = Addition(jobs, self._scale)
 
         def write(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
+            modes = [jobs[part.item.weight].options.scale_mode for part in parts]
             matrices = None
-            if self.variant.adapts or self.variant.retracts or measured:
+            if self.variant.adapts or self.variant.retracts or not {UPDATE_NORM, SPECTRAL_NORM}.isdisjoint(modes):
                 matrices = self._matrices(jobs, parts, directions, reduce)
                 directions = self.variant.adapt(matrices)
-            if matrices is not None and mode == SPECTRAL_NORM:
-                step = jobs[parts[0].item.weight].group[STEP]
-                directions = spectrally_normalized(matrices, directions, step, self.starts)
-            elif matrices is not None and mode == UPDATE_NORM:
-                directions = normalized(matrices, directions)
+                for mode in (UPDATE_NORM, SPECTRAL_NORM):
+                    which = [index for index, each in enumerate(modes) if each == mode]
+                    if which:
+                        some = Matrices([matrices.updates[index] for index in which], reduce)
+                        step = jobs[parts[which[0]].item.weight].group[STEP]
+                        found = self._measured(mode, some, [directions[index] for index in which], step)
+                        for index, direction in zip(which, found, strict=True):
+                            directions[index] = direction
             add(parts, directions)
             if matrices is not None and self.variant.retracts:
                 self.variant.retract(matrices)
 
         return write
 
+    def _measured(self, mode: str, matrices: Matrices, directions: list[torch.Tensor], step: int) -> list[torch.Tensor]:
+        """Directions of the size that a scale mode gives them by their norm."""
+        if mode == UPDATE_NORM:
+            return normalized(matrices, directions)
+        return spectrally_normalized(matrices, directions, step, self.starts)
+
     def _ball_writer(self, jobs: list[Job]) -> Write:
         """Applies directions in balls to the weights."""
-
-        def factor(part: Part) -> float:
-            return layout_of(jobs[part.item.weight].param).ball_factor(part.item.columns, self.config.ball_radius)
-
-        add = Addition(jobs, factor, self._decay)
+        add = Addition(
+            jobs, lambda job, part: layout_of(job.param).ball_factor(part.item.columns, job.options.ball_radius)
+        )
         return lambda parts, directions, reduce: add(parts, directions)
 
-    def _scale(self, part: Part) -> float:
-        factor = scale_factor(self.config.scale_mode, part.item.rows, part.item.columns, self.hidden_size)
-        return factor * self.config.extra_scale_factor
+    def _scale(self, job: Job, part: Part) -> float:
+        factor = scale_factor(job.options.scale_mode, part.item.rows, part.item.columns, self.hidden_size)
+        return factor * job.options.extra_scale_factor
 
     def _matrices(self, jobs: Jobs, parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> Matrices:
         """What variants see of a chunk."""
         updates = []
         for part, direction in zip(parts, directions, strict=True):
             job = jobs[part.item.weight]
-            updates.append(update_of(job, part, direction, self.config.nesterov, self.engines.shard(job.param)))
+            updates.append(update_of(job, part, direction, self.engines.shard(job.param)))
         return Matrices(updates, reduce)
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.optim.adamw import adamw
 
 from megatron_muon.engine.plan import Weight
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.groups import Rate, add_
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.jobs import Job, rows_of
 from megatron_muon.routing.layout import SCALAR, layout_of
@@ -73,6 +73,7 @@ def step_scalar_rows(group: dict[str, Any], jobs: list[Job]) -> None:
     params = [layout.rows_by_rule(job.param, SCALAR) for job, layout in zip(mixed, layouts, strict=True)]
     _update_rows(
         group,
+        mixed[0].options.lr,
         [step for step, views in zip(counted, params, strict=True) for _ in views],
         [view for views in params for view in views],
         rows_of([job.grad for job in mixed], layouts, SCALAR),
@@ -83,6 +84,7 @@ def step_scalar_rows(group: dict[str, Any], jobs: list[Job]) -> None:
 
 def _update_rows(
     group: dict[str, Any],
+    lr: Rate,
     steps: list[int],
     params: list[torch.Tensor],
     grads: list[torch.Tensor],
@@ -95,6 +97,7 @@ def _update_rows(
         group: Muon's param group. Learning rate and weight decay are its own times ``scalar_lr_mult`` and
             ``scalar_wd_mult``, so that they follow its schedule; ``scalar_betas`` and ``scalar_eps`` are the scalar
             optimizer's.
+        lr: learning rate of the group.
         steps: how many updates each had, with this one, since its second moment began.
         params: rows of the weights.
         grads: of the same rows.
@@ -104,29 +107,27 @@ def _update_rows(
     Source:
         AdamW: Loshchilov and Hutter, arXiv 1711.05101; Lion: Chen et al., arXiv 2302.06675.
     """
-    lr = group["lr"] * group["scalar_lr_mult"]
+    lr = lr * group["scalar_lr_mult"]
     decay = group["weight_decay"] * group["scalar_wd_mult"]
     beta1, beta2 = group["scalar_betas"]
-    if group["scalar_optimizer"] == "lion":
+    if decay:
         torch._foreach_mul_(params, 1.0 - lr * decay)
+    if group["scalar_optimizer"] == "lion":
         signs = torch._foreach_lerp(first_moments, grads, 1.0 - beta1)
         torch._foreach_sign_(signs)
-        torch._foreach_add_(params, signs, alpha=-lr)
+        add_(params, signs, -lr)
         torch._foreach_lerp_(first_moments, grads, 1.0 - beta2)
         return
-    adamw(
-        params,
-        grads,
-        first_moments,
-        second_moments,
-        [],
-        [torch.tensor(float(step - 1)) for step in steps],  # on the CPU: reading them waits for no device
-        foreach=True,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=decay,
-        eps=group["scalar_eps"],
-        maximize=False,
-    )
+    torch._foreach_lerp_(first_moments, grads, 1.0 - beta1)
+    torch._foreach_mul_(second_moments, beta2)
+    torch._foreach_addcmul_(second_moments, grads, grads, value=1.0 - beta2)
+    roots = torch._foreach_sqrt(second_moments)
+    torch._foreach_div_(roots, [(1.0 - beta2**step) ** 0.5 for step in steps])
+    torch._foreach_add_(roots, group["scalar_eps"])
+    firsts = [1.0 - beta1**step for step in steps]
+    if isinstance(lr, torch.Tensor):
+        updates = torch._foreach_div(first_moments, roots)
+        torch._foreach_div_(updates, firsts)
+        add_(params, updates, -lr)
+    else:  # the very operations of torch's AdamW
+        torch._foreach_addcdiv_(params, first_moments, roots, [-lr / first for first in firsts])

@@ -23,6 +23,7 @@ import torch
 from megatron_muon.config import PREFIX, UNREAD, MuonConfig
 from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
 from megatron_muon.engine.step import StepEngine
+from megatron_muon.optimizers.groups import add_
 from megatron_muon.optimizers.jobs import Job, reader
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.power import store_rows, store_vector, top_singular
@@ -171,7 +172,7 @@ class SpectralSphere(Muon):
         self, params: Any, lr: float = 1e-3, *, radius: float = 2.0, tolerance: float = 0.1, **options: Any
     ) -> None:
         MuonConfig(sphere_radius=radius, sphere_tolerance=tolerance).validate(pairs=False)
-        refuse(UNREAD, {"optimizer": "spectral_sphere", **{PREFIX + name: value for name, value in options.items()}})
+        _refuse_unread(options)
         self.radius, self.tolerance = radius, tolerance
         self.evaluations = evaluations(tolerance)
         self._zeros = ZeroWeights(
@@ -185,6 +186,11 @@ class SpectralSphere(Muon):
         own = {"sphere_radius": self.radius, "sphere_tolerance": self.tolerance}
         return {**super().checkpoint_options, **own}
 
+    def refuse_options(self, options: dict[str, Any]) -> None:
+        """As of :class:`Muon`; sizes of updates and weight decay are none of them."""
+        _refuse_unread(options)
+        super().refuse_options(options)
+
     def forget(self) -> None:
         """As of :class:`Muon`: the weights' singular vectors are looked for anew."""
         super().forget()
@@ -193,7 +199,7 @@ class SpectralSphere(Muon):
                 state[LEFT].zero_()
 
     def _update_matrices(self, jobs: list[Job], engine: StepEngine) -> None:
-        read = reader(self.config.nesterov, jobs, self.variant)
+        read = reader(jobs, self.variant)
         for some in engine.plan.portions(_CHUNKS):
             solves: dict[Key, _Solve] = {}
             engine.visit(self._preparer(jobs, solves), some)
@@ -256,14 +262,19 @@ class SpectralSphere(Muon):
         def finish(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
             for part, update in zip(parts, self._matrices(jobs, parts, slots, reduce).updates, strict=True):
                 each = solves[_key(part)]
-                rate = -jobs[part.item.weight].group["lr"]
-                for weight, step in update.pairs(update.param, each.result() * each.radius):
-                    weight.add_(step, alpha=rate)
+                pairs = update.pairs(update.param, each.result() * each.radius)
+                if pairs:
+                    weights, steps = zip(*pairs, strict=True)
+                    add_(weights, steps, -jobs[part.item.weight].options.lr)
                 # Without a gradient, or singular vectors, h is 0 at every lambda: it stays where it was.
                 value = torch.where(each.has_problem, each.value, each.start)
                 store_rows(update, MULTIPLIER, value.expand(-1, update.direction.size(1), 1))
 
         return finish
+
+
+def _refuse_unread(options: dict[str, Any]) -> None:
+    refuse(UNREAD, {"optimizer": "spectral_sphere", **{PREFIX + name: value for name, value in options.items()}})
 
 
 def _key(part: Part) -> Key:

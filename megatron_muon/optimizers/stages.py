@@ -33,7 +33,7 @@ class Update:
     """Some matrices of one block of one weight, in a step.
 
     Attributes:
-        param: the weight (this rank's shard), decayed but not yet updated.
+        param: the weight (this rank's shard), as the last step left it.
         state: of the weight.
         grad: of the weight (this rank's shard).
         momentum: its momentum buffer.

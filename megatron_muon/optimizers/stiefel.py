@@ -17,6 +17,7 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
 from megatron_muon.engine.step import StepEngine
+from megatron_muon.optimizers.groups import Rate
 from megatron_muon.optimizers.jobs import Job, reader
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.stages import Variant
@@ -122,11 +123,10 @@ class StiefelMuon(Muon):
         # 16 bits and TF32 leave errors that add up over the steps.
         with matmul_precision("highest"):
             products, _ = choose_products("auto", params[0].device, engine.local_dtype)
-            move = _Move(
-                self, [job.group["lr"] for job in jobs], not self._placed >= _as_they_are(params), Msign(products)
-            )
+            rates = [job.options.lr for job in jobs]
+            move = _Move(self, rates, not self._placed >= _as_they_are(params), Msign(products))
             # The variant of the other weights has no part in these.
-            read = reader(self.config.nesterov, jobs, Variant())
+            read = reader(jobs, Variant())
             engine.solve((read, _weights_reader(jobs)), move, _weights_writer(jobs), self._flops)
         self._placed = _as_they_are(params)
         self.tangency = move.tangency
@@ -144,7 +144,7 @@ class _Move:
         tangency: the largest so far.
     """
 
-    def __init__(self, optimizer: StiefelMuon, rates: Sequence[float], placing: bool, msign: Msign) -> None:
+    def __init__(self, optimizer: StiefelMuon, rates: Sequence[Rate], placing: bool, msign: Msign) -> None:
         """
         Args:
             optimizer: has the options.
@@ -168,7 +168,7 @@ class _Move:
             out[some] = self._moved(weight[some].mT.contiguous(), momentum[some].mT.contiguous(), rate).mT
         return out
 
-    def _moved(self, weight: torch.Tensor, momentum: torch.Tensor, rate: float | torch.Tensor) -> torch.Tensor:
+    def _moved(self, weight: torch.Tensor, momentum: torch.Tensor, rate: Rate) -> torch.Tensor:
         optimizer = self.optimizer
         weight = weight / optimizer.radius
         if self.placing:
@@ -180,10 +180,14 @@ class _Move:
         return self.msign(weight - rate * phi) * optimizer.radius
 
     @staticmethod
-    def _rate(rates: list[float], like: torch.Tensor) -> float | torch.Tensor:
+    def _rate(rates: list[Rate], like: torch.Tensor) -> Rate:
         """One number, or one for each matrix: (matrices, 1, 1)."""
         if len(set(rates)) == 1:
             return rates[0]
+        if any(isinstance(rate, torch.Tensor) for rate in rates):
+            return torch.stack([torch.as_tensor(rate, dtype=like.dtype, device=like.device) for rate in rates]).view(
+                -1, 1, 1
+            )
         found = torch.tensor(rates, dtype=like.dtype).view(-1, 1, 1)
         return found.to(like.device, non_blocking=True)  # otherwise the host would wait for the device
 

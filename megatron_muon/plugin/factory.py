@@ -87,6 +87,7 @@ def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
                 optimizer = original(config, model_chunks, overrides, groups)
             numbers = scalar_numbers(config, muon, model_chunks, others)
             for each in _muons(optimizer):
+                each.is_complete = True
                 for group in (each.defaults, *each.param_groups):
                     group.update(numbers)
             _check_partition(optimizer, model_chunks, groups, ranks)

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_muon import ConfigError, Muon
+from megatron_muon.plugin.optimizer_state import leaves
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
@@ -59,6 +61,10 @@ def test_dist_muon_is_layer_wise(pool: RankPool) -> None:
 def replicas_after_training(layout: Layout, options: dict[str, Any]) -> tuple[list[float], bool]:
     """Losses, and whether all data-parallel replicas hold the same bits."""
     run = harness.start(layout, **options)
+    for inner in (part.optimizer for part, _ in leaves(run.optimizer) if isinstance(part.optimizer, Muon)):
+        # Ranks have shared out the others, and buckets are sent when these are final.
+        with pytest.raises(ConfigError, match="get_megatron_optimizer has built"):
+            inner.add_param_group({"params": [torch.nn.Parameter(torch.ones(4, 4))]})
     losses = run.losses(6)
     same = True
     for chunk in run.chunks:

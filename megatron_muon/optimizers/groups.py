@@ -1,0 +1,163 @@
+"""Options of param groups: which there are, and what they come to in a step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+
+from megatron_muon.config import MuonConfig
+from megatron_muon.errors import ConfigError
+
+__all__ = ["Options", "Rate", "add_", "check_names", "check_numbers", "options_of"]
+
+Rate = float | torch.Tensor
+"""A learning rate; as a tensor it has one element, and is never read by the host in a step."""
+
+_Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
+
+OPTIONAL = ("nesterov", "scale_mode", "extra_scale_factor", "weight_decay_method", "ball_radius")
+"""What a group may have of its own; without, the optimizer's holds. All other options that it may have are always in
+it (``torch.optim.Optimizer.defaults``)."""
+
+_OF_TORCH = ("params", "param_names", "initial_lr", "base_momentum", "max_momentum", "swa_lr", "name", "group_name")
+_OF_MEGATRON = ("max_lr", "min_lr", "start_wd", "end_wd", "wd_mult", "lr_mult", "optimizer", "is_expert_parallel")
+_OF_OTHERS = {*_OF_TORCH, *_OF_MEGATRON, "is_decoupled_lr", "default_config", "pre_wd_mult", "pre_lr_mult"}
+"""What torch, Megatron-Core (with NeMo's names for two), and schedulers write to groups and read from them."""
+
+_MEANT = {"wd": "weight_decay", "learning_rate": "lr", "beta": "momentum", "mu": "momentum"}
+_NOT_NEGATIVE = ("lr", "weight_decay", "damping_depth", "scalar_eps", "scalar_lr_mult", "scalar_wd_mult")
+
+
+def check_names(group: Collection[str], defaults: Collection[str], constructor: Collection[str]) -> None:
+    """Refuse options that a param group cannot have.
+
+    Args:
+        group: names of its entries.
+        defaults: of those that every group has.
+        constructor: of all options of the optimizer.
+
+    Raises:
+        ConfigError: naming the option, and the way out.
+    """
+    known = [*defaults, *OPTIONAL]
+    for name in (name for name in group if name not in _OF_OTHERS and name not in known):
+        if name in constructor:
+            raise ConfigError(
+                f"{name} in a param group: it is an option of the whole optimizer. Give it to the constructor, or "
+                "these weights to an optimizer of their own."
+            )
+        near = difflib.get_close_matches(name, known, 1)
+        meant = _MEANT.get(name) or (near[0] if near else "")
+        raise ConfigError(
+            f"{name} in a param group: there is no such option{f' (did you mean {meant}?)' if meant else ''}. A group "
+            f"may have {', '.join(known)}."
+        )
+
+
+def check_numbers(group: Mapping[str, Any]) -> None:
+    """Refuse wrong values of what every group has.
+
+    Raises:
+        ConfigError: naming option, value and way out.
+    """
+    for name in (name for name in _NOT_NEGATIVE if not _is_number(group[name]) or not group[name] >= 0.0):
+        raise ConfigError(f"{name} {group[name]}: give a number of at least 0")
+    betas = group["scalar_betas"]
+    if len(betas) != 2 or not all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
+        raise ConfigError(f"scalar_betas {betas}: give two numbers from 0 to below 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Those of a param group in one step. Equal ones are one key: tensors are told apart by object.
+
+    Attributes:
+        lr: learning rate; a tensor has no dimension.
+        momentum: decay of the momentum.
+        nesterov: weight of the momentum in its mix with the gradient; 1 if it is taken as it is.
+        kept: what is left of weights when they decay; None if they do not, or by another method.
+        l2: how much of weights is added to their gradients.
+        cautious: how much is taken away of the elements that the update makes smaller (as Dion's cautious decay); None
+            if they do not decay so.
+        scale_mode: of updates.
+        extra_scale_factor: of updates.
+        ball_radius: of updates in balls.
+        damping_depth: see :class:`megatron_muon.Muon`.
+    """
+
+    lr: Rate
+    momentum: float
+    nesterov: float
+    kept: Rate | None
+    l2: float
+    cautious: Rate | None
+    scale_mode: str
+    extra_scale_factor: float
+    ball_radius: float
+    damping_depth: float
+
+
+def options_of(group: dict[str, Any], config: MuonConfig, decays: bool, first_lr: Rate) -> Options:
+    """The options of a group in this step.
+
+    Args:
+        group: the param group.
+        config: of the optimizer.
+        decays: False for variants that would undo weight decay.
+        first_lr: the rate that the group had at first: its peak, where no scheduler has noted one.
+
+    Raises:
+        ConfigError: if its weight decay needs a peak rate, and there is none.
+    """
+    own = {name: group.get(name, getattr(config, name)) for name in OPTIONAL}
+    momentum, decay = group["momentum"], group["weight_decay"] if decays else 0.0
+    lr = _with_weights(group["lr"], group)
+    method, kept = own.pop("weight_decay_method"), None
+    if decay and method == "decoupled":
+        kept = 1.0 - lr * decay
+    elif decay and method == "independent":
+        kept = 1.0 - decay
+    elif decay and method == "independent_scheduled":
+        kept = 1.0 - decay * lr / _with_weights(_peak_lr(group, first_lr), group)
+    return Options(
+        lr=lr,
+        momentum=momentum,
+        nesterov=momentum if own.pop("nesterov") else 1.0,
+        kept=kept,
+        l2=decay if method == "l2" else 0.0,
+        cautious=lr * decay if decay and method == "cautious" else None,
+        damping_depth=group["damping_depth"],
+        **own,
+    )
+
+
+def _with_weights(rate: Rate, group: dict[str, Any]) -> Rate:
+    """A tensor without dimensions where the group's weights are."""
+    if not isinstance(rate, torch.Tensor) or not group["params"]:
+        return rate
+    return rate.detach().reshape(()).to(group["params"][0].device, non_blocking=True)
+
+
+def _peak_lr(group: dict[str, Any], first_lr: Rate) -> Rate:
+    """Of the schedule, which Megatron-Core's and torch's schedulers note in the group; without, the first rate."""
+    for peak in (group.get("max_lr"), group.get("initial_lr"), first_lr):
+        if isinstance(peak, torch.Tensor) or peak:
+            return peak
+    raise ConfigError("--muon-weight-decay-method independent_scheduled without --lr: give the peak rate.")
+
+
+def add_(weights: _Tensors, updates: _Tensors, rate: Rate) -> None:
+    """``weights += rate updates``, in place."""
+    if isinstance(rate, torch.Tensor):
+        torch._foreach_add_(weights, torch._foreach_mul(updates, rate))
+    else:
+        torch._foreach_add_(weights, updates, alpha=rate)

@@ -1,0 +1,196 @@
+"""Options of param groups: what works in each, what is refused, and learning rates that are tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_muon import AdaptiveMuon, ConfigError, Muon
+from megatron_muon.optimizers.sphere import SpectralSphere
+from megatron_muon.optimizers.stiefel import StiefelMuon
+from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
+
+GATED = MatrixLayout("in_proj", (Section("q", 8), Section("beta", 2, SCALAR)))
+SIGN = replace(WHOLE, direction="sign")
+
+
+def parameter(seed: int, layout: MatrixLayout = WHOLE, dtype: torch.dtype = torch.float64) -> torch.nn.Parameter:
+    generator = torch.Generator().manual_seed(seed)
+    param = torch.nn.Parameter(torch.randn(10, 6, dtype=dtype, generator=generator))
+    param.matrix_layout = layout
+    return param
+
+
+def stepped(optimizer: Muon, steps: int = 3) -> list[torch.Tensor]:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for step in range(steps):
+        for param in params:
+            generator = torch.Generator().manual_seed(100 + step)
+            param.grad = torch.randn(param.shape, dtype=param.dtype, generator=generator)
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+@pytest.mark.parametrize(
+    ("own", "layout"),
+    [
+        ({"nesterov": True}, WHOLE),
+        ({"nesterov": True, "momentum": 0.5}, SIGN),
+        ({"momentum": 0.0, "lr": 0.3, "weight_decay": 0.0}, WHOLE),
+        ({"scale_mode": "unit_rms_norm", "extra_scale_factor": 0.2}, WHOLE),
+        ({"scale_mode": "update_norm"}, WHOLE),
+        ({"scale_mode": "spectral_norm"}, WHOLE),
+        *(
+            ({"weight_decay_method": name}, WHOLE)
+            for name in ("independent", "independent_scheduled", "l2", "cautious")
+        ),
+        ({"weight_decay_method": "l2"}, SIGN),
+        ({"ball_radius": 3.0}, SIGN),
+        ({"scalar_betas": (0.5, 0.6), "scalar_eps": 1e-3, "scalar_lr_mult": 2.0, "scalar_wd_mult": 3.0}, GATED),
+        ({"scalar_optimizer": "lion"}, GATED),
+    ],
+)
+def test_options_work_per_group(own: dict[str, Any], layout: MatrixLayout) -> None:
+    """As if the group were an optimizer of its own; its neighbours have the optimizer's."""
+    options = {"lr": 0.1, "weight_decay": 0.3, "fp32_matmul_prec": "highest"}
+    groups = [{"params": [parameter(0, layout)]}, {"params": [parameter(1, layout)], **own}]
+    together = stepped(Muon(groups, **options))
+    plain = stepped(Muon([parameter(0, layout)], **options))
+    apart = stepped(Muon([parameter(1, layout)], **{**options, **own}))
+    torch.testing.assert_close(together, [*plain, *apart], rtol=0, atol=1e-12)
+    assert (apart[0] - stepped(Muon([parameter(1, layout)], **options))[0]).abs().max() > 1e-4
+
+
+REFUSED = [
+    (Muon, {"wd": 0.1}, r"^wd in a param group: there is no such option \(did you mean weight_decay\?\)"),
+    (Muon, {"nestrov": True}, r"^nestrov .* \(did you mean nesterov\?\)"),
+    (Muon, {"maximize": True}, "^maximize in a param group: there is no such option"),
+    (Muon, {"num_ns_steps": 3}, "^num_ns_steps in a param group: it is an option of the whole optimizer"),
+    (Muon, {"eps": 1e-3}, "^eps in a param group: it is an option of the whole"),
+    (Muon, {"variant": "hyperball"}, "^variant in a param group: it is an option of the whole"),
+    (AdaptiveMuon, {"beta2": 0.5}, "^beta2 in a param group: it is an option of the whole"),
+    (Muon, {"momentum": 1.5}, "momentum 1.5"),
+    (Muon, {"lr": -1.0}, "^lr -1.0: give a number of at least 0"),
+    (Muon, {"lr": float("nan")}, "^lr nan"),
+    (Muon, {"lr": torch.tensor(-1.0)}, "^lr -1"),
+    (Muon, {"lr": torch.ones(2)}, "^lr tensor"),
+    (Muon, {"weight_decay": "0.1"}, "^weight_decay 0.1: give a number"),
+    (Muon, {"scalar_betas": (0.9, 1.0)}, "^scalar_betas"),
+    (Muon, {"scalar_optimizer": "sgd"}, "scalar-optimizer sgd"),
+    (Muon, {"nesterov": 1}, "nesterov"),
+    (Muon, {"scale_mode": "spectrum"}, r"scale-mode spectrum: .* \(did you mean spectral\?\)"),
+    (Muon, {"extra_scale_factor": 0.0}, "extra-scale-factor 0.0"),
+    (Muon, {"weight_decay_method": "l1"}, "weight-decay-method l1"),
+    (Muon, {"damping_depth": 2.0}, "^damping_depth 2.0 in a param group of an optimizer without"),
+    (SpectralSphere, {"scale_mode": "moonlight"}, "scale-mode moonlight with --optimizer spectral_sphere"),
+    (
+        AdaptiveMuon,
+        {"scale_mode": "update_norm"},
+        "adaptive-muon-moment2-method namo with --muon-scale-mode update_norm",
+    ),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "own", "message"), REFUSED)
+def test_what_a_group_cannot_have_is_refused_and_leaves_nothing(
+    optimizer: type[Muon], own: dict[str, Any], message: str
+) -> None:
+    options = {"moment2_method": "namo", "beta2": 0.99} if optimizer is AdaptiveMuon else {}
+    with pytest.raises(ValueError, match=message):
+        optimizer([{"params": [parameter(0)], **own}], **options)
+    first, expected = (optimizer([parameter(0)], **options) for _ in range(2))
+    group = {"params": [parameter(1)], **own}
+    before = dict(group)
+    with pytest.raises(ValueError, match=message):
+        first.add_param_group(group)
+    assert group == before and len(first.param_groups) == 1
+    assert torch.equal(stepped(first)[0], stepped(expected)[0])
+
+
+def test_weights_that_are_refused_leave_nothing() -> None:
+    optimizer, expected = Muon([parameter(0)]), Muon([parameter(0)])
+    with pytest.raises(ValueError, match="2-D weights"):
+        optimizer.add_param_group({"params": [parameter(1), torch.nn.Parameter(torch.zeros(3))]})
+    assert torch.equal(stepped(optimizer)[0], stepped(expected)[0])
+    optimizer.add_param_group({"params": [parameter(1)]})
+    assert len(stepped(optimizer)) == 2
+    optimizer.is_complete = True
+    with pytest.raises(ConfigError, match="get_megatron_optimizer has built"):
+        optimizer.add_param_group({"params": [parameter(2)]})
+
+
+def test_what_others_write_to_groups_passes() -> None:
+    """Megatron-Core, NeMo, and torch's schedulers."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    names = [*param_group_identifier_keys, "default_config", "pre_wd_mult", "pre_lr_mult", "name"]
+    optimizer = Muon([{"params": [parameter(1)], **dict.fromkeys(names, 1.0)}], lr=0.1)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=3)
+    optimizer.add_param_group({key: each for key, each in optimizer.param_groups[0].items() if key != "params"} | {
+        "params": [parameter(0)]
+    })  # fmt: skip
+    assert len(stepped(optimizer)) == 2
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations; tells what has been read by the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+STIEFEL = replace(WHOLE, direction="stiefel")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "layout", "options"),
+    [
+        *((Muon, GATED, {"weight_decay_method": name}) for name in ("decoupled", "independent_scheduled", "cautious")),
+        (Muon, GATED, {"scalar_optimizer": "lion"}),
+        (Muon, SIGN, {}),
+        (Muon, WHOLE, {"variant": "hyperball", "scale_mode": "none"}),
+        (SpectralSphere, WHOLE, {}),
+        (StiefelMuon, STIEFEL, {}),
+    ],
+)
+def test_a_rate_may_be_a_tensor(optimizer: type[Muon], layout: MatrixLayout, options: dict[str, Any]) -> None:
+    """Nothing reads it, and the weights of a group are updated together, however many there are."""
+    found, calls = {}, {}
+    for kind in ("number", "tensor"):
+        for count in (1, 3):
+            rate: Any = 0.125 if kind == "number" else torch.tensor([0.125], dtype=torch.float64)
+            params = [parameter(seed, layout) for seed in range(count)]
+            made = optimizer(params, lr=rate, weight_decay=0.25, fp32_matmul_prec="highest", **options)
+            stepped(made, 1)
+            for group in made.param_groups:  # as schedulers do
+                if kind == "tensor":
+                    group["lr"].fill_(0.0625)
+                else:
+                    group["lr"] = 0.0625
+            with Calls() as seen:
+                made.step()
+            found[kind], calls[kind, count] = [param.detach() for param in params], seen.names
+    torch.testing.assert_close(found["tensor"], found["number"], rtol=0, atol=1e-12)
+    for count in (1, 3):
+        reads = [[name for name in calls[kind, count] if "_local_scalar" in name] for kind in ("number", "tensor")]
+        assert reads[0] == reads[1]
+    if optimizer is Muon:
+        added = [sum("foreach_add_" in name for name in calls["tensor", count]) for count in (1, 3)]
+        assert added[0] == added[1] > 0
+
+
+def test_rates_of_several_groups_may_be_tensors_on_the_manifold() -> None:
+    found = []
+    for rates in ((0.125, 0.25), (torch.tensor(0.125, dtype=torch.float64), 0.25)):
+        groups = [{"params": [parameter(seed, STIEFEL)], "lr": rate} for seed, rate in enumerate(rates)]
+        found.append(stepped(StiefelMuon(groups)))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
