@@ -13,6 +13,7 @@ __all__ = [
     "StateKey",
     "bucket_pattern",
     "chain_of",
+    "domain_of_bucket",
     "is_bucket",
     "name_of",
     "parse_state",
@@ -74,6 +75,12 @@ def chain_of(key: str) -> str:
 def is_bucket(key: str) -> bool:
     """Whether the tensor is a bucket of the distributed optimizer."""
     return _BUCKET in key
+
+
+def domain_of_bucket(key: str) -> int | None:
+    """The number of the model-parallel domain whose bucket the tensor is; None if it is none."""
+    found = re.search(rf"{re.escape(_BUCKET)}(\d+)\.gbuf_idx_", key)
+    return None if found is None else int(found.group(1))
 
 
 def bucket_pattern(domain: int, buffer: int, number: int, state: str) -> re.Pattern[str]:

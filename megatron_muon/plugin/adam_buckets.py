@@ -1,7 +1,8 @@
 """Where a run of Adam with the distributed optimizer keeps each weight's state: in flat buckets, at its own layout.
 
 By default Megatron-Core saves these buckets as they are. Which elements are which weight's follows from the order and
-sizes of the weights, so that another optimizer at the same tensor and pipeline parallel sizes can read them.
+sizes of the weights and from the sizes of the buckets, so that another optimizer at the same tensor and pipeline
+parallel sizes can read them, whatever they come from (``--ddp-bucket-size``, ``--ddp-num-buckets``, a framework's own).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_muon.checkpoint.held import Bucket
+from megatron_muon.checkpoint.keys import domain_of_bucket
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.routing.predicate import is_expert_parallel
 
@@ -30,10 +32,9 @@ def buckets_of_adam(chunks: Sequence[torch.nn.Module], stored: Stored, groups: A
     Returns:
         empty if the buckets are not those that Adam has at this layout.
     """
-    args = stored.common.get("args")
-    if not stored.buckets or not _same_layout(args, groups):
+    if not stored.buckets or not _same_layout(stored.common.get("args"), groups):
         return {}
-    for size in _bucket_sizes(args):
+    for size in _bucket_sizes(stored, {groups.mp.rank(), (groups.tp_ep_pp or groups.mp).rank()}):
         found = dict(_places(chunks, groups, None if groups.pp.rank() > 0 else size))
         if found and all(stored.bucket_key(bucket, "exp_avg") for bucket in set(found.values())):
             return found
@@ -45,12 +46,15 @@ def _same_layout(args: Any, groups: Any) -> bool:
     return all(getattr(args, name, size) == size for name, size in sizes.items())
 
 
-def _bucket_sizes(args: Any) -> list[int | None]:
-    """What the bucket size may have been: as DDP chooses it, or one bucket for all."""
-    if args is None or not getattr(args, "overlap_grad_reduce", False):
-        return [None]
-    default = max(40_000_000, 1_000_000 * getattr(args, "data_parallel_size", 1))
-    return [getattr(args, "ddp_bucket_size", None) or default, None]
+def _bucket_sizes(stored: Stored, domains: set[int]) -> list[int | None]:
+    """What the bucket size may have been: one bucket for all, or the smallest bucket that was closed by it.
+
+    A bucket is closed as soon as it has that many elements. So each has fewer without its last weight, and the smallest
+    closed one gives the same buckets as the size that was asked for. What is left over at the end, and embeddings that
+    are shared, may be smaller.
+    """
+    found = {shape[0] for key, (shape, _) in stored.shapes.items() if domain_of_bucket(key) in domains}
+    return [None, *sorted(found)]
 
 
 def _places(
