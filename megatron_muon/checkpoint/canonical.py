@@ -35,6 +35,9 @@ __all__ = ["WEIGHTS", "Model", "Request", "saved_state"]
 WEIGHTS, OBJECT = "weights", "record"
 """In an optimizer's sharded state: what is saved of its weights, and its record, which only the first rank has."""
 
+Change = tuple[torch.nn.Parameter, Rule | None, Rule]
+"""A weight, its rule in the checkpoint (None if it was not trained), its rule now."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -185,6 +188,7 @@ class Request(dict[str, Any]):
         model: Model,
         accept: bool,
         buckets_of_adam: Callable[[Stored], Mapping[torch.nn.Parameter, Bucket]],
+        flags_back: Callable[[Stored, list[Change]], Iterable[str]],
     ) -> None:
         """
         Args:
@@ -193,12 +197,13 @@ class Request(dict[str, Any]):
             model: whose state it is.
             accept: see above.
             buckets_of_adam: where a run of Adam alone, at this layout, had each weight in its buckets.
+            flags_back: what the user may give to go on with the checkpoint's rules of changed weights.
         """
         super().__init__()
         self.ranks = ranks
         self.members: frozenset[int] = frozenset()
         self.held = held
-        self._buckets_of_adam = buckets_of_adam
+        self._buckets_of_adam, self._flags_back = buckets_of_adam, flags_back
         self.places = model.places(held)
         self.accept = accept
         self.stored: Stored | None = None
@@ -219,7 +224,7 @@ class Request(dict[str, Any]):
         """
         self.stored = stored = stored.of({name for place in self.places for name in place.members})
         problems: list[str] = []
-        changes: list[str] = []
+        changes: dict[str, Change] = {}
         weights: dict[str, Any] = {}
         self.choices = []
         buckets = self._buckets(stored)
@@ -243,16 +248,10 @@ class Request(dict[str, Any]):
                 if choice.is_read:
                     weights.setdefault(place.name, {})[state] = dict(enumerate(choice.parts))
             if each.key is not None and (change := self._change(each, place, self.choices[-1])):
-                changes.append(change)
+                changes[change[0]] = change[1]
         raise_together(self.ranks, problems, f"{stored.folder} cannot be resumed:", _way_out(stored))
         if not self.accept:
-            raise_together(
-                self.ranks,
-                changes,
-                f"{stored.folder} was trained with other rules:",
-                "Go on with the rules of the checkpoint (see the flags that name them in docs/routing.md), or add "
-                f"--muon-ckpt-changes {ACCEPT}: weights and what can be carried over of the state are kept.",
-            )
+            self._refuse(stored, changes)
         self.clear()
         self[WEIGHTS] = _or_local(weights)
 
@@ -350,13 +349,42 @@ class Request(dict[str, Any]):
         record = self.stored.record
         return None if record is None or record.converted else record.rule(place.name)
 
-    def _change(self, held: Held, place: Place, choices: list[Choice]) -> str | None:
+    def _change(self, held: Held, place: Place, choices: list[Choice]) -> tuple[str, Change] | None:
+        """What has changed for a weight, in words; None if nothing that gives its state a meaning."""
         assert self.stored is not None
-        now = _rule(held)
-        if self.stored.record is not None and not self.stored.record.converted:
-            return difference(place.name, self.stored.record.rule(place.name), now)
-        other = sorted({choice.stored_as or "nothing" for choice in choices if not choice.is_same})
-        return f"{place.name}: {', '.join(other)} in the checkpoint, {now} now" if other else None
+        now, record = _rule(held), self.stored.record
+        if record is not None and not record.converted:
+            before = record.rule(place.name)
+            line = difference(place.name, before, now)
+        else:
+            other = sorted({choice.stored_as or "nothing" for choice in choices if not choice.is_same})
+            before = Rule("adam", "", ()) if "exp_avg" in other else Rule("muon", "whole", ())
+            line = f"{place.name}: {', '.join(other)} in the checkpoint, {now} now" if other else None
+        return None if line is None else (line, (held.param, before, now))
+
+    def _refuse(self, stored: Stored, changes: dict[str, Change]) -> None:
+        """Rules that are not the checkpoint's, with the flags that would bring them back."""
+
+        def look() -> tuple[list[str], list[str], set[tuple[bool, bool]]]:
+            kinds = {(bool(before.layout), bool(now.layout)) for _, before, now in changes.values() if before}
+            return list(changes), list(self._flags_back(stored, list(changes.values()))), kinds
+
+        lines, flags, kinds = zip(*self.ranks.gather(look), strict=True)
+        if not any(lines):
+            return
+        lost = {(True, False): "second moments are estimated", (False, True): "second moments are dropped"}
+        found = [lost[kind] for kind in lost if any(kind in each for each in kinds)]
+        back = "; ".join(dict.fromkeys(flag for each in flags for flag in each))
+        raise_together(
+            self.ranks,
+            changes,
+            f"{stored.folder} was trained with other rules:",
+            (f"To go on with the checkpoint's rules: {back}. " if back else "")
+            + f"To go on with those of now: --muon-ckpt-changes {ACCEPT}, which keeps weights and moving averages of "
+            + "gradients; "
+            + ", ".join(found or ["what belongs to single matrices starts anew"])
+            + ".",
+        )
 
     def _check_contents(self) -> None:
         """Compare what was read with the sums that were taken when it was saved, on the first rank."""
@@ -419,6 +447,7 @@ def _way_out(stored: Stored) -> str:
             "It has Adam's state in the form of the distributed optimizer's buckets, which are read only at the "
             "tensor and pipeline parallel sizes that saved them. Use these (--tensor-model-parallel-size, "
             "--pipeline-model-parallel-size), or resume it once with the optimizer and layout that saved it and "
-            "--dist-ckpt-optim-fully-reshardable, save, and start from that."
+            "--dist-ckpt-optim-fully-reshardable, but without --overlap-grad-reduce (of several buckets Megatron-Core "
+            "0.19.2 may save wrong numbers), save, and start from that."
         )
     return "Check that it is of this model (--load), or start with new optimizer state (--no-load-optim)."

@@ -30,6 +30,7 @@ from megatron_muon.plugin.early_gather import settle
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.optimizer_state import held_by, leaves
+from megatron_muon.plugin.way_back import flags_back
 
 if TYPE_CHECKING:
     from megatron_muon.checkpoint.canonical import Model, Request
@@ -68,8 +69,7 @@ def keep_canonical(optimizer: Any, config: Any, chunks: Sequence[torch.nn.Module
         chunks: of the model on this rank.
         pg_collection: the model's process groups; None for those of ``parallel_state``.
     """
-    accept = options.of(config).ckpt_changes == ACCEPT
-    state = _CanonicalState(optimizer, chunks, is_ours(config.optimizer), accept, pg_collection)
+    state = _CanonicalState(optimizer, chunks, config, pg_collection)
     optimizer.sharded_state_dict, optimizer.load_state_dict = state.sharded_state_dict, state.load_state_dict
     if is_ours(config.optimizer):
         state.tell_unsaved()
@@ -89,15 +89,13 @@ class _CanonicalState:
     One that is not ours is, if the checkpoint is; else it is as ever.
     """
 
-    def __init__(
-        self, optimizer: Any, chunks: Sequence[torch.nn.Module], ours: bool, accept: bool, pg_collection: Any
-    ) -> None:
-        self._optimizer, self._chunks, self._ours, self._accept = optimizer, chunks, ours, accept
-        self._pg_collection = pg_collection
+    def __init__(self, optimizer: Any, chunks: Sequence[torch.nn.Module], config: Any, pg_collection: Any) -> None:
+        self._optimizer, self._chunks, self._config, self._pg_collection = optimizer, chunks, config, pg_collection
+        self._ours, self._accept = is_ours(config.optimizer), options.of(config).ckpt_changes == ACCEPT
         self._upstream_sharded, self._upstream_load = optimizer.sharded_state_dict, optimizer.load_state_dict
         self._signature = inspect.signature(optimizer.sharded_state_dict)
         self._recorder = Recorder()
-        if ours and ranks_of(pg_collection).is_first:
+        if self._ours and ranks_of(pg_collection).is_first:
             _OURS.add(self)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -150,7 +148,8 @@ class _CanonicalState:
         held = held_by(self._optimizer, create=True)
         groups = groups_or_default(self._pg_collection)
         buckets = functools.partial(buckets_of_adam, self._chunks, groups=groups)
-        return canonical.Request(ranks, held, self._model(model_state, metadata), self._accept, buckets)
+        flags = functools.partial(flags_back, self._chunks, self._config)
+        return canonical.Request(ranks, held, self._model(model_state, metadata), self._accept, buckets, flags)
 
     def _model(self, state: Any, metadata: dict[str, Any]) -> Model:
         from megatron_muon.checkpoint.canonical import Model

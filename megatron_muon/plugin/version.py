@@ -18,7 +18,7 @@ KNOWN: dict[tuple[int, ...], str] = {
         0,
         18,
     ): "0.18 lacks functions that are hooked (GatedDeltaNet's base class, the metadata of fp32 copies), and others "
-    "differ; patches/core_v0.18.2 has the fixes that need no plug-in.",
+    "differ; patches/core_v0.18.2 in the project's repository has the fixes that need no plug-in.",
     (
         0,
         20,
@@ -27,7 +27,7 @@ KNOWN: dict[tuple[int, ...], str] = {
 }
 """What is known about other versions."""
 
-ELSE = "docs/upgrading.md says how to find what has moved, and how to carry the hooks over."
+ELSE = "How to find what has moved, and to carry the hooks over, is said in the project's repository, in docs/upgrading.md."
 
 
 def check_megatron_core() -> None:

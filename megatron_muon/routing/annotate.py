@@ -26,7 +26,7 @@ from megatron_muon.routing.rules.linear import LORA_FACTOR, adapted, is_linear, 
 from megatron_muon.routing.treatment import ADAM, SPLIT, UNKNOWN, WHOLE_MATRIX, Treatment
 from megatron_muon.routing.wrappers import restore_attributes, strip_wrappers
 
-__all__ = ["OVERRIDE_ATTRIBUTE", "annotate", "global_names", "tag"]
+__all__ = ["OVERRIDE_ATTRIBUTE", "annotate", "claims_on", "global_names", "tag"]
 
 OVERRIDE_ATTRIBUTE = "muon_override"
 """Attribute that names the ``--muon-param-rule`` which decided about a weight."""
@@ -64,7 +64,7 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adap
     options = options or MuonConfig()
     restore_attributes(module)
     mark_experts(module)
-    claims = _claims(module, options)
+    claims = claims_on(module, options)
     shared = _names_of_shared_weights(module)
     unknown, matched = [], set()
     for own_name, param in global_names(module):
@@ -153,7 +153,7 @@ def _renumber(name: str, numbers: dict[str, str]) -> str:
     return name
 
 
-def _claims(module: torch.nn.Module, options: MuonConfig) -> Claims:
+def claims_on(module: torch.nn.Module, options: MuonConfig) -> Claims:
     """The first claim on each weight; a module comes before the modules in it, a special rule before a general one."""
     claims: Claims = {}
     for submodule in module.modules():

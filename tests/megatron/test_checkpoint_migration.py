@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from tests.checkpoints import contents
 from tests.megatron import harness
 from tests.megatron.harness import Layout
+from tests.megatron.loading import FINE, Outcome, failure, one_error
 from tests.pool import RankError, RankPool
 
 ADAM = {"optimizer": {"name": "adam"}}
@@ -111,27 +113,67 @@ def test_adam_to_muon_and_back(pool: RankPool, tmp_path: Path, adam: Layout, muo
             torch.testing.assert_close(again[key].mean(dim=(1, 2)), expected, rtol=1e-5, atol=0.0)
 
 
-@pytest.mark.parametrize("options", [{}, ADAM], ids=["adam_to_muon", "muon_to_adam"])
-def test_other_rules_must_be_accepted(pool: RankPool, tmp_path: Path, options: dict[str, Any]) -> None:
-    folder = str(tmp_path / "a")
-    saves = {} if options else ADAM
-    pool.run(train_and_save, 2, Layout(tp=2), saves, folder, FULLY)
-    with pytest.raises(RankError) as caught:
-        pool.run(resume, 2, Layout(tp=2), options, folder, FULLY, str(tmp_path / "b"))
-    text = str(caught.value)
-    assert "was trained with other rules" in text and "--muon-ckpt-changes accept" in text
-    assert "decoder.layers.mlp.linear_fc1.weight[0]" in text
-    assert not (tmp_path / "b").exists()
+FC2, LAST = "decoder.layers.*.mlp.linear_fc2.weight", "decoder.layers.1.mlp.linear_fc2.weight"
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "adam": ({"name": "adam"}, {}, "--optimizer adam"),
+    "muon": ({}, {"name": "adam"}, "--optimizer muon"),
+    "splits": ({"muon_qkv": "per_head"}, {"muon_glu": "whole"}, "--muon-glu split; --muon-qkv per_head"),
+    "rule of one": ({"muon_param_rule": (f"{LAST}=sign",)}, {}, f"--muon-param-rule '{LAST}=sign'"),
+    "rule of all": ({"muon_param_rule": ("*linear_fc2.weight=adam",)}, {}, f"--muon-param-rule '{FC2}=adam'"),
+    "no rule": ({}, {"muon_param_rule": (f"{FC2}=adam",)}, f"leave --muon-param-rule '{FC2}=adam' away"),
+    "sphere": ({"name": "spectral_sphere"}, {}, "--optimizer spectral_sphere"),
+    "variant": ({}, {"muon_variant": "polargrad"}, "--muon-variant none"),
+    "scalar": ({"muon_scalar_optimizer": "lion"}, {}, "--muon-scalar-optimizer lion"),
+}
+"""Options that saved, options that load, and the flags that the refusal names."""
+FAST = ("adam", "splits", "rule of one", "no rule")
 
 
-def test_other_split_must_be_accepted(pool: RankPool, tmp_path: Path) -> None:
-    folder = str(tmp_path / "a")
-    pool.run(train_and_save, 2, Layout(tp=2), {}, folder, FULLY)
-    whole = {"optimizer": {"muon_qkv": "whole"}}
-    with pytest.raises(RankError, match=r"linear_qkv.weight\[0\]: muon \(qkv: q, k, v\) in the checkpoint, muon"):
-        pool.run(resume, 2, Layout(tp=2), whole, folder, FULLY, str(tmp_path / "b"))
-    accepted = {"optimizer": {**whole["optimizer"], **ACCEPT["optimizer"]}}
-    pool.run(resume, 2, Layout(tp=2), accepted, folder, FULLY, str(tmp_path / "b"))
+def named(flags: str) -> dict[str, Any]:
+    """The options that flags say."""
+    found: dict[str, Any] = {}
+    for flag in flags.split("; "):
+        name, value = shlex.split(flag)
+        name = "name" if name == "--optimizer" else name.removeprefix("--").replace("-", "_")
+        found[name] = (value,) if name == "muon_param_rule" else value
+    return found
+
+
+def change_rules(root: str, layout: Layout, names: list[str]) -> list[tuple[Outcome, Outcome, Outcome]]:
+    """For each change: the refusal; what comes of the flags that it names, and of consent."""
+    found = []
+    for name in names:
+        before, now, flags = CHANGES[name]
+        folder = f"{root}/{name}"
+        run = harness.start(layout, num_layers=2, optimizer=before)
+        run.losses(1)  # before that, Adam has no state
+        harness.save_run(run, folder, FULLY)
+
+        def load(options: dict[str, Any], folder: str = folder) -> Outcome:
+            run = harness.start(layout, num_layers=2, optimizer=options)
+            return failure(lambda: harness.load_run(run, folder, FULLY))
+
+        back = {} if flags.startswith("leave") else {**now, **named(flags)}
+        found.append((load(now), load(back), load({**now, "muon_ckpt_changes": "accept"})))
+    return found
+
+
+@pytest.mark.parametrize(
+    "names,layout",
+    [(list(FAST), Layout(pp=2)), pytest.param(list(CHANGES), Layout(tp=2), marks=pytest.mark.slow)],
+    ids=["pp2", "tp2"],
+)
+def test_other_rules_must_be_accepted(pool: RankPool, tmp_path: Path, names: list[str], layout: Layout) -> None:
+    """The refusal names the flags that would go on with the checkpoint's rules, and what is lost without them."""
+    mine, theirs = pool.run(change_rules, 2, str(tmp_path), layout, names)
+    for (refused, back, accepted), other, name in zip(mine, theirs, names, strict=True):
+        text, flags = one_error([refused, other[0]]), CHANGES[name][2]
+        assert "was trained with other rules:" in text and "--muon-ckpt-changes accept, which keeps" in text
+        if name == "adam":
+            assert "decoder.layers.mlp.linear_fc1.weight[0]: exp_avg in the checkpoint, muon" in text
+            assert text.endswith("second moments are dropped.")
+        assert f"To go on with the checkpoint's rules: {flags}. To go on" in text, text
+        assert back == accepted == FINE
 
 
 @pytest.mark.parametrize(
