@@ -21,7 +21,7 @@ from megatron_muon.checkpoint.errors import CheckpointError, raise_together
 from megatron_muon.checkpoint.held import Bucket, Held
 from megatron_muon.checkpoint.joining import Part, Recorder
 from megatron_muon.checkpoint.keys import ALONE, PREFIX, name_of
-from megatron_muon.checkpoint.record import ACCEPT, RECORD, Record, Rule, Sums, WeightRecord, layout_text
+from megatron_muon.checkpoint.record import RECORD, Record, Rule, Sums, WeightRecord, layout_text
 from megatron_muon.checkpoint.sharding import Place, Replica, key_and_index, places_of
 from megatron_muon.checkpoint.slices import mean_squares
 from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, gradients_to_average
@@ -188,7 +188,7 @@ class Request(dict[str, Any]):
         model: Model,
         accept: bool,
         buckets_of_adam: Callable[[Stored], Mapping[torch.nn.Parameter, Bucket]],
-        flags_back: Callable[[Stored, list[Change]], Iterable[str]],
+        way_back: Callable[[Ranks, Stored, list[Change]], str],
     ) -> None:
         """
         Args:
@@ -197,13 +197,13 @@ class Request(dict[str, Any]):
             model: whose state it is.
             accept: see above.
             buckets_of_adam: where a run of Adam alone, at this layout, had each weight in its buckets.
-            flags_back: what the user may give to go on with the checkpoint's rules of changed weights.
+            way_back: with which flags a run can go on whose weights have other rules; all ranks call it.
         """
         super().__init__()
         self.ranks = ranks
         self.members: frozenset[int] = frozenset()
         self.held = held
-        self._buckets_of_adam, self._flags_back = buckets_of_adam, flags_back
+        self._buckets_of_adam, self._way_back = buckets_of_adam, way_back
         self.places = model.places(held)
         self.accept = accept
         self.stored: Stored | None = None
@@ -250,8 +250,9 @@ class Request(dict[str, Any]):
             if each.key is not None and (change := self._change(each, place, self.choices[-1])):
                 changes[change[0]] = change[1]
         raise_together(self.ranks, problems, f"{stored.folder} cannot be resumed:", _way_out(stored))
-        if not self.accept:
-            self._refuse(stored, changes)
+        if not self.accept and any(self.ranks.gather(lambda: bool(changes))):
+            way_back = self._way_back(self.ranks, stored, list(changes.values()))
+            raise_together(self.ranks, changes, f"{stored.folder} was trained with other rules:", way_back)
         self.clear()
         self[WEIGHTS] = _or_local(weights)
 
@@ -361,30 +362,6 @@ class Request(dict[str, Any]):
             before = Rule("adam", "", ()) if "exp_avg" in other else Rule("muon", "whole", ())
             line = f"{place.name}: {', '.join(other)} in the checkpoint, {now} now" if other else None
         return None if line is None else (line, (held.param, before, now))
-
-    def _refuse(self, stored: Stored, changes: dict[str, Change]) -> None:
-        """Rules that are not the checkpoint's, with the flags that would bring them back."""
-
-        def look() -> tuple[list[str], list[str], set[tuple[bool, bool]]]:
-            kinds = {(bool(before.layout), bool(now.layout)) for _, before, now in changes.values() if before}
-            return list(changes), list(self._flags_back(stored, list(changes.values()))), kinds
-
-        lines, flags, kinds = zip(*self.ranks.gather(look), strict=True)
-        if not any(lines):
-            return
-        lost = {(True, False): "second moments are estimated", (False, True): "second moments are dropped"}
-        found = [lost[kind] for kind in lost if any(kind in each for each in kinds)]
-        back = "; ".join(dict.fromkeys(flag for each in flags for flag in each))
-        raise_together(
-            self.ranks,
-            changes,
-            f"{stored.folder} was trained with other rules:",
-            (f"To go on with the checkpoint's rules: {back}. " if back else "")
-            + f"To go on with those of now: --muon-ckpt-changes {ACCEPT}, which keeps weights and moving averages of "
-            + "gradients; "
-            + ", ".join(found or ["what belongs to single matrices starts anew"])
-            + ".",
-        )
 
     def _check_contents(self) -> None:
         """Compare what was read with the sums that were taken when it was saved, on the first rank."""

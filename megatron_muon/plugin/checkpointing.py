@@ -30,7 +30,7 @@ from megatron_muon.plugin.early_gather import settle
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.optimizer_state import held_by, leaves
-from megatron_muon.plugin.way_back import flags_back
+from megatron_muon.plugin.way_back import way_back
 
 if TYPE_CHECKING:
     from megatron_muon.checkpoint.canonical import Model, Request
@@ -148,8 +148,8 @@ class _CanonicalState:
         held = held_by(self._optimizer, create=True)
         groups = groups_or_default(self._pg_collection)
         buckets = functools.partial(buckets_of_adam, self._chunks, groups=groups)
-        flags = functools.partial(flags_back, self._chunks, self._config)
-        return canonical.Request(ranks, held, self._model(model_state, metadata), self._accept, buckets, flags)
+        back = functools.partial(way_back, self._chunks, self._config)
+        return canonical.Request(ranks, held, self._model(model_state, metadata), self._accept, buckets, back)
 
     def _model(self, state: Any, metadata: dict[str, Any]) -> Model:
         from megatron_muon.checkpoint.canonical import Model

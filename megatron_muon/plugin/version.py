@@ -27,7 +27,7 @@ KNOWN: dict[tuple[int, ...], str] = {
 }
 """What is known about other versions."""
 
-ELSE = "How to find what has moved, and to carry the hooks over, is said in the project's repository, in docs/upgrading.md."
+ELSE = "How to find what has moved, and to carry the hooks over: docs/upgrading.md in the project's repository."
 
 
 def check_megatron_core() -> None:

@@ -117,7 +117,7 @@ FC2, LAST = "decoder.layers.*.mlp.linear_fc2.weight", "decoder.layers.1.mlp.line
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "adam": ({"name": "adam"}, {}, "--optimizer adam"),
     "muon": ({}, {"name": "adam"}, "--optimizer muon"),
-    "splits": ({"muon_qkv": "per_head"}, {"muon_glu": "whole"}, "--muon-glu split; --muon-qkv per_head"),
+    "splits": ({"muon_qkv": "per_head"}, {"muon_glu": "whole"}, "--muon-qkv per_head; --muon-glu split"),
     "rule of one": ({"muon_param_rule": (f"{LAST}=sign",)}, {}, f"--muon-param-rule '{LAST}=sign'"),
     "rule of all": ({"muon_param_rule": ("*linear_fc2.weight=adam",)}, {}, f"--muon-param-rule '{FC2}=adam'"),
     "no rule": ({}, {"muon_param_rule": (f"{FC2}=adam",)}, f"leave --muon-param-rule '{FC2}=adam' away"),
