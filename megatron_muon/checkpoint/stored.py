@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,15 @@ class Stored:
         return self.record.step if self.record is not None else max(_steps(self.common.get("optimizer")), default=0)
 
 
-def records_in(folder: str, common: dict[str, Any]) -> list[Record]:
+def records_in(
+    folder: str, common: dict[str, Any], read: Callable[[list[str]], Iterable[Any]] | None = None
+) -> list[Record]:
     """The records of a checkpoint: none, one, or one for each of several optimizers.
 
     Args:
         folder: of one iteration.
         common: what is no tensor in it.
+        read: the objects of some keys, if they are not in the folder.
 
     Raises:
         CheckpointError: for a form that this version does not know.
@@ -128,7 +132,8 @@ def records_in(folder: str, common: dict[str, Any]) -> list[Record]:
             check_version(note)
         keys = [key for note in notes for key in note.get("keys", ())]
         plain = [note for note in notes if "keys" not in note]  # the record itself
-        return [Record.from_plain(each) for each in (*plain, *(_objects(folder, keys) if keys else ()))]
+        read = read or functools.partial(_objects, folder)
+        return [Record.from_plain(each) for each in (*plain, *(read(keys) if keys else ()))]
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}.") from error
 

@@ -35,7 +35,10 @@ from megatron_muon.plugin.way_back import way_back
 if TYPE_CHECKING:
     from megatron_muon.checkpoint.canonical import Model, Request
 
-__all__ = ["is_canonical", "keep_canonical", "patches"]
+__all__ = ["Either", "Together", "answered", "is_canonical", "keep_canonical", "patches", "requests_in"]
+
+Together = Callable[[Callable[[], Any]], Any]
+"""Does what may fail on one rank as :meth:`Ranks.together` does."""
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
@@ -135,7 +138,7 @@ class _CanonicalState:
             ranks, state = ranks_of(self._pg_collection), noted(model_state)
         except Exception:  # no run of Adam fails because of what ours would need
             return upstream()
-        found = _Either(ranks, lambda: self._asked(ranks, state, metadata))
+        found = Either(ranks, lambda: self._asked(ranks, state, metadata))
         try:
             found.update(upstream())
         except Exception as error:  # the metadata may be of Muon's checkpoint, in a form that Adam has not
@@ -262,7 +265,7 @@ class _Answer:
 _ANSWER = "megatron_muon_answer"
 
 
-class _Either(dict[str, Any]):
+class Either(dict[str, Any]):
     """What an optimizer of Megatron-Core would read, until it is known whether the checkpoint is Muon's.
 
     Attributes:
@@ -274,7 +277,7 @@ class _Either(dict[str, Any]):
         self._ranks, self._ask = ranks, ask
         self.problem: Exception | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Either:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Either:
         found = copy.copy(self)
         found.update({key: copy.deepcopy(value, memo) for key, value in self.items()})
         return found
@@ -297,9 +300,13 @@ class _Either(dict[str, Any]):
             if any(ranks.gather(lambda: known)):
                 self.clear()
                 return request
+        self.fail()
+        return None
+
+    def fail(self) -> None:
+        """Raise what Megatron-Core has raised, if it has: what it would read is asked for."""
         if self.problem is not None:
             raise self.problem
-        return None
 
 
 def _common_with_record(folder: str) -> Any:
@@ -322,60 +329,87 @@ def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         settle()
         bound = signature.bind(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
-        requests = _requests(sharded_state_dict, str(checkpoint_dir), bound.arguments.get("process_group"))
+        group = bound.arguments.get("process_group")
+        requests = requests_in(sharded_state_dict, lambda either: either.choose(str(checkpoint_dir), group), group)
         if not requests:
             try:
                 return original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
             except (Exception, CheckpointException) as error:
                 _refuse_others(sharded_state_dict, str(checkpoint_dir), error)
                 raise
-        from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
-
-        from megatron_muon.checkpoint import weights
         from megatron_muon.checkpoint.sharding import noted, tensors_of
 
-        def together[T](work: Callable[[], T]) -> T:
-            """Agreed on by the ranks of each model, if there are several with an optimizer of their own."""
-            for _, request in requests:
-                work = functools.partial(request.ranks.together, work)
-            return work()
+        tensors = tensors_of(noted(sharded_state_dict))
 
-        def resolve() -> tuple[weights.Described, Stored]:
-            described = weights.described(sharded_state_dict)  # of the model alone: requests are still empty
-            tensors = tensors_of(noted(sharded_state_dict))
-            stored = _read(str(checkpoint_dir), [request.ranks for _, request in requests])
-            for place, request in requests:
-                _check_model(request.ranks, tensors, stored)
-                request.resolve(stored)
-                place.update(request)
-                place[_ANSWER] = LocalNonpersistentObject(_Answer(request))
-            return described, stored
+        def contents(ranks: Sequence[Ranks]) -> Stored:
+            stored = _read(str(checkpoint_dir), ranks)
+            for each in ranks:
+                _check_model(each, tensors, stored)
+            return stored
 
-        def check() -> None:
-            # With some values of ``strict`` the keys that do not match come with the state.
-            state = loaded[0] if isinstance(loaded, tuple) else loaded
-            for _, request in requests:
-                weights.check(request.ranks, described, state, stored)
-
-        described, stored = together(resolve)
-        if sharded_strategy is None:
+        def read(stored: Stored, together: Together) -> Any:
             from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
-            sharded_strategy = TorchDistLoadShardedStrategy()
-        try:
-            with _reading(sharded_strategy, checkpoint_dir, together):
-                loaded = original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
-        finally:
-            for place, _ in requests:
-                place.pop(_ANSWER, None)  # mostly the request, which would hold itself
-        together(check)
-        return loaded
+            strategy = TorchDistLoadShardedStrategy() if sharded_strategy is None else sharded_strategy
+            with _reading(strategy, checkpoint_dir, together):
+                return original(sharded_state_dict, checkpoint_dir, strategy, *args, **kwargs)
+
+        return answered(sharded_state_dict, requests, contents, read)
 
     return load
 
 
+def answered(
+    state: Any,
+    requests: Sequence[tuple[dict[str, Any], Request]],
+    contents: Callable[[Sequence[Ranks]], Stored],
+    read: Callable[[Stored, Together], Any],
+) -> Any:
+    """What comes of reading a checkpoint into a state with requests in it, checked.
+
+    Args:
+        state: what is to be loaded.
+        requests: from :func:`requests_in`, one at least.
+        contents: finds what the checkpoint has; the ranks of each request agree on what fails there.
+        read: the checkpoint, once requests have become what they read; told how what may fail on one rank is done.
+    """
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+
+    from megatron_muon.checkpoint import weights
+
+    def together[T](work: Callable[[], T]) -> T:
+        """Agreed on by the ranks of each model, if there are several with an optimizer of their own."""
+        for _, request in requests:
+            work = functools.partial(request.ranks.together, work)
+        return work()
+
+    def resolve() -> tuple[weights.Described, Stored]:
+        described = weights.described(state)  # of the model alone: requests are still empty
+        stored = contents([request.ranks for _, request in requests])
+        for place, request in requests:
+            request.resolve(stored)
+            place.update(request)
+            place[_ANSWER] = LocalNonpersistentObject(_Answer(request))
+        return described, stored
+
+    def check() -> None:
+        # With some values of ``strict`` the keys that do not match come with the state.
+        whole = loaded[0] if isinstance(loaded, tuple) else loaded
+        for _, request in requests:
+            weights.check(request.ranks, described, whole, stored)
+
+    described, stored = together(resolve)
+    try:
+        loaded = read(stored, together)
+    finally:
+        for place, _ in requests:
+            place.pop(_ANSWER, None)  # mostly the request, which would hold itself
+    together(check)
+    return loaded
+
+
 @contextlib.contextmanager
-def _reading(strategy: Any, folder: Any, together: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+def _reading(strategy: Any, folder: Any, together: Together) -> Iterator[None]:
     """Each rank reads its tensors for itself: if one cannot, the others must not wait for it.
 
     Our records, which have been read, are no keys that were not asked for.
@@ -424,19 +458,21 @@ def _check_model(ranks: Ranks, tensors: list[Any], stored: Stored) -> None:
     )
 
 
-def _requests(state: Any, folder: str, group: dist.ProcessGroup | None) -> list[tuple[dict[str, Any], Request]]:
+def requests_in(
+    state: Any, choose: Callable[[Either], Request | None], group: dist.ProcessGroup | None = None
+) -> list[tuple[dict[str, Any], Request]]:
     """Each dictionary that is to become what a request reads, and the request: mostly the same.
 
     Args:
         state: what is to be loaded.
-        folder: of the checkpoint.
+        choose: see :meth:`Either.choose`.
         group: ranks that load it, as ``dist_checkpointing.load`` is told; None for all.
     """
     from megatron_muon.checkpoint.canonical import Request
 
     found = []
     for each in list(_dictionaries(state)):
-        request = each.choose(folder, group) if isinstance(each, _Either) else each
+        request = choose(each) if isinstance(each, Either) else each
         if isinstance(request, Request):
             if group is not None and not request.members.issubset(dist.get_process_group_ranks(group)):
                 request.ranks = Ranks((group,))  # nobody waits for ranks of the model that do not read

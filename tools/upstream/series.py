@@ -181,6 +181,7 @@ See NVIDIA/Megatron-LM#2617, #2625, #3939 and #6270.""",
         "megatron.core.models.mimo.optimizer:MimoOptimizer.sharded_state_dict",
         f"{_SERIALIZATION}:load",
         f"{_SERIALIZATION}:save",
+        "megatron.core.dist_checkpointing.tensor_aware_state_dict:MCoreTensorAwareStateDict.to_state_dict",
     ),
 )
 
@@ -196,6 +197,7 @@ to stand here.""",
         f"{_SERIALIZATION}:load_common_state_dict",
         f"{_CHECKPOINTING}:_get_checkpoint_format",
         f"{_CHECKPOINTING}:read_metadata",
+        f"{_CHECKPOINTING}:_load_non_persistent_base_checkpoint",
     ),
 )
 
