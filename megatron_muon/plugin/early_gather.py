@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_muon.optimizers.engines import BUCKET_ATTRIBUTE
 from megatron_muon.optimizers.muon import Muon
@@ -41,13 +42,19 @@ def gather_early(optimizer: Any, chunks: Sequence[Any]) -> None:
 def settle(*_: Any) -> None:
     """Wait for all gathers under way: somebody is about to write to weights."""
     for gathers in _UNDER_WAY:
-        gathers.settle()
+        if gathers.world is dist.group.WORLD:  # those of a run that was torn down have nobody left to end them
+            gathers.settle()
 
 
 class _EarlyGathers:
-    """The bucket groups of a model, and what they wait for in a step. Its optimizer keeps it alive."""
+    """The bucket groups of a model, and what they wait for in a step. Its optimizer keeps it alive.
+
+    Attributes:
+        world: the process group of the run.
+    """
 
     def __init__(self, optimizer: Any, parts: Sequence[Any], chunks: Sequence[Any]) -> None:
+        self.world = dist.group.WORLD
         self._groups = _in_order(chunks)
         self._overlaps = any(group.ddp_config.overlap_param_gather for group in self._groups)
         self._outermost, self._stepping = optimizer, False
