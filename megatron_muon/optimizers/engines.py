@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from megatron_muon.engine.modes import BLOCKWISE, DUPLICATED, OWNER
 from megatron_muon.engine.plan import Peers, Weight
 from megatron_muon.engine.shards import Shard, shard_of
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.errors import sizes
+from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
@@ -110,6 +111,25 @@ class Engines:
         self.sharing: Sharing | None = None
         self._shared: StepEngine | None = None
         self._have_agreed = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engines:
+        """With the same process groups; engines are of weights, and made anew."""
+        copied = Engines(self.config, self._tp_group, self._expert_tp_group, damped=self._damped)
+        copied.sharing = self.sharing
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle.
+
+        Raises:
+            ConfigError: if ranks share weights.
+        """
+        if self.sharing is not None or any(group.size() > 1 for group in self._groups.values()):
+            raise ConfigError(
+                "pickle of an optimizer whose ranks share weights: process groups do not leave their process. Save its "
+                "state_dict(), and build it anew."
+            )
+        return functools.partial(Engines, damped=self._damped), (self.config, None, None)
 
     def __iter__(self) -> Iterator[StepEngine]:
         return iter([*self._engines.values(), *([] if self._shared is None else [self._shared])])

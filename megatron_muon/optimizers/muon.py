@@ -35,6 +35,12 @@ from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
 
 __all__ = ["Muon"]
 
+_ATTRIBUTES = "attributes of weights"
+"""Of copies, beside what :class:`Muon` has."""
+
+_OF_ONE = ("step", "finals", "is_complete", "starts", "_untold", "_pending", "_marks", "_placed")
+"""Attributes that copies have anew, or not at all: schedulers of torch set ``step``."""
+
 
 class Muon(torch.optim.Optimizer):
     """Muon for 2-D weights, whole or divided by tensor parallelism.
@@ -176,11 +182,8 @@ class Muon(torch.optim.Optimizer):
         self.variant = VARIANTS.get(variant, Variant)() if isinstance(variant, str) else variant
         self.engines = Engines(self.config, tp_group, expert_tp_group, damped=damping_depth > 0.0)
         self.starts = WarmStarts()
-        self.finals: list[Callable[[list[torch.Tensor]], None]] = []
-        self._untold: list[torch.Tensor] | None = None
-        self._marks = Marks()
         self._first_lrs: list[Rate] = []
-        self.is_complete = False
+        self._start()
         scalar = {
             "scalar_optimizer": scalar_optimizer,
             "scalar_betas": scalar_betas,
@@ -192,6 +195,13 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, STEP: 0, **own, **scalar}
         check_numbers(defaults)
         super().__init__(params, defaults)
+
+    def _start(self) -> None:
+        """What is of one optimizer alone, not of its copies."""
+        self.finals: list[Callable[[list[torch.Tensor]], None]] = []
+        self.is_complete = False
+        self._untold: list[torch.Tensor] | None = None
+        self._marks = Marks()
 
     @property
     def checkpoint_rule(self) -> str:
@@ -277,10 +287,28 @@ class Muon(torch.optim.Optimizer):
                 "has no weight decay: such a weight would leave its ball. Give it to Adam, or use --optimizer muon."
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``copy.deepcopy`` and pickle: all but what hangs on this object, such as hooks and finals."""
+        own = {name: value for name, value in vars(self).items() if name not in _OF_ONE}
+        state = {name: value for name, value in own.items() if not name.startswith("_optimizer_")}
+        plain = (bool, int, float, str, tuple, MatrixLayout)
+        attributes = [
+            {name: value for name, value in vars(param).items() if isinstance(value, plain)} for param in self._own
+        ]
+        return {**state, _ATTRIBUTES: attributes}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As in ``torch.optim.Optimizer``; groups of older checkpoints get the entries that they lack."""
+        """As in ``torch.optim.Optimizer``; groups of older checkpoints get the entries that they lack.
+
+        A copy's weights get the attributes that ``copy.deepcopy`` of a parameter leaves behind: layout and division.
+        """
+        attributes = state.pop(_ATTRIBUTES, None)
         super().__setstate__(state)
         self.starts = WarmStarts()
+        if attributes is not None:
+            self._start()
+            for param, given in zip(self._own, attributes, strict=True):
+                vars(param).update(given | vars(param))
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_muon import Muon
+from megatron_muon import ConfigError, Muon
 from megatron_muon.engine.modes import MODES
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.gram import prescale
@@ -106,6 +108,25 @@ def test_bfloat16_wire_rounds_what_is_sent_and_nothing_else(pool: RankPool) -> N
             else:
                 torch.testing.assert_close(owner, expected, rtol=2.0**-8, atol=3e-5)
                 assert torch.equal(owner, owner.bfloat16().float()) and not torch.equal(owner, expected)
+
+
+def copied_step() -> tuple[bool, str]:
+    """Whether a copy of an optimizer of shards steps as the original does; and what pickle says of it."""
+    group = dist.group.WORLD
+    param = Given((16, 24), 1, QKV).parameter(group, random((16, 24), 1))
+    original = Muon([param], tp_group=group)
+    copied = copy.deepcopy(original)
+    (other,) = copied.param_groups[0]["params"]
+    param.grad, other.grad = param.detach().clone(), param.detach().clone()
+    original.step(), copied.step()
+    with pytest.raises(ConfigError) as refusal:
+        pickle.dumps(original)
+    return torch.equal(param, other), str(refusal.value)
+
+
+def test_copies_of_optimizers_of_shards(pool: RankPool) -> None:
+    for same, refusal in pool.run(copied_step, 2):
+        assert same and "process groups do not leave their process" in refusal
 
 
 class Counted(TorchProducts):
