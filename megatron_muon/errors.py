@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "sizes"]
+__all__ = ["ConfigError", "size_text", "sizes"]
 
 _MODULES = re.compile(r"( when instantiating \w+)+$")
 
@@ -25,3 +25,12 @@ class ConfigError(ValueError):
 def sizes(shape: Iterable[int]) -> str:
     """A shape for a message: ``12 x 8``."""
     return " x ".join(map(str, shape))
+
+
+def size_text(number: float) -> str:
+    """A number of bytes for a message: ``457.1 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"

@@ -14,6 +14,7 @@ from megatron_muon.checkpoint.keys import ALONE, PREFIX, name_of, parse_state
 from megatron_muon.checkpoint.reading import Index, read_index
 from megatron_muon.checkpoint.record import WEIGHT, Record
 from megatron_muon.checkpoint.stored import Stored
+from megatron_muon.errors import size_text
 
 __all__ = ["inspect", "render"]
 
@@ -26,18 +27,20 @@ _SIZES = (
 )
 
 
-def inspect(folder: Path, contents: bool = False) -> dict[str, Any]:
+def inspect(folder: Path, contents: bool = False, trust: bool = False) -> dict[str, Any]:
     """Everything about a checkpoint, as plain data.
 
     Args:
         folder: of one iteration.
         contents: also read all tensors, one part at a time, and look for numbers that are not finite and for tensors
             that are not what was saved.
+        trust: read pickles in full, which may run code.
 
     Raises:
-        CheckpointError: if files are missing or too short.
+        CheckpointError: if files are missing or too short, or name code that would be run.
     """
-    stored, index = Stored.read(str(folder)), read_index(folder)
+    index = read_index(folder, trust)
+    stored = index.stored
     kinds: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "elements": 0, "bytes": 0})
     for key, entry in index.tensors.items():
         found = parse_state(key)
@@ -135,12 +138,12 @@ def render(found: dict[str, Any]) -> str:
         f"iteration {found['iteration']}, {found['updates']} updates by --optimizer {found['optimizer'] or 'unknown'}",
         f"saved at {where}{ranks}",
         f"optimizer state: {found['form']}" + (f" (written by {found['package']})" if found["package"] else ""),
-        f"{found['files']} files, {_size(found['bytes_on_disk'])}",
+        f"{found['files']} files, {size_text(found['bytes_on_disk'])}",
         "",
         f"{'':16}  {'tensors':>7}  {'elements':>15}  {'size':>10}",
     ]
     lines += [
-        f"{kind:16}  {each['tensors']:>7}  {each['elements']:>15,}  {_size(each['bytes']):>10}"
+        f"{kind:16}  {each['tensors']:>7}  {each['elements']:>15,}  {size_text(each['bytes']):>10}"
         for kind, each in sorted(found["kinds"].items(), key=lambda pair: (pair[0] != "model", pair[0]))
     ]
     if found["rules"]:
@@ -157,11 +160,3 @@ def render(found: dict[str, Any]) -> str:
     else:
         lines += found["problems"] or ["all numbers are finite, and tensors are what was saved"]
     return "\n".join(lines)
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"

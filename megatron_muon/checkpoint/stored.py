@@ -55,21 +55,27 @@ class Stored:
             CheckpointError: if it is incomplete, or newer than this package.
         """
         from megatron.core import dist_checkpointing
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         metadata = read_metadata(path_of(folder))
+        common = dist_checkpointing.load_common_state_dict(folder)
+        found: list[Record] = []
+        for each in ranks or (Ranks(()),):
+            found = each.from_first(lambda: records_in(folder, common))
+        return cls.of_parts(folder, metadata, common, found)
+
+    @classmethod
+    def of_parts(cls, folder: str, metadata: Any, common: dict[str, Any], records: Sequence[Record]) -> Stored:
+        """From torch's metadata, what is no tensor, and :func:`records_in`."""
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
         shapes = {
             key: (tuple(entry.size), entry.properties.dtype)
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        common = dist_checkpointing.load_common_state_dict(folder)
-        found: list[Record] = []
-        for each in ranks or (Ranks(()),):
-            found = each.from_first(lambda: records_in(folder, common))
-        record = Record.joined(found) if len(found) > 1 else next(iter(found), None)
+        record = Record.joined(records) if len(records) > 1 else next(iter(records), None)
         buckets = any(map(is_bucket, metadata.state_dict_metadata))
-        return cls(folder, shapes, common, record, buckets, tuple(found))
+        return cls(folder, shapes, common, record, buckets, tuple(records))
 
     def of(self, weights: set[str]) -> Stored:
         """As the optimizer of these weights sees it, if several were saved together: each has made steps of its own."""

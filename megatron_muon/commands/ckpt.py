@@ -51,15 +51,40 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="a checkpoint of Adam for Muon, or of Muon for Adam")
     convert.add_argument("source", metavar="SRC", help="folder of a run or of one iteration; only read")
     convert.add_argument("target", metavar="DST", help="a new folder, for --load")
-    convert.add_argument("--to", choices=("muon", "adam"), required=True, help="the optimizer that goes on")
+    convert.add_argument(
+        "--to",
+        choices=("muon", "adam", "megatron-muon", "megatron-adam"),
+        required=True,
+        help="the optimizer that goes on: with this package, or Megatron-Core's own without it",
+    )
+    convert.add_argument("--workers", type=int, metavar="N", help="files that are written at once (default: cores)")
+    convert.add_argument(
+        "--value",
+        action="append",
+        type=_value,
+        default=[],
+        metavar="NAME=NUMBER",
+        help="an argument of the run that is to read it, where the checkpoint has another or none: "
+        "expert_model_parallel_size, lr, min_lr, weight_decay...",
+    )
     convert.set_defaults(command=_convert)
+    for command in (inspect, convert):
+        command.add_argument("--trust", action="store_true", help="read pickles in full, which may run code in them")
     return parser
+
+
+def _value(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        return name, float(number) if set(number) & set(".en") else int(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: NAME=NUMBER is wanted") from None
 
 
 def _inspect(args: argparse.Namespace) -> None:
     from megatron_muon.checkpoint import folders, inspection
 
-    found = inspection.inspect(folders.resolve(args.folder), args.contents)
+    found = inspection.inspect(folders.resolve(args.folder), args.contents, args.trust)
     print(inspection.render(found))
     if args.json is not None:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -70,5 +95,13 @@ def _inspect(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from megatron_muon.checkpoint import conversion, folders
 
-    iteration = conversion.convert(folders.resolve(args.source), Path(args.target), args.to)
-    print(f"{args.target}: iteration {iteration}; resume with --load {args.target} --optimizer {args.to}")
+    iteration = conversion.convert(
+        folders.resolve(args.source),
+        folders.path_of(args.target),
+        args.to,
+        values=dict(args.value),
+        workers=args.workers,
+        trust=args.trust,
+    )
+    optimizer = args.to.removeprefix("megatron-")
+    print(f"{args.target}: iteration {iteration}; resume with --load {args.target} --optimizer {optimizer}")

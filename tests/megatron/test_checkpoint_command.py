@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import logging
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +141,138 @@ def test_convert_a_variant(pool: RankPool, tmp_path: Path) -> None:
     losses = pool.run(resume, 2, Layout(tp=2), accept, folder, FULLY, back, 4)[0]
     assert_same(masters(source), masters(back))
     assert losses[-1] < losses[0]
+
+
+# --- what is interrupted goes on -------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All that is in a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_convert_goes_on_where_it_stopped(muon: Path, adam: Path, tmp_path: Path) -> None:
+    """A disk on which one of the files does not fit; then it does."""
+    words = ["convert", str(muon), str(tmp_path / "stopped"), "--to", "adam"]
+    ckpt.main([*words[:2], str(tmp_path / "straight"), *words[3:]])
+    straight = files(tmp_path / "straight")
+    lengths = sorted(len(data) for name, data in straight.items() if name.endswith(".distcp"))
+    assert len(lengths) > 2 and not [name for name in straight if "being" in name or "lengths" in name]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (lengths[-1] - 1, before[1]))
+    try:
+        with pytest.raises(SystemExit):
+            ckpt.main([*words, "--workers", "1"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    left = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").rglob("*.distcp")}
+    assert left and len(left) < len(lengths)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        folders.resolve(str(tmp_path / "stopped"))
+    for other in (["convert", str(adam), *words[2:]], [*words[:-1], "muon"], [*words, "--value", "lr=1"]):
+        with pytest.raises(SystemExit):
+            ckpt.main(other)
+    ckpt.main(words)
+    assert files(tmp_path / "stopped") == straight
+    assert {path: path.stat().st_mtime_ns for path in left} == left, "what was finished is not written again"
+
+
+def converting(words: list[str], seconds: float | None) -> float:
+    """The command in a process of its own, killed after a time: how long it ran."""
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    process = context.Process(target=ckpt.main, args=(words,))
+    start = time.monotonic()
+    process.start()
+    process.join(seconds)
+    hit = process.is_alive()
+    process.kill()
+    process.join()
+    assert hit or process.exitcode == 0
+    return time.monotonic() - start
+
+
+@pytest.mark.slow
+def test_convert_is_killed(pool: RankPool, tmp_path: Path) -> None:
+    """At random moments, and goes on: the files are those of a run that was not killed."""
+    source, straight, killed = (tmp_path / name for name in ("source/iter_0000003", "straight", "killed"))
+    pool.run(save_large, 1, str(source))
+    words = ["convert", str(source), "", "--to", "adam", "--workers", "2"]
+    longest = max(converting([*words[:2], str(straight / name), *words[3:]], None) for name in "ab")
+    dice, hits = random.Random(3), 0
+    words[2] = str(killed)
+    for _ in range(12):
+        converting(words, dice.uniform(0.1, 0.8) * longest)
+        if (killed / "iter_0000003" / "being_converted.json").is_file():
+            hits += 1
+        else:
+            shutil.rmtree(killed, ignore_errors=True)  # it was not begun, or it is whole
+    assert hits >= 4
+    if not killed.exists() or not folders.newest(killed):
+        converting(words, None)
+    assert files(killed) == files(straight / "a") == files(straight / "b")
+
+
+def save_large(folder: str) -> None:
+    data = dataclasses.replace(harness.COUNTING, vocabulary=200_000)
+    run = harness.start(Layout(), data=data)
+    run.losses(1)
+    harness.save_run(run, folder)
+
+
+# --- pickles that run code -------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Read by ``pickle``, makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def armed(source: Path, target: Path, place: str, bomb: Bomb) -> None:
+    """A copy of a checkpoint with a bomb in its index, in what is no tensor, or in the place of a tensor."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    shutil.copytree(source, target)
+    metadata = pickle.loads((target / ".metadata").read_bytes())
+    if place == "index":
+        metadata.planner_data = bomb
+    else:
+        key = next(
+            index
+            for index in metadata.storage_data
+            if index.fqn.startswith("common_state" if place == "common" else "optimizer.state.momentum_buffer")
+        )
+        buffer = io.BytesIO()
+        torch.save([{"bomb": bomb}] if place == "common" else bomb, buffer)
+        old = metadata.storage_data[MetadataIndex(key.fqn, key.offset)]
+        (target / "bomb.distcp").write_bytes(buffer.getvalue())
+        old.relative_path, old.offset, old.length = "bomb.distcp", 0, len(buffer.getvalue())
+    (target / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("place", ["index", "common", "tensor"])
+def test_pickles_run_nothing(muon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
+    source, hit = tmp_path / "iter_0000003", tmp_path / "hit"
+    armed(muon, source, place, Bomb(hit))
+    commands = [["inspect", str(source), "--contents"], ["convert", str(source), str(tmp_path / "to"), "--to", "adam"]]
+    for words in commands:
+        with pytest.raises(SystemExit):
+            ckpt.main(words)
+        text = capsys.readouterr().err
+        assert "names posix.mkdir, which is not among" in text and "--trust" in text and len(text.splitlines()) == 1
+        assert not hit.exists()
+    if place == "tensor":
+        with pytest.raises(SystemExit):
+            ckpt.main([*commands[0], "--trust"])
+        assert "NoneType in the place of a tensor" in capsys.readouterr().err
+    else:
+        ckpt.main([*commands[0], "--trust"])
+    assert hit.exists()
 
 
 @pytest.mark.parametrize(
