@@ -217,7 +217,7 @@ LOADING = [
     f"{CHECKPOINTS}.canonical.choose",
     "megatron.core.dist_checkpointing.strategies.torch.TorchDistLoadShardedStrategy.load",
     f"{CHECKPOINTS}.weights.sums_of",
-    f"{CHECKPOINTS}.canonical.scatter",
+    f"{CHECKPOINTS}.canonical._take",
     f"{CHECKPOINTS}.replicas.fingerprints",
     f"{CHECKPOINTS}.changes.numbers_of",
 ]

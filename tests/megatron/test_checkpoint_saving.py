@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from megatron_muon.checkpoint import folders
 from tests.checkpoints import differences
 from tests.megatron import harness
 from tests.megatron.harness import Layout
-from tests.megatron.loading import FINE, TIMEOUT, load_each
+from tests.megatron.loading import FINE, TIMEOUT, Outcome, failure, load_each, one_error
 from tests.pool import RankPool
 
 WAYS = {
@@ -75,8 +78,10 @@ def test_saved_in_the_background_while_training(pool: RankPool, tmp_path: Path, 
     assert pool.run(load_each, 2, WAYS[way], {"bf16": True}, background, timeout=TIMEOUT) == [[FINE] * 2] * 2
 
 
-def save_by_the_persistent_worker(layout: Layout, plain: list[str], background: list[str]) -> list[tuple[bool, bool]]:
-    """As ``--async-save --use-persistent-ckpt-worker --async-strategy mcore`` does, twice."""
+def save_by_the_persistent_worker(
+    layout: Layout, plain: list[str], background: list[str], killed: str
+) -> tuple[list[tuple[bool, bool]], Outcome]:
+    """As ``--async-save --use-persistent-ckpt-worker --async-strategy mcore`` does, twice; then a worker is killed."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -95,9 +100,19 @@ def save_by_the_persistent_worker(layout: Layout, plain: list[str], background: 
             dist.barrier()
             queue.maybe_finalize_async_calls(blocking=True)
             found.append((before, folders.is_whole(Path(later))))
+        worker = queue._persistent_caller.process
+        if dist.get_rank() == 1:  # while it copies tensors, which the run waits for
+            os.kill(worker.pid, signal.SIGSTOP)
+            threading.Timer(0.5, os.kill, (worker.pid, signal.SIGKILL)).start()
+        make_folder(killed)
+        request = dist_checkpointing.save(whole_state(run), killed, async_sharded_save=True, async_strategy="mcore")
+        queue.schedule_async_request(request)
+        run.losses(1)
+        told = failure(lambda: queue.maybe_finalize_async_calls(blocking=True))
+        worker.join(TIMEOUT)
+        return found, told
     finally:
-        queue.close()
-    return found
+        queue.close(abort=True)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +121,11 @@ def save_by_the_persistent_worker(layout: Layout, plain: list[str], background: 
 def test_saved_by_the_persistent_worker_while_training(pool: RankPool, tmp_path: Path, way: str) -> None:
     """Its process starts without the redirects to the CPU, and shares the memory of weights that training changes."""
     plain, background = ([str(tmp_path / f"{name}{number}") for number in (1, 2)] for name in ("plain", "background"))
-    results = pool.run(save_by_the_persistent_worker, 2, WAYS[way], plain, background, timeout=2 * TIMEOUT)
-    assert results == [[(False, True)] * 2] * 2
+    killed = str(tmp_path / "killed")
+    results = pool.run(save_by_the_persistent_worker, 2, WAYS[way], plain, background, killed, timeout=2 * TIMEOUT)
+    assert [found for found, _ in results] == [[(False, True)] * 2] * 2
+    assert "of rank 1: exit status -9" in one_error([told for _, told in results])
+    assert not folders.is_whole(Path(killed))
     for now, later in zip(plain, background, strict=True):
         assert differences(now, later) == []
     assert pool.run(load_each, 2, WAYS[way], {}, background[1:], timeout=TIMEOUT) == [[FINE]] * 2

@@ -14,6 +14,7 @@ _LAYER_WISE = f"{_OPTIMIZER}.layer_wise_optimizer:LayerWiseDistributedOptimizer"
 _TRAINING = "megatron.training.training"
 _CHECKPOINTING = "megatron.training.checkpointing"
 _SERIALIZATION = "megatron.core.dist_checkpointing.serialization"
+_ASYNC = "megatron.core.dist_checkpointing.strategies.async_utils"
 
 POINTS = Change(
     "Add extension points for plug-ins",
@@ -190,11 +191,14 @@ FILES = Change(
     """\
 A checkpoint that is written over keeps the index of the old one until the end;
 the tracker is emptied before it is written; damage is reported without the
-name of a file. What checks marks and finds the newest whole checkpoint needs
-to stand here.""",
+name of a file; a writer that is killed is waited for without end. What checks
+marks, finds the newest whole checkpoint and looks after writers needs to stand
+here.""",
     needs=(STATE,),
     points=(
         f"{_SERIALIZATION}:load_common_state_dict",
+        f"{_ASYNC}:PersistentAsyncCaller.schedule_async_call",
+        f"{_ASYNC}:PersistentAsyncCaller.is_current_async_call_done",
         f"{_CHECKPOINTING}:_get_checkpoint_format",
         f"{_CHECKPOINTING}:read_metadata",
         f"{_CHECKPOINTING}:_load_non_persistent_base_checkpoint",
