@@ -393,9 +393,11 @@ class Request(dict[str, Any]):
             elif STEP in state:  # of Muon's rows under Adam
                 state[STEP] = step
         for inner in {id(each.inner): each.inner for each in self.held}.values():
-            if not _counts_in_state(inner):
-                for group in inner.param_groups:
+            for group in inner.param_groups if not _counts_in_state(inner) else ():
+                if step or STEP in inner.defaults:
                     group[STEP] = step
+                else:  # fused Adam has none before its first step
+                    group.pop(STEP, None)
 
 
 def _other_transfer(group: Mapping[str, Any], numbers: Mapping[str, Any]) -> bool:

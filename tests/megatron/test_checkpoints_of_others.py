@@ -290,3 +290,50 @@ def test_adam_of_each_class_meets_a_checkpoint_of_muon(pool: RankPool, tmp_path:
         assert plain == buffers == following
         for name, text in unknown:
             assert name == "CheckpointError" and text.startswith(root) and "before megatron_muon.install()" in text
+
+
+# --- counts of steps -------------------------------------------------------------------------------------------------
+
+
+def counts(run: Run) -> list[tuple[list[Any], list[str]]]:
+    """Of every optimizer but Muon's: the steps in param groups, the names of its state."""
+    from megatron_muon.plugin.optimizer_state import leaves
+
+    inner = [leaf.optimizer for leaf, _ in leaves(run.optimizer) if "Muon" not in type(leaf.optimizer).__name__]
+    return [
+        ([group.get("step") for group in each.param_groups], sorted(set().union(*each.state.values())))
+        for each in inner
+    ]
+
+
+def count_after_loading(root: str) -> list[list[Any]]:
+    """Of Adam in a run of Muon, by Megatron-Core alone and here: after no step, and loaded after two."""
+    import megatron_muon
+
+    found = []
+    for layer_wise in (False, True):
+        options: dict[str, Any] = {"num_layers": 1, "bf16": True, "optimizer": {"muon_fp32_matmul_prec": "high"}}
+        found.append([])
+        for install in (False, True):
+            megatron_muon.uninstall()
+            for steps in (0, 2):
+                run = harness.start(Layout(layer_wise=layer_wise), install=install, **options)
+                fresh = counts(run)
+                if not steps and not install:  # what has no state yet Megatron-Core cannot save and load
+                    found[-1].append([steps for steps, _ in fresh])
+                    continue
+                run.losses(steps)
+                folder = f"{root}/{layer_wise} {install} {steps}"
+                harness.save_run(run, folder, FULLY)
+                again = harness.start(Layout(layer_wise=layer_wise), install=install, **options)
+                again.losses(1 - steps // 2)
+                harness.load_run(again, folder, FULLY)
+                found[-1].append(counts(again) if steps else [steps for steps, _ in counts(again)])
+    return found
+
+
+def test_steps_are_counted_as_after_megatron_cores_own_load(pool: RankPool, tmp_path: Path) -> None:
+    for found in pool.run(count_after_loading, 2, str(tmp_path), timeout=TIMEOUT):
+        for fresh, loaded, our_fresh, our_loaded in found:
+            assert our_fresh == fresh == [[None] * len(groups) for groups in fresh]
+            assert our_loaded == loaded and loaded[0] == ([2] * len(fresh[0]), ["exp_avg", "exp_avg_sq"])
