@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import os
 import runpy
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_muon import plugin
-from megatron_muon.agree import ranks_with
-from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.errors import ConfigError
 from megatron_muon.leaving import LEAVING
+from megatron_muon.plugin.telling import REFUSALS, tell
 from megatron_muon.version import __version__
 
 __all__ = ["main"]
@@ -94,28 +91,9 @@ def _run(args: argparse.Namespace) -> None:
         on_cpu = _prepare(args.device)
         with _noting_the_end() if on_cpu else contextlib.nullcontext():
             runpy.run_path(str(script), run_name="__main__")
-    except (ConfigError, CheckpointError) as error:
-        seconds = _seconds_before_telling(error)
-        if seconds is not None:
-            time.sleep(seconds)
-            rank = os.environ.get("RANK", "0")
-            where = "" if rank == "0" else f" on rank {rank}"
-            print(f"megatron_muon: error{where}: {error}", file=sys.stderr, flush=True)
+    except REFUSALS as error:
+        tell(error)
         raise SystemExit(2) from None
-
-
-def _seconds_before_telling(error: BaseException) -> float | None:
-    """When this rank prints an error, so that it is seen once; None if another rank prints it.
-
-    Of ranks that have agreed on it, the first does. Otherwise nobody knows who else has it: rank 0 prints at once, then
-    the first rank of each machine, then the others. By then torchrun has ended them, unless it was theirs alone.
-    """
-    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
-    if rank != min(ranks_with(error), default=rank):
-        return None
-    if rank == 0:
-        return 0.0
-    return 2.0 if local_rank == 0 else 4.0
 
 
 @contextlib.contextmanager
@@ -127,7 +105,7 @@ def _noting_the_end() -> Iterator[None]:
         LEAVING.at(exit_call)
         raise
     except BaseException as error:
-        refused = isinstance(error, (ConfigError, CheckpointError))
+        refused = isinstance(error, REFUSALS)
         LEAVING.status = 2 if refused else 130 if isinstance(error, KeyboardInterrupt) else 1
         raise
     LEAVING.status = 0

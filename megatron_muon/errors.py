@@ -13,7 +13,7 @@ _MODULES = re.compile(r"( when instantiating \w+)+$")
 class ConfigError(ValueError):
     """A flag, a parameter or a combination that cannot be honoured.
 
-    The message names the flag or parameter, its value, and the way out. The launcher prints it as one line; elsewhere
+    The message names the flag or parameter, its value, and the way out. Where nobody catches it one rank prints it; else
     it is an ordinary exception that is raised before the first training step.
     """
 

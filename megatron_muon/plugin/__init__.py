@@ -35,6 +35,7 @@ from megatron_muon.plugin import (
     transfer,
     wrapping,
 )
+from megatron_muon.plugin.telling import TELLING
 from megatron_muon.plugin.version import check_megatron_core
 
 __all__ = ["describe", "install", "is_installed", "load", "uninstall"]
@@ -92,6 +93,7 @@ def install(config: MuonConfig | None = None) -> None:
         if not _PATCHES.active:
             check_megatron_core()
             _PATCHES.apply()
+            TELLING.turn(on=True)
             _print_native()
     if config is not None:
         options.take_installed(dataclasses.replace(config))
@@ -101,6 +103,7 @@ def uninstall() -> None:
     """Undo :func:`install`: every replaced attribute of Megatron-Core is what it was."""
     with _LOCK:
         _PATCHES.revert()
+        TELLING.turn(on=False)
     options.forget()
 
 

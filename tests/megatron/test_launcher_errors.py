@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any
 import pytest
 
 from megatron_muon.agree import Ranks
-from megatron_muon.cli import _seconds_before_telling
+from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.errors import ConfigError
+from megatron_muon.plugin.telling import _seconds_before_telling
 from tests.pool import RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +71,31 @@ def who_tells(shared: bool) -> float | None:
 def test_the_first_of_the_ranks_that_share_an_error_tells_it(pool: RankPool) -> None:
     assert pool.run(who_tells, 3, True) == [-1.0, 4.0, None]
     assert pool.run(who_tells, 3, False) == [-1.0, 4.0, 4.0]
+
+
+def end_with(shared: bool, kind: type[Exception]) -> str:
+    """What a script prints that has called install(), in which nobody catches an error."""
+    import megatron_muon
+    from megatron_muon.plugin.telling import TELLING
+
+    def fail() -> None:
+        raise kind("--flag 3: give 4.")
+
+    output = io.StringIO()
+    megatron_muon.install()
+    try:
+        Ranks.of_world().together(fail) if shared else fail()
+    except Exception as error:
+        with contextlib.redirect_stderr(output):
+            TELLING._hook(type(error), error, error.__traceback__)
+    return output.getvalue()
+
+
+def test_a_script_without_the_launcher_ends_with_one_message(pool: RankPool) -> None:
+    """Other errors, and those of a process in which the hooks are not there, are as ever."""
+    for kind in (ConfigError, CheckpointError):
+        assert pool.run(end_with, 2, True, kind) == ["megatron_muon: error: --flag 3: give 4.\n", ""]
+    assert all("Traceback" in text for text in pool.run(end_with, 2, True, ValueError))
 
 
 def refused_while_a_module_is_built() -> str:
