@@ -13,8 +13,8 @@ _MODULES = re.compile(r"( when instantiating \w+)+$")
 class ConfigError(ValueError):
     """A flag, a parameter or a combination that cannot be honoured.
 
-    The message names the flag or parameter, its value, and the way out. Where nobody catches it one rank prints it; else
-    it is an ordinary exception that is raised before the first training step.
+    The message names the flag or parameter, its value, and the way out. It is an ordinary exception
+    that is raised before the first training step; where nobody catches it, one rank prints it.
     """
 
     def __init__(self, message: str = "") -> None:
