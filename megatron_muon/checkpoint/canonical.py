@@ -22,7 +22,7 @@ from megatron_muon.checkpoint.held import Bucket, Held
 from megatron_muon.checkpoint.joining import Part, Recorder
 from megatron_muon.checkpoint.keys import ALONE, PREFIX, name_of
 from megatron_muon.checkpoint.record import RECORD, Record, Rule, Sums, WeightRecord, layout_text
-from megatron_muon.checkpoint.sharding import Place, Replica, key_and_index, places_of
+from megatron_muon.checkpoint.sharding import Place, Replica, places_of
 from megatron_muon.checkpoint.slices import mean_squares
 from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, gradients_to_average
 from megatron_muon.checkpoint.stored import Stored
@@ -138,8 +138,8 @@ def _told(saved: Iterable[tuple[Held, Place]]) -> Iterator[WeightRecord]:
         rule = rules.setdefault(rule, rule)
         if id(each.group) not in numbers:
             numbers[id(each.group)] = records.numbers_of(each.numbers)
-        for part in place.members.values():
-            yield WeightRecord(*key_and_index(part.base), place.siblings, rule, numbers[id(each.group)])
+        for where in place.members.values():
+            yield WeightRecord(*where, place.siblings, rule, numbers[id(each.group)])
 
 
 def _shares(held: Held, place: Place, one_of_all: bool = False) -> Iterator[Share]:

@@ -10,12 +10,11 @@ __all__ = [
     "ALONE",
     "PREFIX",
     "RECORD_KEY",
+    "BucketKey",
     "StateKey",
-    "bucket_pattern",
-    "chain_of",
-    "domain_of_bucket",
     "is_bucket",
     "name_of",
+    "parse_bucket",
     "parse_state",
     "without_chain",
 ]
@@ -31,6 +30,9 @@ ALONE = "@"
 
 _CHAIN = re.compile(r"chained_\d+\.")
 _BUCKET = "optimizer.distributed.dp_group_idx_"
+_BUCKET_PARTS = re.compile(
+    rf"(?:{_CHAIN.pattern})?{re.escape(_BUCKET)}(\d+)\.gbuf_idx_(\d+)\..*\.bucket_idx_(\d+)\.([^.]+)$"
+)
 _STATE = re.compile(rf"({_CHAIN.pattern})?{re.escape(PREFIX)}\.([^.]+)\.(.+)$")
 
 
@@ -46,6 +48,22 @@ class StateKey(NamedTuple):
     chain: str
     state: str
     weight: str
+
+
+class BucketKey(NamedTuple):
+    """What the key of a bucket of the distributed optimizer says, whatever chain it is in.
+
+    Attributes:
+        domain: number of the model-parallel domain.
+        buffer: number of the buffer.
+        number: of the bucket in it.
+        state: ``param``, ``exp_avg``, ``exp_avg_sq``.
+    """
+
+    domain: int
+    buffer: int
+    number: int
+    state: str
 
 
 def name_of(key: str, index: Iterable[int]) -> str:
@@ -66,32 +84,15 @@ def without_chain(key: str) -> str:
     return key if found is None else key.removeprefix(found.chain)
 
 
-def chain_of(key: str) -> str:
-    """The prefix of an optimizer in a chain; empty if there is none."""
-    found = _CHAIN.match(key)
-    return "" if found is None else found.group()
-
-
 def is_bucket(key: str) -> bool:
     """Whether the tensor is a bucket of the distributed optimizer."""
     return _BUCKET in key
 
 
-def domain_of_bucket(key: str) -> int | None:
-    """The number of the model-parallel domain whose bucket the tensor is; None if it is none."""
-    found = re.search(rf"{re.escape(_BUCKET)}(\d+)\.gbuf_idx_", key)
-    return None if found is None else int(found.group(1))
-
-
-def bucket_pattern(domain: int, buffer: int, number: int, state: str) -> re.Pattern[str]:
-    """Of the keys that one bucket of the distributed optimizer may have.
-
-    Args:
-        domain: number of the model-parallel domain.
-        buffer: number of the buffer.
-        number: of the bucket in it.
-        state: ``param``, ``exp_avg``, ``exp_avg_sq``.
-    """
-    return re.compile(
-        rf"({_CHAIN.pattern})?{re.escape(_BUCKET)}{domain}\.gbuf_idx_{buffer}\..*\.bucket_idx_{number}\.{state}$"
-    )
+def parse_bucket(key: str) -> BucketKey | None:
+    """The parts of the key of a bucket of the distributed optimizer; None for other keys."""
+    found = _BUCKET_PARTS.match(key)
+    if found is None:
+        return None
+    domain, buffer, number, state = found.groups()
+    return BucketKey(int(domain), int(buffer), int(number), state)

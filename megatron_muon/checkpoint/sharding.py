@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -30,7 +32,6 @@ __all__ = [
     "Place",
     "Replica",
     "Template",
-    "key_and_index",
     "noted",
     "places_of",
     "rows_of",
@@ -71,9 +72,10 @@ class Template:
     shape: tuple[int, ...]
 
     @property
-    def numel(self) -> int:
-        """Elements of it."""
-        return _numel(self.shape)
+    def where(self) -> tuple[str, tuple[int, ...]]:
+        """The model's key, and the layer, expert... in the tensor of that key."""
+        tensor = self.blocks[0].base
+        return self.base.key, tuple(tensor.global_offset[: tensor.prepend_axis_num])
 
     @functools.cached_property
     def blocks(self) -> list[Block]:
@@ -115,17 +117,17 @@ class Place:
     key: str
     index: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Unique in the model, at every layout."""
         return name_of(self.key, self.index)
 
-    @property
-    def members(self) -> dict[str, Template]:
-        """By name, the experts of a stack, each a weight of its own at other layouts; any other weight is one."""
+    @functools.cached_property
+    def members(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Key and index by name: of the experts of a stack, each a weight of its own at other layouts, or of one."""
         if len(self.templates[0].shape) == len(self.shape):
-            return {self.name: Template(self.templates[0].base, 0, self.shape)}
-        return {name_of(*key_and_index(part.base)): part for part in self.templates}
+            return {self.name: (self.key, self.index)}
+        return {name_of(*part.where): part.where for part in self.templates}
 
     @property
     def replica(self) -> Replica:
@@ -137,8 +139,7 @@ class Place:
     @property
     def siblings(self) -> int:
         """How many weights the tensor of ``key`` holds."""
-        base = self.templates[0].base
-        tensor = next(_tensors(base.build())) if isinstance(base, ShardedTensorFactory) else base
+        tensor = self.templates[0].blocks[0].base
         return _numel(tensor.global_shape[: tensor.prepend_axis_num])
 
     def sharded(
@@ -196,7 +197,8 @@ def places_of(
         names: of weights, for errors.
 
     Raises:
-        CheckpointError: for weights that are not saved with the model, or not found in this state of it.
+        CheckpointError: for weights that are not saved with the model, not found in this state of it, or saved in other
+            parts than blocks of rows.
     """
     params, bases, problem = list(params), noted(model_state), SAVE_IT
     templates = _templates(params, bases)
@@ -211,10 +213,7 @@ def places_of(
     if lost:
         lines = ("Weights that are trained, but not saved:", *_lines(lost, names or {}))
         raise CheckpointError("\n  ".join(lines) + f"\n{problem}")
-    return [
-        Place(tuple(param.shape), parts, *key_and_index(parts[0].base))
-        for param, parts in zip(params, templates, strict=True)
-    ]
+    return [Place(tuple(param.shape), parts, *parts[0].where) for param, parts in zip(params, templates, strict=True)]
 
 
 SAVE_IT = (
@@ -241,7 +240,9 @@ def _lines(params: Iterable[torch.nn.Parameter], names: Mapping[torch.nn.Paramet
 def _templates(params: Iterable[torch.nn.Parameter], bases: list[Any]) -> list[tuple[Template, ...]]:
     """The parts of each weight; none for one that is not there."""
     by_identity = {id(base.data): base for base in bases}
-    by_address = [base for base in bases if isinstance(base.data, torch.Tensor)]
+    by_address = sorted(
+        ((base.data.data_ptr(), base) for base in bases if isinstance(base.data, torch.Tensor)), key=itemgetter(0)
+    )
     found = []
     for param in params:
         base = by_identity.get(id(param))
@@ -254,19 +255,23 @@ def _is_complete(parts: tuple[Template, ...]) -> bool:
     return bool(parts) and all(isinstance(part.base.replica_id, tuple) for part in parts)
 
 
-def _parts_of(param: torch.nn.Parameter, bases: list[Any]) -> tuple[Template, ...]:
-    """A fused weight of which the model saves views: those that lie in its memory; none if they do not make it up."""
+def _parts_of(param: torch.nn.Parameter, bases: list[tuple[int, Any]]) -> tuple[Template, ...]:
+    """A fused weight of which the model saves views: those that lie in its memory; none if they do not make it up.
+
+    Args:
+        param: the weight.
+        bases: by their addresses, in this order.
+    """
     begin, size = plain(param).data_ptr(), param.element_size()
+    first, last = (bisect_left(bases, address, key=itemgetter(0)) for address in (begin, begin + param.numel() * size))
     parts = []
-    for base in bases:
-        offset = base.data.data_ptr() - begin
-        inside = 0 <= offset < param.numel() * size and base.data.numel() < param.numel()
+    for address, base in bases[first:last]:
         if (
-            inside
+            base.data.numel() < param.numel()
             and base.data.is_contiguous()
             and base.data.shape in ((len(base.data), *param.shape[1:]), param.shape[1:])
         ):
-            parts.append(Template(base, offset // size, tuple(base.data.shape)))
+            parts.append(Template(base, (address - begin) // size, tuple(base.data.shape)))
     parts.sort(key=lambda part: part.first)
     ends = [part.first + _numel(part.shape) for part in parts]
     whole = parts and [0, *ends[:-1]] == [part.first for part in parts] and ends[-1] == param.numel()
@@ -275,12 +280,6 @@ def _parts_of(param: torch.nn.Parameter, bases: list[Any]) -> tuple[Template, ..
 
 def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
-
-
-def key_and_index(base: ShardedTensor | ShardedTensorFactory) -> tuple[str, tuple[int, ...]]:
-    """The model's key, and the layer, expert... in the tensor of that key."""
-    tensor = next(_tensors(base.build())) if isinstance(base, ShardedTensorFactory) else base
-    return base.key, tuple(tensor.global_offset[: tensor.prepend_axis_num])
 
 
 def _tensors(state: Any) -> Iterator[ShardedTensor]:

@@ -15,7 +15,6 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_muon.checkpoint.held import Bucket, Held
-from megatron_muon.checkpoint.keys import ALONE, PREFIX
 from megatron_muon.checkpoint.record import Rule
 from megatron_muon.checkpoint.sharding import Place, Replica
 from megatron_muon.checkpoint.stored import Stored
@@ -142,10 +141,10 @@ def _slice_of_bucket(
 
 
 def _sources(state: str, stored: Stored) -> Iterator[tuple[str, str]]:
+    """Names under which a state may be stored, and what precedes the model's key then."""
     for name in _ALTERNATIVES.get(state, (state,)):
-        for chain in stored.chains:
-            for alone in (ALONE, ""):
-                yield name, f"{chain}{PREFIX}.{name}{alone}"
+        for prefix in stored.prefixes.get(name, ()):
+            yield name, prefix
 
 
 def estimated_second_moment(average: torch.Tensor, decay: float) -> torch.Tensor:

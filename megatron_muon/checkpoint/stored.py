@@ -15,7 +15,7 @@ from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.folders import check_marks, path_of, sizes_in
 from megatron_muon.checkpoint.held import Bucket
-from megatron_muon.checkpoint.keys import bucket_pattern, chain_of, is_bucket
+from megatron_muon.checkpoint.keys import ALONE, PREFIX, BucketKey, is_bucket, parse_bucket, parse_state
 from megatron_muon.checkpoint.record import RECORD, Record, check_version
 from megatron_muon.errors import sizes
 
@@ -82,10 +82,15 @@ class Stored:
         mine = [record for record in self.records if not weights.isdisjoint(record.weights)]
         return replace(self, record=mine[0]) if len(mine) == 1 else self
 
-    @property
-    def chains(self) -> list[str]:
-        """Prefixes of keys: an empty one, and those of optimizers in a chain."""
-        return sorted({"", *map(chain_of, self.shapes)})
+    @functools.cached_property
+    def prefixes(self) -> dict[str, list[str]]:
+        """Of each state, all that precedes a weight in its keys, with :data:`ALONE` if weights have their own."""
+        found = {(state.state, state.chain, ALONE in state.weight) for state in map(parse_state, self.shapes) if state}
+        prefixes: dict[str, list[str]] = {}
+        for state, chain in sorted({(state, chain) for state, chain, _ in found}):
+            marks = (ALONE, "") if (state, chain, True) in found else ("",)
+            prefixes.setdefault(state, []).extend(f"{chain}{PREFIX}.{state}{mark}" for mark in marks)
+        return prefixes
 
     @property
     def momentum(self) -> float:
@@ -109,9 +114,18 @@ class Stored:
 
     def bucket_key(self, bucket: Bucket, state: str) -> str | None:
         """The tensor of a bucket of the distributed optimizer, if there is exactly one that can be it."""
-        pattern = bucket_pattern(bucket.domain, bucket.buffer, bucket.number, state)
-        found = [key for key, (shape, _) in self.shapes.items() if shape == (bucket.size,) and pattern.match(key)]
+        found = self.bucket_keys.get((bucket.size, BucketKey(bucket.domain, bucket.buffer, bucket.number, state)), ())
         return found[0] if len(found) == 1 else None
+
+    @functools.cached_property
+    def bucket_keys(self) -> dict[tuple[int, BucketKey], list[str]]:
+        """Keys of the distributed optimizer's buckets, by size and what they say."""
+        found: dict[tuple[int, BucketKey], list[str]] = {}
+        for key, (shape, _) in self.shapes.items():
+            parts = parse_bucket(key)
+            if parts is not None and len(shape) == 1:
+                found.setdefault((shape[0], parts), []).append(key)
+        return found
 
     @property
     def step(self) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from megatron_muon.checkpoint.held import Bucket
-from megatron_muon.checkpoint.keys import domain_of_bucket
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.routing.predicate import is_expert_parallel
 
@@ -53,7 +52,7 @@ def _bucket_sizes(stored: Stored, domains: set[int]) -> list[int | None]:
     closed one gives the same buckets as the size that was asked for. What is left over at the end, and embeddings that
     are shared, may be smaller.
     """
-    found = {shape[0] for key, (shape, _) in stored.shapes.items() if domain_of_bucket(key) in domains}
+    found = {size for size, bucket in stored.bucket_keys if bucket.domain in domains}
     return [None, *sorted(found)]
 
 
