@@ -7,6 +7,7 @@ Saving is ``sharded_state_dict`` of an optimizer. Loading takes three steps, as 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +127,8 @@ def _record(
         for each, place in zip(held, places, strict=True)
         if each.key is not None and _replica(each, place) == (0, 0, 0)
     ]
-    return recorder.join(ranks, Part(tuple(_told(saved)), tuple(sums)), _step(held), sums.values())
+    part = Part(tuple(_told(saved)), tuple((sys.intern(name), kind) for name, kind in sums))  # a name is sent once
+    return recorder.join(ranks, part, _step(held), sums.values())
 
 
 def _told(saved: Iterable[tuple[Held, Place]]) -> Iterator[WeightRecord]:
@@ -138,8 +140,8 @@ def _told(saved: Iterable[tuple[Held, Place]]) -> Iterator[WeightRecord]:
         rule = rules.setdefault(rule, rule)
         if id(each.group) not in numbers:
             numbers[id(each.group)] = records.numbers_of(each.numbers)
-        for where in place.members.values():
-            yield WeightRecord(*where, place.siblings, rule, numbers[id(each.group)])
+        for key, index in place.members.values():
+            yield WeightRecord(sys.intern(key), index, place.siblings, rule, numbers[id(each.group)])
 
 
 def _shares(held: Held, place: Place, one_of_all: bool = False) -> Iterator[Share]:
