@@ -251,7 +251,7 @@ def save(run: Run, recorder: Recorder, ranks: Ranks) -> dict[str, Any]:
 def load(run: Run, folder: Path, ranks: Ranks) -> None:
     """As the hook on ``dist_checkpointing.load`` and ``load_state_dict`` do; what is read is there already."""
     described = weights.described(run.state)
-    request = canonical.Request(ranks, run.held, run.model(), False, lambda stored: {})
+    request = canonical.Request(ranks, run.held, run.model(), False, lambda stored: {}, lambda *rest: "")
     stored = Stored.read(str(folder), [ranks])
     assert not stored.misfits(tensors_of(noted(run.state)))
     request.resolve(stored)
