@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from megatron_muon.agree import Ranks
 
-__all__ = ["CheckpointError", "raise_together"]
+__all__ = ["CheckpointError", "raise_together", "some"]
 
 SHOWN = 12
 
@@ -36,3 +36,9 @@ def raise_together(ranks: Ranks, problems: Iterable[str], title: str, way_out: s
 
     if found:
         ranks.together(fail)
+
+
+def some(names: Iterable[str]) -> str:
+    """Names for a line of a message: the first of them, each once."""
+    found = sorted(set(names))
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon.checkpoint.errors import CheckpointError
+from megatron_muon.checkpoint.errors import CheckpointError, some
 from megatron_muon.checkpoint.keys import ALONE, PREFIX, RECORD_KEY, parse_state
 from megatron_muon.checkpoint.reading import COMMON, Index
 from megatron_muon.checkpoint.record import Record, Rule
@@ -149,7 +149,7 @@ class _Tensors:
             if weight.optimizer == "adam":
                 self._second_moment(weight)
             self._tell(weight)
-        self.plan.lost += [f"{what}: {_names(keys)}" for what, keys in self._lost.items()]
+        self.plan.lost += [f"{what}: {some(keys)}" for what, keys in self._lost.items()]
 
     def _write_master(self, weight: _Weight) -> None:
         if self._find("fp32_param", weight):
@@ -231,11 +231,6 @@ class _Tensors:
 
 def _there(weight: _Weight) -> str:
     return "q, k, v" if weight.key.endswith("linear_qkv.weight") else "whole"
-
-
-def _names(keys: list[str]) -> str:
-    shown = list(dict.fromkeys(keys))
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
 
 
 class _Groups:

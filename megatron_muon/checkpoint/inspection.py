@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_muon.checkpoint.fingerprint import added, fingerprints, fits
-from megatron_muon.checkpoint.folders import iteration_of
+from megatron_muon.checkpoint.folders import iteration_of, sizes_in
 from megatron_muon.checkpoint.keys import ALONE, PREFIX, name_of, parse_state
 from megatron_muon.checkpoint.reading import Index, read_index
 from megatron_muon.checkpoint.record import WEIGHT, Record
@@ -50,7 +50,7 @@ def inspect(folder: Path, contents: bool = False, trust: bool = False) -> dict[s
         kind["elements"] += elements
         kind["bytes"] += elements * entry.properties.dtype.itemsize
     args = stored.common.get("args")
-    record = stored.record
+    record, files = stored.record, sizes_in(folder)
     return {
         "folder": str(folder),
         "iteration": stored.common.get("iteration", iteration_of(folder)),
@@ -60,8 +60,8 @@ def inspect(folder: Path, contents: bool = False, trust: bool = False) -> dict[s
         "optimizer": getattr(args, "optimizer", None),
         "layout": {short: getattr(args, name, None) for name, short in _SIZES} if args is not None else None,
         "world_size": getattr(args, "world_size", None),
-        "files": sum(1 for _ in folder.glob("*.distcp")),
-        "bytes_on_disk": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        "files": sum(name.endswith(".distcp") for name in files),
+        "bytes_on_disk": sum(files.values()),
         "kinds": dict(kinds),
         "rules": _rules(stored) if record is not None else [],
         "numbers": [] if record is None else record.numbers,

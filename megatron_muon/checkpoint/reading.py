@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +17,7 @@ from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.folders import check_marks
 from megatron_muon.checkpoint.stored import Stored, check_files, records_in
 
-__all__ = ["BLOCK", "COMMON", "Box", "Chunk", "Index", "pieces", "read_index"]
+__all__ = ["BLOCK", "COMMON", "Box", "Chunk", "Index", "enable_stores", "pieces", "read_index"]
 
 COMMON = "common_state/shard_0_1"
 """Key of what is no tensor."""
@@ -140,10 +140,10 @@ class Index:
             return _read(file, f"{self.folder}: {chunk.key}", starts, [last - first for first, last in box])
 
 
-def pieces(box: Box, chunks: tuple[Chunk, ...], limit: int = BLOCK) -> Iterator[Box]:
-    """Divide a box so that each chunk is read for each piece in one run of at most ``limit`` elements."""
+def pieces(box: Box, chunks: Sequence[tuple[int, ...]], limit: int = BLOCK) -> Iterator[Box]:
+    """Divide a box so that chunks of these sizes are read for each piece in one run of at most ``limit`` elements."""
     lengths = [last - first for first, last in box]
-    if all(_run(lengths, chunk.sizes) <= limit for chunk in chunks) or max(lengths, default=1) <= 1:
+    if all(_run(lengths, sizes) <= limit for sizes in chunks) or max(lengths, default=1) <= 1:
         yield box
         return
     axis = next(number for number, length in enumerate(lengths) if length > 1)
@@ -209,6 +209,13 @@ class _Window(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def enable_stores() -> None:
+    """Let URLs name folders in object stores, as ``--enable-msc`` does in a run."""
+    from megatron.core.msc_utils import MultiStorageClientFeature
+
+    MultiStorageClientFeature.enable()
 
 
 def read_index(folder: Path, trust: bool = False) -> Index:

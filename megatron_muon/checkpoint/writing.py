@@ -285,7 +285,7 @@ class _Files:
             found = self._index.tensor(chunk)
         elif content.beside is None:
             squares = sum(
-                self._index.read(chunk, box).double().square().sum().item() for box in pieces(chunk.box, (chunk,))
+                self._index.read(chunk, box).double().square().sum().item() for box in pieces(chunk.box, (chunk.sizes,))
             )
             # One number: as such it is stored, and read as a tensor of this shape.
             found = _second_moment(squares / max(1, torch.Size(chunk.sizes).numel()), content.decay).expand(chunk.sizes)

@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: arguments without the program's name; those of the process by default.
 
     Raises:
-        SystemExit: with code 2 after a message, for folders that cannot be used; 1 if ``inspect`` finds a problem.
+        SystemExit: with code 2 after a message, for folders that cannot be used; 1 if ``inspect`` finds a problem, or
+            ``diff`` a difference.
     """
     args = _parser().parse_args(argv)
     warnings.simplefilter("ignore")
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_muon import cpu
 
     cpu.install()
+    if any(str(value).startswith("msc:") for value in vars(args).values()):
+        from megatron_muon.checkpoint import reading
+
+        reading.enable_stores()
     try:
         args.command(args)
     except (CheckpointError, ConfigError) as error:
@@ -68,7 +73,17 @@ def _parser() -> argparse.ArgumentParser:
         "expert_model_parallel_size, lr, min_lr, weight_decay...",
     )
     convert.set_defaults(command=_convert)
-    for command in (inspect, convert):
+    diff = commands.add_parser("diff", help="which weights and states of two checkpoints differ, and by how much")
+    diff.add_argument("a", metavar="A", help="folder of a run or of one iteration")
+    diff.add_argument("b", metavar="B", help="another, saved at any layout")
+    diff.add_argument(
+        "--tolerance", type=float, metavar="X", help="norm of a difference, by the greater of both (default: bits)"
+    )
+    diff.add_argument("--moments", action="store_true", help="compare Muon's momentum with Adam's first moment, too")
+    diff.add_argument("--fast", action="store_true", help="do not read what both have saved with the same sum of bits")
+    diff.add_argument("--json", metavar="FILE", help="also write everything to this file")
+    diff.set_defaults(command=_diff)
+    for command in (inspect, convert, diff):
         command.add_argument("--trust", action="store_true", help="read pickles in full, which may run code in them")
     return parser
 
@@ -92,12 +107,25 @@ def _inspect(args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def _diff(args: argparse.Namespace) -> None:
+    from megatron_muon.checkpoint import comparison, folders
+    from megatron_muon.checkpoint.reading import read_index
+
+    a, b = (read_index(folders.resolve(folder), args.trust) for folder in (args.a, args.b))
+    found = comparison.compare(a, b, tolerance=args.tolerance, moments=args.moments, fast=args.fast)
+    print(comparison.render(found))
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if not found["same"]:
+        raise SystemExit(1)
+
+
 def _convert(args: argparse.Namespace) -> None:
     from megatron_muon.checkpoint import conversion, folders
 
     iteration = conversion.convert(
         folders.resolve(args.source),
-        folders.path_of(args.target),
+        folders.path_of(args.target) if "://" in args.target else Path(args.target),
         args.to,
         values=dict(args.value),
         workers=args.workers,

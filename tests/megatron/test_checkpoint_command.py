@@ -14,8 +14,9 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from megatron_muon import cpu
 from megatron_muon.checkpoint import folders
 from megatron_muon.checkpoint.errors import CheckpointError
+from megatron_muon.checkpoint.reading import read_index
 from megatron_muon.commands import ckpt
 from tests.checkpoints import contents
 from tests.megatron import harness
@@ -89,9 +91,9 @@ def save_with_nan(folder: str) -> None:
     harness.save_run(run, folder)
 
 
-def convert(source: Path, target: Path, to: str, *, alone: bool = False) -> str:
+def convert(source: Path, target: Path, to: str, *, alone: bool = False, values: Sequence[str] = ()) -> str:
     """In this process; or in one of its own, as a user would."""
-    words = ["convert", str(source), str(target), "--to", to]
+    words = ["convert", str(source), str(target), "--to", to, *(f"--value={value}" for value in values)]
     if alone:
         line = [sys.executable, "-m", "megatron_muon", "ckpt", *words]
         subprocess.run(line, check=True, timeout=120, capture_output=True)
@@ -141,6 +143,76 @@ def test_convert_a_variant(pool: RankPool, tmp_path: Path) -> None:
     losses = pool.run(resume, 2, Layout(tp=2), accept, folder, FULLY, back, 4)[0]
     assert_same(masters(source), masters(back))
     assert losses[-1] < losses[0]
+
+
+# --- diff ------------------------------------------------------------------------------------------------------------
+
+
+def store(source: Path, target: Path, key: str, offsets: tuple[int, ...] | None, value: Any) -> None:
+    """A copy of a checkpoint with something else in one place."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    shutil.copytree(source, target)
+    metadata = pickle.loads((target / ".metadata").read_bytes())
+    place = metadata.storage_data[MetadataIndex(key, offsets and torch.Size(offsets))]
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    (target / "other.distcp").write_bytes(buffer.getvalue())
+    place.relative_path, place.offset, place.length = "other.distcp", 0, len(buffer.getvalue())
+    (target / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def differing(*words: str) -> tuple[int, dict[str, Any]]:
+    """The status of ``diff``, and all that it says."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            ckpt.main(["diff", *words, "--json", f"{folder}/found"])
+            status = 0
+        except SystemExit as leaving:
+            status = int(leaving.code or 0)
+        return status, json.loads(Path(folder, "found").read_text())
+
+
+def test_diff_at_other_layouts(pool: RankPool, muon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same state, saved at TP 2, at TP 1 and layer-wise, and under Megatron-Core's names: same bits."""
+    layer_wise = str(tmp_path / "layer_wise" / "iter_0000003")
+    pool.run(resume, 2, Layout(layer_wise=True), {}, str(muon), FULLY, layer_wise, 0)
+    convert(muon, tmp_path / "upstream", "megatron-muon", values=["weight_decay=0.1"])
+    for other in (layer_wise, str(tmp_path / "upstream")):
+        status, found = differing(str(muon), other)
+        assert (status, found["differences"], found["settings"]) == (0, [], [])
+        assert found["compared"] == 27 * 2 + 16 + 11 * 2, "weights, masters, momenta, moments"
+        assert "92 weights and states compared: same bits" in capsys.readouterr().out
+    status, found = differing(str(muon), layer_wise, "--fast")
+    assert (status, found["compared"], found["not_read"]) == (0, 0, 92)
+
+
+def test_diff_says_what_and_how_much(muon: Path, adam: Path, tmp_path: Path) -> None:
+    key, other = "optimizer.state.momentum_buffer.decoder.layers.mlp.linear_fc2.weight", tmp_path / "iter_0000003"
+    index = read_index(muon)
+    chunk = next(chunk for chunk in index.chunks(key) if chunk.offsets[0] == 2)
+    tensor = index.tensor(chunk)
+    changed = tensor.clone()
+    changed.view(-1)[0] += 1
+    changed.view(-1)[1] = torch.nan
+    store(muon, other, key, chunk.offsets, changed)
+    status, found = differing(str(muon), str(other))
+    whole = torch.cat([index.tensor(each).flatten() for each in index.chunks(key) if each.offsets[0] == 2]).double()
+    (row,) = found["differences"]
+    assert status == 1 and row["name"] == "decoder.layers.mlp.linear_fc2.weight[2]" and row["kind"] == "momentum_buffer"
+    assert (row["differing"], row["elements"], row["nonfinite"]) == (2, 32 * 48, [0, 1])
+    assert row["max_abs"] == pytest.approx(1, rel=1e-6)
+    rest = float(whole.square().sum() - tensor.flatten()[:2].double().square().sum())
+    assert row["relative_norm"] == pytest.approx((1 / (rest + float(tensor.flatten()[0] + 1) ** 2)) ** 0.5, rel=1e-4)
+    assert differing(str(muon), str(other), "--fast")[0] == 0, "it compares what was saved"
+    status, found = differing(str(muon), str(adam))
+    kinds = {row["kind"] for row in found["differences"]}
+    assert status == 1 and {"weight", "fp32_param", "momentum_buffer", "exp_avg", "exp_avg_sq"} == kinds
+    only = [row for row in found["differences"] if row["kind"] == "momentum_buffer"]
+    assert len(only) == 16 and all(row["elements"] == 0 and row["only"][0] > 0 == row["only"][1] for row in only)
+    with_moments = differing(str(muon), str(adam), "--moments")[1]["differences"]
+    assert all(row["elements"] for row in with_moments if row["kind"] == "exp_avg")
+    assert differing(str(muon), str(muon), "--tolerance", "0")[0] == 0
 
 
 # --- what is interrupted goes on -------------------------------------------------------------------------------------
@@ -235,31 +307,27 @@ class Bomb:
 
 def armed(source: Path, target: Path, place: str, bomb: Bomb) -> None:
     """A copy of a checkpoint with a bomb in its index, in what is no tensor, or in the place of a tensor."""
-    from torch.distributed.checkpoint.metadata import MetadataIndex
-
-    shutil.copytree(source, target)
-    metadata = pickle.loads((target / ".metadata").read_bytes())
     if place == "index":
+        shutil.copytree(source, target)
+        metadata = pickle.loads((target / ".metadata").read_bytes())
         metadata.planner_data = bomb
+        (target / ".metadata").write_bytes(pickle.dumps(metadata))
+    elif place == "common":
+        store(source, target, "common_state/shard_0_1", None, [{"bomb": bomb}])
     else:
-        key = next(
-            index
-            for index in metadata.storage_data
-            if index.fqn.startswith("common_state" if place == "common" else "optimizer.state.momentum_buffer")
-        )
-        buffer = io.BytesIO()
-        torch.save([{"bomb": bomb}] if place == "common" else bomb, buffer)
-        old = metadata.storage_data[MetadataIndex(key.fqn, key.offset)]
-        (target / "bomb.distcp").write_bytes(buffer.getvalue())
-        old.relative_path, old.offset, old.length = "bomb.distcp", 0, len(buffer.getvalue())
-    (target / ".metadata").write_bytes(pickle.dumps(metadata))
+        key = "optimizer.state.momentum_buffer.decoder.layers.mlp.linear_fc2.weight"
+        store(source, target, key, (0, 0, 0), bomb)
 
 
 @pytest.mark.parametrize("place", ["index", "common", "tensor"])
 def test_pickles_run_nothing(muon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
     source, hit = tmp_path / "iter_0000003", tmp_path / "hit"
     armed(muon, source, place, Bomb(hit))
-    commands = [["inspect", str(source), "--contents"], ["convert", str(source), str(tmp_path / "to"), "--to", "adam"]]
+    commands = [
+        ["inspect", str(source), "--contents"],
+        ["convert", str(source), str(tmp_path / "to"), "--to", "adam"],
+        ["diff", str(muon), str(source)],
+    ]
     for words in commands:
         with pytest.raises(SystemExit):
             ckpt.main(words)

@@ -157,7 +157,7 @@ def test_what_is_lost_is_told(pool: RankPool, tmp_path: Path, capsys: pytest.Cap
     new = export(folder, "megatron-muon", "lr=0.01")
     text = capsys.readouterr().out
     for line in (
-        "normuon_moment2, a state that Megatron-Core has not: decoder.layers.self_attention.linear_proj.weight",
+        "normuon_moment2, a state that Megatron-Core has not: decoder.layers.mlp.linear_fc1.weight",
         "by head) here, by muon (q, k, v) there: decoder.layers.self_attention.linear_qkv.weight",
         "learning rates [0.003, 0.01] of param groups: there is one, 0.01",
         "second moments of what is updated by adam here, by muon there: decoder.layers.mlp.linear_fc2.weight",
