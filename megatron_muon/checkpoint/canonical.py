@@ -276,7 +276,7 @@ class Request(dict[str, Any]):
         for each, place, choices in zip(self.held, self.places, self.choices, strict=True):
             for choice in choices:
                 if choice.is_read:
-                    _take(choice, weights[place.name].pop(choice.state))
+                    _take(choice, weights[place.name][choice.state])
                 elif choice.state == MASTER:
                     weight = each.param.data.reshape(-1)[slice(*each.span)] if each.span else each.param.data
                     each.tensors[choice.state].copy_(weight)
@@ -415,11 +415,12 @@ def _counts_in_state(inner: torch.optim.Optimizer) -> bool:
 
 
 def _take(choice: Choice, parts: dict[int, torch.Tensor]) -> None:
-    """Put what was read into the state, unless it was read there."""
+    """Put what was read into the state, unless it was read there, and leave nothing that was read elsewhere."""
     for number, target in enumerate(choice.targets):
-        part = parts.pop(number)
+        part = parts[number]
         if (part.data_ptr(), part.device) != (target.data_ptr(), target.device):
             target.copy_(part)
+            parts[number] = target
 
 
 def _way_out(stored: Stored) -> str:

@@ -25,6 +25,7 @@ from megatron_muon.checkpoint.record import ACCEPT, RECORD
 from megatron_muon.checkpoint.stored import Stored, has_record, records_in
 from megatron_muon.plugin import options
 from megatron_muon.plugin.adam_buckets import buckets_of_adam
+from megatron_muon.plugin.bounded_reads import in_pieces
 from megatron_muon.plugin.checkpoint_files import EARLIER, reason_of, remove_old_marks
 from megatron_muon.plugin.early_gather import settle
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
@@ -351,7 +352,7 @@ def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
             from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
             strategy = TorchDistLoadShardedStrategy() if sharded_strategy is None else sharded_strategy
-            with _reading(strategy, checkpoint_dir, together):
+            with _reading(strategy, checkpoint_dir, together), in_pieces():
                 return original(sharded_state_dict, checkpoint_dir, strategy, *args, **kwargs)
 
         return answered(sharded_state_dict, requests, contents, read)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_muon.checkpoint import pieces
 from megatron_muon.checkpoint.canonical import Request
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.held import Held
@@ -20,6 +24,7 @@ from megatron_muon.checkpoint.keys import (
     parse_state,
     without_chain,
 )
+from megatron_muon.checkpoint.pieces import read_box
 from megatron_muon.checkpoint.record import RECORD, WEIGHT, Record, Rule, WeightRecord, layout_text
 from megatron_muon.checkpoint.sharding import places_of, tensors_of
 from megatron_muon.checkpoint.slices import boxes
@@ -106,6 +111,39 @@ def test_factory_that_does_not_cut_rows_is_refused() -> None:
     base = sharded("w", weight)
     with pytest.raises(CheckpointError, match="w: the model saves this weight in parts that are no blocks of its rows"):
         places_of([weight], {"w": _split_tensor_factory(base, [2, 4], ["x", "y"], 1)})
+
+
+# --- reading in pieces ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece", [8, 50, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool])
+def test_boxes_of_stored_tensors(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, piece: int) -> None:
+    """Rows that are larger than a piece as well; a file within a file; targets of another type and strides."""
+    monkeypatch.setattr(pieces, "PIECE", piece)
+    stored = torch.randn(1, 7, 3, 5).to(dtype)
+    for tensor, offsets, sizes in (
+        (stored, (0, 2, 0, 1), (1, 4, 3, 3)),
+        (stored[0, :, 1], (3, 0), (4, 5)),
+        (stored[0, :, 0, :].T, (1, 1), (3, 6)),
+        (stored[0, 0, 0, 0], (), ()),
+    ):
+        file = io.BytesIO(b"before")
+        file.seek(6)
+        torch.save(tensor, file)
+        view = _create_file_view(file, 6, file.tell() - 6)
+        box = tensor[tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))]
+        target = torch.zeros(*sizes, 2)[..., 1]
+        read_box(view, offsets, sizes, target)
+        assert torch.equal(target, box.float())
+
+
+def test_file_that_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index of torch's zip file is at its end: what is cut cannot be opened."""
+    file = io.BytesIO()
+    torch.save(torch.ones(64, 8), file)
+    with pytest.raises(RuntimeError, match="zip archive"):
+        read_box(io.BytesIO(file.getvalue()[:2000]), (0, 0), (64, 8), torch.empty(64, 8))
 
 
 # --- the record ------------------------------------------------------------------------------------------------------

@@ -172,7 +172,8 @@ STATE = Change(
 The wrappers save optimizer state each in a form of its own, which other
 layouts and other optimizers cannot read. A plug-in that has one form for all
 attaches it where the optimizer is built, resolves it where a checkpoint is
-loaded, and marks it in the metadata.
+loaded, and marks it in the metadata. Readers of files have each stored part
+whole in memory, of which a rank may need a few rows.
 
 See NVIDIA/Megatron-LM#2617, #2625, #3939 and #6270.""",
     needs=(FACTORY,),
@@ -183,6 +184,7 @@ See NVIDIA/Megatron-LM#2617, #2625, #3939 and #6270.""",
         f"{_SERIALIZATION}:load",
         f"{_SERIALIZATION}:save",
         "megatron.core.dist_checkpointing.tensor_aware_state_dict:MCoreTensorAwareStateDict.to_state_dict",
+        "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
     ),
 )
 
