@@ -56,7 +56,8 @@ class Recorder:
         self.stopwatch = Stopwatch()
         self._start_interval()
         self._interval_before = 0.0
-        self.write("start", iteration, **header)
+        self._is_open = True
+        self._append("start", iteration, **header)
 
     def _start_interval(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
@@ -102,7 +103,16 @@ class Recorder:
         self._start_interval()
 
     def write(self, kind: str, iteration: int, **values: Any) -> None:
-        """Append one line. The file is opened for each, so that a killed process loses at most the line it is at."""
+        """Append one line. If that fails, the run goes on without a record: other ranks are in the next iteration."""
+        try:
+            if self._is_open:
+                self._append(kind, iteration, **values)
+        except OSError as error:
+            self._is_open = False
+            print(f"megatron_muon: WARNING --muon-log-jsonl {self.path}: {error}; nothing more is recorded", flush=True)
+
+    def _append(self, kind: str, iteration: int, **values: Any) -> None:
+        """The file is opened for each line, so that a killed process loses at most the line it is at."""
         line = json.dumps(_finite({"kind": kind, "iteration": iteration, **values}))
         with self.path.open("a") as file:
             file.write(line + "\n")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron_muon._patching import Patch
+from megatron_muon.agree import Ranks
 from megatron_muon.errors import ConfigError
 from megatron_muon.monitor import sources
 from megatron_muon.monitor.recorder import Recorder, Stopwatch
@@ -234,19 +235,23 @@ def _recorder() -> Recorder | None:
     import torch
 
     args = _megatron_args()
-    last_rank = torch.distributed.get_world_size() - 1
+    is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     file = getattr(args, "muon_log_jsonl", "")  # arguments that were read before install() have no flags of ours
-    if not file or torch.distributed.get_rank() != last_rank:
+    if not file:
         return None
-    return Recorder(
-        file,
-        args.iteration,
-        {
+
+    def begin() -> Recorder | None:
+        header = {
             "train_iters": args.train_iters,
             "world_size": args.world_size,
             "device": "cuda" if torch.cuda.is_initialized() else "cpu",
-        },
-    )
+        }
+        try:
+            return Recorder(file, args.iteration, header) if is_last else None
+        except OSError as error:
+            raise ConfigError(f"--muon-log-jsonl {file} cannot be written: {error}. Give another file.") from error
+
+    return Ranks.of_world().together(begin)
 
 
 def _peak_memory() -> int:

@@ -16,6 +16,7 @@ from megatron_muon import plugin
 from megatron_muon.plugin.qk_clip import clip_of
 from tests.megatron import harness
 from tests.megatron.harness import Layout
+from tests.megatron.loading import Outcome, failure
 from tests.pool import RankPool
 
 CLIP = {"qk_clip": True, "qk_clip_threshold": 0.05}
@@ -108,6 +109,20 @@ def test_the_last_rank_writes(pool: RankPool) -> None:
         [f" QK-clip after iteration 2: max attention logit {logits[1]:.5g}, heads clipped {clipped[1]}"],
         [],
     ]
+
+
+def begin_nowhere() -> Outcome:
+    """Training whose record is to be in a folder that nobody can make; rank 0 has nothing to write."""
+    from megatron_muon.plugin import recording
+
+    (train,) = (patch.make for patch in recording.patches() if patch.path == "train")
+    with log(muon_log_jsonl="/proc/nowhere/m.jsonl", iteration=0, train_iters=1, world_size=2):
+        return failure(train(lambda optimizer=None: None))
+
+
+def test_a_record_that_cannot_be_begun_stops_all_ranks(pool: RankPool) -> None:
+    mine, theirs = pool.run(begin_nowhere, 2)
+    assert mine == theirs and mine[0] == "ConfigError" and mine[1].startswith("--muon-log-jsonl /proc/nowhere/m.jsonl")
 
 
 def beside(second: dict[str, Any], build: dict[str, Any], order: tuple[str, str]) -> list[tuple[list[str], list[str]]]:

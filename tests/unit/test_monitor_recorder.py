@@ -140,6 +140,25 @@ def test_resume_goes_on_from_the_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp
     assert [record["iteration"] for record in lines(path, "start")] == [0, 4]
 
 
+def test_a_record_that_cannot_be_written_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One rank writes, and the others are in the next iteration: it goes on, and says so once."""
+    path = tmp_path / "m.jsonl"
+    training = Training(monkeypatch, path)
+
+    def body() -> None:
+        training.step(1, 8.0, first=True)
+        path.unlink()
+        path.symlink_to("/dev/full")  # writing to it fails as on a full disk
+        training.step(2, 7.0)
+        training.step(3, 6.0)
+
+    training.run(body)
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 1 and "No space left on device; nothing more is recorded" in said
+
+
 def test_evaluations_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     training = Training(monkeypatch, path)
