@@ -176,11 +176,19 @@ def _objects(folder: str, keys: Iterable[str]) -> list[Any]:
     """Stored objects that are no tensors, as Megatron-Core reads the common state."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
     from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
     names = [ShardedObject(key, None, (1,), (0,)).unique_key for key in keys]
     state: dict[str, Any] = {name: io.BytesIO() for name in names}
-    load(state, storage_reader=_get_filesystem_reader(folder), no_dist=True)
+    try:
+        load(state, storage_reader=_get_filesystem_reader(folder), no_dist=True)
+    except (Exception, CheckpointException) as error:
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise CheckpointError(
+            f"{folder} is damaged: the record of its optimizer state cannot be read ({last}). Load an earlier "
+            "checkpoint (--ckpt-step), and check the storage."
+        ) from error
     found = []
     for name in names:
         loaded = state[name]

@@ -59,10 +59,9 @@ def flip_bit_of(key: str, folder: Path) -> int:
     index = read_index(folder)
     chunk = next(index.chunks(key))
     numbers = index.tensor(chunk).reshape(-1).view(torch.uint8).numpy().tobytes()
-    place = index.bytes_of(chunk.info).index(numbers) + len(numbers) // 8 * 4
     path = folder / chunk.info.relative_path
     data = bytearray(path.read_bytes())
-    data[chunk.info.offset + place] ^= 1
+    data[data.index(numbers, chunk.info.offset) + len(numbers) // 8 * 4] ^= 1
     path.write_bytes(data)
     return chunk.offsets[0]
 
@@ -103,6 +102,15 @@ def garble_common(folder: Path) -> str:
     return "common_state"
 
 
+def garble_record(folder: Path) -> str:
+    from megatron_muon.checkpoint.keys import RECORD_KEY
+    from megatron_muon.checkpoint.reading import read_index
+
+    stored = read_index(folder).metadata.storage_data
+    overwrite(folder, next(info for key, info in stored.items() if key.fqn.startswith(RECORD_KEY)))
+    return "the record of its optimizer state"
+
+
 def lose_tensor(folder: Path) -> str:
     """The storage has zeros where the momentum of one layer was."""
     from megatron_muon.checkpoint.reading import read_index
@@ -123,7 +131,7 @@ def overwrite(folder: Path, info: Any, *numbers: torch.Tensor) -> None:
     path.write_bytes(data)
 
 
-OF_TENSORS = [truncate, lose_data, flip_bit, flip_bit_of_weight, lose_tensor]
+OF_TENSORS = [truncate, lose_data, flip_bit, flip_bit_of_weight, lose_tensor, garble_record]
 """Found when tensors are loaded."""
 OF_THE_REST = [lose_index, garble_index, cut_index, lose_mark, empty_mark, garble_common]
 """Found at the start of a run, too."""
