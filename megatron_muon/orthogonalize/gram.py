@@ -24,7 +24,6 @@ def segments(coefficients: Coefficients, restarts: tuple[int, ...]) -> list[Coef
     return [coefficients[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
-@without_autocast()
 def gram_iteration(
     x: torch.Tensor, coefficients: Coefficients, restarts: tuple[int, ...], products: TorchProducts, scale: float = 1.0
 ) -> torch.Tensor:
@@ -44,14 +43,14 @@ def gram_iteration(
         Gram Newton-Schulz, Dao-AILab, https://github.com/Dao-AILab/gram-newton-schulz. The power-of-two scale of the
         first segment, which keeps float16 Gram matrices of large p in range, is this package's.
     """
-    for segment in segments(coefficients, restarts):
-        q = polynomial_of_gram(products.gram(x), segment, products, scale)
-        x = products.apply(q, x, 1.0 / scale)
-        scale = 1.0
+    with without_autocast():
+        for segment in segments(coefficients, restarts):
+            q = polynomial_of_gram(products.gram(x), segment, products, scale)
+            x = products.apply(q, x, 1.0 / scale)
+            scale = 1.0
     return x
 
 
-@without_autocast()
 def polynomial_of_gram(
     r: torch.Tensor, coefficients: Coefficients, products: TorchProducts, scale: float = 1.0
 ) -> torch.Tensor:
@@ -65,12 +64,13 @@ def polynomial_of_gram(
     """
     q: torch.Tensor | None = None
     square = scale * scale
-    for step, (a, b, c) in enumerate(coefficients):
-        z = products.quadratic(r, b / square, c / (square * square))  # b R + c R R, of the unscaled R
-        y, shift = (shifted_(z, a), 0.0) if is_exact(r.dtype) else (z, a)  # below, y + shift stands for Z + a
-        q = _summed(y, shift) if q is None else products.commuting(q, y, shift)
-        if step + 1 < len(coefficients):
-            r = products.commuting(products.commuting(r, y, shift), y, shift)  # R (Z + a) (Z + a)
+    with without_autocast():
+        for step, (a, b, c) in enumerate(coefficients):
+            z = products.quadratic(r, b / square, c / (square * square))  # b R + c R R, of the unscaled R
+            y, shift = (shifted_(z, a), 0.0) if is_exact(r.dtype) else (z, a)  # below, y + shift stands for Z + a
+            q = _summed(y, shift) if q is None else products.commuting(q, y, shift)
+            if step + 1 < len(coefficients):
+                r = products.commuting(products.commuting(r, y, shift), y, shift)  # R (Z + a) (Z + a)
     assert q is not None, "a segment has at least one step"
     return q
 

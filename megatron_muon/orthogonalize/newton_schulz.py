@@ -98,7 +98,6 @@ def normalized(
     return torch.mul(x, factor, out=out)  # in ``wide``, rounded once
 
 
-@without_autocast()
 def standard_iteration(
     x: torch.Tensor, coefficients: Coefficients, products: TorchProducts = _TORCH, reduce: Reduce | None = None
 ) -> torch.Tensor:
@@ -110,15 +109,15 @@ def standard_iteration(
         products: how to multiply.
         reduce: sums A over the ranks, if ``x`` is this rank's columns of each matrix.
     """
-    for a, b, c in coefficients:
-        gram = products.gram(x)
-        if reduce is not None:  # partial sums are added in float32: bfloat16 loses bits
-            gram = reduce(gram.to(torch.promote_types(gram.dtype, torch.float32))).to(gram.dtype)
-        x = products.multiply_add(x, products.quadratic(gram, b, c), a)
+    with without_autocast():
+        for a, b, c in coefficients:
+            gram = products.gram(x)
+            if reduce is not None:  # partial sums are added in float32: bfloat16 loses bits
+                gram = reduce(gram.to(torch.promote_types(gram.dtype, torch.float32))).to(gram.dtype)
+            x = products.multiply_add(x, products.quadratic(gram, b, c), a)
     return x
 
 
-@without_autocast()
 def split_iteration(
     x: torch.Tensor, coefficients: Coefficients, products: TorchProducts, scatter: Reduce, gather: Reduce
 ) -> torch.Tensor:
@@ -131,9 +130,10 @@ def split_iteration(
         scatter: this rank's rows of the sum over the ranks.
         gather: all rows, from those of each rank.
     """
-    for a, b, c in coefficients:
-        partial = products.gram(x)
-        rows = scatter(partial.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-        polynomial = torch.baddbmm(rows, rows, gather(rows), beta=b, alpha=c)
-        x = products.multiply_add(x, gather(polynomial), a)
+    with without_autocast():
+        for a, b, c in coefficients:
+            partial = products.gram(x)
+            rows = scatter(partial.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+            polynomial = torch.baddbmm(rows, rows, gather(rows), beta=b, alpha=c)
+            x = products.multiply_add(x, gather(polynomial), a)
     return x

@@ -20,7 +20,10 @@ def float32_is_exact() -> bool:
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """Products are in the numbers that they are given, also within ``torch.autocast``; for functions as a decorator."""
+    """Products are in the numbers that they are given, also within ``torch.autocast``.
+
+    As a decorator it keeps a function's arguments alive to its end.
+    """
     with contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
