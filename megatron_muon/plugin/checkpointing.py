@@ -76,7 +76,17 @@ def keep_canonical(optimizer: Any, config: Any, chunks: Sequence[torch.nn.Module
     state = _CanonicalState(optimizer, chunks, config, pg_collection)
     optimizer.sharded_state_dict, optimizer.load_state_dict = state.sharded_state_dict, state.load_state_dict
     if is_ours(config.optimizer):
+        for leaf, _ in leaves(optimizer):
+            leaf.state_dict = functools.partial(_with_bare_masters, leaf.state_dict)
         state.tell_unsaved()
+
+
+def _with_bare_masters(original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """State for ``--ckpt-format torch``: masters carry what is known of their weights, which torch.load() refuses."""
+    found = original(*args, **kwargs)
+    if masters := found.get("fp32_from_fp16_params"):
+        found["fp32_from_fp16_params"] = [[master.detach() for master in group] for group in masters]
+    return found
 
 
 def is_canonical(optimizer: Any) -> bool:
@@ -221,7 +231,8 @@ class _CanonicalState:
             raise CheckpointError(
                 "load_state_dict() was given state that no checkpoint was read for. Give what optimizer."
                 "sharded_state_dict(..., is_loading=True) returns, as it is, to megatron.core.dist_checkpointing.load, "
-                "and what comes back in its place to load_state_dict()."
+                "and what comes back in its place to load_state_dict(). (With --no-save-optim Megatron does not "
+                "ask for it when it loads, either: add --no-load-optim.)"
             )
         self._upstream_load(_by_number(state_dict))
 
