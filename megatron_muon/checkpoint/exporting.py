@@ -111,8 +111,17 @@ def _weights(stored: Stored, record: Record, to: str) -> list[_Weight]:
     for name, number in record.weights.items():
         key, _, inside = name.partition("[")
         rules[key][tuple(map(int, inside[:-1].split(","))) if inside else ()] = record.rules[number]
+    parts: dict[str, list[str]] = defaultdict(list)  # some weights are saved in several tensors of their own
+    for key in stored.shapes:
+        for at, letter in enumerate(key):
+            if letter == "." and key[:at] in rules:
+                parts[key[:at]].append(key)
     found = []
-    for key, mine in rules.items():
+    for key, mine in ((part, mine) for weight, mine in rules.items() for part in parts[weight] or [weight]):
+        if key not in stored.shapes:
+            raise CheckpointError(
+                f"{stored.folder} has {key} in tensors of other names, where Megatron-Core does not find its state."
+            )
         size, dtype = stored.shapes[key]
         matrix = len(size) - len(next(iter(mine))) == 2
         lookup = key.endswith(("word_embeddings.weight", "output_layer.weight"))

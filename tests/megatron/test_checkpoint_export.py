@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,11 @@ import torch
 from megatron_muon import cpu
 from megatron_muon.commands import ckpt
 from tests.checkpoints import contents
+from tests.launch import FLAGS, ROOT, SCRIPT, TIMEOUT, check, train
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.test_checkpoint_migration import ADAM, BUFFERS, FULLY, LAYER_WISE, PLAIN, TP2
-from tests.megatron.test_routing import MOE
+from tests.megatron.test_routing import GDN, MOE
 from tests.pool import RankPool
 
 SAME: dict[str, Any] = {"optimizer": {"muon_glu": "whole", "muon_tp_mode": "duplicated"}}
@@ -135,6 +139,55 @@ def test_experts(pool: RankPool, tmp_path: Path, name: str) -> None:
     got = pool.run(resume, 2, layout, new, True, {**options, **MOE}, False)[0]
     assert got[0] == wanted[0]
     check_states(contents(str(folder)), f"{new}-again")
+
+
+def save_with_rows_under_adam(folder: str) -> None:
+    run = harness.start(Layout(), **GDN, optimizer={"muon_gdn_in_proj": "split"})
+    run.losses(1)
+    harness.save_run(run, folder, FULLY)
+
+
+def test_rows_under_adam_inside_a_muon_weight(pool: RankPool, tmp_path: Path) -> None:
+    """Their second moments stay, and Muon's rows, which have none, get an estimate and not zeros."""
+    folder = tmp_path / "ours" / "iter_0000003"
+    pool.run(save_with_rows_under_adam, 1, str(folder))
+    ckpt.main(["convert", str(folder), str(tmp_path / "adam"), "--to", "adam"])
+    before = contents(str(folder))
+    for new in (str(tmp_path / "adam" / folder.name), export(folder, "megatron-adam")):
+        after = contents(new)
+        names = [
+            key for key in before if ".exp_avg_sq." in key and key.replace("exp_avg_sq", "momentum_buffer") in before
+        ]
+        assert names
+        for key in names:
+            there, average = before[key] != 0, before[key.replace("exp_avg_sq", "momentum_buffer")]
+            assert there.any() == key.endswith((".alpha", ".beta")), "Muon's rows have none"
+            assert torch.equal(after[key][there], before[key][there])
+            if not there.any():
+                expected = torch.full_like(average, average.double().square().mean().item() * 1.95 / 0.05)
+                torch.testing.assert_close(after[key], expected, rtol=1e-5, atol=0)
+            assert torch.equal(after[key.replace("exp_avg_sq", "exp_avg")], average)
+
+
+@pytest.mark.slow
+def test_megatrons_own_script(tmp_path: Path) -> None:
+    """A run of ``megatron.training`` stops with this package and goes on without: all comes from its arguments."""
+    flags = ["--train-iters", "6", "--bf16", "--tensor-model-parallel-size", "2"]
+    muon = ["--muon-tp-mode", "duplicated", "--muon-extra-scale-factor", "0.2"]
+    saves = ["--save", str(tmp_path / "ours"), "--save-interval", "3", "--muon-glu", "whole"]
+    wanted = train(*flags, *muon, *saves, log=tmp_path / "log")[3:]
+    for name, more in (("muon", muon), ("adam", ["--use-distributed-optimizer"])):
+        new = tmp_path / name
+        ckpt.main(["convert", str(tmp_path / "ours" / "iter_0000003"), str(new), "--to", f"megatron-{name}"])
+        script = Path(__file__).parent / "scripts" / "on_cpu.py"
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+        line += [str(SCRIPT), *FLAGS.split(), *flags, *more, "--optimizer", name, "--load", str(new)]
+        result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        found = re.findall(r"iteration +(\d)/.*lm loss: ([\dE.+-]+)", check(result))
+        assert [number for number, _ in found] == ["4", "5", "6"]
+        assert float(found[0][1]) == pytest.approx(wanted[0], rel=1e-6), "of the weights alone"
+        # The second that Megatron prints is the mean of two.
+        assert float(found[2][1]) == pytest.approx(wanted[2], abs=1e-3 if name == "muon" else 1e-2)
 
 
 def test_what_is_lost_is_told(pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
