@@ -44,8 +44,9 @@ def lower_triangle(symmetric: torch.Tensor) -> torch.Tensor:
 
 def from_triangle(triangle: torch.Tensor, p: int) -> torch.Tensor:
     """(batch, p, p): the inverse of :func:`lower_triangle`."""
-    i, j = torch.tril_indices(p, p, device=triangle.device)
-    full = triangle.new_empty(triangle.size(0), p, p)
-    full[:, i, j] = triangle
-    full[:, j, i] = triangle
-    return full
+    rows = torch.arange(p, dtype=torch.int32, device=triangle.device)
+    # The place of (i, j) in the triangle: i (i + 1) / 2 + j, or the same with i and j exchanged, which is greater.
+    places = (rows * (rows + 1) // 2).unsqueeze(-1) + rows
+    # Read by index, not written: in the deterministic mode of torch writes sort all indices.
+    places = torch.maximum(places, places.mT).view(-1)
+    return triangle.index_select(1, places).view(-1, p, p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -138,32 +139,27 @@ def store_vector(update: Update, name: str, left: torch.Tensor, size: torch.Tens
 
 
 def _first_vectors(matrices: Matrices, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Unit vectors (columns on this rank, 1): noise by the number of the column in the whole matrix.
+    """Unit vectors (columns on this rank, 1)."""
+    pairs = zip(matrices.updates, tensors, strict=True)
+    return [_first_vector(each.columns, each.first_column, a.size(-1), a.device, a.dtype) for each, a in pairs]
+
+
+@functools.lru_cache(256)
+def _first_vector(columns: int, first: int, size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Noise by the number of the column in the whole matrix, the same on all devices: it is made on the host, once.
 
     Not ones: there are matrices whose rows sum to 0.
     """
-    most = max(
-        (max(update.columns, update.first_column + a.size(-1)) for update, a in _pairs(matrices, tensors)), default=0
-    )
-    noise = _noise(most, tensors)
-    norms = noise.square().cumsum(0).sqrt()
-    return [
-        (noise[update.first_column :][: a.size(-1), None] / norms[update.columns - 1]).to(a.dtype)
-        for update, a in _pairs(matrices, tensors)
-    ]
+    noise = _noise(max(columns, first + size))
+    return (noise[first : first + size, None] / noise[:columns].square().sum().sqrt()).to(device, dtype)
 
 
-def _pairs(matrices: Matrices, tensors: Sequence[torch.Tensor]) -> list[tuple[Update, torch.Tensor]]:
-    return list(zip(matrices.updates, tensors, strict=True))
-
-
-def _noise(count: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Bits of whole numbers, mixed (Wang's hash), so that nothing depends on generators or devices."""
-    x = torch.arange(count, dtype=torch.int64, device=tensors[0].device if tensors else None)
+def _noise(count: int) -> torch.Tensor:
+    """Bits of whole numbers, mixed (Wang's hash), so that nothing depends on generators."""
+    x = torch.arange(count, dtype=torch.int64, device="cpu")
     x = ((x ^ 61) ^ (x >> 16)) * 9 & _BITS
     x = ((x ^ (x >> 4)) * 0x27D4EB2D) & _BITS
-    x = x ^ (x >> 15)
-    return x.double() / 2**31 - 1.0
+    return (x ^ (x >> 15)).double() / 2**31 - 1.0
 
 
 def _unit(vectors: list[torch.Tensor], norms: list[torch.Tensor]) -> list[torch.Tensor]:
