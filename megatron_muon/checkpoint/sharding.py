@@ -12,7 +12,7 @@ import functools
 import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.keys import ALONE, name_of
-from megatron_muon.checkpoint.slices import boxes
+from megatron_muon.checkpoint.shards import Replica, cut, placed, shaped
 from megatron_muon.engine.pieces import plain
 from megatron_muon.errors import sizes
 
@@ -38,8 +38,6 @@ __all__ = [
     "tensors_of",
     "unsaved",
 ]
-
-Replica = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -166,10 +164,10 @@ class Place:
                 index = base.global_offset[: base.prepend_axis_num]
                 key = _key(source, template.base.key, index, alone) + block.suffix
                 if span is None:
-                    found = [_shaped(base, key, _rows(rows, template, block, key), replica)]
+                    found = [shaped(base, key, _rows(rows, template, block, key), replica)]
                 else:
-                    found = _cut(base, key, tensor, template.first + block.first, span, replica)
-                parts += [_without_grid(_without_index(part) if alone else part) for part in found]
+                    found = cut(base, key, tensor, template.first + block.first, span, replica)
+                parts += [placed(part, alone) for part in found]
         return parts
 
 
@@ -312,100 +310,6 @@ def _rows(tensor: torch.Tensor, template: Template, block: Block, key: str) -> t
         )
     first = block.first // _numel(template.shape[1:])
     return tensor[first : first + block.base.local_shape[0]]
-
-
-def _cut(
-    base: ShardedTensor, key: str, tensor: torch.Tensor, first: int, span: tuple[int, int], replica: Replica
-) -> list[ShardedTensor]:
-    """What a slice of the flattened weight has of a block, which begins at its element ``first``."""
-    start, stop = (min(max(edge - first, 0), _numel(base.local_shape)) for edge in span)
-    found, at = [], max(first - span[0], 0)
-    before = base.prepend_axis_num
-    for offsets, shape in boxes(start, stop, base.local_shape):
-        data = tensor.view(-1)[at : at + _numel(shape)].view(shape)
-        at += data.numel()
-        here = (*base.global_offset[:before], *map(sum, zip(base.global_offset[before:], offsets, strict=True)))
-        found.append(
-            replace(
-                base,
-                key=key,
-                data=data,
-                dtype=data.dtype,
-                local_shape=shape,
-                global_offset=here,
-                axis_fragmentations=None,
-                replica_id=replica,
-            )
-        )
-    return found
-
-
-def _shaped(base: ShardedTensor, key: str, tensor: torch.Tensor, replica: Replica) -> ShardedTensor:
-    """The base with another tensor, of the same shape or with 1 along some axes."""
-    if tensor.shape == base.local_shape:
-        return replace(base, key=key, data=tensor, dtype=tensor.dtype, replica_id=replica)
-    before = base.prepend_axis_num
-    shape = tuple(tensor.shape) if tensor.numel() > 1 else (1,) * len(base.local_shape)
-    fits = len(shape) == len(base.local_shape) and all(
-        have in (1, want) for have, want in zip(shape, base.local_shape, strict=True)
-    )
-    if not fits:
-        raise CheckpointError(
-            f"{key}: a state of shape {sizes(tensor.shape)} has no place beside a weight of shape "
-            f"{sizes(base.local_shape)}: give it the weight's shape, or 1 in place of some sizes."
-        )
-    cuts = base.axis_fragmentations or (1,) * len(base.global_shape)
-    keeps = [have == want for have, want in zip(shape, base.local_shape, strict=True)]
-    # Ranks whose shards of the weight differ only along an axis that the state has not: copies of one another.
-    copy = 0
-    for axis, keep in enumerate(keeps):
-        if not keep:
-            copy = copy * cuts[before + axis] + base.global_offset[before + axis] // base.local_shape[axis]
-
-    def along(values: Iterable[int], single: int) -> tuple[int, ...]:
-        values = tuple(values)
-        rest = (value if keep else single for value, keep in zip(values[before:], keeps, strict=True))
-        return (*values[:before], *rest)
-
-    pipeline, shard, data = replica
-    return ShardedTensor(
-        key,
-        tensor.reshape(shape),
-        tensor.dtype,
-        shape,
-        along(base.global_shape, 1),
-        along(base.global_offset, 0),
-        along(cuts, 1),
-        (pipeline, shard or copy, data),
-        before,
-        base.allow_shape_mismatch,
-    )
-
-
-def _without_index(tensor: ShardedTensor) -> ShardedTensor:
-    """Without the axes of layers and experts."""
-    before = tensor.prepend_axis_num
-    cuts = tensor.axis_fragmentations
-    return replace(
-        tensor,
-        global_shape=tensor.global_shape[before:],
-        global_offset=tensor.global_offset[before:],
-        axis_fragmentations=None if cuts is None else cuts[before:],
-        prepend_axis_num=0,
-    )
-
-
-def _without_grid(tensor: ShardedTensor) -> ShardedTensor:
-    """At any place of the global tensor, which then has all of its axes on this rank as well."""
-    before = tensor.prepend_axis_num
-    assert tensor.data is not None
-    return replace(
-        tensor,
-        data=tensor.data[(None,) * before],
-        local_shape=(*(1 for _ in range(before)), *tensor.local_shape),
-        axis_fragmentations=None,
-        prepend_axis_num=0,
-    )
 
 
 def tensors_of(states: Iterable[Any]) -> list[ShardedTensor]:
