@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -158,7 +159,7 @@ class Watched(Ranks):
         with self._counted():
             super().to_first(work)
         everything = self.heard.pop(0)
-        self.counts[2] += sum(map(len, everything)) if self.first else 0
+        self.counts[2] += max(map(len, everything)) * self.number if self.first else 0  # torch makes all as long
         return [pickle.loads(each) for each in everything] if self.first else None
 
     def from_first(self, work: Callable[[], Any]) -> Any:
@@ -243,6 +244,17 @@ class Checkpoint:
         dist_checkpointing.save({"optimizer": {**record, "record": object_}, "all": whole}, self.folder)
 
 
+@contextlib.contextmanager
+def index_read_before(folder: Path) -> Iterator[Callable[[], Any]]:
+    """Reads the index when it is first asked for it, and never again: a load reads it once, with Megatron-Core's."""
+    original, index = FileSystemReader.read_metadata, functools.cache(lambda: original(FileSystemReader(str(folder))))
+    FileSystemReader.read_metadata = lambda self, *args, **kwargs: index()  # type: ignore[method-assign]
+    try:
+        yield index
+    finally:
+        FileSystemReader.read_metadata = original  # type: ignore[method-assign]
+
+
 def save(run: Run, recorder: Recorder, ranks: Ranks) -> dict[str, Any]:
     """As the optimizer's ``sharded_state_dict`` does."""
     return canonical.saved_state(ranks, run.held, run.model(), recorder)
@@ -268,21 +280,23 @@ def phases(sizes: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Watch
     """What is done, by which rank, and the work: it is to be called before the next is asked for."""
     checkpoint = Checkpoint(sizes, folder)
     groups = tuple(dist.new_group([0]) for _ in range(2))  # model-parallel, data-parallel
-    answers: list[list[bytes]] = [[], [], []]
-    names = ("first save", "later save", "load")
+    answers: list[list[bytes]] = [[], [], [], []]
+    names = ("first save", "later save", "index, read by Megatron-Core as well", "load")
     for first in (True, False):
         run, recorder, found = Run(sizes, 0 if first else 1), Recorder(), dict[str, Any]()
         saving, loading = functools.partial(save, run, recorder), functools.partial(load, run, folder)
-        heard = (checkpoint.saving, checkpoint.again, checkpoint.loading)
-        for name, said, told, work in zip(names, heard, answers, (saving, saving, loading), strict=True):
-            if first and work is loading:
-                checkpoint.write(found)
-            ranks = Watched(groups, first, sizes.ranks, list(said), told)
+        with index_read_before(folder) as index:
+            works = (saving, saving, lambda ranks, index=index: dict.fromkeys([], index()), loading)
+            heard = (checkpoint.saving, checkpoint.again, [], checkpoint.loading)
+            for number, (name, said, work) in enumerate(zip(names, heard, works, strict=True)):
+                if first and number == 2:
+                    checkpoint.write(found)
+                ranks = Watched(groups, first, sizes.ranks, list(said), answers[number])
 
-            def do(work: Callable[..., Any] = work, ranks: Watched = ranks, found: dict[str, Any] = found) -> None:
-                found |= work(ranks) or {}
+                def do(work: Callable[..., Any] = work, ranks: Watched = ranks, found: dict[str, Any] = found) -> None:
+                    found |= work(ranks) or {}
 
-            yield name, ranks, do
+                yield name, ranks, do
 
 
 def main() -> None:
