@@ -48,9 +48,15 @@ def test_killed_while_saving(tmp_path: Path) -> None:
     assert report["hits"] >= 1
 
 
+LAYER_WISE = "--use-distributed-optimizer --bf16"
+OVERLAP = f"{LAYER_WISE} --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4096"
+ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["", "--use-distributed-optimizer --bf16"])
+@pytest.mark.parametrize("flags", ["", LAYER_WISE, OVERLAP, ASYNC, f"{OVERLAP} {ASYNC}"])
 def test_killed_twenty_times_while_saving(tmp_path: Path, flags: str) -> None:
+    """With overlap, several buckets, and the process that writes behind the run, which is killed with it."""
     report = trials(tmp_path, 20, 2, *flags.split(), limit=600)
     print(f"{report['hits']} of 20 kills hit a save; a save takes {report['typical_save_s']:.3f} s")
     check(report, 20)

@@ -38,7 +38,7 @@ MODEL = (
     "--optimizer muon --save-interval 1 --ckpt-format torch_dist"
 )
 RUN_LIMIT_S = 60
-SAVED = re.compile(r"\[([^]]+)\] saving checkpoint at .*\n +\[([^]]+)\] successfully saved checkpoint")
+SAVES = re.compile(r"\[([^]]+)\] (saving checkpoint at|successfully saved checkpoint from) iteration +(\d+) ")
 LOADED = re.compile(r"loading distributed checkpoint from .* at iteration (\d+)")
 
 
@@ -63,7 +63,7 @@ def main(folder: Path, trials: int, seed: int, flags: list[str]) -> None:
             time.sleep(0.0005)
         stop(child)
         resumed.append(killed.check_start(expected))
-        hits += killed.check_folders(straight.root)
+        hits += killed.check_folders(straight.root) > 0
         if trial == trials // 2 and folders.newest(killed.root) is not None:
             # What a kill between the opening and the writing of the tracker leaves; the moment is too short to hit.
             (killed.root / folders.TRACKER).write_text("")
@@ -167,9 +167,10 @@ class Runs:
 
     def save_durations(self) -> list[float]:
         """Seconds that each save of the last run took, from what it printed."""
-        found = SAVED.findall(self.output.read_text())
-        times = [(datetime.fromisoformat(begin), datetime.fromisoformat(end)) for begin, end in found]
-        return [(end - begin).total_seconds() for begin, end in times]
+        times: dict[str, list[datetime]] = {}
+        for moment, _, iteration in SAVES.findall(self.output.read_text()):
+            times.setdefault(iteration, []).append(datetime.fromisoformat(moment))
+        return [(end - begin).total_seconds() for begin, end in times.values()]
 
     def losses(self) -> list[float]:
         """Of every iteration, as the log has them in the end."""
