@@ -51,13 +51,20 @@ def test_killed_while_saving(tmp_path: Path) -> None:
 LAYER_WISE = "--use-distributed-optimizer --bf16"
 OVERLAP = f"{LAYER_WISE} --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4096"
 ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
+RUNS = {
+    "plain": "",
+    "layer_wise": LAYER_WISE,
+    "overlap": OVERLAP,
+    "background": ASYNC,
+    "overlap_background": f"{OVERLAP} {ASYNC}",
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["", LAYER_WISE, OVERLAP, ASYNC, f"{OVERLAP} {ASYNC}"])
-def test_killed_twenty_times_while_saving(tmp_path: Path, flags: str) -> None:
-    """With overlap, several buckets, and the process that writes behind the run, which is killed with it."""
-    report = trials(tmp_path, 20, 2, *flags.split(), limit=600)
+@pytest.mark.parametrize("run", RUNS)
+def test_killed_twenty_times_while_saving(tmp_path: Path, run: str) -> None:
+    """With overlap in several buckets, and with a process that writes behind the run and ends with it."""
+    report = trials(tmp_path, 20, 2, *RUNS[run].split(), limit=600)
     print(f"{report['hits']} of 20 kills hit a save; a save takes {report['typical_save_s']:.3f} s")
     check(report, 20)
     assert report["hits"] >= 3
