@@ -200,18 +200,19 @@ class Runs:
         return loaded
 
     def check_folders(self, straight: Path) -> int:
-        """What passes for whole has the uninterrupted run's tensors, all of them; how many folders are not whole."""
+        """What passes for whole has the uninterrupted run's tensors, all of them; how many were left in part."""
         self.expected()
         partial = 0
         for folder in sorted(self.root.glob("iter_*")):
-            if not folders.is_whole(folder):
-                partial += 1
-                continue
             signature = state_of(folder)
-            if self.seen.get(folder.name) != signature:
+            if self.seen.get(folder.name) == signature:
+                continue
+            if folders.is_whole(folder):
                 assert contents(str(folder)), folder
                 assert differences(str(straight / folder.name), str(folder)) == [], folder
-                self.seen[folder.name] = signature
+            else:
+                partial += 1
+            self.seen[folder.name] = signature
         return partial
 
 
