@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -170,3 +171,39 @@ def test_what_cannot_be_read_is_refused_on_all_ranks(pool: RankPool) -> None:
     for outcomes, (title, word) in zip([*refused, *elsewhere], expected, strict=True):
         text = one_error(outcomes)
         assert text.startswith(f"the local checkpoint of iteration 1 {title}") and word in text, text
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+class Manager:
+    """In place of the manager of files, of which one rank cannot read its own."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def load(self) -> tuple[Any, str]:
+        if dist.get_rank() == 1:
+            raise OSError("no space left to read")
+        return torch.load(io.BytesIO(self.content), weights_only=False), "local"
+
+
+def load_files() -> list[Outcome]:
+    """As ``megatron.training`` does: what is no tensor, before it asks the optimizer; then all."""
+    from megatron.training import checkpointing
+
+    run = harness.start(Layout(), num_layers=1)
+    args = SimpleNamespace(non_persistent_ckpt_type="local", non_persistent_local_ckpt_algo="atomic", optimizer="muon")
+    context = {"local_checkpoint_manager": Manager(save(run, "atomic")[0])}
+    state = harness.model_state(run.chunks)
+    state["optimizer"] = run.optimizer.sharded_state_dict(state, is_loading=True, metadata=CHECKPOINT_METADATA)
+    return [
+        failure(lambda: checkpointing._load_non_persistent_base_checkpoint(None, args, True, None, 7, context)),
+        failure(lambda: checkpointing._load_non_persistent_base_checkpoint(None, args, False, state, 7, context)),
+    ]
+
+
+def test_a_file_that_one_rank_cannot_read_ends_all(pool: RankPool) -> None:
+    for outcomes in zip(*pool.run(load_files, 2, timeout=TIMEOUT), strict=True):
+        text = one_error(outcomes)
+        assert "iteration 7 cannot be read (OSError: no space left to read)" in text and "--load" in text
