@@ -16,6 +16,7 @@ from megatron_muon.checkpoint.errors import CheckpointError
 __all__ = [
     "TRACKER",
     "check_marks",
+    "entries",
     "folder_of",
     "forget",
     "interruption",
@@ -73,12 +74,13 @@ def sizes_in(folder: Path) -> dict[str, int]:
     from megatron.core.msc_utils import maybe_msc
 
     if isinstance(folder, Path):
-        return {path.name: path.stat().st_size for path in _entries(folder) if path.is_file()}
+        return {path.name: path.stat().st_size for path in entries(folder) if path.is_file()}
     listed = maybe_msc.list(url=f"{folder}/", include_directories=True)
     return {each.key.rpartition("/")[2]: each.content_length for each in listed if each.type == "file"}
 
 
-def _entries(folder: Path) -> list[Path]:
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder; nothing if it does not exist."""
     try:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -137,7 +139,7 @@ def folder_of(root: Path, text: str) -> Path:
 
 def newest(root: Path) -> int | None:
     """The last iteration that is whole."""
-    found = {iteration_of(folder): folder for folder in _entries(root) if folder.name.startswith("iter_")}
+    found = {iteration_of(folder): folder for folder in entries(root) if folder.name.startswith("iter_")}
     iterations = sorted((iteration for iteration in found if iteration is not None), reverse=True)
     return next((iteration for iteration in iterations if is_whole(found[iteration])), None)
 

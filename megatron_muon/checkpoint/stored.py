@@ -48,15 +48,15 @@ class Stored:
 
         Args:
             folder: of one iteration.
-            ranks: those of a model, or of several, whose first alone reads the record: all of them must call this,
-                under :meth:`Ranks.together`. Without any, this process reads it.
+            ranks: those of a model, or of several, whose first alone reads the record and looks at the files: all of them
+                must call this, under :meth:`Ranks.together`. Without any, this process does.
 
         Raises:
             CheckpointError: if it is incomplete, or newer than this package.
         """
         from megatron.core import dist_checkpointing
 
-        metadata = read_metadata(path_of(folder))
+        metadata = read_metadata(path_of(folder), check=not ranks or any(each.is_first for each in ranks))
         common = dist_checkpointing.load_common_state_dict(folder)
         found: list[Record] = []
         for each in ranks or (Ranks(()),):
@@ -211,11 +211,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
 
 
-def read_metadata(folder: Path) -> Any:
+def read_metadata(folder: Path, check: bool = True) -> Any:
     """Read the index of a checkpoint, and check that all of the checkpoint is there.
 
     Args:
         folder: of the checkpoint.
+        check: whether to look at marks and files. Of many ranks the first is to: each question is one to a server that
+            all of them ask.
 
     Returns:
         torch's ``Metadata``.
@@ -225,7 +227,8 @@ def read_metadata(folder: Path) -> Any:
     """
     from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
 
-    check_marks(folder)
+    if check:
+        check_marks(folder)
     try:
         metadata = _get_filesystem_reader(str(folder)).read_metadata()
     except Exception as error:  # whatever a damaged pickle makes of its reader
@@ -233,7 +236,8 @@ def read_metadata(folder: Path) -> Any:
             f"{folder} is damaged: .metadata cannot be read ({type(error).__name__}: {error}). Restore the file, or "
             "load an earlier checkpoint (--ckpt-step)."
         ) from error
-    check_files(folder, metadata)
+    if check:
+        check_files(folder, metadata)
     return metadata
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from megatron_muon.checkpoint.stored import read_metadata
 from megatron_muon.plugin import options
 from megatron_muon.plugin.optimizer_config import is_ours
 
-__all__ = ["EARLIER", "patches", "reason_of", "remove_old_marks"]
+__all__ = ["EARLIER", "one_index", "patches", "reason_of", "remove_old_marks"]
 
 EARLIER = "Load an earlier checkpoint (--ckpt-step), and check the storage."
 """The way out of damage."""
@@ -37,6 +39,11 @@ def patches() -> list[Patch]:
             _without_strides,
             "torch 2.15 stores strides, which torch.empty() does not take: strict loading fails",
             fixed_by="tp.properties.dtype",
+        ),
+        Patch(
+            "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
+            _with_one_index,
+            "each of its readers unpickles the index of all ranks' tensors, and a load has several",
         ),
         Patch(
             "megatron.training.checkpointing:_get_checkpoint_format",
@@ -72,7 +79,8 @@ def _with_named_damage(original: Callable[..., Any]) -> Callable[..., Any]:
             folder = folders.path_of(checkpoint_dir)
             if not _has_data(folder):
                 raise
-            read_metadata(folder)
+            folders.check_marks(folder)
+            read_metadata(folder, check=False)  # every rank is here, and the sizes of all files are not to blame
             raise _damage(folder, "common_state", error) from error
 
     return load_common_state_dict
@@ -121,9 +129,47 @@ def _without_strides(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_tensors_metadata
 
 
+_INDICES: ContextVar[dict[str, Any] | None] = ContextVar("_INDICES", default=None)
+"""Of the load in progress: what has been read, by the reader's path."""
+
+
+@contextlib.contextmanager
+def one_index() -> Iterator[None]:
+    """Read the index of a checkpoint once within this context: for one load, as the next may find it written over."""
+    token = _INDICES.set({})
+    try:
+        yield
+    finally:
+        _INDICES.reset(token)
+
+
+def _with_one_index(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _get_filesystem_reader(*args: Any, **kwargs: Any) -> Any:
+        reader = original(*args, **kwargs)
+        indices = _INDICES.get()
+        if indices is not None:
+            reader.read_metadata = _reading_once(reader.read_metadata, str(reader.path), indices)
+        return reader
+
+    return _get_filesystem_reader
+
+
+def _reading_once(read: Callable[..., Any], path: str, indices: dict[str, Any]) -> Callable[..., Any]:
+    @functools.wraps(read)
+    def read_metadata(*args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:  # torch asks for an index of one rank
+            return read(*args, **kwargs)
+        if path not in indices:
+            indices[path] = read()
+        return indices[path]
+
+    return read_metadata
+
+
 def _has_data(folder: Path) -> bool:
     """Whether there are files of format ``torch_dist`` (or ``torch_dcp``)."""
-    return any(name.endswith(".distcp") for name in folders.sizes_in(folder))
+    return any(path.name.endswith(".distcp") for path in folders.entries(folder))
 
 
 def _with_recovery(original: Callable[[str], tuple[int, bool]]) -> Callable[[str], tuple[int, bool]]:

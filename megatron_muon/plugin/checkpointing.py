@@ -26,7 +26,7 @@ from megatron_muon.checkpoint.stored import Stored, has_record, records_in
 from megatron_muon.plugin import options
 from megatron_muon.plugin.adam_buckets import buckets_of_adam
 from megatron_muon.plugin.bounded_reads import in_pieces
-from megatron_muon.plugin.checkpoint_files import EARLIER, reason_of, remove_old_marks
+from megatron_muon.plugin.checkpoint_files import EARLIER, one_index, reason_of, remove_old_marks
 from megatron_muon.plugin.early_gather import settle
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
@@ -336,6 +336,7 @@ def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
+    @one_index()
     def load(
         sharded_state_dict: Any, checkpoint_dir: Any, sharded_strategy: Any = None, *args: Any, **kwargs: Any
     ) -> Any:

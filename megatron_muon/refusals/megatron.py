@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from megatron_muon.choices import OPTIMIZERS
 from megatron_muon.refusals.rule import (
@@ -37,6 +38,10 @@ def _predicts_on_first_rank(settings: Settings) -> bool:
     return bool(found) and "|" in before and after.count("|") == settings["pipeline_model_parallel_size"] - 1
 
 
+def _is_url(folder: Any) -> bool:
+    return "://" in str(folder)
+
+
 MEGATRON: tuple[Refusal, ...] = (
     *(
         Refusal((given(name), _OURS), because, instead)
@@ -55,6 +60,14 @@ MEGATRON: tuple[Refusal, ...] = (
         (other_than("ckpt_format", "torch_dist", "torch"), _OURS),
         "Muon's state is not saved in it",
         "use torch_dist (or torch)",
+    ),
+    *(
+        Refusal(
+            (that(name, _is_url, "of an object store (msc://...)"), missing("enable_msc"), _OURS),
+            "Megatron-Core would take it for a local folder",
+            "add --enable-msc, with multi-storage-client installed",
+        )
+        for name in ("save", "load", "pretrained_checkpoint")
     ),
     Refusal(
         (given("freeze_all_layers"), _OURS),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_muon.checkpoint.folders import path_of
 from tests.megatron.layers import layer_spec as layer_spec
 from tests.megatron.layers import model_class
 from tests.megatron.layers import transformer_config as transformer_config
@@ -428,7 +429,7 @@ def save_run(run: Run, folder: str, metadata: dict[str, Any] = CHECKPOINT_METADA
     from megatron.core import dist_checkpointing
 
     if dist.get_rank() == 0:
-        Path(folder).mkdir(parents=True)
+        path_of(folder).mkdir(parents=True, exist_ok=True)
     dist.barrier()
     state = model_state(run.chunks)
     optimizer = run.optimizer.sharded_state_dict(state, metadata=metadata)

@@ -214,7 +214,7 @@ SAVING = [
 LOADING = [
     "megatron_muon.plugin.checkpointing.held_by",
     f"{CHECKPOINTS}.canonical.places_of",
-    f"{CHECKPOINTS}.stored.check_files",
+    f"{CHECKPOINTS}.stored.read_metadata",
     f"{CHECKPOINTS}.canonical.choose",
     "megatron.core.dist_checkpointing.strategies.torch.TorchDistLoadShardedStrategy.load",
     f"{CHECKPOINTS}.weights.sums_of",

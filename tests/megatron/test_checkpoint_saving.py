@@ -7,12 +7,14 @@ import signal
 import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_muon.checkpoint import folders
+from megatron_muon.checkpoint import folders, stored
 from tests.checkpoints import differences
 from tests.megatron import harness
 from tests.megatron.harness import Layout
@@ -186,3 +188,29 @@ def test_saved_and_loaded_by_all_ranks_in_parallel(pool: RankPool, tmp_path: Pat
         assert once == again
     assert differences(names[0], names[1]) == []
     assert differences(names[0], names[2]) == []
+
+
+def save_over_and_look(folder: str) -> tuple[list[dict[str, int]], list[float], list[float]]:
+    """Load, save over what was loaded, and load in the same process again: how often each question is asked."""
+    read = FileSystemReader.read_metadata
+    run, again = harness.start(Layout(layer_wise=True)), harness.start(Layout(layer_wise=True))
+    asked = []
+    for _ in range(2):
+        run.losses(1)
+        harness.save_run(run, folder)
+        with (
+            mock.patch.object(FileSystemReader, "read_metadata", autospec=True, side_effect=read) as index,
+            mock.patch.object(stored, "check_marks", wraps=stored.check_marks) as marks,
+            mock.patch.object(stored, "sizes_in", wraps=stored.sizes_in) as sizes,
+        ):
+            harness.load_run(again, folder)
+        asked.append({"index": index.call_count, "marks": marks.call_count, "sizes": sizes.call_count})
+    losses = run.losses(1)
+    return asked, losses, again.losses(1)
+
+
+def test_the_first_rank_looks_and_each_reads_the_index_once(pool: RankPool, tmp_path: Path) -> None:
+    results = pool.run(save_over_and_look, 2, str(tmp_path / "checkpoint"), timeout=TIMEOUT)
+    for rank, (asked, losses, again) in enumerate(results):
+        assert asked == [{"index": 1, "marks": 1 - rank, "sizes": 1 - rank}] * 2
+        assert again == losses

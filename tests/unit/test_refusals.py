@@ -46,9 +46,11 @@ ARGUMENTS: dict[str, Any] = {
     "ddp_average_in_collective": False,
     "ddp_reduce_scatter_with_fp32_accumulation": False,
     "decoupled_lr": None,
+    "enable_msc": False,
     "fp16": False,
     "fp8_param_gather": False,
     "init_method_xavier_uniform": False,
+    "load": None,
     "lr": 1e-3,
     "lr_warmup_init": 0.0,
     "moe_latent_size": None,
@@ -58,6 +60,7 @@ ARGUMENTS: dict[str, Any] = {
     "overlap_param_gather_with_optimizer_step": False,
     "pipeline_model_parallel_layout": None,
     "pipeline_model_parallel_size": 1,
+    "pretrained_checkpoint": None,
     "qk_clip": False,
     "qk_clip_alpha": 0.5,
     "qk_clip_threshold": 100.0,
@@ -211,6 +214,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload with --optimizer muon: Muon's state cannot be offload"),
     ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph with --optimizer muon: the step of Muon is not captured"),
     ({"ckpt_format": "fsdp_dtensor"}, "--ckpt-format fsdp_dtensor with --optimizer muon: .*use torch_dist (or torch)."),
+    *(
+        (
+            {name: "msc://store/run"},
+            f"--{flag} msc://store/run without --enable-msc with --optimizer muon: .*local folder",
+        )
+        for name, flag in (("save", "save"), ("load", "load"), ("pretrained_checkpoint", "pretrained-checkpoint"))
+    ),
     ({"freeze_all_layers": True}, "--freeze-all-layers with --optimizer muon: .*use --optimizer adam for a run"),
     (
         {**LAYER_WISE, "num_distributed_optimizer_instances": 2},

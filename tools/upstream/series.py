@@ -193,11 +193,13 @@ FILES = Change(
     """\
 A checkpoint that is written over keeps the index of the old one until the end;
 the tracker is emptied before it is written; damage is reported without the
-name of a file; a writer that is killed is waited for without end. What checks
-marks, finds the newest whole checkpoint and looks after writers needs to stand
+name of a file; a writer that is killed is waited for without end; each reader
+of a load unpickles the whole index. What checks marks, finds the newest whole
+checkpoint, looks after writers and reads the index once needs to stand
 here.""",
     needs=(STATE,),
     points=(
+        "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
         f"{_SERIALIZATION}:load_common_state_dict",
         f"{_ASYNC}:PersistentAsyncCaller.schedule_async_call",
         f"{_ASYNC}:PersistentAsyncCaller.is_current_async_call_done",

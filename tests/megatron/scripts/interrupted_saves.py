@@ -106,7 +106,7 @@ class Runs:
         folder: of everything.
         name: of these runs.
         iterations: at which a run that is not killed ends.
-        flags: of Megatron, in addition to those of this module.
+        flags: of Megatron, in addition to those of this module; with --enable-msc, the folder is a store of its name.
     """
 
     def __init__(self, folder: Path, name: str, iterations: int, flags: list[str]) -> None:
@@ -114,7 +114,8 @@ class Runs:
         self.root.mkdir()
         self.log = folder / f"{name}.jsonl"
         self.output = folder / f"{name}.txt"
-        own = f"--save {self.root} --load {self.root} --muon-log-jsonl {self.log} --train-iters {iterations}"
+        place = f"msc://{folder.name}/{name}" if "--enable-msc" in flags else str(self.root)  # a profile of that name
+        own = f"--save {place} --load {place} --muon-log-jsonl {self.log} --train-iters {iterations}"
         self.flags = [*MODEL.split(), *own.split(), *flags]
         self.seen: dict[str, Any] = {}
 
