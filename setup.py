@@ -37,6 +37,7 @@ setup(
         "training": TRAINING,
         "dev": [
             *TRAINING,
+            "multi-storage-client>=1.3",  # object stores, which Megatron-Core reads with it and does not require
             "einops>=0.8",  # megatron-core's Mamba mixer imports it without requiring it
             "mypy>=1.13",
             "pytest>=8",

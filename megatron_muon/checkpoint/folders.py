@@ -52,9 +52,9 @@ def path_of(folder: str | os.PathLike[str]) -> Path:
         folder: a local path, or a URL if object stores are enabled (``msc://PROFILE/...``).
 
     Returns:
-        a ``Path``, or the object store's own, of which the methods that are used here do the same. Enumerating,
-        opening, reading and ``write_bytes`` work on both; renaming does not, and ``is_file`` tells no failure of a
-        store from a file that is missing (``exists`` does).
+        a ``Path`` for what is local; else the store's own, of which the methods that are used here do the same: to open
+        and read, ``iterdir``, ``exists``, ``write_bytes``, ``unlink``. It has no renaming, and its ``is_file`` takes a
+        store that does not answer for a file that is missing.
 
     Raises:
         CheckpointError: for a URL where object stores are not enabled, which would be a local folder of this name.
@@ -66,7 +66,8 @@ def path_of(folder: str | os.PathLike[str]) -> Path:
             MultiStorageClientFeature.import_package()
         except RuntimeError as error:
             raise CheckpointError(f"{folder} is in an object store: {error}") from error
-    return maybe_msc.Path(str(folder))
+    found = maybe_msc.Path(str(folder))
+    return found if _URL.match(str(found)) else Path(str(found))
 
 
 def sizes_in(folder: Path) -> dict[str, int]:

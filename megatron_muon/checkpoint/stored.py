@@ -48,8 +48,8 @@ class Stored:
 
         Args:
             folder: of one iteration.
-            ranks: those of a model, or of several, whose first alone reads the record and looks at the files: all of them
-                must call this, under :meth:`Ranks.together`. Without any, this process does.
+            ranks: those of a model, or of several, whose first alone looks at the files and reads the record: all of
+                them must call this, under :meth:`Ranks.together`. Without any, this process does.
 
         Raises:
             CheckpointError: if it is incomplete, or newer than this package.

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_muon._patching import Patch
-from megatron_muon.agree import Ranks
+from megatron_muon.agree import Ranks, ranks_with
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
 from megatron_muon.checkpoint.folders import path_of
 from megatron_muon.checkpoint.joining import Recorder
@@ -455,6 +455,8 @@ def _read(folder: str, ranks: Sequence[Ranks]) -> Stored:
     try:
         return Stored.read(folder, ranks)
     except Exception as error:  # whatever a damaged index makes of the readers
+        if ranks_with(error):  # another rank has told all
+            raise
         problem = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(
             f"{folder} cannot be read:\n  {problem}\nLoad an earlier checkpoint (--ckpt-step)."
