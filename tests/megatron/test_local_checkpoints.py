@@ -34,8 +34,8 @@ def data_parallel() -> Any:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def save(run: Run, algo: str, cache: Any = None) -> tuple[bytes, Any]:
-    """What a rank writes into its file, and what Megatron keeps for the next save."""
+def save(run: Run, algo: str, cache: Any = None) -> tuple[Any, Any]:
+    """What a rank is to write into its file, and what Megatron keeps for the next save."""
     from megatron.core.dist_checkpointing import tensor_aware_state_dict as module
 
     state = harness.model_state(run.chunks)
@@ -45,9 +45,14 @@ def save(run: Run, algo: str, cache: Any = None) -> tuple[bytes, Any]:
             {**state, "step": run.step, "iteration": run.step}, algo, data_parallel(), cache
         )
     saved.copy_tensors_to_cpu()
+    return saved, cache
+
+
+def written(saved: Any) -> bytes:
+    """The file."""
     file = io.BytesIO()
     torch.save(saved, file)
-    return file.getvalue(), cache
+    return file.getvalue()
 
 
 def load(run: Run, content: bytes, algo: str, change: Callable[[Any], None] = lambda saved: None) -> None:
@@ -76,7 +81,8 @@ def contents(run: Run) -> list[torch.Tensor]:
 def resume(layout: Layout, options: dict[str, Any]) -> tuple[list[list[float]], list[bool]]:
     """Two losses after each checkpoint, of the run and of one that was loaded from it; whether the state is the same.
 
-    The second checkpoint of an algorithm is saved with what the first has left (``--ckpt-assume-constant-structure``).
+    The second checkpoint of an algorithm is saved with what the first has left (``--ckpt-assume-constant-structure``),
+    and written when the run has gone on (``--async-save``).
     """
     run = harness.start(layout, num_layers=2, **options)
     losses, same = [], []
@@ -84,12 +90,12 @@ def resume(layout: Layout, options: dict[str, Any]) -> tuple[list[list[float]], 
         cache = None
         for _ in range(2):
             run.losses(1)
-            content, cache = save(run, algo, cache)
-        before = contents(run)
+            saved, cache = save(run, algo, cache)
+        before, following = contents(run), run.losses(2)
         again = harness.start(layout, num_layers=2, seed=2, **options)
-        load(again, content, algo)
+        load(again, written(saved), algo)
         same.append(all(torch.equal(*pair) for pair in zip(before, contents(again), strict=True)))
-        losses.append([*run.losses(2), *again.losses(2)])
+        losses.append([*following, *again.losses(2)])
     return losses, same
 
 
@@ -125,7 +131,7 @@ def save_each() -> list[bytes]:
     """A step, and what each algorithm makes of it."""
     run = harness.start(Layout(), num_layers=2)
     run.losses(1)
-    return [save(run, algo)[0] for algo in ALGORITHMS]
+    return [written(save(run, algo)[0]) for algo in ALGORITHMS]
 
 
 def load_elsewhere(contents: list[list[bytes]]) -> list[Outcome]:
@@ -194,7 +200,7 @@ def load_files() -> list[Outcome]:
 
     run = harness.start(Layout(), num_layers=1)
     args = SimpleNamespace(non_persistent_ckpt_type="local", non_persistent_local_ckpt_algo="atomic", optimizer="muon")
-    context = {"local_checkpoint_manager": Manager(save(run, "atomic")[0])}
+    context = {"local_checkpoint_manager": Manager(written(save(run, "atomic")[0]))}
     state = harness.model_state(run.chunks)
     state["optimizer"] = run.optimizer.sharded_state_dict(state, is_loading=True, metadata=CHECKPOINT_METADATA)
     return [
