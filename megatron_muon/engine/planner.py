@@ -148,7 +148,7 @@ def _items(index: int, weight: Weight, mode: str) -> Iterator[tuple[Kind, Item]]
     shape = weight.shape if mode == BLOCKWISE else weight.whole_shape
     broken = weight.is_broken
     for number, block in enumerate(weight.layout.blocks(shape)):
-        if block.rule == SCALAR:
+        if block.rule == SCALAR or not block.numel:
             continue
         heads = weight.layout.sections and weight.layout.sections_of(number)[0].matrix_rows > 0
         if weight.dim == 0 or mode == BLOCKWISE or (weight.dim == -2 and heads and not broken):

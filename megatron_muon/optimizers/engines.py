@@ -17,7 +17,7 @@ from megatron_muon.engine.plan import Peers, Weight
 from megatron_muon.engine.shards import Shard, shard_of
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
-from megatron_muon.optimizers.precision import precision_of
+from megatron_muon.optimizers.precision import own_dtype, precision_of
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -25,7 +25,7 @@ from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.routing.layout import MSIGN, STIEFEL, layout_of
 
 __all__ = ["BUCKET_ATTRIBUTE", "DATA", "DENSE", "EXPERT", "EXPERT_DATA", "WIDE", "Engines", "Sharing"]
-__all__ += ["unequal_gradients"]
+__all__ += ["together", "unequal_gradients"]
 
 BUCKET_ATTRIBUTE = "muon_bucket"
 """Of parameters: :attr:`megatron_muon.engine.plan.Weight.bucket`."""
@@ -71,6 +71,22 @@ class Sharing:
     numbers: Sequence[int]
     groups: Mapping[str, dist.ProcessGroup]
     device: torch.device
+
+
+def together(
+    params: Sequence[torch.Tensor], directions: Sequence[str]
+) -> dict[tuple[str, torch.dtype], list[torch.Tensor]]:
+    """Those that one engine has in a step: of one direction, and in one type of numbers. In the order of the step.
+
+    Args:
+        params: in any order.
+        directions: in the order of the step.
+    """
+    kinds = [(layout_of(param).direction, own_dtype(param.dtype)) for param in params]
+    found: dict[tuple[str, torch.dtype], list[torch.Tensor]] = {}
+    for wanted in sorted(set(kinds), key=lambda kind: (directions.index(kind[0]), str(kind[1]))):
+        found[wanted] = [param for param, kind in zip(params, kinds, strict=True) if kind == wanted]
+    return found
 
 
 class Engines:
@@ -184,10 +200,7 @@ class Engines:
         names = dict(zip(params, (name for group in groups for name in group.get("param_names", ())), strict=False))
         shared: dict[str, list[torch.Tensor]] = {}
         plans: dict[str, list[bytes]] = {}
-        for direction in directions:
-            some = [param for param in params if layout_of(param).direction == direction]
-            if not some:
-                continue
+        for (direction, _), some in together(params, directions).items():
             plan, having = self.of(some, direction).plan, [param for param in some if param.grad is not None]
             engine = self.of(having, direction) if having else None
             for name in plan.groups():

@@ -165,9 +165,19 @@ class Addition:
             if not found:
                 continue
             weights, updates = zip(*found, strict=True)
+            # Those of 16 bits are rounded once, when all is done: less than half a unit would never change them.
+            sums = [_wide(weight) for weight in weights]
             if options.kept is not None:
-                torch._foreach_mul_(weights, options.kept)
+                torch._foreach_mul_(sums, options.kept)
             if options.cautious is not None:
-                smaller = [weight * (weight * update > 0) for weight, update in found]
-                add_(weights, smaller, -options.cautious)
-            add_(weights, updates, -options.lr * factor)
+                pairs = zip(sums, updates, strict=True)
+                add_(sums, [weight * (weight * update > 0) for weight, update in pairs], -options.cautious)
+            add_(sums, updates, -options.lr * factor)
+            for weight, total in zip(weights, sums, strict=True):
+                if total is not weight:
+                    weight.copy_(total)
+
+
+def _wide(weight: torch.Tensor) -> torch.Tensor:
+    """As it is, or in float32 if it has 16 bits."""
+    return weight.float() if weight.dtype.itemsize < 4 else weight

@@ -19,11 +19,12 @@ from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.balls import ball_directions
-from megatron_muon.optimizers.engines import Engines
+from megatron_muon.optimizers.engines import Engines, together
 from megatron_muon.optimizers.groups import OPTIONAL, Options, Rate, check_names, check_numbers, options_of
 from megatron_muon.optimizers.handled import STEP, Marks, refuse_elsewhere
 from megatron_muon.optimizers.jobs import Addition, Job, Jobs, begin, reader, update_of
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts, spectrally_normalized
+from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, restart_emptied, step_scalar_rows
 from megatron_muon.optimizers.sizes import VARIANTS, normalized
 from megatron_muon.optimizers.stages import Matrices, Variant, init_rows
@@ -34,6 +35,8 @@ from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
 
 __all__ = ["Muon"]
+
+_ByKind = dict[tuple[str, torch.dtype], StepEngine]
 
 _ATTRIBUTES = "attributes of weights"
 """Of copies, beside what :class:`Muon` has."""
@@ -366,7 +369,7 @@ class Muon(torch.optim.Optimizer):
                 raise
         return loss
 
-    def _change(self, ready: list[tuple[dict[str, Any], Options]], engines: dict[str, StepEngine]) -> None:
+    def _change(self, ready: list[tuple[dict[str, Any], Options]], engines: _ByKind) -> None:
         """All of a step that changes weights and state."""
         jobs = [job for group, options in ready for job in self._begin_group(group, options)]
         for group, _ in ready:
@@ -378,10 +381,11 @@ class Muon(torch.optim.Optimizer):
         self._tell(list(self._pending))
         self._marks.leave(tensor for job in jobs for tensor in self._watched_in(job.state))
 
-    def _update_jobs(self, jobs: list[Job], engines: dict[str, StepEngine]) -> None:
+    def _update_jobs(self, jobs: list[Job], engines: _ByKind) -> None:
         """P2 to P7, for all matrices: those of each direction together, in the same order on all ranks."""
-        for direction, engine in engines.items():
-            some = [job for job in jobs if layout_of(job.param).direction == direction]
+        for (direction, dtype), engine in engines.items():
+            alike = (job for job in jobs if layout_of(job.param).direction == direction)
+            some = [job for job in alike if own_dtype(job.param.dtype) == dtype]
             if direction == MSIGN:
                 self._update_matrices(some, engine)
             else:
@@ -476,18 +480,17 @@ class Muon(torch.optim.Optimizer):
         Returns:
             the engine, which has the plan; None if this rank has no parameters to orthogonalize.
         """
-        return self._engines(self._own).get(MSIGN)
+        return next((engine for (direction, _), engine in self._engines(self._own).items() if direction == MSIGN), None)
 
-    def _engines(self, params: list[torch.Tensor]) -> dict[str, StepEngine]:
-        """What carries out the step of some of the parameters, in its order, by their direction."""
-        engines = {}
-        for direction in self.directions:
-            some = [param for param in params if layout_of(param).direction == direction]
-            shared = self.engines.shared(self._own) if direction == MSIGN else None
-            if shared is not None and shared.shares:
-                engines[direction] = shared
-            elif some:
-                engines[direction] = self.engines.of(some, direction)
+    def _engines(self, params: list[torch.Tensor]) -> _ByKind:
+        """What carries out the step of some of the parameters, in its order, by their direction and type of numbers."""
+        engines: _ByKind = {}
+        shared = self.engines.shared(self._own)
+        if shared is not None and shared.shares:
+            engines[MSIGN, shared.local_dtype] = shared
+        for kind, some in together(params, self.directions).items():
+            if kind not in engines:
+                engines[kind] = self.engines.of(some, kind[0])
         return engines
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
@@ -500,8 +503,8 @@ class Muon(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(param)
             has_second = group["scalar_optimizer"] == "adam" and layout_of(param).has_scalar_rows
             if has_second and SECOND_MOMENT not in state:
-                state[SECOND_MOMENT] = torch.zeros_like(param)
-            if has_second:
+                state[SECOND_MOMENT], state[STEP] = torch.zeros_like(param), 0
+            if has_second:  # state of older checkpoints: as many as the group has made
                 state.setdefault(STEP, group[STEP])
             if layout_of(param).direction == MSIGN:
                 self.variant.init_state(param, state)

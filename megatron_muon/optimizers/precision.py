@@ -8,7 +8,7 @@ import torch
 
 from megatron_muon.config import MuonConfig
 
-__all__ = ["Precision", "precision_of"]
+__all__ = ["Precision", "own_dtype", "precision_of"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,6 +28,11 @@ class Precision:
     wire: torch.dtype
 
 
+def own_dtype(weights: torch.dtype) -> torch.dtype:
+    """In which matrices of weights of a dtype are packed."""
+    return torch.promote_types(weights, torch.float32)
+
+
 def precision_of(config: MuonConfig, weights: torch.dtype) -> Precision:
     """What ``ns_dtype``, ``fp32_matmul_prec`` and ``tp_wire_dtype`` mean for weights of a dtype.
 
@@ -35,7 +40,7 @@ def precision_of(config: MuonConfig, weights: torch.dtype) -> Precision:
         config: validated.
         weights: dtype of the weights that the optimizer updates (main copies, where the model's have 16 bits).
     """
-    own = torch.promote_types(weights, torch.float32)
+    own = own_dtype(weights)
     iteration = {"own": own, **_DTYPES}[config.ns_type]
     # The iteration rounds to 16 bits anyway; bfloat16 keeps the range that float16 lacks before matrices are scaled.
     automatic = torch.bfloat16 if iteration.itemsize == 2 else own

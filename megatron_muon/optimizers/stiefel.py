@@ -111,9 +111,11 @@ class StiefelMuon(Muon):
     def _flops(self, p: int, q: int) -> int:
         return SOLVERS[self.solver].flops(p, q, self.iterations)
 
-    def _update_jobs(self, jobs: list[Job], engines: dict[str, StepEngine]) -> None:
+    def _change(self, *args: Any) -> None:
         self.tangency = None
-        super()._update_jobs(jobs, engines)
+        super()._change(*args)
+        moved = (param for param in self._own if param.grad is not None)
+        self._placed = _as_they_are([param for param in moved if layout_of(param).direction == STIEFEL])
 
     def _update_otherwise(self, jobs: list[Job], engine: StepEngine, direction: str) -> None:
         if direction != STIEFEL:
@@ -128,8 +130,8 @@ class StiefelMuon(Muon):
             # The variant of the other weights has no part in these.
             read = reader(jobs, Variant())
             engine.solve((read, _weights_reader(jobs)), move, _weights_writer(jobs), self._flops)
-        self._placed = _as_they_are(params)
-        self.tangency = move.tangency
+        if move.tangency is not None:
+            self.tangency = move.tangency if self.tangency is None else torch.maximum(self.tangency, move.tangency)
 
 
 def _as_they_are(params: Sequence[torch.Tensor]) -> set[tuple[torch.Tensor, int, int]]:

@@ -170,7 +170,8 @@ class MatrixLayout:
         for sections in self._by_name():
             first, total = sections[0], sum(section.rows for section in sections) * (rows // self.period)
             m = first.matrix_rows or total
-            found.append(Block(first.name, first.rule, stack * total // m, m, columns))
+            count = stack * total // m if m else stack  # of a weight without rows
+            found.append(Block(first.name, first.rule, count, m, columns))
         return found
 
     def split(self, weight: torch.Tensor) -> list[torch.Tensor]:

@@ -1,0 +1,108 @@
+"""Weights without elements, of several types of numbers, of 16 bits alone, and such as join late."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_muon import Muon
+from megatron_muon.optimizers.sphere import SpectralSphere
+from megatron_muon.optimizers.stiefel import StiefelMuon
+from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
+
+GATED = MatrixLayout("in_proj", (Section("q", 8), Section("beta", 2, SCALAR)))
+HEADS = MatrixLayout("qkv", (Section("q", 8, matrix_rows=4), Section("k", 4)))
+
+
+def parameter(
+    rows: int, columns: int, layout: MatrixLayout = WHOLE, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> torch.nn.Parameter:
+    generator = torch.Generator().manual_seed(seed)
+    param = torch.nn.Parameter(torch.randn(rows, columns, generator=generator).to(dtype))
+    param.matrix_layout = layout
+    return param
+
+
+def step(optimizer: Muon, steps: int = 2) -> list[torch.Tensor]:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for number in range(steps):
+        for param in params:
+            generator = torch.Generator().manual_seed(number + 50)
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize("options", [{}, {"scale_mode": "aspect_ratio"}, {"scale_mode": "spectral_norm"}])
+def test_empty_weights_have_no_update(shape: tuple[int, int], options: dict[str, Any]) -> None:
+    """Alone, and beside others, whose steps are as without them."""
+    step(Muon([parameter(*shape)], **options))
+    (_, beside), (alone,) = (
+        step(Muon([parameter(*shape), parameter(6, 4)], **options)),
+        step(Muon([parameter(6, 4)], **options)),
+    )
+    assert torch.equal(beside, alone)
+
+
+@pytest.mark.parametrize(
+    "layout", [GATED, HEADS, replace(WHOLE, direction="sign"), replace(WHOLE, direction="row_norm")]
+)
+def test_empty_fused_weights_have_no_update(layout: MatrixLayout) -> None:
+    optimizer = Muon([parameter(0, 4, layout)])
+    step(optimizer)
+    optimizer.prepare()
+
+
+@pytest.mark.parametrize(
+    ("make", "layout", "options"),
+    [
+        (Muon, WHOLE, {}),
+        (Muon, WHOLE, {"scale_mode": "spectral_norm"}),
+        (Muon, replace(WHOLE, direction="sign"), {}),
+        (SpectralSphere, WHOLE, {}),
+        (StiefelMuon, replace(WHOLE, direction="stiefel"), {}),
+    ],
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_weight_has_a_step_in_its_own_numbers(
+    make: type[Muon], layout: MatrixLayout, options: dict[str, Any], order: int
+) -> None:
+    """float64 beside float32 weights: in whichever order, each gets the bits that it gets alone."""
+    options = {"fp32_matmul_prec": "highest", **options}
+    kinds = [torch.float64, torch.float64, torch.float32][::order]
+    given = [parameter(6, 4, layout, dtype, seed) for seed, dtype in enumerate(kinds)]
+    beside = step(make(given, **options), 3)
+    for seed, dtype in enumerate(kinds):
+        (alone,) = step(make([parameter(6, 4, layout, dtype, seed)], **options), 3)
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-6  # in batches of one and two
+        torch.testing.assert_close(beside[seed], alone, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", ["decoupled", "independent", "cautious"])
+def test_weights_of_16_bits_are_rounded_once(method: str) -> None:
+    """Decay and update together: each may be less than half a unit, which alone would never change the weight."""
+    options = {"lr": 1e-3, "weight_decay": 1.0, "weight_decay_method": method, "scale_mode": "none", "momentum": 0.0}
+    if method == "independent":
+        options["weight_decay"] = 1e-3
+    narrow, wide = parameter(16, 16, dtype=torch.bfloat16), parameter(16, 16, dtype=torch.bfloat16)
+    wide.data = wide.data.float()
+    step(Muon([narrow], **options), 1), step(Muon([wide], **options), 1)
+    assert torch.equal(narrow, wide.bfloat16()) and narrow.dtype == torch.bfloat16
+
+
+def test_rows_that_join_late_begin_as_in_a_fresh_optimizer() -> None:
+    """Adam's bias correction counts a weight's own updates, not the group's."""
+    late, alone, early = (parameter(10, 6, GATED, seed=seed) for seed in (1, 1, 2))
+    optimizer, fresh = Muon([early, late], lr=0.1), Muon([alone], lr=0.1)
+    for number in range(30):
+        early.grad = torch.randn(10, 6, generator=torch.Generator().manual_seed(number))
+        if number >= 28:
+            late.grad, alone.grad = early.grad.clone(), early.grad.clone()
+            fresh.step()
+        optimizer.step()
+    torch.testing.assert_close(late[8:], alone[8:], rtol=0, atol=1e-7)
+    assert optimizer.state[late]["step"] == 2 and optimizer.param_groups[0]["step"] == 30
