@@ -30,21 +30,31 @@ def fail(*args: Any, **kwargs: Any) -> Any:
     raise CrashError
 
 
+class Abandoned:
+    """A gather whose other ranks are gone. Not a real one: gloo now and then ends a process that keeps it."""
+
+    def wait(self) -> None:
+        raise AssertionError("a gather of the run that was torn down is waited for")
+
+
 def in_step(run: Run, folder: str) -> None:
-    """The first rank has begun to gather weights, the other has not."""
+    """Some weights are being gathered."""
     groups = [group for chunk in run.chunks for group in chunk.bucket_groups]
+    started: list[int] = []
     if not run.layout.layer_wise:
         run.optimizer.step = fail
-    elif dist.get_rank() == 1:
-        for group in groups:
-            group.start_param_sync = fail
     else:
-        started = []
         for group in groups:
             group.start_param_sync = lambda start=group.start_param_sync: (
                 fail() if len(started) > 1 else (started.append(1), start())
             )
-    run.losses(1)
+    try:
+        run.losses(1)
+    finally:
+        for group in groups:
+            if getattr(group, "param_gather_handle", None) is not None:
+                group.param_gather_handle.wait()
+                group.param_gather_handle = Abandoned()
 
 
 def in_save(run: Run, folder: str) -> None:
