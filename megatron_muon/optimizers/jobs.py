@@ -11,7 +11,7 @@ import torch
 
 from megatron_muon.engine.callbacks import Part, Read
 from megatron_muon.engine.shards import Shard
-from megatron_muon.optimizers.groups import Options, add_
+from megatron_muon.optimizers.groups import Options, Rate, add_
 from megatron_muon.optimizers.stages import Update, Variant
 from megatron_muon.routing.layout import ORTHOGONALIZE, STIEFEL, MatrixLayout, layout_of
 
@@ -164,20 +164,32 @@ class Addition:
         for (options, factor), found in views.items():
             if not found:
                 continue
-            weights, updates = zip(*found, strict=True)
-            # Those of 16 bits are rounded once, when all is done: less than half a unit would never change them.
-            sums = [_wide(weight) for weight in weights]
+            narrow = [pair for pair in found if pair[0].dtype.itemsize < 4]
+            for weight, update in narrow:
+                _add_and_round(weight, update, options, -options.lr * factor)
+            if len(narrow) == len(found):
+                continue
+            rest = [pair for pair in found if pair[0].dtype.itemsize >= 4] if narrow else found
+            weights, updates = zip(*rest, strict=True)
             if options.kept is not None:
-                torch._foreach_mul_(sums, options.kept)
+                torch._foreach_mul_(weights, options.kept)
             if options.cautious is not None:
-                pairs = zip(sums, updates, strict=True)
-                add_(sums, [weight * (weight * update > 0) for weight, update in pairs], -options.cautious)
-            add_(sums, updates, -options.lr * factor)
-            for weight, total in zip(weights, sums, strict=True):
-                if total is not weight:
-                    weight.copy_(total)
+                smaller = [weight * (weight * update > 0) for weight, update in rest]
+                add_(weights, smaller, -options.cautious)
+            add_(weights, updates, -options.lr * factor)
 
 
-def _wide(weight: torch.Tensor) -> torch.Tensor:
-    """As it is, or in float32 if it has 16 bits."""
-    return weight.float() if weight.dtype.itemsize < 4 else weight
+def _add_and_round(weight: torch.Tensor, update: torch.Tensor, options: Options, rate: Rate) -> None:
+    """The same for a weight of 16 bits, rounded once: less than half a unit, by itself, would never change it.
+
+    In the memory of the update, if that has more bits: a table is one item, however large it is.
+    """
+    smaller = None if options.cautious is None else weight * (weight * update > 0)
+    total = update.mul_(rate) if update.dtype.itemsize >= 4 else update.float().mul_(rate)
+    if smaller is not None and options.cautious is not None:
+        add_([total], [smaller.float()], -options.cautious)
+    if isinstance(options.kept, torch.Tensor):
+        total.add_(weight.float() * options.kept)
+    else:
+        total.add_(weight, alpha=1.0 if options.kept is None else options.kept)
+    weight.copy_(total)
