@@ -4,8 +4,8 @@
 
 61 layers, 58 of them with 256 experts of two matrices (29,696 weights), and all else that a layer has, on 2,048 ranks:
 16 stages, 64 groups of experts, plain Muon in bfloat16. Each weight is 8 x 8: what depends on the size of tensors
-(sums, reading, writing) is not what this measures. Two ranks, the first and one beside it, do all that they do in
-training; what the others say is what these functions make of their weights. Collectives are made in groups of one
+(sums, reading, writing) is not what this measures. Two ranks, the first and one of the last stage, do all that they do
+in training; what the others say is what these functions make of their weights. Collectives are made in groups of one
 rank, and counted there: the times have no network in them. With --profile, where the time goes.
 """
 
@@ -283,7 +283,11 @@ def phases(sizes: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Watch
     answers: list[list[bytes]] = [[], [], [], []]
     names = ("first save", "later save", "index, read by Megatron-Core as well", "load")
     for first in (True, False):
-        run, recorder, found = Run(sizes, 0 if first else 1), Recorder(), dict[str, Any]()
+        run, recorder, found = (
+            Run(sizes, 0 if first else sizes.ranks - sizes.ranks // sizes.stages + 1),
+            Recorder(),
+            dict[str, Any](),
+        )
         saving, loading = functools.partial(save, run, recorder), functools.partial(load, run, folder)
         with index_read_before(folder) as index:
             works = (saving, saving, lambda ranks, index=index: dict.fromkeys([], index()), loading)
@@ -328,7 +332,7 @@ def report(sizes: argparse.Namespace, folder: Path) -> None:
             work()
             seconds = time.process_time() - start
         collectives, sent, received = ranks.counts
-        rank = "first" if ranks.is_first else "second"
+        rank = "first" if ranks.is_first else "another"
         numbers = f"{seconds:.3f} | {collectives} | {sent / 1e3:,.1f} | {received / 1e3:,.1f}"
         print(f"| {name} | {rank} | {numbers} |", flush=True)
         if sizes.profile:
