@@ -10,7 +10,7 @@ from typing import Any
 from megatron_muon._patching import Patch
 from megatron_muon.config import flag
 from megatron_muon.plugin import options
-from megatron_muon.plugin.checkpointing import keep_canonical
+from megatron_muon.plugin.canonical_state import keep_canonical
 from megatron_muon.plugin.factory import among_own_ranks
 from megatron_muon.plugin.groups import ranks_of
 from megatron_muon.plugin.holding import entered, observed

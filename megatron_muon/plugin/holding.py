@@ -15,7 +15,7 @@ from typing import Any
 from megatron_muon._patching import holds, lost
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
-from megatron_muon.plugin.checkpointing import is_canonical
+from megatron_muon.plugin.canonical_state import is_canonical
 from megatron_muon.plugin.qk_clip import clip_of
 
 __all__ = ["check_entered", "entered", "observed"]

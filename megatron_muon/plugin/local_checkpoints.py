@@ -10,7 +10,8 @@ from megatron_muon._patching import Patch
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.stored import Stored, has_record
-from megatron_muon.plugin.checkpointing import Either, Together, answered, requests_in
+from megatron_muon.plugin.canonical_state import Either
+from megatron_muon.plugin.checkpointing import Together, answered, requests_in
 from megatron_muon.plugin.early_gather import settle
 from megatron_muon.plugin.optimizer_config import is_ours
 

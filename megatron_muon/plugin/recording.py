@@ -15,7 +15,7 @@ from megatron_muon.agree import Ranks
 from megatron_muon.errors import ConfigError
 from megatron_muon.monitor import sources
 from megatron_muon.monitor.recorder import Recorder, Stopwatch
-from megatron_muon.plugin.checkpointing import is_canonical
+from megatron_muon.plugin.canonical_state import is_canonical
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.optimizer_state import has_parts
 

@@ -206,13 +206,13 @@ def test_a_model_with_groups_of_its_own_fails_by_itself(pool: RankPool) -> None:
 
 CHECKPOINTS = "megatron_muon.checkpoint"
 SAVING = [
-    "megatron_muon.plugin.checkpointing.held_by",
+    "megatron_muon.plugin.canonical_state.held_by",
     f"{CHECKPOINTS}.canonical.places_of",
     f"{CHECKPOINTS}.weights.sums_of",
     f"{CHECKPOINTS}.canonical.layout_text",
 ]
 LOADING = [
-    "megatron_muon.plugin.checkpointing.held_by",
+    "megatron_muon.plugin.canonical_state.held_by",
     f"{CHECKPOINTS}.canonical.places_of",
     f"{CHECKPOINTS}.stored.read_metadata",
     f"{CHECKPOINTS}.canonical.choose",

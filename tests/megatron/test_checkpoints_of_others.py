@@ -257,7 +257,7 @@ def ask_by_position(root: str) -> list[Any]:
     from megatron.core import dist_checkpointing
 
     import megatron_muon
-    from megatron_muon.plugin.checkpointing import keep_canonical
+    from megatron_muon.plugin.canonical_state import keep_canonical
 
     run = harness.start(Layout(), num_layers=1)
     run.losses(1)

@@ -57,7 +57,7 @@ def framework(folder: str) -> Any:
 def built(build: Any, layout: Layout, chunks: list[Any], **options: Any) -> tuple[str, bool]:
     """The refusal or the last line of the report, and whether the state is canonical."""
     from megatron_muon import ConfigError
-    from megatron_muon.plugin.checkpointing import is_canonical
+    from megatron_muon.plugin.canonical_state import is_canonical
 
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
