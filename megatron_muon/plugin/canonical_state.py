@@ -33,6 +33,7 @@ __all__ = [
     "OURS",
     "Answer",
     "Either",
+    "Saved",
     "common_with_record",
     "dictionaries",
     "is_canonical",
@@ -119,7 +120,7 @@ class _CanonicalState:
             held = held_by(self._optimizer, create=True)
             return canonical.saved_state(ranks, held, self._model(model_state, metadata), self._recorder)
 
-        return ranks.together(save)
+        return Saved(ranks, ranks.together(save))
 
     def _either(self, upstream: Callable[[], Any], model_state: Any, metadata: dict[str, Any]) -> Any:
         """What Megatron-Core would read; it becomes ours if the checkpoint is."""
@@ -245,6 +246,21 @@ OURS: weakref.WeakSet[_CanonicalState] = weakref.WeakSet()
 def _by_number(state_dict: Any) -> Any:
     """Chains say their state in lists, which Megatron-Core's layer-wise optimizer does not take back."""
     return {i: _by_number(each) for i, each in enumerate(state_dict)} if isinstance(state_dict, list) else state_dict
+
+
+class Saved(dict[str, Any]):
+    """State that is to be saved.
+
+    Attributes:
+        ranks: of the model, all of which have it.
+    """
+
+    def __init__(self, ranks: Ranks, state: dict[str, Any]) -> None:
+        super().__init__(state)
+        self.ranks = ranks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Saved:
+        return Saved(self.ranks, {key: copy.deepcopy(value, memo) for key, value in self.items()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,14 +60,8 @@ def patches() -> list[Patch]:
 
 
 def remove_old_marks(folder: Any) -> None:
-    """A checkpoint that is about to be written over counts no more. For one rank, before the others write.
-
-    Megatron-Core's ranks exchange what they will write before they do.
-    """
-    try:
-        folders.forget(folders.path_of(folder))
-    except Exception as error:  # of a file system or a store; Megatron-Core, which writes there next, fails or does not
-        print(f"megatron_muon: WARNING {folder}: {error}; if it is written over and interrupted, it passes for whole")
+    """A checkpoint that is about to be written over counts no more. For one rank, before the others write."""
+    folders.forget(folders.path_of(folder))
 
 
 def _with_named_damage(original: Callable[..., Any]) -> Callable[..., Any]:

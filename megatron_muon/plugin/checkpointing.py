@@ -14,12 +14,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_muon._patching import Patch
 from megatron_muon.agree import Ranks, ranks_with
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
-from megatron_muon.checkpoint.folders import path_of
 from megatron_muon.checkpoint.keys import RECORD_KEY
 from megatron_muon.checkpoint.record import RECORD
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.plugin.bounded_reads import in_pieces
-from megatron_muon.plugin.canonical_state import ANSWER, OURS, Answer, Either, common_with_record, dictionaries, keys_in
+from megatron_muon.plugin.canonical_state import (
+    ANSWER,
+    OURS,
+    Answer,
+    Either,
+    Saved,
+    common_with_record,
+    dictionaries,
+    keys_in,
+)
 from megatron_muon.plugin.checkpoint_files import EARLIER, one_index, reason_of, remove_old_marks
 from megatron_muon.plugin.early_gather import settle
 
@@ -241,10 +249,15 @@ def _with_form(original: Callable[..., Any]) -> Callable[..., Any]:
         # Beside another model's distributed optimizer, its form is what they tell.
         if RECORD in keys and "param_state_sharding_type" not in keys:
             bound.arguments["content_metadata"] = {**(bound.arguments.get("content_metadata") or {}), **_SHARDING}
-        if RECORD in keys:
-            path_of(checkpoint_dir)  # a store that is not enabled is refused on all ranks
-        if any(each.is_in(sharded_state_dict) for each in OURS):
-            remove_old_marks(checkpoint_dir)
+        saved = [each.ranks for each in dictionaries(sharded_state_dict) if isinstance(each, Saved)]
+        for ranks in dict.fromkeys(saved):
+            ranks.from_first(lambda: remove_old_marks(checkpoint_dir))
+        if not saved and any(each.is_in(sharded_state_dict) for each in OURS):
+            # Of weights alone no rank knows if the others of their model have some: the first does what it can.
+            try:
+                remove_old_marks(checkpoint_dir)
+            except Exception as error:
+                print(f"megatron_muon: WARNING {checkpoint_dir}: {error}; interrupted, it would pass for whole")
         return original(*bound.args, **bound.kwargs)
 
     return save

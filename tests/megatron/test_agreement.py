@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,12 +257,11 @@ def test_a_bug_that_one_rank_meets_with_a_checkpoint(pool: RankPool, tmp_path: P
 
 
 def save_over(folder: str) -> tuple[str, str, set[int], str]:
-    import megatron_muon
-
-    megatron_muon.install()
     from megatron.core import dist_checkpointing
 
-    return failure(lambda: dist_checkpointing.save({"step": 1}, folder))
+    run = harness.start(Layout(), num_layers=1)
+    state = run.optimizer.sharded_state_dict(harness.model_state(run.chunks))
+    return failure(lambda: dist_checkpointing.save({"optimizer": copy.deepcopy(state)}, folder))
 
 
 def test_storage_that_fails_the_first_rank_alone(pool: RankPool, tmp_path: Path) -> None:
