@@ -286,14 +286,19 @@ class Request(dict[str, Any]):
         return self.stored.record
 
     def _estimate(self) -> None:
-        """Second moments of weights whose earlier optimizer had none, from their first."""
+        """Second moments of weights, or of rows, whose earlier optimizer had none, from their first.
+
+        Rows under Adam in a weight of Muon's have theirs in a tensor that is zero elsewhere.
+        """
         assert self.stored is not None
         firsts: list[torch.Tensor | None] = [None] * len(self.held)
 
         def look() -> bool:
             for number, (each, place, choices) in enumerate(zip(self.held, self.places, self.choices, strict=True)):
                 read = {choice.state for choice in choices if choice.is_read}
-                if any(choice.state == ESTIMATED for choice in choices) and ESTIMATED not in read:
+                before = self._rule_before(place)
+                is_whole = before is None or (before.name, before.layout) == (each.rule, _rule(each).layout)
+                if any(choice.state == ESTIMATED for choice in choices) and not (ESTIMATED in read and is_whole):
                     first = next((state for state in ("exp_avg", "momentum_buffer") if state in read), None)
                     if first is None:
                         raise CheckpointError(f"{place.name}: there is no first moment to estimate {ESTIMATED} from")
@@ -303,7 +308,8 @@ class Request(dict[str, Any]):
         if any(self.ranks.gather(look)):
             for each, first, mean in zip(self.held, firsts, mean_squares(self.held, firsts), strict=True):
                 if first is not None:
-                    each.tensors[ESTIMATED].copy_(mean * gradients_to_average(self.stored.momentum))
+                    second = each.tensors[ESTIMATED]  # zero where nothing was read
+                    second.masked_fill_(second == 0, mean * gradients_to_average(self.stored.momentum))
 
     def _buckets(self, stored: Stored) -> Mapping[torch.nn.Parameter, Bucket]:
         """Where the distributed optimizer had each weight: this run's, in a layer-wise one, or that of Adam alone."""

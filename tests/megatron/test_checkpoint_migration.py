@@ -12,6 +12,7 @@ import torch
 
 from tests.checkpoints import contents
 from tests.megatron import harness
+from tests.megatron.crossing import MODELS
 from tests.megatron.harness import Layout
 from tests.megatron.loading import FINE, Outcome, failure, one_error
 from tests.pool import RankError, RankPool
@@ -111,6 +112,28 @@ def test_adam_to_muon_and_back(pool: RankPool, tmp_path: Path, adam: Layout, muo
             average = before[key.replace("exp_avg_sq", "exp_avg")].square().mean(dim=(1, 2))
             expected = average * (1 + MOMENTUM) / (1 - MOMENTUM)
             torch.testing.assert_close(again[key].mean(dim=(1, 2)), expected, rtol=1e-5, atol=0.0)
+
+
+def test_rows_under_adam_to_adam(pool: RankPool, tmp_path: Path) -> None:
+    """They keep their second moments, and the rest of their weight gets estimates: it would divide by zeros."""
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    places, options = MODELS["hybrid_bf16"]
+    ranks, layout, _ = places["tp2"]
+    following = pool.run(train_and_save, ranks, layout, without_type(options), a, FULLY)[0]
+    adam = {**without_type(options), **ADAM_ACCEPT}
+    assert_same_model(pool.run(resume, ranks, BUFFERS, adam, a, FULLY, b)[0], following, layout, BUFFERS)
+    before, after = (contents(folder) for folder in (a, b))
+    seen = 0
+    for key, value in after.items():
+        if ".exp_avg_sq." in key and ".in_proj." in key and (mine := before.get(key)) is not None:
+            kept = mine != 0
+            seen += kept.sum().item()
+            assert torch.equal(value[kept], mine[kept]) and (value[~kept] > 0).all(), key
+    assert seen > 0
+
+
+def without_type(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "bf16"}
 
 
 FC2, LAST = "decoder.layers.*.mlp.linear_fc2.weight", "decoder.layers.1.mlp.linear_fc2.weight"
