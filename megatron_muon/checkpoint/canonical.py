@@ -303,12 +303,14 @@ class Request(dict[str, Any]):
                     if first is None:
                         raise CheckpointError(f"{place.name}: there is no first moment to estimate {ESTIMATED} from")
                     firsts[number] = each.tensors[first]
+                    if ESTIMATED not in read:
+                        each.tensors[ESTIMATED].zero_()
             return any(first is not None for first in firsts)
 
         if any(self.ranks.gather(look)):
             for each, first, mean in zip(self.held, firsts, mean_squares(self.held, firsts), strict=True):
                 if first is not None:
-                    second = each.tensors[ESTIMATED]  # zero where nothing was read
+                    second = each.tensors[ESTIMATED]  # zero where there was none
                     second.masked_fill_(second == 0, mean * gradients_to_average(self.stored.momentum))
 
     def _buckets(self, stored: Stored) -> Mapping[torch.nn.Parameter, Bucket]:
