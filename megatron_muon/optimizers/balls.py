@@ -43,5 +43,6 @@ def ball_directions(matrices: Matrices, direction: str) -> list[torch.Tensor]:
 
 
 def _divided(mix: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
-    # Of a row of zeros nothing is divided by: its direction is zero.
-    return mix.mul_(torch.where(mean_square > 0, mean_square.rsqrt(), torch.zeros_like(mean_square)))
+    # A row of zeros, or of momentum that has all but faded away, has no direction.
+    is_there = mean_square >= torch.finfo(torch.float32).tiny
+    return mix.mul_(torch.where(is_there, mean_square.rsqrt(), torch.zeros_like(mean_square)).to(mix.dtype))

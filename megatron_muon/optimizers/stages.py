@@ -109,11 +109,11 @@ class Matrices:
         return self._over_rows([tensor.sum(dim=-2, keepdim=True) for tensor in tensors])
 
     def row_squares(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The sum of the squares of each row, as :meth:`row_sums`, without a copy of the tensors."""
+        """The sum of the squares of each row, as :meth:`row_sums`, in float64, without a copy of the tensors."""
         return self._over_columns([_squares(tensor, -1) for tensor in tensors])
 
     def column_squares(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The sum of the squares of each column, as :meth:`column_sums`, without a copy of the tensors."""
+        """The sum of the squares of each column, as :meth:`column_sums`, in float64, without a copy."""
         return self._over_rows([_squares(tensor, -2) for tensor in tensors])
 
     def row_products(self, tensors: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -149,7 +149,8 @@ class Matrices:
 
     def norms(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The Frobenius norm of each matrix: (matrices, 1, 1) for each update."""
-        return [total.sqrt_() for total in self.sums([tensor.square() for tensor in tensors])]
+        totals = self._add_up([_squares(tensor, -2, -1) for tensor in tensors])
+        return [total.sqrt_().to(tensor.dtype) for total, tensor in zip(totals, tensors, strict=True)]
 
     def _add_up(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         if not parts:
@@ -176,8 +177,14 @@ def signs_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.mul_(largest).mul_(largest).clamp_(-1.0, 1.0)
 
 
-def _squares(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    return torch.linalg.vector_norm(tensor, dim=dim, keepdim=True).square_()
+def _squares(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
+    """The sum of the squares, in float64: those of gradients of 1e20 have no place in float32."""
+    # On CPUs torch makes a copy in float64: of some matrices, rows or columns at a time.
+    kept = -3 if len(dims) > 1 else -3 - dims[0]
+    each = tensor.size(kept) if tensor.is_cuda else (tensor.size(kept) << 20) // max(1, tensor.numel())
+    parts = tensor.split(max(1, each), dim=kept)
+    norms = [torch.linalg.vector_norm(part, dim=dims, keepdim=True, dtype=torch.float64) for part in parts]
+    return torch.cat(norms, dim=kept).square_()
 
 
 def init_rows(param: torch.Tensor, state: dict[str, Any], *names: str) -> None:

@@ -188,7 +188,8 @@ def tangent(
         Phi, (matrices, m, n): zeros for a gradient of zeros. How nearly it is tangent, :func:`tangency` says.
     """
     way = SOLVERS[solver]
-    norms = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True)
+    # Squares of gradients of 1e20 have no place in float32.
+    norms = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True, dtype=torch.float64).to(gradient.dtype)
     # Always of norm 1: the direction does not depend on the gradient's scale, but the solvers' step sizes do.
     return way.solve(weight, divided(gradient, norms), iterations or way.iterations, msign)
 

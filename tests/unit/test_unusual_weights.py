@@ -82,6 +82,34 @@ def test_each_weight_has_a_step_in_its_own_numbers(
         torch.testing.assert_close(beside[seed], alone, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("size", [1e20, 1e30])
+@pytest.mark.parametrize(
+    ("make", "direction", "options"),
+    [
+        (Muon, "msign", {}),
+        (Muon, "msign", {"scale_mode": "update_norm"}),
+        (Muon, "row_norm", {}),
+        (Muon, "col_norm", {}),
+        (Muon, "sign", {}),
+        (SpectralSphere, "msign", {}),
+        *((StiefelMuon, "stiefel", {"solver": name}) for name in ("admm", "dual_ascent", "fixed_point")),
+    ],
+)
+def test_updates_do_not_depend_on_the_size_of_gradients(
+    make: type[Muon], direction: str, options: dict[str, Any], size: float
+) -> None:
+    """The squares of such numbers are infinite in float32, and divided by: some weights did not move at all."""
+    found = []
+    for factor in (1.0, size):
+        param = parameter(10, 6, replace(WHOLE, direction=direction))
+        optimizer = make([param], lr=0.1, momentum=0.0, fp32_matmul_prec="highest", **options)
+        param.grad = torch.randn(10, 6, generator=torch.Generator().manual_seed(9)) * factor
+        optimizer.step()
+        found.append(param.detach())
+    # Rounding of the gradient, by the slope of the iteration.
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["decoupled", "independent", "cautious"])
 def test_weights_of_16_bits_are_rounded_once(method: str) -> None:
     """Decay and update together: each may be less than half a unit, which alone would never change the weight."""
