@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_muon.checkpoint import exporting, folders
@@ -17,6 +18,7 @@ from megatron_muon.checkpoint.reading import COMMON, Index, read_index
 from megatron_muon.checkpoint.record import RECORD, Record
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.checkpoint.writing import Plan, write
+from megatron_muon.version import __version__
 
 __all__ = ["TARGETS", "convert"]
 
@@ -91,14 +93,19 @@ def _plan(index: Index, stored: Stored, to: str) -> Plan:
             # Rows under Adam inside a Muon weight have second moments, in a tensor that is zero elsewhere.
             plan.estimate(key, new, stored.momentum, beside=new if new in plan.entries else None)
     metadata = {**(stored.common.get("content_metadata") or {}), "distrib_optim_sharding_type": "fully_reshardable"}
-    record = {RECORD: _record(stored, to).to_plain()}
+    record = {RECORD: _record(stored, to, other).to_plain()}
     plan.common = {**stored.common, "optimizer": record, "content_metadata": metadata}
     return plan
 
 
-def _record(stored: Stored, to: str) -> Record:
-    """For any rules: the checkpoint has the state of both optimizers."""
+def _record(stored: Stored, to: str, other: Mapping[str, str]) -> Record:
+    """For any rules: the checkpoint has the state of both optimizers, with the sums of what is copied."""
     before = stored.record
     if before is None:
         return Record(stored.step, [], [], {}, [], {}, converted=to)
-    return Record(before.step, [], before.numbers, {}, before.alone, {}, before.model, converted=to)
+    sums = {}
+    for name, states in before.sums.items():
+        estimated = "exp_avg_sq" if to == "adam" and "momentum_buffer" in states else None
+        kept = {state: value for state, value in states.items() if state != estimated}
+        sums[name] = {**{other[state]: value for state, value in kept.items() if state in other}, **kept}
+    return replace(before, rules=[], weights={}, sums=sums, converted=to, package=__version__)

@@ -209,7 +209,7 @@ def numbers_of(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """What of a param group is told and compared at resume."""
     found = []
     for key, value in sorted(group.items()):
-        plain = list(value) if isinstance(value, tuple) else value
+        plain = list(value) if isinstance(value, (tuple, list)) else value  # the group's own may change in place
         if key not in _PASSING and _is_plain(plain):
             found.append((key, plain))
     return tuple(found)

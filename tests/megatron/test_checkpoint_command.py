@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -10,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -24,13 +26,16 @@ import pytest
 import torch
 
 from megatron_muon import cpu
-from megatron_muon.checkpoint import folders
+from megatron_muon.checkpoint import comparison, folders
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.reading import read_index
+from megatron_muon.checkpoint.record import Record
+from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.commands import ckpt
 from tests.checkpoints import contents
 from tests.megatron import harness
 from tests.megatron.harness import Layout
+from tests.megatron.test_checkpoint_damage import flip_bit_of
 from tests.megatron.test_checkpoint_migration import ADAM, BUFFERS, FULLY, assert_same, masters, resume, train_and_save
 from tests.pool import RankPool
 
@@ -131,6 +136,27 @@ def test_convert_muon_to_adam(pool: RankPool, muon: Path, tmp_path: Path) -> Non
 NORMUON: dict[str, Any] = {"optimizer": {"name": "adaptive_muon", "adaptive_muon_moment2_method": "normuon"}}
 
 
+def test_damage_of_the_source_is_found_in_what_was_converted(
+    muon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is copied has the sums that it was saved with, under both names; what is estimated has none."""
+
+    def wrong(source: Path, to: str) -> list[str]:
+        converted = convert(source, tmp_path / source.parent.name / to, to)
+        capsys.readouterr()
+        with contextlib.suppress(SystemExit):
+            ckpt.main(["inspect", converted, "--contents"])
+        found = re.findall(r"(\S+ of \S+) is not what was saved", capsys.readouterr().out)
+        return sorted(found)
+
+    source, embedding = tmp_path / "source" / muon.name, "embedding.word_embeddings.weight"
+    shutil.copytree(muon, source)
+    flip_bit_of(f"optimizer.state.exp_avg.{embedding}", source)
+    assert (wrong(muon, "muon"), wrong(muon, "adam")) == ([], [])
+    assert wrong(source, "adam") == [f"exp_avg of {embedding}"]
+    assert wrong(source, "muon") == [f"exp_avg of {embedding}", f"momentum_buffer of {embedding}"]
+
+
 def test_convert_a_variant(pool: RankPool, tmp_path: Path) -> None:
     """NorMuon's second moments mean nothing to Adam, and start anew where a run goes back; weights are kept."""
     source, again, back = (str(tmp_path / name) for name in ("normuon/iter_0000003", "again", "back"))
@@ -213,6 +239,27 @@ def test_diff_says_what_and_how_much(muon: Path, adam: Path, tmp_path: Path) -> 
     with_moments = differing(str(muon), str(adam), "--moments")[1]["differences"]
     assert all(row["elements"] for row in with_moments if row["kind"] == "exp_avg")
     assert differing(str(muon), str(muon), "--tolerance", "0")[0] == 0
+
+
+def test_diff_with_a_tolerance_sees_what_is_not_finite() -> None:
+    """In other places, or of another sign."""
+    for first, second, same in (
+        ([1, torch.nan, torch.inf], [1, torch.nan, torch.inf], True),
+        ([1, torch.nan, 2], [torch.nan, 1, 2], False),
+        ([1, torch.inf], [1, -torch.inf], False),
+        ([1, torch.inf], [1, torch.nan], False),
+    ):
+        line = comparison._Line()
+        line.add(torch.tensor(first), torch.tensor(second))
+        assert line.is_same(1.0) == same
+
+
+def test_fast_diff_reads_what_has_sums_that_do_not_see_order() -> None:
+    """Those of checkpoints of form 1."""
+    for version in (1, 2):
+        record = Record(1, [], [], {}, [], {"w": {"momentum_buffer": 5}}, version=version)
+        stored = Stored("", {}, {}, record, False)
+        assert comparison._same_sum((stored, stored), "w", "momentum_buffer") == (version == 2)
 
 
 # --- what is interrupted goes on -------------------------------------------------------------------------------------

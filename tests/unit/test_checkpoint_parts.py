@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from megatron_muon.checkpoint.keys import (
     without_chain,
 )
 from megatron_muon.checkpoint.pieces import read_box
-from megatron_muon.checkpoint.record import RECORD, WEIGHT, Record, Rule, WeightRecord, layout_text
+from megatron_muon.checkpoint.record import RECORD, WEIGHT, Record, Rule, WeightRecord, layout_text, numbers_of
 from megatron_muon.checkpoint.sharding import places_of, tensors_of
 from megatron_muon.checkpoint.slices import boxes
 from megatron_muon.checkpoint.sources import difference, estimated_second_moment
@@ -176,6 +177,14 @@ def test_record_keeps_everything() -> None:
     assert record.numbers == [{"momentum": 0.9, "betas": [0.9, 0.95]}] and len(record.rules) == 2
     assert record.alone == []
     assert Whole([Part((), ())]).filled(0, [b""]).weights == {}
+
+
+def test_record_keeps_numbers_that_change_in_place() -> None:
+    """They are told again when they are others; Megatron-Core's are tuples, a framework's may be lists."""
+    group: dict[str, Any] = {"betas": [0.9, 0.95], "step": 3}
+    before = numbers_of(group)
+    group["betas"][0] = 0.5
+    assert before == (("betas", [0.9, 0.95]),) != numbers_of(group)
 
 
 def test_record_without_sums_of_the_model_is_read() -> None:
