@@ -7,7 +7,7 @@ rank's counts once, whatever the layout, so that sums do not depend on it. What 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ def compare(ranks: Ranks, folder: str, record: Record, mine: Sums) -> None:
     )
 
 
-def check(ranks: Ranks, tensors: Described, loaded: Any, stored: Stored) -> None:
+def check(ranks: Ranks, tensors: Described, loaded: Any, stored: Stored, others: Collection[str] = ()) -> None:
     """Compare what was read with what was saved.
 
     Tensors that the checkpoint has in another shape (the padding of a vocabulary) or in other numbers are left out.
@@ -111,6 +111,7 @@ def check(ranks: Ranks, tensors: Described, loaded: Any, stored: Stored) -> None
         tensors: the descriptions of what was asked for, from before it was read.
         loaded: what ``dist_checkpointing.load`` returned.
         stored: the checkpoint's contents.
+        others: names of what is not the model's.
 
     Raises:
         CheckpointError: on all ranks, if a tensor is not what was saved.
@@ -122,6 +123,8 @@ def check(ranks: Ranks, tensors: Described, loaded: Any, stored: Stored) -> None
     }
 
     def counts(part: ShardedTensor) -> bool:
+        if name_of(part.key, part.global_offset[: part.prepend_axis_num]) in others:
+            return False
         return stored.shapes.get(part.key) == (tuple(part.global_shape), part.data.dtype)
 
     compare(ranks, stored.folder, stored.record, sums_of(read, counts))

@@ -135,8 +135,11 @@ def answered(
     def check() -> None:
         # With some values of ``strict`` the keys that do not match come with the state.
         whole = loaded[0] if isinstance(loaded, tuple) else loaded
-        for _, request in requests:
-            weights.check(request.ranks, described, whole, stored)
+        stored_by = [request.stored.record if request.stored else None for _, request in requests]
+        names = [set[str]() if record is None else set(record.model) for record in stored_by]
+        for (_, request), own in zip(requests, names, strict=True):
+            # Another model may live on other ranks: it is whole on those alone that check it.
+            weights.check(request.ranks, described, whole, stored, set().union(*names) - own)
 
     described, stored = together(resolve)
     try:
