@@ -109,7 +109,8 @@ def write(index: Index, plan: Plan, target: Path, text: str, workers: int, optio
         raise CheckpointError(f"{target}: a file is renamed when it is whole: give a local folder, and copy that.")
     notes = {"from": str(index.folder), **options, "files": _identity(index)}
     folder = folders.folder_of(target, text)
-    if target.exists() and any(target.iterdir()) and not (folder / _NOTES).is_file():
+    there = (path for path in target.rglob("*") if not path.is_dir() and path != folder / f"{_NOTES}.new")
+    if any(there) and not (folder / _NOTES).is_file():
         raise CheckpointError(f"{target} is not empty: give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     with _held(folder, notes):

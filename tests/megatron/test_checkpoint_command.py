@@ -20,13 +20,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_muon import cpu
-from megatron_muon.checkpoint import comparison, folders
+from megatron_muon.checkpoint import comparison, folders, writing
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.reading import read_index
 from megatron_muon.checkpoint.record import Record
@@ -270,8 +271,13 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_convert_goes_on_where_it_stopped(muon: Path, adam: Path, tmp_path: Path) -> None:
-    """A disk on which one of the files does not fit; then it does."""
+def test_convert_goes_on_where_it_stopped(
+    muon: Path, adam: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it had made its folder; where a file does not fit; where there is too little space."""
+    begun = tmp_path / "stopped" / muon.name
+    begun.mkdir(parents=True)
+    (begun / f"{writing._NOTES}.new").touch()
     words = ["convert", str(muon), str(tmp_path / "stopped"), "--to", "adam"]
     ckpt.main([*words[:2], str(tmp_path / "straight"), *words[3:]])
     straight = files(tmp_path / "straight")
@@ -285,13 +291,22 @@ def test_convert_goes_on_where_it_stopped(muon: Path, adam: Path, tmp_path: Path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     left = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").rglob("*.distcp")}
+    assert "The same command goes on from here" in capsys.readouterr().err
     assert left and len(left) < len(lengths)
     with pytest.raises(CheckpointError, match="no checkpoint"):
         folders.resolve(str(tmp_path / "stopped"))
     for other in (["convert", str(adam), *words[2:]], [*words[:-1], "muon"], [*words, "--value", "lr=1"]):
         with pytest.raises(SystemExit):
             ckpt.main(other)
+    free = SimpleNamespace(free=lengths[-1])
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(SystemExit):
+        ckpt.main(words)
+    assert re.search(r"stopped/iter_\d+ needs .*, and .* are free there", capsys.readouterr().err)
+    free.free = 1 << 40
+    monkeypatch.setattr(writing, "_EVERY_S", 0.0)
     ckpt.main(words)
+    assert re.search(r"[\d.]+ KiB of [\d.]+ KiB, \d+ of \d+ files", capsys.readouterr().err)
     assert files(tmp_path / "stopped") == straight
     assert {path: path.stat().st_mtime_ns for path in left} == left, "what was finished is not written again"
 

@@ -22,7 +22,7 @@ def is_quick(model: str, source: str, to: str) -> bool:
     """Whether ``make test`` has it."""
     if model == "latent_attention":
         return to != "pp2" and source != "one" and "older" not in source + to and (source, to) != ("tp2", "tp2")
-    return model not in SLOW and (model, to) != ("hybrid", "pp2")
+    return model not in SLOW and (model, to) not in (("hybrid", "pp2"), ("dense", "pp2_dp2_layer_wise"))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -102,6 +101,18 @@ def test_flags_of_saves(tmp_path: Path, layout: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["plain", "layer_wise"])
+def test_global_non_persistent_checkpoints(tmp_path: Path, layout: str) -> None:
+    """A run that ended after its last persistent checkpoint goes on from the newer one, which is not."""
+    runs = Runs(tmp_path, layout)
+    here = f"--non-persistent-ckpt-type global --non-persistent-global-ckpt-dir {tmp_path}/b"
+    whole = runs.losses(f"--save {tmp_path}/a --save-interval 2 --non-persistent-save-interval 3 {here}")
+    assert runs.saved("b") == ["3"]
+    (tmp_path / "a" / "latest_checkpointed_iteration.txt").write_text("2")
+    assert runs.losses(f"--load {tmp_path}/a {here}") == {each: whole[each] for each in (4, 5)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["plain", "layer_wise"])
 def test_flags_of_loads(tmp_path: Path, layout: str) -> None:
     """What starts anew from weights is saved, and goes on as it would have."""
     runs = Runs(tmp_path, layout)
@@ -118,9 +129,12 @@ def test_flags_of_loads(tmp_path: Path, layout: str) -> None:
         runs.go_on(name, first, 5)
     for flag in ("--auto-detect-ckpt-format", *map("--dist-ckpt-strictness {}".format, STRICT)):
         assert runs.losses(f"--load {tmp_path}/a {flag}") == {each: whole[each] for each in (3, 4, 5)}, flag
+    adam = Runs(tmp_path, layout, "--ckpt-format torch_dist --optimizer adam")
+    check(adam.start(f"--save {tmp_path}/adam --save-interval 4"))
     for strict, word in UPSTREAM.items():
-        failed: Any = runs.start(f"--load {tmp_path}/a --dist-ckpt-strictness {strict}")
-        assert failed.returncode == 1 and word in failed.stderr, strict
+        for each, name in ((runs, "a"), (adam, "adam")):
+            failed = each.start(f"--load {tmp_path}/{name} --dist-ckpt-strictness {strict}")
+            assert failed.returncode == 1 and word in failed.stderr, (strict, name)
 
 
 STRICT = ("assume_ok_unexpected", "log_unexpected", "log_all", "raise_unexpected", "ignore_all")

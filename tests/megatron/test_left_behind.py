@@ -157,6 +157,7 @@ def test_a_launcher_that_is_stopped(launched: Launched, number: signal.Signals) 
     launched.end()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launched", [(SCRIPT, f"{FOR_LONG} {WORKER}")], indirect=True)
 def test_a_rank_that_is_killed(launched: Launched) -> None:
     """The other rank ends, and the processes that write the checkpoints of both."""

@@ -63,6 +63,7 @@ def published(planner: Planner, tmp_path_factory: pytest.TempPathFactory) -> Pub
     return of_model
 
 
+@pytest.mark.slow
 def test_the_largest_is_planned_quickly_and_in_little_memory(published: Published, tmp_path: Path) -> None:
     """As a user starts it; time is the processor's, whatever else the machine does."""
     usage = tmp_path / "usage.json"

@@ -140,7 +140,7 @@ def resume(layout: Layout, optimizer: dict[str, Any], folder: str) -> list[float
     return run.losses(2)
 
 
-@pytest.mark.parametrize("name", with_slow(SAVED, "adamuon_eo", "namo", "hyperball", "scion", "stiefel", "transfer"))
+@pytest.mark.parametrize("name", with_slow(SAVED, *(set(SAVED) - {"sphere"})))
 def test_state_is_saved_for_every_layout(pool: RankPool, weights: str, tmp_path: Path, name: str) -> None:
     """TP 2 to TP 4 (more ranks than query groups), PP 2 and layer-wise; without its state the losses would differ."""
     folder = str(tmp_path / "checkpoint")

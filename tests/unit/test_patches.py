@@ -212,6 +212,7 @@ def test_install_before_the_imports_hooks_nothing_twice(tree: Path) -> None:
     check_points(run(code + CHECK_POINTS, tree), 2)
 
 
+@pytest.mark.slow
 def test_a_fork_with_some_of_the_patches() -> None:
     """What it has is native, what it lacks is hooked: each target one of the two, and without install() too."""
     some = [0, 1, 5, 7]  # the predicate, the tag, extension points, ownership
