@@ -61,7 +61,7 @@ def read_box(file: IO[bytes], offsets: Sequence[int], sizes: Sequence[int], targ
     """
     with FakeTensorMode():  # torch gives the place in the file, and reads no numbers
         stored = torch.load(file, map_location="cpu", weights_only=True)
-    start = stored.untyped_storage()._checkpoint_offset
+    start = getattr(stored.untyped_storage(), "_checkpoint_offset", None)  # torch's own, of later versions
     if start is None or not stored.is_contiguous() or tuple(target.shape) != tuple(sizes):
         file.seek(0)
         whole = torch.load(file, map_location="cpu", weights_only=True)

@@ -23,7 +23,7 @@ from megatron_muon.optimizers.power import UPDATE_LEFT
 from megatron_muon.optimizers.sizes import RADIUS as BALL_RADIUS
 from megatron_muon.optimizers.sphere import LEFT, MULTIPLIER, RADIUS
 
-__all__ = ["ESTIMATED", "MASTER", "Choice", "choose", "difference", "estimated_second_moment", "gradients_to_average"]
+__all__ = ["ESTIMATED", "MASTER", "Choice", "choose", "difference", "gradients_to_average"]
 
 _ALTERNATIVES = {
     "fp32_param": ("fp32_param", "param"),
@@ -147,21 +147,11 @@ def _sources(state: str, stored: Stored) -> Iterator[tuple[str, str]]:
             yield name, prefix
 
 
-def estimated_second_moment(average: torch.Tensor, decay: float) -> torch.Tensor:
-    """A uniform second moment for a weight that has had none.
-
-    Args:
-        average: moving average of the gradient, of any shape.
-        decay: of it, in [0, 1).
-
-    Returns:
-        of the same shape, the estimate of the mean square of a gradient.
-    """
-    return torch.full_like(average, 1.0) * average.square().mean() * gradients_to_average(decay)
-
-
 def gradients_to_average(decay: float) -> float:
-    """The mean square of gradients of noise, divided by that of their moving average of this decay."""
+    """The mean square of gradients of noise, divided by that of their moving average of this decay, in [0, 1).
+
+    By it a second moment is estimated for a weight that has had none: one number for all of its elements.
+    """
     return (1.0 + decay) / (1.0 - decay)
 
 

@@ -27,6 +27,7 @@ import torch
 from megatron_muon.checkpoint import folders
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.reading import BLOCK, COMMON, Chunk, Index, pieces
+from megatron_muon.checkpoint.sources import gradients_to_average
 from megatron_muon.errors import size_text
 
 __all__ = ["Content", "Plan", "write"]
@@ -319,8 +320,8 @@ class _Files:
 
 
 def _second_moment(mean_square: float, decay: float) -> torch.Tensor:
-    """See :func:`megatron_muon.checkpoint.sources.estimated_second_moment`."""
-    return torch.tensor(mean_square * ((1.0 + decay) / (1.0 - decay)), dtype=torch.float32)
+    """The estimate that loading makes as well, from the mean square of the momentum."""
+    return torch.tensor(mean_square * gradients_to_average(decay), dtype=torch.float32)
 
 
 def _index(index: Index, plan: Plan, files: dict[Content | None, tuple[str, int, int]]) -> bytes:
