@@ -134,7 +134,9 @@ def write_over_parts(root: str) -> tuple[dict[str, bool], str]:
                 return model if part == "model" else run.optimizer.sharded_state_dict(model, metadata=METADATA)
 
             dist_checkpointing.save(state(), str(folder))
+            dist.barrier()  # the first rank writes the last mark, and takes it away below
             assert folders.is_whole(folder)
+            dist.barrier()
             interrupt(state(), str(folder))
             dist.barrier()
             whole[f"{name} {part}"] = folders.is_whole(folder)
