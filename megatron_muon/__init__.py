@@ -9,6 +9,7 @@ or, without touching the script, ``torchrun ... -m megatron_muon run SCRIPT ARGS
 import megatron_muon.leaving  # noqa: F401  before torch is imported: see there
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
+from megatron_muon.options import MuonOptions
 from megatron_muon.plugin import install, is_installed, uninstall
 from megatron_muon.version import __version__
 
@@ -17,6 +18,7 @@ __all__ = [
     "ConfigError",
     "Muon",
     "MuonConfig",
+    "MuonOptions",
     "ParamGroups",
     "StateBytes",
     "__version__",

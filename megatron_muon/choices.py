@@ -5,14 +5,19 @@ from __future__ import annotations
 __all__ = [
     "BALLS",
     "DIRECTIONS",
+    "NS_BACKENDS",
     "OPTIMIZERS",
     "PARAM_CHOICES",
     "QK_CLIP_RULES",
     "QK_LOGITS",
+    "SCALAR_OPTIMIZERS",
     "SCALE_MODES",
     "SECOND_MOMENTS",
+    "STIEFEL",
     "STIEFEL_SOLVERS",
+    "TP_MODES",
     "VARIANTS",
+    "WEIGHT_DECAY_METHODS",
     "parse_param_rule",
     "parse_transfer",
 ]
@@ -40,6 +45,18 @@ SCALE_MODES = (
 )
 """``--muon-scale-mode``: see :func:`megatron_muon.orthogonalize.scale.scale_factor`."""
 
+TP_MODES = ("auto", "owner", "gram", "duplicated", "distributed", "blockwise")
+"""``--muon-tp-mode``: see :mod:`megatron_muon.engine.modes`."""
+
+NS_BACKENDS = ("auto", "torch", "triton", "emerging", "gram_newton_schulz")
+"""``--muon-ns-backend``: see :mod:`megatron_muon.orthogonalize.backends`."""
+
+SCALAR_OPTIMIZERS = ("adam", "lion")
+"""``--muon-scalar-optimizer``: see :mod:`megatron_muon.optimizers.scalar_rows`."""
+
+WEIGHT_DECAY_METHODS = ("decoupled", "independent", "independent_scheduled", "l2", "cautious")
+"""``--muon-weight-decay-method``: see :func:`megatron_muon.optimizers.groups.options_of`."""
+
 STIEFEL_SOLVERS = ("admm", "dual_ascent", "fixed_point")
 """``--muon-stiefel-solver``: those of :mod:`megatron_muon.optimizers.stiefel_solvers`."""
 
@@ -52,7 +69,10 @@ QK_LOGITS = ("auto", "scores", "te", "exact", "lse", "own")
 BALLS = ("sign", "row_norm", "col_norm")
 """Choices of ``--muon-param-rule`` whose updates stay in a ball of ``--muon-ball-radius``."""
 
-DIRECTIONS = ("stiefel", *BALLS)
+STIEFEL = "stiefel"
+"""Choice of ``--muon-param-rule`` for weights that stay on the Stiefel manifold."""
+
+DIRECTIONS = (STIEFEL, *BALLS)
 """Choices of ``--muon-param-rule`` that change how the update of a matrix is found; its split stays that of its own
 rule."""
 

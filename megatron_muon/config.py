@@ -10,17 +10,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megatron_muon.choices import QK_CLIP_RULES, QK_LOGITS, SCALE_MODES, STIEFEL_SOLVERS, VARIANTS
+from megatron_muon.choices import QK_CLIP_RULES, QK_LOGITS, STIEFEL_SOLVERS, VARIANTS
 from megatron_muon.errors import ConfigError
 from megatron_muon.knobs import (
     EVERY_OPTIMIZER,
-    at_least_one,
     boolean,
-    coefficient_triples,
     interval,
     interval_or_never,
     knob,
-    known_coefficients,
     not_negative,
     one_of,
     param_rules,
@@ -30,7 +27,7 @@ from megatron_muon.knobs import (
     transfer_base,
     unit_interval,
 )
-from megatron_muon.orthogonalize.newton_schulz import EPS
+from megatron_muon.options import UpdateKnobs
 from megatron_muon.refusals import MUON, Refusal, refuse
 from megatron_muon.refusals.rule import unread
 
@@ -38,14 +35,9 @@ __all__ = ["PREFIX", "UNREAD", "MuonConfig", "flag"]
 
 PREFIX = "muon_"
 
-_SIZED = ("muon", "adaptive_muon", "stiefel_muon")
-"""Readers of what decides about the size of updates."""
 
-_BY_RADIUS = {"spectral_sphere": "the radius decides about the size of updates (--muon-sphere-radius)"}
-
-
-@dataclasses.dataclass
-class MuonConfig:
+@dataclasses.dataclass(kw_only=True)
+class MuonConfig(UpdateKnobs):
     """What the Muon optimizer does, for a whole run.
 
     Learning rate and weight decay are not here: they are Megatron's ``--lr`` and ``--weight-decay`` and follow its
@@ -122,94 +114,6 @@ class MuonConfig:
         "What to do with a 2-D parameter of a module that no rule knows: error (stop and name it), adam or muon.",
         check=one_of("error", "adam", "muon"),
     )
-    scale_mode: str = knob(
-        "spectral",
-        "Factor on the orthogonalized update of an m x n matrix: spectral sqrt(max(m, n)), moonlight 0.2 times that "
-        "(Adam's update size), moonlight_hidden 0.2 sqrt(hidden size), update_norm whatever gives it an RMS of 1, "
-        "shape_scaling sqrt(max(1, m/n)), unit_rms_norm sqrt(m/n), spectral_norm the same over the measured spectral "
-        "norm, aspect_ratio sqrt(max(m, n)/min(m, n)), none 1. "
-        "m and n are those of the whole logical matrix, never of a shard.",
-        check=one_of(*SCALE_MODES),
-        readers=_SIZED,
-        reasons=_BY_RADIUS,
-    )
-    extra_scale_factor: float = knob(
-        1.0,
-        "A further factor on the update. 0.2 with scale mode spectral gives Adam's update size, so that one learning "
-        "rate serves both (Moonlight, arXiv 2502.16982).",
-        check=positive,
-        readers=_SIZED,
-        reasons=_BY_RADIUS,
-    )
-    coefficient_type: str = knob(
-        "quintic",
-        "Coefficient set of the Newton-Schulz iteration, as named by emerging-optimizers; custom: those of "
-        "--muon-custom-coefficients.",
-        check=known_coefficients,
-    )
-    custom_coefficients: tuple[str, ...] = knob(
-        (),
-        "a,b,c: coefficients of one Newton-Schulz step, with --muon-coefficient-type custom. Repeatable, one for each "
-        "step in order; they start again if there are fewer than --muon-num-ns-steps.",
-        check=coefficient_triples,
-    )
-    num_ns_steps: int = knob(5, "Number of Newton-Schulz steps.", check=at_least_one)
-    eps: float = knob(
-        EPS,
-        "Lower bound of the Frobenius norm that a matrix is divided by before the Newton-Schulz iteration: matrices of "
-        "smaller norm get smaller updates.",
-        check=positive,
-    )
-    fp32_matmul_prec: str = knob(
-        "medium",
-        "Precision that the matrix products in Newton-Schulz need at least: medium bfloat16, high TF32 where the "
-        "device has it, highest float32. --muon-ns-dtype says more.",
-        check=one_of(
-            "medium",
-            "high",
-            "highest",
-            hints={"low": "torch has no such precision; use medium (bfloat16), high (TF32) or highest (float32)"},
-        ),
-    )
-    ns_dtype: str = knob(
-        "auto",
-        "Type of numbers in Newton-Schulz: fp32, bf16, fp16 (Gram Newton-Schulz; more exact than bf16 and faster where "
-        "the device has fast fp16), or auto: by --muon-fp32-matmul-prec, bf16 for medium and otherwise the weight's "
-        "own.",
-        check=one_of("auto", "fp32", "bf16", "fp16"),
-    )
-    ns_backend: str = knob(
-        "auto",
-        "Kernels of the products in Newton-Schulz: torch, triton (this package's), emerging (emerging-optimizers'), "
-        "gram_newton_schulz (that package's), or auto: the best that the device has and that passes a numeric check.",
-        check=one_of("auto", "torch", "triton", "emerging", "gram_newton_schulz"),
-    )
-    tp_mode: str = knob(
-        "auto",
-        "How tensor-parallel ranks share the work: owner (each gets some matrices whole), gram (each gets some Gram "
-        "matrices), duplicated (all get everything), distributed (Gram matrices are summed), auto (the cheapest of "
-        "these for each shape; all give the update of one device), blockwise (each shard by itself: another update, "
-        "which depends on the tensor-parallel size). Megatron's default is blockwise.",
-        check=one_of("auto", "owner", "gram", "duplicated", "distributed", "blockwise"),
-    )
-    tp_wire_dtype: str = knob(
-        "auto",
-        "Type of numbers in which tensor-parallel ranks send each other matrices: fp32 (as they are), bf16, or auto: "
-        "bf16 if Newton-Schulz rounds to 16 bits anyway.",
-        check=one_of("auto", "fp32", "bf16"),
-    )
-    chunk_mb: float = knob(
-        0.0,
-        "Bound in MiB of the float32 matrices that a rank orthogonalizes at once. Larger chunks mean fewer messages, "
-        "smaller ones less memory and more overlap. A larger matrix is a chunk of its own. 0: 256 on GPUs, 16 on CPUs.",
-        check=not_negative,
-    )
-    scalar_optimizer: str = knob(
-        "adam",
-        "Optimizer of the weights (and of rows within weights) that Muon does not update: adam or lion.",
-        check=one_of("adam", "lion"),
-        readers=("muon", "adaptive_muon"),
-    )
     scalar_lr: float = knob(
         0.0,
         "Peak learning rate of what the scalar optimizer updates; the minimum is scaled alike. 0: that of Muon, --lr.",
@@ -255,21 +159,6 @@ class MuonConfig:
         "All singular values of matrices on the manifold, with --optimizer stiefel_muon; --lr is relative to it.",
         check=positive,
         readers=("stiefel_muon",),
-    )
-    ball_radius: float = knob(
-        1.0,
-        "Size of the updates of weights that --muon-param-rule gives to sign, row_norm or col_norm: their RMS; of "
-        "weights other than tables, over the number of their columns (not for col_norm).",
-        check=positive,
-    )
-    weight_decay_method: str = knob(
-        "decoupled",
-        "Weight decay of matrices: decoupled by learning rate x weight decay; independent by the weight decay alone; "
-        "independent_scheduled by weight decay x learning rate / peak learning rate; l2 added to the gradient; "
-        "cautious as decoupled, where weight and update agree in sign.",
-        check=one_of("decoupled", "independent", "independent_scheduled", "l2", "cautious"),
-        readers=_SIZED,
-        reasons={"spectral_sphere": "weights keep their norm, and do not decay"},
     )
     scalar_weight_decay_method: str = knob(
         "decoupled",
@@ -371,13 +260,6 @@ class MuonConfig:
     def as_settings(self) -> dict[str, Any]:
         """Every value by the name that parsed arguments and ``OptimizerConfig`` have for it: ``muon_eps``."""
         return {PREFIX + field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    @property
-    def ns_type(self) -> str:
-        """``bf16``, ``fp16``, ``fp32``, or ``own`` for the weight's, from :attr:`ns_dtype` and Megatron's precision."""
-        if self.ns_dtype != "auto":
-            return self.ns_dtype
-        return "bf16" if self.fp32_matmul_prec == "medium" else "own"
 
     @property
     def qkv_choice(self) -> str:

@@ -23,15 +23,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_muon.choices import TP_MODES
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 __all__ = ["AUTO", "BLOCKWISE", "DISTRIBUTED", "DUPLICATED", "GRAM", "LENT", "LOCAL", "MODES", "OWNER", "SPLIT", "Cost"]
 __all__ += ["Divided", "Machine", "Sizes", "cheapest_mode", "cost_of"]
 
-OWNER, GRAM, DUPLICATED, DISTRIBUTED = "owner", "gram", "duplicated", "distributed"
-BLOCKWISE, AUTO = "blockwise", "auto"
-
-MODES = (AUTO, OWNER, GRAM, DUPLICATED, DISTRIBUTED, BLOCKWISE)
+MODES = AUTO, OWNER, GRAM, DUPLICATED, DISTRIBUTED, BLOCKWISE = TP_MODES
 
 LOCAL = "local"
 """What plans call matrices that a rank holds whole."""

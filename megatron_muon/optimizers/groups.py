@@ -24,6 +24,16 @@ OPTIONAL = ("nesterov", "scale_mode", "extra_scale_factor", "weight_decay_method
 """What a group may have of its own; without, the optimizer's holds. All other options that it may have are always in
 it (``torch.optim.Optimizer.defaults``)."""
 
+PER_GROUP = (
+    "damping_depth",
+    "scalar_optimizer",
+    "scalar_betas",
+    "scalar_eps",
+    "scalar_lr_mult",
+    "scalar_wd_mult",
+)
+"""Options of :class:`megatron_muon.MuonOptions` that every group has."""
+
 _OF_TORCH = ("params", "param_names", "initial_lr", "base_momentum", "max_momentum", "swa_lr", "name", "group_name")
 _OF_MEGATRON = ("max_lr", "min_lr", "start_wd", "end_wd", "wd_mult", "lr_mult", "optimizer", "is_expert_parallel")
 _OF_OTHERS = {*_OF_TORCH, *_OF_MEGATRON, "is_decoupled_lr", "default_config", "pre_wd_mult", "pre_lr_mult"}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.engines import Engines, together
-from megatron_muon.optimizers.groups import OPTIONAL, Options, Rate, check_names, check_numbers, options_of
+from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, Options, Rate, check_names, check_numbers, options_of
 from megatron_muon.optimizers.handled import STEP, Marks, refuse_elsewhere
 from megatron_muon.optimizers.jobs import Addition, Job, Jobs, begin, reader, update_of
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts, spectrally_normalized
@@ -28,7 +29,7 @@ from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, restart_emptied, step_scalar_rows
 from megatron_muon.optimizers.sizes import VARIANTS, normalized
 from megatron_muon.optimizers.stages import Matrices, Variant, init_rows
-from megatron_muon.orthogonalize.newton_schulz import EPS
+from megatron_muon.options import MuonOptions, UpdateKnobs
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM, UPDATE_NORM, scale_factor
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
@@ -78,38 +79,16 @@ class Muon(torch.optim.Optimizer):
         momentum: decay of the momentum, 0 <= momentum < 1.
         nesterov: whether to use Nesterov momentum.
         weight_decay: weight decay; decoupled, it is multiplied by ``lr`` alone.
-        weight_decay_method: ``decoupled``, ``independent`` (W shrinks by ``weight_decay`` itself),
-            ``independent_scheduled`` (by it times lr / peak lr, arXiv 2512.05620), ``l2`` (added to the gradient) or
-            ``cautious`` (decoupled, where W and update agree in sign).
-        scale_mode: see :func:`megatron_muon.orthogonalize.scale.scale_factor`.
-        extra_scale_factor: a further factor on the update.
-        coefficient_type: see :func:`megatron_muon.orthogonalize.coefficients.coefficients`.
-        num_ns_steps: Newton-Schulz steps.
-        eps: lower bound of the norm before the iteration.
-        custom_coefficients: ``"a,b,c"`` for each step, with ``coefficient_type="custom"``.
-        fp32_matmul_prec: ``medium`` (bfloat16), ``high`` (TF32) or ``highest`` (the parameter's dtype).
-        ns_dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: by ``fp32_matmul_prec``.
-        ns_backend: kernels of the matrix products, see :mod:`megatron_muon.orthogonalize.backends`.
-        tp_mode: see :mod:`megatron_muon.engine.modes`.
-        tp_wire_dtype: ``fp32`` (the momentum as it is), ``bf16``, or ``auto``: bf16 if the iteration has 16 bits.
-        chunk_mb: bound in MiB of the float32 matrices that a rank orthogonalizes at once; 0: 256 on GPUs, 16 on CPUs.
+        variant: what differs from plain Muon: a name of :data:`megatron_muon.optimizers.sizes.VARIANTS`, or an object.
+        options: all other options; None: their defaults.
         tp_group: tensor-parallel group of dense weights; None if nothing is divided.
         expert_tp_group: that of weights with ``expert_tp = True``.
-        scalar_optimizer: ``adam`` or ``lion``: the rule of rows that a layout gives to the scalar optimizer.
-        scalar_betas: its betas.
-        scalar_eps: its eps (Adam).
-        scalar_lr_mult: its learning rate, as a multiple of the group's.
-        scalar_wd_mult: its weight decay, as a multiple of the group's.
-        variant: what differs from plain Muon: a name of :data:`megatron_muon.optimizers.sizes.VARIANTS`, or an object.
-        ball_radius: size of the updates of weights whose layout has a direction of
-            :data:`megatron_muon.routing.layout.BALLS`, see :mod:`megatron_muon.optimizers.balls`.
-        hidden_size: of the model, for ``scale_mode="moonlight_hidden"``.
-        damping_depth: not 0: ``eps`` is damping that fits models of all sizes: eps sqrt(n / m) / damping_depth is added
-            to the norm of an m x n matrix (arXiv 2512.05620), see :mod:`megatron_muon.transfer`.
+        **overrides: options by name, such as ``scale_mode="moonlight"``; they count before those in ``options``.
 
     Raises:
         ValueError: for a wrong value (:class:`megatron_muon.ConfigError`), a parameter that is not 2-D, or a fused
             weight whose shards ``tp_mode`` cannot split.
+        TypeError: for an option that there is not.
     """
 
     directions: tuple[str, ...] = (MSIGN, *BALLS)
@@ -127,75 +106,32 @@ class Muon(torch.optim.Optimizer):
         self,
         params: ParamsT,
         lr: Rate = 1e-3,
-        momentum: float = 0.95,
-        nesterov: bool = False,
+        momentum: float = MuonConfig.momentum,
+        nesterov: bool = MuonConfig.nesterov,
         weight_decay: float = 0.01,
         *,
-        scale_mode: str = "spectral",
-        extra_scale_factor: float = 1.0,
-        coefficient_type: str = "quintic",
-        num_ns_steps: int = 5,
-        eps: float = EPS,
-        custom_coefficients: Sequence[str] = (),
-        fp32_matmul_prec: str = "medium",
-        ns_dtype: str = "auto",
-        ns_backend: str = "auto",
-        tp_mode: str = "auto",
-        tp_wire_dtype: str = "auto",
-        chunk_mb: float = 0.0,
+        variant: str | Variant = "none",
+        options: MuonOptions | None = None,
         tp_group: dist.ProcessGroup | None = None,
         expert_tp_group: dist.ProcessGroup | None = None,
-        scalar_optimizer: str = "adam",
-        scalar_betas: tuple[float, float] = (0.9, 0.999),
-        scalar_eps: float = 1e-8,
-        scalar_lr_mult: float = 1.0,
-        scalar_wd_mult: float = 1.0,
-        weight_decay_method: str = "decoupled",
-        variant: str | Variant = "none",
-        ball_radius: float = 1.0,
-        hidden_size: int = 0,
-        damping_depth: float = 0.0,
+        **overrides: Any,
     ) -> None:
-        self.config = MuonConfig(
-            momentum=momentum,
-            nesterov=nesterov,
-            scale_mode=scale_mode,
-            extra_scale_factor=extra_scale_factor,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            eps=eps,
-            custom_coefficients=tuple(custom_coefficients),
-            fp32_matmul_prec=fp32_matmul_prec,
-            ns_dtype=ns_dtype,
-            ns_backend=ns_backend,
-            tp_mode=tp_mode,
-            tp_wire_dtype=tp_wire_dtype,
-            chunk_mb=chunk_mb,
-            scalar_optimizer=scalar_optimizer,
-            weight_decay_method=weight_decay_method,
-            variant=_name(variant),
-            ball_radius=ball_radius,
-        ).validate()
-        if scale_mode == MOONLIGHT_HIDDEN and hidden_size < 1:
+        options = _with(options or MuonOptions(), overrides)
+        knobs = {field.name: getattr(options, field.name) for field in fields(UpdateKnobs)}
+        self.config = MuonConfig(momentum=momentum, nesterov=nesterov, variant=_name(variant), **knobs).validate()
+        if options.scale_mode == MOONLIGHT_HIDDEN and options.hidden_size < 1:
             raise ConfigError(
-                f"--muon-scale-mode {MOONLIGHT_HIDDEN} with hidden_size {hidden_size}: give the model's hidden size, "
-                "or use --muon-scale-mode moonlight."
+                f"--muon-scale-mode {MOONLIGHT_HIDDEN} with hidden_size {options.hidden_size}: give the model's hidden "
+                "size, or use --muon-scale-mode moonlight."
             )
-        self.hidden_size = hidden_size
+        self.hidden_size = options.hidden_size
         self.variant = VARIANTS.get(variant, Variant)() if isinstance(variant, str) else variant
-        self.engines = Engines(self.config, tp_group, expert_tp_group, damped=damping_depth > 0.0)
+        self.engines = Engines(self.config, tp_group, expert_tp_group, damped=options.damping_depth > 0.0)
         self.starts = WarmStarts()
         self._first_lrs: list[Rate] = []
         self._start()
-        scalar = {
-            "scalar_optimizer": scalar_optimizer,
-            "scalar_betas": scalar_betas,
-            "scalar_eps": scalar_eps,
-            "scalar_lr_mult": scalar_lr_mult,
-            "scalar_wd_mult": scalar_wd_mult,
-        }
-        own = {"momentum": momentum, "weight_decay": weight_decay, "damping_depth": damping_depth}
-        defaults = {"lr": lr, STEP: 0, **own, **scalar}
+        own = {name: getattr(options, name) for name in PER_GROUP}
+        defaults = {"lr": lr, STEP: 0, "momentum": momentum, "weight_decay": weight_decay, **own}
         check_numbers(defaults)
         super().__init__(params, defaults)
 
@@ -247,7 +183,8 @@ class Muon(torch.optim.Optimizer):
 
     def _check_group(self, given: dict[str, Any], group: dict[str, Any]) -> None:
         """Refuse a param group: as it was given, and with the entries that it lacked."""
-        constructor = {name for cls in (type(self), Muon) for name in inspect.signature(cls.__init__).parameters}
+        parameters = {name for cls in (type(self), Muon) for name in inspect.signature(cls.__init__).parameters}
+        constructor = parameters | {field.name for field in fields(MuonOptions)}
         check_names(given, self.defaults, constructor)
         check_numbers(group)
         if group["damping_depth"] and not self.defaults["damping_depth"]:
@@ -593,3 +530,17 @@ def _name(variant: str | Variant) -> str:
     """What options call a variant; ``none`` for one that they do not know."""
     name = variant if isinstance(variant, str) else variant.name
     return name if isinstance(variant, str) or name in VARIANTS else "none"
+
+
+def _with(options: MuonOptions, overrides: dict[str, Any]) -> MuonOptions:
+    """Options with some of them replaced.
+
+    Raises:
+        TypeError: for one that there is not, naming those that may be meant.
+    """
+    names = [field.name for field in fields(MuonOptions)]
+    for name in overrides.keys() - names:
+        near = difflib.get_close_matches(name, [*names, "momentum", "nesterov", "weight_decay", "variant"], 1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise TypeError(f"Muon has no option {name} ({meant}). What a variant alone has is given to its class.")
+    return replace(options, **overrides)

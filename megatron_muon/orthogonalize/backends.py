@@ -9,15 +9,13 @@ from importlib import import_module
 
 import torch
 
+from megatron_muon.choices import NS_BACKENDS
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.kernels.gate import examine
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
 from megatron_muon.orthogonalize.switches import float32_is_exact
 
-__all__ = ["BACKENDS", "choose_products"]
-
-BACKENDS = ("auto", "torch", "triton", "emerging", "gram_newton_schulz")
-"""Values of ``--muon-ns-backend``."""
+__all__ = ["choose_products"]
 
 _FLAG = "--muon-ns-backend"
 
@@ -66,8 +64,8 @@ def choose_products(backend: str, device: torch.device, dtype: torch.dtype) -> t
     name of the products (``TorchProducts.name``), or their copies drift apart.
 
     Args:
-        backend: one of :data:`BACKENDS`. ``auto`` takes the first of gram_newton_schulz, triton, emerging and torch
-            that can be used, on CPUs torch by blocks.
+        backend: one of :data:`megatron_muon.choices.NS_BACKENDS`. ``auto`` takes the first of gram_newton_schulz,
+            triton, emerging and torch that can be used, on CPUs torch by blocks.
         device: where it will multiply.
         dtype: in which. For float32, call this under the :func:`matmul_precision` of the step: what is best
             depends on whether products may be TF32.
@@ -80,8 +78,8 @@ def choose_products(backend: str, device: torch.device, dtype: torch.dtype) -> t
         ConfigError: for an unknown backend, and for one that is asked for by name and is not there, does not support
             the device or dtype, or fails the check.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"{_FLAG} {backend}: choose one of {', '.join(BACKENDS)}.")
+    if backend not in NS_BACKENDS:
+        raise ConfigError(f"{_FLAG} {backend}: choose one of {', '.join(NS_BACKENDS)}.")
     device = _numbered(device)
     where = f"{_name(dtype)} on {device}"
     if backend == "torch":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 
 from megatron_muon._patching import Patch
 from megatron_muon.config import MuonConfig
+from megatron_muon.options import UpdateKnobs
 from megatron_muon.plugin.transfer import transfer_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
@@ -72,14 +71,6 @@ def _init_state(optimizer: Any, config: Any = None) -> None:
         optimizer._init_group(group, skip_non_grad_params=False)
 
 
-@functools.cache
-def _knobs() -> list[str]:
-    """Knobs that the optimizer itself takes; the others are routing's, the factory's and the monitor's."""
-    from megatron_muon.optimizers.muon import Muon
-
-    return [name for name in inspect.signature(Muon.__init__).parameters if name in MuonConfig.__dataclass_fields__]
-
-
 def _muon_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
     """Constructor arguments of :class:`megatron_muon.Muon` from Megatron's ``OptimizerConfig``."""
     muon = MuonConfig.from_optimizer_config(config)
@@ -88,7 +79,10 @@ def _muon_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collec
     transfer = transfer_of(muon, model_chunks)
     scalar = ("adam_beta1", "adam_beta2") if muon.scalar_optimizer == "adam" else ("lion_beta1", "lion_beta2")
     return {
-        **{name: getattr(muon, name) for name in _knobs()},
+        **{field.name: getattr(muon, field.name) for field in dataclasses.fields(UpdateKnobs)},
+        "momentum": muon.momentum,
+        "nesterov": muon.nesterov,
+        "variant": muon.variant,
         "scalar_betas": tuple(getattr(config, name) for name in scalar),
         "damping_depth": 0.0 if transfer is None else 1.0,
         "hidden_size": get_model_config(model_chunks[0]).hidden_size,

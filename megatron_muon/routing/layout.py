@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_muon.choices import BALLS, STIEFEL
+
 __all__ = [
     "BALLS",
     "COLUMN_NORM",
@@ -38,15 +40,11 @@ ORTHOGONALIZE = "orthogonalize"
 SCALAR = "scalar"
 
 MSIGN = "msign"
-SIGN = "sign"
-ROW_NORM = "row_norm"
-COLUMN_NORM = "col_norm"
-STIEFEL = "stiefel"
 
 TABLE = "embedding"
 """Kind of a weight whose rows are looked up."""
 
-BALLS = (SIGN, ROW_NORM, COLUMN_NORM)
+SIGN, ROW_NORM, COLUMN_NORM = BALLS
 """Directions that need no orthogonalization: see :mod:`megatron_muon.optimizers.balls`."""
 
 

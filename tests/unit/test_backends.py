@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_muon.choices import NS_BACKENDS
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize import backends
-from megatron_muon.orthogonalize.backends import BACKENDS, choose_products
+from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.kernels import gate
 from megatron_muon.orthogonalize.kernels.gate import examine
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
@@ -74,7 +75,7 @@ def test_unknown_name() -> None:
         choose_products("cublas", CPU, torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[3:])
+@pytest.mark.parametrize("backend", NS_BACKENDS[3:])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_what_is_not_there_is_refused_by_name(backend: str, dtype: torch.dtype) -> None:
     with pytest.raises(ConfigError, match=rf"--muon-ns-backend {backend}, .* on cpu: it .*Use auto or torch"):
@@ -122,7 +123,7 @@ def test_package_that_breaks_when_loaded_is_passed_over(
 
 def test_order_is_vendor_own_emerging() -> None:
     assert list(backends._KERNELS) == ["gram_newton_schulz", "triton", "emerging"]
-    assert set(BACKENDS) == {"auto", "torch", *backends._KERNELS}
+    assert set(NS_BACKENDS) == {"auto", "torch", *backends._KERNELS}
 
 
 def test_check_runs_once(install: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

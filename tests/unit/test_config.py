@@ -54,7 +54,7 @@ def test_options_that_contradict_each_other_are_refused() -> None:
 
 
 def test_all_wrong_values_are_said_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"--muon-momentum 2: .*\n--muon-eps 0: "):
+    with pytest.raises(ConfigError, match=r"--muon-eps 0: .*\n--muon-momentum 2: "):
         MuonConfig(momentum=2, eps=0).validate()
 
 

@@ -1,0 +1,186 @@
+"""How matrices are updated: the options of :class:`megatron_muon.Muon`, each with its default.
+
+Those of :class:`UpdateKnobs` are flags, too (``--muon-<name>``), by way of :class:`megatron_muon.MuonConfig`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_muon.choices import NS_BACKENDS, SCALAR_OPTIMIZERS, SCALE_MODES, TP_MODES, WEIGHT_DECAY_METHODS
+from megatron_muon.knobs import (
+    at_least_one,
+    coefficient_triples,
+    knob,
+    known_coefficients,
+    not_negative,
+    one_of,
+    positive,
+)
+from megatron_muon.orthogonalize.newton_schulz import EPS
+
+__all__ = ["MuonOptions", "UpdateKnobs"]
+
+_SIZED = ("muon", "adaptive_muon", "stiefel_muon")
+"""Values of ``--optimizer`` with which flags decide about the size of updates."""
+
+_BY_RADIUS = {"spectral_sphere": "the radius decides about the size of updates (--muon-sphere-radius)"}
+
+
+@dataclass(kw_only=True)
+class UpdateKnobs:
+    """What optimizer and command line both know."""
+
+    scale_mode: str = knob(
+        "spectral",
+        "Factor on the orthogonalized update of an m x n matrix: spectral sqrt(max(m, n)), moonlight 0.2 times that "
+        "(Adam's update size), moonlight_hidden 0.2 sqrt(hidden size), update_norm whatever gives it an RMS of 1, "
+        "shape_scaling sqrt(max(1, m/n)), unit_rms_norm sqrt(m/n), spectral_norm the same over the measured spectral "
+        "norm, aspect_ratio sqrt(max(m, n)/min(m, n)), none 1. "
+        "m and n are those of the whole logical matrix, never of a shard.",
+        check=one_of(*SCALE_MODES),
+        readers=_SIZED,
+        reasons=_BY_RADIUS,
+    )
+    extra_scale_factor: float = knob(
+        1.0,
+        "A further factor on the update. 0.2 with scale mode spectral gives Adam's update size, so that one learning "
+        "rate serves both (Moonlight, arXiv 2502.16982).",
+        check=positive,
+        readers=_SIZED,
+        reasons=_BY_RADIUS,
+    )
+    coefficient_type: str = knob(
+        "quintic",
+        "Coefficient set of the Newton-Schulz iteration, as named by emerging-optimizers; custom: those of "
+        "--muon-custom-coefficients.",
+        check=known_coefficients,
+    )
+    custom_coefficients: tuple[str, ...] = knob(
+        (),
+        "a,b,c: coefficients of one Newton-Schulz step, with --muon-coefficient-type custom. Repeatable, one for each "
+        "step in order; they start again if there are fewer than --muon-num-ns-steps.",
+        check=coefficient_triples,
+    )
+    num_ns_steps: int = knob(5, "Number of Newton-Schulz steps.", check=at_least_one)
+    eps: float = knob(
+        EPS,
+        "Lower bound of the Frobenius norm that a matrix is divided by before the Newton-Schulz iteration: matrices of "
+        "smaller norm get smaller updates.",
+        check=positive,
+    )
+    fp32_matmul_prec: str = knob(
+        "medium",
+        "Precision that the matrix products in Newton-Schulz need at least: medium bfloat16, high TF32 where the "
+        "device has it, highest float32. --muon-ns-dtype says more.",
+        check=one_of(
+            "medium",
+            "high",
+            "highest",
+            hints={"low": "torch has no such precision; use medium (bfloat16), high (TF32) or highest (float32)"},
+        ),
+    )
+    ns_dtype: str = knob(
+        "auto",
+        "Type of numbers in Newton-Schulz: fp32, bf16, fp16 (Gram Newton-Schulz; more exact than bf16 and faster where "
+        "the device has fast fp16), or auto: by --muon-fp32-matmul-prec, bf16 for medium and otherwise the weight's "
+        "own.",
+        check=one_of("auto", "fp32", "bf16", "fp16"),
+    )
+    ns_backend: str = knob(
+        "auto",
+        "Kernels of the products in Newton-Schulz: torch, triton (this package's), emerging (emerging-optimizers'), "
+        "gram_newton_schulz (that package's), or auto: the best that the device has and that passes a numeric check.",
+        check=one_of(*NS_BACKENDS),
+    )
+    tp_mode: str = knob(
+        "auto",
+        "How tensor-parallel ranks share the work: owner (each gets some matrices whole), gram (each gets some Gram "
+        "matrices), duplicated (all get everything), distributed (Gram matrices are summed), auto (the cheapest of "
+        "these for each shape; all give the update of one device), blockwise (each shard by itself: another update, "
+        "which depends on the tensor-parallel size). Megatron's default is blockwise.",
+        check=one_of(*TP_MODES),
+    )
+    tp_wire_dtype: str = knob(
+        "auto",
+        "Type of numbers in which tensor-parallel ranks send each other matrices: fp32 (as they are), bf16, or auto: "
+        "bf16 if Newton-Schulz rounds to 16 bits anyway.",
+        check=one_of("auto", "fp32", "bf16"),
+    )
+    chunk_mb: float = knob(
+        0.0,
+        "Bound in MiB of the float32 matrices that a rank orthogonalizes at once. Larger chunks mean fewer messages, "
+        "smaller ones less memory and more overlap. A larger matrix is a chunk of its own. 0: 256 on GPUs, 16 on CPUs.",
+        check=not_negative,
+    )
+    scalar_optimizer: str = knob(
+        "adam",
+        "Optimizer of the weights (and of rows within weights) that Muon does not update: adam or lion.",
+        check=one_of(*SCALAR_OPTIMIZERS),
+        readers=("muon", "adaptive_muon"),
+    )
+    weight_decay_method: str = knob(
+        "decoupled",
+        "Weight decay of matrices: decoupled by learning rate x weight decay; independent by the weight decay alone; "
+        "independent_scheduled by weight decay x learning rate / peak learning rate; l2 added to the gradient; "
+        "cautious as decoupled, where weight and update agree in sign.",
+        check=one_of(*WEIGHT_DECAY_METHODS),
+        readers=_SIZED,
+        reasons={"spectral_sphere": "weights keep their norm, and do not decay"},
+    )
+    ball_radius: float = knob(
+        1.0,
+        "Size of the updates of weights that --muon-param-rule gives to sign, row_norm or col_norm: their RMS; of "
+        "weights other than tables, over the number of their columns (not for col_norm).",
+        check=positive,
+    )
+
+    @property
+    def ns_type(self) -> str:
+        """``bf16``, ``fp16``, ``fp32``, or ``own`` for the weight's, from :attr:`ns_dtype` and Megatron's precision."""
+        if self.ns_dtype != "auto":
+            return self.ns_dtype
+        return "bf16" if self.fp32_matmul_prec == "medium" else "own"
+
+
+@dataclass(kw_only=True)
+class MuonOptions(UpdateKnobs):
+    """Options of :class:`megatron_muon.Muon` beside those that torch's optimizers have.
+
+    ``Muon(params, options=MuonOptions(scale_mode="moonlight"))`` and ``Muon(params, scale_mode="moonlight")`` are the
+    same. Values are checked by the optimizer.
+
+    Attributes:
+        scale_mode: see :func:`megatron_muon.scale_factor`.
+        extra_scale_factor: a further factor on the update.
+        coefficient_type: see :func:`megatron_muon.coefficients`.
+        custom_coefficients: ``"a,b,c"`` for each step, with ``coefficient_type="custom"``.
+        num_ns_steps: Newton-Schulz steps.
+        eps: lower bound of the norm before the iteration.
+        fp32_matmul_prec: ``medium`` (bfloat16), ``high`` (TF32) or ``highest`` (the parameter's dtype).
+        ns_dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: by ``fp32_matmul_prec``.
+        ns_backend: kernels of the matrix products, see :mod:`megatron_muon.orthogonalize.backends`.
+        tp_mode: see :mod:`megatron_muon.engine.modes`.
+        tp_wire_dtype: ``fp32`` (the momentum as it is), ``bf16``, or ``auto``: bf16 if the iteration has 16 bits.
+        chunk_mb: bound in MiB of the float32 matrices that a rank orthogonalizes at once; 0: 256 on GPUs, 16 on CPUs.
+        scalar_optimizer: ``adam`` or ``lion``: the rule of rows that a layout gives to the scalar optimizer.
+        weight_decay_method: ``decoupled``, ``independent`` (W shrinks by ``weight_decay`` itself),
+            ``independent_scheduled`` (by it times lr / peak lr, arXiv 2512.05620), ``l2`` (added to the gradient) or
+            ``cautious`` (decoupled, where W and update agree in sign).
+        ball_radius: size of the updates of weights whose layout has a direction of
+            :data:`megatron_muon.choices.BALLS`, see :mod:`megatron_muon.optimizers.balls`.
+        scalar_betas: betas of the scalar optimizer.
+        scalar_eps: its eps (Adam).
+        scalar_lr_mult: its learning rate, as a multiple of the group's.
+        scalar_wd_mult: its weight decay, as a multiple of the group's.
+        hidden_size: of the model, for ``scale_mode="moonlight_hidden"``.
+        damping_depth: not 0: ``eps`` is damping that fits models of all sizes: eps sqrt(n / m) / damping_depth is added
+            to the norm of an m x n matrix (arXiv 2512.05620), see :mod:`megatron_muon.transfer`.
+    """
+
+    scalar_betas: tuple[float, float] = (0.9, 0.999)
+    scalar_eps: float = 1e-8
+    scalar_lr_mult: float = 1.0
+    scalar_wd_mult: float = 1.0
+    hidden_size: int = 0
+    damping_depth: float = 0.0

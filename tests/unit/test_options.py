@@ -1,0 +1,81 @@
+"""Options of the optimizer: an object or keywords, one default for each; names that flags take stand in one place."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_muon import Muon, MuonConfig, MuonOptions
+
+PACKAGE = Path(__file__).parents[2] / "megatron_muon"
+
+
+def made(**options: Any) -> Muon:
+    return Muon([torch.nn.Parameter(torch.eye(3))], **options)
+
+
+def test_an_object_and_keywords_say_the_same_and_keywords_count() -> None:
+    options = MuonOptions(scale_mode="moonlight", scalar_betas=(0.8, 0.9), eps=1e-9)
+    by_object = made(options=options, momentum=0.5)
+    by_name = made(scale_mode="moonlight", scalar_betas=(0.8, 0.9), eps=1e-9, momentum=0.5)
+    assert by_object.config == by_name.config and by_object.defaults == by_name.defaults
+    both = made(options=options, scale_mode="none", scalar_eps=1e-3)
+    assert (both.config.scale_mode, both.config.eps, both.defaults["scalar_eps"]) == ("none", 1e-9, 1e-3)
+    assert options == MuonOptions(scale_mode="moonlight", scalar_betas=(0.8, 0.9), eps=1e-9)
+
+
+def test_defaults_are_those_of_the_flags() -> None:
+    assert made().config == MuonConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("scale_mod", r"^Muon has no option scale_mod \(did you mean scale_mode\?\)"),
+        ("nestrov", r"\(did you mean nesterov\?\)"),
+        ("maximize", r"^Muon has no option maximize \(there are .*scale_mode.*\)"),
+    ],
+)
+def test_unknown_options_are_refused(name: str, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        made(**{name: 1})
+
+
+def test_wrong_values_of_an_object_are_refused() -> None:
+    with pytest.raises(ValueError, match="--muon-eps -1: give a positive number"):
+        made(options=MuonOptions(eps=-1))
+    with pytest.raises(ValueError, match="hidden_size 0: give the model's hidden size"):
+        made(options=MuonOptions(scale_mode="moonlight_hidden"))
+
+
+def texts_in(node: ast.AST) -> list[str]:
+    """The strings that stand side by side in a tuple, a list, a set or a call."""
+    match node:
+        case ast.Tuple(elts=values) | ast.List(elts=values) | ast.Set(elts=values) | ast.Call(args=values):
+            return [each.value for each in values if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+    return []
+
+
+def test_names_that_flags_take_are_listed_once() -> None:
+    """Two lists with four names in common are two sources of one choice. How to split a weight differs by weight."""
+    known = {name for field in fields(MuonConfig) for name in _values(field.metadata["check"])} - {"split", "whole"}
+    found = [
+        (known.intersection(texts_in(node)), f"{path.relative_to(PACKAGE)}:{node.lineno}")  # type: ignore[attr-defined]
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if len(known.intersection(texts_in(node))) >= 3
+    ]
+    assert len(found) > 5
+    assert not [(a, b) for (some, a), (other, b) in combinations(found, 2) if len(some & other) >= 4 or some == other]
+
+
+def _values(check: Any) -> tuple[str, ...]:
+    """The names that a check of :func:`megatron_muon.knobs.one_of` lets pass."""
+    contents = (cell.cell_contents for cell in check.__closure__ or ())
+    return next((each for each in contents if isinstance(each, tuple)), ())
