@@ -175,6 +175,25 @@ class Engines:
         self._engines[key] = engine  # the last: the first is the one that has been left longest
         return engine
 
+    def in_step(
+        self, own: Sequence[torch.Tensor], params: Sequence[torch.Tensor], directions: Sequence[str]
+    ) -> dict[tuple[str, torch.dtype], StepEngine]:
+        """What carries out the step of some parameters, in its order, by their direction and type of numbers.
+
+        Args:
+            own: all parameters of the optimizer.
+            params: of these, the ones in the step.
+            directions: in the order of the step.
+        """
+        engines: dict[tuple[str, torch.dtype], StepEngine] = {}
+        shared = self.shared(own)
+        if shared is not None and shared.shares:
+            engines[MSIGN, shared.local_dtype] = shared
+        for kind, some in together(params, directions).items():
+            if kind not in engines:
+                engines[kind] = self.of(some, kind[0])
+        return engines
+
     def agree(self, groups: Sequence[dict[str, Any]], directions: Sequence[str]) -> None:
         """Have the ranks of each group that exchanges something compare their plans of a step, before it.
 

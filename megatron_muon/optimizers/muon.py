@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,35 +13,29 @@ import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.engine.callbacks import Part, Reduce, Write
-from megatron_muon.engine.plan import Plan
 from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
-from megatron_muon.optimizers.balls import ball_directions
-from megatron_muon.optimizers.engines import Engines, together
-from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, Options, Rate, check_names, check_numbers, options_of
+from megatron_muon.optimizers.engines import Engines
+from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, Rate, check_names, check_numbers
 from megatron_muon.optimizers.handled import STEP, Marks, refuse_elsewhere
-from megatron_muon.optimizers.jobs import Addition, Job, Jobs, begin, reader, update_of
-from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts, spectrally_normalized
-from megatron_muon.optimizers.precision import own_dtype
-from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, restart_emptied, step_scalar_rows
-from megatron_muon.optimizers.sizes import VARIANTS, normalized
-from megatron_muon.optimizers.stages import Matrices, Variant, init_rows
+from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
+from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows
+from megatron_muon.optimizers.sizes import VARIANTS
+from megatron_muon.optimizers.stages import Variant, init_rows
+from megatron_muon.optimizers.step import EngineStep, Step
 from megatron_muon.options import MuonOptions, UpdateKnobs
-from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM, UPDATE_NORM, scale_factor
+from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
 
 __all__ = ["Muon"]
 
-_ByKind = dict[tuple[str, torch.dtype], StepEngine]
-
 _ATTRIBUTES = "attributes of weights"
 """Of copies, beside what :class:`Muon` has."""
 
-_OF_ONE = ("step", "finals", "is_complete", "starts", "_untold", "_pending", "_marks", "_placed")
+_OF_ONE = ("step", "finals", "is_complete", "starts", "marks", "_placed")
 """Attributes that copies have anew, or not at all: schedulers of torch set ``step``."""
 
 
@@ -128,7 +121,7 @@ class Muon(torch.optim.Optimizer):
         self.variant = VARIANTS.get(variant, Variant)() if isinstance(variant, str) else variant
         self.engines = Engines(self.config, tp_group, expert_tp_group, damped=options.damping_depth > 0.0)
         self.starts = WarmStarts()
-        self._first_lrs: list[Rate] = []
+        self.first_lrs: list[Rate] = []
         self._start()
         own = {name: getattr(options, name) for name in PER_GROUP}
         defaults = {"lr": lr, STEP: 0, "momentum": momentum, "weight_decay": weight_decay, **own}
@@ -139,8 +132,7 @@ class Muon(torch.optim.Optimizer):
         """What is of one optimizer alone, not of its copies."""
         self.finals: list[Callable[[list[torch.Tensor]], None]] = []
         self.is_complete = False
-        self._untold: list[torch.Tensor] | None = None
-        self._marks = Marks()
+        self.marks = Marks()
 
     @property
     def checkpoint_rule(self) -> str:
@@ -179,7 +171,7 @@ class Muon(torch.optim.Optimizer):
             param_group.update(given)
             raise
         lr = param_group["lr"]
-        self._first_lrs.append(lr.clone() if isinstance(lr, torch.Tensor) else lr)
+        self.first_lrs.append(lr.clone() if isinstance(lr, torch.Tensor) else lr)
 
     def _check_group(self, given: dict[str, Any], group: dict[str, Any]) -> None:
         """Refuse a param group: as it was given, and with the entries that it lacked."""
@@ -287,94 +279,16 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         with matmul_precision(self.config.fp32_matmul_prec):
             refuse_elsewhere(self)
-            self.engines.agree(self.param_groups, self.directions)
-            engines = self._engines([param for param in self._own if param.grad is not None])
-            groups = zip(self.param_groups, self._first_lrs, strict=True)
-            ready = [
-                (group, options_of(group, self.config, self.variant.decays, first_lr))
-                for group, first_lr in groups
-                if self._ready(group)
-            ]
-            self._pending = dict.fromkeys(self._own)
-            try:
-                self._change(ready, engines)
-            except Exception as error:
-                error.add_note(
-                    f"Muon: the step had begun, {len(self._pending)} of {len(self._own)} weights are not done: they or "
-                    "their momentum may be between two steps. Go on from a checkpoint."
-                )
-                raise
+            Step(self).run()
         return loss
 
-    def _change(self, ready: list[tuple[dict[str, Any], Options]], engines: _ByKind) -> None:
+    def _change(self, step: Step) -> None:
         """All of a step that changes weights and state."""
-        jobs = [job for group, options in ready for job in self._begin_group(group, options)]
-        for group, _ in ready:
-            step_scalar_rows(group, [job for job in jobs if job.group is group])
-        self._untold = [] if self.sends else None
-        self._tell([param for param in self._pending if param.grad is None])
-        self._update_jobs(jobs, engines)
-        self._tell_untold()
-        self._tell(list(self._pending))
-        self._marks.leave(tensor for job in jobs for tensor in self._watched_in(job.state))
+        step.change()
 
-    def _update_jobs(self, jobs: list[Job], engines: _ByKind) -> None:
-        """P2 to P7, for all matrices: those of each direction together, in the same order on all ranks."""
-        for (direction, dtype), engine in engines.items():
-            alike = (job for job in jobs if layout_of(job.param).direction == direction)
-            some = [job for job in alike if own_dtype(job.param.dtype) == dtype]
-            if direction == MSIGN:
-                self._update_matrices(some, engine)
-            else:
-                self._update_otherwise(some, engine, direction)
-
-    def _update_matrices(self, jobs: list[Job], engine: StepEngine) -> None:
-        """Those whose direction is an orthogonalized matrix."""
-        if engine.shares:
-            self._update_with_others(engine, jobs)
-        else:
-            write = self._telling(engine.plan, dict(enumerate(jobs)), self._writer(jobs))
-            engine.run(reader(jobs, self.variant), write)
-
-    def _update_with_others(self, engine: StepEngine, jobs: list[Job]) -> None:
-        """The same, by a plan for the weights of all data-parallel ranks, whether they have gradients or not."""
-        assert self.engines.sharing is not None
-        number = dict(zip(self._own, self.engines.sharing.numbers, strict=True))
-        mine = {number[job.param]: job for job in jobs}
-        fill, add = reader(mine, self.variant), self._writer(mine)
-
-        def of_mine(parts: list[Part], slots: list[torch.Tensor]) -> tuple[list[Part], list[torch.Tensor]]:
-            pairs = [pair for pair in zip(parts, slots, strict=True) if pair[0].item.weight in mine]
-            return [part for part, _ in pairs], [slot for _, slot in pairs]
-
-        def read(parts: list[Part], slots: list[torch.Tensor]) -> None:
-            for part, slot in zip(parts, slots, strict=True):
-                if part.item.weight not in mine:
-                    slot.zero_()  # a weight without gradient: the others count on its matrices
-            fill(*of_mine(parts, slots))
-
-        before = engine.plan.before_shared
-
-        def write(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
-            some, of_some = of_mine(parts, directions)
-            if some:
-                add(some, of_some, reduce)
-            if any(part.item not in before for part in parts):
-                self._tell_untold()
-
-        engine.run(read, self._telling(engine.plan, mine, write))
-
-    def _telling(self, plan: Plan, jobs: Mapping[int, Job], write: Write) -> Write:
-        """Tells of each weight when all its matrices have been handed out."""
-        left = Counter(item.weight for chunk in plan.chunks for batch in chunk.batches for item in batch.items)
-
-        def writing(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
-            write(parts, directions, reduce)
-            left.subtract(part.item.weight for part in parts)
-            done = dict.fromkeys(part.item.weight for part in parts if not left[part.item.weight])
-            self._tell([jobs[number].param for number in done if number in jobs])
-
-        return writing
+    def _update(self, work: EngineStep) -> None:
+        """All matrices of one engine."""
+        self.variant.update(work)
 
     @property
     def sends(self) -> bool:
@@ -389,46 +303,14 @@ class Muon(torch.optim.Optimizer):
     def _own(self) -> list[torch.Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
-    def _tell_untold(self) -> None:
-        untold, self._untold = self._untold or [], None
-        self._tell(untold)
-
-    def _tell(self, params: list[torch.Tensor]) -> None:
-        if self._untold is not None:
-            self._untold += params
-            return
-        for param in params:
-            del self._pending[param]
-        for final in self.finals if params else ():
-            final(params)
-
-    def _update_otherwise(self, jobs: list[Job], engine: StepEngine, direction: str) -> None:
-        """Those whose direction is of another kind: in the ball of entries, rows or columns."""
-        write = self._ball_writer(jobs)
-
-        def look(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
-            write(parts, ball_directions(self._matrices(jobs, parts, slots, reduce), direction), reduce)
-
-        engine.visit(look)
-
     def prepare(self) -> StepEngine | None:
         """Plan the step for all parameters, without communication; the step makes up for it if this is not called.
 
         Returns:
             the engine, which has the plan; None if this rank has no parameters to orthogonalize.
         """
-        return next((engine for (direction, _), engine in self._engines(self._own).items() if direction == MSIGN), None)
-
-    def _engines(self, params: list[torch.Tensor]) -> _ByKind:
-        """What carries out the step of some of the parameters, in its order, by their direction and type of numbers."""
-        engines: _ByKind = {}
-        shared = self.engines.shared(self._own)
-        if shared is not None and shared.shares:
-            engines[MSIGN, shared.local_dtype] = shared
-        for kind, some in together(params, self.directions).items():
-            if kind not in engines:
-                engines[kind] = self.engines.of(some, kind[0])
-        return engines
+        engines = self.engines.in_step(self._own, self._own, self.directions)
+        return next((engine for (direction, _), engine in engines.items() if direction == MSIGN), None)
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Create missing state. Megatron-Core calls this with False before it loads a checkpoint."""
@@ -447,83 +329,6 @@ class Muon(torch.optim.Optimizer):
                 self.variant.init_state(param, state)
                 if self.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:
                     init_rows(param, state, UPDATE_LEFT)
-
-    def _ready(self, group: dict[str, Any]) -> bool:
-        """Whether a group takes part in a step; has its state ready."""
-        self._init_group(group)
-        params = [param for param in group["params"] if param.grad is not None]
-        self._notice(params, [self.state[param] for param in params])
-        return bool(params)
-
-    def _begin_group(self, group: dict[str, Any], options: Options) -> list[Job]:
-        """Everything elementwise that precedes the iteration."""
-        params = [param for param in group["params"] if param.grad is not None]
-        states = [self.state[param] for param in params]
-        group[STEP] += 1
-        for state in states:
-            if STEP in state:
-                state[STEP] += 1
-        return begin(group, options, params, states)
-
-    def _watched_in(self, state: dict[str, Any]) -> list[torch.Tensor]:
-        return [state[name] for name in self.watched if name in state]
-
-    def _notice(self, params: list[torch.Tensor], states: list[dict[str, Any]]) -> None:
-        """Find out what somebody else has made of the state since the last step."""
-        pairs = zip(params, states, strict=True)
-        touched = [(param, state) for param, state in pairs if self._marks.are_touched(self._watched_in(state))]
-        for param, _ in touched:
-            self.starts.forget(param)
-        restart_emptied([(param, state) for param, state in touched if STEP in state])
-
-    def _writer(self, jobs: Jobs) -> Write:
-        """Applies orthogonalized directions to the weights."""
-        add = Addition(jobs, self._scale)
-
-        def write(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
-            modes = [jobs[part.item.weight].options.scale_mode for part in parts]
-            matrices = None
-            if self.variant.adapts or self.variant.retracts or not {UPDATE_NORM, SPECTRAL_NORM}.isdisjoint(modes):
-                matrices = self._matrices(jobs, parts, directions, reduce)
-                directions = self.variant.adapt(matrices)
-                for mode in (UPDATE_NORM, SPECTRAL_NORM):
-                    which = [index for index, each in enumerate(modes) if each == mode]
-                    if which:
-                        some = Matrices([matrices.updates[index] for index in which], reduce)
-                        step = jobs[parts[which[0]].item.weight].group[STEP]
-                        found = self._measured(mode, some, [directions[index] for index in which], step)
-                        for index, direction in zip(which, found, strict=True):
-                            directions[index] = direction
-            add(parts, directions)
-            if matrices is not None and self.variant.retracts:
-                self.variant.retract(matrices)
-
-        return write
-
-    def _measured(self, mode: str, matrices: Matrices, directions: list[torch.Tensor], step: int) -> list[torch.Tensor]:
-        """Directions of the size that a scale mode gives them by their norm."""
-        if mode == UPDATE_NORM:
-            return normalized(matrices, directions)
-        return spectrally_normalized(matrices, directions, step, self.starts)
-
-    def _ball_writer(self, jobs: list[Job]) -> Write:
-        """Applies directions in balls to the weights."""
-        add = Addition(
-            jobs, lambda job, part: layout_of(job.param).ball_factor(part.item.columns, job.options.ball_radius)
-        )
-        return lambda parts, directions, reduce: add(parts, directions)
-
-    def _scale(self, job: Job, part: Part) -> float:
-        factor = scale_factor(job.options.scale_mode, part.item.rows, part.item.columns, self.hidden_size)
-        return factor * job.options.extra_scale_factor
-
-    def _matrices(self, jobs: Jobs, parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> Matrices:
-        """What variants see of a chunk."""
-        updates = []
-        for part, direction in zip(parts, directions, strict=True):
-            job = jobs[part.item.weight]
-            updates.append(update_of(job, part, direction, self.engines.shard(job.param)))
-        return Matrices(updates, reduce)
 
 
 def _name(variant: str | Variant) -> str:

@@ -15,7 +15,7 @@ from megatron_muon.engine.plan import Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.groups import Rate, add_
 from megatron_muon.optimizers.handled import STEP
-from megatron_muon.optimizers.jobs import Job, rows_of
+from megatron_muon.optimizers.param_step import ParamStep, rows_of
 from megatron_muon.routing.layout import SCALAR, layout_of
 
 __all__ = ["SECOND_MOMENT", "check_scalar_rows", "restart_emptied", "step_scalar_rows"]
@@ -57,27 +57,27 @@ def restart_emptied(touched: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
             torch._foreach_zero_(layout.rows_by_rule(state["momentum_buffer"], SCALAR))
 
 
-def step_scalar_rows(group: dict[str, Any], jobs: list[Job]) -> None:
+def step_scalar_rows(group: dict[str, Any], weights: list[ParamStep]) -> None:
     """One step of the scalar optimizer on the rows that layouts give to it.
 
     Args:
         group: as of :func:`_update_rows`.
-        jobs: of the group; those without such rows are left alone.
+        weights: of the group; those without such rows are left alone.
     """
-    mixed = [job for job in jobs if layout_of(job.param).has_scalar_rows]
+    mixed = [weight for weight in weights if layout_of(weight.param).has_scalar_rows]
     if not mixed:
         return
-    layouts = [layout_of(job.param) for job in mixed]
-    seconds = [job.state[SECOND_MOMENT] for job in mixed] if group["scalar_optimizer"] == "adam" else []
-    counted = [job.state[STEP] for job in mixed] if seconds else [0] * len(mixed)
-    params = [layout.rows_by_rule(job.param, SCALAR) for job, layout in zip(mixed, layouts, strict=True)]
+    layouts = [layout_of(weight.param) for weight in mixed]
+    seconds = [weight.state[SECOND_MOMENT] for weight in mixed] if group["scalar_optimizer"] == "adam" else []
+    counted = [weight.state[STEP] for weight in mixed] if seconds else [0] * len(mixed)
+    params = [layout.rows_by_rule(weight.param, SCALAR) for weight, layout in zip(mixed, layouts, strict=True)]
     _update_rows(
         group,
         mixed[0].options.lr,
         [step for step, views in zip(counted, params, strict=True) for _ in views],
         [view for views in params for view in views],
-        rows_of([job.grad for job in mixed], layouts, SCALAR),
-        rows_of([job.buffer for job in mixed], layouts, SCALAR),
+        rows_of([weight.grad for weight in mixed], layouts, SCALAR),
+        rows_of([weight.buffer for weight in mixed], layouts, SCALAR),
         rows_of(seconds, layouts[: len(seconds)], SCALAR),
     )
 

@@ -22,14 +22,14 @@ import torch
 
 from megatron_muon.config import PREFIX, UNREAD, MuonConfig
 from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
-from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.groups import add_
-from megatron_muon.optimizers.jobs import Job, reader
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.power import store_rows, store_vector, top_singular
 from megatron_muon.optimizers.sizes import ZeroWeights
 from megatron_muon.optimizers.stages import Update, Variant, init_rows, is_some
+from megatron_muon.optimizers.step import EngineStep
 from megatron_muon.refusals import refuse
+from megatron_muon.routing.layout import MSIGN
 
 __all__ = ["SpectralSphere", "Sphere", "evaluations"]
 
@@ -198,18 +198,20 @@ class SpectralSphere(Muon):
             if LEFT in state:
                 state[LEFT].zero_()
 
-    def _update_matrices(self, jobs: list[Job], engine: StepEngine) -> None:
-        read = reader(jobs, self.variant)
-        for some in engine.plan.portions(_CHUNKS):
+    def _update(self, work: EngineStep) -> None:
+        if work.direction != MSIGN:
+            super()._update(work)
+            return
+        for some in work.engine.plan.portions(_CHUNKS):
             solves: dict[Key, _Solve] = {}
-            engine.visit(self._preparer(jobs, solves), some)
+            work.engine.visit(self._preparer(work, solves), some)
             for number in range(self.evaluations):
-                engine.run(_shifted(read, solves), self._evaluator(jobs, solves, number), some)
-            engine.visit(self._finisher(jobs, solves), some)
+                work.engine.run(_shifted(work.read, solves), self._evaluator(work, solves, number), some)
+            work.engine.visit(self._finisher(work, solves), some)
 
-    def _preparer(self, jobs: list[Job], solves: dict[Key, _Solve]) -> Write:
+    def _preparer(self, work: EngineStep, solves: dict[Key, _Solve]) -> Write:
         def prepare(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
-            matrices = self._matrices(jobs, parts, slots, reduce)
+            matrices = work.matrices(parts, slots, reduce)
             updates = matrices.updates
             norms = matrices.norms([update.mix() for update in updates])
             weights = [update.batch_of(update.param) for update in updates]
@@ -245,9 +247,9 @@ class SpectralSphere(Muon):
         store_rows(update, RADIUS, radius.expand(-1, left.size(1), 1))
         return _Solve(norm, left, right, size, radius, value, value)
 
-    def _evaluator(self, jobs: list[Job], solves: dict[Key, _Solve], number: int) -> Write:
+    def _evaluator(self, work: EngineStep, solves: dict[Key, _Solve], number: int) -> Write:
         def evaluate(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
-            matrices = self._matrices(jobs, parts, directions, reduce)
+            matrices = work.matrices(parts, directions, reduce)
             found = [solves[_key(part)] for part in parts]
             values = [
                 each.left * (update.direction @ each.right)
@@ -258,14 +260,14 @@ class SpectralSphere(Muon):
 
         return evaluate
 
-    def _finisher(self, jobs: list[Job], solves: dict[Key, _Solve]) -> Write:
+    def _finisher(self, work: EngineStep, solves: dict[Key, _Solve]) -> Write:
         def finish(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
-            for part, update in zip(parts, self._matrices(jobs, parts, slots, reduce).updates, strict=True):
+            for part, update in zip(parts, work.matrices(parts, slots, reduce).updates, strict=True):
                 each = solves[_key(part)]
                 pairs = update.pairs(update.param, each.result() * each.radius)
                 if pairs:
                     weights, steps = zip(*pairs, strict=True)
-                    add_(weights, steps, -jobs[part.item.weight].options.lr)
+                    add_(weights, steps, -work.weights[part.item.weight].options.lr)
                 # Without a gradient, or singular vectors, h is 0 at every lambda: it stays where it was.
                 value = torch.where(each.has_problem, each.value, each.start)
                 store_rows(update, MULTIPLIER, value.expand(-1, update.direction.size(1), 1))

@@ -16,16 +16,18 @@ means of whole matrices by asking :class:`Matrices`, which adds up what tensor-p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from megatron_muon.engine.callbacks import Reduce
+from megatron_muon.engine.callbacks import Part, Reduce
 from megatron_muon.engine.pieces import Piece
+from megatron_muon.engine.step import StepEngine
+from megatron_muon.optimizers.param_step import ParamStep
 
-__all__ = ["Matrices", "Update", "Variant", "divided", "is_some", "signs_"]
+__all__ = ["Matrices", "Update", "Variant", "Work", "divided", "is_some", "signs_"]
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,23 @@ def init_rows(param: torch.Tensor, state: dict[str, Any], *names: str) -> None:
             state[name] = param.new_zeros((*param.shape[:-1], 1))
 
 
+class Work(Protocol):
+    """The update of all matrices of one direction, see :class:`megatron_muon.optimizers.step.EngineStep`."""
+
+    engine: StepEngine
+    direction: str
+    weights: Mapping[int, ParamStep]
+
+    def run(self) -> None:
+        """As plain Muon does it, with the other hooks of the variant."""
+
+    def read(self, parts: list[Part], slots: list[torch.Tensor]) -> None:
+        """See :data:`megatron_muon.engine.callbacks.Read`: packs u, after :meth:`Variant.transform`."""
+
+    def matrices(self, parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> Matrices:
+        """What variants see of a chunk, in a :data:`megatron_muon.engine.callbacks.Write`."""
+
+
 class Variant:
     """Plain Muon: nothing before and after the direction. Variants override what they change."""
 
@@ -217,6 +236,14 @@ class Variant:
 
         Tensors of the weight's shape, or with 1 in place of rows or columns, are saved and resharded like the weight.
         """
+
+    def update(self, work: Work) -> None:
+        """Carry out the update of all matrices of one direction: by :meth:`Work.run`, which calls what is below.
+
+        A variant that needs several passes over its matrices, or another computation, does it here with the engine,
+        and leaves other directions (``work.direction``) to :meth:`Work.run`.
+        """
+        work.run()
 
     def transform(self, batches: Sequence[torch.Tensor]) -> None:
         """P2, in place, on momentum that is packed to be orthogonalized."""

@@ -16,11 +16,11 @@ import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
-from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.groups import Rate
-from megatron_muon.optimizers.jobs import Job, reader
 from megatron_muon.optimizers.muon import Muon
+from megatron_muon.optimizers.param_step import Weights, pack
 from megatron_muon.optimizers.stages import Variant
+from megatron_muon.optimizers.step import EngineStep, Step
 from megatron_muon.optimizers.stiefel_solvers import PLACING_STEPS, SOLVERS, Msign, defect, tangency, tangent
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -111,25 +111,24 @@ class StiefelMuon(Muon):
     def _flops(self, p: int, q: int) -> int:
         return SOLVERS[self.solver].flops(p, q, self.iterations)
 
-    def _change(self, *args: Any) -> None:
+    def _change(self, step: Step) -> None:
         self.tangency = None
-        super()._change(*args)
+        super()._change(step)
         moved = (param for param in self._own if param.grad is not None)
         self._placed = _as_they_are([param for param in moved if layout_of(param).direction == STIEFEL])
 
-    def _update_otherwise(self, jobs: list[Job], engine: StepEngine, direction: str) -> None:
-        if direction != STIEFEL:
-            super()._update_otherwise(jobs, engine, direction)
+    def _update(self, work: EngineStep) -> None:
+        if work.direction != STIEFEL:
+            super()._update(work)
             return
-        params = [job.param for job in jobs]
+        params = [weight.param for weight in work.weights.values()]
         # 16 bits and TF32 leave errors that add up over the steps.
         with matmul_precision("highest"):
-            products, _ = choose_products("auto", params[0].device, engine.local_dtype)
-            rates = [job.options.lr for job in jobs]
+            products, _ = choose_products("auto", params[0].device, work.engine.local_dtype)
+            rates = [weight.options.lr for weight in work.weights.values()]
             move = _Move(self, rates, not self._placed >= _as_they_are(params), Msign(products))
-            # The variant of the other weights has no part in these.
-            read = reader(jobs, Variant())
-            engine.solve((read, _weights_reader(jobs)), move, _weights_writer(jobs), self._flops)
+            reads = (_momentum_reader(work.weights), _weights_reader(work.weights))
+            work.engine.solve(reads, move, _weights_writer(work.weights), self._flops)
         if move.tangency is not None:
             self.tangency = move.tangency if self.tangency is None else torch.maximum(self.tangency, move.tangency)
 
@@ -194,30 +193,35 @@ class _Move:
         return found.to(like.device, non_blocking=True)  # otherwise the host would wait for the device
 
 
-def _weights_reader(jobs: list[Job]) -> Read:
+def _momentum_reader(weights: Weights) -> Read:
+    """Packs the momentum, or its mix; the variant of the other weights has no part in these."""
+    return lambda parts, slots: pack(weights, Variant().transform, parts, slots)
+
+
+def _weights_reader(weights: Weights) -> Read:
     """Packs the weights."""
 
     def read(parts: list[Part], slots: list[torch.Tensor]) -> None:
-        _copy([(slot, weight) for slot, weight in _pairs(jobs, parts, slots)])
+        _copy([(slot, weight) for slot, weight in _pairs(weights, parts, slots)])
 
     return read
 
 
-def _weights_writer(jobs: list[Job]) -> Write:
+def _weights_writer(weights: Weights) -> Write:
     """Puts new weights in the place of the old ones."""
 
     def write(parts: list[Part], results: list[torch.Tensor], reduce: Reduce) -> None:
-        _copy([(weight, result) for result, weight in _pairs(jobs, parts, results)])
+        _copy([(weight, result) for result, weight in _pairs(weights, parts, results)])
 
     return write
 
 
-def _pairs(jobs: list[Job], parts: list[Part], slots: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _pairs(weights: Weights, parts: list[Part], slots: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Views of batches and of the weights that they hold, of equal shapes."""
     return [
         (view, weight)
         for part, slot in zip(parts, slots, strict=True)
-        for weight, view in part.piece.pairs(jobs[part.item.weight].param, slot)
+        for weight, view in part.piece.pairs(weights[part.item.weight].param, slot)
     ]
 
 

@@ -9,17 +9,15 @@ from typing import Any, cast
 
 import torch
 
-from megatron_muon.engine.callbacks import Part, Read
-from megatron_muon.engine.shards import Shard
+from megatron_muon.engine.callbacks import Part
 from megatron_muon.optimizers.groups import Options, Rate, add_
-from megatron_muon.optimizers.stages import Update, Variant
 from megatron_muon.routing.layout import ORTHOGONALIZE, STIEFEL, MatrixLayout, layout_of
 
-__all__ = ["Addition", "Job", "Jobs", "begin", "reader", "rows_of", "update_of"]
+__all__ = ["Addition", "ParamStep", "Weights", "begin", "pack", "rows_of"]
 
 
 @dataclass(frozen=True)
-class Job:
+class ParamStep:
     """A parameter in one step.
 
     Attributes:
@@ -43,9 +41,13 @@ class Job:
         return momentum
 
 
+Weights = Mapping[int, ParamStep]
+"""By the number that the engine has for the weight."""
+
+
 def begin(
     group: dict[str, Any], options: Options, params: list[torch.Tensor], states: list[dict[str, Any]]
-) -> list[Job]:
+) -> list[ParamStep]:
     """P1: gradients and momentum, for one parameter group.
 
     Args:
@@ -66,40 +68,44 @@ def begin(
         if rows := rows_of([params[index] for index in which], some):
             torch._foreach_add_(rows_of([grads[index] for index in which], some), rows, alpha=options.l2)
     torch._foreach_lerp_(rows_of(buffers, layouts), rows_of(grads, layouts), 1.0 - options.momentum)
-    return [Job(group, options, *job) for job in zip(params, grads, states, strict=True)]
+    return [ParamStep(group, options, *each) for each in zip(params, grads, states, strict=True)]
 
 
-Jobs = Sequence[Job] | Mapping[int, Job]
-"""By the number that the engine has for the weight."""
+def pack(
+    weights: Weights,
+    transform: Callable[[Sequence[torch.Tensor]], None],
+    parts: list[Part],
+    slots: list[torch.Tensor],
+) -> None:
+    """Pack the momentum, or Nesterov's mix of gradient and momentum, as it is to be orthogonalized.
+
+    Args:
+        weights: of the step.
+        transform: what is done to it then, see :meth:`megatron_muon.optimizers.stages.Variant.transform`.
+        parts: what is wanted.
+        slots: to be filled.
+    """
+    views: dict[float, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
+    for part, slot in zip(parts, slots, strict=True):
+        weight = weights[part.item.weight]
+        pairs = part.piece.pairs(weight.buffer, slot)
+        grads = part.piece.pairs(weight.grad, slot) if weight.options.nesterov != 1.0 else pairs
+        views[weight.options.nesterov] += [(*pair, grad) for pair, (grad, _) in zip(pairs, grads, strict=True)]
+    for share, found in views.items():
+        if not found:
+            continue
+        sources, targets, mixed_in = zip(*found, strict=True)
+        # The gradient itself stays as it is: Megatron reads its buffer again (logging, gradient norms).
+        torch._foreach_copy_(targets, torch._foreach_lerp(mixed_in, sources, share) if share != 1.0 else sources)
+    transform(slots)
+    scales = [_damping_scale(weights, part) for part in parts]
+    if any(scale != 1.0 for scale in scales):
+        torch._foreach_mul_(slots, scales)
 
 
-def reader(jobs: Jobs, variant: Variant) -> Read:
-    """Packs the momentum, or Nesterov's mix of gradient and momentum."""
-
-    def read(parts: list[Part], slots: list[torch.Tensor]) -> None:
-        views: dict[float, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
-        for part, slot in zip(parts, slots, strict=True):
-            job = jobs[part.item.weight]
-            pairs = part.piece.pairs(job.buffer, slot)
-            grads = part.piece.pairs(job.grad, slot) if job.options.nesterov != 1.0 else pairs
-            views[job.options.nesterov] += [(*pair, grad) for pair, (grad, _) in zip(pairs, grads, strict=True)]
-        for share, found in views.items():
-            if not found:
-                continue
-            sources, targets, mixed_in = zip(*found, strict=True)
-            # The gradient itself stays as it is: Megatron reads its buffer again (logging, gradient norms).
-            torch._foreach_copy_(targets, torch._foreach_lerp(mixed_in, sources, share) if share != 1.0 else sources)
-        variant.transform(slots)
-        scales = [_damping_scale(jobs, part) for part in parts]
-        if any(scale != 1.0 for scale in scales):
-            torch._foreach_mul_(slots, scales)
-
-    return read
-
-
-def _damping_scale(jobs: Jobs, part: Part) -> float:
+def _damping_scale(weights: Weights, part: Part) -> float:
     """Where the iteration adds eps to the norm of u times this, it adds eps sqrt(n / m) / depth to that of u."""
-    depth = jobs[part.item.weight].options.damping_depth
+    depth = weights[part.item.weight].options.damping_depth
     return depth * (part.item.rows / part.item.columns) ** 0.5 if depth else 1.0
 
 
@@ -111,56 +117,23 @@ def rows_of(
     return [view for tensor, layout in pairs for view in layout.rows_by_rule(tensor, rule)]
 
 
-def update_of(job: Job, part: Part, direction: torch.Tensor, shard: Shard | None) -> Update:
-    """What variants see of some matrices.
-
-    Args:
-        job: of their weight.
-        part: which matrices.
-        direction: (matrices, rows, columns) on this rank.
-        shard: that the weight is; None if every rank holds it whole.
-    """
-    divides_columns = shard is not None and shard.dim == -1
-    return Update(
-        param=job.param,
-        state=job.state,
-        grad=job.grad,
-        momentum=job.buffer,
-        nesterov=job.options.nesterov,
-        piece=part.piece,
-        rows=part.item.rows,
-        columns=part.item.columns,
-        divides_columns=divides_columns,
-        first_column=shard.group.rank() * job.param.size(-1) if shard is not None and divides_columns else 0,
-        # Of bfloat16 weights, too, norms and second moments are taken in float32.
-        direction=_converted(direction, torch.promote_types(torch.float32, job.buffer.dtype)),
-    )
-
-
-def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In another dtype; what is but one element, however large it looks (``StepEngine.visit``), stays one."""
-    if any(direction.stride()):
-        return direction.to(dtype)
-    return direction.new_zeros((), dtype=dtype).expand(direction.shape)
-
-
 class Addition:
     """P6 and P7: weights decay, and directions are added to them, learning rate times a factor of each."""
 
-    def __init__(self, jobs: Jobs, factor: Callable[[Job, Part], float]) -> None:
+    def __init__(self, weights: Weights, factor: Callable[[ParamStep, Part], float]) -> None:
         """
         Args:
-            jobs: of the weights.
+            weights: of the step.
             factor: of the directions of some matrices.
         """
-        self._jobs, self._factor = jobs, factor
+        self._weights, self._factor = weights, factor
 
     def __call__(self, parts: list[Part], directions: list[torch.Tensor]) -> None:
         """Of the matrices of one chunk."""
         views: dict[tuple[Options, float], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         for part, direction in zip(parts, directions, strict=True):
-            job = self._jobs[part.item.weight]
-            views[job.options, self._factor(job, part)] += part.piece.pairs(job.param, direction)
+            step = self._weights[part.item.weight]
+            views[step.options, self._factor(step, part)] += part.piece.pairs(step.param, direction)
         for (options, factor), found in views.items():
             if not found:
                 continue

@@ -1,0 +1,312 @@
+"""One step of an optimizer: momentum, the directions of all matrices, and their addition to the weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from megatron_muon.config import MuonConfig
+from megatron_muon.engine.callbacks import Part, Reduce, Write
+from megatron_muon.engine.shards import Shard
+from megatron_muon.engine.step import StepEngine
+from megatron_muon.optimizers.balls import ball_directions
+from megatron_muon.optimizers.engines import Engines
+from megatron_muon.optimizers.groups import Options, Rate, options_of
+from megatron_muon.optimizers.handled import STEP, Marks
+from megatron_muon.optimizers.param_step import Addition, ParamStep, begin, pack
+from megatron_muon.optimizers.power import WarmStarts, spectrally_normalized
+from megatron_muon.optimizers.precision import own_dtype
+from megatron_muon.optimizers.scalar_rows import restart_emptied, step_scalar_rows
+from megatron_muon.optimizers.sizes import normalized
+from megatron_muon.optimizers.stages import Matrices, Update, Variant
+from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM, scale_factor
+from megatron_muon.routing.layout import MSIGN, layout_of
+
+__all__ = ["EngineStep", "Step", "Stepped"]
+
+
+class Stepped(Protocol):
+    """What a step needs of its optimizer, which is a ``torch.optim.Optimizer``: see :class:`megatron_muon.Muon`."""
+
+    config: MuonConfig
+    variant: Variant
+    engines: Engines
+    starts: WarmStarts
+    marks: Marks
+    finals: list[Callable[[list[torch.Tensor]], None]]
+    first_lrs: list[Rate]
+    watched: tuple[str, ...]
+    directions: tuple[str, ...]
+    hidden_size: int
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    @property
+    def sends(self) -> bool:
+        """Whether the step sends messages to data-parallel ranks."""
+
+    def _init_group(self, group: dict[str, Any]) -> None: ...
+
+    def _change(self, step: Step) -> None: ...
+
+    def _update(self, work: EngineStep) -> None: ...
+
+
+class Step:
+    """One step, from gradients to weights.
+
+    Attributes:
+        params: of the optimizer, all, in the order of its groups.
+        weights: those with a gradient, once their momentum has been updated.
+    """
+
+    def __init__(self, optimizer: Stepped) -> None:
+        self.optimizer = optimizer
+        self.params = [param for group in optimizer.param_groups for param in group["params"]]
+        self.weights: list[ParamStep] = []
+        self._pending = dict.fromkeys(self.params)
+        self._untold: list[torch.Tensor] | None = None
+
+    def run(self) -> None:
+        """Take the step; raises what :meth:`megatron_muon.Muon.step` raises."""
+        optimizer = self.optimizer
+        optimizer.engines.agree(optimizer.param_groups, optimizer.directions)
+        having = [param for param in self.params if param.grad is not None]
+        self._engines = optimizer.engines.in_step(self.params, having, optimizer.directions)
+        groups = zip(optimizer.param_groups, optimizer.first_lrs, strict=True)
+        self._ready = [
+            (group, options_of(group, optimizer.config, optimizer.variant.decays, first_lr))
+            for group, first_lr in groups
+            if self._is_ready(group)
+        ]
+        try:
+            optimizer._change(self)
+        except Exception as error:
+            error.add_note(
+                f"Muon: the step had begun, {len(self._pending)} of {len(self.params)} weights are not done: they or "
+                "their momentum may be between two steps. Go on from a checkpoint."
+            )
+            raise
+
+    def change(self) -> None:
+        """All of a step that changes weights and state."""
+        self.weights = [weight for group, options in self._ready for weight in self._begin_group(group, options)]
+        for group, _ in self._ready:
+            step_scalar_rows(group, [weight for weight in self.weights if weight.group is group])
+        self._untold = [] if self.optimizer.sends else None
+        self.tell([param for param in self._pending if param.grad is None])
+        # All matrices of one direction together, in the same order on all ranks.
+        for (direction, dtype), engine in self._engines.items():
+            alike = (weight for weight in self.weights if layout_of(weight.param).direction == direction)
+            some = [weight for weight in alike if own_dtype(weight.param.dtype) == dtype]
+            self.optimizer._update(EngineStep(self, engine, direction, some))
+        self.tell_untold()
+        self.tell(list(self._pending))
+        self.optimizer.marks.leave(tensor for weight in self.weights for tensor in self._watched_in(weight.state))
+
+    def tell(self, params: list[torch.Tensor]) -> None:
+        """Tell that weights are as the step leaves them; later, if others wait for messages first."""
+        if self._untold is not None:
+            self._untold += params
+            return
+        for param in params:
+            del self._pending[param]
+        for final in self.optimizer.finals if params else ():
+            final(params)
+
+    def tell_untold(self) -> None:
+        """Tell now, and from now on at once."""
+        untold, self._untold = self._untold or [], None
+        self.tell(untold)
+
+    def _is_ready(self, group: dict[str, Any]) -> bool:
+        """Whether a group takes part; has its state ready."""
+        self.optimizer._init_group(group)
+        params = [param for param in group["params"] if param.grad is not None]
+        self._notice(params, [self.optimizer.state[param] for param in params])
+        return bool(params)
+
+    def _begin_group(self, group: dict[str, Any], options: Options) -> list[ParamStep]:
+        """Everything elementwise that precedes the iteration."""
+        params = [param for param in group["params"] if param.grad is not None]
+        states = [self.optimizer.state[param] for param in params]
+        group[STEP] += 1
+        for state in states:
+            if STEP in state:
+                state[STEP] += 1
+        return begin(group, options, params, states)
+
+    def _watched_in(self, state: dict[str, Any]) -> list[torch.Tensor]:
+        return [state[name] for name in self.optimizer.watched if name in state]
+
+    def _notice(self, params: list[torch.Tensor], states: list[dict[str, Any]]) -> None:
+        """Find out what somebody else has made of the state since the last step."""
+        pairs, marks = zip(params, states, strict=True), self.optimizer.marks
+        touched = [(param, state) for param, state in pairs if marks.are_touched(self._watched_in(state))]
+        for param, _ in touched:
+            self.optimizer.starts.forget(param)
+        restart_emptied([(param, state) for param, state in touched if STEP in state])
+
+
+class EngineStep:
+    """The weights of one engine in one step: those of one direction, in one type of numbers.
+
+    What a variant works with that carries out the update of all matrices itself
+    (:meth:`megatron_muon.optimizers.stages.Variant.update`).
+
+    Attributes:
+        engine: goes over their matrices.
+        direction: of all of them.
+        weights: by the number that the engine has for each; those that this rank has a gradient for.
+    """
+
+    def __init__(self, step: Step, engine: StepEngine, direction: str, weights: Sequence[ParamStep]) -> None:
+        self.step, self.engine, self.direction = step, engine, direction
+        self.weights: Mapping[int, ParamStep] = dict(enumerate(weights))
+        self._optimizer = step.optimizer
+        if direction == MSIGN and engine.shares:
+            sharing = self._optimizer.engines.sharing
+            assert sharing is not None
+            number = dict(zip(step.params, sharing.numbers, strict=True))
+            self.weights = {number[weight.param]: weight for weight in weights}
+
+    def run(self) -> None:
+        """As the optimizer does it: orthogonalized once, or in a ball of entries, rows or columns."""
+        if self.direction != MSIGN:
+            self._update_in_balls()
+        elif self.engine.shares:
+            self._update_with_others()
+        else:
+            self.engine.run(self.read, self._telling(self._writer()))
+
+    def read(self, parts: list[Part], slots: list[torch.Tensor]) -> None:
+        """Pack the momentum, or Nesterov's mix of gradient and momentum."""
+        pack(self.weights, self._optimizer.variant.transform, parts, slots)
+
+    def matrices(self, parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> Matrices:
+        """What variants see of a chunk."""
+        updates = []
+        for part, direction in zip(parts, directions, strict=True):
+            weight = self.weights[part.item.weight]
+            updates.append(_update_of(weight, part, direction, self._optimizer.engines.shard(weight.param)))
+        return Matrices(updates, reduce)
+
+    def _update_with_others(self) -> None:
+        """By a plan for the weights of all data-parallel ranks, whether they have gradients or not."""
+        mine, add = self.weights, self._writer()
+
+        def of_mine(parts: list[Part], slots: list[torch.Tensor]) -> tuple[list[Part], list[torch.Tensor]]:
+            pairs = [pair for pair in zip(parts, slots, strict=True) if pair[0].item.weight in mine]
+            return [part for part, _ in pairs], [slot for _, slot in pairs]
+
+        def read(parts: list[Part], slots: list[torch.Tensor]) -> None:
+            for part, slot in zip(parts, slots, strict=True):
+                if part.item.weight not in mine:
+                    slot.zero_()  # a weight without gradient: the others count on its matrices
+            self.read(*of_mine(parts, slots))
+
+        before = self.engine.plan.before_shared
+
+        def write(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
+            some, of_some = of_mine(parts, directions)
+            if some:
+                add(some, of_some, reduce)
+            if any(part.item not in before for part in parts):
+                self.step.tell_untold()
+
+        self.engine.run(read, self._telling(write))
+
+    def _telling(self, write: Write) -> Write:
+        """Tells of each weight when all its matrices have been handed out."""
+        chunks = self.engine.plan.chunks
+        left = Counter(item.weight for chunk in chunks for batch in chunk.batches for item in batch.items)
+
+        def writing(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
+            write(parts, directions, reduce)
+            left.subtract(part.item.weight for part in parts)
+            done = dict.fromkeys(part.item.weight for part in parts if not left[part.item.weight])
+            self.step.tell([self.weights[number].param for number in done if number in self.weights])
+
+        return writing
+
+    def _update_in_balls(self) -> None:
+        def factor(weight: ParamStep, part: Part) -> float:
+            return layout_of(weight.param).ball_factor(part.item.columns, weight.options.ball_radius)
+
+        add = Addition(self.weights, factor)
+
+        def look(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
+            add(parts, ball_directions(self.matrices(parts, slots, reduce), self.direction))
+
+        self.engine.visit(look)
+
+    def _writer(self) -> Write:
+        """Applies orthogonalized directions to the weights."""
+        add, variant = Addition(self.weights, self._scale), self._optimizer.variant
+
+        def write(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
+            modes = [self.weights[part.item.weight].options.scale_mode for part in parts]
+            matrices = None
+            if variant.adapts or variant.retracts or not {UPDATE_NORM, SPECTRAL_NORM}.isdisjoint(modes):
+                matrices = self.matrices(parts, directions, reduce)
+                directions = variant.adapt(matrices)
+                for mode in (UPDATE_NORM, SPECTRAL_NORM):
+                    which = [index for index, each in enumerate(modes) if each == mode]
+                    if which:
+                        some = Matrices([matrices.updates[index] for index in which], reduce)
+                        step = self.weights[parts[which[0]].item.weight].group[STEP]
+                        found = self._measured(mode, some, [directions[index] for index in which], step)
+                        for index, direction in zip(which, found, strict=True):
+                            directions[index] = direction
+            add(parts, directions)
+            if matrices is not None and variant.retracts:
+                variant.retract(matrices)
+
+        return write
+
+    def _measured(self, mode: str, matrices: Matrices, directions: list[torch.Tensor], step: int) -> list[torch.Tensor]:
+        """Directions of the size that a scale mode gives them by their norm."""
+        if mode == UPDATE_NORM:
+            return normalized(matrices, directions)
+        return spectrally_normalized(matrices, directions, step, self._optimizer.starts)
+
+    def _scale(self, weight: ParamStep, part: Part) -> float:
+        item, options = part.item, weight.options
+        factor = scale_factor(options.scale_mode, item.rows, item.columns, self._optimizer.hidden_size)
+        return factor * options.extra_scale_factor
+
+
+def _update_of(weight: ParamStep, part: Part, direction: torch.Tensor, shard: Shard | None) -> Update:
+    """What variants see of some matrices.
+
+    Args:
+        weight: whose they are.
+        part: which matrices.
+        direction: (matrices, rows, columns) on this rank.
+        shard: that the weight is; None if every rank holds it whole.
+    """
+    divides_columns = shard is not None and shard.dim == -1
+    return Update(
+        param=weight.param,
+        state=weight.state,
+        grad=weight.grad,
+        momentum=weight.buffer,
+        nesterov=weight.options.nesterov,
+        piece=part.piece,
+        rows=part.item.rows,
+        columns=part.item.columns,
+        divides_columns=divides_columns,
+        first_column=shard.group.rank() * weight.param.size(-1) if shard is not None and divides_columns else 0,
+        # Of bfloat16 weights, too, norms and second moments are taken in float32.
+        direction=_converted(direction, torch.promote_types(torch.float32, weight.buffer.dtype)),
+    )
+
+
+def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In another dtype; what is but one element, however large it looks (``StepEngine.visit``), stays one."""
+    if any(direction.stride()):
+        return direction.to(dtype)
+    return direction.new_zeros((), dtype=dtype).expand(direction.shape)
