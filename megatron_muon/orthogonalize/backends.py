@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 
@@ -11,68 +12,75 @@ import torch
 
 from megatron_muon.choices import NS_BACKENDS
 from megatron_muon.errors import ConfigError
-from megatron_muon.orthogonalize.kernels.gate import examine
+from megatron_muon.orthogonalize.kernels import KernelProducts
+from megatron_muon.orthogonalize.kernels.gate import Trial, examine
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
 from megatron_muon.orthogonalize.switches import float32_is_exact
 
-__all__ = ["choose_products"]
+__all__ = ["Candidate", "candidates", "choose_products", "fastest_on_all", "report"]
 
 _FLAG = "--muon-ns-backend"
 
 _CPU_BLOCK_ROWS = {torch.float32: 64, torch.float64: 64, torch.bfloat16: 256, torch.float16: 256}
 """From as many rows on, blocks run at the full rate of a CPU's matrix products (measured)."""
 
+_KERNELS = {
+    "gram_newton_schulz": ("vendor", "VendorProducts"),
+    "triton": ("triton_symmetric", "TritonProducts"),
+    "emerging": ("emerging", "EmergingProducts"),
+}
+"""By the name of the backend: its module in :mod:`megatron_muon.orthogonalize.kernels`, and its class there. Where
+nothing is timed the first is preferred: made for the device; for any device; and last emerging-optimizers'."""
+
 
 @dataclass(frozen=True)
-class _Kernel:
-    """An implementation.
+class Candidate:
+    """A backend on a device.
 
     Attributes:
-        module: its module in :mod:`megatron_muon.orthogonalize.kernels`.
-        products: its class there.
-        rest: which symmetric products it leaves to torch, for the report.
+        backend: its name, one of :data:`megatron_muon.choices.NS_BACKENDS`.
+        products: its implementation of the products; None if it cannot be used.
+        text: what the numeric check found, or why it cannot be used.
+        seconds: of one iteration, see :class:`megatron_muon.orthogonalize.kernels.gate.Trial`; 0 if it was not timed,
+            infinite if it cannot be used.
     """
 
-    module: str
-    products: str
-    rest: str
-
-
-_KERNELS = {
-    "gram_newton_schulz": _Kernel("vendor", "VendorProducts", "sides below 256 or no multiples of 8 by torch"),
-    "triton": _Kernel("triton_symmetric", "TritonProducts", "fewer than 256 rows by torch"),
-    "emerging": _Kernel("emerging", "EmergingProducts", "fewer than 256 rows or no multiples of 8 by torch"),
-}
-"""By the name of the backend, the preferred first: made for the device; for any device; and last emerging-optimizers',
-which tries up to 180 configurations for each new shape."""
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A backend on a device: its products, or None, and what there is to say of it."""
-
+    backend: str
     products: TorchProducts | None
     text: str
+    seconds: float = 0.0
 
 
-def choose_products(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[TorchProducts, str]:
-    """The implementation to use, checked on the device.
+def choose_products(
+    backend: str, device: torch.device, dtype: torch.dtype, trial: Trial | None = None
+) -> tuple[TorchProducts, str]:
+    """The fastest of :func:`candidates` on this rank, for those that share nothing with other ranks.
 
-    Kernels other than torch's must first pass :func:`megatron_muon.orthogonalize.kernels.gate.examine` there. That
-    takes seconds (kernels are compiled) and waits for the device, so call this at set-up; it is done once for each
-    backend, device and dtype. The choice depends on the machine: ranks that hold the same weight must agree on the
-    name of the products (``TorchProducts.name``), or their copies drift apart.
+    Returns:
+        The products, and one line for the report.
+    """
+    found = candidates(backend, device, dtype, trial)
+    assert found[0].products is not None
+    return found[0].products, report(found[0], found, device, dtype, trial)
+
+
+def candidates(backend: str, device: torch.device, dtype: torch.dtype, trial: Trial | None = None) -> list[Candidate]:
+    """The backends that may be used, the fastest first, and then those that cannot.
+
+    Kernels other than torch's must first pass :func:`megatron_muon.orthogonalize.kernels.gate.examine` on the device.
+    That takes seconds (kernels are compiled) and waits for the device, so call this at set-up; it is done once for each
+    backend, device and dtype. Then those that passed, and torch, are timed. Time differs from rank to rank: ranks that
+    hold copies or shards of one weight take :func:`fastest_on_all`, or their copies drift apart.
 
     Args:
-        backend: one of :data:`megatron_muon.choices.NS_BACKENDS`. ``auto`` takes the first of gram_newton_schulz,
-            triton, emerging and torch that can be used, on CPUs torch by blocks.
+        backend: one of :data:`megatron_muon.choices.NS_BACKENDS`. ``auto`` is the fastest of all that pass; on CPUs torch, by blocks.
         device: where it will multiply.
         dtype: in which. For float32, call this under the :func:`matmul_precision` of the step: what is best
             depends on whether products may be TF32.
+        trial: what to time; without it, nothing is, and torch comes last.
 
     Returns:
-        The products, and one line for the report: what was chosen, with the numbers of the check, and why those that
-        would come first were not.
+        The first of them can be used.
 
     Raises:
         ConfigError: for an unknown backend, and for one that is asked for by name and is not there, does not support
@@ -81,58 +89,111 @@ def choose_products(backend: str, device: torch.device, dtype: torch.dtype) -> t
     if backend not in NS_BACKENDS:
         raise ConfigError(f"{_FLAG} {backend}: choose one of {', '.join(NS_BACKENDS)}.")
     device = _numbered(device)
-    where = f"{_name(dtype)} on {device}"
     if backend == "torch":
-        return TorchProducts(), f"torch, {where}, as {_FLAG} says"
-    if backend == "auto":
-        products, text = _preferred(device, dtype)
-        return products, f"{products.name}, {where}{text}"
-    found = _candidate(backend, device, dtype, float32_is_exact())
-    if found.products is None:
-        raise ConfigError(f"{_FLAG} {backend}, {where}: it {found.text}. Use auto or torch.")
-    return found.products, f"{found.products.name}, {where}, as {_FLAG} says ({found.text})"
-
-
-def _preferred(device: torch.device, dtype: torch.dtype) -> tuple[TorchProducts, str]:
-    """What ``auto`` stands for, and why."""
+        return [Candidate("torch", TorchProducts(), f"as {_FLAG} says")]
+    if backend != "auto":
+        named = _checked(backend, device, dtype, float32_is_exact())
+        if named.products is None:
+            raise ConfigError(f"{_FLAG} {backend}, {_where(device, dtype)}: it {named.text}. Use auto or torch.")
+        return [replace(named, text=f"as {_FLAG} says; {named.text}")]
     if device.type == "cpu":
-        return BlockProducts(_CPU_BLOCK_ROWS[dtype]), f" (blocks of {_CPU_BLOCK_ROWS[dtype]} rows or more)"
+        rows = _CPU_BLOCK_ROWS[dtype]
+        return [Candidate("torch", BlockProducts(rows), f"blocks of {rows} rows or more")]
     if dtype == torch.float32 and float32_is_exact():
         # Exact float32 has no tensor cores; without them, Triton's products are no match for torch's.
-        return TorchProducts(), " (symmetric kernels are for 16 bits and TF32)"
-    return _first_that_passes(device, dtype)
+        return [Candidate("torch", TorchProducts(), "symmetric kernels are for 16 bits and TF32")]
+    return _in_order([_checked(each, device, dtype, float32_is_exact()) for each in _KERNELS], device, dtype, trial)
 
 
-def _first_that_passes(device: torch.device, dtype: torch.dtype) -> tuple[TorchProducts, str]:
-    reasons: list[str] = []
-    for backend in _KERNELS:
-        found = _candidate(backend, device, dtype, float32_is_exact())
-        if found.products is not None:
-            return found.products, "".join([f" ({found.text})", *reasons])
-        reasons.append(f"; {backend} {found.text}")
-    return TorchProducts(), "".join(reasons)
+def fastest_on_all(ranks: Sequence[Mapping[str, float]]) -> str:
+    """The backend that all ranks can use and that takes them the least time together.
+
+    Args:
+        ranks: for each rank ``{candidate.backend: candidate.seconds}``, in an order that is the same on all of them.
+
+    Raises:
+        ConfigError: if there is none, as where they were given different flags.
+    """
+    common = [name for name in ranks[0] if all(math.isfinite(each.get(name, math.inf)) for each in ranks)]
+    if not common:
+        raise ConfigError(f"{_FLAG}: no backend can be used on all ranks. Use auto on all of them.")
+    return min(common, key=lambda name: sum(each[name] for each in ranks))
+
+
+def report(
+    chosen: Candidate, found: Sequence[Candidate], device: torch.device, dtype: torch.dtype, trial: Trial | None = None
+) -> str:
+    """One line: what was chosen, the numbers of check and trial, and why others cannot be used.
+
+    Args:
+        chosen: one of ``found``.
+        found: by :func:`candidates`, with the other arguments.
+        device: where.
+        dtype: in which.
+        trial: what was timed.
+    """
+    assert chosen.products is not None
+    parts = [f"{chosen.products.name}, {_where(_numbered(device), dtype)} ({chosen.text})"]
+    timed = [f"{each.backend} {1e3 * each.seconds:.3g} ms" for each in found if 0.0 < each.seconds < math.inf]
+    if trial is not None and timed:
+        parts.append(f"one iteration of {_sizes(trial)}: {', '.join(timed)}")
+    return "; ".join([*parts, *(f"{each.backend} {each.text}" for each in found if each.products is None)])
+
+
+def _in_order(
+    kernels: Sequence[Candidate], device: torch.device, dtype: torch.dtype, trial: Trial | None
+) -> list[Candidate]:
+    """With torch, which is timed only if there is another to compare it with."""
+    usable = [each for each in kernels if each.products is not None]
+    usable.append(Candidate("torch", TorchProducts(), "no check needed"))
+    if trial is not None and len(usable) > 1:
+        usable = [_timed(each, device, dtype, trial) for each in usable]
+    return sorted(
+        [*usable, *(each for each in kernels if each.products is None)], key=lambda candidate: candidate.seconds
+    )
+
+
+def _timed(candidate: Candidate, device: torch.device, dtype: torch.dtype, trial: Trial) -> Candidate:
+    assert candidate.products is not None
+    try:
+        return replace(candidate, seconds=trial.seconds(candidate.products, device, dtype))
+    except Exception as error:
+        if candidate.backend == "torch":
+            raise
+        return _unusable(candidate.backend, f"fails at {_sizes(trial)}: {_first_line(error)}")
 
 
 @cache
-def _candidate(backend: str, device: torch.device, dtype: torch.dtype, is_exact: bool) -> _Candidate:
+def _checked(backend: str, device: torch.device, dtype: torch.dtype, is_exact: bool) -> Candidate:
     """Load a backend and check it. ``is_exact``, of float32 products, is here a part of the key."""
     del is_exact
-    kernel = _KERNELS[backend]
+    module_name, class_name = _KERNELS[backend]
     try:
-        module = import_module(f"megatron_muon.orthogonalize.kernels.{kernel.module}")
-        obstacle: Callable[[torch.device, torch.dtype], str | None] = module.obstacle
-        reason = obstacle(device, dtype)
+        module = import_module(f"megatron_muon.orthogonalize.kernels.{module_name}")
+        reason: str | None = module.obstacle(device, dtype)
     except ImportError as error:
         reason = f"is not there ({error})"
     except Exception as error:  # packages that meet a wrong version or driver fail in ways of their own
-        reason = f"cannot be loaded ({type(error).__name__}: {error})"
+        reason = f"cannot be loaded ({_first_line(error)})"
     if reason is not None:
-        return _Candidate(None, reason)
-    products: TorchProducts = getattr(module, kernel.products)()
+        return _unusable(backend, reason)
+    products: KernelProducts = getattr(module, class_name)()
     verdict = examine(products, device, dtype)
     if verdict.failure is not None:
-        return _Candidate(None, str(verdict))
-    return _Candidate(products, f"{verdict}; {kernel.rest}")
+        return _unusable(backend, str(verdict))
+    return Candidate(backend, products, f"{verdict}; {products.rest}")
+
+
+def _sizes(trial: Trial) -> str:
+    return " x ".join(map(str, trial.shape))
+
+
+def _unusable(backend: str, reason: str) -> Candidate:
+    return Candidate(backend, None, reason, math.inf)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition('\n')[0]}"
 
 
 def _numbered(device: torch.device) -> torch.device:
@@ -142,5 +203,5 @@ def _numbered(device: torch.device) -> torch.device:
     return device
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _where(device: torch.device, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} on {device}"

@@ -28,6 +28,9 @@ class TorchProducts:
     name = "torch"
     """For the report."""
 
+    compiles = False
+    """Whether products of a new shape compile or tune something, which must not happen inside a step."""
+
     def gram(self, x: torch.Tensor) -> torch.Tensor:
         """``X X^T``."""
         return _product(x, x.mT)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -14,18 +17,18 @@ import torch
 from megatron_muon.choices import NS_BACKENDS
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize import backends
-from megatron_muon.orthogonalize.backends import choose_products
+from megatron_muon.orthogonalize.backends import choose_products, fastest_on_all
 from megatron_muon.orthogonalize.kernels import gate
-from megatron_muon.orthogonalize.kernels.gate import examine
+from megatron_muon.orthogonalize.kernels.gate import Trial, examine
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
 from tests.unit.test_gate import CPU, DTYPES, SIZES, Altered, not_a_number, too_large
 
 
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> Iterator[None]:
-    backends._candidate.cache_clear()
+    backends._checked.cache_clear()
     yield
-    backends._candidate.cache_clear()
+    backends._checked.cache_clear()
 
 
 @pytest.fixture
@@ -39,13 +42,14 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         module.obstacle = lambda device, dtype: obstacle
         module.Products = products
         monkeypatch.setitem(sys.modules, f"megatron_muon.orthogonalize.kernels.{backend}", module)
-        backends._KERNELS[backend] = backends._Kernel(backend, "Products", "the rest by torch")
+        backends._KERNELS[backend] = (backend, "Products")
 
     return put
 
 
 class Good(Altered):
     name = "good"
+    rest = "the rest by torch"
 
     def __init__(self) -> None:
         super().__init__(lambda result, operand: result)
@@ -53,6 +57,15 @@ class Good(Altered):
 
 def broken() -> TorchProducts:
     return Altered(too_large)
+
+
+def on_gpu(dtype: torch.dtype, trial: Trial | None = None) -> tuple[TorchProducts, str]:
+    """What ``auto`` chooses where there are kernels, on the CPU: their check runs there."""
+    found = backends._in_order(
+        [backends._checked(each, CPU, dtype, True) for each in backends._KERNELS], CPU, dtype, trial
+    )
+    assert found[0].products is not None
+    return found[0].products, backends.report(found[0], found, CPU, dtype, trial)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -75,7 +88,7 @@ def test_unknown_name() -> None:
         choose_products("cublas", CPU, torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", NS_BACKENDS[3:])
+@pytest.mark.parametrize("backend", ["emerging", "gram_newton_schulz"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_what_is_not_there_is_refused_by_name(backend: str, dtype: torch.dtype) -> None:
     with pytest.raises(ConfigError, match=rf"--muon-ns-backend {backend}, .* on cpu: it .*Use auto or torch"):
@@ -94,7 +107,7 @@ def test_auto_passes_over_what_fails_and_says_so(install: Callable[..., None]) -
     install("gram_newton_schulz", Good, "is not there")
     install("emerging", broken)
     install("triton", Good)
-    products, text = backends._first_that_passes(CPU, torch.bfloat16)
+    products, text = on_gpu(torch.bfloat16)
     assert products.name == "good"
     assert "6 products checked: error 1.00 x torch's" in text and "the rest by torch" in text
     assert "gram_newton_schulz is not there" in text and "emerging fails the numeric check" in text
@@ -103,7 +116,7 @@ def test_auto_passes_over_what_fails_and_says_so(install: Callable[..., None]) -
 def test_auto_ends_with_torch(install: Callable[..., None]) -> None:
     install("emerging", broken)
     install("triton", lambda: Altered(not_a_number))
-    products, text = backends._first_that_passes(CPU, torch.float16)
+    products, text = on_gpu(torch.float16)
     assert type(products) is TorchProducts
     assert "emerging fails" in text and "triton fails" in text
 
@@ -117,13 +130,50 @@ def test_package_that_breaks_when_loaded_is_passed_over(
     install("emerging", Good)
     monkeypatch.setattr(sys.modules["megatron_muon.orthogonalize.kernels.emerging"], "obstacle", fail)
     install("triton", Good)
-    products, text = backends._first_that_passes(CPU, torch.bfloat16)
+    products, text = on_gpu(torch.bfloat16)
     assert products.name == "good" and "emerging cannot be loaded (OSError: libcute.so: version mismatch)" in text
 
 
-def test_order_is_vendor_own_emerging() -> None:
+def test_without_a_trial_the_order_is_vendor_own_emerging() -> None:
     assert list(backends._KERNELS) == ["gram_newton_schulz", "triton", "emerging"]
     assert set(NS_BACKENDS) == {"auto", "torch", *backends._KERNELS}
+
+
+class Slow(Good):
+    name = "slow"
+
+    def gram(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return super().gram(x)
+
+
+def trial() -> Trial:
+    return Trial((2, 16, 24), lambda products, x: products.gram(x))
+
+
+def test_auto_takes_the_fastest_that_is_right(install: Callable[..., None]) -> None:
+    install("gram_newton_schulz", Slow)
+    install("triton", broken)
+    products, text = on_gpu(torch.bfloat16, trial())
+    assert type(products) is TorchProducts, "right, but slower than torch"
+    assert re.search(r"one iteration of 2 x 16 x 24: torch \S+ ms, gram_newton_schulz 1\d(\.\d)? ms", text), text
+    assert "triton fails the numeric check" in text
+
+    def out_of_memory(products: TorchProducts, x: torch.Tensor) -> None:
+        if products.name == "slow":
+            raise RuntimeError("out of shared memory\nat line 3")
+
+    found, text = on_gpu(torch.bfloat16, Trial((2, 16, 24), out_of_memory))
+    assert found.name == "torch" and "fails at 2 x 16 x 24: RuntimeError: out of shared memory" in text
+
+
+def test_ranks_take_what_is_fastest_for_all_of_them() -> None:
+    here, there = {"triton": 1.0, "torch": 2.0, "emerging": 0.5}, {"torch": 2.5, "triton": 4.0, "emerging": math.inf}
+    assert fastest_on_all([here]) == "emerging"
+    assert fastest_on_all([here, there]) == fastest_on_all([there, here]) == "torch"
+    assert fastest_on_all([{"triton": 0.0, "torch": 0.0}] * 2) == "triton", "where nothing is timed, the first"
+    with pytest.raises(ConfigError, match="no backend can be used on all ranks"):
+        fastest_on_all([{"triton": 1.0}, {"torch": 1.0}])
 
 
 def test_check_runs_once(install: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +182,7 @@ def test_check_runs_once(install: Callable[..., None], monkeypatch: pytest.Monke
     monkeypatch.setattr(backends, "examine", lambda *args: calls.append(args) or examine(*args))
     first = choose_products("triton", CPU, torch.bfloat16)
     assert choose_products("triton", CPU, torch.bfloat16)[0] is first[0]
-    assert backends._first_that_passes(CPU, torch.bfloat16)[0] is first[0]
+    assert on_gpu(torch.bfloat16)[0] is first[0]
     assert len(calls) == 1
     choose_products("triton", CPU, torch.float16)
     assert len(calls) == 2

@@ -1,11 +1,14 @@
-"""The numeric check that products must pass on a device before they are used there.
+"""What products must pass on a device before they are used there: a numeric check, and a trial by time.
 
 Products that are wrong do not stop a run: they train another model. So each implementation multiplies random matrices
-first, and its errors against float64 are compared with those of torch on the same matrices.
+first, and its errors against float64 are compared with those of torch on the same matrices. Of those that are right the
+fastest is used: each does an iteration over matrices as the run has them.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,7 +16,7 @@ import torch
 
 from megatron_muon.orthogonalize.products import TorchProducts
 
-__all__ = ["CPU_SIZES", "GPU_SIZES", "LIMIT", "Size", "Verdict", "examine"]
+__all__ = ["CPU_SIZES", "GPU_SIZES", "LIMIT", "Size", "Trial", "Verdict", "examine", "seconds"]
 
 LIMIT = 4.0
 """By how many times torch's error may be exceeded: both sum in float32 and round once."""
@@ -70,6 +73,49 @@ class Verdict:
             return f"fails the numeric check: {self.failure}"
         symmetry = "exactly symmetric" if self.exactly_symmetric else "symmetric to rounding"
         return f"{self.products} products checked: error {self.error:.2f} x torch's, {symmetry}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What implementations are timed by.
+
+    Attributes:
+        shape: (batch, rows, columns) of matrices that the run will have, those that most of its time goes to.
+        iterate: what it will do with them, by an implementation.
+    """
+
+    shape: tuple[int, int, int]
+    iterate: Callable[[TorchProducts, torch.Tensor], object]
+
+    def seconds(self, products: TorchProducts, device: torch.device, dtype: torch.dtype) -> float:
+        """Of one iteration over a batch of random matrices."""
+        generator = torch.Generator(device).manual_seed(0)  # not the generator that initializes models
+        x = torch.randn(self.shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
+        return seconds(lambda: self.iterate(products, x), device)
+
+
+def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """How long work takes on a device, once it is compiled and warm: the median of some times.
+
+    Waits for the device: for set-up, not for a step.
+    """
+    work()
+    work()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with torch.cuda.device(device):
+                start.record()
+                work()
+                end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
 
 @dataclass(frozen=True)

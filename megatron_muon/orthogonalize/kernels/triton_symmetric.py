@@ -17,8 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_muon.orthogonalize.kernels import current
-from megatron_muon.orthogonalize.products import TorchProducts
+from megatron_muon.orthogonalize.kernels import KernelProducts, current
 from megatron_muon.orthogonalize.switches import float32_is_exact
 
 __all__ = ["DTYPES", "INTERPRETED", "TILES", "Tile", "TritonProducts", "obstacle", "symmetric_product"]
@@ -234,45 +233,16 @@ def symmetric_product(
     return out
 
 
-class TritonProducts(TorchProducts):
-    """Symmetric products by :func:`symmetric_product`, the others by torch.
-
-    Products with fewer than ``smallest`` rows are torch's too: with so few tiles there is next to no half to save, and
-    a launch costs more than the product.
-    """
+class TritonProducts(KernelProducts):
+    """Symmetric products by :func:`symmetric_product`, of any size and layout from 256 rows on; the others by torch."""
 
     name = "Triton, symmetric"
 
-    def __init__(self, smallest: int = 256) -> None:
-        """
-        Args:
-            smallest: the fewest rows that the kernel is used for.
-        """
-        self.smallest = smallest
-
-    def gram(self, x: torch.Tensor) -> torch.Tensor:
-        """See :class:`~megatron_muon.orthogonalize.products.TorchProducts`."""
-        if x.size(-2) < self.smallest:
-            return super().gram(x)
-        return symmetric_product(x, x.mT)
-
-    def quadratic(self, r: torch.Tensor, b: float, c: float) -> torch.Tensor:
-        """See :class:`~megatron_muon.orthogonalize.products.TorchProducts`."""
-        if r.size(-2) < self.smallest:
-            return super().quadratic(r, b, c)
-        return symmetric_product(r, r.mT, r, alpha=c, beta=b)
-
-    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
-        """See :class:`~megatron_muon.orthogonalize.products.TorchProducts`."""
-        if r.size(-2) < self.smallest:
-            return super().commuting(r, z, a)
-        # Z is symmetric: its transpose makes both operands lie alike in memory, as in a Gram matrix, which is what
-        # tensor cores take in every dtype.
-        return symmetric_product(r, z.mT, r, beta=a)
-
-    def symmetric_flops(self, p: int, inner: int) -> int:
-        """The operations that are really needed: those of the diagonal and below, without the rest of its tiles."""
-        return super().symmetric_flops(p, inner) if p < self.smallest else p * (p + 1) * inner
+    def symmetric(
+        self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0
+    ) -> torch.Tensor:
+        """See :class:`~megatron_muon.orthogonalize.kernels.KernelProducts`."""
+        return symmetric_product(a, b, c, alpha=alpha, beta=beta)
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

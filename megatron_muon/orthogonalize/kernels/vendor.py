@@ -11,53 +11,40 @@ from importlib import import_module
 
 import torch
 
-from megatron_muon.orthogonalize.kernels import bulk_copyable, current
-from megatron_muon.orthogonalize.products import TorchProducts
+from megatron_muon.orthogonalize.kernels import KernelProducts, bulk_copyable, current
 
 __all__ = ["VendorProducts", "obstacle"]
 
 _MAJORS = (9, 10, 11, 12)
 """Compute capabilities: 9.0 is the least that gram-newton-schulz asks for, 12 the last that quack has a kernel for."""
 
-_SMALLEST = 256
-"""The size of a tile. gram-newton-schulz, too, leaves matrices with a smaller side to torch."""
 
-
-class VendorProducts(TorchProducts):
+class VendorProducts(KernelProducts):
     """Symmetric products by ``quack.gemm_interface.gemm_symmetric``, the others by torch.
 
     It takes batches of float16 or bfloat16, of dimensions that are multiples of 8 (TMA). Products that are not so, or
-    with a side below 256, are torch's. One kernel serves all shapes; it is compiled at the first product.
+    with a side below 256 (a tile; gram-newton-schulz leaves them to torch, too), are torch's. One kernel serves all
+    shapes; it is compiled at the first product.
     """
 
     name = "gram-newton-schulz, symmetric"
+    multiple = 8
+    rest = "sides below 256 or no multiples of 8 by torch"
 
-    def gram(self, x: torch.Tensor) -> torch.Tensor:
-        """See :class:`~megatron_muon.orthogonalize.products.TorchProducts`."""
-        if not _takes(x):
-            return super().gram(x)
-        with current(x.device):
-            return _gemm_symmetric()(x, x.mT)
+    def takes_sizes(self, p: int, inner: int) -> bool:
+        """See :class:`~megatron_muon.orthogonalize.kernels.KernelProducts`."""
+        return inner >= self.smallest and super().takes_sizes(p, inner)
 
-    def quadratic(self, r: torch.Tensor, b: float, c: float) -> torch.Tensor:
-        """See :class:`~megatron_muon.orthogonalize.products.TorchProducts`."""
-        if not _takes(r):
-            return super().quadratic(r, b, c)
-        with current(r.device):  # factors must be floats: anything else is taken for a tensor
-            return _gemm_symmetric()(r, r, C=r, alpha=float(c), beta=float(b))
+    def takes(self, x: torch.Tensor) -> bool:
+        """See :class:`~megatron_muon.orthogonalize.kernels.KernelProducts`."""
+        return super().takes(x) and bulk_copyable(x)
 
-    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
-        """See :class:`~megatron_muon.orthogonalize.products.TorchProducts`."""
-        if not (_takes(r) and _takes(z)):
-            return super().commuting(r, z, a)
-        with current(r.device):
-            return _gemm_symmetric()(r, z, C=r, alpha=1.0, beta=float(a))
-
-    def symmetric_flops(self, p: int, inner: int) -> int:
-        """The operations that are really needed: those of the diagonal and below, without the rest of its tiles."""
-        if min(p, inner) < _SMALLEST or p % 8 or inner % 8:
-            return super().symmetric_flops(p, inner)
-        return p * (p + 1) * inner
+    def symmetric(
+        self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0
+    ) -> torch.Tensor:
+        """See :class:`~megatron_muon.orthogonalize.kernels.KernelProducts`."""
+        with current(a.device):  # factors must be floats: anything else is taken for a tensor
+            return _gemm_symmetric()(a, b, C=c, alpha=float(alpha), beta=float(beta))
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -78,7 +65,3 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _gemm_symmetric() -> Callable[..., torch.Tensor]:
     return import_module("quack.gemm_interface").gemm_symmetric
-
-
-def _takes(x: torch.Tensor) -> bool:
-    return min(x.shape[-2:]) >= _SMALLEST and x.size(-2) % 8 == 0 and bulk_copyable(x)
