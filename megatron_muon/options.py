@@ -90,7 +90,7 @@ class UpdateKnobs:
     ns_backend: str = knob(
         "auto",
         "Kernels of the products in Newton-Schulz: torch, triton (this package's), emerging (emerging-optimizers'), "
-        "gram_newton_schulz (that package's), or auto: the best that the device has and that passes a numeric check.",
+        "gram_newton_schulz (that package's), or auto: the fastest of those on this device that pass a numeric check.",
         check=one_of(*NS_BACKENDS),
     )
     tp_mode: str = knob(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +21,11 @@ from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.precision import own_dtype, precision_of
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
+from megatron_muon.orthogonalize.kernels.gate import Trial
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.switches import matmul_precision
-from megatron_muon.routing.layout import MSIGN, STIEFEL, layout_of
+from megatron_muon.routing.layout import MSIGN, ORTHOGONALIZE, STIEFEL, layout_of
 
 __all__ = ["BUCKET_ATTRIBUTE", "DATA", "DENSE", "EXPERT", "EXPERT_DATA", "WIDE", "Engines", "Sharing"]
 __all__ += ["together", "unequal_gradients"]
@@ -123,6 +126,7 @@ class Engines:
         self._coefficients = coefficients(config.coefficient_type, config.num_ns_steps, triples)
         self._engines: dict[Any, StepEngine] = {}
         self.products_note = ""
+        self._products: dict[tuple[torch.device, torch.dtype], tuple[TorchProducts, str]] = {}
         self.told, self.due = False, True
         self.sharing: Sharing | None = None
         self._shared: StepEngine | None = None
@@ -303,15 +307,60 @@ class Engines:
     ) -> StepEngine:
         config = self.config
         precision = precision_of(config, dtype)
-        with matmul_precision(config.fp32_matmul_prec):
-            products, self.products_note = choose_products(config.ns_backend, device, precision.iteration)
+        key = device, precision.iteration
+        if key not in self._products:
+            self._products[key] = self._choose_products(weights, *key)
+        products, self.products_note = self._products[key]
         return StepEngine(
             weights,
             {**self._groups, **groups},
-            Orthogonalizer(self._coefficients, precision.iteration, config.eps, products, damped=self._damped),
+            self._orthogonalizer(precision.iteration, products),
             mode=mode,
             dtype=precision.own,
             wire_dtype=precision.wire,
             chunk_mb=config.chunk_mb,
             device=device,
         )
+
+    def _orthogonalizer(self, dtype: torch.dtype, products: TorchProducts) -> Orthogonalizer:
+        return Orthogonalizer(self._coefficients, dtype, self.config.eps, products, damped=self._damped)
+
+    def _choose_products(
+        self, weights: Sequence[Weight], device: torch.device, dtype: torch.dtype
+    ) -> tuple[TorchProducts, str]:
+        """Kernels for a device and a type of numbers, with a note for the report; once, so that engines do not differ.
+
+        They are timed where no other rank may find another one faster: there, copies of weights would drift apart.
+        """
+        backend, trial = self.config.ns_backend, None
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            trial = trial_of(weights, lambda products, x: self._orthogonalizer(dtype, products)(x), dtype, device)
+        with matmul_precision(self.config.fp32_matmul_prec):
+            return choose_products(backend, device, dtype, trial)
+
+
+def trial_of(
+    weights: Sequence[Weight],
+    iterate: Callable[[TorchProducts, torch.Tensor], object],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Trial | None:
+    """What kernels are timed by: as many matrices as are iterated together, of the shape that takes most operations.
+
+    Args:
+        weights: of the run.
+        iterate: what the step does with them.
+        dtype: in which.
+        device: where.
+    """
+    counts: Counter[tuple[int, int]] = Counter()
+    for weight in weights:
+        for block in weight.layout.blocks(weight.whole_shape):
+            if block.rule == ORTHOGONALIZE and block.numel:
+                p, q = sorted((block.rows, block.columns))
+                counts[p, q] += block.count
+    if not counts:
+        return None
+    p, q = max(counts, key=lambda shape: (counts[shape] * shape[0] ** 2 * shape[1], shape))
+    each = Orthogonalizer.batch_bytes[device.type] // (p * q * dtype.itemsize)
+    return Trial((max(1, min(counts[p, q], each)), p, q), iterate)

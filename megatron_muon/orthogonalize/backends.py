@@ -73,7 +73,8 @@ def candidates(backend: str, device: torch.device, dtype: torch.dtype, trial: Tr
     hold copies or shards of one weight take :func:`fastest_on_all`, or their copies drift apart.
 
     Args:
-        backend: one of :data:`megatron_muon.choices.NS_BACKENDS`. ``auto`` is the fastest of all that pass; on CPUs torch, by blocks.
+        backend: one of :data:`megatron_muon.choices.NS_BACKENDS`. ``auto`` is the fastest of all that pass; on CPUs
+            torch, by blocks.
         device: where it will multiply.
         dtype: in which. For float32, call this under the :func:`matmul_precision` of the step: what is best
             depends on whether products may be TF32.

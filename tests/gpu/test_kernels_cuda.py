@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_muon.orthogonalize import coefficients
-from megatron_muon.orthogonalize.backends import _KERNELS, _candidate, choose_products
+from megatron_muon.orthogonalize.backends import _KERNELS, _checked, candidates, choose_products, report
 from megatron_muon.orthogonalize.gram import gram_iteration, prescale
-from megatron_muon.orthogonalize.kernels.gate import Size, examine
+from megatron_muon.orthogonalize.kernels.gate import Size, Trial, examine
 from megatron_muon.orthogonalize.products import TorchProducts
 
 pytestmark = [
@@ -41,7 +41,7 @@ def precision() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
-    _candidate.cache_clear()
+    _checked.cache_clear()
 
 
 def device() -> torch.device:
@@ -50,15 +50,15 @@ def device() -> torch.device:
 
 def products_of(backend: str, dtype: torch.dtype) -> TorchProducts:
     """The implementation, not yet checked; skips where it cannot run."""
-    kernel = _KERNELS[backend]
+    module_name, class_name = _KERNELS[backend]
     try:
-        module = import_module(f"megatron_muon.orthogonalize.kernels.{kernel.module}")
+        module = import_module(f"megatron_muon.orthogonalize.kernels.{module_name}")
     except ImportError as error:
         pytest.skip(f"{backend} is not there: {error}")
     reason = module.obstacle(device(), dtype)
     if reason is not None:
         pytest.skip(f"{backend} {reason}")
-    return getattr(module, kernel.products)()
+    return getattr(module, class_name)()
 
 
 @pytest.mark.parametrize("float32", ["highest", "high"])
@@ -82,16 +82,16 @@ def test_products_of_many_sizes(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_auto_takes_the_first_that_passes(dtype: torch.dtype) -> None:
+def test_auto_takes_the_fastest(dtype: torch.dtype) -> None:
     torch.set_float32_matmul_precision("high")
-    products, line = choose_products("auto", device(), dtype)
-    for backend in _KERNELS:
-        found = _candidate(backend, device(), dtype, "high")
-        if found.products is not None:
-            assert products is found.products, line
-            return
-        assert f"{backend} {found.text}" in line
-    assert type(products) is TorchProducts
+    trial = Trial((4, 1024, 2048), lambda products, x: products.quadratic(products.gram(x), 2.0, 3.0))
+    found = candidates("auto", device(), dtype, trial)
+    line = report(found[0], found, device(), dtype, trial)
+    assert [each.seconds for each in found] == sorted(each.seconds for each in found)
+    assert {each.backend for each in found} == {"torch", *_KERNELS}
+    usable = [each for each in found if each.products is not None]
+    assert usable[0] is found[0] and all(f"{each.backend} {1e3 * each.seconds:.3g} ms" in line for each in usable)
+    assert all(f"{each.backend} {each.text}" in line for each in found if each.products is None)
 
 
 def standard(x: torch.Tensor, steps: tuple[tuple[float, float, float], ...], products: TorchProducts) -> torch.Tensor:

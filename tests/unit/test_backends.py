@@ -14,13 +14,18 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_muon import Muon
 from megatron_muon.choices import NS_BACKENDS
+from megatron_muon.engine.plan import Weight
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers import engines
+from megatron_muon.optimizers.engines import trial_of
 from megatron_muon.orthogonalize import backends
 from megatron_muon.orthogonalize.backends import choose_products, fastest_on_all
 from megatron_muon.orthogonalize.kernels import gate
 from megatron_muon.orthogonalize.kernels.gate import Trial, examine
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
+from megatron_muon.routing.layout import MatrixLayout
 from tests.unit.test_gate import CPU, DTYPES, SIZES, Altered, not_a_number, too_large
 
 
@@ -221,3 +226,31 @@ def test_cpu_needs_no_triton() -> None:
     lines = run.stdout.splitlines()
     assert lines[0].startswith("torch, symmetric by blocks, float32 on cpu")
     assert "--muon-ns-backend triton" in lines[2] and "is not there" in lines[2]
+
+
+def test_trial_is_of_the_shape_that_takes_most_operations() -> None:
+    shapes = [*[(4096, 1024)] * 3, *[(1024, 4096)] * 2, *[(512, 8192)] * 9]
+    weights = [Weight(shape, MatrixLayout("w")) for shape in shapes]
+    weights.append(Weight((128, 100, 2048), MatrixLayout("w", stacked=True), dim=-2, group="tp", ranks=4))
+
+    def trial_on(device: str) -> tuple[int, int, int]:
+        found = trial_of(weights, lambda products, x: x, torch.bfloat16, torch.device(device))
+        assert found is not None
+        return found.shape
+
+    assert trial_on("cuda") == (128, 400, 2048), "128 x 400^2 x 2048 operations, whatever a rank has of them"
+    assert trial_on("cpu") == (1, 400, 2048), "as many as are iterated together there"
+    weights.pop()
+    assert trial_on("cuda") == (5, 1024, 4096), "tall ones among them"
+    assert trial_of([], lambda products, x: x, torch.bfloat16, CPU) is None
+
+
+def test_engines_of_one_optimizer_have_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Trial | None] = []
+    monkeypatch.setattr(engines, "choose_products", lambda *args: asked.append(args[3]) or choose_products(*args))
+    params = [torch.nn.Parameter(torch.ones(4, 6)) for _ in range(2)]
+    optimizer = Muon(params)
+    optimizer.prepare()
+    params[1].grad = torch.ones(4, 6)
+    optimizer.step()  # an engine of its own: for one of the weights
+    assert [trial.shape for trial in asked if trial] == [(2, 4, 6)]
