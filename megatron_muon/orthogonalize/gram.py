@@ -37,7 +37,7 @@ def gram_iteration(
         scale: see :func:`prescale`.
 
     Returns:
-        (batch, p, q), not scaled.
+        (batch, p, q), not scaled, in the memory order of ``x``.
 
     Source:
         Gram Newton-Schulz, Dao-AILab, https://github.com/Dao-AILab/gram-newton-schulz. The power-of-two scale of the

@@ -10,7 +10,7 @@ from megatron_muon.orthogonalize.coefficients import Coefficients
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.switches import without_autocast
 
-__all__ = ["EPS", "Reduce", "newton_schulz", "normalized", "standard_iteration"]
+__all__ = ["EPS", "Reduce", "newton_schulz", "normalized", "split_iteration", "standard_iteration", "turned"]
 
 EPS = 1e-15
 """Default of the lower bound of norms. Updates do not depend on the gradient's scale, and global clipping may bring
@@ -59,13 +59,15 @@ def newton_schulz(
     """
     if (shard_dim is None) != (reduce is None):
         raise ValueError("shard_dim and reduce belong together")
-    # Work on rows <= columns, where the Gram matrix is smallest; a shard contracts along the dimension it is cut in.
-    transpose = x.size(-2) > x.size(-1) if shard_dim is None else shard_dim in (-2, x.dim() - 2)
-    y = x.mT if transpose else x
-    batch = y.reshape(-1, *y.shape[-2:])
-    batch = normalized(batch, dtype or x.dtype, eps, reduce=reduce)
-    y = standard_iteration(batch, coefficients, products, reduce).view(y.shape).to(x.dtype)
-    return y.mT if transpose else y
+    # The Gram matrix of the shorter side is the smallest; a shard contracts along the dimension it is cut in.
+    tall = x.size(-2) > x.size(-1) if shard_dim is None else shard_dim in (-2, x.dim() - 2)
+    batch = turned(normalized(x.reshape(-1, *x.shape[-2:]), dtype or x.dtype, eps, reduce=reduce), tall)
+    return turned(standard_iteration(batch, coefficients, products, reduce), tall).view(x.shape).to(x.dtype)
+
+
+def turned(x: torch.Tensor, tall: bool) -> torch.Tensor:
+    """Tall matrices as their transposes, which are wide, and back again: a view, nothing is turned in memory."""
+    return x.mT if tall else x
 
 
 def normalized(
@@ -80,8 +82,9 @@ def normalized(
     """``scale * x / ||x||_F``, rounded once to ``dtype``.
 
     Args:
-        x: (batch, p, q).
-        dtype: of the result. The norm is taken in float64, where squares of all float32 numbers have their place.
+        x: (batch, m, n).
+        dtype: of the result, which is contiguous. The norm is taken in float64, where squares of all float32 numbers
+            have their place.
         eps: lower bound of the norm.
         scale: a power of two.
         reduce: sums over the ranks, if ``x`` is this rank's shard of each matrix.
@@ -104,7 +107,8 @@ def standard_iteration(
     """``X <- a X + (b A + c A A) X`` with ``A = X X^T``, once for each (a, b, c).
 
     Args:
-        x: (batch, p, q) of Frobenius norm at most 1, in the dtype of the iteration.
+        x: (batch, p, q) of Frobenius norm at most 1, in the dtype of the iteration; the result lies in memory as it
+            does, see :class:`megatron_muon.orthogonalize.products.TorchProducts`.
         coefficients: one (a, b, c) for each step.
         products: how to multiply.
         reduce: sums A over the ranks, if ``x`` is this rank's columns of each matrix.

@@ -9,7 +9,14 @@ import torch
 
 from megatron_muon.orthogonalize.coefficients import Coefficients
 from megatron_muon.orthogonalize.gram import gram_iteration, polynomial_of_gram, prescale, segments
-from megatron_muon.orthogonalize.newton_schulz import EPS, Reduce, normalized, split_iteration, standard_iteration
+from megatron_muon.orthogonalize.newton_schulz import (
+    EPS,
+    Reduce,
+    normalized,
+    split_iteration,
+    standard_iteration,
+    turned,
+)
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.restarts import best_restarts
 
@@ -37,10 +44,10 @@ class Method:
 
 
 class Orthogonalizer:
-    """Orthogonalizes batches of matrices of one shape.
+    """Orthogonalizes batches of m x n matrices.
 
-    Every matrix comes with rows <= columns, p x q; see :func:`megatron_muon.engine.planner.make_plan`, which turns tall
-    ones.
+    The iteration works on the shorter side, of length p, and the longer one, q: on ``X X^T`` of wide matrices and
+    ``X^T X`` of tall ones. Neither is turned in memory.
     """
 
     batch_bytes: ClassVar[dict[str, int]] = {"cpu": 1 << 20, "cuda": 1 << 29}
@@ -71,25 +78,26 @@ class Orthogonalizer:
         self.products = products or TorchProducts()
         self.restarts = best_restarts(coefficients, dtype)
 
-    def method(self, p: int, q: int) -> Method:
-        """The cheapest iteration that is accurate in this dtype."""
-        return self.named(self.restarts if self._gram_pays(p, q) else None)
+    def method(self, m: int, n: int) -> Method:
+        """The cheapest iteration for m x n matrices that is accurate in this dtype."""
+        return self.named(self.restarts if self._gram_pays(m, n) else None)
 
     def named(self, restarts: tuple[int, ...] | None) -> Method:
         """Gram Newton-Schulz with restarts, or the standard iteration (None)."""
         return Method(str(self.dtype).removeprefix("torch."), restarts, self.products.name)
 
-    def flops(self, p: int, q: int) -> int:
-        """Multiplications and additions that one p x q matrix takes."""
+    def flops(self, m: int, n: int) -> int:
+        """Multiplications and additions that one m x n matrix takes."""
+        p, q = sorted((m, n))
         return self.gram_flops(p, q) if self._gram_pays(p, q) else self.standard_flops(p, q)
 
     def standard_flops(self, p: int, q: int) -> int:
-        """The same, by standard Newton-Schulz; also of one rank that holds q columns of each row."""
+        """The same, by standard Newton-Schulz on ``p x p`` Gram matrices; q may be a part of what they sum over."""
         symmetric = self.products.symmetric_flops
         return len(self.coefficients) * (symmetric(p, q) + symmetric(p, p) + 2 * p * p * q)
 
     def gram_flops(self, p: int, q: int) -> int:
-        """The same, by Gram Newton-Schulz."""
+        """The same, by Gram Newton-Schulz, where p <= q."""
         assert self.restarts is not None
         return self.segment_count * self.rectangular_flops(p, q) + self.polynomial_flops(p)
 
@@ -112,10 +120,10 @@ class Orthogonalizer:
         """The orthogonalized matrices.
 
         Args:
-            x: (batch, p, q) with p <= q, floating point. A zero matrix gives zeros.
+            x: (batch, m, n), floating point. A zero matrix gives zeros.
 
         Returns:
-            (batch, p, q), contiguous, in the dtype of the iteration.
+            (batch, m, n), contiguous, in the dtype of the iteration.
         """
         each = max(1, self.batch_bytes[x.device.type] // (x.size(-2) * x.size(-1) * self.dtype.itemsize))
         if x.size(0) <= each:
@@ -126,33 +134,43 @@ class Orthogonalizer:
         return out
 
     def _iterate(self, x: torch.Tensor) -> torch.Tensor:
-        p, q = x.shape[-2:]
-        if not self._gram_pays(p, q):
-            return standard_iteration(self.normalized(x), self.coefficients, self.products)
+        m, n = x.shape[-2:]
+        tall = m > n
+        # What the iteration starts from has no name here: its memory is free after the first step.
+        if not self._gram_pays(m, n):
+            return turned(standard_iteration(turned(self.normalized(x), tall), self.coefficients, self.products), tall)
         assert self.restarts is not None
-        scale = prescale(self.dtype, p)
-        batch = self.normalized(x, scale)
-        return gram_iteration(batch, self.coefficients, self.restarts, self.products, scale)
+        scale = prescale(self.dtype, min(m, n))
+        return turned(
+            gram_iteration(
+                turned(self.normalized(x, scale), tall), self.coefficients, self.restarts, self.products, scale
+            ),
+            tall,
+        )
 
-    def sharded(self, x: torch.Tensor, reduce: Reduce) -> torch.Tensor:
-        """The same for this rank's columns of each matrix: standard Newton-Schulz with a sum over the ranks each step.
+    def sharded(self, x: torch.Tensor, reduce: Reduce, dim: int = -1) -> torch.Tensor:
+        """The same for this rank's part of each matrix: standard Newton-Schulz with a sum over the ranks each step.
 
         Args:
-            x: (batch, p, columns of this rank), any p.
+            x: (batch, m, n): this rank's rows or columns.
             reduce: sums over the ranks.
+            dim: the dimension that they share, -2 (rows) or -1 (columns); sums run along it, whichever is longer.
         """
-        return standard_iteration(self.normalized(x, reduce=reduce), self.coefficients, self.products, reduce)
+        start = turned(self.normalized(x, reduce=reduce), dim == -2)
+        return turned(standard_iteration(start, self.coefficients, self.products, reduce), dim == -2)
 
-    def split(self, x: torch.Tensor, reduce: Reduce, scatter: Reduce, gather: Reduce) -> torch.Tensor:
+    def split(self, x: torch.Tensor, reduce: Reduce, scatter: Reduce, gather: Reduce, dim: int = -1) -> torch.Tensor:
         """The same as :meth:`sharded`, where ranks share the square products too.
 
         Args:
-            x: (batch, p, columns of this rank), any p.
+            x: (batch, m, n): this rank's rows or columns.
             reduce: sums over the ranks.
             scatter: this rank's rows of the sum.
             gather: all rows, from those of each rank.
+            dim: as in :meth:`sharded`.
         """
-        return split_iteration(self.normalized(x, reduce=reduce), self.coefficients, self.products, scatter, gather)
+        start = turned(self.normalized(x, reduce=reduce), dim == -2)
+        return turned(split_iteration(start, self.coefficients, self.products, scatter, gather), dim == -2)
 
     def member_flops(self, p: int, columns: float, rows: float) -> float:
         """Operations of a rank that has so many columns of a matrix in :meth:`split`, and rows of its square."""
@@ -175,5 +193,6 @@ class Orthogonalizer:
         assert self.restarts is not None
         return polynomial_of_gram(gram, segments(self.coefficients, self.restarts)[segment], self.products, scale)
 
-    def _gram_pays(self, p: int, q: int) -> bool:
+    def _gram_pays(self, m: int, n: int) -> bool:
+        p, q = sorted((m, n))
         return self.restarts is not None and self.gram_flops(p, q) < self.standard_flops(p, q)

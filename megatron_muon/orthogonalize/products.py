@@ -23,6 +23,10 @@ class TorchProducts:
     """Plain matrix products of torch, on any device and in any dtype; the base of all others.
 
     Shapes: x is (batch, p, q); r, z and q are (batch, p, p), symmetric.
+
+    Memory: a wide X lies row by row. A tall matrix W is given as the view X = ``W.mT``, which lies column by column, so
+    that ``X X^T`` is ``W^T W``; what is as large as X is returned in the same order. Libraries for matrix products read
+    either order at the same speed, so that no matrix is ever turned in memory.
     """
 
     name = "torch"
@@ -44,13 +48,13 @@ class TorchProducts:
         return _product(r, z, r if a else None, a)
 
     def apply(self, q: torch.Tensor, x: torch.Tensor, alpha: float) -> torch.Tensor:
-        """``alpha Q X``."""
-        product = _product(q, x)
+        """``alpha Q X``, in the memory order of X."""
+        product = _product(x.mT, q.mT).mT if _by_columns(x) else _product(q, x)
         return product if alpha == 1.0 else product.mul_(alpha)
 
     def multiply_add(self, x: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
-        """``a X + Z X``."""
-        return _product(z, x, x, a)
+        """``a X + Z X``, in the memory order of X."""
+        return _product(x.mT, z.mT, x.mT, a).mT if _by_columns(x) else _product(z, x, x, a)
 
     def symmetric_flops(self, p: int, inner: int) -> int:
         """Operations of a product of a p x ``inner`` with an ``inner`` x p matrix whose result is symmetric."""
@@ -123,6 +127,11 @@ def shifted_(z: torch.Tensor, a: float) -> torch.Tensor:
     """``Z + a I``, in place."""
     z.diagonal(dim1=-2, dim2=-1).add_(a)
     return z
+
+
+def _by_columns(x: torch.Tensor) -> bool:
+    """Whether the elements of a column are neighbours in memory, and those of a row are not."""
+    return x.stride(-1) != 1 and x.stride(-2) == 1
 
 
 def _product(

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_muon import Muon
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.coefficients import CUSTOM
+from megatron_muon.orthogonalize.newton_schulz import newton_schulz
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
 from megatron_muon.orthogonalize.restarts import best_restarts
@@ -22,12 +23,12 @@ from tests.reference import orthogonalized, polynomial, with_singular_values
 
 @pytest.mark.parametrize("name", EVERY_SET)
 def test_the_class_takes_the_same_path_for_each_shape(name: str) -> None:
-    """Square: standard; wide: Gram. Both against singular values."""
+    """Square: standard; wide and tall: Gram. Both against singular values."""
     iteration = Orthogonalizer(set_of(name, 5), torch.float64)
     assert iteration.method(12, 12).restarts is None
-    assert iteration.method(8, 40).restarts == (2, 4)
-    for p, q in [(12, 12), (8, 40), (1, 5)]:
-        x = gaussian(3, p, q)
+    assert iteration.method(8, 40).restarts == iteration.method(40, 8).restarts == (2, 4)
+    for m, n in [(12, 12), (8, 40), (40, 8), (1, 5), (5, 1)]:
+        x = gaussian(3, m, n)
         expected = torch.stack([orthogonalized(matrix, iteration.coefficients) for matrix in x])
         assert error(iteration(x), expected) < tolerance(x, iteration.coefficients)
 
@@ -35,7 +36,7 @@ def test_the_class_takes_the_same_path_for_each_shape(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY_SET)
 @pytest.mark.parametrize("shape", [(30, 6), (6, 30), (9, 9), (7, 1), (1, 7)])
 def test_tall_and_wide_through_the_optimizer(name: str, shape: tuple[int, int]) -> None:
-    """The optimizer turns tall matrices: minus the weight is the direction, at lr 1 without momentum."""
+    """Minus the weight is the direction, at lr 1 without momentum."""
     param = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
     param.grad = gaussian(*shape)
     custom = [",".join(map(str, triple)) for triple in TRIPLES] if name == CUSTOM else []
@@ -195,9 +196,37 @@ def test_operations_are_those_that_torch_counts(
 ) -> None:
     iteration = Orthogonalizer(set_of(*steps), dtype, products=products)
     for p, q in [(16, 16), (20, 33), (16, 200), (1, 7), (37, 37)]:
-        with FlopCounterMode(display=False) as counter:
-            iteration(gaussian(3, p, q, dtype=torch.float32))
-        assert counter.get_total_flops() == 3 * iteration.flops(p, q), (p, q)
+        for m, n in ((p, q), (q, p)):
+            with FlopCounterMode(display=False) as counter:
+                iteration(gaussian(3, m, n, dtype=torch.float32))
+            assert counter.get_total_flops() == 3 * iteration.flops(p, q) == 3 * iteration.flops(m, n), (m, n)
+
+
+@pytest.mark.parametrize("products", [TorchProducts(), BlockProducts(8)], ids=lambda products: products.name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_tall_matrix_is_its_transpose_in_its_own_memory_order(dtype: torch.dtype, products: TorchProducts) -> None:
+    """Of the products, too, those as large as the matrix lie as it does. Sums have another order: roundings, times
+    the slope of the polynomial, which is 3.4^5 at the smallest singular values and about 1 at most."""
+    iteration, orders = Orthogonalizer(set_of("quintic", 5), dtype, products=products), []
+
+    class Noting(type(products)):  # type: ignore[misc]
+        def gram(self, x: torch.Tensor) -> torch.Tensor:
+            orders.append(x.mT.is_contiguous())
+            return super().gram(x)
+
+    iteration.products = Noting(*([8] if isinstance(products, BlockProducts) else []))
+    for p, q in [(24, 40), (8, 100), (20, 21)]:
+        wide = gaussian(3, p, q, dtype=torch.promote_types(dtype, torch.float32))
+        found = iteration(wide.mT.contiguous())
+        assert orders and all(orders) and found.is_contiguous()
+        expected = iteration(wide)
+        assert error(found.mT, expected.double()) < 64 * torch.finfo(dtype).eps
+        tall, there = newton_schulz(wide.mT, iteration.coefficients), newton_schulz(wide, iteration.coefficients)
+        assert error(tall.mT, there.double()) < 64 * torch.finfo(wide.dtype).eps
+        parts = iteration.sharded(wide.mT.contiguous(), lambda y: y, -2)
+        assert parts.is_contiguous()
+        assert error(parts.mT, iteration.sharded(wide, lambda y: y).double()) < 64 * torch.finfo(dtype).eps
+        orders.clear()
 
 
 @pytest.mark.parametrize("products", [TorchProducts(), BlockProducts(8)], ids=lambda products: products.name)
