@@ -31,10 +31,14 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-__all__ = ["EXTENSION_POINTS", "Patch", "PatchSet", "holds", "in_place_of", "lost", "replace_by"]
+__all__ = ["EXTENSION_POINTS", "Original", "Patch", "PatchSet", "Patches", "around", "holds", "in_place_of", "lost"]
+__all__ += ["replace_by"]
 
 EXTENSION_POINTS = "megatron.core.extension_points"
 """The module in which a patched Megatron-LM keeps its extension points, by the targets of patches."""
+
+Original = Callable[..., Any]
+"""A function that a patch replaces."""
 
 _MISSING = object()
 
@@ -86,6 +90,47 @@ class Patch:
 def replace_by(value: Any) -> Callable[[Any], Any]:
     """What a :class:`Patch` makes of an original that is not needed."""
     return lambda original: value
+
+
+def around(wrapper: Callable[..., Any]) -> Callable[[Any], Any]:
+    """What a :class:`Patch` makes of a function: ``wrapper`` is called with it, and then with its arguments."""
+
+    def make(original: Original) -> Any:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
+
+        return staticmethod(call) if isinstance(original, staticmethod) else call
+
+    return make
+
+
+class Patches(list[Patch]):
+    """The patches of one subject, in the order of application. Decorators add those that functions make."""
+
+    def around[F: Callable[..., Any]](self, target: str, reason: str, **options: Any) -> Callable[[F], F]:
+        """Decorates what is called in place of ``target``, with the original before the arguments.
+
+        Args:
+            target: of the :class:`Patch`.
+            reason: of the patch.
+            **options: its other attributes.
+        """
+
+        def add(wrapper: F) -> F:
+            self.append(Patch(target, around(wrapper), reason, **options))
+            return wrapper
+
+        return add
+
+    def making[F: Callable[[Any], Any]](self, target: str, reason: str, **options: Any) -> Callable[[F], F]:
+        """Decorates what makes the replacement of ``target`` from the original; arguments as of :meth:`around`."""
+
+        def add(make: F) -> F:
+            self.append(Patch(target, make, reason, **options))
+            return make
+
+        return add
 
 
 class PatchSet:

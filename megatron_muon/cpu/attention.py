@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import importlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.context_parallel import balanced_positions, gathered
 from megatron_muon.errors import ConfigError
 
 __all__ = ["PATCHES", "attention_scores", "weighted_values"]
+
+_TARGET = "megatron.core.transformer.dot_product_attention:DotProductAttention"
+PATCHES = Patches()
 
 
 def attention_scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
@@ -71,32 +72,34 @@ def _expand_groups(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor if groups == heads else tensor.repeat_interleave(heads // groups, dim=2)
 
 
-def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def init(
-        self: Any,
-        config: Any,
-        *args: Any,
-        k_channels: int | None = None,
-        v_channels: int | None = None,
-        softmax_scale: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if k_channels is not None and softmax_scale is None:
-            softmax_scale = 1.0 / math.sqrt(k_channels)
-        original(self, _without_context(config), *args, softmax_scale=softmax_scale, **kwargs)
-        self.config = config
-        if config.context_parallel_size > 1 and self.scale_mask_softmax.window_size is not None:
-            raise ConfigError(
-                f"--context-parallel-size = {config.context_parallel_size} with --window-size on the CPU: attention "
-                "with a sliding window needs TransformerEngine and a GPU; leave one of the two out."
-            )
-        # What remains of the constructor's arithmetic with kv_channels; forward takes the widths from its arguments.
-        self.hidden_size_per_attention_head = k_channels or self.hidden_size_per_attention_head
-        if v_channels is not None:
-            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
-
-    return init
+@PATCHES.around(
+    f"{_TARGET}.__init__",
+    "multi-latent attention passes k_channels and v_channels, upstream has none; context parallelism is upstream's "
+    "TransformerEngine attention's only",
+)
+def _wrap_init(
+    original: Original,
+    self: Any,
+    config: Any,
+    *args: Any,
+    k_channels: int | None = None,
+    v_channels: int | None = None,
+    softmax_scale: float | None = None,
+    **kwargs: Any,
+) -> None:
+    if k_channels is not None and softmax_scale is None:
+        softmax_scale = 1.0 / math.sqrt(k_channels)
+    original(self, _without_context(config), *args, softmax_scale=softmax_scale, **kwargs)
+    self.config = config
+    if config.context_parallel_size > 1 and self.scale_mask_softmax.window_size is not None:
+        raise ConfigError(
+            f"--context-parallel-size = {config.context_parallel_size} with --window-size on the CPU: attention "
+            "with a sliding window needs TransformerEngine and a GPU; leave one of the two out."
+        )
+    # What remains of the constructor's arithmetic with kv_channels; forward takes the widths from its arguments.
+    self.hidden_size_per_attention_head = k_channels or self.hidden_size_per_attention_head
+    if v_channels is not None:
+        self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
 
 def _without_context(config: Any) -> Any:
@@ -108,7 +111,12 @@ def _without_context(config: Any) -> Any:
     return config
 
 
+@PATCHES.around(
+    f"{_TARGET}.forward",
+    "widths of keys and values may differ; keys and values are gathered over context-parallel ranks",
+)
 def _forward(
+    original: Original,
     self: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -174,20 +182,3 @@ def _dropout_generator(config: Any) -> contextlib.AbstractContextManager[None]:
     if config.sequence_parallel:
         return contextlib.nullcontext()
     return importlib.import_module("megatron.core.tensor_parallel").get_cuda_rng_tracker().fork()
-
-
-_TARGET = "megatron.core.transformer.dot_product_attention:DotProductAttention"
-
-PATCHES: list[Patch] = [
-    Patch(
-        f"{_TARGET}.__init__",
-        _wrap_init,
-        "multi-latent attention passes k_channels and v_channels, upstream has none; context parallelism is upstream's "
-        "TransformerEngine attention's only",
-    ),
-    Patch(
-        f"{_TARGET}.forward",
-        lambda original: _forward,
-        "widths of keys and values may differ; keys and values are gathered over context-parallel ranks",
-    ),
-]

@@ -9,7 +9,6 @@ rank itself writes. That process imports all that the rank has, and nothing ends
 
 from __future__ import annotations
 
-import functools
 import importlib
 import multiprocessing
 import os
@@ -23,9 +22,11 @@ from typing import Any
 
 import torch
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 
 __all__ = ["PATCHES", "ResultsQueue", "run"]
+
+PATCHES = Patches()
 
 _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 _LOOP = f"{_STRATEGIES}.async_utils:PersistentAsyncCaller.async_loop"
@@ -90,52 +91,37 @@ def _received(file: Any) -> ResultsQueue:
     return ResultsQueue(os.fdopen(file.detach(), "r+b"))
 
 
-def _without_manager(original: Callable[..., Any]) -> Callable[..., ResultsQueue]:
+@PATCHES.around(
+    f"{_STRATEGIES}.filesystem_async:get_write_results_queue",
+    "starts a process with all imports of the rank, 770 MB, which stays for ever when the rank is killed",
+)
+def _without_manager(original: Original, mp_mode: str = "spawn") -> ResultsQueue:
     # A new one for each checkpoint: nothing has to be emptied.
-    @functools.wraps(original)
-    def get_write_results_queue(mp_mode: str = "spawn") -> ResultsQueue:
-        return ResultsQueue()
-
-    return get_write_results_queue
+    return ResultsQueue()
 
 
+@PATCHES.making(
+    _LOOP,
+    "the process that writes checkpoints starts without redirects, divides by the number of GPUs, and stays when "
+    "its training is killed",
+)
 def _with_redirects(original: Callable[..., None]) -> staticmethod[..., None]:
     _replaced[_LOOP] = original
     return staticmethod(run)
 
 
-def _with_copies(original: Callable[..., list[Any]]) -> staticmethod[..., list[Any]]:
-    @functools.wraps(original)
-    def preload_tensors(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
-        buckets = original(write_buckets, non_blocking)
-        return [
-            (file, key, (numbers, [(item, _own(tensor)) for item, tensor in tensors]))
-            for file, key, (numbers, tensors) in buckets
-        ]
-
-    return staticmethod(preload_tensors)
+@PATCHES.around(
+    f"{_STRATEGIES}.filesystem_async:FileSystemWriterAsync.preload_tensors",
+    "copies tensors from the GPU, so that training may go on; those of the CPU it passes on as they are, and the "
+    "process would write what training makes of them meanwhile",
+)
+def _with_copies(original: Original, write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+    buckets = original(write_buckets, non_blocking)
+    return [
+        (file, key, (numbers, [(item, _own(tensor)) for item, tensor in tensors]))
+        for file, key, (numbers, tensors) in buckets
+    ]
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.is_shared() else tensor
-
-
-PATCHES: list[Patch] = [
-    Patch(
-        _LOOP,
-        _with_redirects,
-        "the process that writes checkpoints starts without redirects, divides by the number of GPUs, and stays when "
-        "its training is killed",
-    ),
-    Patch(
-        f"{_STRATEGIES}.filesystem_async:get_write_results_queue",
-        _without_manager,
-        "starts a process with all imports of the rank, 770 MB, which stays for ever when the rank is killed",
-    ),
-    Patch(
-        f"{_STRATEGIES}.filesystem_async:FileSystemWriterAsync.preload_tensors",
-        _with_copies,
-        "copies tensors from the GPU, so that training may go on; those of the CPU it passes on as they are, and the "
-        "process would write what training makes of them meanwhile",
-    ),
-]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 
 __all__ = ["PATCHES"]
+
+_C10D = "torch.distributed.distributed_c10d"
+_PATCHED_IN = ("torch", "megatron")
+PATCHES = Patches()
 
 
 def _gloo(backend: Any) -> Any:
@@ -21,51 +24,58 @@ def _gloo(backend: Any) -> Any:
     return "gloo" if isinstance(backend, str) and "nccl" in backend.lower() else backend
 
 
-def _wrap_init_process_group(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def init_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> None:
-        # device_id binds the group to a GPU; pg_options are NCCL's unless the caller asked for another backend.
-        kwargs.pop("device_id", None)
-        if backend is None or _gloo(backend) != backend:
-            kwargs.pop("pg_options", None)
-        original("gloo" if backend is None else _gloo(backend), *args, **kwargs)
-
-    return init_process_group
-
-
-def _wrap_new_group(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def new_group(
-        ranks: Any = None, timeout: Any = None, backend: Any = None, pg_options: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        if backend is None or _gloo(backend) != backend:
-            backend, pg_options = "gloo", None
-        kwargs.pop("device_id", None)
-        return original(ranks, timeout, backend, pg_options, *args, **kwargs)
-
-    return new_group
+@PATCHES.around(
+    f"{_C10D}:init_process_group", "the scripts ask for NCCL and bind the group to a GPU", copies_in=_PATCHED_IN
+)
+def _wrap_init_process_group(original: Original, backend: Any = None, *args: Any, **kwargs: Any) -> None:
+    # device_id binds the group to a GPU; pg_options are NCCL's unless the caller asked for another backend.
+    kwargs.pop("device_id", None)
+    if backend is None or _gloo(backend) != backend:
+        kwargs.pop("pg_options", None)
+    original("gloo" if backend is None else _gloo(backend), *args, **kwargs)
 
 
-def _wrap_all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def all_gather(
-        tensor_list: Sequence[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
-    ) -> Any:
-        sizes = [out.numel() for out in tensor_list]
-        # Every member sees the same list of sizes, so all of them take the same way.
-        if len(set(sizes)) <= 1 or not _is_gloo(group):
-            return original(tensor_list, tensor, group=group, async_op=async_op)
-        longest = max(sizes)
-        padded = tensor.new_zeros(longest)
-        padded[: tensor.numel()] = tensor.reshape(-1)
-        gathered = [tensor.new_empty(longest) for _ in sizes]
-        work = _PaddedGather(original(gathered, padded, group=group, async_op=async_op), tensor_list, gathered)
-        if async_op:
-            return work
-        work.wait()
-        return None
+@PATCHES.around(f"{_C10D}:new_group", "subgroups ask for NCCL or its options", copies_in=_PATCHED_IN)
+def _wrap_new_group(
+    original: Original,
+    ranks: Any = None,
+    timeout: Any = None,
+    backend: Any = None,
+    pg_options: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if backend is None or _gloo(backend) != backend:
+        backend, pg_options = "gloo", None
+    kwargs.pop("device_id", None)
+    return original(ranks, timeout, backend, pg_options, *args, **kwargs)
 
-    return all_gather
+
+@PATCHES.around(
+    f"{_C10D}:all_gather",
+    "gloo wants equal sizes; the layer-wise optimizer's legacy path gathers what each rank happens to own",
+    copies_in=_PATCHED_IN,
+)
+def _wrap_all_gather(
+    original: Original,
+    tensor_list: Sequence[torch.Tensor],
+    tensor: torch.Tensor,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    sizes = [out.numel() for out in tensor_list]
+    # Every member sees the same list of sizes, so all of them take the same way.
+    if len(set(sizes)) <= 1 or not _is_gloo(group):
+        return original(tensor_list, tensor, group=group, async_op=async_op)
+    longest = max(sizes)
+    padded = tensor.new_zeros(longest)
+    padded[: tensor.numel()] = tensor.reshape(-1)
+    gathered = [tensor.new_empty(longest) for _ in sizes]
+    work = _PaddedGather(original(gathered, padded, group=group, async_op=async_op), tensor_list, gathered)
+    if async_op:
+        return work
+    work.wait()
+    return None
 
 
 class _PaddedGather:
@@ -83,106 +93,76 @@ class _PaddedGather:
         return True
 
 
-def _wrap_wait(original: Callable[[Any], None]) -> Callable[[Any], None]:
-    @functools.wraps(original)
-    def wait(self: Any) -> None:
-        for handle in (self.handles or ())[:-1]:
-            handle.wait()
-        original(self)
-
-    return wait
+@PATCHES.around(
+    "megatron.core.distributed.param_and_grad_buffer:_LayerwiseAllGatherHandle.wait",
+    "the last of several gathers alone is waited for: NCCL ends them in order, gloo does not",
+)
+def _wrap_wait(original: Original, self: Any) -> None:
+    for handle in (self.handles or ())[:-1]:
+        handle.wait()
+    original(self)
 
 
 def _is_gloo(group: Any) -> bool:
     return dist.get_backend(group) == "gloo"
 
 
-def _wrap_average(original: Callable[..., Any], source: int) -> Callable[..., Any]:
+@PATCHES.around(
+    f"{_C10D}:all_reduce",
+    "gloo has no AVG in older torch versions; MoE logging, MTP and loss averaging ask for it",
+    copies_in=_PATCHED_IN,
+)
+def _average_of_all(original: Original, *args: Any, **kwargs: Any) -> Any:
+    return _average(original, 0, args, kwargs)
+
+
+@PATCHES.around(
+    f"{_C10D}:reduce_scatter_tensor",
+    "gloo has no AVG in older torch versions; DDP asks for it with --ddp-average-in-collective",
+    copies_in=_PATCHED_IN,
+)
+def _average_of_parts(original: Original, *args: Any, **kwargs: Any) -> Any:
+    return _average(original, 1, args, kwargs)
+
+
+def _average(reduce: Original, source: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Divide before a SUM where AVG is asked for; ``source`` is the position of the tensor that is reduced.
 
     Dividing first keeps asynchronous and coalesced calls as they are. What is only read, the input of a reduce-scatter,
     is divided in a copy.
     """
-    name = ("tensor", "input")[source]
-
-    @functools.wraps(original)
-    def reduce(*args: Any, **kwargs: Any) -> Any:
-        position = source + 1
-        op = kwargs.get("op", args[position] if len(args) > position else None)
-        if op != dist.ReduceOp.AVG:
-            return original(*args, **kwargs)
-        tensor = args[source] if len(args) > source else kwargs[name]
-        group = kwargs.get("group", args[position + 1] if len(args) > position + 1 else None)
-        size = dist.get_world_size(group)
-        divided = tensor.div_(size) if name == "tensor" else tensor / size
-        if len(args) > source:
-            args = (*args[:source], divided, *args[source + 1 :])
-        else:
-            kwargs[name] = divided
-        if "op" in kwargs:
-            kwargs["op"] = dist.ReduceOp.SUM
-        else:
-            args = (*args[:position], dist.ReduceOp.SUM, *args[position + 1 :])
-        return original(*args, **kwargs)
-
-    return reduce
+    name, position = ("tensor", "input")[source], source + 1
+    op = kwargs.get("op", args[position] if len(args) > position else None)
+    if op != dist.ReduceOp.AVG:
+        return reduce(*args, **kwargs)
+    tensor = args[source] if len(args) > source else kwargs[name]
+    group = kwargs.get("group", args[position + 1] if len(args) > position + 1 else None)
+    size = dist.get_world_size(group)
+    divided = tensor.div_(size) if name == "tensor" else tensor / size
+    if len(args) > source:
+        args = (*args[:source], divided, *args[source + 1 :])
+    else:
+        kwargs[name] = divided
+    if "op" in kwargs:
+        kwargs["op"] = dist.ReduceOp.SUM
+    else:
+        args = (*args[:position], dist.ReduceOp.SUM, *args[position + 1 :])
+    return reduce(*args, **kwargs)
 
 
-def _wrap_destroy_model_parallel(original: Callable[[], None]) -> Callable[[], None]:
-    @functools.wraps(original)
-    def destroy_model_parallel() -> None:
-        """Destroy the groups as well; their threads end when no model holds them any more."""
-        groups = importlib.import_module("megatron.core.parallel_state")._global_process_group_list or []
-        for group in groups:
-            if group is not None and group in dist.distributed_c10d._world.pg_map:
-                dist.destroy_process_group(group)
-        # Their forward pass is cached together with the module, which has a group.
-        for name in ("rotary_pos_embedding:RotaryEmbedding", "yarn_rotary_pos_embedding:YarnRotaryEmbedding"):
-            module, _, each = name.partition(":")
-            if (imported := sys.modules.get(f"megatron.core.models.common.embeddings.{module}")) is not None:
-                getattr(imported, each).forward.cache_clear()
-        original()
-
-    return destroy_model_parallel
-
-
-_C10D = "torch.distributed.distributed_c10d"
-_PATCHED_IN = ("torch", "megatron")
-
-PATCHES: list[Patch] = [
-    Patch(
-        f"{_C10D}:init_process_group",
-        _wrap_init_process_group,
-        "the scripts ask for NCCL and bind the group to a GPU",
-        copies_in=_PATCHED_IN,
-    ),
-    Patch(f"{_C10D}:new_group", _wrap_new_group, "subgroups ask for NCCL or its options", copies_in=_PATCHED_IN),
-    Patch(
-        f"{_C10D}:all_gather",
-        _wrap_all_gather,
-        "gloo wants equal sizes; the layer-wise optimizer's legacy path gathers what each rank happens to own",
-        copies_in=_PATCHED_IN,
-    ),
-    Patch(
-        "megatron.core.distributed.param_and_grad_buffer:_LayerwiseAllGatherHandle.wait",
-        _wrap_wait,
-        "the last of several gathers alone is waited for: NCCL ends them in order, gloo does not",
-    ),
-    Patch(
-        f"{_C10D}:all_reduce",
-        lambda original: _wrap_average(original, source=0),
-        "gloo has no AVG in older torch versions; MoE logging, MTP and loss averaging ask for it",
-        copies_in=_PATCHED_IN,
-    ),
-    Patch(
-        f"{_C10D}:reduce_scatter_tensor",
-        lambda original: _wrap_average(original, source=1),
-        "gloo has no AVG in older torch versions; DDP asks for it with --ddp-average-in-collective",
-        copies_in=_PATCHED_IN,
-    ),
-    Patch(
-        "megatron.core.parallel_state:destroy_model_parallel",
-        _wrap_destroy_model_parallel,
-        "forgets its groups, which torch keeps: about 60 threads of gloo, which wake up all the time",
-    ),
-]
+@PATCHES.around(
+    "megatron.core.parallel_state:destroy_model_parallel",
+    "forgets its groups, which torch keeps: about 60 threads of gloo, which wake up all the time",
+)
+def _wrap_destroy_model_parallel(original: Original) -> None:
+    """Destroy the groups as well; their threads end when no model holds them any more."""
+    groups = importlib.import_module("megatron.core.parallel_state")._global_process_group_list or []
+    for group in groups:
+        if group is not None and group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
+    # Their forward pass is cached together with the module, which has a group.
+    for name in ("rotary_pos_embedding:RotaryEmbedding", "yarn_rotary_pos_embedding:YarnRotaryEmbedding"):
+        module, _, each = name.partition(":")
+        if (imported := sys.modules.get(f"megatron.core.models.common.embeddings.{module}")) is not None:
+            getattr(imported, each).forward.cache_clear()
+    original()

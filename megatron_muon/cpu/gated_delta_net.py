@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megatron_muon._patching import Patch, replace_by
+from megatron_muon._patching import Original, Patch, Patches, replace_by
 
 __all__ = ["PATCHES", "causal_conv1d", "chunk_gated_delta_rule", "l2norm"]
+
+_SPECS = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
+_NO_LOCAL_SPEC = "the layer specification of hybrids exists for TransformerEngine only"
+_PACKAGE = "megatron.core.ssm.gated_delta_net"
+PATCHES = Patches()
 
 
 def l2norm(x: torch.Tensor, dim: int = -1, eps: float = 1e-6) -> torch.Tensor:
@@ -80,16 +84,17 @@ def _refuse_packing_and_state(cu_seqlens: Any, initial_state: Any, output_final_
         raise NotImplementedError("recurrent state (inference) in GatedDeltaNet needs flash-linear-attention and a GPU")
 
 
-def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        # Under sequence parallelism Megatron-Core sums the gradients of all norms itself.
-        if self.tp_size > 1 and not self.config.sequence_parallel:
-            for parameter in self.out_norm.parameters():
-                parameter.register_hook(functools.partial(_sum_over, self.tp_group))
-
-    return init
+@PATCHES.around(
+    f"{_PACKAGE}.common:_GDNBase.__init__",
+    "without sequence parallelism nobody sums the gradient of the output norm, which is shared by the heads that "
+    "tensor-parallel ranks hold: the replicas would drift apart",
+)
+def _wrap_init(original: Original, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    # Under sequence parallelism Megatron-Core sums the gradients of all norms itself.
+    if self.tp_size > 1 and not self.config.sequence_parallel:
+        for parameter in self.out_norm.parameters():
+            parameter.register_hook(functools.partial(_sum_over, self.tp_group))
 
 
 def _sum_over(group: Any, gradient: torch.Tensor) -> torch.Tensor:
@@ -102,38 +107,31 @@ def _local_provider(config: Any) -> Any:
     return importlib.import_module("megatron.core.models.backends").LocalSpecProvider()
 
 
-def _wrap_attention_spec(original: Callable[..., Any]) -> Callable[..., Any]:
+@PATCHES.around(f"{_SPECS}:_get_self_attention_module_spec", _NO_LOCAL_SPEC)
+def _wrap_attention_spec(original: Original, config: Any, backend: Any = None) -> Any:
     """The softmax-attention layers of a hybrid, with their input norm outside of the linear layer."""
-
-    @functools.wraps(original)
-    def spec_of(config: Any, backend: Any = None) -> Any:
-        if backend is not None and not _is_local(backend):
-            return original(config, backend)
-        layer = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs").get_gpt_layer_local_spec(
-            qk_layernorm=config.qk_layernorm,
-            multi_latent_attention=config.multi_latent_attention,
-            normalization=config.normalization,
-            qk_l2_norm=config.qk_l2_norm,
-        )
-        spec = layer.submodules.self_attention
-        spec.metainfo["fuse_input_layernorm"] = False
-        return spec
-
-    return spec_of
+    if backend is not None and not _is_local(backend):
+        return original(config, backend)
+    layer = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs").get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+    )
+    spec = layer.submodules.self_attention
+    spec.metainfo["fuse_input_layernorm"] = False
+    return spec
 
 
-def _wrap_gated_delta_net_spec(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def spec_of(config: Any, backend: Any = None) -> Any:
-        if backend is not None and not _is_local(backend):
-            return original(config, backend)
-        backend = backend or _local_provider(config)
-        spec = original(config, backend)
-        spec.submodules.in_proj = backend.column_parallel_linear()
-        spec.metainfo["fuse_input_layernorm"] = False
-        return spec
-
-    return spec_of
+@PATCHES.around(f"{_SPECS}:get_gated_delta_net_module_spec", _NO_LOCAL_SPEC)
+def _wrap_gated_delta_net_spec(original: Original, config: Any, backend: Any = None) -> Any:
+    if backend is not None and not _is_local(backend):
+        return original(config, backend)
+    backend = backend or _local_provider(config)
+    spec = original(config, backend)
+    spec.submodules.in_proj = backend.column_parallel_linear()
+    spec.metainfo["fuse_input_layernorm"] = False
+    return spec
 
 
 def _is_local(backend: Any) -> bool:
@@ -141,11 +139,7 @@ def _is_local(backend: Any) -> bool:
     return isinstance(backend, importlib.import_module("megatron.core.models.backends").LocalSpecProvider)
 
 
-_SPECS = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
-_NO_LOCAL_SPEC = "the layer specification of hybrids exists for TransformerEngine only"
-_PACKAGE = "megatron.core.ssm.gated_delta_net"
-
-PATCHES: list[Patch] = [
+PATCHES += [
     # The package and gdn hold copies of common's names, which are None where fla is absent: copies of None cannot be
     # found, so each place is named.
     *(
@@ -161,13 +155,5 @@ PATCHES: list[Patch] = [
         )
         for function in functions
     ),
-    Patch(
-        f"{_PACKAGE}.common:_GDNBase.__init__",
-        _wrap_init,
-        "without sequence parallelism nobody sums the gradient of the output norm, which is shared by the heads that "
-        "tensor-parallel ranks hold: the replicas would drift apart",
-    ),
     Patch(f"{_SPECS}:_get_backend_spec_provider", replace_by(_local_provider), _NO_LOCAL_SPEC),
-    Patch(f"{_SPECS}:_get_self_attention_module_spec", _wrap_attention_spec, _NO_LOCAL_SPEC),
-    Patch(f"{_SPECS}:get_gated_delta_net_module_spec", _wrap_gated_delta_net_spec, _NO_LOCAL_SPEC),
 ]

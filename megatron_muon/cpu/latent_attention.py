@@ -9,16 +9,18 @@ whose backward pass adds up the parts.
 
 from __future__ import annotations
 
-import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 
 __all__ = ["PATCHES"]
+
+_REASON = "with the local specification the gradient of the rotary keys is not summed over tensor-parallel ranks"
+_ATTENTION = "megatron.core.transformer.multi_latent_attention"
+PATCHES = Patches()
 
 
 def _whole_output(attention: Any, part: torch.Tensor) -> torch.Tensor:
@@ -39,32 +41,17 @@ def _is_divided(attention: Any, projection: Any) -> bool:
     return isinstance(projection, linear) and attention.tp_group.size() > 1
 
 
-def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        projection: Any = getattr(self, "linear_kv_down_proj", None)
-        if _is_divided(self, projection):
-            projection.register_forward_hook(
-                lambda module, inputs, outputs: (_whole_output(self, outputs[0]), outputs[1])
-            )
-
-    return init
+@PATCHES.around(f"{_ATTENTION}:MLASelfAttention.__init__", _REASON)
+def _wrap_init(original: Original, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    projection: Any = getattr(self, "linear_kv_down_proj", None)
+    if _is_divided(self, projection):
+        projection.register_forward_hook(lambda module, inputs, outputs: (_whole_output(self, outputs[0]), outputs[1]))
 
 
-def _wrap_fused_projection(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _qkv_down_projection(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        queries, keys = original(self, hidden_states)
-        return queries, _whole_output(self, keys) if _is_divided(self, self.linear_qkv_down_proj) else keys
-
-    return _qkv_down_projection
-
-
-_REASON = "with the local specification the gradient of the rotary keys is not summed over tensor-parallel ranks"
-_ATTENTION = "megatron.core.transformer.multi_latent_attention"
-
-PATCHES: list[Patch] = [
-    Patch(f"{_ATTENTION}:MLASelfAttention.__init__", _wrap_init, _REASON),
-    Patch(f"{_ATTENTION}:FusedMLASelfAttention._qkv_down_projection", _wrap_fused_projection, _REASON),
-]
+@PATCHES.around(f"{_ATTENTION}:FusedMLASelfAttention._qkv_down_projection", _REASON)
+def _wrap_fused_projection(
+    original: Original, self: Any, hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    queries, keys = original(self, hidden_states)
+    return queries, _whole_output(self, keys) if _is_divided(self, self.linear_qkv_down_proj) else keys

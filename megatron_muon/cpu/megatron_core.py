@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from megatron_muon._patching import Patch, replace_by
+from megatron_muon._patching import Original, Patch, Patches, around, replace_by
 from megatron_muon.cpu.settings import refuse_in_config
 
 __all__ = ["PATCHES", "DuplicatedLinear"]
+
+_RNG = "megatron.core.tensor_parallel.random"
+_MOE = "megatron.core.transformer.moe.moe_layer"
+PATCHES = Patches()
 
 
 def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -42,37 +45,38 @@ def _fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
         self._current_state_name = outer
 
 
-def _wrap_data_loader_iterator(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def init(self: Any, loader: Any) -> None:
-        loader.pin_memory = False
-        state = torch.get_rng_state()
-        original(self, loader)
-        torch.set_rng_state(state)
-
-    return init
+@PATCHES.around(
+    "torch.utils.data.dataloader:_BaseDataLoaderIter.__init__",
+    "a new iterator draws a seed from the CPU's generator, which the model uses here, and only the first rank of "
+    "each tensor-parallel group loads data: the others would draw other dropout masks. No pinned memory either",
+)
+def _wrap_data_loader_iterator(original: Original, self: Any, loader: Any) -> None:
+    loader.pin_memory = False
+    state = torch.get_rng_state()
+    original(self, loader)
+    torch.set_rng_state(state)
 
 
 def _move_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _wrap_config_check(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def post_init(self: Any) -> None:
-        refuse_in_config(self)
-        original(self)
+@PATCHES.around(
+    "megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",
+    "settings that need a GPU must fail when the configuration is made, not in the first step",
+)
+def _wrap_config_check(original: Original, self: Any) -> None:
+    refuse_in_config(self)
+    original(self)
 
-    return post_init
 
-
-def _without_fp8(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def init(self: Any, fp8: Any = None) -> None:
-        original(self)
-        self.fp8 = False
-
-    return init
+@PATCHES.around(
+    f"{_RNG}:CheckpointWithoutOutput.__init__",
+    "takes its default, False, for FP8, which needs TransformerEngine: --recompute-modules layernorm",
+)
+def _without_fp8(original: Original, self: Any, fp8: Any = None) -> None:
+    original(self)
+    self.fp8 = False
 
 
 class DuplicatedLinear(torch.nn.Linear):
@@ -114,45 +118,22 @@ def _local_projection(original: Any) -> Callable[..., Any]:
     return projection
 
 
-def _not_alone(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(original)
-    def reduce(input_: torch.Tensor, group: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        alone = group is not None and group.size() == 1
-        return input_ if alone else original(input_, group, *args, **kwargs)
-
-    return reduce
+def _not_alone(original: Original, input_: torch.Tensor, group: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    alone = group is not None and group.size() == 1
+    return input_ if alone else original(input_, group, *args, **kwargs)
 
 
-_MOE = "megatron.core.transformer.moe.moe_layer"
-_RNG = "megatron.core.tensor_parallel.random"
-
-PATCHES: list[Patch] = [
+PATCHES += [
     Patch(f"{_RNG}:_get_cuda_rng_state", replace_by(_get_rng_state), "the tracker forks the generator of the model"),
     Patch(f"{_RNG}:_set_cuda_rng_state", replace_by(_set_rng_state), "the tracker forks the generator of the model"),
     Patch(
         f"{_RNG}:CudaRNGStatesTracker.fork",
-        lambda original: _fork,
+        replace_by(_fork),
         "warns whenever the CPU's generator is used inside, and here that is the point",
     ),
     Patch(
-        f"{_RNG}:CheckpointWithoutOutput.__init__",
-        _without_fp8,
-        "takes its default, False, for FP8, which needs TransformerEngine: --recompute-modules layernorm",
-    ),
-    Patch(
-        "torch.utils.data.dataloader:_BaseDataLoaderIter.__init__",
-        _wrap_data_loader_iterator,
-        "a new iterator draws a seed from the CPU's generator, which the model uses here, and only the first rank of "
-        "each tensor-parallel group loads data: the others would draw other dropout masks. No pinned memory either",
-    ),
-    Patch(
-        "megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",
-        _wrap_config_check,
-        "settings that need a GPU must fail when the configuration is made, not in the first step",
-    ),
-    Patch(
         "megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu",
-        lambda original: _move_to_host,
+        replace_by(_move_to_host),
         "leaves tensors that are on the CPU already as they are, but all_to_all takes numbers for its splits",
     ),
     Patch(
@@ -164,7 +145,7 @@ PATCHES: list[Patch] = [
     *(
         Patch(
             f"megatron.core.tensor_parallel.mappings:{name}",
-            _not_alone,
+            around(_not_alone),
             "experts add their bias in place to the sum over a single rank: a view, where autograd forbids it",
         )
         for name in ("reduce_from_tensor_model_parallel_region", "reduce_scatter_to_sequence_parallel_region")

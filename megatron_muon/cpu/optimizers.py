@@ -9,7 +9,6 @@ runs the code that GPUs run; checkpoints of either can be read by the other.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +17,13 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from megatron_muon._patching import Patch, replace_by
+from megatron_muon._patching import Original, Patch, Patches, replace_by
 
 __all__ = ["PATCHES", "GroupStepAdamW"]
+
+_CORE = "megatron.core.optimizer"
+_DISTRIBUTED = f"{_CORE}.distrib_optimizer"
+PATCHES = Patches()
 
 
 class GroupStepAdamW(torch.optim.AdamW):
@@ -84,17 +87,15 @@ def _local(name: str) -> Callable[[Any], Any]:
     return lambda original: getattr(importlib.import_module("megatron.core.utils"), name)
 
 
-def _without_grad(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return original(*args, **kwargs)
+@PATCHES.around(
+    f"{_DISTRIBUTED}:DistributedOptimizer._set_main_param_and_optimizer_states",
+    "fp32 training, which is rare on GPUs, loads --ckpt-format torch into views of leaves outside of no_grad",
+)
+def _without_grad(original: Original, *args: Any, **kwargs: Any) -> Any:
+    with torch.no_grad():
+        return original(*args, **kwargs)
 
-    return call
 
-
-_CORE = "megatron.core.optimizer"
-_DISTRIBUTED = f"{_CORE}.distrib_optimizer"
 _UTILS = "megatron.training.utils.common_utils"
 _FUSED = "fused optimizers need a GPU, also where TransformerEngine or Apex can be imported"
 _CONTRACT = "the replacement keeps its step count where FusedAdam keeps it"
@@ -102,18 +103,13 @@ _KERNEL = "multi-tensor kernels need a GPU, also where TransformerEngine or Apex
 
 # No copies are replaced here: others hold torch.optim.SGD and the local kernels for their own sake, and would lose them
 # on revert. Each module that imports them is named instead.
-PATCHES: list[Patch] = [
+PATCHES += [
     Patch(f"{_CORE}:Adam", replace_by(GroupStepAdamW), _FUSED, copies_in=()),
     Patch(f"{_CORE}:SGD", replace_by(torch.optim.SGD), _FUSED, copies_in=()),
     Patch(f"{_CORE}:USING_PYTORCH_OPTIMIZER", replace_by(False), _CONTRACT),
     Patch(f"{_DISTRIBUTED}:Adam", replace_by(GroupStepAdamW), _FUSED, copies_in=()),
     Patch(f"{_DISTRIBUTED}:HAVE_APEX_OR_TE", replace_by(True), _CONTRACT),
     Patch(f"{_DISTRIBUTED}:USING_TE_OPTIMIZER", replace_by(True), _CONTRACT),
-    Patch(
-        f"{_DISTRIBUTED}:DistributedOptimizer._set_main_param_and_optimizer_states",
-        _without_grad,
-        "fp32 training, which is rare on GPUs, loads --ckpt-format torch into views of leaves outside of no_grad",
-    ),
     Patch(f"{_CORE}.clip_grads:multi_tensor_scale_tensor_impl", replace_by(None), _KERNEL, copies_in=()),
     *(
         Patch(target, _local(name), _KERNEL, copies_in=())

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch.jit import _builtins
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patch, Patches
 
 __all__ = ["PATCHES", "to_cpu"]
+
+PATCHES = Patches()
 
 CPU = torch.device("cpu")
 
@@ -136,15 +138,12 @@ def _forget(original: Any) -> Callable[..., None]:
     return forget
 
 
-def _wrap_device_context(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def init(self: Any, device: Any) -> None:
-        original(self, to_cpu(device))
-
-    return init
+@PATCHES.around("torch.utils._device:DeviceContext.__init__", "`with torch.device('cuda')`")
+def _wrap_device_context(original: Original, self: Any, device: Any) -> None:
+    original(self, to_cpu(device))
 
 
-PATCHES: list[Patch] = [
+PATCHES += [
     # No copies: torch's own modules hold these functions to compare with them or to register kernels for them.
     *(
         Patch(f"torch:{name}", _wrap_factory, 'Megatron-Core makes tensors with device="cuda"', copies_in=())
@@ -159,6 +158,5 @@ PATCHES: list[Patch] = [
     Patch("torch:Tensor.pin_memory", _stay, "page-locked memory needs an accelerator"),
     Patch("torch:Tensor.record_stream", _forget, "there is no caching allocator to warn"),
     Patch("torch:Tensor.type", _wrap_type, "optimizers and gradient clipping insist on 'torch.cuda.FloatTensor'"),
-    Patch("torch.utils._device:DeviceContext.__init__", _wrap_device_context, "`with torch.device('cuda')`"),
     Patch("torch.nn:Module.cuda", _stay, "modules are moved to the GPU"),
 ]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.cpu.settings import change_arguments
 from megatron_muon.plugin import datasets
 from megatron_muon.refusals import refuse
@@ -15,52 +13,31 @@ from megatron_muon.refusals.cpu import CPU
 
 __all__ = ["PATCHES"]
 
-
-def _wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        lines = change_arguments(args)
-        if lines and args.rank == 0:
-            print("megatron_muon.cpu changed these arguments:\n" + "\n".join(f"  {line}" for line in lines), flush=True)
-        if importlib.util.find_spec("one_logger") is None:
-            args.enable_one_logger = False  # a tool inside NVIDIA; each run would be told where to get it
-        return original(args, *rest, **kwargs)
-
-    return validate_args
+PATCHES = Patches(datasets.PATCHES)  # not the CPU's alone, but pretrain() needs it here too
 
 
-def _refuse_yaml(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def validate_yaml(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        refuse(CPU, args)
-        return original(args, *rest, **kwargs)
-
-    return validate_yaml
-
-
-def _wrap_initialize_megatron(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def initialize_megatron(allow_no_cuda: bool = True, *args: Any, **kwargs: Any) -> Any:
-        return original(True, *args, **kwargs)
-
-    return initialize_megatron
+@PATCHES.around(
+    "megatron.training.arguments:validate_args",
+    "scripts written for GPUs ask for NCCL, TransformerEngine and fused kernels by default",
+)
+def _wrap_validate_args(original: Original, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    lines = change_arguments(args)
+    if lines and args.rank == 0:
+        print("megatron_muon.cpu changed these arguments:\n" + "\n".join(f"  {line}" for line in lines), flush=True)
+    if importlib.util.find_spec("one_logger") is None:
+        args.enable_one_logger = False  # a tool inside NVIDIA; each run would be told where to get it
+    return original(args, *rest, **kwargs)
 
 
-PATCHES: list[Patch] = [
-    Patch(
-        "megatron.training.arguments:validate_args",
-        _wrap_validate_args,
-        "scripts written for GPUs ask for NCCL, TransformerEngine and fused kernels by default",
-    ),
-    Patch(
-        "megatron.training.yaml_arguments:validate_yaml",
-        _refuse_yaml,
-        "--yaml-cfg passes by validate_args()",
-    ),
-    Patch(
-        "megatron.training.initialize:initialize_megatron",
-        _wrap_initialize_megatron,
-        "asserts torch.cuda.is_available() unless told allow_no_cuda, which pretrain() never says",
-    ),
-    *datasets.patches(),  # not the CPU's alone, but pretrain() needs it here too
-]
+@PATCHES.around("megatron.training.yaml_arguments:validate_yaml", "--yaml-cfg passes by validate_args()")
+def _refuse_yaml(original: Original, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    refuse(CPU, args)
+    return original(args, *rest, **kwargs)
+
+
+@PATCHES.around(
+    "megatron.training.initialize:initialize_megatron",
+    "asserts torch.cuda.is_available() unless told allow_no_cuda, which pretrain() never says",
+)
+def _wrap_initialize_megatron(original: Original, allow_no_cuda: bool = True, *args: Any, **kwargs: Any) -> Any:
+    return original(True, *args, **kwargs)

@@ -8,43 +8,32 @@ out of reach; so Megatron-Core must not put one of them into a model of its own 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.cpu.norms import local_norm
 
 __all__ = ["PATCHES"]
 
+PATCHES = Patches()
+PATCHES.making(
+    "megatron.core.transformer.transformer_block:LayerNormImpl",
+    "the norm after the last layer is TransformerEngine's wherever it can be imported, also after local layers",
+    copies_in=(),
+)(local_norm)
 
-def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
+
+@PATCHES.around(
+    "transformer_engine.pytorch.module.base:TransformerEngineBaseModule.__init__",
+    "TransformerEngine's modules refuse construction where there is no GPU",
+)
+def _wrap_init(original: Original, self: Any, *args: Any, **kwargs: Any) -> None:
     """Answer True to ``torch.cuda.is_available()`` while the base constructor runs."""
-
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        answer = torch.cuda.is_available
-        torch.cuda.is_available = lambda: True
-        try:
-            original(self, *args, **kwargs)
-        finally:
-            torch.cuda.is_available = answer
-
-    return init
-
-
-PATCHES: list[Patch] = [
-    Patch(
-        "transformer_engine.pytorch.module.base:TransformerEngineBaseModule.__init__",
-        _wrap_init,
-        "TransformerEngine's modules refuse construction where there is no GPU",
-    ),
-    Patch(
-        "megatron.core.transformer.transformer_block:LayerNormImpl",
-        local_norm,
-        "the norm after the last layer is TransformerEngine's wherever it can be imported, also after local layers",
-        copies_in=(),
-    ),
-]
+    answer = torch.cuda.is_available
+    torch.cuda.is_available = lambda: True
+    try:
+        original(self, *args, **kwargs)
+    finally:
+        torch.cuda.is_available = answer

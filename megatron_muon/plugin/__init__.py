@@ -1,6 +1,6 @@
-"""The hooks into Megatron-Core. No other room but ``cpu`` knows its internals.
+"""The hooks into Megatron-Core. No other package but ``cpu`` knows its internals.
 
-Each file holds the hooks of one subject as a function ``patches()``; :func:`install` applies them all. In a Megatron-LM
+Each file holds the hooks of one subject in ``PATCHES``; :func:`install` applies them all. In a Megatron-LM
 with the git patches of ``patches/`` they are given to its extension points, and :func:`load` needs no call.
 """
 
@@ -43,7 +43,7 @@ __all__ = ["describe", "install", "is_installed", "load", "uninstall"]
 
 
 def _all_patches() -> list[Patch]:
-    rooms = (
+    subjects = (
         config_fields,
         arguments,
         ownership,
@@ -65,7 +65,7 @@ def _all_patches() -> list[Patch]:
         recording,
         building,
     )
-    return native.for_points(patch for room in rooms for patch in room.patches())
+    return native.for_points(patch for subject in subjects for patch in subject.PATCHES)
 
 
 _PATCHES = PatchSet("megatron_muon", _all_patches())

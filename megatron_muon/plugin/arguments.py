@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import Field, fields, replace
 from typing import Any
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.choices import OPTIMIZERS
 from megatron_muon.config import PREFIX, UNREAD, MuonConfig, flag
 from megatron_muon.errors import ConfigError
@@ -18,50 +18,31 @@ from megatron_muon.plugin import options, spellings
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.refusals import MUON, Settings, refuse
 
-__all__ = ["from_arguments", "given", "megatron_defaults", "patches"]
+__all__ = ["PATCHES", "from_arguments", "given", "megatron_defaults"]
+
+PATCHES = Patches()
 
 
-def patches() -> list[Patch]:
-    """Hooks on ``megatron.training``'s arguments."""
-    return [
-        Patch(
-            "megatron.training.arguments:add_megatron_arguments",
-            _with_flags,
-            "the --muon-* flags are those of MuonConfig, with its defaults",
-        ),
-        Patch(
-            "megatron.training.arguments:validate_args",
-            _with_check,
-            "wrong Muon flags are refused before anything is built, with flag, value and way out",
-        ),
-        Patch(
-            "megatron.training.training:get_megatron_optimizer_config",
-            _with_known_options,
-            "arguments from before install() have no options, and options given to install() since are not lost",
-        ),
-    ]
-
-
-def _with_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[..., argparse.ArgumentParser]:
-    @functools.wraps(original)
-    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = original(parser)
-        # Megatron has some of these flags already: ours replace them, so that defaults and help have one source.
-        handler, parser.conflict_handler = parser.conflict_handler, "resolve"
-        try:
-            group = parser.add_argument_group("muon (megatron_muon)")
-            defaults = options.flag_defaults()
-            for field in fields(MuonConfig):
-                _add_flag(group, field, getattr(defaults, field.name))
-            _add_adaptive_flags(group)
-        finally:
-            parser.conflict_handler = handler
-        _add_optimizers(parser)
-        _mend_help(parser)
-        spellings.watch(parser)
-        return parser
-
-    return add_megatron_arguments
+@PATCHES.around(
+    "megatron.training.arguments:add_megatron_arguments",
+    "the --muon-* flags are those of MuonConfig, with its defaults",
+)
+def _with_flags(original: Original, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = original(parser)
+    # Megatron has some of these flags already: ours replace them, so that defaults and help have one source.
+    handler, parser.conflict_handler = parser.conflict_handler, "resolve"
+    try:
+        group = parser.add_argument_group("muon (megatron_muon)")
+        defaults = options.flag_defaults()
+        for field in fields(MuonConfig):
+            _add_flag(group, field, getattr(defaults, field.name))
+        _add_adaptive_flags(group)
+    finally:
+        parser.conflict_handler = handler
+    _add_optimizers(parser)
+    _mend_help(parser)
+    spellings.watch(parser)
+    return parser
 
 
 def _add_flag(group: argparse._ArgumentGroup, field: Field[Any], default: Any) -> None:
@@ -152,20 +133,20 @@ def _parse(kind: type) -> Callable[[str], Any]:
     return parse
 
 
-def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
-        _complete(args)
-        if is_ours(args.optimizer):
-            options.take_arguments(from_arguments(args))
-        else:
-            _check_unread(args)
-            known = {name: getattr(args, PREFIX + name) for name in options.ANY_OPTIMIZER}
-            MuonConfig(**known).validate()
-            options.take_arguments(replace(options.current(), **known))
-        return original(args, *rest, **kwargs)
-
-    return validate_args
+@PATCHES.around(
+    "megatron.training.arguments:validate_args",
+    "wrong Muon flags are refused before anything is built, with flag, value and way out",
+)
+def _with_check(original: Original, args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+    _complete(args)
+    if is_ours(args.optimizer):
+        options.take_arguments(from_arguments(args))
+    else:
+        _check_unread(args)
+        known = {name: getattr(args, PREFIX + name) for name in options.ANY_OPTIMIZER}
+        MuonConfig(**known).validate()
+        options.take_arguments(replace(options.current(), **known))
+    return original(args, *rest, **kwargs)
 
 
 def from_arguments(args: argparse.Namespace) -> MuonConfig:
@@ -202,17 +183,17 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in installed or value != installed[name]}
 
 
-def _with_known_options(original: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    @functools.wraps(original)
-    def get_megatron_optimizer_config(args: argparse.Namespace) -> tuple[Any, Any]:
-        _complete(args)
-        if is_ours(getattr(args, "optimizer", None)):
-            _check_late(args)
-            if getattr(args, "yaml_cfg", None):  # then validate_args() was not called
-                refuse(MUON, args)
-        return original(args)  # copies all arguments that are fields
-
-    return get_megatron_optimizer_config
+@PATCHES.around(
+    "megatron.training.training:get_megatron_optimizer_config",
+    "arguments from before install() have no options, and options given to install() since are not lost",
+)
+def _with_known_options(original: Original, args: argparse.Namespace) -> tuple[Any, Any]:
+    _complete(args)
+    if is_ours(getattr(args, "optimizer", None)):
+        _check_late(args)
+        if getattr(args, "yaml_cfg", None):  # then validate_args() was not called
+            refuse(MUON, args)
+    return original(args)  # copies all arguments that are fields
 
 
 def _complete(args: argparse.Namespace) -> None:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 
-__all__ = ["in_pieces", "patches"]
+__all__ = ["PATCHES", "in_pieces"]
+
+PATCHES = Patches()
 
 _IN_PIECES: ContextVar[bool] = ContextVar("megatron_muon_reads_in_pieces", default=False)
-
-
-def patches() -> list[Patch]:
-    """The hook on what reads files."""
-    return [
-        Patch(
-            "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
-            _with_pieces,
-            "torch's reader makes a whole stored part for each rank that needs some rows of it",
-        )
-    ]
 
 
 @contextlib.contextmanager
@@ -36,14 +26,14 @@ def in_pieces() -> Iterator[None]:
         _IN_PIECES.reset(token)
 
 
-def _with_pieces(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def reader(*args: Any, **kwargs: Any) -> Any:
-        found = original(*args, **kwargs)
-        if _IN_PIECES.get():
-            from megatron_muon.checkpoint.pieces import read_in_pieces
+@PATCHES.around(
+    "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
+    "torch's reader makes a whole stored part for each rank that needs some rows of it",
+)
+def _with_pieces(original: Original, *args: Any, **kwargs: Any) -> Any:
+    found = original(*args, **kwargs)
+    if _IN_PIECES.get():
+        from megatron_muon.checkpoint.pieces import read_in_pieces
 
-            read_in_pieces(found)
-        return found
-
-    return reader
+        read_in_pieces(found)
+    return found

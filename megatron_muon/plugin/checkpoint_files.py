@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint import folders
 from megatron_muon.checkpoint.errors import CheckpointError
@@ -20,43 +20,12 @@ from megatron_muon.checkpoint.stored import read_metadata
 from megatron_muon.plugin import options
 from megatron_muon.plugin.optimizer_config import is_ours
 
-__all__ = ["EARLIER", "one_index", "patches", "reason_of", "remove_old_marks"]
+__all__ = ["EARLIER", "PATCHES", "one_index", "reason_of", "remove_old_marks"]
+
+PATCHES = Patches()
 
 EARLIER = "Load an earlier checkpoint (--ckpt-step), and check the storage."
 """The way out of damage."""
-
-
-def patches() -> list[Patch]:
-    """Hooks on what is read first, and on the tracker."""
-    return [
-        Patch(
-            "megatron.core.dist_checkpointing.serialization:load_common_state_dict",
-            _with_named_damage,
-            "it is read first, and what a damaged checkpoint makes of torch's readers names no file",
-        ),
-        Patch(
-            "megatron.core.dist_checkpointing.strategies.torch:TorchDistLoadShardedStrategy.load_tensors_metadata",
-            _without_strides,
-            "torch 2.15 stores strides, which torch.empty() does not take: strict loading fails",
-            fixed_by="tp.properties.dtype",
-        ),
-        Patch(
-            "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
-            _with_one_index,
-            "each of its readers unpickles the index of all ranks' tensors, and a load has several",
-        ),
-        Patch(
-            "megatron.training.checkpointing:_get_checkpoint_format",
-            _with_marks_checked,
-            "a checkpoint whose marks are missing is taken for another format, and the error is about that",
-        ),
-        Patch(
-            "megatron.training.checkpointing:read_metadata",
-            _with_recovery,
-            "the tracker is emptied before it is written: a run that is killed in between could not be resumed, and "
-            "Megatron would end without an error",
-        ),
-    ]
 
 
 def remove_old_marks(folder: Any) -> None:
@@ -64,20 +33,20 @@ def remove_old_marks(folder: Any) -> None:
     folders.forget(folders.path_of(folder))
 
 
-def _with_named_damage(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def load_common_state_dict(checkpoint_dir: Any) -> Any:
-        try:
-            return original(checkpoint_dir)
-        except (Exception, CheckpointException) as error:
-            folder = folders.path_of(checkpoint_dir)
-            if not _has_data(folder):
-                raise
-            folders.check_marks(folder)
-            read_metadata(folder, check=False)  # every rank is here, and the sizes of all files are not to blame
-            raise _damage(folder, "common_state", error) from error
-
-    return load_common_state_dict
+@PATCHES.around(
+    "megatron.core.dist_checkpointing.serialization:load_common_state_dict",
+    "it is read first, and what a damaged checkpoint makes of torch's readers names no file",
+)
+def _with_named_damage(original: Original, checkpoint_dir: Any) -> Any:
+    try:
+        return original(checkpoint_dir)
+    except (Exception, CheckpointException) as error:
+        folder = folders.path_of(checkpoint_dir)
+        if not _has_data(folder):
+            raise
+        folders.check_marks(folder)
+        read_metadata(folder, check=False)  # every rank is here, and the sizes of all files are not to blame
+        raise _damage(folder, "common_state", error) from error
 
 
 def _damage(folder: Path, what: str, error: BaseException) -> CheckpointError:
@@ -91,36 +60,37 @@ def reason_of(error: BaseException) -> str:
     return last if isinstance(error, CheckpointException) else f"{type(error).__name__}: {last}"
 
 
-def _with_marks_checked(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _get_checkpoint_format(checkpoint_name: Any, args: Any) -> Any:
-        # Megatron-Core asks a namespace of the caller's own for neither here.
-        any_format = getattr(args, "auto_detect_ckpt_format", False)
-        expected = getattr(args, "ckpt_format", None) == "torch_dist" and not any_format
+@PATCHES.around(
+    "megatron.training.checkpointing:_get_checkpoint_format",
+    "a checkpoint whose marks are missing is taken for another format, and the error is about that",
+)
+def _with_marks_checked(original: Original, checkpoint_name: Any, args: Any) -> Any:
+    # Megatron-Core asks a namespace of the caller's own for neither here.
+    any_format = getattr(args, "auto_detect_ckpt_format", False)
+    expected = getattr(args, "ckpt_format", None) == "torch_dist" and not any_format
 
-        def check() -> None:
-            folder = folders.path_of(checkpoint_name)
-            if _has_data(folder):
-                folders.check_marks(folder)
+    def check() -> None:
+        folder = folders.path_of(checkpoint_name)
+        if _has_data(folder):
+            folders.check_marks(folder)
 
-        if expected and not _is_anothers(args):
-            Ranks.of_world().from_first(check)  # the checkpoint is the run's
-        return original(checkpoint_name, args)
-
-    return _get_checkpoint_format
+    if expected and not _is_anothers(args):
+        Ranks.of_world().from_first(check)  # the checkpoint is the run's
+    return original(checkpoint_name, args)
 
 
-def _without_strides(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def load_tensors_metadata(self: Any, checkpoint_dir: Any, metadata: Any = None) -> Any:
-        from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
+@PATCHES.around(
+    "megatron.core.dist_checkpointing.strategies.torch:TorchDistLoadShardedStrategy.load_tensors_metadata",
+    "torch 2.15 stores strides, which torch.empty() does not take: strict loading fails",
+    fixed_by="tp.properties.dtype",
+)
+def _without_strides(original: Original, self: Any, checkpoint_dir: Any, metadata: Any = None) -> Any:
+    from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
 
-        metadata = metadata or _get_filesystem_reader(checkpoint_dir).read_metadata()
-        for entry in metadata.state_dict_metadata.values():
-            vars(getattr(entry, "properties", SimpleNamespace())).pop("strides", None)
-        return original(self, checkpoint_dir, metadata)
-
-    return load_tensors_metadata
+    metadata = metadata or _get_filesystem_reader(checkpoint_dir).read_metadata()
+    for entry in metadata.state_dict_metadata.values():
+        vars(getattr(entry, "properties", SimpleNamespace())).pop("strides", None)
+    return original(self, checkpoint_dir, metadata)
 
 
 _INDICES: ContextVar[dict[str, Any] | None] = ContextVar("_INDICES", default=None)
@@ -137,16 +107,16 @@ def one_index() -> Iterator[None]:
         _INDICES.reset(token)
 
 
-def _with_one_index(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _get_filesystem_reader(*args: Any, **kwargs: Any) -> Any:
-        reader = original(*args, **kwargs)
-        indices = _INDICES.get()
-        if indices is not None:
-            reader.read_metadata = _reading_once(reader.read_metadata, str(reader.path), indices)
-        return reader
-
-    return _get_filesystem_reader
+@PATCHES.around(
+    "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
+    "each of its readers unpickles the index of all ranks' tensors, and a load has several",
+)
+def _with_one_index(original: Original, *args: Any, **kwargs: Any) -> Any:
+    reader = original(*args, **kwargs)
+    indices = _INDICES.get()
+    if indices is not None:
+        reader.read_metadata = _reading_once(reader.read_metadata, str(reader.path), indices)
+    return reader
 
 
 def _reading_once(read: Callable[..., Any], path: str, indices: dict[str, Any]) -> Callable[..., Any]:
@@ -166,31 +136,32 @@ def _has_data(folder: Path) -> bool:
     return any(path.name.endswith(".distcp") for path in folders.entries(folder))
 
 
-def _with_recovery(original: Callable[[str], tuple[int, bool]]) -> Callable[[str], tuple[int, bool]]:
-    @functools.wraps(original)
-    def read_metadata(tracker_filename: str) -> tuple[int, bool]:
-        if _is_anothers(options.training_arguments()):
-            return original(tracker_filename)
-        root = folders.path_of(tracker_filename).parent
-        # Ranks may see a shared file system at different moments, but must decide alike.
-        ranks = Ranks.of_world()
-        problem, iteration = ranks.from_first(lambda: _interruption(root))
-        if problem is None:
-            return original(tracker_filename)
-        if iteration is None:
-            raise CheckpointError(
-                f"{root}: {problem}, and no checkpoint of --ckpt-format torch_dist there is whole. Write the iteration "
-                f"to load into {tracker_filename}, or start anew with another --load."
-            )
-        if ranks.is_first:
-            print(
-                f"megatron_muon: {root}: {problem} (its writing was interrupted); resuming from the newest whole "
-                f"checkpoint, iteration {iteration}",
-                flush=True,
-            )
-        return iteration, False
-
-    return read_metadata
+@PATCHES.around(
+    "megatron.training.checkpointing:read_metadata",
+    "the tracker is emptied before it is written: a run that is killed in between could not be resumed, and "
+    "Megatron would end without an error",
+)
+def _with_recovery(original: Original, tracker_filename: str) -> tuple[int, bool]:
+    if _is_anothers(options.training_arguments()):
+        return original(tracker_filename)
+    root = folders.path_of(tracker_filename).parent
+    # Ranks may see a shared file system at different moments, but must decide alike.
+    ranks = Ranks.of_world()
+    problem, iteration = ranks.from_first(lambda: _interruption(root))
+    if problem is None:
+        return original(tracker_filename)
+    if iteration is None:
+        raise CheckpointError(
+            f"{root}: {problem}, and no checkpoint of --ckpt-format torch_dist there is whole. Write the iteration "
+            f"to load into {tracker_filename}, or start anew with another --load."
+        )
+    if ranks.is_first:
+        print(
+            f"megatron_muon: {root}: {problem} (its writing was interrupted); resuming from the newest whole "
+            f"checkpoint, iteration {iteration}",
+            flush=True,
+        )
+    return iteration, False
 
 
 def _interruption(root: Path) -> tuple[str | None, int | None]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
-from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import raise_together
 
-__all__ = ["patches"]
+__all__ = ["PATCHES"]
+
+PATCHES = Patches()
 
 _CALLER = "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller"
 _POLL_S = 0.1
@@ -24,38 +24,19 @@ _KILLED = 1 << 20
 """In place of 1 in the sum over the ranks whose checkpoint is not yet written: more than there are ranks."""
 
 
-def patches() -> list[Patch]:
-    """Hooks on giving the process work, and on asking whether it is done."""
-    return [
-        Patch(
-            f"{_CALLER}.schedule_async_call",
-            _with_an_end,
-            "waits for ever for a process that was killed to copy tensors",
-        ),
-        Patch(
-            f"{_CALLER}.is_current_async_call_done",
-            _with_killed_told,
-            "a process that was killed is never done: the run goes on, and no checkpoint is complete from then on",
-        ),
-    ]
-
-
-def _with_an_end(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def schedule_async_call(self: Any, async_req: Any) -> None:
-        if async_req.async_fn is None:
-            return
-        if self.process is None:
-            self.process = self._get_process(dist.get_rank())
-        if not self.process.is_alive():
-            return  # all ranks are told at the next look: one alone would leave the others waiting
-        self._persistent_preload_q = _Copying(self._persistent_preload_q, self.process)
-        try:
-            original(self, async_req)
-        finally:
-            del self._persistent_preload_q
-
-    return schedule_async_call
+@PATCHES.around(f"{_CALLER}.schedule_async_call", "waits for ever for a process that was killed to copy tensors")
+def _with_an_end(original: Original, self: Any, async_req: Any) -> None:
+    if async_req.async_fn is None:
+        return
+    if self.process is None:
+        self.process = self._get_process(dist.get_rank())
+    if not self.process.is_alive():
+        return  # all ranks are told at the next look: one alone would leave the others waiting
+    self._persistent_preload_q = _Copying(self._persistent_preload_q, self.process)
+    try:
+        original(self, async_req)
+    finally:
+        del self._persistent_preload_q
 
 
 class _Copying:
@@ -72,32 +53,32 @@ class _Copying:
             waiting.join(_POLL_S)
 
 
-def _with_killed_told(original: Callable[..., bool]) -> Callable[..., bool]:
-    @functools.wraps(original)
-    def is_current_async_call_done(self: Any, blocking: bool = False, no_dist: bool = False) -> bool:
-        if self.process is None:
-            return original(self, blocking, no_dist)
-        alive = True
-        while self.cur_item is None:
-            alive = self.process.is_alive()  # asked first: what it has told before its end counts
-            try:
-                self.cur_item = self._persistent_comp_q.get_nowait()
-            except Empty:
-                if not blocking or not alive:
-                    break
-                time.sleep(_POLL_S)
-        writing = 0 if self.cur_item is not None else 1 if alive else _KILLED
-        if not no_dist:  # one sum over the run, as Megatron-Core's
-            total = torch.tensor([writing], dtype=torch.int, device=torch.cuda.current_device())
-            dist.all_reduce(total)
-            writing = int(total)
-        if writing >= _KILLED:
-            _stop(self, Ranks(()) if no_dist else Ranks.of_world())
-        if writing == 0:
-            self.cur_item = None
-        return writing == 0
-
-    return is_current_async_call_done
+@PATCHES.around(
+    f"{_CALLER}.is_current_async_call_done",
+    "a process that was killed is never done: the run goes on, and no checkpoint is complete from then on",
+)
+def _with_killed_told(original: Original, self: Any, blocking: bool = False, no_dist: bool = False) -> bool:
+    if self.process is None:
+        return original(self, blocking, no_dist)
+    alive = True
+    while self.cur_item is None:
+        alive = self.process.is_alive()  # asked first: what it has told before its end counts
+        try:
+            self.cur_item = self._persistent_comp_q.get_nowait()
+        except Empty:
+            if not blocking or not alive:
+                break
+            time.sleep(_POLL_S)
+    writing = 0 if self.cur_item is not None else 1 if alive else _KILLED
+    if not no_dist:  # one sum over the run, as Megatron-Core's
+        total = torch.tensor([writing], dtype=torch.int, device=torch.cuda.current_device())
+        dist.all_reduce(total)
+        writing = int(total)
+    if writing >= _KILLED:
+        _stop(self, Ranks(()) if no_dist else Ranks.of_world())
+    if writing == 0:
+        self.cur_item = None
+    return writing == 0
 
 
 def _stop(caller: Any, ranks: Ranks) -> None:

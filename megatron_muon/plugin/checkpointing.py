@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.agree import Ranks, ranks_with
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
 from megatron_muon.checkpoint.keys import RECORD_KEY
@@ -34,7 +34,9 @@ from megatron_muon.plugin.early_gather import settle
 if TYPE_CHECKING:
     from megatron_muon.checkpoint.canonical import Request
 
-__all__ = ["Together", "answered", "patches", "requests_in"]
+__all__ = ["PATCHES", "Together", "answered", "requests_in"]
+
+PATCHES = Patches()
 
 Together = Callable[[Callable[[], Any]], Any]
 """Does what may fail on one rank as :meth:`Ranks.together` does."""
@@ -42,61 +44,47 @@ Together = Callable[[Callable[[], Any]], Any]
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
 
-def patches() -> list[Patch]:
-    """Hooks on loading, and on what is stored about a checkpoint's form."""
-    return [
-        Patch(
-            "megatron.core.dist_checkpointing.serialization:load",
-            _with_resolution,
-            "what to read depends on what the checkpoint has, which is known here",
-        ),
-        Patch(
-            "megatron.core.dist_checkpointing.serialization:save",
-            _with_form,
-            "frameworks refuse to load other forms than this one at another layout, by what the metadata say; and a "
-            "checkpoint that is written over keeps its index until the end: interrupted, it would pass for whole",
-        ),
-    ]
+@PATCHES.around(
+    "megatron.core.dist_checkpointing.serialization:load",
+    "what to read depends on what the checkpoint has, which is known here",
+)
+@one_index()
+def _with_resolution(
+    original: Original,
+    sharded_state_dict: Any,
+    checkpoint_dir: Any,
+    sharded_strategy: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    settle()
+    bound = inspect.signature(original).bind(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
+    group = bound.arguments.get("process_group")
+    requests = requests_in(sharded_state_dict, lambda either: either.choose(str(checkpoint_dir), group), group)
+    if not requests:
+        try:
+            return original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
+        except (Exception, CheckpointException) as error:
+            _refuse_others(sharded_state_dict, str(checkpoint_dir), error)
+            raise
+    from megatron_muon.checkpoint.sharding import noted, tensors_of
 
+    tensors = tensors_of(noted(sharded_state_dict))
 
-def _with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
+    def contents(ranks: Sequence[Ranks]) -> Stored:
+        stored = _read(str(checkpoint_dir), ranks)
+        for each in ranks:
+            _check_model(each, tensors, stored)
+        return stored
 
-    @functools.wraps(original)
-    @one_index()
-    def load(
-        sharded_state_dict: Any, checkpoint_dir: Any, sharded_strategy: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        settle()
-        bound = signature.bind(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
-        group = bound.arguments.get("process_group")
-        requests = requests_in(sharded_state_dict, lambda either: either.choose(str(checkpoint_dir), group), group)
-        if not requests:
-            try:
-                return original(sharded_state_dict, checkpoint_dir, sharded_strategy, *args, **kwargs)
-            except (Exception, CheckpointException) as error:
-                _refuse_others(sharded_state_dict, str(checkpoint_dir), error)
-                raise
-        from megatron_muon.checkpoint.sharding import noted, tensors_of
+    def read(stored: Stored, together: Together) -> Any:
+        from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
-        tensors = tensors_of(noted(sharded_state_dict))
+        strategy = TorchDistLoadShardedStrategy() if sharded_strategy is None else sharded_strategy
+        with _reading(strategy, checkpoint_dir, together), in_pieces():
+            return original(sharded_state_dict, checkpoint_dir, strategy, *args, **kwargs)
 
-        def contents(ranks: Sequence[Ranks]) -> Stored:
-            stored = _read(str(checkpoint_dir), ranks)
-            for each in ranks:
-                _check_model(each, tensors, stored)
-            return stored
-
-        def read(stored: Stored, together: Together) -> Any:
-            from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
-
-            strategy = TorchDistLoadShardedStrategy() if sharded_strategy is None else sharded_strategy
-            with _reading(strategy, checkpoint_dir, together), in_pieces():
-                return original(sharded_state_dict, checkpoint_dir, strategy, *args, **kwargs)
-
-        return answered(sharded_state_dict, requests, contents, read)
-
-    return load
+    return answered(sharded_state_dict, requests, contents, read)
 
 
 def answered(
@@ -243,24 +231,24 @@ def _refuse_others(state: Any, folder: str, error: BaseException) -> None:
         ) from error
 
 
-def _with_form(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        bound, keys = signature.bind(sharded_state_dict, checkpoint_dir, *args, **kwargs), keys_in(sharded_state_dict)
-        # Beside another model's distributed optimizer, its form is what they tell.
-        if RECORD in keys and "param_state_sharding_type" not in keys:
-            bound.arguments["content_metadata"] = {**(bound.arguments.get("content_metadata") or {}), **_SHARDING}
-        saved = [each.ranks for each in dictionaries(sharded_state_dict) if isinstance(each, Saved)]
-        for ranks in dict.fromkeys(saved):
-            ranks.from_first(lambda: remove_old_marks(checkpoint_dir))
-        if not saved and any(each.is_in(sharded_state_dict) for each in OURS):
-            # Of weights alone no rank knows if the others of their model have some: the first does what it can.
-            try:
-                remove_old_marks(checkpoint_dir)
-            except Exception as error:
-                print(f"megatron_muon: WARNING {checkpoint_dir}: {error}; interrupted, it would pass for whole")
-        return original(*bound.args, **bound.kwargs)
-
-    return save
+@PATCHES.around(
+    "megatron.core.dist_checkpointing.serialization:save",
+    "frameworks refuse to load other forms than this one at another layout, by what the metadata say; and a "
+    "checkpoint that is written over keeps its index until the end: interrupted, it would pass for whole",
+)
+def _with_form(original: Original, sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+    bound = inspect.signature(original).bind(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+    keys = keys_in(sharded_state_dict)
+    # Beside another model's distributed optimizer, its form is what they tell.
+    if RECORD in keys and "param_state_sharding_type" not in keys:
+        bound.arguments["content_metadata"] = {**(bound.arguments.get("content_metadata") or {}), **_SHARDING}
+    saved = [each.ranks for each in dictionaries(sharded_state_dict) if isinstance(each, Saved)]
+    for ranks in dict.fromkeys(saved):
+        ranks.from_first(lambda: remove_old_marks(checkpoint_dir))
+    if not saved and any(each.is_in(sharded_state_dict) for each in OURS):
+        # Of weights alone no rank knows if the others of their model have some: the first does what it can.
+        try:
+            remove_old_marks(checkpoint_dir)
+        except Exception as error:
+            print(f"megatron_muon: WARNING {checkpoint_dir}: {error}; interrupted, it would pass for whole")
+    return original(*bound.args, **bound.kwargs)

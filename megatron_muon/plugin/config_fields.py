@@ -28,54 +28,9 @@ from megatron_muon.plugin import options
 from megatron_muon.plugin.arguments import megatron_defaults
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
 
-__all__ = ["patches"]
+__all__ = ["PATCHES"]
 
 _CONFIG = "megatron.core.optimizer.optimizer_config:OptimizerConfig"
-
-
-def patches() -> list[Patch]:
-    """Hooks on the class ``OptimizerConfig``."""
-    hooks = _Hooks()
-    return [
-        Patch(
-            f"{_CONFIG}.__dataclass_fields__",
-            hooks.with_fields,
-            "the options are fields, which copies, replace(), asdict() and Megatron's own arguments carry along",
-            in_subclasses=hooks.with_fields_of_base,
-        ),
-        Patch(f"{_CONFIG}.__annotations__", lambda original: {**original, **_types()}, "a field has a type"),
-        Patch(
-            f"{_CONFIG}.__init__",
-            hooks.with_options,
-            "a config built in code takes the options, and has the same defaults as the command line",
-            in_subclasses=_if_generated(hooks.with_options),
-        ),
-        Patch(
-            f"{_CONFIG}.__post_init__",
-            hooks.with_check,
-            "a wrong Muon option in an OptimizerConfig is refused when it is built, before the model is",
-            in_subclasses=hooks.with_check,
-        ),
-        Patch(
-            f"{_CONFIG}.__init_subclass__",
-            hooks.with_later_classes,
-            "a wrong Muon option is refused by classes that are made later, too",
-            create=True,
-        ),
-        Patch(
-            f"{_CONFIG}.__getattr__",
-            hooks.with_late_options,
-            "a config from before install() gets the options when one is first read",
-            create=True,
-        ),
-        _method("__repr__", _repr, "options are shown"),
-        _method("__eq__", _eq, "options count when configs are compared"),
-    ]
-
-
-def _method(name: str, method: Callable[..., Any], reason: str) -> Patch:
-    make = _if_generated(lambda original: method)
-    return Patch(f"{_CONFIG}.{name}", make, reason, in_subclasses=make)
 
 
 @functools.cache
@@ -277,3 +232,48 @@ def _eq(config: Any, other: Any) -> Any:
         return NotImplemented
     names = [field.name for field in dataclasses.fields(config) if field.compare]
     return all(getattr(config, name) == getattr(other, name) for name in names)
+
+
+def _method(name: str, method: Callable[..., Any], reason: str) -> Patch:
+    make = _if_generated(lambda original: method)
+    return Patch(f"{_CONFIG}.{name}", make, reason, in_subclasses=make)
+
+
+_hooks = _Hooks()
+
+PATCHES = [
+    Patch(
+        f"{_CONFIG}.__dataclass_fields__",
+        _hooks.with_fields,
+        "the options are fields, which copies, replace(), asdict() and Megatron's own arguments carry along",
+        in_subclasses=_hooks.with_fields_of_base,
+    ),
+    Patch(f"{_CONFIG}.__annotations__", lambda original: {**original, **_types()}, "a field has a type"),
+    Patch(
+        f"{_CONFIG}.__init__",
+        _hooks.with_options,
+        "a config built in code takes the options, and has the same defaults as the command line",
+        in_subclasses=_if_generated(_hooks.with_options),
+    ),
+    Patch(
+        f"{_CONFIG}.__post_init__",
+        _hooks.with_check,
+        "a wrong Muon option in an OptimizerConfig is refused when it is built, before the model is",
+        in_subclasses=_hooks.with_check,
+    ),
+    Patch(
+        f"{_CONFIG}.__init_subclass__",
+        _hooks.with_later_classes,
+        "a wrong Muon option is refused by classes that are made later, too",
+        create=True,
+    ),
+    Patch(
+        f"{_CONFIG}.__getattr__",
+        _hooks.with_late_options,
+        "a config from before install() gets the options when one is first read",
+        create=True,
+    ),
+    _method("__repr__", _repr, "options are shown"),
+    _method("__eq__", _eq, "options count when configs are compared"),
+]
+"""Hooks on the class ``OptimizerConfig``."""

@@ -9,31 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.routing.predicate import is_expert_parallel
 
-__all__ = ["patches", "set_apart", "sum_once"]
+__all__ = ["PATCHES", "set_apart", "sum_once"]
+
+PATCHES = Patches()
+
+_REASON = "Adam's weights among experts have no distributed optimizer; Megatron-Core's factory refuses them"
 
 _apart: ContextVar[list[dict[str, Any]] | None] = ContextVar("megatron_muon_expert_scalars", default=None)
 """Param groups that the layer-wise optimizer which is being built will have; None outside of that."""
-
-
-def patches() -> list[Patch]:
-    """Hooks on the making of param groups and on the layer-wise optimizer's constructor."""
-    reason = "Adam's weights among experts have no distributed optimizer; Megatron-Core's factory refuses them"
-    return [
-        Patch("megatron.core.optimizer:_get_param_groups", _without_experts, reason),
-        Patch(
-            "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.__init__", _with_experts, reason
-        ),
-    ]
 
 
 @contextlib.contextmanager
@@ -60,42 +52,39 @@ def sum_once(model_chunks: Sequence[torch.nn.Module], expert_tensor: Any) -> Non
             param.sequence_parallel = False  # type: ignore[attr-defined]
 
 
-def _without_experts(original: Callable[..., list[dict[str, Any]]]) -> Callable[..., list[dict[str, Any]]]:
-    @functools.wraps(original)
-    def _get_param_groups(model_chunks: list[Any], config: Any, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        groups, apart = original(model_chunks, config, *args, **kwargs), _apart.get()
-        if apart is None:
-            return groups
-        name = config.optimizer.removeprefix("dist_")
-        others: list[dict[str, Any]] = []
-        for group in groups:
-            scalar = group.get("optimizer", name) != name
-            (apart if scalar and group["is_expert_parallel"] else others).append(group)
-        return others
+@PATCHES.around("megatron.core.optimizer:_get_param_groups", _REASON)
+def _without_experts(
+    original: Original, model_chunks: list[Any], config: Any, *args: Any, **kwargs: Any
+) -> list[dict[str, Any]]:
+    groups, apart = original(model_chunks, config, *args, **kwargs), _apart.get()
+    if apart is None:
+        return groups
+    name = config.optimizer.removeprefix("dist_")
+    others: list[dict[str, Any]] = []
+    for group in groups:
+        scalar = group.get("optimizer", name) != name
+        (apart if scalar and group["is_expert_parallel"] else others).append(group)
+    return others
 
-    return _get_param_groups
 
+@PATCHES.around("megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.__init__", _REASON)
+def _with_experts(
+    original: Original,
+    self: Any,
+    optimizers: list[Any],
+    config: Any,
+    pg_collection: Any = None,
+    init_state_fn_list: list[Any] | None = None,
+    model_chunks: list[Any] | None = None,
+) -> None:
+    if groups := _apart.get():
+        from megatron.core.optimizer import _get_megatron_optimizer_based_on_param_groups
 
-def _with_experts(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(
-        self: Any,
-        optimizers: list[Any],
-        config: Any,
-        pg_collection: Any = None,
-        init_state_fn_list: list[Any] | None = None,
-        model_chunks: list[Any] | None = None,
-    ) -> None:
-        if groups := _apart.get():
-            from megatron.core.optimizer import _get_megatron_optimizer_based_on_param_groups
-
-            inner = copy.copy(config)
-            inner.optimizer, inner.use_distributed_optimizer = groups[0]["optimizer"], False
-            optimizer, init_state = _get_megatron_optimizer_based_on_param_groups(
-                inner, model_chunks, groups, pg_collection=pg_collection, skip_megatron_wrapping=True
-            )
-            init_state_fn_list = [*(init_state_fn_list or [None] * len(optimizers)), init_state]
-            optimizers = [*optimizers, optimizer]
-        original(self, optimizers, config, pg_collection, init_state_fn_list, model_chunks)
-
-    return __init__
+        inner = copy.copy(config)
+        inner.optimizer, inner.use_distributed_optimizer = groups[0]["optimizer"], False
+        optimizer, init_state = _get_megatron_optimizer_based_on_param_groups(
+            inner, model_chunks, groups, pg_collection=pg_collection, skip_megatron_wrapping=True
+        )
+        init_state_fn_list = [*(init_state_fn_list or [None] * len(optimizers)), init_state]
+        optimizers = [*optimizers, optimizer]
+    original(self, optimizers, config, pg_collection, init_state_fn_list, model_chunks)

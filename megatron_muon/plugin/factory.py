@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_muon._patching import Patch, PatchSet, in_place_of
+from megatron_muon._patching import Original, Patch, Patches, PatchSet, in_place_of
 from megatron_muon.agree import Ranks
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
@@ -43,73 +43,65 @@ from megatron_muon.routing.partition import refuse_uneven, refuse_unmatched
 from megatron_muon.routing.predicate import is_expert_parallel
 from megatron_muon.version import __version__
 
-__all__ = ["among_own_ranks", "patches"]
+__all__ = ["PATCHES", "among_own_ranks"]
+
+PATCHES = Patches()
 
 
-def patches() -> list[Patch]:
-    """The hook on the factory of emerging optimizers."""
-    return [
-        Patch(
-            "megatron.core.optimizer:_get_megatron_emerging_optimizer",
-            _with_checks_and_report,
-            "layouts are put on the weights, what would diverge silently is refused, every weight is accounted for, "
-            "and the user is told",
-        ),
-    ]
+@PATCHES.around(
+    "megatron.core.optimizer:_get_megatron_emerging_optimizer",
+    "layouts are put on the weights, what would diverge silently is refused, every weight is accounted for, "
+    "and the user is told",
+)
+def _with_checks_and_report(
+    original: Original,
+    config: Any,
+    model_chunks: list[torch.nn.Module],
+    config_overrides: dict[Any, Any] | None = None,
+    pg_collection: Any = None,
+) -> Any:
+    ranks = ranks_of(pg_collection)
+    if not is_ours(config.optimizer):
+        ranks.together(lambda: annotate_for_buffers(model_chunks))
+        return original(config, model_chunks, config_overrides, pg_collection)
 
+    def build() -> Any:
+        check_entered()
+        groups = groups_of_model(pg_collection, model_chunks)
+        muon = check_optimizer_config(config)
+        _route(config, model_chunks, muon, ranks)
+        _check_groups(groups)
+        check_copies(model_chunks)
+        sum_once(model_chunks, getattr(groups, "expt_tp", None))
+        by_layout = _check_buffers(config, model_chunks)
+        # A copy: Megatron adds its own entries to the caller's dictionary.
+        others = {_asking_our_predicates(key): value for key, value in (config_overrides or {}).items()}
+        overrides = {**others, **group_overrides(config, muon, model_chunks, others)}
+        with _aligning_among(ranks), set_apart() if by_layout else contextlib.nullcontext():
+            optimizer = original(config, model_chunks, overrides, groups)
+        numbers = scalar_numbers(config, muon, model_chunks, others)
+        for each in _muons(optimizer):
+            each.is_complete = True
+            for group in (each.defaults, *each.param_groups):
+                group.update(numbers)
+        _check_partition(optimizer, model_chunks, groups, ranks)
+        mark_parts(optimizer, model_chunks)
+        device = device_of(model_chunks)
+        check = guard(optimizer, model_chunks, device)
+        experts = getattr(groups, "ep", None)
+        refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite, device, check, experts)
+        if config.optimizer.removeprefix("dist_") == "stiefel_muon":
+            watch(optimizer, ranks, device)
+        gather_early(optimizer, model_chunks)
+        planned = [
+            *_data_parallel(optimizer, groups),
+            *_numbers(muon, model_chunks, optimizer, ranks),
+            *_planned(optimizer),
+        ]
+        _print_report(muon, config, model_chunks, groups, ranks, planned)
+        return optimizer
 
-def _with_checks_and_report(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _get_megatron_emerging_optimizer(
-        config: Any,
-        model_chunks: list[torch.nn.Module],
-        config_overrides: dict[Any, Any] | None = None,
-        pg_collection: Any = None,
-    ) -> Any:
-        ranks = ranks_of(pg_collection)
-        if not is_ours(config.optimizer):
-            ranks.together(lambda: annotate_for_buffers(model_chunks))
-            return original(config, model_chunks, config_overrides, pg_collection)
-
-        def build() -> Any:
-            check_entered()
-            groups = groups_of_model(pg_collection, model_chunks)
-            muon = check_optimizer_config(config)
-            _route(config, model_chunks, muon, ranks)
-            _check_groups(groups)
-            check_copies(model_chunks)
-            sum_once(model_chunks, getattr(groups, "expt_tp", None))
-            by_layout = _check_buffers(config, model_chunks)
-            # A copy: Megatron adds its own entries to the caller's dictionary.
-            others = {_asking_our_predicates(key): value for key, value in (config_overrides or {}).items()}
-            overrides = {**others, **group_overrides(config, muon, model_chunks, others)}
-            with _aligning_among(ranks), set_apart() if by_layout else contextlib.nullcontext():
-                optimizer = original(config, model_chunks, overrides, groups)
-            numbers = scalar_numbers(config, muon, model_chunks, others)
-            for each in _muons(optimizer):
-                each.is_complete = True
-                for group in (each.defaults, *each.param_groups):
-                    group.update(numbers)
-            _check_partition(optimizer, model_chunks, groups, ranks)
-            mark_parts(optimizer, model_chunks)
-            device = device_of(model_chunks)
-            check = guard(optimizer, model_chunks, device)
-            experts = getattr(groups, "ep", None)
-            refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite, device, check, experts)
-            if config.optimizer.removeprefix("dist_") == "stiefel_muon":
-                watch(optimizer, ranks, device)
-            gather_early(optimizer, model_chunks)
-            planned = [
-                *_data_parallel(optimizer, groups),
-                *_numbers(muon, model_chunks, optimizer, ranks),
-                *_planned(optimizer),
-            ]
-            _print_report(muon, config, model_chunks, groups, ranks, planned)
-            return optimizer
-
-        return ranks.together(build)
-
-    return _get_megatron_emerging_optimizer
+    return ranks.together(build)
 
 
 def among_own_ranks(pg_collection: Any) -> AbstractContextManager[None]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.balance import Job, assign_owners, cost_of_weight
 from megatron_muon.engine.shards import shard_of
@@ -35,89 +35,31 @@ from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.sharing import share_work
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
-__all__ = ["balanced_together", "keeps_upstream_lists", "patches"]
+__all__ = ["PATCHES", "balanced_together", "keeps_upstream_lists"]
+
+PATCHES = Patches()
 
 _CLASS = "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer"
 
 
-def patches() -> list[Patch]:
-    """Hooks on the layer-wise optimizer's constructor and on both ways in which it shares weights out."""
-    return [
-        Patch(
-            f"{_CLASS}.__init__",
-            _with_fp32,
-            "Megatron wraps the optimizers inside only for bfloat16 models; with float32 ones its own assertion fails",
-        ),
-        Patch(
-            f"{_CLASS}.__init__",
-            _with_decision,
-            "the older assignment is not told whose weights it shares out",
-        ),
-        Patch(
-            f"{_CLASS}.__init__",
-            _with_overlap_of_buffers,
-            "by its own config it would leave the gathers to forward hooks that DDP does not have, and replicas would "
-            "train on weights that others have changed; or DDP's hooks would gather by lists that nobody has made",
-        ),
-        Patch(
-            f"{_CLASS}.__init__",
-            _with_own_groups,
-            "experts whole on each tensor-parallel rank would count in the gradient's norm on its first rank only, "
-            "but other ranks have other experts, or own some; and the norm of a model on some of the ranks would be "
-            "that of all models of the run",
-        ),
-        Patch(
-            f"{_CLASS}.compute_full_param_layout",
-            _with_balanced_shards,
-            "the step waits for the rank with most Newton-Schulz to do, which is not the one with most elements",
-        ),
-        Patch(
-            f"{_CLASS}._shard_params_ping_pong",
-            _with_balanced_lists,
-            "the older assignment is balanced by the cost of Newton-Schulz too",
-        ),
-        Patch(
-            f"{_CLASS}.shard_params",
-            _with_expert_owners,
-            "where dense weights have one copy (TP 2 with expert TP 1 on two ranks) nothing is shared out, and every "
-            "copy of an expert would be updated, with the part of the gradients that its rank has",
-        ),
-        Patch(
-            f"{_CLASS}.allgather_params",
-            _with_every_dtype,
-            "the first weight of the first rank's list speaks for all: a bfloat16 model's float32 weights would be "
-            "gathered as bfloat16, and nothing where that rank has none",
-        ),
-        Patch(
-            f"{_CLASS}.save_state_dict_to_file",
-            _with_file_of_rank,
-            "with context parallelism several ranks are told one file, and each would write over the others'",
-        ),
-        Patch(
-            f"{_CLASS}.load_state_dict_from_file",
-            _with_file_of_rank,
-            "the counterpart of save_state_dict_to_file",
-        ),
-    ]
-
-
-def _with_fp32(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(
-        self: Any,
-        optimizers: list[Any],
-        config: Any,
-        pg_collection: Any = None,
-        init_state_fn_list: list[Any] | None = None,
-        model_chunks: list[Any] | None = None,
-    ) -> None:
-        if not config.bf16:
-            init_state = init_state_fn_list or [None] * len(optimizers)
-            member = _fp32_member()
-            optimizers = [member(inner, config, fn) for inner, fn in zip(optimizers, init_state, strict=True)]
-        original(self, optimizers, config, pg_collection, init_state_fn_list, model_chunks)
-
-    return __init__
+@PATCHES.around(
+    f"{_CLASS}.__init__",
+    "Megatron wraps the optimizers inside only for bfloat16 models; with float32 ones its own assertion fails",
+)
+def _with_fp32(
+    original: Original,
+    self: Any,
+    optimizers: list[Any],
+    config: Any,
+    pg_collection: Any = None,
+    init_state_fn_list: list[Any] | None = None,
+    model_chunks: list[Any] | None = None,
+) -> None:
+    if not config.bf16:
+        init_state = init_state_fn_list or [None] * len(optimizers)
+        member = _fp32_member()
+        optimizers = [member(inner, config, fn) for inner, fn in zip(optimizers, init_state, strict=True)]
+    original(self, optimizers, config, pg_collection, init_state_fn_list, model_chunks)
 
 
 @functools.cache
@@ -140,53 +82,54 @@ def _fp32_member() -> type:
     return LayerWiseFP32Optimizer
 
 
-def _with_decision(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(self: Any, optimizers: list[Any], config: Any, *args: Any, **kwargs: Any) -> None:
-        by_cost = is_ours(getattr(config, "optimizer", None)) and not keeps_upstream_lists(options.training_arguments())
-        self.options_of_cost = options.of(config) if by_cost else None
-        original(self, optimizers, config, *args, **kwargs)
+@PATCHES.around(f"{_CLASS}.__init__", "the older assignment is not told whose weights it shares out")
+def _with_decision(
+    original: Original, self: Any, optimizers: list[Any], config: Any, *args: Any, **kwargs: Any
+) -> None:
+    by_cost = is_ours(getattr(config, "optimizer", None)) and not keeps_upstream_lists(options.training_arguments())
+    self.options_of_cost = options.of(config) if by_cost else None
+    original(self, optimizers, config, *args, **kwargs)
 
-    return __init__
 
-
-def _with_overlap_of_buffers(original: Callable[..., None]) -> Callable[..., None]:
+@PATCHES.around(
+    f"{_CLASS}.__init__",
+    "by its own config it would leave the gathers to forward hooks that DDP does not have, and replicas would "
+    "train on weights that others have changed; or DDP's hooks would gather by lists that nobody has made",
+)
+def _with_overlap_of_buffers(original: Original, self: Any, *args: Any, **kwargs: Any) -> None:
     """DDP's ``overlap_param_gather`` counts, as in Megatron-Core's distributed optimizer."""
-
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        of_buffers = [
-            chunk.ddp_config.overlap_param_gather for chunk in self.model_chunks if hasattr(chunk, "ddp_config")
-        ]
-        if not of_buffers or self.overlap_param_gather is any(of_buffers):
-            return
-        self.overlap_param_gather = any(of_buffers)
-        if self.overlap_param_gather and not self.use_buffer_param_sync:
-            self.set_bucket_layerwise_params_list(self.model_chunks)
-
-    return __init__
+    original(self, *args, **kwargs)
+    of_buffers = [chunk.ddp_config.overlap_param_gather for chunk in self.model_chunks if hasattr(chunk, "ddp_config")]
+    if not of_buffers or self.overlap_param_gather is any(of_buffers):
+        return
+    self.overlap_param_gather = any(of_buffers)
+    if self.overlap_param_gather and not self.use_buffer_param_sync:
+        self.set_bucket_layerwise_params_list(self.model_chunks)
 
 
-def _with_own_groups(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(self: Any, optimizers: list[Any], config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, optimizers, config, *args, **kwargs)
-        dense = getattr(self.pg_collection, "tp", None)
-        for part in (self, *self.chained_optimizers):  # as Megatron-Core does for its other optimizers
-            part.tp_group, part.expert_tp_group = dense, getattr(self.pg_collection, "expt_tp", dense)
-            part.grad_stats_parallel_group = _group_of_some(self.pg_collection) or dist.group.WORLD
-        for name in ("get_grad_norm", "_get_grad_norm_for_group", "has_grad_norm_group", "count_zeros"):
-            # Of the base class: over the members' groups, where the layer-wise optimizer's own are over the whole run,
-            # and take one tensor-parallel group for all weights.
-            setattr(self, name, functools.partial(getattr(type(self).__base__, name), self))
-        if not self.chained_optimizers:  # no weight of the model is Muon's: a link of the chain all the same
-            self.config = config
-            self.get_grad_stats_parallel_group = lambda: self.grad_stats_parallel_group
-            self.has_grad_norm_group = lambda name: False
-            self.get_grad_norm = self.count_zeros = lambda: 0
-
-    return __init__
+@PATCHES.around(
+    f"{_CLASS}.__init__",
+    "experts whole on each tensor-parallel rank would count in the gradient's norm on its first rank only, "
+    "but other ranks have other experts, or own some; and the norm of a model on some of the ranks would be "
+    "that of all models of the run",
+)
+def _with_own_groups(
+    original: Original, self: Any, optimizers: list[Any], config: Any, *args: Any, **kwargs: Any
+) -> None:
+    original(self, optimizers, config, *args, **kwargs)
+    dense = getattr(self.pg_collection, "tp", None)
+    for part in (self, *self.chained_optimizers):  # as Megatron-Core does for its other optimizers
+        part.tp_group, part.expert_tp_group = dense, getattr(self.pg_collection, "expt_tp", dense)
+        part.grad_stats_parallel_group = _group_of_some(self.pg_collection) or dist.group.WORLD
+    for name in ("get_grad_norm", "_get_grad_norm_for_group", "has_grad_norm_group", "count_zeros"):
+        # Of the base class: over the members' groups, where the layer-wise optimizer's own are over the whole run,
+        # and take one tensor-parallel group for all weights.
+        setattr(self, name, functools.partial(getattr(type(self).__base__, name), self))
+    if not self.chained_optimizers:  # no weight of the model is Muon's: a link of the chain all the same
+        self.config = config
+        self.get_grad_stats_parallel_group = lambda: self.grad_stats_parallel_group
+        self.has_grad_norm_group = lambda name: False
+        self.get_grad_norm = self.count_zeros = lambda: 0
 
 
 def _group_of_some(pg_collection: Any) -> Any:
@@ -281,18 +224,18 @@ _sharing = _Sharing()
 balanced_together = _sharing.together
 
 
-def _with_balanced_shards(original: Callable[..., Any]) -> staticmethod[..., Any]:
-    @functools.wraps(original)
-    def compute_full_param_layout(*args: Any, **kwargs: Any) -> Any:
-        layout = original(*args, **kwargs)
-        name = getattr(options.training_arguments(), "optimizer", None)
-        # Without arguments nobody knows yet which optimizer will come, and install() says that it is Muon. Any owner
-        # is right for any optimizer: only the balance is Muon's.
-        if name is None or is_ours(name):
-            _sharing.add(layout)
-        return layout
-
-    return staticmethod(compute_full_param_layout)
+@PATCHES.around(
+    f"{_CLASS}.compute_full_param_layout",
+    "the step waits for the rank with most Newton-Schulz to do, which is not the one with most elements",
+)
+def _with_balanced_shards(original: Original, *args: Any, **kwargs: Any) -> Any:
+    layout = original(*args, **kwargs)
+    name = getattr(options.training_arguments(), "optimizer", None)
+    # Without arguments nobody knows yet which optimizer will come, and install() says that it is Muon. Any owner
+    # is right for any optimizer: only the balance is Muon's.
+    if name is None or is_ours(name):
+        _sharing.add(layout)
+    return layout
 
 
 def _balance_shards(buffers: Sequence[Any], cost: Callable[[torch.Tensor], int]) -> None:
@@ -327,16 +270,17 @@ def _balance_shards(buffers: Sequence[Any], cost: Callable[[torch.Tensor], int])
         cursors[job.bucket][owner] += job.size
 
 
-def _with_balanced_lists(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def _shard_params_ping_pong(self: Any, optimizers: list[Any], dp_cp_size: int, expt_dp_size: int) -> None:
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        params = [list(group["params"]) for group in groups]
-        original(self, optimizers, dp_cp_size, expt_dp_size)
-        if getattr(self, "options_of_cost", None) is not None:
-            _balance_lists(self, groups, params)
-
-    return _shard_params_ping_pong
+@PATCHES.around(
+    f"{_CLASS}._shard_params_ping_pong", "the older assignment is balanced by the cost of Newton-Schulz too"
+)
+def _with_balanced_lists(
+    original: Original, self: Any, optimizers: list[Any], dp_cp_size: int, expt_dp_size: int
+) -> None:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    params = [list(group["params"]) for group in groups]
+    original(self, optimizers, dp_cp_size, expt_dp_size)
+    if getattr(self, "options_of_cost", None) is not None:
+        _balance_lists(self, groups, params)
 
 
 def _balance_lists(optimizer: Any, groups: Sequence[dict[str, Any]], params: Sequence[list[torch.Tensor]]) -> None:
@@ -369,39 +313,43 @@ def _balance_lists(optimizer: Any, groups: Sequence[dict[str, Any]], params: Seq
             groups[index]["params"] = [param for param in params[index] if owner[param] == rank]
 
 
-def _with_expert_owners(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def shard_params(self: Any, optimizers: list[Any], full_param_layouts: list[Any] | None = None) -> None:
-        from megatron.core.utils import get_pg_size
+@PATCHES.around(
+    f"{_CLASS}.shard_params",
+    "where dense weights have one copy (TP 2 with expert TP 1 on two ranks) nothing is shared out, and every "
+    "copy of an expert would be updated, with the part of the gradients that its rank has",
+)
+def _with_expert_owners(
+    original: Original, self: Any, optimizers: list[Any], full_param_layouts: list[Any] | None = None
+) -> None:
+    from megatron.core.utils import get_pg_size
 
-        copies = get_pg_size(self.expt_dp)
-        if get_pg_size(self.dp_cp) > 1 or copies == 1:
-            original(self, optimizers, full_param_layouts)
+    copies = get_pg_size(self.expt_dp)
+    if get_pg_size(self.dp_cp) > 1 or copies == 1:
+        original(self, optimizers, full_param_layouts)
+    else:
+        if full_param_layouts is None:
+            self._shard_params_ping_pong(optimizers, 1, copies)
         else:
-            if full_param_layouts is None:
-                self._shard_params_ping_pong(optimizers, 1, copies)
-            else:
-                self._shard_params_from_layout(optimizers, full_param_layouts, 1, copies)
-            self.dp_cp_params_list = None  # as Megatron-Core has it for one copy: there is nothing to gather
-        share_work(self, optimizers)
-
-    return shard_params
+            self._shard_params_from_layout(optimizers, full_param_layouts, 1, copies)
+        self.dp_cp_params_list = None  # as Megatron-Core has it for one copy: there is nothing to gather
+    share_work(self, optimizers)
 
 
-def _with_every_dtype(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def allgather_params(self: Any) -> None:
-        shared_out = [(self.dp_cp_params_list, self.dp_cp), (self.expt_dp_params_list, self.expt_dp)]
-        shared_out = [(lists, group) for lists, group in shared_out if lists]
-        dtypes = [{param.dtype for its in lists for param in its} for lists, _ in shared_out]
-        if all(lists[0] and len(found) == 1 for (lists, _), found in zip(shared_out, dtypes, strict=True)):
-            original(self)
-            return
-        for (lists, group), found in zip(shared_out, dtypes, strict=True):
-            for dtype in sorted(found, key=str):
-                _gather([[param for param in its if param.dtype == dtype] for its in lists], group)
-
-    return allgather_params
+@PATCHES.around(
+    f"{_CLASS}.allgather_params",
+    "the first weight of the first rank's list speaks for all: a bfloat16 model's float32 weights would be "
+    "gathered as bfloat16, and nothing where that rank has none",
+)
+def _with_every_dtype(original: Original, self: Any) -> None:
+    shared_out = [(self.dp_cp_params_list, self.dp_cp), (self.expt_dp_params_list, self.expt_dp)]
+    shared_out = [(lists, group) for lists, group in shared_out if lists]
+    dtypes = [{param.dtype for its in lists for param in its} for lists, _ in shared_out]
+    if all(lists[0] and len(found) == 1 for (lists, _), found in zip(shared_out, dtypes, strict=True)):
+        original(self)
+        return
+    for (lists, group), found in zip(shared_out, dtypes, strict=True):
+        for dtype in sorted(found, key=str):
+            _gather([[param for param in its if param.dtype == dtype] for its in lists], group)
 
 
 @torch.no_grad()
@@ -417,18 +365,18 @@ def _gather(lists: Sequence[list[torch.Tensor]], group: Any) -> None:
             param.copy_(values.view_as(param))
 
 
-def _with_file_of_rank(original: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
+@PATCHES.around(f"{_CLASS}.load_state_dict_from_file", "the counterpart of save_state_dict_to_file")
+@PATCHES.around(
+    f"{_CLASS}.save_state_dict_to_file",
+    "with context parallelism several ranks are told one file, and each would write over the others'",
+)
+def _with_file_of_rank(original: Original, self: Any, filename: str) -> None:
     """Files are numbered by the data-parallel rank, but weights are shared out over the context's ranks too."""
+    from megatron.core.utils import get_pg_rank
 
-    @functools.wraps(original)
-    def to_or_from_file(self: Any, filename: str) -> None:
-        from megatron.core.utils import get_pg_rank
-
-        path = Path(filename)
-        name = re.sub(r"\d+$", str(get_pg_rank(self.dp_cp)), path.stem)
-        original(self, str(path.with_name(name + path.suffix)))
-
-    return to_or_from_file
+    path = Path(filename)
+    name = re.sub(r"\d+$", str(get_pg_rank(self.dp_cp)), path.stem)
+    original(self, str(path.with_name(name + path.suffix)))
 
 
 def _cost_in(pg_collection: Any, muon: MuonConfig) -> Callable[[torch.Tensor], int]:

@@ -7,31 +7,20 @@ shares out float32 weights, too: others' may be stale there, as they are gathere
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.plugin.optimizer_state import held_by, leaves
 
-__all__ = ["mark_parts", "patches"]
+__all__ = ["PATCHES", "mark_parts"]
+
+PATCHES = Patches()
 
 _SPAN = "megatron_muon_span"
 """Attribute of a float32 weight: [start, stop) of its elements that this rank updates."""
-
-
-def patches() -> list[Patch]:
-    """The hook on what counts of a weight on this rank."""
-    return [
-        Patch(
-            "megatron.training.utils.common_utils:_get_param_data",
-            _with_spans,
-            "others' float32 weights would count as they were before the step, where they are gathered in the next "
-            "forward pass",
-        )
-    ]
 
 
 def mark_parts(optimizer: Any, model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -51,13 +40,14 @@ def mark_parts(optimizer: Any, model_chunks: Sequence[torch.nn.Module]) -> None:
             vars(param).update(main_param=None if its is None else its.master, main_param_sharded=True)
 
 
-def _with_spans(original: Callable[..., tuple[torch.Tensor | None, bool]]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _get_param_data(param: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, bool]:
-        span = getattr(param, _SPAN, None)
-        if span is None:
-            return original(param, *args, **kwargs)
-        start, stop = span
-        return (param.data.view(-1)[start:stop] if stop > start else None), True
-
-    return _get_param_data
+@PATCHES.around(
+    "megatron.training.utils.common_utils:_get_param_data",
+    "others' float32 weights would count as they were before the step, where they are gathered in the next "
+    "forward pass",
+)
+def _with_spans(original: Original, param: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, bool]:
+    span = getattr(param, _SPAN, None)
+    if span is None:
+        return original(param, *args, **kwargs)
+    start, stop = span
+    return (param.data.view(-1)[start:stop] if stop > start else None), True

@@ -2,76 +2,52 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
 from megatron_muon.routing.annotate import annotate, tag
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding, is_expert_parallel
 
-__all__ = ["annotate_for_buffers", "check_copies", "is_in_layer_wise_buffer", "patches"]
+__all__ = ["PATCHES", "annotate_for_buffers", "check_copies", "is_in_layer_wise_buffer"]
+
+PATCHES = Patches()
 
 _OPTIMIZER = "megatron.core.optimizer"
 
 
-def patches() -> list[Patch]:
-    """Hooks on the predicates, on what is copied to fp32 main parameters, and on GatedDeltaNet's constructor."""
-    return [
-        Patch(
-            f"{_OPTIMIZER}.emerging_optimizers:_is_nonlinear_or_embedding",
-            _with_our_predicate,
-            "param groups honour skip_orthogonalization and use_muon, and leave vectors stored as matrices to Adam",
-        ),
-        Patch(
-            f"{_OPTIMIZER}.layer_wise_optimizer:is_managed_by_layer_wise_optimizer",
-            _with_its_opposite,
-            "DDP buffers go to the layer-wise optimizer by the same predicate as param groups, or a weight would sit "
-            "in a buffer that its optimizer does not own",
-        ),
-        Patch(
-            f"{_OPTIMIZER}.layer_wise_optimizer:tag_params_for_buffer_routing",
-            _with_annotation,
-            "tags must be on the weights before DDP assigns them to buffers",
-        ),
-        Patch(
-            f"{_OPTIMIZER}.optimizer:copy_optimizer_param_metadata",
-            _with_layout,
-            "the optimizer of a bfloat16 model sees fp32 copies of the weights: they need the layout too",
-        ),
-        Patch(
-            "megatron.core.ssm.gated_delta_net.common:_GDNBase.__init__",
-            _with_tag,
-            "GatedDeltaNet's fused in_proj carries skip_orthogonalization from its construction on",
-        ),
-    ]
+@PATCHES.around(
+    f"{_OPTIMIZER}.emerging_optimizers:_is_nonlinear_or_embedding",
+    "param groups honour skip_orthogonalization and use_muon, and leave vectors stored as matrices to Adam",
+)
+def _with_our_predicate(original: Original, param: torch.nn.Parameter) -> bool:
+    return _is_nonlinear_or_embedding(param)
 
 
-def _with_our_predicate(original: Callable[[torch.nn.Parameter], bool]) -> Callable[[torch.nn.Parameter], bool]:
-    # Not the predicate itself: copies of it elsewhere must not become Megatron-Core's on uninstall().
-    return functools.wraps(original)(lambda param: _is_nonlinear_or_embedding(param))
+@PATCHES.around(
+    f"{_OPTIMIZER}.layer_wise_optimizer:is_managed_by_layer_wise_optimizer",
+    "DDP buffers go to the layer-wise optimizer by the same predicate as param groups, or a weight would sit "
+    "in a buffer that its optimizer does not own",
+)
+def _with_its_opposite(original: Original, param: torch.nn.Parameter) -> bool:
+    return not _is_nonlinear_or_embedding(param)
 
 
-def _with_its_opposite(original: Callable[[torch.nn.Parameter], bool]) -> Callable[[torch.nn.Parameter], bool]:
-    """The layer-wise optimizer owns a weight exactly when Muon updates it."""
-    return functools.wraps(original)(lambda param: not _is_nonlinear_or_embedding(param))
-
-
-def _with_annotation(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def tag_params_for_buffer_routing(model_chunks: Sequence[torch.nn.Module]) -> None:
-        annotate_for_buffers(model_chunks)
-        original(model_chunks)
-        for param in (param for chunk in model_chunks for param in chunk.parameters() if param.requires_grad):
-            param.is_managed_by_layer_wise_optimizer = is_in_layer_wise_buffer(param)  # type: ignore[attr-defined]
-
-    return tag_params_for_buffer_routing
+@PATCHES.around(
+    f"{_OPTIMIZER}.layer_wise_optimizer:tag_params_for_buffer_routing",
+    "tags must be on the weights before DDP assigns them to buffers",
+)
+def _with_annotation(original: Original, model_chunks: Sequence[torch.nn.Module]) -> None:
+    annotate_for_buffers(model_chunks)
+    original(model_chunks)
+    for param in (param for chunk in model_chunks for param in chunk.parameters() if param.requires_grad):
+        param.is_managed_by_layer_wise_optimizer = is_in_layer_wise_buffer(param)  # type: ignore[attr-defined]
 
 
 def is_in_layer_wise_buffer(param: torch.Tensor) -> bool:
@@ -116,24 +92,24 @@ def check_copies(model_chunks: Sequence[torch.nn.Module]) -> None:
             )
 
 
-def _with_layout(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def copy_optimizer_param_metadata(destination: torch.Tensor, source: torch.Tensor) -> None:
-        original(destination, source)
-        if hasattr(source, LAYOUT_ATTRIBUTE):
-            setattr(destination, LAYOUT_ATTRIBUTE, getattr(source, LAYOUT_ATTRIBUTE))
+@PATCHES.around(
+    f"{_OPTIMIZER}.optimizer:copy_optimizer_param_metadata",
+    "the optimizer of a bfloat16 model sees fp32 copies of the weights: they need the layout too",
+)
+def _with_layout(original: Original, destination: torch.Tensor, source: torch.Tensor) -> None:
+    original(destination, source)
+    if hasattr(source, LAYOUT_ATTRIBUTE):
+        setattr(destination, LAYOUT_ATTRIBUTE, getattr(source, LAYOUT_ATTRIBUTE))
 
-    return copy_optimizer_param_metadata
 
-
-def _with_tag(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        # A patched Megatron-LM tags in_proj itself, which would outweigh --muon-gdn-in-proj as a user's tag does.
-        weight = getattr(self.in_proj, "weight", None)
-        if weight is not None and hasattr(weight, "skip_orthogonalization"):
-            del weight.skip_orthogonalization
-        tag(self, options.current())
-
-    return __init__
+@PATCHES.around(
+    "megatron.core.ssm.gated_delta_net.common:_GDNBase.__init__",
+    "GatedDeltaNet's fused in_proj carries skip_orthogonalization from its construction on",
+)
+def _with_tag(original: Original, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    # A patched Megatron-LM tags in_proj itself, which would outweigh --muon-gdn-in-proj as a user's tag does.
+    weight = getattr(self.in_proj, "weight", None)
+    if weight is not None and hasattr(weight, "skip_orthogonalization"):
+        del weight.skip_orthogonalization
+    tag(self, options.current())

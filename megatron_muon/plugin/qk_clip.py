@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.errors import ConfigError
 from megatron_muon.monitor.sources import Report
 from megatron_muon.plugin import options, recording
@@ -23,31 +23,12 @@ from megatron_muon.plugin.qk_clip_build import FLAGS, build_clip
 from megatron_muon.qk_clip.clip import QKClip
 from megatron_muon.refusals import QK_CLIP, UNMEASURED, refuse
 
-__all__ = ["build", "clip_of", "patches"]
+__all__ = ["PATCHES", "build", "clip_of"]
+
+PATCHES = Patches()
 
 _CLIPS: weakref.WeakKeyDictionary[torch.nn.Module, Callable[[], QKClip | None]] = weakref.WeakKeyDictionary()
 """Of model chunks without wrappers, the clip of the optimizer that has stepped last. Its optimizer keeps it alive."""
-
-
-def patches() -> list[Patch]:
-    """Hooks on Megatron's clipping and flags, and on TransformerEngine's attention."""
-    return [
-        Patch(
-            "megatron.core.optimizer.qk_clip:clip_qk",
-            lambda original: functools.wraps(original)(functools.partial(_clip_qk)),
-            "Megatron's own clipping fails under tensor parallelism, with gates, biases, MTP and hybrid layers",
-        ),
-        Patch(
-            "megatron.training.arguments:validate_args",
-            _with_check,
-            "--qk-clip works without TransformerEngine too",
-        ),
-        Patch(
-            "megatron.core.extensions.transformer_engine:TEDotProductAttention",
-            _with_choice,
-            "TransformerEngine is asked for maxima only where they are taken from it: that forbids its flash kernels",
-        ),
-    ]
 
 
 def clip_of(model: Any) -> QKClip | None:
@@ -68,7 +49,11 @@ def _take_note(chunks: Sequence[torch.nn.Module], clip: QKClip) -> None:
         _CLIPS[_bare(chunk)] = weakref.ref(clip)
 
 
-def _clip_qk(model: Any, log_max_only: bool = False) -> torch.Tensor | float:
+@PATCHES.around(
+    "megatron.core.optimizer.qk_clip:clip_qk",
+    "Megatron's own clipping fails under tensor parallelism, with gates, biases, MTP and hybrid layers",
+)
+def _clip_qk(original: Original, model: Any, log_max_only: bool = False) -> torch.Tensor | float:
     """What Megatron calls after the optimizer's step: the largest logit of the step, a scalar on the device.
 
     As Megatron's own, 0 for a model without softmax attention.
@@ -155,26 +140,27 @@ def _connect(optimizer: Any, chunks: Sequence[torch.nn.Module], clip: QKClip) ->
     optimizer.step_with_ready_grads = functools.partial(clip.step, optimizer.step_with_ready_grads)
 
 
-def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        refuse(UNMEASURED, given(args))
-        asked = {name: getattr(args, name, False) for name in FLAGS}
-        if not any(asked.values()):
-            return original(args, *rest, **kwargs)
-        refuse(QK_CLIP, args)
-        # Megatron's check asks for TransformerEngine 2.9 and for nothing else that is not checked above.
-        for name in asked:
-            setattr(args, name, False)
-        try:
-            return original(args, *rest, **kwargs)
-        finally:
-            for name, value in asked.items():
-                setattr(args, name, value)
-
-    return validate_args
+@PATCHES.around("megatron.training.arguments:validate_args", "--qk-clip works without TransformerEngine too")
+def _with_check(original: Original, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    refuse(UNMEASURED, given(args))
+    asked = {name: getattr(args, name, False) for name in FLAGS}
+    if not any(asked.values()):
+        return original(args, *rest, **kwargs)
+    refuse(QK_CLIP, args)
+    # Megatron's check asks for TransformerEngine 2.9 and for nothing else that is not checked above.
+    for name in asked:
+        setattr(args, name, False)
+    try:
+        return original(args, *rest, **kwargs)
+    finally:
+        for name, value in asked.items():
+            setattr(args, name, value)
 
 
+@PATCHES.making(
+    "megatron.core.extensions.transformer_engine:TEDotProductAttention",
+    "TransformerEngine is asked for maxima only where they are taken from it: that forbids its flash kernels",
+)
 def _with_choice(original: Any) -> Any:
     if not isinstance(original, type):
         return original  # without TransformerEngine there is no such class

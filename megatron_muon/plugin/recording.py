@@ -3,14 +3,13 @@ text and its writers say what optimizers do."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 import resource
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.agree import Ranks
 from megatron_muon.errors import ConfigError
 from megatron_muon.monitor import sources
@@ -22,7 +21,15 @@ from megatron_muon.plugin.optimizer_state import has_parts
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["patches", "watch"]
+__all__ = ["PATCHES", "watch"]
+
+_TRAINING = "megatron.training.training"
+
+PATCHES = Patches()
+"""They record a run of ``megatron.training.pretrain`` when ``--muon-log-jsonl`` names a file, on the last rank alone.
+
+Optimizers are heard without the file, too.
+"""
 
 _stepped = sources.Stepped()
 
@@ -54,138 +61,114 @@ class _TimedTimer:
         return getattr(self._timer, name)
 
 
-class _Hooks:
-    """The functions around Megatron's. One object for all, as they share the recorder and the evaluation's context."""
+@dataclass
+class _Run:
+    """What the functions around Megatron's share.
 
-    def __init__(self) -> None:
-        self.recorder: Recorder | None = None
-        self.evaluated: list[dict[str, torch.Tensor]] = []
-
-    def around_train(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def train(*args: Any, **kwargs: Any) -> Any:
-            _refuse_other_muon(signature.bind(*args, **kwargs).arguments.get("optimizer"))
-            self.recorder = _recorder()
-            _stepped.take()  # steps of other loops
-            return original(*args, **kwargs)
-
-        return train
-
-    def around_training_log(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def training_log(*args: Any, **kwargs: Any) -> Any:
-            values = signature.bind(*args, **kwargs).arguments
-            iteration = values["iteration"]
-            interval = self._before_log(values)
-            result = original(*args, **kwargs)
-            said = _stepped.take()
-            if _is_logged(values):
-                lines, record = sources.report(said, iteration)
-                for line in lines:
-                    print(f" {line}", flush=True)
-                self._after_log(values, interval, record)
-            if said:
-                _to_writers(said, iteration)
-            return result
-
-        return training_log
-
-    def _before_log(self, values: dict[str, Any]) -> float:
-        """Take note of an iteration; seconds of the interval that is about to be logged, 0 if it is not or not here."""
-        if self.recorder is None:
-            return 0.0
-        self.recorder.add(values["loss_dict"], bool(values["skipped_iter"]))
-        if not _is_logged(values):
-            return 0.0
-        # Megatron is about to read this timer in the same way, with the same wait for the device.
-        seconds: float = _megatron_timers()("interval-time").elapsed(reset=False)
-        return seconds
-
-    def _after_log(self, values: dict[str, Any], interval: float, record: dict[str, Any]) -> None:
-        if self.recorder is None:
-            return
-        self.recorder.log(
-            values["iteration"],
-            interval,
-            interval_restarts=not values.get("is_first_iteration", False),
-            learning_rate=values["learning_rate"],
-            grad_norm=values["grad_norm"],
-            consumed_samples=_megatron_args().consumed_train_samples,
-            peak_memory_bytes=_peak_memory(),
-            **record,
-        )
-
-    def around_evaluate(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def evaluate(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            if self.recorder is not None and result[0]:
-                self.evaluated.append(result[0])
-            return result
-
-        return evaluate
-
-    def around_evaluate_and_print_results(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
-            self.evaluated.clear()
-            result = original(*args, **kwargs)
-            if self.recorder is not None:
-                values = signature.bind(*args, **kwargs).arguments
-                for name, losses in zip(self._set_names(values["prefix"]), self.evaluated, strict=False):
-                    # Megatron has printed these numbers, so they are on the host's side already.
-                    scalars = {key: value.item() for key, value in losses.items()}
-                    self.recorder.write("valid", values["iteration"], set=name, losses=scalars)
-            return result
-
-        return evaluate_and_print_results
-
-    def _set_names(self, prefix: str) -> list[str]:
-        kind = "test" if prefix.endswith("test set") else "validation"
-        if not _megatron_args().multiple_validation_sets:
-            return [kind]
-        names = _megatron_args().validation_set_names or range(len(self.evaluated))
-        return [f"{kind}-{name}" for name in names]
-
-    def around_timers(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def call(timers: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-            timer = original(timers, name, *args, **kwargs)
-            if name != "optimizer" or self.recorder is None:
-                return timer
-            return _TimedTimer(timer, self.recorder.stopwatch)
-
-        return call
-
-
-def patches() -> list[Patch]:
-    """The hooks that record a run of ``megatron.training.pretrain`` when ``--muon-log-jsonl`` names a file.
-
-    Only the last rank writes, so on a cluster the file is on its machine. Optimizers are heard without the file too.
+    Attributes:
+        recorder: of the training in progress; None without one.
+        evaluated: losses of each data set of the evaluation in progress.
     """
-    hooks = _Hooks()
-    training = "megatron.training.training"
-    return [
-        Patch(f"{training}:train", hooks.around_train, "the file is begun, or cut to the resumed iteration"),
-        Patch(
-            f"{training}:training_log",
-            hooks.around_training_log,
-            "losses and times of logged iterations, and what optimizers say",
-        ),
-        Patch(f"{training}:evaluate", hooks.around_evaluate, "the losses of an evaluation"),
-        Patch(
-            f"{training}:evaluate_and_print_results",
-            hooks.around_evaluate_and_print_results,
-            "the iteration and data set of an evaluation",
-        ),
-        Patch("megatron.core.timers:Timers.__call__", hooks.around_timers, "the time of the optimizer step"),
-    ]
+
+    recorder: Recorder | None = None
+    evaluated: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+
+_run = _Run()
+
+
+def _given(original: Original, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call, by name."""
+    return inspect.signature(original).bind(*args, **kwargs).arguments
+
+
+@PATCHES.around(f"{_TRAINING}:train", "the file is begun, or cut to the resumed iteration")
+def _train(original: Original, *args: Any, **kwargs: Any) -> Any:
+    _refuse_other_muon(_given(original, args, kwargs).get("optimizer"))
+    _run.recorder = _recorder()
+    _stepped.take()  # steps of other loops
+    return original(*args, **kwargs)
+
+
+@PATCHES.around(f"{_TRAINING}:training_log", "losses and times of logged iterations, and what optimizers say")
+def _training_log(original: Original, *args: Any, **kwargs: Any) -> Any:
+    values = _given(original, args, kwargs)
+    iteration = values["iteration"]
+    interval = _before_log(values)
+    result = original(*args, **kwargs)
+    said = _stepped.take()
+    if _is_logged(values):
+        lines, record = sources.report(said, iteration)
+        for line in lines:
+            print(f" {line}", flush=True)
+        _after_log(values, interval, record)
+    if said:
+        _to_writers(said, iteration)
+    return result
+
+
+def _before_log(values: dict[str, Any]) -> float:
+    """Take note of an iteration; seconds of the interval that is about to be logged, 0 if it is not or not here."""
+    if _run.recorder is None:
+        return 0.0
+    _run.recorder.add(values["loss_dict"], bool(values["skipped_iter"]))
+    if not _is_logged(values):
+        return 0.0
+    # Megatron is about to read this timer in the same way, with the same wait for the device.
+    seconds: float = _megatron_timers()("interval-time").elapsed(reset=False)
+    return seconds
+
+
+def _after_log(values: dict[str, Any], interval: float, record: dict[str, Any]) -> None:
+    if _run.recorder is None:
+        return
+    _run.recorder.log(
+        values["iteration"],
+        interval,
+        interval_restarts=not values.get("is_first_iteration", False),
+        learning_rate=values["learning_rate"],
+        grad_norm=values["grad_norm"],
+        consumed_samples=_megatron_args().consumed_train_samples,
+        peak_memory_bytes=_peak_memory(),
+        **record,
+    )
+
+
+@PATCHES.around(f"{_TRAINING}:evaluate", "the losses of an evaluation")
+def _evaluate(original: Original, *args: Any, **kwargs: Any) -> Any:
+    result = original(*args, **kwargs)
+    if _run.recorder is not None and result[0]:
+        _run.evaluated.append(result[0])
+    return result
+
+
+@PATCHES.around(f"{_TRAINING}:evaluate_and_print_results", "the iteration and data set of an evaluation")
+def _evaluate_and_print_results(original: Original, *args: Any, **kwargs: Any) -> Any:
+    _run.evaluated.clear()
+    result = original(*args, **kwargs)
+    if _run.recorder is not None:
+        values = _given(original, args, kwargs)
+        for name, losses in zip(_set_names(values["prefix"]), _run.evaluated, strict=False):
+            # Megatron has printed these numbers, so they are on the host's side already.
+            scalars = {key: value.item() for key, value in losses.items()}
+            _run.recorder.write("valid", values["iteration"], set=name, losses=scalars)
+    return result
+
+
+def _set_names(prefix: str) -> list[str]:
+    kind = "test" if prefix.endswith("test set") else "validation"
+    if not _megatron_args().multiple_validation_sets:
+        return [kind]
+    names = _megatron_args().validation_set_names or range(len(_run.evaluated))
+    return [f"{kind}-{name}" for name in names]
+
+
+@PATCHES.around("megatron.core.timers:Timers.__call__", "the time of the optimizer step")
+def _timers(original: Original, timers: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    timer = original(timers, name, *args, **kwargs)
+    if name != "optimizer" or _run.recorder is None:
+        return timer
+    return _TimedTimer(timer, _run.recorder.stopwatch)
 
 
 def _refuse_other_muon(optimizer: Any) -> None:

@@ -8,29 +8,24 @@ from typing import Any
 
 import torch
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Patches
 from megatron_muon.config import MuonConfig
 from megatron_muon.options import UpdateKnobs
 from megatron_muon.plugin.transfer import transfer_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
-__all__ = ["patches"]
+__all__ = ["PATCHES"]
+
+PATCHES = Patches()
 
 _PREDICATE = "nonlinear_or_embedding"
 
 
-def patches() -> list[Patch]:
-    """The hook on the registry."""
-    return [
-        Patch(
-            "megatron.core.optimizer.emerging_optimizers:_EMERGING_OPTIMIZERS",
-            _with_our_entries,
-            "--optimizer muon builds this package's Muon; the entries that stay Megatron's ask the same predicate, "
-            "since buffer ownership does",
-        )
-    ]
-
-
+@PATCHES.making(
+    "megatron.core.optimizer.emerging_optimizers:_EMERGING_OPTIMIZERS",
+    "--optimizer muon builds this package's Muon; the entries that stay Megatron's ask the same predicate, "
+    "since buffer ownership does",
+)
 def _with_our_entries(original: dict[str, Any]) -> dict[str, Any]:
     from megatron.core.optimizer.emerging_optimizers import EmergingOptimizerEntry
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate

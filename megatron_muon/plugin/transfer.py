@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
@@ -19,76 +18,55 @@ from megatron_muon.routing.annotate import global_names
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 from megatron_muon.transfer import BASE_ATTRIBUTE, KINDS, Role, Transfer, roles, scale_initialization
 
-__all__ = ["group_overrides", "patches", "scalar_numbers", "transfer_of"]
+__all__ = ["PATCHES", "group_overrides", "scalar_numbers", "transfer_of"]
+
+PATCHES = Patches()
 
 Override = dict[str, float]
 
 
-def patches() -> list[Patch]:
-    """Hooks on how models get their initial weights, and on the rates of muP."""
-    return [
-        Patch(
-            "megatron.core.optimizer:get_mup_config_overrides",
-            _with_rule_of_adam,
-            "--use-mup: Megatron-Core looks for 'muon' in the optimizer's name, and for 'adam' before it scales eps",
-        ),
-        Patch(
-            "megatron.training.argument_utils:core_transformer_config_from_args",
-            _with_scaled_initialization,
-            "--muon-transfer: initial weights fit the size of the model",
-        ),
-        Patch(
-            "megatron.core.models.common.language_module.language_module:"
-            "LanguageModule.setup_embeddings_and_output_layer",
-            _with_scaled_readout,
-            "--muon-transfer: the output layer starts smaller than hidden layers; Megatron-Core gives both one method",
-        ),
-    ]
-
-
-def _with_rule_of_adam(original: Callable[..., Any]) -> Callable[..., Any]:
+@PATCHES.around(
+    "megatron.core.optimizer:get_mup_config_overrides",
+    "--use-mup: Megatron-Core looks for 'muon' in the optimizer's name, and for 'adam' before it scales eps",
+)
+def _with_rule_of_adam(original: Original, config: Any, mup_width_mult: float, optimizer_type: str = "adam") -> Any:
     """muP (arXiv 2203.03466): rates and eps of the scalar optimizer's matrices are divided by the width.
 
     Those of Muon's are not: the size of its updates follows from the scale mode, not from the width of a sum.
     """
-
-    @functools.wraps(original)
-    def get_mup_config_overrides(config: Any, mup_width_mult: float, optimizer_type: str = "adam") -> Any:
-        if not is_ours(optimizer_type):
-            return original(config, mup_width_mult, optimizer_type)
-        muon = MuonConfig.from_optimizer_config(config)
-        if muon.scalar_lr and config.lr:
-            factor, config = muon.scalar_lr / config.lr, copy.copy(config)
-            config.lr, config.min_lr = muon.scalar_lr, (config.min_lr or 0.0) * factor
-        # It asks which words are in the name. Both are: Adam's rule, but not for the weights that Muon has.
-        return original(config, mup_width_mult, f"{muon.scalar_optimizer}_muon")
-
-    return get_mup_config_overrides
+    if not is_ours(optimizer_type):
+        return original(config, mup_width_mult, optimizer_type)
+    muon = MuonConfig.from_optimizer_config(config)
+    if muon.scalar_lr and config.lr:
+        factor, config = muon.scalar_lr / config.lr, copy.copy(config)
+        config.lr, config.min_lr = muon.scalar_lr, (config.min_lr or 0.0) * factor
+    # It asks which words are in the name. Both are: Adam's rule, but not for the weights that Muon has.
+    return original(config, mup_width_mult, f"{muon.scalar_optimizer}_muon")
 
 
-def _with_scaled_initialization(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def core_transformer_config_from_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        config = original(args, *rest, **kwargs)
-        if base := getattr(args, PREFIX + "transfer", options.current().transfer):
-            scale_initialization(config, base)
-        return config
+@PATCHES.around(
+    "megatron.training.argument_utils:core_transformer_config_from_args",
+    "--muon-transfer: initial weights fit the size of the model",
+)
+def _with_scaled_initialization(original: Original, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    config = original(args, *rest, **kwargs)
+    if base := getattr(args, PREFIX + "transfer", options.current().transfer):
+        scale_initialization(config, base)
+    return config
 
-    return core_transformer_config_from_args
 
-
-def _with_scaled_readout(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def setup_embeddings_and_output_layer(self: Any) -> None:
-        base = getattr(self.config, BASE_ATTRIBUTE, "")
-        layer = getattr(self, "output_layer", None)
-        weight = None if self.share_embeddings_and_output_weights else getattr(layer, "weight", None)
-        if base and weight is not None:
-            with torch.no_grad():
-                weight.mul_(Transfer.of(base, self.config).width ** -0.5)
-        original(self)
-
-    return setup_embeddings_and_output_layer
+@PATCHES.around(
+    "megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
+    "--muon-transfer: the output layer starts smaller than hidden layers; Megatron-Core gives both one method",
+)
+def _with_scaled_readout(original: Original, self: Any) -> None:
+    base = getattr(self.config, BASE_ATTRIBUTE, "")
+    layer = getattr(self, "output_layer", None)
+    weight = None if self.share_embeddings_and_output_weights else getattr(layer, "weight", None)
+    if base and weight is not None:
+        with torch.no_grad():
+            weight.mul_(Transfer.of(base, self.config).width ** -0.5)
+    original(self)
 
 
 def transfer_of(muon: MuonConfig, model_chunks: Sequence[torch.nn.Module]) -> Transfer | None:

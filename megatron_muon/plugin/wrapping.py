@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Original, Patches
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
 from megatron_muon.plugin.groups import ranks_of
@@ -14,92 +13,64 @@ from megatron_muon.plugin.layer_wise import balanced_together
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.ownership import annotate_for_buffers
 
-__all__ = ["check_bucket_groups", "patches"]
+__all__ = ["PATCHES", "check_bucket_groups"]
+
+PATCHES = Patches()
 
 
-def patches() -> list[Patch]:
-    """Hooks on both functions of ``megatron.training`` that wrap a model, on groups of buckets, on waiting for them."""
-    return [
-        Patch(
-            "megatron.training.training:wrap_model_chunks_with_ddp",
-            _with_all_chunks,
-            "the chunks of virtual pipeline stages are balanced together, or each would burden the same ranks",
-        ),
-        Patch(
-            "megatron.training.models.dist_utils:_ddp_wrap",
-            _with_layer_wise_layout,
-            "the models of Megatron-LM's own scripts come from builders, which give DDP no layer-wise layout: "
-            "gradients would be all-reduced, and Adam's weights whole on one rank",
-        ),
-        Patch(
-            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.compute_full_param_layout",
-            _with_whole_weights,
-            "that function asks it for the layout, whichever optimizer the weights were tagged for",
-        ),
-        Patch(
-            "megatron.core.distributed.param_and_grad_buffer:partition_buckets",
-            _with_one_optimizer_each,
-            "the first bucket of a group decides whose step it is gathered after: with Muon's first, Adam's weights "
-            "are gathered before Adam has stepped, and other replicas keep the old ones",
-        ),
-        Patch(
-            "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel._make_forward_pre_hook",
-            _with_weights_of_layers,
-            "a module waits for the gather of its own weights alone, but GatedDeltaNet reads those of its convolution "
-            "without calling it: with --overlap-param-gather and several buckets it computed with the old ones",
-        ),
-    ]
+@PATCHES.around(
+    "megatron.training.training:wrap_model_chunks_with_ddp",
+    "the chunks of virtual pipeline stages are balanced together, or each would burden the same ranks",
+)
+def _with_all_chunks(original: Original, model_chunks: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+    groups = kwargs.get("pg_collection")
+    if kwargs.get("use_layer_wise_distributed_optimizer", False):
+        # Megatron-Core asks for it again; here all ranks hear of it if one cannot.
+        ranks_of(groups).together(lambda: annotate_for_buffers(model_chunks))
+    with balanced_together(len(model_chunks), groups):
+        return original(model_chunks, *args, **kwargs)
 
 
-def _with_all_chunks(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    @functools.wraps(original)
-    def wrap_model_chunks_with_ddp(model_chunks: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
-        groups = kwargs.get("pg_collection")
-        if kwargs.get("use_layer_wise_distributed_optimizer", False):
-            # Megatron-Core asks for it again; here all ranks hear of it if one cannot.
-            ranks_of(groups).together(lambda: annotate_for_buffers(model_chunks))
-        with balanced_together(len(model_chunks), groups):
-            return original(model_chunks, *args, **kwargs)
+@PATCHES.around(
+    "megatron.training.models.dist_utils:_ddp_wrap",
+    "the models of Megatron-LM's own scripts come from builders, which give DDP no layer-wise layout: "
+    "gradients would be all-reduced, and Adam's weights whole on one rank",
+)
+def _with_layer_wise_layout(
+    original: Original, model: list[Any], random_init: bool, ddp_config: Any, *args: Any, **kwargs: Any
+) -> list[Any]:
+    run = options.training_arguments()
+    is_layer_wise = is_ours(getattr(run, "optimizer", None)) and run.use_layer_wise_distributed_optimizer
+    if not (is_layer_wise and getattr(run, "use_layer_wise_param_layout", True)):
+        return original(model, random_init, ddp_config, *args, **kwargs)
+    from megatron.core.optimizer.layer_wise_optimizer import tag_params_for_buffer_routing
 
-    return wrap_model_chunks_with_ddp
-
-
-def _with_layer_wise_layout(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    @functools.wraps(original)
-    def _ddp_wrap(model: list[Any], random_init: bool, ddp_config: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        run = options.training_arguments()
-        is_layer_wise = is_ours(getattr(run, "optimizer", None)) and run.use_layer_wise_distributed_optimizer
-        if not (is_layer_wise and getattr(run, "use_layer_wise_param_layout", True)):
-            return original(model, random_init, ddp_config, *args, **kwargs)
-        from megatron.core.optimizer.layer_wise_optimizer import tag_params_for_buffer_routing
-
-        groups = kwargs.get("pg_collection")
-        ranks_of(groups).together(lambda: tag_params_for_buffer_routing(model))
-        ddp_config.use_distributed_optimizer = True  # as wrap_model_chunks_with_ddp has it
-        with balanced_together(len(model), groups):
-            return original(model, random_init, ddp_config, *args, **kwargs)
-
-    return _ddp_wrap
+    groups = kwargs.get("pg_collection")
+    ranks_of(groups).together(lambda: tag_params_for_buffer_routing(model))
+    ddp_config.use_distributed_optimizer = True  # as wrap_model_chunks_with_ddp has it
+    with balanced_together(len(model), groups):
+        return original(model, random_init, ddp_config, *args, **kwargs)
 
 
-def _with_whole_weights(original: Callable[..., Any]) -> staticmethod[..., Any]:
-    @functools.wraps(original)
-    def compute_full_param_layout(params: list[Any], *args: Any, **kwargs: Any) -> Any:
-        if not any(getattr(param, "is_managed_by_layer_wise_optimizer", False) for param in params):
-            return original(params, *args, **kwargs)
-        from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+@PATCHES.around(
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.compute_full_param_layout",
+    "that function asks it for the layout, whichever optimizer the weights were tagged for",
+)
+def _with_whole_weights(original: Original, params: list[Any], *args: Any, **kwargs: Any) -> Any:
+    if not any(getattr(param, "is_managed_by_layer_wise_optimizer", False) for param in params):
+        return original(params, *args, **kwargs)
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
-        return LayerWiseDistributedOptimizer.compute_full_param_layout(params, *args, **kwargs)
-
-    return staticmethod(compute_full_param_layout)
+    return LayerWiseDistributedOptimizer.compute_full_param_layout(params, *args, **kwargs)
 
 
-def _with_one_optimizer_each(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    @functools.wraps(original)
-    def partition_buckets(buffers: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
-        return [part for group in original(buffers, *args, **kwargs) for part in _by_optimizer(group, buffers[0])]
-
-    return partition_buckets
+@PATCHES.around(
+    "megatron.core.distributed.param_and_grad_buffer:partition_buckets",
+    "the first bucket of a group decides whose step it is gathered after: with Muon's first, Adam's weights "
+    "are gathered before Adam has stepped, and other replicas keep the old ones",
+)
+def _with_one_optimizer_each(original: Original, buffers: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+    return [part for group in original(buffers, *args, **kwargs) for part in _by_optimizer(group, buffers[0])]
 
 
 def _by_optimizer(group: Any, buffer: Any) -> list[Any]:
@@ -123,23 +94,23 @@ def _kinds(group: Any) -> dict[bool, list[Any]]:
     return found
 
 
-def _with_weights_of_layers(original: Callable[..., Any]) -> Callable[..., Any]:
+@PATCHES.around(
+    "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel._make_forward_pre_hook",
+    "a module waits for the gather of its own weights alone, but GatedDeltaNet reads those of its convolution "
+    "without calling it: with --overlap-param-gather and several buckets it computed with the old ones",
+)
+def _with_weights_of_layers(original: Original, self: Any) -> Callable[..., None]:
     """A layer waits for all that is in it, called or not: its weights lie in few buckets."""
+    from megatron.core.ssm.mamba_layer import MambaLayer
+    from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
-    @functools.wraps(original)
-    def _make_forward_pre_hook(self: Any) -> Callable[..., None]:
-        from megatron.core.ssm.mamba_layer import MambaLayer
-        from megatron.core.transformer.transformer_layer import BaseTransformerLayer
+    wait = original(self)
 
-        wait = original(self)
+    def hook(module: Any, *inputs: Any) -> None:
+        for each in module.modules() if isinstance(module, (BaseTransformerLayer, MambaLayer)) else (module,):
+            wait(each)
 
-        def hook(module: Any, *inputs: Any) -> None:
-            for each in module.modules() if isinstance(module, (BaseTransformerLayer, MambaLayer)) else (module,):
-                wait(each)
-
-        return hook
-
-    return _make_forward_pre_hook
+    return hook
 
 
 def check_bucket_groups(model_chunks: Sequence[Any]) -> None:

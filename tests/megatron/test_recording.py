@@ -115,7 +115,7 @@ def begin_nowhere() -> Outcome:
     """Training whose record is to be in a folder that nobody can make; rank 0 has nothing to write."""
     from megatron_muon.plugin import recording
 
-    (train,) = (patch.make for patch in recording.patches() if patch.path == "train")
+    (train,) = (patch.make for patch in recording.PATCHES if patch.path == "train")
     with log(muon_log_jsonl="/proc/nowhere/m.jsonl", iteration=0, train_iters=1, world_size=2):
         return failure(train(lambda optimizer=None: None))
 

@@ -63,7 +63,7 @@ CHECK = """
                 assert key.predicate.fn is _is_nonlinear_or_embedding
         managed = factory.is_managed_by_layer_wise_optimizer
         assert managed is factory.layer_wise_optimizer.is_managed_by_layer_wise_optimizer
-        assert managed.__code__.co_filename.endswith("megatron_muon/plugin/ownership.py")
+        assert managed.__code__.co_filename.endswith("megatron_muon/_patching.py")
         assert training.tag_params_for_buffer_routing is factory.layer_wise_optimizer.tag_params_for_buffer_routing
         assert factory.distrib_optimizer.copy_optimizer_param_metadata.__wrapped__
 """

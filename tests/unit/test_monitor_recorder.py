@@ -45,7 +45,7 @@ class Training:
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-        hooks = {patch.path: patch.make for patch in recording.patches()}
+        hooks = {patch.path: patch.make for patch in recording.PATCHES}
         self.log = hooks["training_log"](self._training_log)
         self.evaluate = hooks["evaluate"](self._evaluate)
         self.evaluate_and_print = hooks["evaluate_and_print_results"](self._evaluate_and_print_results)
@@ -194,7 +194,7 @@ def test_nothing_is_written_without_the_flag_or_on_other_ranks(
 
 def test_every_hook_names_something_that_megatron_has() -> None:
     pytest.importorskip("megatron.training.training")
-    for patch in recording.patches():
+    for patch in recording.PATCHES:
         owner: Any = sys.modules[patch.module]
         for name in patch.path.split("."):
             owner = getattr(owner, name)
