@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from megatron_muon.routing.blocks import split
 from megatron_muon.routing.layout import MatrixLayout
 
 Label = tuple[str, int]
@@ -97,7 +98,7 @@ def assemble(order: Sequence[Label], parts: Mapping[Label, torch.Tensor]) -> tor
 def matrices_by_layout(layout: MatrixLayout, weight: torch.Tensor) -> dict[Label, torch.Tensor]:
     """The same, as the package's layout has them."""
     found = {}
-    for block, rows in zip(layout.blocks(weight.shape), layout.split(weight), strict=True):
+    for block, rows in zip(layout.blocks(weight.shape), split(layout, weight), strict=True):
         name = "whole" if not layout.sections else block.name
         if layout.sections and any(section.matrix_rows for section in layout.sections if section.name == name):
             found.update({(name, number): matrix for number, matrix in enumerate(rows.unbind(-3))})

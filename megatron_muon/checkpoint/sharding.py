@@ -24,8 +24,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.keys import ALONE, name_of
 from megatron_muon.checkpoint.shards import Replica, cut, placed, shaped
-from megatron_muon.engine.pieces import plain
 from megatron_muon.errors import sizes
+from megatron_muon.routing.blocks import plain
 
 __all__ = [
     "SAVE_IT",

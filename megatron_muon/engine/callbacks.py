@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_muon.engine.pieces import Piece
 from megatron_muon.engine.plan import Item
+from megatron_muon.routing.blocks import BlockRange
 
 __all__ = ["Flops", "Part", "Read", "Reduce", "Solve", "Write"]
 
@@ -23,7 +23,7 @@ class Part:
     """
 
     item: Item
-    piece: Piece
+    piece: BlockRange
 
 
 Read = Callable[[list[Part], list[torch.Tensor]], None]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_muon.engine.modes import LOCAL
-from megatron_muon.engine.pieces import Piece
+from megatron_muon.routing.blocks import BlockRange
 from megatron_muon.routing.layout import MatrixLayout
 
 __all__ = ["Batch", "Chunk", "Item", "Kind", "Peers", "Plan", "Weight"]
@@ -80,7 +80,7 @@ class Item:
     Attributes:
         weight: index of the weight.
         block: index of the block in the weight's layout.
-        start: first unit (see :class:`megatron_muon.engine.pieces.Piece`).
+        start: first unit (see :class:`megatron_muon.routing.blocks.BlockRange`).
         stop: after the last unit.
         count: number of matrices.
         rows: m of the logical matrices.
@@ -97,10 +97,10 @@ class Item:
     columns: int
     transposed: bool
 
-    def piece(self, weight: Weight, rank: int) -> Piece:
+    def piece(self, weight: Weight, rank: int) -> BlockRange:
         """Where its part lies in the shard of ``rank``."""
         first = rank * weight.shape[-2] if weight.dim == -2 else 0
-        return Piece(weight.layout, self.block, self.start, self.stop, first)
+        return BlockRange(weight.layout, self.block, self.start, self.stop, first)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from megatron_muon.engine.modes import (
     cheapest_mode,
     cost_of,
 )
-from megatron_muon.engine.pieces import block_rows_before, units_of
 from megatron_muon.engine.plan import Batch, Chunk, Item, Kind, Plan, Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+from megatron_muon.routing.blocks import block_rows_before, units_of
 from megatron_muon.routing.layout import SCALAR, Block
 
 __all__ = ["Policy", "Stages", "check_weight", "items_of", "make_plan"]
@@ -150,7 +150,7 @@ def _items(index: int, weight: Weight, mode: str) -> Iterator[tuple[Kind, Item]]
     for number, block in enumerate(weight.layout.blocks(shape)):
         if block.rule == SCALAR or not block.numel:
             continue
-        heads = weight.layout.sections and weight.layout.sections_of(number)[0].matrix_rows > 0
+        heads = weight.layout.matrix_rows(number) > 0
         if weight.dim == 0 or mode == BLOCKWISE or (weight.dim == -2 and heads and not broken):
             yield _whole_item(index, number, weight)
         elif broken and heads:
@@ -189,7 +189,7 @@ def _rows_on(weight: Weight, number: int, block: Block, start: int, rank: int) -
     """How many rows of a block's matrix lie on ``rank``; of matrix ``start`` if each is some rows of the block."""
     rows = weight.shape[-2]
     low, high = (block_rows_before(weight.layout, number, edge * rows) for edge in (rank, rank + 1))
-    if weight.layout.sections and weight.layout.sections_of(number)[0].matrix_rows:
+    if weight.layout.matrix_rows(number):
         first = start * block.rows
         return max(0, min(high, first + block.rows) - max(low, first))
     return high - low

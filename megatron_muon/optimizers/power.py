@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_muon.engine.pieces import Piece
 from megatron_muon.optimizers.stages import Matrices, Update, divided, is_some
+from megatron_muon.routing.blocks import BlockRange
 
 __all__ = ["UPDATE_LEFT", "WarmStarts", "spectrally_normalized", "store_rows", "store_vector", "top_singular"]
 
@@ -37,7 +37,7 @@ class WarmStarts:
     """
 
     def __init__(self) -> None:
-        self._looks: dict[torch.Tensor, dict[Piece, int]] = defaultdict(dict)
+        self._looks: dict[torch.Tensor, dict[BlockRange, int]] = defaultdict(dict)
 
     def forget(self, param: torch.Tensor) -> None:
         """Look at a weight's matrices again: somebody else has written to their vectors."""

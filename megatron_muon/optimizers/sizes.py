@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from megatron_muon.engine.pieces import Piece
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.stages import Matrices, Variant, divided, init_rows
+from megatron_muon.routing.blocks import BlockRange
 
 __all__ = ["VARIANTS", "Hyperball", "PolarGrad", "ZeroWeights", "normalized"]
 
@@ -39,7 +39,7 @@ class ZeroWeights:
             way_out: beside another rule for the weight.
         """
         self._what, self._way_out = what, way_out
-        self._seen: set[tuple[torch.Tensor, Piece]] = set()
+        self._seen: set[tuple[torch.Tensor, BlockRange]] = set()
 
     def refuse(self, matrices: Matrices, radii: Sequence[torch.Tensor]) -> None:
         """Look at matrices that have not been looked at yet, alike on all ranks that hold parts of them.

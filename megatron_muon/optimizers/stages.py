@@ -23,9 +23,9 @@ from typing import Any, Protocol
 import torch
 
 from megatron_muon.engine.callbacks import Part, Reduce
-from megatron_muon.engine.pieces import Piece
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.param_step import ParamStep
+from megatron_muon.routing.blocks import BlockRange
 
 __all__ = ["Matrices", "Update", "Variant", "Work", "divided", "is_some", "signs_"]
 
@@ -56,7 +56,7 @@ class Update:
     grad: torch.Tensor
     momentum: torch.Tensor
     nesterov: float
-    piece: Piece
+    piece: BlockRange
     rows: int
     columns: int
     divides_columns: bool

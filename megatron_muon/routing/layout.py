@@ -1,8 +1,9 @@
 """What the rows of a weight mean.
 
 Megatron-Core fuses projections into one weight; Muon must orthogonalize each by itself. A :class:`MatrixLayout` names
-the row sections of a weight in memory order, with a rule for each, and splits and merges them. It hangs on the
-parameter, and everything that needs a matrix shape (Newton-Schulz, scale factors, the report, the plan) asks it.
+the row sections of a weight in memory order, with a rule for each. It hangs on the parameter, and everything that needs
+a matrix shape (Newton-Schulz, scale factors, the report, the plan) asks it. Where the matrices lie in the weight's
+memory follows from it in :mod:`megatron_muon.routing.blocks`.
 """
 
 from __future__ import annotations
@@ -165,55 +166,16 @@ class MatrixLayout:
             return [Block(self.kind, ORTHOGONALIZE, stack, rows, columns)]
         self._check_fit(rows)
         found = []
-        for sections in self._by_name():
+        for sections in ([self.sections[index] for index in indices] for indices in self.indices):
             first, total = sections[0], sum(section.rows for section in sections) * (rows // self.period)
             m = first.matrix_rows or total
             count = stack * total // m if m else stack  # of a weight without rows
             found.append(Block(first.name, first.rule, count, m, columns))
         return found
 
-    def split(self, weight: torch.Tensor) -> list[torch.Tensor]:
-        """The blocks of a weight, or of a shard of whole periods, in the order of :meth:`blocks`.
-
-        Args:
-            weight: (rows, columns), or (experts, rows, columns) if stacked.
-
-        Returns:
-            For each block (rows of the block, columns), with leading dimensions for the experts of a stack and for the
-            heads of a section with ``matrix_rows``. Views where the strides allow it.
-
-        Raises:
-            ValueError: if the rows are not whole periods.
-        """
-        if not self.sections:
-            return [weight]
-        parts = self._parts(weight)
-        found = []
-        for sections, indices in zip(self._by_name(), self._indices(), strict=True):
-            mine = [parts[index] for index in indices]
-            block = mine[0] if len(mine) == 1 else torch.cat(mine, dim=-2)
-            m = sections[0].matrix_rows
-            # (..., periods, rows of one period, columns) -> rows of all periods, or of one matrix each
-            block = block.flatten(-3, -2)
-            found.append(block.unflatten(-2, (-1, m)) if m else block)
-        return found
-
-    def merge(self, blocks: list[torch.Tensor]) -> torch.Tensor:
-        """The inverse of :meth:`split`, as a new tensor."""
-        if not self.sections:
-            return blocks[0]
-        parts: list[torch.Tensor] = [blocks[0]] * len(self.sections)
-        for sections, indices, whole in zip(self._by_name(), self._indices(), blocks, strict=True):
-            block = whole.flatten(-3, -2) if sections[0].matrix_rows else whole
-            rows = [section.rows for section in sections]
-            pieces = block.unflatten(-2, (-1, sum(rows))).split(rows, dim=-2)
-            for index, piece in zip(indices, pieces, strict=True):
-                parts[index] = piece
-        return torch.cat(parts, dim=-2).flatten(-3, -2)
-
-    def sections_of(self, block: int) -> list[Section]:
-        """The sections that make up a block, in the order of :meth:`blocks`."""
-        return self._by_name()[block]
+    def matrix_rows(self, block: int) -> int:
+        """Of the sections of a block, in the order of :meth:`blocks`; 0 for a weight that is one matrix."""
+        return self.sections[self.indices[block][0]].matrix_rows if self.sections else 0
 
     def rows_by_rule(self, weight: torch.Tensor, rule: str) -> list[torch.Tensor]:
         """Views of all rows of ``weight`` (or of a shard of whole periods) that follow ``rule``, in memory order.
@@ -229,16 +191,9 @@ class MatrixLayout:
         periods = weight.unflatten(-2, (-1, self.period))
         return [periods[..., start:stop, :] for start, stop, its_rule in _runs(self.sections) if its_rule == rule]
 
-    def _parts(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(..., periods, rows, columns) of each section."""
-        self._check_fit(weight.size(-2))
-        return weight.unflatten(-2, (-1, self.period)).split([section.rows for section in self.sections], dim=-2)
-
-    def _by_name(self) -> list[list[Section]]:
+    @property
+    def indices(self) -> list[list[int]]:
         """The sections of each block, in the order of first appearance."""
-        return [[self.sections[index] for index in indices] for indices in self._indices()]
-
-    def _indices(self) -> list[list[int]]:
         return _indices(self.sections)
 
     def _check_fit(self, rows: int) -> None:

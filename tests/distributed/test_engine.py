@@ -20,6 +20,7 @@ from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.gram import prescale
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.scale import scale_factor
+from megatron_muon.routing.blocks import merge, split
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 from tests.pool import RankPool
 from tests.reference import orthogonalized
@@ -293,8 +294,8 @@ def direction(layout: MatrixLayout, u: torch.Tensor) -> torch.Tensor:
     if layout.stacked:
         return torch.stack([direction(WHOLE, each) for each in u])
     steps = coefficients("quintic", 5)
-    blocks = [orthogonalized(block, steps) * scale_factor("spectral", *block.shape) for block in layout.split(u)]
-    return layout.merge(blocks)
+    blocks = [orthogonalized(block, steps) * scale_factor("spectral", *block.shape) for block in split(layout, u)]
+    return merge(layout, blocks)
 
 
 def test_groups_of_parameters_and_of_ranks_together(pool: RankPool) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from megatron_muon.routing.blocks import merge, split
 from megatron_muon.routing.layout import SCALAR
 from tests import row_orders
 from tests.megatron.fused_modules import (
@@ -281,7 +282,7 @@ def check_weight(case: Case, tp: int, weight: Weight, what: str) -> None:
             assert (block.rows, block.columns) == tuple(expected[(block.name, 0)].shape), what
             assert block.count == len([label for label in expected if label[0] == block.name]), what
     assert {block.name for block in blocks if block.rule == SCALAR} == set(case.scalar), what
-    assert torch.equal(weight.layout.merge(weight.layout.split(whole)), whole), what
+    assert torch.equal(merge(weight.layout, split(weight.layout, whole)), whole), what
 
 
 def test_shards_that_cut_through_sections(found_in: Found) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_muon.errors import ConfigError
+from megatron_muon.routing.blocks import split
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tools.bench import memory
 from tools.bench.cases import Case, WeightSpec, cases_of_shapes, standard_cases
@@ -148,7 +149,7 @@ def test_pieces_of_all_ranks_are_the_matrices(
 ) -> None:
     """Put together again, whatever the form, they are what the layout says."""
     spec, x = WeightSpec("w", shape, layout, dim), torch.randn(shape)
-    blocks = [block.reshape(-1, *block.shape[-2:]) for block in layout.split(x)]
+    blocks = [block.reshape(-1, *block.shape[-2:]) for block in split(layout, x)]
     shards = [x] if dim is None else [shard.contiguous() for shard in x.chunk(ranks, dim=dim)]
     of_ranks = [pieces_of(spec, shard, x, form, ranks, rank) for rank, shard in enumerate(shards)]
     seen = [torch.zeros(len(block)) for block in blocks]
@@ -158,7 +159,7 @@ def test_pieces_of_all_ranks_are_the_matrices(
         for group in groups:
             first = group[0]
             whole = first.tensor if first.dim is None else torch.cat([piece.tensor for piece in group], first.dim)
-            for block, matrices in zip(first.layout.split(whole), first.matrices, strict=True):
+            for block, matrices in zip(split(first.layout, whole), first.matrices, strict=True):
                 numbers = list(matrices.numbers) or list(range(len(blocks[matrices.block])))
                 assert torch.equal(block.reshape(-1, *block.shape[-2:]), blocks[matrices.block][numbers])
                 seen[matrices.block][numbers] += 1

@@ -15,6 +15,7 @@ import torch
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, LOCAL, OWNER
 from megatron_muon.engine.plan import Item, Weight
 from megatron_muon.errors import ConfigError
+from megatron_muon.routing.blocks import split
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 from tests.random_weights import (
     EXACT,
@@ -125,7 +126,7 @@ def shards_of(weight: Weight, whole: torch.Tensor) -> list[torch.Tensor]:
 
 def matrices_of(weight: Weight, block: int, tensor: torch.Tensor) -> torch.Tensor:
     """(matrices, rows, columns) by the layout's own split."""
-    part = weight.layout.split(tensor)[block]
+    part = split(weight.layout, tensor)[block]
     return part.reshape(-1, *part.shape[-2:])
 
 

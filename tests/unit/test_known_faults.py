@@ -68,6 +68,7 @@ from megatron_muon.optimizers.adaptive import METHODS, AdaptiveMuon
 from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing import _is_nonlinear_or_embedding
+from megatron_muon.routing.blocks import split
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tests.distributed.test_no_waiting import no_reading
 from tests.megatron import harness
@@ -124,7 +125,7 @@ def test_scale_is_applied_once(method: str, shape: tuple[int, int]) -> None:
 def test_scale_of_each_block(method: str) -> None:
     """Of q, k and v (16, 8, 8 rows), not of the 32 rows of the fused weight."""
     options = {"moment2_method": method, "scale_mode": "unit_rms_norm", **ONE_STEP}
-    for part in QKV.split(update(weight(32, 8), AdaptiveMuon, QKV, **options)):
+    for part in split(QKV, update(weight(32, 8), AdaptiveMuon, QKV, **options)):
         m, n = part.shape
         assert part.norm().item() == pytest.approx(scale_factor("unit_rms_norm", m, n) * min(m, n) ** 0.5, rel=1e-9)
 
@@ -194,12 +195,12 @@ def test_every_matrix_has_a_radius_of_its_own() -> None:
     fused = torch.nn.Parameter(weight(16, 6) * torch.linspace(1, 4, 16, dtype=torch.float64)[:, None])
     fused.matrix_layout = QKV
     optimizer = Muon([*params, fused], lr=0.1, variant="hyperball", scale_mode="none", fp32_matmul_prec="highest")
-    before = [part.norm().item() for part in (*params, *QKV.split(fused.detach()))]
+    before = [part.norm().item() for part in (*params, *split(QKV, fused.detach()))]
     for step in range(5):
         for param in (*params, fused):
             param.grad = weight(*param.shape, seed=step)
         optimizer.step()
-    after = [part.norm().item() for part in (*params, *QKV.split(fused.detach()))]
+    after = [part.norm().item() for part in (*params, *split(QKV, fused.detach()))]
     assert after == pytest.approx(before, rel=1e-12) and before[:2] == pytest.approx([1.0, 7.0])
 
 

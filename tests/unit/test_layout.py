@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_muon.routing.blocks import merge, split
 from megatron_muon.routing.layout import ORTHOGONALIZE, SCALAR, WHOLE, Block, MatrixLayout, Section, layout_of
 from tests import row_orders
 from tests.row_orders import Label
@@ -66,7 +67,7 @@ def test_split_gives_each_matrix_its_rows_and_merge_undoes_it(name: str, experts
     assert list(found) == sorted(found, key=lambda label: order.index((label[0], 0))), "by first appearance"
     for label, matrix in expected.items():
         assert torch.equal(found[label], matrix), label
-    merged = layout.merge(layout.split(weight))
+    merged = merge(layout, split(layout, weight))
     assert torch.equal(merged, weight) and merged.is_contiguous()
 
 
@@ -77,7 +78,7 @@ def test_blocks_tell_the_shapes_of_the_split(name: str, experts: int | None) -> 
     layout = layout if experts is None else layout.stack()
     weight = _weight(len(order), experts=experts)
     blocks = layout.blocks(weight.shape)
-    for block, part in zip(blocks, layout.split(weight), strict=True):
+    for block, part in zip(blocks, split(layout, weight), strict=True):
         assert part.shape[-2:] == (block.rows, block.columns)
         assert part.numel() == block.numel == block.count * block.rows * block.columns
         assert part.shape[:-2].numel() == block.count
@@ -105,21 +106,21 @@ def test_shards_of_whole_periods_split_as_the_whole_does() -> None:
     weight = _weight(144, 4)
     for layout in (QKV, PER_HEAD, TURNS, GATES):
         for tp in (1, 2, 4):
-            shards = [layout.split(shard) for shard in weight.chunk(tp)]
-            for block, pieces in zip(layout.split(weight), zip(*shards, strict=True), strict=True):
+            shards = [split(layout, shard) for shard in weight.chunk(tp)]
+            for block, pieces in zip(split(layout, weight), zip(*shards, strict=True), strict=True):
                 assert torch.equal(torch.cat(pieces), block)
 
 
 @pytest.mark.parametrize("layout", [WHOLE, GLU, MatrixLayout("down", (Section("latent", 30), Section("rope", 6)))])
 def test_split_of_one_period_is_views(layout: MatrixLayout) -> None:
     weight = _weight(36)
-    for part in layout.split(weight):
+    for part in split(layout, weight):
         assert part.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
 
 
 def test_split_of_heads_of_one_kind_is_a_view() -> None:
     weight = _weight(12)
-    (heads,) = MatrixLayout("q", (Section("q", 3, matrix_rows=3),)).split(weight)
+    (heads,) = split(MatrixLayout("q", (Section("q", 3, matrix_rows=3),)), weight)
     assert heads.shape == (4, 3, 5) and heads.data_ptr() == weight.data_ptr()
 
 
@@ -159,7 +160,7 @@ def test_shards_that_need_no_exchange_hold_all_their_matrices_whole() -> None:
 def test_broken_periods_are_refused() -> None:
     message = r"20 rows are not a multiple of the 18 rows of the qkv layout \(q 6, gate 6, k 3, v 3\)"
     with pytest.raises(ValueError, match=message):
-        QKV.split(torch.zeros(20, 2))
+        split(QKV, torch.zeros(20, 2))
     with pytest.raises(ValueError, match=message):
         QKV.blocks((20, 2))
     with pytest.raises(ValueError, match=message):
@@ -177,7 +178,7 @@ def test_impossible_sections_are_refused() -> None:
         Section("q", 8, rule="adam")
     two_rules = MatrixLayout("in_proj", (Section("q", 4), Section("k", 4), Section("q", 4, SCALAR)))
     with pytest.raises(ValueError, match=r"sections of the name 'q' must have one rule and matrix_rows"):
-        two_rules.split(torch.zeros(12, 2))
+        split(two_rules, torch.zeros(12, 2))
 
 
 def test_layout_of_a_weight() -> None:

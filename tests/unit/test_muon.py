@@ -16,6 +16,7 @@ from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.optimizers.stiefel_solvers import SOLVERS, defect, tangent
 from megatron_muon.orthogonalize import Orthogonalizer, coefficients, newton_schulz
 from megatron_muon.orthogonalize.scale import scale_factor
+from megatron_muon.routing.blocks import merge, split
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tests.reference import orthogonalized
 
@@ -55,16 +56,16 @@ def test_step_follows_the_formula(nesterov: bool, scale_mode: str) -> None:
 def test_split_qkv_equals_separate_weights() -> None:
     fused = _parameter(48, 12)
     fused.matrix_layout = QKV
-    separate = [torch.nn.Parameter(part.clone()) for part in QKV.split(fused.detach())]
+    separate = [torch.nn.Parameter(part.clone()) for part in split(QKV, fused.detach())]
     one = Muon([fused], lr=0.1, fp32_matmul_prec="highest")
     three = Muon(separate, lr=0.1, fp32_matmul_prec="highest")
     for gradient in _gradients(48, 12, 3):
         fused.grad = gradient
-        for param, part in zip(separate, QKV.split(gradient), strict=True):
+        for param, part in zip(separate, split(QKV, gradient), strict=True):
             param.grad = part
         one.step()
         three.step()
-    torch.testing.assert_close(fused.detach(), QKV.merge([param.detach() for param in separate]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(fused.detach(), merge(QKV, [param.detach() for param in separate]), rtol=0, atol=1e-12)
 
 
 def _exact_update(layout: MatrixLayout, gradient: torch.Tensor) -> torch.Tensor:

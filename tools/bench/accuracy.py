@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_muon.orthogonalize.coefficients import Coefficients, coefficients
 from megatron_muon.orthogonalize.scale import scale_factor
+from megatron_muon.routing.blocks import split
 from tools.bench.contestants import Contestant
 from tools.bench.forms import Entry, Matrices, Tensors
 from tools.bench.ranks import World
@@ -88,7 +89,7 @@ class Reference:
         """
         if (spec, polynomial) not in self._known:
             layout, steps = self.tensors.case.weights[spec].layout, coefficients(polynomial, STEPS)
-            blocks = layout.split(self.tensors.whole(spec, "gradient"))
+            blocks = split(layout, self.tensors.whole(spec, "gradient"))
             self._known[spec, polynomial] = [
                 exact_update(block.reshape(-1, *block.shape[-2:]), steps) for block in blocks
             ]
@@ -166,7 +167,7 @@ def _entry_errors(contestant: Contestant, entry: Entry, update: torch.Tensor, re
     if not piece.alone and entry.spec % ranks != groups.tp_rank:
         return []
     found: list[float] = []
-    for block, matrices in zip(piece.layout.split(update), piece.matrices, strict=True):
+    for block, matrices in zip(split(piece.layout, update), piece.matrices, strict=True):
         size = [block.size(-2), block.size(-1)]
         if not contestant.exact and piece.dim is not None:  # it scales by the shard
             size[piece.dim] //= shards

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_muon.errors import ConfigError
+from megatron_muon.routing.blocks import split
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, WHOLE, MatrixLayout
 from tools.bench.cases import Case, WeightSpec
 from tools.bench.ranks import Groups
@@ -187,12 +188,12 @@ def _matrices_of(
 ) -> list[Piece]:
     """Each matrix of a block as a piece."""
     layout, dim = spec.layout, spec.dim
-    heads = bool(layout.sections and layout.sections_of(block)[0].matrix_rows)
-    numbers = _numbers(layout.split(x)[block])
+    heads = bool(layout.matrix_rows(block))
+    numbers = _numbers(split(layout, x)[block])
     if dim is None or dim == -1 or layout.fits(local.size(-2)):
-        part = layout.split(local)[block]
+        part = split(layout, local)[block]
     else:  # shards cut through periods: give even parts of the whole matrices instead
-        part = _cut(spec, layout.split(x)[block], -3 if heads else -2, ranks, rank)
+        part = _cut(spec, split(layout, x)[block], -3 if heads else -2, ranks, rank)
     alone = dim == -2 and heads
     if alone:
         numbers = numbers.chunk(ranks, dim=-1)[rank]

@@ -1,0 +1,277 @@
+"""Where the matrices of a weight lie in its memory, and the same matrices in a batch.
+
+The rows of a block (:meth:`megatron_muon.routing.layout.MatrixLayout.blocks`) repeat with the layout's period. A
+:class:`BlockRange` names some of its matrices, as far as they lie in one rank's shard, and gives views of equal shapes
+of the shard and of a batch of these matrices, so that both can be copied, or added, without rearranging either. Sizes
+and strides are worked out once; the views are made each time: views that are kept would hold memory that frameworks
+free or move between steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from megatron_muon.routing.layout import MatrixLayout, Section
+
+__all__ = ["BlockRange", "block_rows_before", "merge", "plain", "split", "units_of"]
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class _Steps(NamedTuple):
+    """How a view goes through a tensor: in its first dimension of three (0 for tensors of two), and in rows.
+
+    Attributes:
+        start: where it begins.
+        steps: from one entry to the next, for each dimension of the view but the columns.
+    """
+
+    start: tuple[int, int]
+    steps: tuple[tuple[int, int], ...]
+
+    def strided(self, tensor: torch.Tensor) -> tuple[tuple[int, ...], int]:
+        """Strides of the view, and how far from the tensor's first element it begins."""
+        *outer, row, column = tensor.stride()
+        first = outer[0] if outer else 0
+        strides = tuple(across * first + down * row for across, down in self.steps)
+        return (*strides, column), self.start[0] * first + self.start[1] * row
+
+
+class _Region(NamedTuple):
+    """Rows that go through both tensors evenly.
+
+    Attributes:
+        sizes: of the views, but for the columns.
+        weight: in the shard: experts and rows.
+        batch: in the batch: matrices and rows.
+    """
+
+    sizes: tuple[int, ...]
+    weight: _Steps
+    batch: _Steps
+
+
+class _Views(NamedTuple):
+    """Arguments of ``torch.as_strided`` for both tensors, with offsets from their first elements; None: themselves."""
+
+    size: tuple[int, ...]
+    weight: tuple[tuple[int, ...], int] | None
+    batch: tuple[tuple[int, ...], int] | None
+
+
+@dataclass(frozen=True)
+class BlockRange:
+    """Some matrices of one block, as far as they lie in a shard of the weight.
+
+    Matrices are counted in units: an expert of a stack; for matrices of ``matrix_rows`` rows a period of the layout, or
+    one matrix where shards cut through periods; otherwise there is one unit.
+
+    Attributes:
+        layout: of the weight.
+        block: index of the block.
+        start: first unit.
+        stop: after the last unit.
+        first_row: number of the shard's first row in the whole weight.
+    """
+
+    layout: MatrixLayout
+    block: int
+    start: int
+    stop: int
+    first_row: int = 0
+    _known: dict[tuple[tuple[int, ...], ...], tuple[_Views, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def pairs(self, weight: torch.Tensor, batch: torch.Tensor) -> Pairs:
+        """Views of equal shapes of a shard and of the batch that holds its matrices.
+
+        Args:
+            weight: (rows, columns), or (experts, rows, columns): the shard, with any strides.
+            batch: (matrices of this range, rows of each on this rank, columns), with any strides.
+        """
+        weight = plain(weight)
+        key = (weight.shape, weight.stride(), batch.shape, batch.stride())
+        views = self._known.get(key)
+        if views is None:
+            views = self._known[key] = tuple(self._views(weight, batch))
+        return [(_viewed(weight, size, its), _viewed(batch, size, other)) for size, its, other in views]
+
+    def _views(self, weight: torch.Tensor, batch: torch.Tensor) -> Iterator[_Views]:
+        experts = self.stop - self.start if self.layout.stacked else 1
+        for sizes, *both in self._regions(experts, weight.size(-2)):
+            size = (*sizes, weight.size(-1))
+            ways = [steps.strided(tensor) for steps, tensor in zip(both, (weight, batch), strict=True)]
+            itself = [
+                tensor.shape == size and tensor.stride() == strides and start == 0
+                for tensor, (strides, start) in zip((weight, batch), ways, strict=True)
+            ]
+            yield _Views(size, *(None if same else way for same, way in zip(itself, ways, strict=True)))
+
+    def _regions(self, experts: int, rows: int) -> Iterator[_Region]:
+        """The rows of this range in a shard of so many experts of the range, and rows of each."""
+        layout = self.layout
+        if not layout.sections:
+            found: Iterator[_Region] = iter([_Region((experts, rows), _across(self.start), _across(0))])
+        elif self.first_row % layout.period or not layout.fits(rows):
+            found = self._broken(experts, rows)
+        else:
+            found = self._periods(experts, rows // layout.period)
+        for sizes, *both in found:
+            kept = [index for index, size in enumerate(sizes) if size != 1]
+            yield _Region(
+                tuple(sizes[index] for index in kept),
+                *(_Steps(way.start, tuple(way.steps[index] for index in kept)) for way in both),
+            )
+
+    def _periods(self, experts: int, periods: int) -> Iterator[_Region]:
+        """Of a shard of whole periods."""
+        layout, (sections, m) = self.layout, _sections(self.layout, self.block)
+        first_expert, first_period = (self.start, 0) if layout.stacked else (0, self.start if m else 0)
+        if m and not layout.stacked:
+            periods = self.stop - self.start
+        each = sum(section.rows for _, section in sections)
+        before = 0
+        for first, section in sections:
+            start = (first_expert, first_period * layout.period + first)
+            sizes: tuple[int, ...]
+            if m:
+                sizes = (experts, periods, section.rows // m, m)
+                weight = _Steps(start, ((1, 0), (0, layout.period), (0, m), (0, 1)))
+                batch = _Steps((before // m, 0), ((periods * each // m, 0), (each // m, 0), (1, 0), (0, 1)))
+            else:
+                sizes = (experts, periods, section.rows)
+                weight = _Steps(start, ((1, 0), (0, layout.period), (0, 1)))
+                batch = _Steps((0, before), ((1, 0), (0, each), (0, 1)))
+            yield _Region(sizes, weight, batch)
+            before += section.rows
+
+    def _broken(self, experts: int, rows: int) -> Iterator[_Region]:
+        """Of a shard that cuts through periods: its rows of the block, one run of them after the other."""
+        layout, (_, m) = self.layout, _sections(self.layout, self.block)
+        low, high = (self.start * m, self.stop * m) if m and not layout.stacked else (0, 1 << 62)
+        first_expert = self.start if layout.stacked else 0
+        before = 0
+        for start, stop, number in _runs(layout, self.block, self.first_row, rows):
+            begin, end = max(number, low), min(number + stop - start, high)
+            if begin < end:
+                weight = _across(first_expert, start + begin - number)
+                yield _Region((experts, end - begin), weight, _across(0, before))
+                before += end - begin
+
+
+def _across(first: int, row: int = 0) -> _Steps:
+    """All experts, or matrices, from the first on, and all rows."""
+    return _Steps((first, row), ((1, 0), (0, 1)))
+
+
+def _viewed(tensor: torch.Tensor, size: tuple[int, ...], how: tuple[tuple[int, ...], int] | None) -> torch.Tensor:
+    return tensor if how is None else tensor.as_strided(size, how[0], tensor.storage_offset() + how[1])
+
+
+def plain(weight: torch.Tensor) -> torch.Tensor:
+    """The memory of a weight: TransformerEngine's ``GroupedTensor`` of experts forbids all views but the flat one."""
+    if type(weight) in _PLAIN or not weight.is_contiguous():
+        return weight
+    return weight.detach().view(-1).view(weight.shape)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def split(layout: MatrixLayout, weight: torch.Tensor) -> list[torch.Tensor]:
+    """The blocks of a weight, or of a shard of whole periods, in the order of :meth:`MatrixLayout.blocks`.
+
+    Args:
+        layout: of the weight.
+        weight: (rows, columns), or (experts, rows, columns) if stacked.
+
+    Returns:
+        For each block (rows of the block, columns), with leading dimensions for the experts of a stack and for the
+        heads of a section with ``matrix_rows``. Views where the strides allow it.
+
+    Raises:
+        ValueError: if the rows are not whole periods.
+    """
+    found = []
+    for number, block in enumerate(layout.blocks(weight.shape)):
+        heads = (-1,) if layout.matrix_rows(number) else ()
+        shape = (*weight.shape[:-2], *heads, block.rows, block.columns)
+        batch = weight.new_empty(block.count, block.rows, block.columns)
+        pairs = _all(layout, number, weight.shape).pairs(weight, batch)
+        if len(pairs) == 1:
+            found.append(pairs[0][0].reshape(shape))
+            continue
+        for rows, its in pairs:
+            its.copy_(rows)
+        found.append(batch.view(shape))
+    return found
+
+
+def merge(layout: MatrixLayout, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The inverse of :func:`split`, as a new tensor."""
+    rows = sum(block[0].numel() if layout.stacked else block.numel() for block in blocks) // blocks[0].size(-1)
+    weight = blocks[0].new_empty((*blocks[0].shape[: int(layout.stacked)], rows, blocks[0].size(-1)))
+    for number, (block, shape) in enumerate(zip(blocks, layout.blocks(weight.shape), strict=True)):
+        batch = block.reshape(shape.count, shape.rows, shape.columns)
+        for target, source in _all(layout, number, weight.shape).pairs(weight, batch):
+            target.copy_(source)
+    return weight
+
+
+def _all(layout: MatrixLayout, block: int, shape: tuple[int, ...]) -> BlockRange:
+    return BlockRange(layout, block, 0, units_of(layout, block, shape, False))
+
+
+@cache
+def _sections(layout: MatrixLayout, block: int) -> tuple[list[tuple[int, Section]], int]:
+    """The sections of a block with their first rows in the period, and their ``matrix_rows``."""
+    starts = list(itertools.accumulate((section.rows for section in layout.sections), initial=0))
+    sections = [(starts[index], layout.sections[index]) for index in layout.indices[block]]
+    return sections, sections[0][1].matrix_rows
+
+
+def block_rows_before(layout: MatrixLayout, block: int, row: int) -> int:
+    """How many rows of a block lie before ``row`` of the whole weight."""
+    if not layout.sections:
+        return row
+    sections, _ = _sections(layout, block)
+    periods, rest = divmod(row, layout.period)
+    each = sum(section.rows for _, section in sections)
+    return periods * each + sum(min(max(rest - start, 0), section.rows) for start, section in sections)
+
+
+@cache
+def _runs(layout: MatrixLayout, block: int, first_row: int, rows: int) -> list[tuple[int, int, int]]:
+    """(first local row, row after the last, number of the first among the block's rows) of each run on a shard."""
+    sections, _ = _sections(layout, block)
+    found = []
+    for period in range(first_row // layout.period, -(-(first_row + rows) // layout.period)):
+        for start, section in sections:
+            begin = period * layout.period + start
+            low, high = max(begin, first_row), min(begin + section.rows, first_row + rows)
+            if low < high:
+                found.append((low - first_row, high - first_row, block_rows_before(layout, block, low)))
+    return found
+
+
+def units_of(layout: MatrixLayout, block: int, shape: tuple[int, ...], broken: bool) -> int:
+    """Number of units of a block of a weight of ``shape``; see :class:`BlockRange`.
+
+    Args:
+        layout: of the weight.
+        block: index of the block.
+        shape: of the whole weight, or of a shard of whole periods.
+        broken: whether shards cut through periods.
+    """
+    if layout.stacked:
+        return shape[0]
+    if not layout.matrix_rows(block):
+        return 1
+    return layout.blocks(shape)[block].count if broken else shape[-2] // layout.period
