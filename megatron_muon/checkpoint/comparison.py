@@ -12,7 +12,8 @@ import torch
 
 from megatron_muon.checkpoint.errors import some
 from megatron_muon.checkpoint.keys import ALONE, name_of, parse_state
-from megatron_muon.checkpoint.reading import Box, Chunk, Index, pieces
+from megatron_muon.checkpoint.pieces import Box, pieces
+from megatron_muon.checkpoint.reading import Chunk, Index
 from megatron_muon.checkpoint.record import WEIGHT
 from megatron_muon.checkpoint.stored import Stored
 

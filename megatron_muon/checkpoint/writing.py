@@ -26,7 +26,8 @@ import torch
 
 from megatron_muon.checkpoint import folders
 from megatron_muon.checkpoint.errors import CheckpointError
-from megatron_muon.checkpoint.reading import BLOCK, COMMON, Chunk, Index, pieces
+from megatron_muon.checkpoint.pieces import PIECE, pieces
+from megatron_muon.checkpoint.reading import COMMON, Chunk, Index
 from megatron_muon.checkpoint.sources import gradients_to_average
 from megatron_muon.errors import size_text
 
@@ -273,7 +274,7 @@ class _Files:
             self._done += file.tell() - start
             return file.tell() - start
         with self._index.open(self._info(content)) as source:
-            while block := source.read(BLOCK):
+            while block := source.read(PIECE):
                 if self._stopped:
                     raise InterruptedError("stopped")
                 file.write(block)
@@ -286,9 +287,8 @@ class _Files:
         if content.decay is None:
             found = self._index.tensor(chunk)
         elif content.beside is None:
-            squares = sum(
-                self._index.read(chunk, box).double().square().sum().item() for box in pieces(chunk.box, (chunk.sizes,))
-            )
+            boxes = pieces(chunk.box, (chunk.sizes,), PIECE // 4)
+            squares = sum(self._index.read(chunk, box).double().square().sum().item() for box in boxes)
             # One number: as such it is stored, and read as a tensor of this shape.
             found = _second_moment(squares / max(1, torch.Size(chunk.sizes).numel()), content.decay).expand(chunk.sizes)
         else:

@@ -14,7 +14,6 @@ from megatron_muon._patching import Patch, PatchSet
 from megatron_muon.config import MuonConfig
 from megatron_muon.plugin import (
     arguments,
-    bounded_reads,
     building,
     checkpoint_files,
     checkpoint_writers,
@@ -55,7 +54,6 @@ def _all_patches() -> list[Patch]:
         wrapping,
         logged,
         checkpointing,
-        bounded_reads,
         checkpoint_files,
         checkpoint_writers,
         local_checkpoints,

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_muon.checkpoint.stored import read_metadata
 from megatron_muon.plugin import options
 from megatron_muon.plugin.optimizer_config import is_ours
 
-__all__ = ["EARLIER", "PATCHES", "one_index", "reason_of", "remove_old_marks"]
+__all__ = ["EARLIER", "PATCHES", "one_index", "read_in_pieces", "reason_of", "remove_old_marks"]
 
 PATCHES = Patches()
 
@@ -93,29 +94,50 @@ def _without_strides(original: Original, self: Any, checkpoint_dir: Any, metadat
     return original(self, checkpoint_dir, metadata)
 
 
-_INDICES: ContextVar[dict[str, Any] | None] = ContextVar("_INDICES", default=None)
-"""Of the load in progress: what has been read, by the reader's path."""
+@dataclass
+class _Load:
+    """The load in progress.
+
+    Attributes:
+        indices: those that have been read, by the reader's path.
+        in_pieces: whether readers that are made now read large parts in pieces of bounded size.
+    """
+
+    indices: dict[str, Any] = field(default_factory=dict)
+    in_pieces: bool = False
+
+
+_LOAD: ContextVar[_Load] = ContextVar("megatron_muon_load")
 
 
 @contextlib.contextmanager
 def one_index() -> Iterator[None]:
     """Read the index of a checkpoint once within this context: for one load, as the next may find it written over."""
-    token = _INDICES.set({})
+    token = _LOAD.set(_Load())
     try:
         yield
     finally:
-        _INDICES.reset(token)
+        _LOAD.reset(token)
+
+
+def read_in_pieces() -> None:
+    """What a rank reads in the rest of this load takes the memory of its own state, and a piece of bounded size."""
+    _LOAD.get().in_pieces = True
 
 
 @PATCHES.around(
     "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
-    "each of its readers unpickles the index of all ranks' tensors, and a load has several",
+    "each of its readers unpickles the index of all ranks' tensors, and a load has several; and torch's makes a whole "
+    "stored part for each rank that needs some rows of it",
 )
-def _with_one_index(original: Original, *args: Any, **kwargs: Any) -> Any:
-    reader = original(*args, **kwargs)
-    indices = _INDICES.get()
-    if indices is not None:
-        reader.read_metadata = _reading_once(reader.read_metadata, str(reader.path), indices)
+def _for_one_load(original: Original, *args: Any, **kwargs: Any) -> Any:
+    reader, load = original(*args, **kwargs), _LOAD.get(None)
+    if load is not None:
+        reader.read_metadata = _reading_once(reader.read_metadata, str(reader.path), load.indices)
+        if load.in_pieces:
+            from megatron_muon.checkpoint import pieces
+
+            pieces.read_in_pieces(reader)
     return reader
 
 

@@ -17,7 +17,6 @@ from megatron_muon.checkpoint.errors import CheckpointError, raise_together
 from megatron_muon.checkpoint.keys import RECORD_KEY
 from megatron_muon.checkpoint.record import RECORD
 from megatron_muon.checkpoint.stored import Stored
-from megatron_muon.plugin.bounded_reads import in_pieces
 from megatron_muon.plugin.canonical_state import (
     ANSWER,
     OURS,
@@ -28,7 +27,7 @@ from megatron_muon.plugin.canonical_state import (
     dictionaries,
     keys_in,
 )
-from megatron_muon.plugin.checkpoint_files import EARLIER, one_index, reason_of, remove_old_marks
+from megatron_muon.plugin.checkpoint_files import EARLIER, one_index, read_in_pieces, reason_of, remove_old_marks
 from megatron_muon.plugin.early_gather import settle
 
 if TYPE_CHECKING:
@@ -81,7 +80,8 @@ def _with_resolution(
         from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
         strategy = TorchDistLoadShardedStrategy() if sharded_strategy is None else sharded_strategy
-        with _reading(strategy, checkpoint_dir, together), in_pieces():
+        read_in_pieces()
+        with _reading(strategy, checkpoint_dir, together):
             return original(sharded_state_dict, checkpoint_dir, strategy, *args, **kwargs)
 
     return answered(sharded_state_dict, requests, contents, read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_muon.checkpoint import pieces
 from megatron_muon.checkpoint.canonical import Request
@@ -25,7 +25,7 @@ from megatron_muon.checkpoint.keys import (
     parse_state,
     without_chain,
 )
-from megatron_muon.checkpoint.pieces import read_box
+from megatron_muon.checkpoint.pieces import StoredTensor, part_of
 from megatron_muon.checkpoint.record import RECORD, WEIGHT, Record, Rule, WeightRecord, layout_text, numbers_of
 from megatron_muon.checkpoint.sharding import places_of, tensors_of
 from megatron_muon.checkpoint.slices import boxes
@@ -132,19 +132,19 @@ def test_boxes_of_stored_tensors(monkeypatch: pytest.MonkeyPatch, dtype: torch.d
         file = io.BytesIO(b"before")
         file.seek(6)
         torch.save(tensor, file)
-        view = _create_file_view(file, 6, file.tell() - 6)
+        view = part_of(file, SimpleNamespace(offset=6, length=file.tell() - 6))
         box = tensor[tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))]
         target = torch.zeros(*sizes, 2)[..., 1]
-        read_box(view, offsets, sizes, target)
+        StoredTensor(view, "it").read_into(target, offsets)
         assert torch.equal(target, box.float())
 
 
-def test_file_that_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_is_cut() -> None:
     """The index of torch's zip file is at its end: what is cut cannot be opened."""
     file = io.BytesIO()
     torch.save(torch.ones(64, 8), file)
-    with pytest.raises(RuntimeError, match="zip archive"):
-        read_box(io.BytesIO(file.getvalue()[:2000]), (0, 0), (64, 8), torch.empty(64, 8))
+    with pytest.raises(CheckpointError, match="it is damaged: it cannot be read"):
+        StoredTensor(io.BytesIO(file.getvalue()[:2000]), "it")
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
