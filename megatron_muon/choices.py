@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "BALLS",
     "DIRECTIONS",
+    "NONFINITE",
     "NS_BACKENDS",
     "OPTIMIZERS",
     "PARAM_CHOICES",
@@ -50,6 +51,9 @@ TP_MODES = ("auto", "owner", "gram", "duplicated", "distributed", "blockwise")
 
 NS_BACKENDS = ("auto", "torch", "triton", "emerging", "gram_newton_schulz")
 """``--muon-ns-backend``: see :mod:`megatron_muon.orthogonalize.backends`."""
+
+NONFINITE = ("skip", "propagate", "stop")
+"""``--muon-nonfinite``: see :mod:`megatron_muon.plugin.nonfinite`."""
 
 SCALAR_OPTIMIZERS = ("adam", "lion")
 """``--muon-scalar-optimizer``: see :mod:`megatron_muon.optimizers.scalar_rows`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megatron_muon.choices import QK_CLIP_RULES, QK_LOGITS, STIEFEL_SOLVERS, VARIANTS
+from megatron_muon.choices import NONFINITE, QK_CLIP_RULES, QK_LOGITS, STIEFEL_SOLVERS, VARIANTS
 from megatron_muon.errors import ConfigError
 from megatron_muon.knobs import (
     EVERY_OPTIMIZER,
@@ -182,10 +182,11 @@ class MuonConfig(UpdateKnobs):
         readers=EVERY_OPTIMIZER,
     )
     nonfinite: str = knob(
-        "stop",
-        "What happens where Megatron's own check of gradients is off (--no-check-for-nan-in-loss-and-grad) and one has "
-        "NaN or infinity: stop the run, naming the weight, or skip the step on all ranks.",
-        check=one_of("stop", "skip"),
+        "skip",
+        "What happens when a gradient that Megatron let through (see --no-check-for-nan-in-loss-and-grad) has NaN or "
+        "infinity: skip the step on all ranks of the model, for Adam's weights too; stop the run, naming the weight; "
+        "propagate: nobody looks, as in Megatron-Core.",
+        check=one_of(*NONFINITE),
     )
     qk_clip_rule: str = knob(
         "q_only",

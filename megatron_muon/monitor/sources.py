@@ -21,7 +21,7 @@ class Report:
     """What is said after a logged iteration.
 
     Attributes:
-        text: follows "after iteration N:".
+        text: follows "after iteration N:"; nothing is printed if it is empty.
         record: entries of the iteration's JSON line.
     """
 
@@ -88,7 +88,8 @@ def report(sources: Iterable[Source], iteration: int) -> tuple[list[str], dict[s
     record: dict[str, Any] = {}
     for number, source in _numbered(sources):
         said = source.report(iteration)
-        lines.append(f"{source.title}{number and f' {number}'} after iteration {iteration}: {said.text}")
+        if said.text:
+            lines.append(f"{source.title}{number and f' {number}'} after iteration {iteration}: {said.text}")
         record |= {f"{key}{number and f'_{number}'}": value for key, value in said.record.items()}
     return lines, record
 

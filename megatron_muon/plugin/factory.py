@@ -27,7 +27,7 @@ from megatron_muon.plugin.expert_scalars import set_apart, sum_once
 from megatron_muon.plugin.groups import device_of, device_of_rank, groups_of_model, ranks_of
 from megatron_muon.plugin.holding import check_entered
 from megatron_muon.plugin.logged import mark_parts
-from megatron_muon.plugin.nonfinite import refuse_nonfinite
+from megatron_muon.plugin.nonfinite import check_gradients
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
 from megatron_muon.plugin.optimizer_state import held_by, leaves
 from megatron_muon.plugin.ownership import annotate_for_buffers, check_copies, is_in_layer_wise_buffer
@@ -89,7 +89,7 @@ def _with_checks_and_report(
         device = device_of(model_chunks)
         check = guard(optimizer, model_chunks, device)
         experts = getattr(groups, "ep", None)
-        refuse_nonfinite(optimizer, model_chunks, ranks, muon.nonfinite, device, check, experts)
+        check_gradients(optimizer, model_chunks, ranks, muon.nonfinite, device, check, experts)
         if config.optimizer.removeprefix("dist_") == "stiefel_muon":
             watch(optimizer, ranks, device)
         gather_early(optimizer, model_chunks)

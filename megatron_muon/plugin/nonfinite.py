@@ -19,13 +19,15 @@ import torch.distributed as dist
 
 from megatron_muon.agree import Ranks
 from megatron_muon.config import flag
+from megatron_muon.monitor.sources import Report
 from megatron_muon.optimizers.engines import unequal_gradients
 from megatron_muon.optimizers.muon import Muon
+from megatron_muon.plugin import recording
 from megatron_muon.plugin.optimizer_state import held_by, leaves
 from megatron_muon.routing import global_names
 from megatron_muon.routing.predicate import is_expert_parallel
 
-__all__ = ["refuse_nonfinite"]
+__all__ = ["SkippedSteps", "check_gradients"]
 
 _SUSPECT, _OVERFLOW, _FAILED = 1.0, 2.0, 3.0
 """What a rank finds: a norm that is not finite, what Megatron-Core's loss scaler has seen, that it cannot step at all.
@@ -34,7 +36,23 @@ The largest counts on all ranks: with a loss scaler infinity is to be expected, 
 """
 
 
-def refuse_nonfinite(
+class SkippedSteps:
+    """How many steps were skipped for NaN or infinity in gradients; logged from the first on, see :class:`Source`."""
+
+    title, prefix = "Gradients", "gradients"
+    count = 0
+
+    def report(self, iteration: int) -> Report:
+        """See :class:`Source`."""
+        text = f"steps skipped for NaN or infinity: {self.count}" if self.count else ""
+        return Report(text, {"nonfinite_steps": self.count} if self.count else {})
+
+    def scalars(self, iteration: int) -> dict[str, float]:
+        """See :class:`Source`."""
+        return {"nonfinite_steps": float(self.count)} if self.count else {}
+
+
+def check_gradients(
     optimizer: Any,
     model_chunks: Sequence[torch.nn.Module],
     ranks: Ranks,
@@ -43,15 +61,20 @@ def refuse_nonfinite(
     check: Callable[[], None],
     experts: dist.ProcessGroup | None,
 ) -> None:
-    """Let ``optimizer.prepare_grads``, with which every step begins, stop the run or have the step left out.
+    """Let ``optimizer.prepare_grads``, with which every step begins, have the step skipped or stop the run.
+
+    A skipped step has changed nothing, of Adam's part neither: weights, state, masters and counts of steps are those of
+    the last one. That is why the host must know before the first write, and waits; Megatron-Core waits for its norm
+    of the gradients, too, and after each step.
 
     Args:
         optimizer: Megatron-Core's, of a model.
         model_chunks: of the model on this rank.
         ranks: the model's; all of them step together, and decide alike.
-        choice: ``stop`` or ``skip``.
+        choice: ``skip``, ``stop``, or ``propagate``: nobody looks at the gradients, and where all weights are in DDP,
+            so that none can lack one, nothing is exchanged and nobody waits.
         device: of the model.
-        check: refuses a step; on some ranks perhaps. What it raises there is raised on all.
+        check: refuses a step; on some ranks perhaps. What it raises there is raised on all, if they exchange anything.
         experts: the expert-parallel group, whose ranks have other experts under the same names; None for one rank.
 
     Raises (in each step):
@@ -63,30 +86,35 @@ def refuse_nonfinite(
     for each in engines:
         each.told = True
     place = "" if experts is None or experts.size() == 1 else f" of expert-parallel rank {experts.rank()}"
-    agreed: list[int] = []  # weights that had gradients when the ranks last compared them
+    agreed: list[int] = []  # which weights lacked a gradient when the ranks last compared them
+    skipped = SkippedSteps()
+
+    def prepare_unseen() -> bool:
+        check()
+        overflow: bool = prepare()
+        return overflow
 
     def prepare_grads() -> bool:
         failure: Exception | None = None
         verdict = torch.full((2,), _FAILED, device=device)
-        having: list[int] = []
+        lacking: list[int] = []
         try:
             check()
-            verdict[0] = _OVERFLOW if prepare() else _suspect(optimizer, device)
-            having = [id(param) for param in _params(optimizer) if param.grad is not None]
-            verdict[1] = having != agreed
+            verdict[0] = _OVERFLOW if prepare() else 0.0 if choice == "propagate" else _suspect(optimizer, device)
+            lacking = [index for index, param in enumerate(_params(optimizer)) if param.grad is None]
+            verdict[1] = lacking != agreed
         except Exception as error:  # the other ranks are on their way to what follows
             failure = error
             verdict[0] = _FAILED
         ranks.reduce_max(verdict)
-        # Waits for the device, before state changes; Megatron-Core waits after each step, for whether it succeeded.
-        worst, others = verdict.tolist()
+        worst, others = verdict.tolist()  # waits for the device, see above
         if worst == _FAILED:
             ranks.together(lambda: _raise(failure))
         if worst == _OVERFLOW:
             return True
         if others:
             _refuse_unequal(optimizer, model_chunks, ranks, place)
-            agreed[:] = having
+            agreed[:] = lacking
             for each in engines:
                 each.due = True
         if worst != _SUSPECT:
@@ -101,11 +129,23 @@ def refuse_nonfinite(
                 f"{flag('nonfinite')} skip leaves out such steps; a checkpoint from before and a lower learning rate "
                 "help where they come back."
             )
+        skipped.count += 1
         if ranks.is_first:
-            print(f"megatron_muon: step left out: NaN or infinity in the gradients of {told}", flush=True)
+            print(
+                f"megatron_muon: step skipped ({skipped.count} so far): NaN or infinity in the gradients of {told}",
+                flush=True,
+            )
         return True
 
-    optimizer.prepare_grads = prepare_grads
+    in_buffers = ranks.gather(lambda: all(map(_is_in_buffer, model_chunks)))
+    optimizer.prepare_grads = prepare_unseen if choice == "propagate" and all(in_buffers) else prepare_grads
+    if ranks.is_last and choice == "skip":
+        recording.watch(optimizer, skipped)
+
+
+def _is_in_buffer(chunk: torch.nn.Module) -> bool:
+    """Whether DDP holds the gradients of all trained weights: none can lack one."""
+    return all(hasattr(param, "main_grad") for param in chunk.parameters() if param.requires_grad)
 
 
 def _raise(failure: Exception | None) -> None:
@@ -122,7 +162,7 @@ def _refuse_unequal(optimizer: Any, model_chunks: Sequence[torch.nn.Module], ran
     """All ranks tell of weights without gradients, and stop if others that share one of them have a gradient for it.
 
     Args:
-        optimizer: as of :func:`refuse_nonfinite`.
+        optimizer: as of :func:`check_gradients`.
         model_chunks: likewise.
         ranks: likewise.
         place: what to add to the names of this rank's experts.

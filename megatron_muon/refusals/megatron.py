@@ -139,12 +139,4 @@ MEGATRON: tuple[Refusal, ...] = (
         "Megatron-Core cannot save it and would fail at the first checkpoint",
         "use --ckpt-format torch_dist, or add --no-use-layer-wise-param-layout",
     ),
-    *(
-        Refusal(
-            (one_of("muon_nonfinite", "skip"), given(name), ours()),
-            "Megatron's own check of gradients ends the run before",
-            "turn that off: --no-check-for-nan-in-loss-and-grad",
-        )
-        for name in ("check_for_nan_in_loss_and_grad", "DistributedDataParallelConfig.check_for_nan_in_grad")
-    ),
 )

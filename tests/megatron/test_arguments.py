@@ -64,7 +64,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         "--muon-qk-log-layers 100 --muon-variant polargrad --muon-weight-decay-method cautious "
         "--muon-ball-radius 2 --muon-param-rule output_layer*=sign "
         "--muon-scalar-weight-decay-method independent_scheduled "
-        "--muon-nonfinite skip --no-check-for-nan-in-loss-and-grad "
+        "--muon-nonfinite stop "
         "--muon-dry-run --log-max-attention-logit --qk-clip"
     )
     read = pool.run(parse, 1, flags)[0]
@@ -82,7 +82,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         tp_mode="distributed",
         scalar_optimizer="lion",
         log_jsonl="losses.jsonl",
-        nonfinite="skip",
+        nonfinite="stop",
         qkv="whole",
         mla_up="split",
         mla_down="whole",

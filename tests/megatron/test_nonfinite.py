@@ -1,4 +1,4 @@
-"""NaN and infinity in gradients that Megatron does not look for: all ranks stop, or all leave the step out."""
+"""NaN and infinity in gradients that Megatron lets through: all ranks skip the step, stop, or do not look."""
 
 from __future__ import annotations
 
@@ -54,7 +54,12 @@ def step_with(run: Run, value: float, name: str, rank: int) -> bool:
 
 
 def scene(layout: Layout, model: dict[str, Any], optimizer: dict[str, Any], cases: list[Any]) -> list[Any]:
-    """For each case: whether a step was taken, or the error; and whether it changed anything, or the next does."""
+    """For each case: whether a step was taken, or the error; and whether it changed anything, or the next does.
+
+    The last rank hears of the steps that were skipped, as Megatron's log does.
+    """
+    from megatron_muon.plugin import recording
+
     run = harness.start(layout, optimizer={**OFF, **optimizer}, early=True, bf16=layout.layer_wise, **model)
     run.losses(1)
     found = []
@@ -70,7 +75,8 @@ def scene(layout: Layout, model: dict[str, Any], optimizer: dict[str, Any], case
     after = state_of(run)
     assert all(tensor.isfinite().all() for tensor in after.values())
     assert not all(torch.equal(tensor, before[key]) for key, tensor in after.items())
-    return found
+    counts = [source.count for source in recording._stepped.take() if source.title == "Gradients"]
+    return [*found, *counts]
 
 
 NAN, INF = float("nan"), float("inf")
@@ -91,14 +97,17 @@ LAYOUTS = [
 def test_steps_are_skipped_on_all_ranks(pool: RankPool, layout: Layout, ranks: int, model: dict[str, Any]) -> None:
     name = "experts.local_experts.0.linear_fc1.weight" if model else WEIGHTS["muon"]
     cases = [(NAN, name, 0), (INF, WEIGHTS["adam"], ranks - 1)]
-    for found in pool.run(scene, ranks, layout, model, {"muon_nonfinite": "skip"}, cases):
+    results = pool.run(scene, ranks, layout, model, {}, cases)
+    for found in results[:-1]:
         assert found == [(False, True), (False, True)]
+    assert results[-1] == [(False, True), (False, True), 2]
 
 
 @pytest.mark.parametrize("layout,ranks", [(Layout(tp=2), 2), (Layout(layer_wise=True, ddp_buffers=True), 2)])
 def test_the_run_stops_on_all_ranks_and_names_the_weight(pool: RankPool, layout: Layout, ranks: int) -> None:
     """Rows under Adam within a weight of Muon's count as any other."""
     model, optimizer = ({}, {}) if layout.layer_wise else (GDN, {"muon_gdn_in_proj": "split"})
+    optimizer["muon_nonfinite"] = "stop"
     name = WEIGHTS["muon" if layout.layer_wise else "rows"]
     cases = [(-INF, name, 1), (NAN, WEIGHTS["adam"], 0)]
     for found in pool.run(scene, ranks, layout, model, optimizer, cases):
@@ -109,7 +118,7 @@ def test_the_run_stops_on_all_ranks_and_names_the_weight(pool: RankPool, layout:
 
 def test_large_gradients_are_no_infinity(pool: RankPool) -> None:
     """Their squares are."""
-    assert pool.run(scene, 1, Layout(), {}, {}, [(1e30, WEIGHTS["muon"], 0)]) == [[(True, False)]]
+    assert pool.run(scene, 1, Layout(), {}, {}, [(1e30, WEIGHTS["muon"], 0)]) == [[(True, False), 0]]
 
 
 def without_ddp(choice: str) -> tuple[Any, bool]:
@@ -134,7 +143,8 @@ def without_ddp(choice: str) -> tuple[Any, bool]:
 
 
 def test_gradients_without_ddp_are_looked_at(pool: RankPool) -> None:
-    """Megatron-Core has moved them into the masters' by then."""
+    """Megatron-Core has moved them into the masters' by then. It takes the step, if it is left alone."""
+    assert pool.run(without_ddp, 1, "propagate") == [(True, False)]
     assert pool.run(without_ddp, 1, "skip") == [(False, True)]
     ((message, is_finite),) = pool.run(without_ddp, 1, "stop")
     assert message.startswith(f"NaN or infinity in the gradients of {WEIGHTS['muon']}. ") and is_finite
@@ -154,7 +164,7 @@ def beside_an_empty_stage(value: float) -> bool:
     (chunk,) = harness.build_model(layout, num_layers=2, qk_clip=True)
     if parallel_state.get_pipeline_model_parallel_rank() == 1:
         chunk = MegatronModule(chunk.config)
-    optimizer = get_megatron_optimizer(harness.optimizer_config(layout, muon_nonfinite="skip", **OFF), [chunk])
+    optimizer = get_megatron_optimizer(harness.optimizer_config(layout, **OFF), [chunk])
     for param in chunk.parameters():
         param.main_grad = torch.full_like(param, value)
     return bool(optimizer.step()[0])
@@ -188,5 +198,7 @@ def waits_in_a_step(layout: Layout, optimizer: dict[str, Any]) -> list[str]:
 
 
 def test_the_check_is_all_that_waits_for_the_device(pool: RankPool) -> None:
-    found = pool.run(waits_in_a_step, 2, Layout(layer_wise=True), {"muon_scale_mode": "spectral_norm"})
-    assert found == [["nonfinite.prepare_grads"]] * 2
+    options = {"muon_scale_mode": "spectral_norm"}
+    for choice, where in (("skip", ["nonfinite.prepare_grads"]), ("propagate", [])):
+        found = pool.run(waits_in_a_step, 2, Layout(layer_wise=True), {**options, "muon_nonfinite": choice})
+        assert found == [where] * 2

@@ -97,11 +97,6 @@ FP32_BUFFERS, FP32_AVERAGES = (
 )
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    (
-        {"muon_nonfinite": "skip"},
-        "--muon-nonfinite skip with --check-for-nan-in-loss-and-grad: Megatron's own check of gradients ends the run "
-        "before; turn that off: --no-check-for-nan-in-loss-and-grad",
-    ),
     # Options with each other
     ({"muon_split_qkv": False, "muon_qkv": "per_head"}, "--muon-qkv per_head with --muon-no-split-qkv: these contra"),
     (
@@ -348,8 +343,7 @@ def test_every_row_is_tested() -> None:
     fields = {"use_distributed_optimizer": True, "use_layer_wise_distributed_optimizer": False}
     for changes in (TRANSFER, SCALAR):
         config = OptimizerConfig(**fields, decoupled_weight_decay=False)
-        buffers = DistributedDataParallelConfig(**fields, check_for_nan_in_grad=True)
-        views.append(Settings(config, buffers, {**ARGUMENTS, **changes, "muon_nonfinite": "skip"}))
+        views.append(Settings(config, DistributedDataParallelConfig(**fields), {**ARGUMENTS, **changes}))
     views += [Settings({**ARGUMENTS, "optimizer": "adam"})]
     views += [Settings(buffers, ARGUMENTS) for buffers in (FP32_BUFFERS, FP32_AVERAGES)]
     silent = [row.words for row in (*MUON, *QK_CLIP, *PLAN, *READ) if not any(row.holds(view) for view in views)]
