@@ -4,52 +4,52 @@
     megatron_muon.install()
 
 or, without touching the script, ``torchrun ... -m megatron_muon run SCRIPT ARGS...``.
+
+Without Megatron, :class:`Muon` is an optimizer of torch: ``Muon(params, lr=1e-3, variant="normuon")``.
 """
 
 import megatron_muon.leaving  # noqa: F401  before torch is imported: see there
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.adaptive import NAMO, AdaMuon, AdaMuonEO, NorMuon
+from megatron_muon.optimizers.muon import Muon
+from megatron_muon.optimizers.registry import register_variant
+from megatron_muon.optimizers.sizes import Hyperball, PolarGrad
+from megatron_muon.optimizers.stages import Variant
 from megatron_muon.options import MuonOptions
+from megatron_muon.orthogonalize import coefficients, newton_schulz
+from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.plugin import install, is_installed, uninstall
+from megatron_muon.plugin.state import StateBytes, reset, sleep, state_bytes, wake
+from megatron_muon.routing.partition import ParamGroups, check_partition, param_groups
 from megatron_muon.version import __version__
 
 __all__ = [
-    "AdaptiveMuon",
+    "NAMO",
+    "AdaMuon",
+    "AdaMuonEO",
     "ConfigError",
+    "Hyperball",
     "Muon",
     "MuonConfig",
     "MuonOptions",
+    "NorMuon",
     "ParamGroups",
+    "PolarGrad",
     "StateBytes",
+    "Variant",
     "__version__",
     "check_partition",
+    "coefficients",
     "install",
     "is_installed",
+    "newton_schulz",
     "param_groups",
+    "register_variant",
     "reset",
+    "scale_factor",
     "sleep",
     "state_bytes",
     "uninstall",
     "wake",
 ]
-
-
-def __getattr__(name: str) -> object:
-    # These import torch, which takes seconds; the command line's --help does without.
-    if name == "Muon":
-        from megatron_muon.optimizers.muon import Muon
-
-        return Muon
-    if name == "AdaptiveMuon":
-        from megatron_muon.optimizers.adaptive import AdaptiveMuon
-
-        return AdaptiveMuon
-    if name in ("ParamGroups", "check_partition", "param_groups"):
-        from megatron_muon.routing import partition
-
-        return getattr(partition, name)
-    if name in ("StateBytes", "reset", "sleep", "state_bytes", "wake"):
-        from megatron_muon.plugin import state
-
-        return getattr(state, name)
-    raise AttributeError(f"module 'megatron_muon' has no attribute {name!r}")

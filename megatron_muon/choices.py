@@ -27,8 +27,8 @@ OPTIMIZERS = ("muon", "adaptive_muon", "spectral_sphere", "stiefel_muon")
 """Values of ``--optimizer`` that are this package's; ``dist_<name>`` is Megatron's older spelling for the layer-wise
 form."""
 
-VARIANTS = ("none", "polargrad", "hyperball")
-"""``--muon-variant``; their rules are in :mod:`megatron_muon.optimizers.sizes`."""
+VARIANTS = ["none", "polargrad", "hyperball"]
+"""``--muon-variant``: see :data:`megatron_muon.optimizers.registry.VARIANTS`. Those that users register are added."""
 
 SECOND_MOMENTS = ("adamuon", "adamuon_eo", "normuon", "namo")
 """``--adaptive-muon-moment2-method``: those of :mod:`megatron_muon.optimizers.adaptive`."""

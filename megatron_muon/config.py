@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megatron_muon.choices import NONFINITE, QK_CLIP_RULES, QK_LOGITS, STIEFEL_SOLVERS, VARIANTS
+from megatron_muon.choices import NONFINITE, QK_CLIP_RULES, QK_LOGITS, STIEFEL_SOLVERS
 from megatron_muon.errors import ConfigError
 from megatron_muon.knobs import (
     EVERY_OPTIMIZER,
@@ -18,6 +18,7 @@ from megatron_muon.knobs import (
     interval,
     interval_or_never,
     knob,
+    known_variant,
     not_negative,
     one_of,
     param_rules,
@@ -31,9 +32,16 @@ from megatron_muon.options import UpdateKnobs
 from megatron_muon.refusals import MUON, Refusal, refuse
 from megatron_muon.refusals.rule import unread
 
-__all__ = ["PREFIX", "UNREAD", "MuonConfig", "flag"]
+__all__ = ["PREFIX", "SECOND_MOMENT_DEFAULTS", "UNREAD", "MuonConfig", "flag"]
 
 PREFIX = "muon_"
+
+SECOND_MOMENT_DEFAULTS: dict[str, Any] = {
+    "adaptive_muon_moment2_method": "adamuon",
+    "adaptive_muon_beta2": 0.95,
+    "adaptive_muon_eps": 1e-8,
+}
+"""Fields of Megatron-Core's ``OptimizerConfig`` that ``--optimizer adaptive_muon`` alone reads."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -123,7 +131,7 @@ class MuonConfig(UpdateKnobs):
         "none",
         "What differs from plain Muon: polargrad, the update times the nuclear norm of the momentum; hyperball, "
         "weights keep their Frobenius norm and the learning rate is an angle; none.",
-        check=one_of(*VARIANTS),
+        check=known_variant,
         readers=("muon",),
     )
     sphere_radius: float = knob(
@@ -322,10 +330,7 @@ UNREAD: tuple[Refusal, ...] = tuple(
             (PREFIX + field.name, field.default, field.metadata["readers"], field.metadata["reasons"])
             for field in dataclasses.fields(MuonConfig)
         ),
-        # Fields of Megatron-Core's OptimizerConfig.
-        ("adaptive_muon_moment2_method", "adamuon", ("adaptive_muon",), {}),
-        ("adaptive_muon_beta2", 0.95, ("adaptive_muon",), {}),
-        ("adaptive_muon_eps", 1e-8, ("adaptive_muon",), {}),
+        *((name, default, ("adaptive_muon",), {}) for name, default in SECOND_MOMENT_DEFAULTS.items()),
     )
     if readers != EVERY_OPTIMIZER
     for row in unread(name, default, readers, reasons)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_muon.choices import OPTIMIZERS, PARAM_CHOICES, parse_param_rule, parse_transfer
+from megatron_muon.choices import OPTIMIZERS, PARAM_CHOICES, VARIANTS, parse_param_rule, parse_transfer
 
 __all__ = [
     "EVERY_OPTIMIZER",
@@ -19,6 +19,7 @@ __all__ = [
     "interval_or_never",
     "knob",
     "known_coefficients",
+    "known_variant",
     "not_negative",
     "one_of",
     "param_rules",
@@ -128,6 +129,11 @@ def known_coefficients(value: Any) -> str | None:
 
     names = (*coefficient_types(), CUSTOM)
     return None if value in names else f"choose one of {', '.join(names)} (as emerging-optimizers names them)"
+
+
+def known_variant(value: Any) -> str | None:
+    """A variant by name; users may have registered some."""
+    return one_of(*VARIANTS)(value)
 
 
 def coefficient_triples(value: Any) -> str | None:

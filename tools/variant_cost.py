@@ -32,7 +32,6 @@ def contestants() -> dict[str, tuple[Callable[..., Any], Callable[..., Any] | No
     from emerging_optimizers import orthogonalized_optimizers as upstream
 
     from megatron_muon import Muon
-    from megatron_muon.optimizers.adaptive import AdaptiveMuon
     from megatron_muon.optimizers.sphere import SpectralSphere
 
     theirs = upstream.AdaptiveMuon
@@ -40,13 +39,13 @@ def contestants() -> dict[str, tuple[Callable[..., Any], Callable[..., Any] | No
         REFERENCE: (Muon, upstream.Muon),
         "update_norm": (partial(Muon, scale_mode="update_norm"), None),
         "spectral_norm": (partial(Muon, scale_mode="spectral_norm"), None),
-        "AdaMuon": (partial(AdaptiveMuon, moment2_method="adamuon"), None),
+        "AdaMuon": (partial(Muon, variant="adamuon"), None),
         "adamuon_eo": (
-            partial(AdaptiveMuon, moment2_method="adamuon_eo"),
+            partial(Muon, variant="adamuon_eo"),
             partial(theirs, moment2_method="adamuon"),
         ),
-        "NorMuon": (partial(AdaptiveMuon, moment2_method="normuon"), partial(theirs, moment2_method="normuon")),
-        "NAMO": (partial(AdaptiveMuon, moment2_method="namo"), partial(theirs, moment2_method="namo")),
+        "NorMuon": (partial(Muon, variant="normuon"), partial(theirs, moment2_method="normuon")),
+        "NAMO": (partial(Muon, variant="namo"), partial(theirs, moment2_method="namo")),
         "PolarGrad": (partial(Muon, variant="polargrad", scale_mode="none"), upstream.PolarGrad),
         "Hyperball": (partial(Muon, variant="hyperball", scale_mode="none"), upstream.MuonHyperball),
         "MuonSphere": (partial(SpectralSphere, tolerance=1.0), None),

@@ -8,29 +8,43 @@ from typing import Any
 
 import torch
 
-from megatron_muon.optimizers.muon import Muon
+from megatron_muon.config import SECOND_MOMENT_DEFAULTS, MuonConfig
 from megatron_muon.optimizers.stages import Matrices, Variant, init_rows, signs_
-from megatron_muon.refusals import OPTIONS, refuse
 
-__all__ = ["METHODS", "AdaptiveMuon"]
+__all__ = ["NAMO", "AdaMuon", "AdaMuonEO", "NorMuon", "SecondMoment"]
 
 
-class _SecondMoment(Variant):
-    """What the methods share.
+class SecondMoment(Variant):
+    """What these variants share.
 
     Args:
-        beta2: decay of the second moment.
-        eps: keeps divisions finite.
+        beta2: decay of the second moment, 0 <= beta2 < 1.
+        eps: keeps divisions finite; positive.
     """
 
-    adapts = True
+    optimizer = "adaptive_muon"
+    flags = {"beta2": "adaptive_muon_beta2", "eps": "adaptive_muon_eps"}  # noqa: RUF012
 
     state_name = "moment2_buffer"
     """Of the second moment; another name where it means something else, so that none is taken for the other's."""
 
-    def __init__(self, beta2: float, eps: float) -> None:
+    def __init__(
+        self,
+        beta2: float = SECOND_MOMENT_DEFAULTS["adaptive_muon_beta2"],
+        eps: float = SECOND_MOMENT_DEFAULTS["adaptive_muon_eps"],
+    ) -> None:
         self.beta2 = beta2
         self.eps = eps
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As of every variant, with the method."""
+        return {**super().settings, "adaptive_muon_moment2_method": self.name}
+
+    @property
+    def checkpoint_options(self) -> dict[str, Any]:
+        """Both numbers."""
+        return {"moment2_beta2": self.beta2, "moment2_eps": self.eps}
 
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
         """One number for each row of the weight."""
@@ -47,7 +61,7 @@ class _SecondMoment(Variant):
         return found
 
 
-class AdaMuonEO(_SecondMoment):
+class AdaMuonEO(SecondMoment):
     """emerging-optimizers' ``adamuon``: V <- EMA(O^2), O / (sqrt(V) + eps), elementwise."""
 
     name = "adamuon_eo"
@@ -86,7 +100,7 @@ class AdaMuon(AdaMuonEO):
         ]
 
 
-class NorMuon(_SecondMoment):
+class NorMuon(SecondMoment):
     """NorMuon (arXiv 2510.05491): v <- EMA(mean of O^2 over a row), O / sqrt(v), at the norm of O."""
 
     name = "normuon"
@@ -109,11 +123,21 @@ class NorMuon(_SecondMoment):
         ]
 
 
-class NAMO(_SecondMoment):
+class NAMO(SecondMoment):
     """NAMO (arXiv 2602.17080): alpha O with alpha = |u| / (sqrt(v) + eps), v <- EMA(|G|^2), Frobenius norms."""
 
     name = "namo"
     state_name = "namo_moment2"
+
+    def check(self, config: MuonConfig) -> None:
+        """Warn of a second moment that fades faster than the momentum."""
+        if config.momentum**2 > self.beta2:
+            warnings.warn(
+                f"NAMO with momentum {config.momentum:g} and beta2 {self.beta2:g}: where a weight gets no gradients "
+                "for long (an expert without tokens), its second moment fades faster than its momentum, and updates "
+                "grow. Give a beta2 above the momentum's square.",
+                stacklevel=4,
+            )
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Scaled by how much of the gradient the momentum holds."""
@@ -130,62 +154,3 @@ class NAMO(_SecondMoment):
             update.direction * (norm / moment.sqrt_().add_(self.eps))
             for update, norm, moment in zip(updates, matrices.norms(mixes), moments, strict=True)
         ]
-
-
-METHODS: dict[str, type[_SecondMoment]] = {cls.name: cls for cls in (AdaMuon, AdaMuonEO, NorMuon, NAMO)}
-"""By name."""
-
-
-class AdaptiveMuon(Muon):
-    """Muon whose directions are divided by second moments.
-
-    Args:
-        params: as of :class:`Muon`.
-        lr: as of :class:`Muon`.
-        moment2_method: one of :data:`METHODS`. ``adamuon`` is the paper's; ``adamuon_eo`` what emerging-optimizers and
-            Megatron-Core call so, without the sign and the RMS.
-        beta2: decay of the second moment, 0 <= beta2 < 1.
-        moment2_eps: keeps its division finite.
-        **options: of :class:`Muon`.
-
-    Raises:
-        ConfigError: for a wrong value.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        *,
-        moment2_method: str = "adamuon",
-        beta2: float = 0.95,
-        moment2_eps: float = 1e-8,
-        **options: Any,
-    ) -> None:
-        self._settings = {
-            "optimizer": "adaptive_muon",
-            "adaptive_muon_moment2_method": moment2_method,
-            "adaptive_muon_beta2": beta2,
-            "adaptive_muon_eps": moment2_eps,
-            "muon_scale_mode": options.get("scale_mode", "spectral"),
-        }
-        refuse(OPTIONS, self._settings)
-        self.beta2, self.moment2_eps = beta2, moment2_eps
-        super().__init__(params, lr, variant=METHODS[moment2_method](beta2, moment2_eps), **options)
-        if moment2_method == NAMO.name and self.config.momentum**2 > beta2:
-            warnings.warn(
-                f"NAMO with momentum {self.config.momentum:g} and beta2 {beta2:g}: where a weight gets no gradients "
-                "for long (an expert without tokens), its second moment fades faster than its momentum, and updates "
-                "grow. Give a beta2 above the momentum's square.",
-                stacklevel=2,
-            )
-
-    def refuse_options(self, options: dict[str, Any]) -> None:
-        """As of :class:`Muon`, beside the second moment."""
-        super().refuse_options(options)
-        refuse(OPTIONS, self._settings | {"muon_scale_mode": options.get("scale_mode", self.config.scale_mode)})
-
-    @property
-    def checkpoint_options(self) -> dict[str, Any]:
-        """As of :class:`Muon`, with the numbers of the second moment."""
-        return {**super().checkpoint_options, "moment2_beta2": self.beta2, "moment2_eps": self.moment2_eps}

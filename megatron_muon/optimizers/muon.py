@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
-from megatron_muon.config import MuonConfig
+from megatron_muon.config import PREFIX, UNREAD, MuonConfig
 from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
@@ -20,13 +20,14 @@ from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, Rate, check_names, check_numbers
 from megatron_muon.optimizers.handled import STEP, Marks, refuse_elsewhere
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
+from megatron_muon.optimizers.registry import variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows
-from megatron_muon.optimizers.sizes import VARIANTS
 from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.optimizers.step import EngineStep, Step
 from megatron_muon.options import MuonOptions, UpdateKnobs
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM
 from megatron_muon.orthogonalize.switches import matmul_precision
+from megatron_muon.refusals import MUON, refuse
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
 
@@ -72,7 +73,8 @@ class Muon(torch.optim.Optimizer):
         momentum: decay of the momentum, 0 <= momentum < 1.
         nesterov: whether to use Nesterov momentum.
         weight_decay: weight decay; decoupled, it is multiplied by ``lr`` alone.
-        variant: what differs from plain Muon: a name of :data:`megatron_muon.optimizers.sizes.VARIANTS`, or an object.
+        variant: what differs from plain Muon: a name of :data:`megatron_muon.optimizers.registry.VARIANTS`, or an
+            object: ``"normuon"``, ``NorMuon(beta2=0.9)``.
         options: all other options; None: their defaults.
         tp_group: tensor-parallel group of dense weights; None if nothing is divided.
         expert_tp_group: that of weights with ``expert_tp = True``.
@@ -110,15 +112,18 @@ class Muon(torch.optim.Optimizer):
         **overrides: Any,
     ) -> None:
         options = _with(options or MuonOptions(), overrides)
+        self.variant = variant_of(variant)
         knobs = {field.name: getattr(options, field.name) for field in fields(UpdateKnobs)}
-        self.config = MuonConfig(momentum=momentum, nesterov=nesterov, variant=_name(variant), **knobs).validate()
+        its = {name: value for name, value in self.variant.settings.items() if name.startswith(PREFIX)}
+        knobs |= {name.removeprefix(PREFIX): value for name, value in its.items()}
+        self.config = MuonConfig(momentum=momentum, nesterov=nesterov, **knobs)
+        self.refuse_options({})
         if options.scale_mode == MOONLIGHT_HIDDEN and options.hidden_size < 1:
             raise ConfigError(
                 f"--muon-scale-mode {MOONLIGHT_HIDDEN} with hidden_size {options.hidden_size}: give the model's hidden "
                 "size, or use --muon-scale-mode moonlight."
             )
         self.hidden_size = options.hidden_size
-        self.variant = VARIANTS.get(variant, Variant)() if isinstance(variant, str) else variant
         self.engines = Engines(self.config, tp_group, expert_tp_group, damped=options.damping_depth > 0.0)
         self.starts = WarmStarts()
         self.first_lrs: list[Rate] = []
@@ -145,7 +150,8 @@ class Muon(torch.optim.Optimizer):
         names = ["nesterov", "coefficient_type", "num_ns_steps"]
         names += ["scale_mode", "extra_scale_factor"] if self.scales else []
         names += ["weight_decay_method"] if self.variant.decays else []
-        return {"newton_schulz_eps": self.config.eps, **{name: getattr(self.config, name) for name in names}}
+        own = {name: getattr(self.config, name) for name in names}
+        return {"newton_schulz_eps": self.config.eps, **own, **self.variant.checkpoint_options}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``; refuses what cannot be orthogonalized, and leaves nothing of it behind.
@@ -175,8 +181,8 @@ class Muon(torch.optim.Optimizer):
 
     def _check_group(self, given: dict[str, Any], group: dict[str, Any]) -> None:
         """Refuse a param group: as it was given, and with the entries that it lacked."""
-        parameters = {name for cls in (type(self), Muon) for name in inspect.signature(cls.__init__).parameters}
-        constructor = parameters | {field.name for field in fields(MuonOptions)}
+        constructors = (type(self), Muon, MuonOptions, type(self.variant))
+        constructor = {name for cls in constructors for name in inspect.signature(cls).parameters}
         check_names(given, self.defaults, constructor)
         check_numbers(group)
         if group["damping_depth"] and not self.defaults["damping_depth"]:
@@ -184,9 +190,9 @@ class Muon(torch.optim.Optimizer):
                 f"damping_depth {group['damping_depth']} in a param group of an optimizer without: give the "
                 "constructor one, too."
             )
-        self.refuse_options(
-            {name: group[name] for name in (*OPTIONAL, "momentum", "scalar_optimizer") if name in group}
-        )
+        own = {name: group[name] for name in (*OPTIONAL, "momentum", "scalar_optimizer") if name in group}
+        if any(value != getattr(self.config, name) for name, value in own.items()):
+            self.refuse_options(own)
         for param in group["params"]:
             layout = layout_of(param)
             if param.dim() != layout.dims:
@@ -204,7 +210,11 @@ class Muon(torch.optim.Optimizer):
         Raises:
             ConfigError: naming option, value and way out.
         """
-        replace(self.config, **options).validate()
+        config = replace(self.config, **options).validate(pairs=False)
+        settings = {**config.as_settings(), **self.variant.settings}
+        del settings[f"{PREFIX}param_rule"]  # said by the layouts of weights
+        refuse((*UNREAD, *MUON), settings)
+        self.variant.check(config)
 
     def _check_direction(self, param: torch.Tensor, layout: MatrixLayout) -> None:
         rule = getattr(param, OVERRIDE_ATTRIBUTE, f"NAME={layout.direction}")
@@ -329,12 +339,6 @@ class Muon(torch.optim.Optimizer):
                 self.variant.init_state(param, state)
                 if self.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:
                     init_rows(param, state, UPDATE_LEFT)
-
-
-def _name(variant: str | Variant) -> str:
-    """What options call a variant; ``none`` for one that they do not know."""
-    name = variant if isinstance(variant, str) else variant.name
-    return name if isinstance(variant, str) or name in VARIANTS else "none"
 
 
 def _with(options: MuonOptions, overrides: dict[str, Any]) -> MuonOptions:

@@ -11,7 +11,7 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.stages import Matrices, Variant, divided, init_rows
 from megatron_muon.routing.blocks import BlockRange
 
-__all__ = ["VARIANTS", "Hyperball", "PolarGrad", "ZeroWeights", "normalized"]
+__all__ = ["Hyperball", "PolarGrad", "ZeroWeights", "normalized"]
 
 RADIUS = "radius"
 """State of Hyperball."""
@@ -74,7 +74,6 @@ class PolarGrad(Variant):
     """
 
     name = "polargrad"
-    adapts = True
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Scaled by the nuclear norm."""
@@ -91,8 +90,6 @@ class Hyperball(Variant):
     """
 
     name = "hyperball"
-    adapts = True
-    retracts = True
     decays = False
 
     def __init__(self) -> None:
@@ -126,7 +123,3 @@ class Hyperball(Variant):
             factor = torch.where((radius > 0) & (norm > 0), radius / norm, torch.ones_like(radius))
             for stored, value in update.pairs(update.param, weight * factor):
                 stored.copy_(value)
-
-
-VARIANTS: dict[str, type[Variant]] = {cls.name: cls for cls in (PolarGrad, Hyperball)}
-"""By name, for ``--muon-variant``."""

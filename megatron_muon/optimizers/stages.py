@@ -18,14 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
+from megatron_muon.choices import VARIANTS
+from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Reduce
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.param_step import ParamStep
 from megatron_muon.routing.blocks import BlockRange
+from megatron_muon.routing.layout import BALLS, MSIGN
 
 __all__ = ["Matrices", "Update", "Variant", "Work", "divided", "is_some", "signs_"]
 
@@ -217,19 +221,62 @@ class Work(Protocol):
 
 
 class Variant:
-    """Plain Muon: nothing before and after the direction. Variants override what they change."""
+    """Plain Muon, and the base of all that differs from it: a variant overrides what it does otherwise.
+
+    Its options are arguments of its constructor, kept as attributes of the same names. An object serves one optimizer.
+    """
 
     name = "muon"
-    """In checkpoints: state of another variant is not taken for its own."""
+    """In the registry, and in checkpoints: state of another variant is not taken for its own."""
 
-    adapts = False
-    """Whether :meth:`adapt` does anything: plain Muon adds directions without a copy."""
+    optimizer = "muon"
+    """The value of Megatron's ``--optimizer`` that builds it."""
+
+    flags: Mapping[str, str] = MappingProxyType({})
+    """Its options, each with the setting that gives it (``muon_sphere_radius``)."""
 
     decays = True
     """Whether weight decay makes sense: on a sphere it would be undone."""
 
-    retracts = False
-    """Whether :meth:`retract` does anything."""
+    scales = True
+    """Whether the scale mode acts on its updates, and keeps state for them."""
+
+    lends = True
+    """Whether other data-parallel ranks may orthogonalize for it: once for each matrix, knowing nothing else."""
+
+    directions: tuple[str, ...] = (MSIGN, *BALLS)
+    """The kinds of updates that it has, see :class:`megatron_muon.routing.layout.MatrixLayout`."""
+
+    watched: tuple[str, ...] = ()
+    """State that notes are kept of: what follows from it is found anew when somebody else has written to it."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether :meth:`adapt` does anything: plain Muon adds directions without a copy."""
+        return type(self).adapt is not Variant.adapt
+
+    @property
+    def retracts(self) -> bool:
+        """Whether :meth:`retract` does anything."""
+        return type(self).retract is not Variant.retract
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the command line would say: what does not go together is looked up by it."""
+        own = {setting: getattr(self, option) for option, setting in self.flags.items()}
+        return {"optimizer": self.optimizer, "muon_variant": self.name if self.name in VARIANTS else "none", **own}
+
+    @property
+    def checkpoint_options(self) -> dict[str, Any]:
+        """What checkpoints tell of its options, so that changes can be told."""
+        return {}
+
+    def check(self, config: MuonConfig) -> None:
+        """Refuse options of the optimizer, or of one of its param groups, that do not go with it.
+
+        Raises:
+            ConfigError: naming option, value and way out.
+        """
 
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
         """Create what the variant keeps of a weight, where it is missing.

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.optimizers.adaptive import AdaptiveMuon
 from megatron_muon.optimizers.muon import Muon
+from megatron_muon.optimizers.registry import variant_asked_for
 from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM
@@ -67,10 +67,9 @@ class StateCounter:
             "hidden_size": 1,
         }
         match self.optimizer:
-            case "adaptive_muon":
-                return AdaptiveMuon([param], moment2_method=self.moment2_method, **common)
             case "spectral_sphere":
                 return SpectralSphere([param], **common)
             case "stiefel_muon":
                 return StiefelMuon([param], **common)
-        return Muon([param], variant=options.variant, **common)
+        asked = {"optimizer": self.optimizer, "adaptive_muon_moment2_method": self.moment2_method}
+        return Muon([param], variant=variant_asked_for(asked, options.as_settings()), **common)

@@ -30,7 +30,6 @@ def _with_our_entries(original: dict[str, Any]) -> dict[str, Any]:
     from megatron.core.optimizer.emerging_optimizers import EmergingOptimizerEntry
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
-    from megatron_muon.optimizers.adaptive import AdaptiveMuon
     from megatron_muon.optimizers.muon import Muon
     from megatron_muon.optimizers.sphere import SpectralSphere
     from megatron_muon.optimizers.stiefel import StiefelMuon
@@ -47,7 +46,7 @@ def _with_our_entries(original: dict[str, Any]) -> dict[str, Any]:
     entries = {name: with_our_predicate(entry) for name, entry in original.items()}
     for name, cls, kwargs in (
         ("muon", Muon, _muon_kwargs),
-        ("adaptive_muon", AdaptiveMuon, _adaptive_kwargs),
+        ("adaptive_muon", Muon, _muon_kwargs),
         ("spectral_sphere", SpectralSphere, _sphere_kwargs),
         ("stiefel_muon", StiefelMuon, _stiefel_kwargs),
     ):
@@ -68,6 +67,19 @@ def _init_state(optimizer: Any, config: Any = None) -> None:
 
 def _muon_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
     """Constructor arguments of :class:`megatron_muon.Muon` from Megatron's ``OptimizerConfig``."""
+    from megatron_muon.optimizers.registry import variant_asked_for
+
+    muon = MuonConfig.from_optimizer_config(config)
+    transfer = transfer_of(muon, model_chunks)
+    # Elementwise, after Newton-Schulz: sqrt(m n) grows with the width (arXiv 2512.05620, table 2).
+    scaled = {"adaptive_muon_eps": config.adaptive_muon_eps / (1.0 if transfer is None else transfer.width)}
+    return {
+        **_common(config, model_chunks, pg_collection),
+        "variant": variant_asked_for(scaled, muon.as_settings(), config),
+    }
+
+
+def _common(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
     muon = MuonConfig.from_optimizer_config(config)
     from megatron.core.utils import get_model_config
 
@@ -77,7 +89,6 @@ def _muon_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collec
         **{field.name: getattr(muon, field.name) for field in dataclasses.fields(UpdateKnobs)},
         "momentum": muon.momentum,
         "nesterov": muon.nesterov,
-        "variant": muon.variant,
         "scalar_betas": tuple(getattr(config, name) for name in scalar),
         "damping_depth": 0.0 if transfer is None else 1.0,
         "hidden_size": get_model_config(model_chunks[0]).hidden_size,
@@ -88,23 +99,11 @@ def _muon_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collec
     }
 
 
-def _adaptive_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
-    """Those of :class:`megatron_muon.optimizers.adaptive.AdaptiveMuon`: Megatron's own flags, too."""
-    transfer = transfer_of(MuonConfig.from_optimizer_config(config), model_chunks)
-    return {
-        **_kwargs_without_variant(config, model_chunks, pg_collection),
-        "moment2_method": config.adaptive_muon_moment2_method,
-        "beta2": config.adaptive_muon_beta2,
-        # Elementwise, after Newton-Schulz: sqrt(m n) grows with the width (arXiv 2512.05620, table 2).
-        "moment2_eps": config.adaptive_muon_eps / (1.0 if transfer is None else transfer.width),
-    }
-
-
 def _sphere_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
     """Those of :class:`megatron_muon.optimizers.sphere.SpectralSphere`."""
     muon = MuonConfig.from_optimizer_config(config)
     return {
-        **_kwargs_without_variant(config, model_chunks, pg_collection),
+        **_common(config, model_chunks, pg_collection),
         "radius": muon.sphere_radius,
         "tolerance": muon.sphere_tolerance,
     }
@@ -114,14 +113,8 @@ def _stiefel_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_col
     """Those of :class:`megatron_muon.optimizers.stiefel.StiefelMuon`."""
     muon = MuonConfig.from_optimizer_config(config)
     return {
-        **_kwargs_without_variant(config, model_chunks, pg_collection),
+        **_common(config, model_chunks, pg_collection),
         "solver": muon.stiefel_solver,
         "iterations": muon.stiefel_iterations,
         "radius": muon.stiefel_radius,
     }
-
-
-def _kwargs_without_variant(config: Any, model_chunks: Any, pg_collection: Any) -> dict[str, Any]:
-    kwargs = _muon_kwargs(config, model_chunks, pg_collection)
-    del kwargs["variant"]  # refused before, beside these
-    return kwargs

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon.config import MuonConfig, flag
+from megatron_muon.config import SECOND_MOMENT_DEFAULTS, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.sphere import evaluations
 from megatron_muon.plugin import options
@@ -17,9 +17,6 @@ from megatron_muon.routing.rules.linear import LORA_FACTOR
 __all__ = ["blockwise", "check_adapters", "describe"]
 
 _SPHERE, _ADAPTIVE = "spectral_sphere", "adaptive_muon"
-
-_ADAPTIVE_FIELDS = ("adaptive_muon_moment2_method", "adaptive_muon_beta2", "adaptive_muon_eps")
-"""Fields of Megatron-Core's ``OptimizerConfig`` that ``adaptive_muon`` alone reads."""
 
 
 def check_adapters(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: Any, muon: MuonConfig) -> None:
@@ -87,7 +84,7 @@ def describe(settings: Any, muon: MuonConfig) -> list[str]:
         + ("no weight decay of what keeps its norm" if keeps else f"weight decay {muon.weight_decay_method}"),
     ]
     if name == _ADAPTIVE:
-        method, beta2, eps = (getattr(settings, field) for field in _ADAPTIVE_FIELDS)
+        method, beta2, eps = (getattr(settings, field) for field in SECOND_MOMENT_DEFAULTS)
         lines.append(f"second moments: {method}, beta2 {beta2:g}, eps {eps:g}")
     if name == _SPHERE:
         number = evaluations(muon.sphere_tolerance)

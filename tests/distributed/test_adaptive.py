@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_muon import Muon
+from megatron_muon.choices import SECOND_MOMENTS
 from megatron_muon.errors import ConfigError
-from megatron_muon.optimizers.adaptive import METHODS, AdaptiveMuon
+from megatron_muon.optimizers.adaptive import AdaMuon, NorMuon
+from megatron_muon.optimizers.registry import VARIANTS
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
@@ -62,17 +65,15 @@ def written_out(method: str, scale_mode: str, nesterov: bool, start: torch.Tenso
     return w
 
 
-def train(param: torch.nn.Parameter, method: str, cut: Any, **options: Any) -> AdaptiveMuon:
-    optimizer = AdaptiveMuon(
+def train(param: torch.nn.Parameter, method: str, cut: Any, **options: Any) -> Muon:
+    optimizer = Muon(
         [param],
+        variant=VARIANTS[method](beta2=BETA2, eps=EPS),
         lr=LR,
         momentum=MOMENTUM,
         weight_decay=0.3,
         extra_scale_factor=0.2,
         fp32_matmul_prec="highest",
-        moment2_method=method,
-        beta2=BETA2,
-        moment2_eps=EPS,
         **options,
     )
     for step in range(STEPS):
@@ -137,12 +138,14 @@ CASES = {
 
 
 # NAMO is refused with a measured norm, which would divide out its number.
-SCALES = {method: ("moonlight",) if method == "namo" else ("moonlight", "update_norm") for method in METHODS}
+SCALES = {method: ("moonlight",) if method == "namo" else ("moonlight", "update_norm") for method in SECOND_MOMENTS}
 
 
 @pytest.mark.parametrize(
     ("rule", "nesterov", "layout"),
-    pairwise([(method, mode) for method in METHODS for mode in SCALES[method]], [False, True], [WHOLE, QKV, HEADS]),
+    pairwise(
+        [(method, mode) for method in SECOND_MOMENTS for mode in SCALES[method]], [False, True], [WHOLE, QKV, HEADS]
+    ),
 )
 def test_one_process(rule: tuple[str, str], nesterov: bool, layout: MatrixLayout) -> None:
     shape, (method, scale_mode) = (32, 12), rule
@@ -158,7 +161,7 @@ EVERY_MODE = ("columns, wide", "rows, split", "more ranks than groups")
 
 def combinations(cases: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Name of the case, method and mode: each case with each method; some in each mode, which meets each method."""
-    methods, several = list(METHODS), [name for name in EVERY_MODE if name in cases]
+    methods, several = list(SECOND_MOMENTS), [name for name in EVERY_MODE if name in cases]
     chosen = [(several[i], methods[j], EXACT[k]) for i, j, k in covering((len(several), len(methods), len(EXACT)))]
     return [*((name, method, "auto") for name in cases if name not in several for method in methods), *chosen]
 
@@ -187,17 +190,17 @@ def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int) -> None:
         assert all(torch.equal(result, other[name, method, mode]) for other in results)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SECOND_MOMENTS)
 def test_zero_gradients_change_nothing(method: str) -> None:
     param = torch.nn.Parameter(weight(8, 6, seed=1))
     before = param.detach().clone()
-    optimizer = AdaptiveMuon([param], lr=LR, weight_decay=0.0, moment2_method=method, scale_mode=SCALES[method][-1])
+    optimizer = Muon([param], variant=method, lr=LR, weight_decay=0.0, scale_mode=SCALES[method][-1])
     param.grad = torch.zeros_like(param)
     optimizer.step()
     assert torch.equal(param, before)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SECOND_MOMENTS)
 def test_stacks_of_experts_are_single_matrices(method: str) -> None:
     start = torch.stack([weight(8, 6, seed=seed) for seed in range(3)])
     stack = torch.nn.Parameter(start.clone())
@@ -236,12 +239,12 @@ def test_rms_of_moonlights_updates(m: int, n: int, rank: int | None) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"moment2_method": "adam"}, "--adaptive-muon-moment2-method adam: choose one of adamuon, adamuon_eo"),
-        ({"beta2": 1.0}, "--adaptive-muon-beta2 1.0: give a number from 0 to below 1"),
-        ({"moment2_eps": 0.0}, "--adaptive-muon-eps 0.0: give a positive number"),
+        ({"variant": "adam"}, "variant 'adam': choose one of none, muon, polargrad, hyperball, adamuon, adamuon_eo"),
+        ({"variant": NorMuon(beta2=1.0)}, "--adaptive-muon-beta2 1.0: give a number from 0 to below 1"),
+        ({"variant": AdaMuon(eps=0.0)}, "--adaptive-muon-eps 0.0: give a positive number"),
         *(
             (
-                {"moment2_method": "namo", "scale_mode": mode},
+                {"variant": "namo", "scale_mode": mode},
                 f"--adaptive-muon-moment2-method namo with --muon-scale-mode {mode}: the mode divides out the number",
             )
             for mode in ("update_norm", "spectral_norm")
@@ -250,5 +253,5 @@ def test_rms_of_moonlights_updates(m: int, n: int, rank: int | None) -> None:
 )
 def test_wrong_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        AdaptiveMuon([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+        Muon([torch.nn.Parameter(torch.zeros(2, 2))], **options)
     assert message in str(error.value)

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import Muon
-from megatron_muon.optimizers.adaptive import AdaptiveMuon
 from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.routing.layout import WHOLE
 from tests.distributed.test_engine import GATED, QKV, TOLERANCE, Given, random
@@ -32,7 +31,7 @@ OPTIONS: dict[str, tuple[type[Muon], dict[str, Any], int]] = {
     "auto": (Muon, {"nesterov": True}, 200),
     "gram": (Muon, {"tp_mode": "gram"}, 16),
     "distributed": (Muon, {"tp_mode": "distributed"}, 16),
-    "namo": (AdaptiveMuon, {"moment2_method": "namo"}, 16),
+    "namo": (Muon, {"variant": "namo"}, 16),
     "sphere": (SpectralSphere, {}, 16),
 }
 """Optimizers, and steps of the quick test."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_muon import Muon
-from megatron_muon.optimizers.adaptive import METHODS, AdaptiveMuon
+from megatron_muon.choices import SECOND_MOMENTS
 from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.optimizers.stiefel_solvers import SOLVERS
@@ -92,7 +92,7 @@ def test_waiting_would_be_seen(read: str) -> None:
 
 
 VARIANTS: dict[str, tuple[type[Muon], str, dict[str, Any]]] = {
-    **{method: (AdaptiveMuon, MSIGN, {"moment2_method": method}) for method in METHODS},
+    **{method: (Muon, MSIGN, {"variant": method}) for method in SECOND_MOMENTS},
     "polargrad": (Muon, MSIGN, {"variant": "polargrad", "scale_mode": "none"}),
     "hyperball": (Muon, MSIGN, {"variant": "hyperball", "scale_mode": "none"}),
     "update_norm": (Muon, MSIGN, {"scale_mode": "update_norm"}),

@@ -302,8 +302,8 @@ def test_flags_that_megatron_has_too_stop_no_run_of_its_optimizers(pool: RankPoo
     _, said = pool.run(parse_and_listen, 1, f"--optimizer {optimizer} --muon-nesterov --muon-num-ns-steps 6", False)[0]
     lines = [line for line in said.splitlines() if line.startswith("megatron_muon: ")]
     assert [line.split(":")[2] for line in lines] == [
-        f" --muon-nesterov with --optimizer {optimizer}, which does not read it",
         f" --muon-num-ns-steps 6 with --optimizer {optimizer}, which does not read it",
+        f" --muon-nesterov with --optimizer {optimizer}, which does not read it",
     ]
 
 

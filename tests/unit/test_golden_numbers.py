@@ -19,7 +19,7 @@ from megatron_muon import Muon, MuonConfig
 from megatron_muon.engine.modes import Machine, Sizes
 from megatron_muon.engine.plan import Weight
 from megatron_muon.engine.planner import Policy, make_plan
-from megatron_muon.optimizers.adaptive import AdaptiveMuon
+from megatron_muon.optimizers.adaptive import NAMO, AdaMuonEO, NorMuon
 from megatron_muon.optimizers.sphere import MULTIPLIER, SpectralSphere
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.newton_schulz import standard_iteration
@@ -277,7 +277,7 @@ def test_normuon_gives_rows_equal_norms(shape: tuple[int, int]) -> None:
     """Where the second moment is that of this step; the norm of the whole stays that of O."""
     options = {"coefficient_type": "quintic", "num_ns_steps": 5, "scale_mode": "none"}
     g = weight(*shape, seed=1) * torch.linspace(0.1, 3, shape[0], dtype=torch.float64)[:, None]
-    found = update(g, AdaptiveMuon, moment2_method="normuon", beta2=0.0, **options)
+    found = update(g, Muon, variant=NorMuon(beta2=0.0), **options)
     rows = found.norm(dim=1)
     torch.testing.assert_close(rows, rows.mean().expand_as(rows), rtol=1e-12, atol=0)
     assert found.norm().item() == pytest.approx(update(g, **options).norm().item(), rel=1e-12)
@@ -286,7 +286,9 @@ def test_normuon_gives_rows_equal_norms(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12)])
 def test_adamuon_has_an_rms_of_a_fifth(shape: tuple[int, int]) -> None:
     param = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-    optimizer = AdaptiveMuon([param], lr=1.0, weight_decay=0.0, scale_mode="moonlight", fp32_matmul_prec="highest")
+    optimizer = Muon(
+        [param], variant="adamuon", lr=1.0, weight_decay=0.0, scale_mode="moonlight", fp32_matmul_prec="highest"
+    )
     for step in range(3):
         before = param.detach().clone()
         param.grad = weight(*shape, seed=step)
@@ -296,7 +298,7 @@ def test_adamuon_has_an_rms_of_a_fifth(shape: tuple[int, int]) -> None:
 
 def test_adamuon_of_emerging_optimizers_divides_by_its_own_size() -> None:
     g, eps = weight(12, 5, seed=1), 1e-3
-    found = update(g, AdaptiveMuon, moment2_method="adamuon_eo", beta2=0.0, moment2_eps=eps, scale_mode="none")
+    found = update(g, Muon, variant=AdaMuonEO(beta2=0.0, eps=eps), scale_mode="none")
     o = update(g, scale_mode="none")
     torch.testing.assert_close(found, o / (o.abs() + eps), rtol=1e-9, atol=0)
 
@@ -305,8 +307,8 @@ def test_namo_is_muon_where_the_gradient_stays() -> None:
     """alpha -> 1: after 300 steps of the same gradient."""
     g = weight(6, 4, seed=1)
     param = torch.nn.Parameter(torch.zeros_like(g))
-    options = {**POLAR, "scale_mode": "none", "moment2_method": "namo", "moment2_eps": 1e-12}
-    optimizer = AdaptiveMuon([param], lr=1.0, weight_decay=0.0, **options)
+    options = {**POLAR, "scale_mode": "none", "variant": NAMO(eps=1e-12)}
+    optimizer = Muon([param], lr=1.0, weight_decay=0.0, **options)
     for _ in range(300):
         before = param.detach().clone()
         param.grad = g

@@ -64,7 +64,8 @@ import pytest
 import torch
 
 from megatron_muon import ConfigError, Muon, MuonConfig, param_groups
-from megatron_muon.optimizers.adaptive import METHODS, AdaptiveMuon
+from megatron_muon.choices import SECOND_MOMENTS
+from megatron_muon.optimizers.registry import VARIANTS
 from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing import _is_nonlinear_or_embedding
@@ -110,22 +111,22 @@ def test_rematerialised_weights_are_refused() -> None:
 
 
 # Second moments of the first step alone leave these methods the size of an orthogonal matrix.
-ONE_STEP = {"beta2": 0.0, "moment2_eps": 1e-30}
+ONE_STEP = {"beta2": 0.0, "eps": 1e-30}
 
 
 @pytest.mark.parametrize("method", ["adamuon", "normuon", "namo"])
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
 def test_scale_is_applied_once(method: str, shape: tuple[int, int]) -> None:
     """An RMS of 1, not of sqrt(12)."""
-    found = update(weight(*shape), AdaptiveMuon, moment2_method=method, scale_mode="spectral", **ONE_STEP)
+    found = update(weight(*shape), Muon, variant=VARIANTS[method](**ONE_STEP), scale_mode="spectral")
     assert found.square().mean().sqrt().item() == pytest.approx(1.0, rel=1e-9)
 
 
 @pytest.mark.parametrize("method", ["adamuon", "normuon", "namo"])
 def test_scale_of_each_block(method: str) -> None:
     """Of q, k and v (16, 8, 8 rows), not of the 32 rows of the fused weight."""
-    options = {"moment2_method": method, "scale_mode": "unit_rms_norm", **ONE_STEP}
-    for part in split(QKV, update(weight(32, 8), AdaptiveMuon, QKV, **options)):
+    options = {"variant": VARIANTS[method](**ONE_STEP), "scale_mode": "unit_rms_norm"}
+    for part in split(QKV, update(weight(32, 8), Muon, QKV, **options)):
         m, n = part.shape
         assert part.norm().item() == pytest.approx(scale_factor("unit_rms_norm", m, n) * min(m, n) ** 0.5, rel=1e-9)
 
@@ -220,13 +221,13 @@ def test_retraction_reaches_fused_weights() -> None:
         assert torch.linalg.matrix_norm(rows, 2).item() == pytest.approx(2.0 * (4 / 6) ** 0.5, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [*METHODS, "polargrad", "hyperball", "update_norm", "spectral_sphere"])
+@pytest.mark.parametrize("name", [*SECOND_MOMENTS, "polargrad", "hyperball", "update_norm", "spectral_sphere"])
 def test_steps_of_variants_do_not_wait_for_the_device(name: str) -> None:
     param = torch.nn.Parameter(weight(16, 6).float())
     param.matrix_layout = QKV
     optimizer: Muon
-    if name in METHODS:
-        optimizer = AdaptiveMuon([param], moment2_method=name)
+    if name in SECOND_MOMENTS:
+        optimizer = Muon([param], variant=name)
     elif name == "spectral_sphere":
         optimizer = SpectralSphere([param], tolerance=1e-3)
     elif name == "update_norm":

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from megatron_muon import Muon
-from megatron_muon.choices import SCALE_MODES
+from megatron_muon.choices import SCALE_MODES, SECOND_MOMENTS
 from megatron_muon.errors import ConfigError
-from megatron_muon.optimizers.adaptive import METHODS, AdaptiveMuon
 from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.routing.layout import BALLS, STIEFEL, MatrixLayout, Section
@@ -28,9 +27,9 @@ Make = Callable[..., Muon]
 
 VARIANTS: dict[str, tuple[Make, MatrixLayout]] = {
     **{mode: (functools.partial(Muon, scale_mode=mode, hidden_size=32), QKV) for mode in SCALE_MODES},
-    **{method: (functools.partial(AdaptiveMuon, moment2_method=method), QKV) for method in METHODS},
+    **{method: (functools.partial(Muon, variant=method), QKV) for method in SECOND_MOMENTS},
     **{
-        f"{method}, {mode}": (functools.partial(AdaptiveMuon, moment2_method=method, scale_mode=mode), QKV)
+        f"{method}, {mode}": (functools.partial(Muon, variant=method, scale_mode=mode), QKV)
         for method in ("adamuon", "adamuon_eo", "normuon")
         for mode in MEASURED
     },
@@ -216,4 +215,4 @@ def test_weights_that_take_turns_do_not_need_new_plans() -> None:
 def test_namo_tells_that_updates_may_grow() -> None:
     param = torch.nn.Parameter(random(1))
     with pytest.warns(UserWarning, match=r"NAMO with momentum 0\.99 and beta2 0\.95"):
-        AdaptiveMuon([param], moment2_method="namo", momentum=0.99)
+        Muon([param], variant="namo", momentum=0.99)

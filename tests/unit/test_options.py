@@ -1,4 +1,4 @@
-"""Options of the optimizer: an object or keywords, one default for each; names that flags take stand in one place."""
+"""Options and variants of the optimizer; names that flags take are listed once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_muon import Muon, MuonConfig, MuonOptions
+from megatron_muon import ConfigError, Muon, MuonConfig, MuonOptions, Variant, choices, register_variant
+from megatron_muon.optimizers.registry import VARIANTS, variant_asked_for
+from megatron_muon.optimizers.stages import Matrices
 
 PACKAGE = Path(__file__).parents[2] / "megatron_muon"
 
@@ -52,6 +54,44 @@ def test_wrong_values_of_an_object_are_refused() -> None:
         made(options=MuonOptions(eps=-1))
     with pytest.raises(ValueError, match="hidden_size 0: give the model's hidden size"):
         made(options=MuonOptions(scale_mode="moonlight_hidden"))
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr("megatron_muon.optimizers.registry.VARIANTS", dict(VARIANTS))
+    monkeypatch.setattr("megatron_muon.choices.VARIANTS", names := list(choices.VARIANTS))
+    monkeypatch.setattr("megatron_muon.knobs.VARIANTS", names)
+    monkeypatch.setattr("megatron_muon.optimizers.stages.VARIANTS", names)
+
+
+def test_variants_of_users_are_known_by_name(registry: None) -> None:
+    with pytest.raises(ConfigError, match=r"variant 'halved': choose one of none, muon, .*, or give an object"):
+        made(variant="halved")
+    with pytest.raises(ConfigError, match="--muon-variant halved: choose one of none, polargrad"):
+        MuonConfig(variant="halved").validate()
+
+    @register_variant
+    class Halved(Variant):
+        name = "halved"
+
+        def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
+            return [update.direction / 2 for update in matrices.updates]
+
+    MuonConfig(variant="halved").validate()
+    asked = variant_asked_for({"optimizer": "muon"}, MuonConfig(variant="halved").as_settings())
+    moved = []
+    for variant in ("none", "halved", Halved(), asked):
+        optimizer = made(variant=variant, lr=1.0, weight_decay=0.0)
+        (param,) = optimizer.param_groups[0]["params"]
+        param.grad = torch.eye(3)
+        optimizer.step()
+        moved.append(torch.eye(3) - param.detach())
+    assert optimizer.checkpoint_rule == "halved"
+    for half in moved[1:]:
+        torch.testing.assert_close(half, moved[0] / 2)
+    with pytest.raises(ConfigError, match="Other: NorMuon has the name"):
+        register_variant(type("Other", (Variant,), {"name": "normuon"}))
 
 
 def texts_in(node: ast.AST) -> list[str]:

@@ -459,11 +459,8 @@ def test_the_documentation_is_current() -> None:
 
 def test_names_are_those_of_what_they_stand_for() -> None:
     """Names stand in ``choices``, which every room may import; what they mean is further up."""
-    from megatron_muon.optimizers.adaptive import METHODS
-    from megatron_muon.optimizers.sizes import VARIANTS
+    from megatron_muon.optimizers.registry import VARIANTS
     from megatron_muon.optimizers.stiefel_solvers import SOLVERS
-    from megatron_muon.routing.layout import BALLS, STIEFEL
 
-    assert ("none", *VARIANTS) == choices.VARIANTS
-    assert (tuple(METHODS), tuple(SOLVERS)) == (choices.SECOND_MOMENTS, choices.STIEFEL_SOLVERS)
-    assert (STIEFEL, *BALLS) == choices.DIRECTIONS
+    assert {*choices.VARIANTS, *choices.SECOND_MOMENTS} <= VARIANTS.keys()
+    assert tuple(SOLVERS) == choices.STIEFEL_SOLVERS

@@ -10,7 +10,6 @@ import torch
 
 from megatron_muon import Muon, MuonConfig
 from megatron_muon.errors import ConfigError
-from megatron_muon.optimizers.adaptive import AdaptiveMuon
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.routing.layout import TABLE as TABLE_KIND
 from megatron_muon.routing.layout import MatrixLayout
@@ -191,9 +190,7 @@ def test_explicit_spectral_norm(m: int, n: int, method: str) -> None:
     """The spectral norm of an update is lr sqrt(m / n), within what a few power iterations know; never far above."""
     param = torch.nn.Parameter(torch.zeros(m, n, dtype=torch.float64))
     options = {"lr": 1.0, "scale_mode": "spectral_norm", "fp32_matmul_prec": "highest", "weight_decay": 0.0}
-    kind: Any = Muon if method == "muon" else AdaptiveMuon
-    extra = {} if method == "muon" else {"moment2_method": method}
-    optimizer = kind([param], momentum=0.9, **options, **extra)
+    optimizer = Muon([param], variant=method, momentum=0.9, **options)
     sizes = []
     for step in range(60):
         before = param.detach().clone()
@@ -223,7 +220,7 @@ def test_explicit_spectral_norm_is_never_blown_up(monkeypatch: pytest.MonkeyPatc
 def test_singular_vectors_are_found_after_steps_of_zeros() -> None:
     """AdaMuon's updates, whose singular values differ; their vectors outlive further zeros."""
     param = torch.nn.Parameter(torch.zeros(48, 32, dtype=torch.float64))
-    optimizer = AdaptiveMuon([param], lr=1.0, scale_mode="spectral_norm", moment2_method="adamuon_eo", **EXACT)
+    optimizer = Muon([param], variant="adamuon_eo", lr=1.0, scale_mode="spectral_norm", **EXACT)
     sizes = []
     for step in range(6):
         before = param.detach().clone()

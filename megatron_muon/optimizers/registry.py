@@ -1,0 +1,70 @@
+"""The variants of Muon by name: this package's, and those that users register."""
+
+from __future__ import annotations
+
+from megatron_muon import choices
+from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.adaptive import NAMO, AdaMuon, AdaMuonEO, NorMuon
+from megatron_muon.optimizers.sizes import Hyperball, PolarGrad
+from megatron_muon.optimizers.stages import Variant
+from megatron_muon.refusals import Settings
+
+__all__ = ["VARIANTS", "register_variant", "variant_asked_for", "variant_of"]
+
+VARIANTS: dict[str, type[Variant]] = {
+    "none": Variant,
+    **{cls.name: cls for cls in (Variant, PolarGrad, Hyperball, AdaMuon, AdaMuonEO, NorMuon, NAMO)},
+}
+"""By the name that ``Muon(params, variant=...)`` takes."""
+
+
+def register_variant[V: type[Variant]](cls: V) -> V:
+    """Make a variant known by its name, to ``Muon(params, variant=...)`` and to ``--muon-variant``; a class decorator.
+
+    Call it before the command line is parsed. A class that is defined again, in a notebook, takes the place of the one
+    before.
+
+    Args:
+        cls: with a ``name`` of its own, which checkpoints have, too; made without arguments where its name is given.
+
+    Raises:
+        ConfigError: if another class has the name.
+    """
+    known = VARIANTS.get(cls.name, cls)
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ConfigError(f"{cls.__name__}: {known.__name__} has the name {cls.name!r}. Give it another.")
+    VARIANTS[cls.name] = cls
+    if cls.name not in choices.VARIANTS:
+        choices.VARIANTS.append(cls.name)
+    return cls
+
+
+def variant_of(variant: str | Variant) -> Variant:
+    """The variant that ``Muon(params, variant=...)`` names or is given.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if isinstance(variant, Variant):
+        return variant
+    if variant not in VARIANTS:
+        raise ConfigError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}, or give an object.")
+    return VARIANTS[variant]()
+
+
+def variant_asked_for(*sources: object) -> Variant:
+    """The variant that flags ask for: the one place that knows what Megatron's optimizers and flags mean.
+
+    Args:
+        sources: see :class:`megatron_muon.refusals.Settings`; what they lack of a variant's options has its default.
+    """
+    settings = Settings(*sources)
+    name = {
+        "muon": settings.get("muon_variant"),
+        "adaptive_muon": settings.get("adaptive_muon_moment2_method"),
+        "spectral_sphere": "spectral_sphere",
+        "stiefel_muon": "stiefel",
+    }[settings.optimizer]
+    cls = VARIANTS[name]
+    given = {option: settings.get(name) for option, name in cls.flags.items()}
+    return cls(**{option: value for option, value in given.items() if value is not None})
