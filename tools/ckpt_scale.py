@@ -36,9 +36,10 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
 from megatron_muon import Muon
 from megatron_muon.agree import Ranks
-from megatron_muon.checkpoint import canonical, weights
+from megatron_muon.checkpoint import saving, weights
 from megatron_muon.checkpoint.held import Held
 from megatron_muon.checkpoint.joining import Recorder
+from megatron_muon.checkpoint.request import Request
 from megatron_muon.checkpoint.sharding import noted, tensors_of
 from megatron_muon.checkpoint.stored import Stored
 
@@ -98,9 +99,9 @@ class Run:
         self.state[name or key] = apply_swiglu_sharded_factory(base, offsets) if gated else base
         self.params[rule].append(param)
 
-    def model(self) -> canonical.Model:
+    def model(self) -> saving.Model:
         """As the optimizer is given it."""
-        return canonical.Model(self.state, dict, {})
+        return saving.Model(self.state, dict, {})
 
 
 def _held(inner: torch.optim.Optimizer) -> Iterator[Held]:
@@ -216,12 +217,12 @@ class Checkpoint:
                 said = silent
             else:
                 run, ranks = Run(sizes, rank), Noted()
-                saved = canonical.saved_state(ranks, run.held, run.model(), Recorder())
+                saved = saving.saved_state(ranks, run.held, run.model(), Recorder())
                 said = ranks.said
                 if data >= sizes.groups:
                     silent = said
                 else:
-                    everything[str(rank)] = [run.state, saved[canonical.WEIGHTS]]
+                    everything[str(rank)] = [run.state, saved[saving.WEIGHTS]]
             part, (_, packed) = map(pickle.loads, said)
             values = (int.from_bytes(packed[at : at + 16], "little") for at in range(0, len(packed), 16))
             sums = dict(zip(part.sums, values, strict=True))
@@ -237,8 +238,8 @@ class Checkpoint:
         """With Megatron-Core, by this process alone, and the first rank's record."""
         from megatron.core import dist_checkpointing
 
-        object_ = record.pop(canonical.OBJECT)
-        del record[canonical.WEIGHTS]
+        object_ = record.pop(saving.OBJECT)
+        del record[saving.WEIGHTS]
         ours = [each for each in tensors_of(noted(self.everything)) if each.replica_id == (0, 0, 0)]
         whole = dict(enumerate(ours))
         dist_checkpointing.save({"optimizer": {**record, "record": object_}, "all": whole}, self.folder)
@@ -257,22 +258,22 @@ def index_read_before(folder: Path) -> Iterator[Callable[[], Any]]:
 
 def save(run: Run, recorder: Recorder, ranks: Ranks) -> dict[str, Any]:
     """As the optimizer's ``sharded_state_dict`` does."""
-    return canonical.saved_state(ranks, run.held, run.model(), recorder)
+    return saving.saved_state(ranks, run.held, run.model(), recorder)
 
 
 def load(run: Run, folder: Path, ranks: Ranks) -> None:
     """As the hook on ``dist_checkpointing.load`` and ``load_state_dict`` do; what is read is there already."""
     described = weights.described(run.state)
-    request = canonical.Request(ranks, run.held, run.model(), False, lambda stored: {}, lambda *rest: "")
+    request = Request(ranks, run.held, run.model(), False, lambda stored: {}, lambda *rest: "")
     stored = Stored.read(str(folder), [ranks])
     assert not stored.misfits(tensors_of(noted(run.state)))
     request.resolve(stored)
     loaded = {
         name: {state: {number: part.data for number, part in parts.items()} for state, parts in states.items()}
-        for name, states in request[canonical.WEIGHTS].items()
+        for name, states in request[saving.WEIGHTS].items()
     }
     content = {path[0]: leaf.data for path, leaf in described.items()}
-    request.fill({canonical.WEIGHTS: loaded})
+    request.fill({saving.WEIGHTS: loaded})
     weights.check(ranks, described, content, stored)
 
 

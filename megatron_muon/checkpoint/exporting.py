@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_muon.checkpoint.errors import CheckpointError, some
-from megatron_muon.checkpoint.keys import ALONE, PREFIX, RECORD_KEY, parse_state
+from megatron_muon.checkpoint.keys import ALONE, PREFIX, RECORD_KEY, parse_state, state_key
 from megatron_muon.checkpoint.reading import COMMON, Index
 from megatron_muon.checkpoint.record import Record, Rule
 from megatron_muon.checkpoint.stored import Stored
@@ -177,7 +177,7 @@ class _Tensors:
         whole = f"{PREFIX}.{state}.{weight.key}"
         if whole in self._stored.shapes:
             return {None: whole}
-        alone = {at: f"{PREFIX}.{state}.{weight.key}{ALONE}{'.'.join(map(str, at))}" for at in weight.rules}
+        alone = {at: state_key(f"{PREFIX}.{state}{ALONE}", weight.key, at) for at in weight.rules}
         return {at: key for at, key in alone.items() if key in self._stored.shapes}
 
     def _state(self, weight: _Weight, *names: str) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "path_of",
     "resolve",
     "sizes_in",
+    "sync",
     "tracked",
     "write_bytes",
     "write_tracker",
@@ -89,13 +90,26 @@ def entries(folder: Path) -> list[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a small file so that it is the old one or the new one at any moment."""
+    """Write a file so that it is the old one or the new one at any moment, and on disk afterwards."""
     if not isinstance(path, Path):
         path.write_bytes(content)  # a store's objects are so
         return
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_bytes(content)
+    scratch = path.with_name(f"{path.name}.new")
+    with scratch.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     scratch.replace(path)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Names of files are on disk when their folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_whole(folder: Path) -> bool:

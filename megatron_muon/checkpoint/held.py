@@ -6,6 +6,7 @@ weights in a layer-wise run). :mod:`megatron_muon.plugin.optimizer_state` finds 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_muon.optimizers.handled import STEP
 
-__all__ = ["Bucket", "Held", "Slices"]
+__all__ = ["Bucket", "Held", "Slices", "mean_squares"]
 
 
 @dataclass(frozen=True)
@@ -105,3 +106,39 @@ class Held:
             if isinstance(value, torch.Tensor) and name != STEP
         }
         return found if self.master is None else {"fp32_param": self.master, **found}
+
+
+_PIECE = 1 << 22
+"""Elements that are squared at once, in float64."""
+
+
+def mean_squares(held: Sequence[Held], tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The mean square of a state, over all slices of a weight.
+
+    One all-reduce of a number for each weight in slices in each group: all ranks of a group must call this with the
+    weights in the same order, and nothing may fail on one of them between their last exchange and this.
+
+    Args:
+        held: the weights of this rank, those of which it has no element among them.
+        tensors: one for each: the state, whole or the slice; None counts nothing.
+
+    Returns:
+        float64 scalars on the weights' devices.
+    """
+    sums = [torch.zeros((), dtype=torch.float64, device=each.param.device) for each in held]
+    for total, tensor in zip(sums, tensors, strict=True):
+        for piece in () if tensor is None else tensor.reshape(-1).split(_PIECE):
+            total += piece.double().square().sum()
+    groups: dict[dist.ProcessGroup, list[int]] = {}
+    for place, each in enumerate(held):
+        if each.slices is not None:
+            groups.setdefault(each.slices.group, []).append(place)
+    for group, places in groups.items():
+        totals = torch.stack([sums[place] for place in places])
+        dist.all_reduce(totals, group=group)
+        for place, total in zip(places, totals, strict=True):
+            sums[place] = total
+    return [
+        total / (each.param if tensor is None or each.slices else tensor).numel()
+        for each, tensor, total in zip(held, tensors, sums, strict=True)
+    ]

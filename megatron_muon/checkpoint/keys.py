@@ -16,6 +16,7 @@ __all__ = [
     "name_of",
     "parse_bucket",
     "parse_state",
+    "state_key",
     "without_chain",
 ]
 
@@ -70,6 +71,20 @@ def name_of(key: str, index: Iterable[int]) -> str:
     """The name of a weight: the model's key, and the layer (expert...) where a tensor of that key holds several."""
     where = ",".join(map(str, index))
     return f"{key}[{where}]" if where else key
+
+
+def state_key(source: str, key: str, index: Iterable[int]) -> str:
+    """The key of a state of the model's tensor ``key``.
+
+    Args:
+        source: what precedes the model's key (``optimizer.state.momentum_buffer``); with :data:`ALONE` at its end, this
+            layer (expert...) has a tensor of its own.
+        key: the model's.
+        index: of the layer.
+    """
+    if not source.endswith(ALONE):
+        return f"{source}.{key}"
+    return f"{source.removesuffix(ALONE)}.{key}{ALONE}{'.'.join(map(str, index))}"
 
 
 def parse_state(key: str) -> StateKey | None:

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
 from megatron_muon.checkpoint.errors import CheckpointError
-from megatron_muon.checkpoint.keys import ALONE, name_of
+from megatron_muon.checkpoint.keys import ALONE, name_of, state_key
 from megatron_muon.checkpoint.shards import Replica, cut, placed, shaped
 from megatron_muon.errors import sizes
 from megatron_muon.routing.blocks import plain
@@ -162,7 +162,7 @@ class Place:
             for block in template.blocks:
                 base = block.base
                 index = base.global_offset[: base.prepend_axis_num]
-                key = _key(source, template.base.key, index, alone) + block.suffix
+                key = state_key(source, template.base.key, index) + block.suffix
                 if span is None:
                     found = [shaped(base, key, _rows(rows, template, block, key), replica)]
                 else:
@@ -291,12 +291,6 @@ def rows_of(tensor: torch.Tensor, template: Template) -> torch.Tensor:
     rest = _numel(template.shape[1:])
     first = template.first // rest
     return tensor[first : first + template.shape[0]] if tensor.shape[0] > 1 else tensor
-
-
-def _key(source: str, key: str, index: tuple[int, ...], alone: bool) -> str:
-    if not alone:
-        return f"{source}.{key}"
-    return f"{source.removesuffix(ALONE)}.{key}{ALONE}{'.'.join(map(str, index))}"
 
 
 def _rows(tensor: torch.Tensor, template: Template, block: Block, key: str) -> torch.Tensor:

@@ -1,19 +1,24 @@
-"""State tensors as shards of global tensors, where they lie."""
+"""State tensors as shards of global tensors, where they lie.
+
+A slice of a flattened weight is a few boxes of it: part of a row, whole rows, part of a row. Each is described, saved
+and read where it lies, so that no rank needs what others have.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_muon.checkpoint.errors import CheckpointError
-from megatron_muon.checkpoint.slices import boxes
 from megatron_muon.errors import sizes
 
-__all__ = ["Replica", "cut", "placed", "shaped"]
+__all__ = ["Replica", "boxes", "cut", "placed", "shaped"]
+
+Sizes = tuple[int, ...]
 
 Replica = tuple[int, int, int]
 """(pipeline, tensor, data) rank among copies."""
@@ -123,3 +128,24 @@ def placed(shard: ShardedTensor, alone: bool) -> ShardedTensor:
         axis_fragmentations=None,
         prepend_axis_num=0,
     )
+
+
+def boxes(start: int, stop: int, shape: Sizes) -> Iterator[tuple[Sizes, Sizes]]:
+    """The elements [start, stop) of a flattened tensor, as (offsets, sizes) of boxes in it, in order."""
+    if start >= stop:
+        return
+    if not shape:
+        yield (), ()
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # whole rows
+    if start % row:
+        number, end = start // row, min(stop, first * row)
+        for offsets, sizes in boxes(start - number * row, end - number * row, shape[1:]):
+            yield (number, *offsets), (1, *sizes)
+        yield from boxes(end, stop, shape)
+        return
+    if first < last:
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    for offsets, sizes in boxes(0, stop - last * row, shape[1:]):
+        yield (last, *offsets), (1, *sizes)

@@ -76,6 +76,13 @@ class Choice:
         return self.stored_as in _SAME.get(self.state, (self.state,))
 
     @property
+    def origin(self) -> str:
+        """Where it comes from, in words."""
+        if self.stored_as is not None:
+            return f"from {self.stored_as}"
+        return "from an estimate" if self.state == ESTIMATED else "begun anew"
+
+    @property
     def is_read(self) -> bool:
         """Whether there is something to read."""
         return bool(self.parts)

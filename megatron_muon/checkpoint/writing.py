@@ -119,12 +119,12 @@ def write(index: Index, plan: Plan, target: Path, text: str, workers: int, optio
         if not folders.is_whole(folder):
             if not (folder / ".metadata").is_file():
                 places = _Files(index, plan, folder).write(workers)
-                _put(folder / ".metadata", _index(index, plan, places))
+                folders.write_bytes(folder / ".metadata", _index(index, plan, places))
             folders.write_tracker(target, text)
             for path in folder.glob("*.lengths"):
                 path.unlink()
-            _put(folder / "metadata.json", (index.folder / "metadata.json").read_bytes())
-            _sync(target)
+            folders.write_bytes(folder / "metadata.json", (index.folder / "metadata.json").read_bytes())
+            folders.sync(target)
         (folder / _NOTES).unlink()
 
 
@@ -142,7 +142,7 @@ def _held(folder: Path, notes: dict[str, Any]) -> Iterator[None]:
     """Begin, or go on with what was begun from the same source in the same way, alone."""
     path = folder / _NOTES
     if not path.is_file():
-        _put(path, json.dumps(notes, indent=1).encode())
+        folders.write_bytes(path, json.dumps(notes, indent=1).encode())
     before = json.loads(path.read_bytes())
     if before != notes:
         names = [name for name in {**before, **notes} if before.get(name) != notes.get(name)]
@@ -157,26 +157,6 @@ def _held(folder: Path, notes: dict[str, Any]) -> Iterator[None]:
         except OSError:
             raise CheckpointError(f"{folder} is being written by another process.") from None
         yield
-
-
-def _put(path: Path, data: bytes) -> None:
-    """Write a file so that it is there with all of its contents, or not at all."""
-    scratch = path.with_name(f"{path.name}.new")
-    with scratch.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Names of files are on disk when their folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _Files:
@@ -262,9 +242,9 @@ class _Files:
                 lengths.append(file.write(self._common.getvalue()))
             file.flush()
             os.fsync(file.fileno())
-        _put(notes, json.dumps(lengths).encode())
+        folders.write_bytes(notes, json.dumps(lengths).encode())
         scratch.replace(path)
-        _sync(self._folder)
+        folders.sync(self._folder)
         return lengths
 
     def _append(self, content: Content, file: IO[bytes]) -> int:

@@ -26,7 +26,8 @@ from megatron_muon.plugin.optimizer_state import held_by, leaves
 from megatron_muon.plugin.way_back import way_back
 
 if TYPE_CHECKING:
-    from megatron_muon.checkpoint.canonical import Model, Request
+    from megatron_muon.checkpoint.request import Request
+    from megatron_muon.checkpoint.saving import Model
 
 __all__ = [
     "ANSWER",
@@ -94,7 +95,7 @@ class _CanonicalState:
             OURS.add(self)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """What is saved, or what is to be read: see :mod:`megatron_muon.checkpoint.canonical`.
+        """What is saved, or what is to be read.
 
         The arguments are those of the optimizer's class: Megatron-Core's have ``metadata`` in different places.
         """
@@ -108,7 +109,7 @@ class _CanonicalState:
             return (
                 self._either(upstream, model_state, metadata) if is_loading and form != "fsdp_dtensor" else upstream()
             )
-        from megatron_muon.checkpoint import canonical  # it imports Megatron-Core, which install() must not
+        from megatron_muon.checkpoint.saving import saved_state  # imports Megatron-Core, which install() must not
 
         ranks = ranks_of(self._pg_collection)
         if is_loading:
@@ -118,7 +119,7 @@ class _CanonicalState:
 
         def save() -> dict[str, Any]:
             held = held_by(self._optimizer, create=True)
-            return canonical.saved_state(ranks, held, self._model(model_state, metadata), self._recorder)
+            return saved_state(ranks, held, self._model(model_state, metadata), self._recorder)
 
         return Saved(ranks, ranks.together(save))
 
@@ -138,16 +139,16 @@ class _CanonicalState:
         return found
 
     def _asked(self, ranks: Ranks, model_state: Any, metadata: dict[str, Any]) -> Request:
-        from megatron_muon.checkpoint import canonical
+        from megatron_muon.checkpoint.request import Request
 
         held = held_by(self._optimizer, create=True)
         groups = groups_or_default(self._pg_collection)
         buckets = functools.partial(buckets_of_adam, self._chunks, groups=groups)
         back = functools.partial(way_back, self._chunks, self._config)
-        return canonical.Request(ranks, held, self._model(model_state, metadata), self._accept, buckets, back)
+        return Request(ranks, held, self._model(model_state, metadata), self._accept, buckets, back)
 
     def _model(self, state: Any, metadata: dict[str, Any]) -> Model:
-        from megatron_muon.checkpoint.canonical import Model
+        from megatron_muon.checkpoint.saving import Model
 
         def again() -> Any:
             try:
@@ -206,7 +207,8 @@ class _CanonicalState:
             if request.ranks.is_first:
                 print(text, flush=True)
             return
-        from megatron_muon.checkpoint.canonical import WEIGHTS, Request
+        from megatron_muon.checkpoint.request import Request
+        from megatron_muon.checkpoint.saving import WEIGHTS
 
         if isinstance(state_dict, Request) or (isinstance(state_dict, dict) and {RECORD, WEIGHTS} & state_dict.keys()):
             raise CheckpointError(
@@ -219,17 +221,16 @@ class _CanonicalState:
 
     def _fill(self, request: Request, state_dict: Any) -> str:
         from megatron_muon.checkpoint import replicas
-        from megatron_muon.checkpoint.changes import describe_changes
 
         own = {id(leaf.optimizer) for leaf, _ in leaves(self._optimizer)}
         if not own.issuperset(id(held.inner) for held in request.held):
             raise CheckpointError("load_state_dict() was given the state that another optimizer has asked for.")
-        record = request.fill(state_dict)
+        request.fill(state_dict)
         if getattr(options.training_arguments(), "use_checkpoint_opt_param_scheduler", False):
             request.take_numbers(_SCHEDULED)
         if request.ranks == ranks_of(self._pg_collection):  # copies of ranks that did not read are their caller's
             replicas.check(request.ranks, self._chunks, request.held, groups_or_default(self._pg_collection))
-        return describe_changes(request, record)
+        return request.describe()
 
     def is_in(self, state: Any) -> bool:
         """Whether a state that is about to be saved has the optimizer's, or the weights of its model."""

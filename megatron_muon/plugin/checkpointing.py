@@ -31,7 +31,7 @@ from megatron_muon.plugin.checkpoint_files import EARLIER, one_index, read_in_pi
 from megatron_muon.plugin.early_gather import settle
 
 if TYPE_CHECKING:
-    from megatron_muon.checkpoint.canonical import Request
+    from megatron_muon.checkpoint.request import Request
 
 __all__ = ["PATCHES", "Together", "answered", "requests_in"]
 
@@ -201,7 +201,7 @@ def requests_in(
         choose: see :meth:`Either.choose`.
         group: ranks that load it, as ``dist_checkpointing.load`` is told; None for all.
     """
-    from megatron_muon.checkpoint.canonical import Request
+    from megatron_muon.checkpoint.request import Request
 
     found = []
     for each in list(dictionaries(state)):

@@ -27,8 +27,9 @@ def _without_canonical(original: Original, module_sd: Any, optimizer: Any) -> An
 
 
 def _is_canonical(state: Any) -> bool:
-    """Whether the state of one of the models is in the form of :mod:`megatron_muon.checkpoint.canonical`."""
-    from megatron_muon.checkpoint.canonical import WEIGHTS, Request  # imports Megatron-Core, which install() must not
+    """Whether the state of one of the models is in the form of :mod:`megatron_muon.checkpoint.saving`."""
+    from megatron_muon.checkpoint.request import Request  # imports Megatron-Core, which install() must not
+    from megatron_muon.checkpoint.saving import WEIGHTS
 
     return isinstance(state, Request) or WEIGHTS in state
 

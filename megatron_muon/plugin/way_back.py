@@ -22,7 +22,7 @@ from megatron_muon.routing.layout import WHOLE
 from megatron_muon.routing.treatment import ADAM, SPLIT, WHOLE_MATRIX, Treatment
 
 if TYPE_CHECKING:
-    from megatron_muon.checkpoint.canonical import Change
+    from megatron_muon.checkpoint.request import Change
 
 __all__ = ["way_back"]
 

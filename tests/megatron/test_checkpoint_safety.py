@@ -23,7 +23,7 @@ from tests.pool import RankPool
 @contextlib.contextmanager
 def wrong_on_rank_1(what: str) -> Iterator[None]:
     """After loading, one element of a weight or of its momentum is another number on rank 1."""
-    from megatron_muon.checkpoint.canonical import Request
+    from megatron_muon.checkpoint.request import Request
 
     original = Request.fill
 

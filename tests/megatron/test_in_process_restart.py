@@ -71,7 +71,7 @@ def in_load(run: Run, folder: str) -> None:
 
 def in_resolution(run: Run, folder: str) -> None:
     """On one rank, while it is decided what to read: all fail."""
-    problem = mock.patch("megatron_muon.checkpoint.canonical.choose", fail)
+    problem = mock.patch("megatron_muon.checkpoint.request.choose", fail)
     with problem if dist.get_rank() == 1 else contextlib.nullcontext():
         harness.load_run(run, folder)
 

@@ -13,7 +13,6 @@ from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
 from megatron_muon.checkpoint import pieces
-from megatron_muon.checkpoint.canonical import Request
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.held import Held
 from megatron_muon.checkpoint.joining import Part, Whole, _packed
@@ -27,8 +26,9 @@ from megatron_muon.checkpoint.keys import (
 )
 from megatron_muon.checkpoint.pieces import StoredTensor, part_of
 from megatron_muon.checkpoint.record import RECORD, WEIGHT, Record, Rule, WeightRecord, layout_text, numbers_of
+from megatron_muon.checkpoint.request import Request
 from megatron_muon.checkpoint.sharding import places_of, tensors_of
-from megatron_muon.checkpoint.slices import boxes
+from megatron_muon.checkpoint.shards import boxes
 from megatron_muon.checkpoint.sources import difference, gradients_to_average
 from megatron_muon.checkpoint.stored import records_in
 from megatron_muon.cpu.optimizers import GroupStepAdamW

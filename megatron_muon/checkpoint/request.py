@@ -1,171 +1,33 @@
-"""Save and load the state of Megatron-Core's optimizers in the space of the model's weights.
+"""Load the state of Megatron-Core's optimizers in the space of the model's weights.
 
-Saving is ``sharded_state_dict`` of an optimizer. Loading takes three steps, as Megatron-Core's interface does: a
-:class:`Request` in place of the optimizer's state, which does not know yet what the checkpoint has;
-:meth:`Request.resolve` with the checkpoint's folder; :meth:`Request.fill` with what was read.
+It takes three steps, as Megatron-Core's interface does: a :class:`Request` in place of the optimizer's state, which
+does not know yet what the checkpoint has; :meth:`Request.resolve` with the checkpoint's folder; :meth:`Request.fill`
+with what was read.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor
 
 from megatron_muon.agree import Ranks
-from megatron_muon.checkpoint import record as records
-from megatron_muon.checkpoint import weights as model_weights
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
-from megatron_muon.checkpoint.held import Bucket, Held
-from megatron_muon.checkpoint.joining import Part, Recorder
-from megatron_muon.checkpoint.keys import ALONE, PREFIX, name_of
-from megatron_muon.checkpoint.record import RECORD, Record, Rule, Sums, WeightRecord, layout_text
-from megatron_muon.checkpoint.sharding import Place, Replica, places_of
-from megatron_muon.checkpoint.slices import mean_squares
+from megatron_muon.checkpoint.held import Bucket, Held, mean_squares
+from megatron_muon.checkpoint.record import Rule, numbers_of
+from megatron_muon.checkpoint.saving import WEIGHTS, Model, or_local, replica_of, rule_of, sums_in
+from megatron_muon.checkpoint.sharding import Place
 from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, gradients_to_average
 from megatron_muon.checkpoint.stored import Stored
-from megatron_muon.checkpoint.weights import Share, compare, sums_of_parts
+from megatron_muon.checkpoint.weights import compare, sums_of_parts
 from megatron_muon.optimizers.handled import STEP
-from megatron_muon.routing.layout import layout_of
 
-__all__ = ["WEIGHTS", "Model", "Request", "saved_state"]
-
-WEIGHTS, OBJECT = "weights", "record"
-"""In an optimizer's sharded state: what is saved of its weights, and its record, which only the first rank has."""
+__all__ = ["Change", "Request"]
 
 Change = tuple[torch.nn.Parameter, Rule | None, Rule]
 """A weight, its rule in the checkpoint (None if it was not trained), its rule now."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What places of weights are found by, see :func:`megatron_muon.checkpoint.sharding.places_of`.
-
-    Attributes:
-        state: its sharded state, with the parameters themselves in it.
-        again: asks for it once more.
-        names: of weights on this rank.
-    """
-
-    state: Any
-    again: Callable[[], Any]
-    names: Mapping[torch.nn.Parameter, str]
-
-    def places(self, held: Sequence[Held]) -> list[Place]:
-        """Of the weights of this rank."""
-        return places_of([each.param for each in held], self.state, self.again, self.names)
-
-
-def saved_state(ranks: Ranks, held: Sequence[Held], model: Model, recorder: Recorder) -> dict[str, Any]:
-    """The state of an optimizer for ``dist_checkpointing.save``.
-
-    Args:
-        ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
-        held: the state of this rank, all of it created.
-        model: whose state it is.
-        recorder: of the optimizer, the same at every save.
-
-    Raises:
-        CheckpointError: for a weight or a state that has no place in the model's tensors.
-    """
-    places = model.places(held)
-    sums = sums_of_parts(each for pair in zip(held, places, strict=True) for each in _shares(*pair))
-    sums |= model_weights.sums_of(model_weights.described(model.state))
-    record = _record(recorder, ranks, held, places, sums)
-    weights: dict[str, Any] = {}
-    for each, place in zip(held, places, strict=True):
-        for state, parts in described(each, place, recorder.alone).items():
-            weights.setdefault(place.name, {})[state] = dict(enumerate(parts))
-    whole = None if record is None else record.to_plain()
-    return {
-        RECORD: records.note([recorder.key]),
-        OBJECT: ShardedObject(recorder.key, whole, (1,), (0,), 0 if ranks.is_first else 1),
-        WEIGHTS: _or_local(weights),
-    }
-
-
-def described(held: Held, place: Place, alone: Collection[tuple[str, str]] = ()) -> dict[str, list[ShardedTensor]]:
-    """What this rank has of each state of a weight, where it lies; those of replica (0, 0, 0) are saved.
-
-    Args:
-        held: the weight.
-        place: of it.
-        alone: (state, key) of states that not all weights of a tensor have.
-    """
-    return {
-        state: place.sharded(
-            f"{PREFIX}.{state}{ALONE if (state, place.key) in alone else ''}", tensor, _replica(held, place), held.span
-        )
-        for state, tensor in held.tensors.items()
-    }
-
-
-def _or_local(weights: dict[str, Any]) -> Any:
-    """Empty containers would be stored, and lost, as plain data."""
-    return weights or LocalNonpersistentObject({})
-
-
-def _replica(held: Held, place: Place) -> Replica:
-    pipeline, shard, data = place.replica
-    return (pipeline, shard, 0 if held.owned or held.slices else data)
-
-
-def _rule(held: Held) -> Rule:
-    layout = layout_text(layout_of(held.param)) if hasattr(held.inner, "checkpoint_rule") else ""
-    return Rule(held.rule, layout, tuple(sorted(held.tensors)))
-
-
-def _record(
-    recorder: Recorder, ranks: Ranks, held: Sequence[Held], places: Sequence[Place], sums: Sums
-) -> Record | None:
-    """On the first rank."""
-    saved = [
-        (each, place)
-        for each, place in zip(held, places, strict=True)
-        if each.key is not None and _replica(each, place) == (0, 0, 0)
-    ]
-    part = Part(tuple(_told(saved)), tuple((sys.intern(name), kind) for name, kind in sums))  # a name is sent once
-    return recorder.join(ranks, part, _step(held), sums.values())
-
-
-def _told(saved: Iterable[tuple[Held, Place]]) -> Iterator[WeightRecord]:
-    """What does not depend on contents; the rules and numbers of weights that have the same are one object."""
-    rules: dict[Rule, Rule] = {}
-    numbers: dict[int, tuple[tuple[str, Any], ...]] = {}
-    for each, place in saved:
-        rule = _rule(each)
-        rule = rules.setdefault(rule, rule)
-        if id(each.group) not in numbers:
-            numbers[id(each.group)] = records.numbers_of(each.numbers)
-        for key, index in place.members.values():
-            yield WeightRecord(sys.intern(key), index, place.siblings, rule, numbers[id(each.group)])
-
-
-def _shares(held: Held, place: Place, one_of_all: bool = False) -> Iterator[Share]:
-    """What of a weight's state is stored under keys of their own, as if all weights of a tensor had it.
-
-    Args:
-        held: the weight.
-        place: of it.
-        one_of_all: by the name of the weight instead, as form 1 of the record has it; experts of a stack by their own.
-    """
-    depth = len(place.index)
-    for state, parts in described(held, place).items():
-        for part in parts:
-            name = name_of(part.key.removeprefix(f"{PREFIX}.{state}."), part.global_offset[:depth])
-            yield (place.name if one_of_all and len(place.members) == 1 else name, state), part, depth
-
-
-def _step(held: Sequence[Held]) -> int:
-    found = [0]
-    for each in held:
-        if each.key is not None:
-            step = each.inner.state[each.key].get(STEP, each.group.get(STEP, 0))
-            found.append(int(step))
-    return max(found)
 
 
 class Request(dict[str, Any]):
@@ -237,7 +99,7 @@ class Request(dict[str, Any]):
                     each,
                     place,
                     state,
-                    _replica(each, place),
+                    replica_of(each, place),
                     stored,
                     buckets.get(each.param),
                     fresh=self._is_new(each, place),
@@ -256,16 +118,13 @@ class Request(dict[str, Any]):
             way_back = self._way_back(self.ranks, stored, list(changes.values()))
             raise_together(self.ranks, changes, f"{stored.folder} was trained with other rules:", way_back)
         self.clear()
-        self[WEIGHTS] = _or_local(weights)
+        self[WEIGHTS] = or_local(weights)
 
-    def fill(self, loaded: dict[str, Any]) -> Record | None:
+    def fill(self, loaded: dict[str, Any]) -> None:
         """Put what was read in its place.
 
         Args:
             loaded: the optimizer's part of what ``dist_checkpointing.load`` returned.
-
-        Returns:
-            what the checkpoint says about itself; None if it is not this package's.
 
         Raises:
             CheckpointError: on all ranks, if a tensor is not what was saved.
@@ -283,7 +142,6 @@ class Request(dict[str, Any]):
         self._check_contents()
         self._estimate()
         self._set_steps(self.stored.step)
-        return self.stored.record
 
     def _estimate(self) -> None:
         """Second moments of weights, or of rows, whose earlier optimizer had none, from their first.
@@ -297,7 +155,7 @@ class Request(dict[str, Any]):
             for number, (each, place, choices) in enumerate(zip(self.held, self.places, self.choices, strict=True)):
                 read = {choice.state for choice in choices if choice.is_read}
                 before = self._rule_before(place)
-                is_whole = before is None or (before.name, before.layout) == (each.rule, _rule(each).layout)
+                is_whole = before is None or (before.name, before.layout) == (each.rule, rule_of(each).layout)
                 if any(choice.state == ESTIMATED for choice in choices) and not (ESTIMATED in read and is_whole):
                     first = next((state for state in ("exp_avg", "momentum_buffer") if state in read), None)
                     if first is None:
@@ -329,12 +187,11 @@ class Request(dict[str, Any]):
         Raises:
             CheckpointError: if they belong to another ``--muon-transfer``.
         """
-        found = []
-        record = None if self.stored is None else self.stored.record
-        for each, place in zip(self.held, self.places, strict=True):
-            rule = None if record is None else record.rule(place.name)
-            if record is not None and rule is not None and rule.name == each.rule:
-                found.append((place.name, each.group, record.numbers[rule.numbers]))
+        found = [
+            (place.name, each.group, numbers)
+            for each, place in zip(self.held, self.places, strict=True)
+            if (numbers := self._numbers_before(each, place))
+        ]
         raise_together(
             self.ranks,
             [name for name, group, numbers in found if _other_transfer(group, numbers)],
@@ -345,6 +202,34 @@ class Request(dict[str, Any]):
         for _, group, numbers in found:
             group.update({name: numbers[name] for name in names if name in numbers and name in group})
 
+    def describe(self) -> str:
+        """What the checkpoint has brought and what the flags change, in words; all ranks must call this."""
+        assert self.stored is not None
+        carried: Counter[str] = Counter()
+        changed: set[str] = set()
+        for each, place, choices in zip(self.held, self.places, self.choices, strict=True):
+            for choice in choices:
+                if choice.stored_as not in (choice.state, "param"):
+                    carried[f"{choice.state} {choice.origin}"] += 1
+            now = dict(numbers_of(each.numbers))
+            for name, value in self._numbers_before(each, place).items():
+                if name in now and now[name] != value:
+                    changed.add(f"{each.rule} {name}: {value} in the checkpoint, {now[name]} now")
+        everywhere = self.ranks.gather(lambda: (carried, changed))
+        shards = sum((counts for counts, _ in everywhere), Counter[str]())
+        lines = [f"megatron_muon: optimizer state of {self.stored.folder}, after {self.stored.step} updates"]
+        lines += [f"  {what} ({number} shards)" for what, number in sorted(shards.items())]
+        lines += [f"  changed by flags: {line}" for line in sorted(set().union(*(lines for _, lines in everywhere)))]
+        return "\n".join(lines)
+
+    def _numbers_before(self, held: Held, place: Place) -> dict[str, Any]:
+        """Of the weight's param group in the checkpoint; empty if it had another rule."""
+        record = None if self.stored is None else self.stored.record
+        rule = None if record is None else record.rule(place.name)
+        if record is None or rule is None or rule.name != held.rule:
+            return {}
+        return record.numbers[rule.numbers]
+
     def _is_new(self, held: Held, place: Place) -> bool:
         """Whether the checkpoint's weight had another rule, so that it may lack what this one's keeps."""
         rule = self._rule_before(place)
@@ -353,7 +238,7 @@ class Request(dict[str, Any]):
     def _is_split(self, held: Held, place: Place) -> bool:
         """Whether the checkpoint's weight was split into other matrices than this one."""
         rule = self._rule_before(place)
-        return rule is not None and rule.layout != _rule(held).layout
+        return rule is not None and rule.layout != rule_of(held).layout
 
     def _rule_before(self, place: Place) -> Rule | None:
         assert self.stored is not None
@@ -363,7 +248,7 @@ class Request(dict[str, Any]):
     def _change(self, held: Held, place: Place, choices: list[Choice]) -> tuple[str, Change] | None:
         """What has changed for a weight, in words; None if nothing that gives its state a meaning."""
         assert self.stored is not None
-        now, record = _rule(held), self.stored.record
+        now, record = rule_of(held), self.stored.record
         if record is not None and not record.converted:
             before = record.rule(place.name)
             line = difference(place.name, before, now)
@@ -382,7 +267,7 @@ class Request(dict[str, Any]):
         shares = []
         for each, place, choices in zip(self.held, self.places, self.choices, strict=True):
             states = {choice.state for choice in choices if choice.stored_as == choice.state and self._is_alike(choice)}
-            shares += [share for share in _shares(each, place, saved.version == 1) if share[0][1] in states]
+            shares += [share for share in sums_in(each, place, saved.version == 1) if share[0][1] in states]
         compare(self.ranks, self.stored.folder, saved, sums_of_parts(shares))
 
     def _is_alike(self, choice: Choice) -> bool:
