@@ -65,12 +65,14 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adap
     restore_attributes(module)
     mark_experts(module)
     claims = claims_on(module, options)
-    shared = _names_of_shared_weights(module)
+    # Rules that decide by name must decide alike about all copies of a table: they get the same gradients, and with
+    # different updates would drift apart.
+    copies = {param for param, is_output in _tied_weights(module) if is_output}
     unknown, matched = [], set()
     for own_name, param in global_names(module):
         if not param.requires_grad:
             continue
-        name = shared.get(param, own_name)
+        name = own_name.removesuffix(_OUTPUT_LAYER) + _EMBEDDING if param in copies else own_name
         treatment = claims.get(param)
         if treatment is None or treatment.choice == UNKNOWN:
             treatment = _unclaimed(param, options, treatment)
@@ -127,22 +129,17 @@ def global_names(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parame
         yield strip_wrappers(_renumber(name, numbers)), param
 
 
-def _names_of_shared_weights(module: torch.nn.Module) -> dict[torch.Tensor, str]:
-    """Output layers that are tied to an embedding -> the name of that embedding in the whole model.
+def _tied_weights(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, bool]]:
+    """Tables that are an output layer, too, and whether it is by that name alone that a weight is known here.
 
-    The last pipeline stage has a copy of the table under the name of the output layer. Rules that decide by name must
-    decide alike about all copies: they get the same gradients, and with different updates would drift apart.
+    The last pipeline stage has a copy of the table under the name of the output layer.
     """
-    tied = {
-        param
-        for model in module.modules()
-        if getattr(model, "share_embeddings_and_output_weights", False)
-        for name, param in model.named_parameters()
-        if strip_wrappers(name) == _OUTPUT_LAYER
-    }
-    return {
-        param: name.removesuffix(_OUTPUT_LAYER) + _EMBEDDING for name, param in global_names(module) if param in tied
-    }
+    for model in module.modules():
+        if getattr(model, "share_embeddings_and_output_weights", False):
+            for name, param in model.named_parameters():
+                own_name = strip_wrappers(name)
+                if own_name == _OUTPUT_LAYER or own_name.endswith("word_embeddings.weight"):
+                    yield param, own_name == _OUTPUT_LAYER
 
 
 def _renumber(name: str, numbers: dict[str, str]) -> str:
@@ -166,7 +163,9 @@ def claims_on(module: torch.nn.Module, options: MuonConfig) -> Claims:
     for param, treatment in output_embeddings(module):
         claims[param] = treatment
     _adapters_follow_their_base(module, claims)
-    _tied_tables_are_layers(module, claims)
+    for param, _ in _tied_weights(module):
+        if param in claims:  # it multiplies features, on every pipeline stage that has a copy of it
+            claims[param] = dataclasses.replace(claims[param], kind="output")
     return claims
 
 
@@ -196,16 +195,6 @@ def _has_rows_of(factor: torch.Tensor, base: torch.Tensor) -> bool:
     if is_divided(factor, 0) and not is_divided(base, 0):
         return base.size(0) % factor.size(0) == 0
     return factor.size(0) == base.size(0)
-
-
-def _tied_tables_are_layers(module: torch.nn.Module, claims: Claims) -> None:
-    """A table that is the output layer, too, multiplies features; on every pipeline stage that has a copy of it."""
-    for model in module.modules():
-        if getattr(model, "share_embeddings_and_output_weights", False):
-            for name, param in model.named_parameters():
-                own_name = strip_wrappers(name)
-                if param in claims and (own_name.endswith("word_embeddings.weight") or own_name == _OUTPUT_LAYER):
-                    claims[param] = dataclasses.replace(claims[param], kind="output")
 
 
 def _unclaimed(param: torch.Tensor, options: MuonConfig, claim: Treatment | None) -> Treatment:

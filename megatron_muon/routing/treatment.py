@@ -53,14 +53,13 @@ Rule = Callable[[Any, MuonConfig], Iterable[Claim]]
 
 def fused(
     kind: str,
+    weight: torch.Tensor,
     choice: str,
     sections: Iterable[Section],
     *,
     rows: int,
-    expected_rows: int,
     source: str,
     heads: Mapping[str, int] | None = None,
-    stacked: bool = False,
     reason: str = "",
     forced: bool = False,
     option: str = "",
@@ -69,20 +68,20 @@ def fused(
 
     Args:
         kind: what the weight is.
+        weight: it (or its shard): a matrix, or a 3-D stack of experts.
         choice: the way in effect.
         sections: of one period, for the split.
-        rows: of the weight (or shard) at hand.
-        expected_rows: that the module's config implies; the splits are offered only if ``rows`` agrees.
-        source: where ``expected_rows`` comes from, for the error message.
+        rows: that the module's config implies; the splits are offered only if the weight has so many.
+        source: where ``rows`` comes from, for the error message.
         heads: section name -> rows of one matrix; a section that is not named stays one matrix.
-        stacked: whether the weight is a 3-D stack of experts.
         reason: why it is the scalar optimizer's, if it is.
         forced: see :class:`Treatment`.
         option: see :class:`Treatment`.
     """
+    stacked = weight.dim() == 3
     variants = {WHOLE_MATRIX: MatrixLayout("whole", stacked=stacked)}
-    if rows != expected_rows:
-        problem = f"has {rows} rows, but {source} implies {expected_rows}"
+    if weight.size(-2) != rows:
+        problem = f"has {weight.size(-2)} rows, but {source} implies {rows}"
         return Treatment(kind, choice, variants, reason, problem, forced, option=option)
     sections = tuple(sections)
     variants[SPLIT] = MatrixLayout(kind, sections, stacked)

@@ -134,7 +134,7 @@ class TestParamRule:
         assert f"--muon-param-rule linear.weight={choice} is asked for, and there is: whole, adam" in message
 
     def test_a_split_that_no_option_has_chosen(self) -> None:
-        treatment = fused("mine", "split", [Section("a", 4)], rows=6, expected_rows=8, source="its table")
+        treatment = fused("mine", torch.empty(6, 2), "split", [Section("a", 4)], rows=8, source="its table")
         with pytest.raises(ConfigError, match=r"its shape is 6 x 8, split \(by the rule of its module\) is asked for"):
             _variant("linear.weight", torch.zeros(6, 8), treatment, "split", None)
 

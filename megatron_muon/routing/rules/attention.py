@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from megatron_muon.config import MuonConfig
 from megatron_muon.routing.layout import MatrixLayout, Section
-from megatron_muon.routing.rules.linear import hidden, weight_of
+from megatron_muon.routing.rules.linear import fused_layer, weight_of
 from megatron_muon.routing.treatment import PER_HEAD, WHOLE_MATRIX, Claim, Treatment, fused
 
 __all__ = ["cross_attention", "multihead_attention", "self_attention"]
@@ -19,53 +21,44 @@ def self_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
     The sizes are those of the module's own config, which heterogeneous layers and vision towers have for themselves.
     With more tensor-parallel ranks than query groups a shard holds a part of a group.
     """
-    layer = getattr(module, "linear_qkv", None)
-    weight = weight_of(layer)
-    if weight is None:
-        yield from hidden(layer)
-        return
+    yield from fused_layer(getattr(module, "linear_qkv", None), lambda weight: _qkv(module, weight, options))
+
+
+def _qkv(module: Any, weight: torch.Tensor, options: MuonConfig) -> Treatment:
     config, head = module.config, module.config.kv_channels
     query_rows = config.num_attention_heads // config.num_query_groups * head
     sections = [Section("q", query_rows), Section("k", head), Section("v", head)]
     if getattr(config, "attention_output_gate", False):
         sections.insert(1, Section("gate", query_rows))
-    period = sum(section.rows for section in sections)
-    treatment = fused(
+    return fused(
         "qkv",
+        weight,
         options.qkv_choice,
         sections,
         option="qkv",
-        rows=weight.size(0),
-        expected_rows=period * config.num_query_groups // module.world_size,
+        rows=sum(section.rows for section in sections) * config.num_query_groups // module.world_size,
         source=f"its config (num_attention_heads {config.num_attention_heads}, num_query_groups "
         f"{config.num_query_groups}, kv_channels {head}, tensor parallel {module.world_size})",
         heads={section.name: head for section in sections},
     )
-    yield weight, treatment
 
 
 def cross_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
     """``linear_kv``: for each head its k rows, then its v rows. ``linear_q``: the heads' rows."""
     config, head = module.config, module.config.kv_channels
-    source = f"its config (num_attention_heads {config.num_attention_heads}, kv_channels {head})"
-    layer = getattr(module, "linear_kv", None)
-    weight = weight_of(layer)
-    if weight is None:
-        yield from hidden(layer)
-    else:
-        yield (
+    yield from fused_layer(
+        getattr(module, "linear_kv", None),
+        lambda weight: fused(
+            "kv",
             weight,
-            fused(
-                "kv",
-                options.qkv_choice,
-                [Section("k", head), Section("v", head)],
-                option="qkv",
-                rows=weight.size(0),
-                expected_rows=2 * head * config.num_attention_heads // module.world_size,
-                source=source,
-                heads={"k": head, "v": head},
-            ),
-        )
+            options.qkv_choice,
+            [Section("k", head), Section("v", head)],
+            option="qkv",
+            rows=2 * head * config.num_attention_heads // module.world_size,
+            source=f"its config (num_attention_heads {config.num_attention_heads}, kv_channels {head})",
+            heads={"k": head, "v": head},
+        ),
+    )
     weight = weight_of(getattr(module, "linear_q", None))
     if weight is not None:
         choice = PER_HEAD if options.qkv_choice == PER_HEAD else WHOLE_MATRIX
@@ -85,23 +78,21 @@ def heads_of(name: str, choice: str, rows: int, head: int) -> Treatment:
 
 def multihead_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
     """``torch.nn.MultiheadAttention``: ``in_proj_weight`` stacks q, k and v; or they are three bare weights."""
-    if module.in_proj_weight is not None:
-        rows = module.embed_dim
-        yield (
-            module.in_proj_weight,
-            fused(
-                "qkv",
-                options.qkv_choice,
-                [Section("q", rows), Section("k", rows), Section("v", rows)],
-                option="qkv",
-                rows=module.in_proj_weight.size(0),
-                expected_rows=3 * rows,
-                source=f"embed_dim {rows}",
-                heads=dict.fromkeys(("q", "k", "v"), module.head_dim),
-            ),
-        )
+    names, weight, rows = ("q", "k", "v"), module.in_proj_weight, module.embed_dim
+    if weight is None:
+        choice = PER_HEAD if options.qkv_choice == PER_HEAD else WHOLE_MATRIX
+        for name in names:
+            weight = getattr(module, f"{name}_proj_weight")
+            yield weight, heads_of(name, choice, weight.size(0), module.head_dim)
         return
-    choice = PER_HEAD if options.qkv_choice == PER_HEAD else WHOLE_MATRIX
-    for name in ("q", "k", "v"):
-        weight = getattr(module, f"{name}_proj_weight")
-        yield weight, heads_of(name, choice, weight.size(0), module.head_dim)
+    treatment = fused(
+        "qkv",
+        weight,
+        options.qkv_choice,
+        [Section(name, rows) for name in names],
+        option="qkv",
+        rows=3 * rows,
+        source=f"embed_dim {rows}",
+        heads=dict.fromkeys(names, module.head_dim),
+    )
+    yield weight, treatment

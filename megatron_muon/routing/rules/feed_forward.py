@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.routing.layout import MatrixLayout, Section
-from megatron_muon.routing.rules.linear import hidden, layer_of, matrices_of
+from megatron_muon.routing.rules.linear import UNKNOWN_PART, layer_of, matrices_in, matrices_of
 from megatron_muon.routing.treatment import WHOLE_MATRIX, Claim, Treatment, fused
 
 __all__ = ["grouped_experts", "hyper_connection", "mlp", "router", "shared_experts"]
@@ -42,23 +42,20 @@ def grouped_experts(module: Any, options: MuonConfig) -> Iterator[Claim]:
 def _gate_and_up(layer: Any, interleave: int | None, options: MuonConfig) -> Iterator[Claim]:
     weights = matrices_of(layer_of(layer))
     if not weights:
-        yield from hidden(layer)
+        yield from ((param, UNKNOWN_PART) for param in matrices_in(layer))
     for weight in weights:
         rows = weight.size(-2)
         half = interleave or rows // 2
-        yield (
+        treatment = fused(
+            "glu",
             weight,
-            fused(
-                "glu",
-                options.glu,
-                [Section("gate", half), Section("up", half)],
-                option="glu",
-                rows=rows,
-                expected_rows=rows - rows % (2 * half) if half else -1,
-                source=f"gate and up in turns of {half} rows" if interleave else "a gate and an up half",
-                stacked=weight.dim() == 3,
-            ),
+            options.glu,
+            [Section("gate", half), Section("up", half)],
+            option="glu",
+            rows=rows - rows % (2 * half) if half else -1,
+            source=f"gate and up in turns of {half} rows" if interleave else "a gate and an up half",
         )
+        yield weight, treatment
 
 
 def router(module: Any, options: MuonConfig) -> Iterator[Claim]:
@@ -69,16 +66,7 @@ def router(module: Any, options: MuonConfig) -> Iterator[Claim]:
 
 def hyper_connection(module: Any, options: MuonConfig) -> Iterator[Claim]:
     """``mapping_proj`` of hyper-connections: n rows to read, n to write, n x n to mix the residual streams."""
-    n = module.n
-    weight = module.mapping_proj.weight
-    yield (
-        weight,
-        fused(
-            "hyper_connection",
-            WHOLE_MATRIX,
-            [Section("pre", n), Section("post", n), Section("res", n * n)],
-            rows=weight.size(0),
-            expected_rows=n * n + 2 * n,
-            source=f"n {n} residual streams",
-        ),
-    )
+    n, weight = module.n, module.mapping_proj.weight
+    sections = [Section("pre", n), Section("post", n), Section("res", n * n)]
+    source = f"n {n} residual streams"
+    yield weight, fused("hyper_connection", weight, WHOLE_MATRIX, sections, rows=n * n + 2 * n, source=source)

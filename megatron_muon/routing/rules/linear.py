@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from megatron_muon.routing.treatment import ADAM, UNKNOWN, WHOLE_MATRIX, Claim, 
 
 __all__ = [
     "LORA_FACTOR",
+    "UNKNOWN_PART",
     "adapted",
     "adapter_name",
     "factors_of",
-    "hidden",
+    "fused_layer",
     "is_adapter",
     "is_linear",
     "layer_of",
@@ -29,6 +30,9 @@ __all__ = [
 
 LORA_FACTOR = "lora_factor"
 """Attribute on the two factors of a low-rank adapter: ``"A"`` (rank x inputs) or ``"B"`` (outputs x rank)."""
+
+UNKNOWN_PART = Treatment("part of a fused layer", UNKNOWN)
+"""Of a matrix in a fused layer whose weight cannot be told."""
 
 # Whose classes named ...Linear keep a weight of (outputs, inputs).
 _KNOWN_PACKAGES = ("torch.", "megatron.core.", "transformer_engine.", "nvidia_kitchen.", "nvfp4_kitchen.")
@@ -73,13 +77,18 @@ def weight_of(layer: Any) -> torch.Tensor | None:
     return weight if isinstance(weight, torch.nn.Parameter) and weight.dim() >= 2 else None
 
 
-def hidden(layer: Any) -> Iterator[Claim]:
-    """Claims the matrices in a fused ``layer`` whose weight cannot be told as unknown, so that the closure names them.
+def fused_layer(layer: Any, treat: Callable[[torch.Tensor], Treatment]) -> Iterator[Claim]:
+    """Claims the weight of a layer, with what ``treat`` makes of it.
 
-    Without it the linear layers in a wrapper would be taken for one matrix each.
+    If the weight cannot be told, the matrices in the layer are claimed as unknown, so that the error names them: the
+    linear layers in a wrapper would else be taken for one matrix each.
     """
+    weight = weight_of(layer)
+    if weight is not None:
+        yield weight, treat(weight)
+        return
     for param in matrices_in(layer):
-        yield param, Treatment("part of a fused layer", UNKNOWN)
+        yield param, UNKNOWN_PART
 
 
 def matrices_in(layer: Any) -> list[torch.nn.Parameter]:

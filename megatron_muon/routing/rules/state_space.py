@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from megatron_muon.config import MuonConfig
 from megatron_muon.routing.layout import ORTHOGONALIZE, SCALAR, Section
-from megatron_muon.routing.rules.linear import hidden, weight_of
+from megatron_muon.routing.rules.linear import fused_layer, weight_of
 from megatron_muon.routing.treatment import ADAM, Claim, Treatment, fused
 
 __all__ = ["gated_delta_net", "partitioned_in_proj"]
@@ -28,28 +30,26 @@ def gated_delta_net(module: Any, options: MuonConfig) -> Iterator[Claim]:
     write_strength = weight_of(getattr(module, "beta_proj", None))
     if write_strength is not None:
         yield write_strength, Treatment("beta_proj", ADAM, reason="write strengths of heads")
-    projection = getattr(module, "in_proj", None)
-    weight = weight_of(projection)
-    if weight is None:
-        yield from hidden(projection)
-        return
+    yield from fused_layer(getattr(module, "in_proj", None), lambda weight: _by_table(module, weight, options))
+
+
+def _by_table(module: Any, weight: torch.Tensor, options: MuonConfig) -> Treatment:
     sections = [
         Section(_GDN_NAMES.get(name, name), rows, ORTHOGONALIZE if name in _GDN_NAMES else SCALAR)
         for name, rows in zip(module.in_proj_split_names, module.in_proj_split_sections, strict=True)
     ]
     heads = {"q": module.key_head_dim, "k": module.key_head_dim, "v": module.value_head_dim, "z": module.value_head_dim}
-    yield weight, _in_proj("gdn_in_proj", "GatedDeltaNet", options.gdn_in_proj, weight.size(0), sections, heads)
+    return _in_proj("gdn_in_proj", "GatedDeltaNet", options.gdn_in_proj, weight, sections, heads)
 
 
 def partitioned_in_proj(module: Any, options: MuonConfig) -> Iterator[Claim]:
     """``in_proj`` whose weight carries ``partition_sizes``: Mamba's mixer, and the gated delta product of later
     versions of Megatron-Core.
     """
-    projection = getattr(module, "in_proj", None)
-    weight = weight_of(projection)
-    if weight is None:
-        yield from hidden(projection)
-        return
+    yield from fused_layer(getattr(module, "in_proj", None), lambda weight: _partitioned(module, weight, options))
+
+
+def _partitioned(module: Any, weight: torch.Tensor, options: MuonConfig) -> Treatment:
     sizes: Sequence[int] = getattr(weight, "partition_sizes", ())
     householder = getattr(module, "num_householder", None)
     if householder is None:
@@ -59,18 +59,13 @@ def partitioned_in_proj(module: Any, options: MuonConfig) -> Iterator[Claim]:
         names = _product_names(householder)
     if len(names) != len(sizes):
         problem = f"has {len(sizes)} partition_sizes, but its kind has the sections {', '.join(names)}"
-        yield (
-            weight,
-            Treatment(
-                kind, choice, reason=_reason(layer), problem=problem, forced=choice != ADAM, option=_option(kind)
-            ),
-        )
-        return
+        forced, option = choice != ADAM, _option(kind)
+        return Treatment(kind, choice, reason=_reason(layer), problem=problem, forced=forced, option=option)
     sections = [
         Section(name, rows, SCALAR if name.rstrip("0123456789") in _GATES else ORTHOGONALIZE)
         for name, rows in zip(names, sizes, strict=True)
     ]
-    yield weight, _in_proj(kind, layer, choice, weight.size(0), sections, None)
+    return _in_proj(kind, layer, choice, weight, sections, None)
 
 
 _MAMBA: tuple[str, ...] = ("z", "x", "B", "C", "dt")
@@ -84,14 +79,14 @@ def _product_names(householder: int) -> tuple[str, ...]:
 
 
 def _in_proj(
-    kind: str, layer: str, choice: str, rows: int, sections: list[Section], heads: dict[str, int] | None
+    kind: str, layer: str, choice: str, weight: torch.Tensor, sections: list[Section], heads: dict[str, int] | None
 ) -> Treatment:
     return fused(
         kind,
+        weight,
         choice,
         sections,
-        rows=rows,
-        expected_rows=sum(section.rows for section in sections),
+        rows=sum(section.rows for section in sections),
         source=f"its table of sections ({', '.join(f'{section.name} {section.rows}' for section in sections)})",
         heads=heads,
         reason=_reason(layer),
