@@ -12,13 +12,9 @@ import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
+from megatron_muon.orthogonalize.kernels.elementwise import Rate
 
-__all__ = ["Options", "Rate", "add_", "check_names", "check_numbers", "options_of"]
-
-Rate = float | torch.Tensor
-"""A learning rate; as a tensor it has one element, and is never read by the host in a step."""
-
-_Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
+__all__ = ["Options", "Rate", "check_names", "check_numbers", "options_of"]
 
 OPTIONAL = ("nesterov", "scale_mode", "extra_scale_factor", "weight_decay_method", "ball_radius")
 """What a group may have of its own; without, the optimizer's holds. All other options that it may have are always in
@@ -163,11 +159,3 @@ def _peak_lr(group: dict[str, Any], first_lr: Rate) -> Rate:
         if isinstance(peak, torch.Tensor) or peak:
             return peak
     raise ConfigError("--muon-weight-decay-method independent_scheduled without --lr: give the peak rate.")
-
-
-def add_(weights: _Tensors, updates: _Tensors, rate: Rate) -> None:
-    """``weights += rate updates``, in place."""
-    if isinstance(rate, torch.Tensor):
-        torch._foreach_add_(weights, torch._foreach_mul(updates, rate))
-    else:
-        torch._foreach_add_(weights, updates, alpha=rate)

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 
 from megatron_muon.engine.callbacks import Part
-from megatron_muon.optimizers.groups import Options, Rate, add_
+from megatron_muon.optimizers.groups import Options
+from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.routing.layout import ORTHOGONALIZE, STIEFEL, MatrixLayout, layout_of
 
 __all__ = ["Addition", "ParamStep", "Weights", "begin", "pack", "rows_of"]
@@ -92,11 +93,9 @@ def pack(
         grads = part.piece.pairs(weight.grad, slot) if weight.options.nesterov != 1.0 else pairs
         views[weight.options.nesterov] += [(*pair, grad) for pair, (grad, _) in zip(pairs, grads, strict=True)]
     for share, found in views.items():
-        if not found:
-            continue
-        sources, targets, mixed_in = zip(*found, strict=True)
+        momenta, targets, mixed_in = zip(*found, strict=True) if found else ((), (), ())
         # The gradient itself stays as it is: Megatron reads its buffer again (logging, gradient norms).
-        torch._foreach_copy_(targets, torch._foreach_lerp(mixed_in, sources, share) if share != 1.0 else sources)
+        elementwise.pack(momenta, mixed_in, targets, None, share)
     transform(slots)
     scales = [_damping_scale(weights, part) for part in parts]
     if any(scale != 1.0 for scale in scales):
@@ -130,39 +129,11 @@ class Addition:
 
     def __call__(self, parts: list[Part], directions: list[torch.Tensor]) -> None:
         """Of the matrices of one chunk."""
-        views: dict[tuple[Options, float], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        views: dict[Options, list[tuple[torch.Tensor, torch.Tensor, float]]] = defaultdict(list)
         for part, direction in zip(parts, directions, strict=True):
             step = self._weights[part.item.weight]
-            views[step.options, self._factor(step, part)] += part.piece.pairs(step.param, direction)
-        for (options, factor), found in views.items():
-            if not found:
-                continue
-            narrow = [pair for pair in found if pair[0].dtype.itemsize < 4]
-            for weight, update in narrow:
-                _add_and_round(weight, update, options, -options.lr * factor)
-            if len(narrow) == len(found):
-                continue
-            rest = [pair for pair in found if pair[0].dtype.itemsize >= 4] if narrow else found
-            weights, updates = zip(*rest, strict=True)
-            if options.kept is not None:
-                torch._foreach_mul_(weights, options.kept)
-            if options.cautious is not None:
-                smaller = [weight * (weight * update > 0) for weight, update in rest]
-                add_(weights, smaller, -options.cautious)
-            add_(weights, updates, -options.lr * factor)
-
-
-def _add_and_round(weight: torch.Tensor, update: torch.Tensor, options: Options, rate: Rate) -> None:
-    """The same for a weight of 16 bits, rounded once: less than half a unit, by itself, would never change it.
-
-    In the memory of the update, if that has more bits: a table is one item, however large it is.
-    """
-    smaller = None if options.cautious is None else weight * (weight * update > 0)
-    total = update.mul_(rate) if update.dtype.itemsize >= 4 else update.float().mul_(rate)
-    if smaller is not None and options.cautious is not None:
-        add_([total], [smaller.float()], -options.cautious)
-    if isinstance(options.kept, torch.Tensor):
-        total.add_(weight.float() * options.kept)
-    else:
-        total.add_(weight, alpha=1.0 if options.kept is None else options.kept)
-    weight.copy_(total)
+            factor = self._factor(step, part)
+            views[step.options] += [(*pair, factor) for pair in part.piece.pairs(step.param, direction)]
+        for options, found in views.items():
+            weights, updates, factors = zip(*found, strict=True) if found else ((), (), ())
+            elementwise.add(weights, updates, factors, options.lr, options.kept, options.cautious)

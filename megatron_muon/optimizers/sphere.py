@@ -22,12 +22,12 @@ import torch
 
 from megatron_muon.config import PREFIX, UNREAD, MuonConfig
 from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
-from megatron_muon.optimizers.groups import add_
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.power import store_rows, store_vector, top_singular
 from megatron_muon.optimizers.sizes import ZeroWeights
 from megatron_muon.optimizers.stages import Update, Variant, init_rows, is_some
 from megatron_muon.optimizers.step import EngineStep
+from megatron_muon.orthogonalize.kernels.elementwise import add_
 from megatron_muon.refusals import refuse
 from megatron_muon.routing.layout import MSIGN
 

@@ -248,7 +248,7 @@ class TritonProducts(KernelProducts):
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why :class:`TritonProducts` cannot be used there, or None."""
     if dtype not in DTYPES:
-        return "multiplies float16, bfloat16 and float32 only"
+        return "takes float16, bfloat16 and float32 only"
     if device.type == "cpu" and not INTERPRETED:
         return "needs a GPU (on a CPU it runs under Triton's interpreter alone: TRITON_INTERPRET=1)"
     if device.type == "cuda" and INTERPRETED:

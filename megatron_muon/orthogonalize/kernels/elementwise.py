@@ -1,0 +1,213 @@
+"""Elementwise passes of a step over the matrices of a chunk: what is done before they are orthogonalized, and after.
+
+By torch's own operations, each of which is a pass over memory; or by one kernel for all of them
+(:mod:`megatron_muon.orthogonalize.kernels.triton_elementwise`), on GPUs where :func:`prepare` has found that it gives
+the same bits, and faster. Since the bits are the same, ranks need not agree on it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from megatron_muon.orthogonalize.kernels.gate import seconds
+
+__all__ = ["Rate", "add", "add_", "pack", "prepare"]
+
+Rate = float | torch.Tensor
+"""A learning rate, or what it comes to; as a tensor it has no dimension, and is never read by the host."""
+
+_Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
+
+_TRIAL = 1 << 26
+"""Elements of the trial by time: those of a chunk."""
+
+_taken: set[tuple[Any, ...]] = set()
+"""The passes that are done by the kernel: device, name of the pass, and types of its tensors."""
+
+
+def pack(momenta: _Tensors, grads: _Tensors, slots: _Tensors, momentum: float | None, nesterov: float) -> None:
+    """Update momentum, and write what is to be orthogonalized into a batch.
+
+    ``M <- lerp(M, G, 1 - momentum)``, then ``slot <- lerp(G, M, nesterov)``, or M itself; both are rounded to the dtype
+    of M, before that of the slot.
+
+    Args:
+        momenta: of some matrices, in any shapes and strides; changed in place.
+        grads: of the same shapes, read only.
+        slots: of the same shapes, in a batch; filled.
+        momentum: its decay; None if momentum has been updated.
+        nesterov: weight of the momentum in its mix with the gradient; 1 if it is taken as it is.
+    """
+    if _is_taken("pack", momenta, grads, slots) and _kernels().pack(momenta, grads, slots, momentum, nesterov):
+        return
+    if not momenta:
+        return
+    grads = [grad.to(own.dtype) for grad, own in zip(grads, momenta, strict=True)]
+    if momentum is not None:
+        torch._foreach_lerp_(momenta, grads, 1.0 - momentum)
+    torch._foreach_copy_(slots, torch._foreach_lerp(grads, momenta, nesterov) if nesterov != 1.0 else momenta)
+
+
+def add(
+    weights: _Tensors,
+    updates: _Tensors,
+    factors: Sequence[float],
+    lr: Rate,
+    kept: Rate | None = None,
+    cautious: Rate | None = None,
+) -> None:
+    """Let weights decay and add their updates: ``W <- kept W - lr factor U``.
+
+    A weight of 16 bits is rounded once: less than half a unit, by itself, would never change it.
+
+    Args:
+        weights: in any shapes and strides; changed in place.
+        updates: of the same shapes; those of weights of 16 bits may be changed.
+        factors: one of each update.
+        lr: learning rate.
+        kept: what is left of weights when they decay; None if they do not.
+        cautious: how much is taken away of the elements that the update makes smaller; None if nothing is.
+    """
+    plain = cautious is None and not isinstance(lr, torch.Tensor) and not isinstance(kept, torch.Tensor)
+    if plain and _is_taken("add", weights, updates) and _kernels().add(weights, updates, factors, lr, kept):
+        return
+    by_factor: dict[float, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+    for weight, update, factor in zip(weights, updates, factors, strict=True):
+        if weight.dtype.itemsize < 4:
+            _add_and_round(weight, update, -lr * factor, kept, cautious)
+        else:
+            by_factor[factor].append((weight, update))
+    for factor, pairs in by_factor.items():
+        wide, theirs = zip(*pairs, strict=True)
+        if kept is not None:
+            torch._foreach_mul_(wide, kept)
+        if cautious is not None:
+            add_(wide, [weight * (weight * update > 0) for weight, update in pairs], -cautious)
+        add_(wide, theirs, -lr * factor)
+
+
+def add_(weights: _Tensors, updates: _Tensors, rate: Rate) -> None:
+    """``weights += rate updates``, in place."""
+    if isinstance(rate, torch.Tensor):
+        torch._foreach_add_(weights, torch._foreach_mul(updates, rate))
+    else:
+        torch._foreach_add_(weights, updates, alpha=rate)
+
+
+def _add_and_round(
+    weight: torch.Tensor, update: torch.Tensor, rate: Rate, kept: Rate | None, cautious: Rate | None
+) -> None:
+    """In the memory of the update, if that has more bits: a table is one weight, however large it is."""
+    smaller = None if cautious is None else weight * (weight * update > 0)
+    total = update.mul_(rate) if update.dtype.itemsize >= 4 else update.float().mul_(rate)
+    if smaller is not None and cautious is not None:
+        add_([total], [smaller.float()], -cautious)
+    if isinstance(kept, torch.Tensor):
+        total.add_(weight.float() * kept)
+    else:
+        total.add_(weight, alpha=1.0 if kept is None else kept)
+    weight.copy_(total)
+
+
+def prepare(
+    device: torch.device,
+    weights: torch.dtype,
+    slots: Iterable[torch.dtype],
+    updates: Iterable[torch.dtype],
+    shape: tuple[int, int, int],
+) -> str:
+    """Compile the kernel for a device and the types of a run, and find out whether it is to be used.
+
+    Waits for the device: for set-up, not for a step.
+
+    Args:
+        device: of everything.
+        weights: dtype of weights, momentum and gradients.
+        slots: dtypes of batches.
+        updates: dtypes of updates.
+        shape: (matrices, rows, columns) of matrices that the run will have, for the trial by time.
+
+    Returns:
+        One line for the report; empty where there is no choice.
+    """
+    try:
+        reason = _kernels().obstacle(device, weights)
+    except ImportError as error:
+        reason = f"is not there ({error})"
+    if reason is not None:
+        return f"elementwise passes by torch: Triton {reason}" if device.type == "cuda" else ""
+    found = [_tried("pack", device, (weights, weights, slot), shape) for slot in dict.fromkeys(slots)]
+    found += [_tried("add", device, (weights, update), shape) for update in dict.fromkeys(updates)]
+    return f"elementwise passes: {'; '.join(found)}"
+
+
+_PASSES: dict[str, tuple[Callable[..., None], tuple[int, ...], list[tuple[Any, ...]]]] = {
+    "pack": (pack, (0, 2), [(momentum, nesterov) for momentum in (0.95, None) for nesterov in (0.95, 1.0)]),
+    "add": (add, (0,), [((0.2, 0.7), 0.02, 0.998), ((0.2, 0.7), 0.02, None)]),
+}
+"""For each pass torch's form, which of its tensors it writes, and numbers to try it with."""
+
+
+def _tried(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int, int]) -> str:
+    """Compare the kernel with torch, by bits and by time, and use it if it is as good and faster; in words."""
+    by_torch, written, numbers = _PASSES[name]
+    by_triton = getattr(_kernels(), name)
+    which = f"{name} {' and '.join(dict.fromkeys(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
+    try:
+        for each in numbers:
+            for own, theirs in zip(_samples(device, dtypes), _samples(device, dtypes), strict=True):
+                by_torch(*theirs, *each)
+                taken = by_triton(*own, *each)
+                if not taken or not all(
+                    torch.equal(*pair) for at in written for pair in zip(own[at], theirs[at], strict=True)
+                ):
+                    return f"{which} by torch (Triton's bits differ)"
+        count = min(shape[0], max(1, _TRIAL // (shape[1] * shape[2])))
+        batch = [list(torch.ones(count, *shape[1:], dtype=dtype, device=device)) for dtype in dtypes]
+        each = ((1.0,) * count, *numbers[0][1:]) if name == "add" else numbers[0]
+        triton_s, torch_s = (seconds(partial(work, *batch, *each), device) for work in (by_triton, by_torch))
+    except Exception as error:
+        return f"{which} by torch (Triton fails: {str(error).strip().partition('\n')[0]})"
+    is_faster = triton_s < torch_s
+    if is_faster:
+        _taken.add((batch[0][0].device, name, dtypes))
+    times = f"Triton {1e3 * triton_s:.3g} ms, torch {1e3 * torch_s:.3g} ms for {count} x {shape[1]} x {shape[2]}"
+    return f"{which} by {'Triton' if is_faster else 'torch'} ({times})"
+
+
+def _samples(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[list[list[torch.Tensor]]]:
+    """Two tensors of each type: aligned; from an odd address on; and with rows that lie apart. The same every time."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        magnitudes = torch.empty(shape).uniform_(-42.0, 3.0, generator=generator)  # the smallest numbers among them
+        return (torch.randn(shape, generator=generator) * 10.0**magnitudes).to(device, dtype)
+
+    cuts: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+        lambda x: x,
+        lambda x: x.view(-1)[1:],
+        lambda x: x[:, 1:, 1:],
+    )
+    for cut in cuts:
+        yield [[cut(random(dtype, shape)) for shape in ((3, 70, 90), (1, 64, 64))] for dtype in dtypes]
+
+
+def _is_taken(name: str, *tensors: _Tensors) -> bool:
+    """Whether a pass over some tensors is the kernel's."""
+    if not _taken or not tensors[0]:
+        return False
+    dtypes = [{tensor.dtype for tensor in some} for some in tensors]
+    return all(len(some) == 1 for some in dtypes) and (
+        (tensors[0][0].device, name, tuple(dtype for some in dtypes for dtype in some)) in _taken
+    )
+
+
+@cache
+def _kernels() -> Any:
+    return import_module("megatron_muon.orthogonalize.kernels.triton_elementwise")
