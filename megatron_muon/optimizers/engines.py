@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections import Counter
+import weakref
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,8 +40,8 @@ DENSE, EXPERT = "tensor-parallel", "expert tensor-parallel"
 DATA, EXPERT_DATA, WIDE = "data-parallel", "expert data-parallel", "tensor x data-parallel"
 """Names of the groups whose ranks may orthogonalize for one another."""
 
-_MOST = 8
-"""So many are kept."""
+_MOST_ENGINES = 8
+"""How many an optimizer keeps: weights with gradients may alternate. The one that was not used for longest goes."""
 
 
 def unequal_gradients(weight: str, having: Sequence[int], lacking: Sequence[int], of: str = "") -> str:
@@ -85,11 +86,30 @@ def together(
         params: in any order.
         directions: in the order of the step.
     """
-    kinds = [(layout_of(param).direction, own_dtype(param.dtype)) for param in params]
-    found: dict[tuple[str, torch.dtype], list[torch.Tensor]] = {}
-    for wanted in sorted(set(kinds), key=lambda kind: (directions.index(kind[0]), str(kind[1]))):
-        found[wanted] = [param for param, kind in zip(params, kinds, strict=True) if kind == wanted]
-    return found
+    found: dict[tuple[str, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+    for param in params:
+        found[layout_of(param).direction, own_dtype(param.dtype)].append(param)
+    return {kind: found[kind] for kind in sorted(found, key=lambda kind: (directions.index(kind[0]), str(kind[1])))}
+
+
+class _Kept:
+    """An engine, and whose it is. Weights are known by object, but not kept alive."""
+
+    def __init__(self, engine: StepEngine, direction: str, params: Sequence[torch.Tensor]) -> None:
+        self.engine, self._direction, self._device = engine, direction, params[0].device
+        self._params = [weakref.ref(param) for param in params]
+
+    def is_for(self, direction: str, params: Sequence[torch.Tensor]) -> bool:
+        """Whether it is the engine for these parameters, in this order, as they are now."""
+        if direction != self._direction or len(params) != len(self._params) or params[0].device != self._device:
+            return False
+        # Shapes and layouts, too: memory may have been replaced, and weights been annotated anew.
+        return all(
+            known() is param
+            and param.shape == weight.shape
+            and ((layout := layout_of(param)) is weight.layout or layout == weight.layout)
+            for known, param, weight in zip(self._params, params, self.engine.plan.weights, strict=True)
+        )
 
 
 class Engines:
@@ -124,7 +144,7 @@ class Engines:
         self._groups = {name: group for name, group in groups.items() if group is not None}
         triples = tuple(map(parse_triple, config.custom_coefficients))
         self._coefficients = coefficients(config.coefficient_type, config.num_ns_steps, triples)
-        self._engines: dict[Any, StepEngine] = {}
+        self._kept: list[_Kept] = []  # the last used is the first
         self.products_note = ""
         self._products: dict[tuple[torch.device, torch.dtype], tuple[TorchProducts, str]] = {}
         self.told, self.due = False, True
@@ -152,7 +172,7 @@ class Engines:
         return functools.partial(Engines, damped=self._damped), (self.config, None, None)
 
     def __iter__(self) -> Iterator[StepEngine]:
-        return iter([*self._engines.values(), *([] if self._shared is None else [self._shared])])
+        return iter([*(kept.engine for kept in self._kept), *([] if self._shared is None else [self._shared])])
 
     def shard(self, param: torch.Tensor) -> Shard | None:
         """The shard that a parameter is, see :func:`megatron_muon.engine.shards.shard_of`."""
@@ -168,16 +188,15 @@ class Engines:
 
     def of(self, params: Sequence[torch.Tensor], direction: str = MSIGN) -> StepEngine:
         """The engine for these parameters, in this order, all of one direction."""
-        # Shapes and device, too: memory is replaced, and an id is used again.
-        key = direction, params[0].device, tuple((id(param), param.shape) for param in params)
-        engine = self._engines.pop(key, None)
-        if engine is None:
+        kept = next((kept for kept in self._kept if kept.is_for(direction, params)), None)
+        if kept is None:
             first, weights = params[0], [self.weight(param) for param in params]
             engine = self._new(weights, {}, self._mode_of(direction), first.device, first.dtype)
-        if len(self._engines) >= _MOST:
-            del self._engines[next(iter(self._engines))]
-        self._engines[key] = engine  # the last: the first is the one that has been left longest
-        return engine
+            kept = _Kept(engine, direction, params)
+        else:
+            self._kept.remove(kept)
+        self._kept = [kept, *self._kept[: _MOST_ENGINES - 1]]
+        return kept.engine
 
     def in_step(
         self, own: Sequence[torch.Tensor], params: Sequence[torch.Tensor], directions: Sequence[str]

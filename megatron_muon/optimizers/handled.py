@@ -45,14 +45,14 @@ def refuse_elsewhere(optimizer: torch.optim.Optimizer, device: torch.device | No
     Raises:
         ConfigError: naming the call that brings it back.
     """
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            wanted = device or param.device
-            if param.device != wanted:
-                raise _elsewhere(optimizer, "master weight", param, wanted)
-            for name, value in optimizer.state.get(param, {}).items():
-                if isinstance(value, torch.Tensor) and name != STEP and value.device != wanted:
-                    raise _elsewhere(optimizer, name, value, wanted)
+    state_of = optimizer.state.get
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        wanted = device or param.device
+        if device is not None and param.device != wanted:
+            raise _elsewhere(optimizer, "master weight", param, wanted)
+        for name, value in (state_of(param) or {}).items():
+            if isinstance(value, torch.Tensor) and value.device != wanted and name != STEP:
+                raise _elsewhere(optimizer, name, value, wanted)
 
 
 def _elsewhere(optimizer: torch.optim.Optimizer, name: str, tensor: torch.Tensor, wanted: torch.device) -> ConfigError:

@@ -14,10 +14,10 @@ from megatron_muon.optimizers.groups import Options
 from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.routing.layout import ORTHOGONALIZE, STIEFEL, MatrixLayout, layout_of
 
-__all__ = ["Addition", "ParamStep", "Weights", "begin", "pack", "rows_of"]
+__all__ = ["Addition", "ParamStep", "Weights", "pack", "rows_of", "update_momentum"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class ParamStep:
     """A parameter in one step.
 
@@ -25,51 +25,75 @@ class ParamStep:
         group: its parameter group.
         options: of the group, in this step.
         param: the weight (this rank's shard).
-        grad: of the weight's shape, in the dtype of its momentum.
+        layout: of the weight.
+        raw_grad: its gradient, in the dtype of its momentum.
         state: of the weight.
+        buffer: the momentum, of the weight's shape.
     """
 
     group: dict[str, Any]
     options: Options
     param: torch.Tensor
-    grad: torch.Tensor
+    layout: MatrixLayout
+    raw_grad: torch.Tensor
     state: dict[str, Any]
+    buffer: torch.Tensor
+
+    @classmethod
+    def of(cls, group: dict[str, Any], options: Options, param: torch.Tensor, state: dict[str, Any]) -> ParamStep:
+        """
+        Args:
+            group: of the parameter.
+            options: of the group, in this step.
+            param: with a gradient.
+            state: of the parameter, with momentum.
+        """
+        buffer, grad = state["momentum_buffer"], cast(torch.Tensor, param.grad)
+        if grad.dtype != buffer.dtype:
+            grad = grad.to(buffer.dtype)
+        return cls(group, options, param, layout_of(param), grad, state, buffer)
 
     @property
-    def buffer(self) -> torch.Tensor:
-        """The momentum, of the weight's shape."""
-        momentum: torch.Tensor = self.state["momentum_buffer"]
-        return momentum
+    def l2(self) -> float:
+        """How much of the weight is added to its gradient."""
+        # Those on a manifold do not decay: the way back to it would undo that.
+        return 0.0 if self.layout.direction == STIEFEL else self.options.l2
+
+    @property
+    def grad(self) -> torch.Tensor:
+        """The gradient, with the decay of method ``l2``: then it is a copy, made anew each time."""
+        if not self.l2:
+            return self.raw_grad
+        # Megatron reads its gradient buffer again, and rows under Adam have their own decay.
+        grad = self.raw_grad.clone()
+        for its, rows in zip(self._rows(grad), self._rows(self.param), strict=True):
+            its.add_(rows, alpha=self.l2)
+        return grad
+
+    def _rows(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return self.layout.rows_by_rule(tensor, ORTHOGONALIZE)
 
 
 Weights = Mapping[int, ParamStep]
 """By the number that the engine has for the weight."""
 
 
-def begin(
-    group: dict[str, Any], options: Options, params: list[torch.Tensor], states: list[dict[str, Any]]
-) -> list[ParamStep]:
-    """P1: gradients and momentum, for one parameter group.
+def update_momentum(weights: Sequence[ParamStep]) -> None:
+    """Let the momentum of matrices take in their gradients.
 
     Args:
-        group: the group.
-        options: of the group, in this step.
-        params: of the group, with gradients.
-        states: of them.
+        weights: of one parameter group.
     """
-    buffers = [state["momentum_buffer"] for state in states]
-    grads = [cast(torch.Tensor, param.grad).to(buffer.dtype) for param, buffer in zip(params, buffers, strict=True)]
-    layouts = [layout_of(param) for param in params]
-    if options.l2:
-        # Those on a manifold do not decay: the way back to it would undo that.
-        which = [index for index, layout in enumerate(layouts) if layout.direction != STIEFEL]
-        # Copies: Megatron reads its gradient buffer again, and rows under Adam have their own decay.
-        grads = [grad.clone() for grad in grads]
-        some = [layouts[index] for index in which]
-        if rows := rows_of([params[index] for index in which], some):
-            torch._foreach_add_(rows_of([grads[index] for index in which], some), rows, alpha=options.l2)
-    torch._foreach_lerp_(rows_of(buffers, layouts), rows_of(grads, layouts), 1.0 - options.momentum)
-    return [ParamStep(group, options, *each) for each in zip(params, grads, states, strict=True)]
+    if not weights:
+        return
+    layouts = [weight.layout for weight in weights]
+    buffers = rows_of([weight.buffer for weight in weights], layouts)
+    rate = 1.0 - weights[0].options.momentum
+    if not weights[0].options.l2:
+        torch._foreach_lerp_(buffers, rows_of([weight.raw_grad for weight in weights], layouts), rate)
+        return
+    for weight in weights:  # one copy of a gradient at a time
+        torch._foreach_lerp_(rows_of([weight.buffer], [weight.layout]), rows_of([weight.grad], [weight.layout]), rate)
 
 
 def pack(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ class Precision:
     wire: torch.dtype
 
 
+@functools.cache
 def own_dtype(weights: torch.dtype) -> torch.dtype:
     """In which matrices of weights of a dtype are packed."""
     return torch.promote_types(weights, torch.float32)

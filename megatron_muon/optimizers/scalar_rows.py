@@ -58,17 +58,17 @@ def restart_emptied(touched: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
             torch._foreach_zero_(layout.rows_by_rule(state["momentum_buffer"], SCALAR))
 
 
-def step_scalar_rows(group: dict[str, Any], weights: list[ParamStep]) -> None:
+def step_scalar_rows(weights: list[ParamStep]) -> None:
     """One step of the scalar optimizer on the rows that layouts give to it.
 
     Args:
-        group: as of :func:`_update_rows`.
-        weights: of the group; those without such rows are left alone.
+        weights: of one param group; those without such rows are left alone.
     """
-    mixed = [weight for weight in weights if layout_of(weight.param).has_scalar_rows]
+    mixed = [weight for weight in weights if weight.layout.has_scalar_rows]
     if not mixed:
         return
-    layouts = [layout_of(weight.param) for weight in mixed]
+    group = mixed[0].group
+    layouts = [weight.layout for weight in mixed]
     seconds = [weight.state[SECOND_MOMENT] for weight in mixed] if group["scalar_optimizer"] == "adam" else []
     counted = [weight.state[STEP] for weight in mixed] if seconds else [0] * len(mixed)
     params = [layout.rows_by_rule(weight.param, SCALAR) for weight, layout in zip(mixed, layouts, strict=True)]
@@ -77,7 +77,7 @@ def step_scalar_rows(group: dict[str, Any], weights: list[ParamStep]) -> None:
         mixed[0].options.lr,
         [step for step, views in zip(counted, params, strict=True) for _ in views],
         [view for views in params for view in views],
-        rows_of([weight.grad for weight in mixed], layouts, SCALAR),
+        rows_of([weight.raw_grad for weight in mixed], layouts, SCALAR),
         rows_of([weight.buffer for weight in mixed], layouts, SCALAR),
         rows_of(seconds, layouts[: len(seconds)], SCALAR),
     )

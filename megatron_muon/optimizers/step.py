@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,9 +14,9 @@ from megatron_muon.engine.shards import Shard
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.engines import Engines
-from megatron_muon.optimizers.groups import Options, Rate, options_of
+from megatron_muon.optimizers.groups import Rate, options_of
 from megatron_muon.optimizers.handled import STEP, Marks
-from megatron_muon.optimizers.param_step import Addition, ParamStep, begin, pack
+from megatron_muon.optimizers.param_step import Addition, ParamStep, pack, update_momentum
 from megatron_muon.optimizers.power import WarmStarts, spectrally_normalized
 from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.scalar_rows import restart_emptied, step_scalar_rows
@@ -60,13 +60,12 @@ class Step:
 
     Attributes:
         params: of the optimizer, all, in the order of its groups.
-        weights: those with a gradient, once their momentum has been updated.
     """
 
     def __init__(self, optimizer: Stepped) -> None:
         self.optimizer = optimizer
         self.params = [param for group in optimizer.param_groups for param in group["params"]]
-        self.weights: list[ParamStep] = []
+        self._groups: list[list[ParamStep]] = []
         self._pending = dict.fromkeys(self.params)
         self._untold: list[torch.Tensor] | None = None
 
@@ -76,12 +75,14 @@ class Step:
         optimizer.engines.agree(optimizer.param_groups, optimizer.directions)
         having = [param for param in self.params if param.grad is not None]
         self._engines = optimizer.engines.in_step(self.params, having, optimizer.directions)
-        groups = zip(optimizer.param_groups, optimizer.first_lrs, strict=True)
-        self._ready = [
-            (group, options_of(group, optimizer.config, optimizer.variant.decays, first_lr))
-            for group, first_lr in groups
-            if self._is_ready(group)
-        ]
+        for group, first_lr in zip(optimizer.param_groups, optimizer.first_lrs, strict=True):
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                options = options_of(group, optimizer.config, optimizer.variant.decays, first_lr)
+                optimizer._init_group(group)
+                weights = [ParamStep.of(group, options, param, optimizer.state[param]) for param in params]
+                self._notice(weights)
+                self._groups.append(weights)
         try:
             optimizer._change(self)
         except Exception as error:
@@ -93,19 +94,24 @@ class Step:
 
     def change(self) -> None:
         """All of a step that changes weights and state."""
-        self.weights = [weight for group, options in self._ready for weight in self._begin_group(group, options)]
-        for group, _ in self._ready:
-            step_scalar_rows(group, [weight for weight in self.weights if weight.group is group])
+        alike: dict[tuple[str, torch.dtype], list[ParamStep]] = defaultdict(list)
+        for weights in self._groups:
+            weights[0].group[STEP] += 1
+            for weight in weights:
+                if STEP in weight.state:
+                    weight.state[STEP] += 1
+                alike[weight.layout.direction, own_dtype(weight.param.dtype)].append(weight)
+            update_momentum(weights)
+            step_scalar_rows(weights)
         self._untold = [] if self.optimizer.sends else None
         self.tell([param for param in self._pending if param.grad is None])
         # All matrices of one direction together, in the same order on all ranks.
         for (direction, dtype), engine in self._engines.items():
-            alike = (weight for weight in self.weights if layout_of(weight.param).direction == direction)
-            some = [weight for weight in alike if own_dtype(weight.param.dtype) == dtype]
-            self.optimizer._update(EngineStep(self, engine, direction, some))
+            self.optimizer._update(EngineStep(self, engine, direction, alike[direction, dtype]))
         self.tell_untold()
         self.tell(list(self._pending))
-        self.optimizer.marks.leave(tensor for weight in self.weights for tensor in self._watched_in(weight.state))
+        watched = (weight.state for weights in self._groups for weight in weights)
+        self.optimizer.marks.leave(tensor for state in watched for tensor in self._watched_in(state))
 
     def tell(self, params: list[torch.Tensor]) -> None:
         """Tell that weights are as the step leaves them; later, if others wait for messages first."""
@@ -122,33 +128,18 @@ class Step:
         untold, self._untold = self._untold or [], None
         self.tell(untold)
 
-    def _is_ready(self, group: dict[str, Any]) -> bool:
-        """Whether a group takes part; has its state ready."""
-        self.optimizer._init_group(group)
-        params = [param for param in group["params"] if param.grad is not None]
-        self._notice(params, [self.optimizer.state[param] for param in params])
-        return bool(params)
-
-    def _begin_group(self, group: dict[str, Any], options: Options) -> list[ParamStep]:
-        """Everything elementwise that precedes the iteration."""
-        params = [param for param in group["params"] if param.grad is not None]
-        states = [self.optimizer.state[param] for param in params]
-        group[STEP] += 1
-        for state in states:
-            if STEP in state:
-                state[STEP] += 1
-        return begin(group, options, params, states)
-
     def _watched_in(self, state: dict[str, Any]) -> list[torch.Tensor]:
+        if len(state) == 1:  # momentum alone
+            return []
         return [state[name] for name in self.optimizer.watched if name in state]
 
-    def _notice(self, params: list[torch.Tensor], states: list[dict[str, Any]]) -> None:
+    def _notice(self, weights: list[ParamStep]) -> None:
         """Find out what somebody else has made of the state since the last step."""
-        pairs, marks = zip(params, states, strict=True), self.optimizer.marks
-        touched = [(param, state) for param, state in pairs if marks.are_touched(self._watched_in(state))]
-        for param, _ in touched:
-            self.optimizer.starts.forget(param)
-        restart_emptied([(param, state) for param, state in touched if STEP in state])
+        marks = self.optimizer.marks
+        touched = [weight for weight in weights if marks.are_touched(self._watched_in(weight.state))]
+        for weight in touched:
+            self.optimizer.starts.forget(weight.param)
+        restart_emptied([(weight.param, weight.state) for weight in touched if STEP in weight.state])
 
 
 class EngineStep:

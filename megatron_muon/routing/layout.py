@@ -125,7 +125,7 @@ class MatrixLayout:
         """Rows of one period (1 for a whole matrix, which any number of rows fits)."""
         return sum(section.rows for section in self.sections) or 1
 
-    @property
+    @functools.cached_property
     def has_scalar_rows(self) -> bool:
         """Whether some rows follow the scalar optimizer's rule."""
         return any(section.rule == SCALAR for section in self.sections)
