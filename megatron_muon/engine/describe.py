@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from megatron_muon.engine.modes import LENT, LOCAL, SPLIT
-from megatron_muon.engine.plan import Plan
-from megatron_muon.engine.tasks import TASKS
+from megatron_muon.engine.modes import DISTRIBUTED, GRAM, LENT, LOCAL, SPLIT
+from megatron_muon.engine.plan import Kind, Plan
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["describe"]
+__all__ = ["describe", "iteration_of"]
 
 
 _WAYS = {LOCAL: "whole on this rank", LENT: "lent by others ({})", SPLIT: "split with others ({})"}
@@ -37,7 +36,7 @@ def describe(plan: Plan, orthogonalizer: Orthogonalizer, ranks: Mapping[str, int
                 batch.count,
                 _WAYS.get(chunk.mode, f"{chunk.mode} ({{}})").format(chunk.group),
             )
-            method = TASKS[chunk.mode].method(orthogonalizer, kind)
+            method = iteration_of(chunk.mode, orthogonalizer, kind)
             if chunk.mode in (LENT, SPLIT):
                 place = ranks[chunk.group]
                 lent += count if kind.parts[place] else 0
@@ -52,6 +51,15 @@ def describe(plan: Plan, orthogonalizer: Orthogonalizer, ranks: Mapping[str, int
         f"step of this rank: {sum(ways.values())} matrices of {len(shapes)} shapes in {number}; {_listed(ways)}{gone}",
         f"iteration: {_listed(methods)}",
     ]
+
+
+def iteration_of(mode: str, orthogonalizer: Orthogonalizer, kind: Kind) -> str:
+    """The iteration by which a mode orthogonalizes matrices of a kind."""
+    if mode == SPLIT:
+        return f"split Newton-Schulz, {orthogonalizer.named(None).dtype}"
+    if mode == DISTRIBUTED:  # standard for all shapes, as GRAM has its own
+        return str(orthogonalizer.named(None))
+    return str(orthogonalizer.named(orthogonalizer.restarts) if mode == GRAM else orthogonalizer.method(kind.p, kind.q))
 
 
 def _listed(counts: Counter[str]) -> str:

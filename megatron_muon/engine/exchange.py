@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from megatron_muon.engine.packing import Shapes, numel
+
 __all__ = ["Counters", "Exchange", "Members", "Pending"]
 
 
@@ -40,20 +42,23 @@ class Pending:
     """A buffer that a collective is filling.
 
     Attributes:
-        buffer: to be read after :meth:`wait`.
+        buffer: given away by :meth:`wait`, which is to be called once.
         work: the collective under way.
         sent: what it reads, kept until it is done.
     """
 
-    buffer: torch.Tensor
+    buffer: torch.Tensor | None
     work: dist.Work | None
-    sent: torch.Tensor = field(repr=False)
+    sent: torch.Tensor | None = field(repr=False)
 
     def wait(self) -> torch.Tensor:
         """The filled buffer. On CUDA the current stream waits, not the host."""
         if self.work is not None:
             self.work.wait()
-        return self.buffer
+        assert self.buffer is not None, "read before"
+        buffer = self.buffer
+        self.buffer = self.work = self.sent = None
+        return buffer
 
 
 class Exchange:
@@ -68,27 +73,23 @@ class Exchange:
         self.group, self.counters = group, counters
         self.rank, self.size = group.rank(), group.size()
 
-    def all_to_all(self, send: torch.Tensor, to: Sequence[int], by: Sequence[int]) -> Pending:
+    def all_to_all(self, send: torch.Tensor, to: Sequence[Shapes], by: Sequence[Shapes]) -> Pending:
         """Send consecutive parts of a buffer to the ranks.
 
         Args:
             send: 1-D, contiguous.
-            to: elements for each rank.
-            by: elements from each rank.
+            to: shapes of the tensors in it for each rank.
+            by: shapes of the tensors from each rank.
 
         Returns:
-            1-D, what the ranks sent, in rank order.
+            1-D, what the ranks sent, in rank order: see :func:`megatron_muon.engine.packing.cut`.
         """
-        received = send.new_empty(sum(by))
         size = send.element_size()
-        self.count((send.numel() - to[self.rank]) * size)
+        given, taken = ([size * sum(map(numel, shapes)) for shapes in each] for each in (to, by))
+        received = send.new_empty(sum(taken) // size)
+        self.count(send.numel() * size - given[self.rank])
         work = dist.all_to_all_single(
-            received.view(torch.uint8),
-            send.view(torch.uint8),
-            [count * size for count in by],
-            [count * size for count in to],
-            group=self.group,
-            async_op=True,
+            received.view(torch.uint8), send.view(torch.uint8), taken, given, group=self.group, async_op=True
         )
         return Pending(received, work, send)
 
@@ -101,11 +102,14 @@ class Exchange:
         )
         return Pending(received, work, send)
 
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor) -> Pending:
         """The sum over the ranks, in place."""
         self.count(2 * (self.size - 1) * tensor.numel() * tensor.element_size() / self.size)
-        dist.all_reduce(tensor, group=self.group)
-        return tensor
+        return Pending(tensor, dist.all_reduce(tensor, group=self.group, async_op=True), None)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, in place, at once."""
+        return self.all_reduce(tensor).wait()
 
     def count(self, sent: float) -> None:
         """Of one collective more."""

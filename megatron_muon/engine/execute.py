@@ -1,97 +1,93 @@
-"""Carries out a plan, chunk after chunk: pack, exchange, orthogonalize, unpack.
+"""Carries out a plan, several chunks at a time, so that messages of some are under way while others are computed.
 
-The exchange of the next chunk, and the return of the last one, are under way while a chunk is computed: as asynchronous
-collectives, which NCCL runs on a stream of its own. What other data-parallel ranks orthogonalize for this one is
-awaited last: they may be at it for as long as this rank is at its own.
+Messages are asynchronous collectives, which NCCL runs on a stream of its own. Those of one group run one after the
+other, in the order in which a rank asks for them, which must be the same on all its ranks. So chunks take turns with
+those of their group alone: in an order that does not depend on what other groups a rank belongs to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
-import torch
+from megatron_muon.engine.divided import distributed, gram
+from megatron_muon.engine.lent import lent, split
+from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LENT, LOCAL, OWNER, SPLIT
+from megatron_muon.engine.run import Pause, RankChunk, Run, Work
+from megatron_muon.engine.whole import duplicated, local, owner
 
-from megatron_muon.engine.callbacks import Flops, Read, Solve, Write
-from megatron_muon.engine.exchange import Counters, Exchange
-from megatron_muon.engine.plan import Plan
-from megatron_muon.engine.tasks import TASKS, Run, Task, Wire
-from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+__all__ = ["execute"]
 
-__all__ = ["execute", "visit"]
+_WORK: dict[str, Callable[[Run, RankChunk], Work]] = {
+    LOCAL: local,
+    OWNER: owner,
+    GRAM: gram,
+    LENT: lent,
+    SPLIT: split,
+    DUPLICATED: duplicated,
+    DISTRIBUTED: distributed,
+}
 
-
-def execute(
-    plan: Plan,
-    orthogonalizer: Orthogonalizer,
-    exchanges: Mapping[str, Exchange],
-    wire: Wire,
-    local_dtype: torch.dtype,
-    counters: Counters,
-    read: Read | Sequence[Read],
-    write: Write,
-    solve: Solve | None = None,
-    solve_flops: Flops | None = None,
-) -> None:
-    """Orthogonalize everything in a plan, or do with it what ``solve`` does.
-
-    Args:
-        plan: the same on all ranks of each group.
-        orthogonalizer: the iteration.
-        exchanges: collectives of each group, by its name.
-        wire: dtypes of what is sent.
-        local_dtype: in which matrices that are not sent are packed.
-        counters: to be increased.
-        read: called for each chunk before it is exchanged; with ``solve``, one for each tensor that it wants.
-        write: called for each chunk when it is done.
-        solve: what to compute of whole matrices; only for plans in which each has an owner.
-        solve_flops: what that takes, for the counters.
-    """
-    reads = (read,) if callable(read) else tuple(read)
-    run = Run(plan, orthogonalizer, wire, local_dtype, counters, reads, write, exchanges, solve, solve_flops)
-    tasks = (TASKS[chunk.mode](run, chunk) for chunk in plan.chunks)
-    late: list[Task] = []
-    previous: Task | None = None
-    task = next(tasks, None)
-    if task is not None:
-        task.start()
-    while task is not None:
-        following = next(tasks, None)
-        if following is not None:
-            following.start()
-        task.compute()
-        if previous is not None:
-            previous.finish()
-        if task.is_late:
-            late.append(task)
-        previous, task = None if task.is_late else task, following
-    if previous is not None:
-        previous.finish()
-    for task in late:
-        task.finish()
+_COMPUTING = 2
+"""How many chunks of a group are between their first message and their result: while one multiplies, a message of the
+other is under way. Another one's result may be on its way back: three chunks of a group are in memory at a time."""
 
 
-def visit(
-    plan: Plan,
-    orthogonalizer: Orthogonalizer,
-    exchanges: Mapping[str, Exchange],
-    wire: Wire,
-    local_dtype: torch.dtype,
-    counters: Counters,
-    look: Write,
-) -> None:
-    """Show all matrices of a plan, chunk after chunk, without orthogonalizing anything.
+def execute(run: Run, chunks: Sequence[RankChunk]) -> None:
+    """Orthogonalize all matrices of some chunks, or do with them what the run's ``solve`` does.
 
     Args:
-        plan: as of :func:`execute`.
-        orthogonalizer: as of :func:`execute`.
-        exchanges: as of :func:`execute`.
-        wire: as of :func:`execute`.
-        local_dtype: of the batches that ``look`` is given. They have shape, dtype and device of those that
-            :func:`execute` hands out, but take no memory: they are views of one element, without meaning.
-        counters: to be increased by what ``look`` sends.
-        look: called for each chunk, on all ranks of its group.
+        run: what it takes.
+        chunks: in the order of the plan. Those of one group are the same on all its ranks; so is the order of chunks
+            of several groups on ranks that share them.
     """
-    run = Run(plan, orthogonalizer, wire, local_dtype, counters, (), look, exchanges)
-    for chunk in plan.chunks:
-        task = TASKS[chunk.mode](run, chunk)
-        task.unpack(task.blanks(local_dtype))
+    late: list[Work] = []
+    groups = [mine.chunk.group for mine in chunks]
+    turns = {group: _turns(run, [mine for mine in chunks if mine.chunk.group == group], late) for group in groups}
+    begun: set[str] = set()
+    for index, group in enumerate(groups):
+        for each in groups[index : index + 2]:  # the first message of the next group, too
+            if each not in begun:
+                begun.add(each)
+                next(turns[each])
+        next(turns[group])
+        if index and groups[index - 1] not in groups[index:]:
+            next(turns[groups[index - 1]], None)  # what came back of its last chunk
+    if groups:
+        next(turns[groups[-1]], None)
+    for work in late:
+        next(work, None)
+
+
+def _turns(run: Run, chunks: Sequence[RankChunk], late: list[Work]) -> Iterator[None]:
+    """The work on the chunks of one group.
+
+    Yields when the first has begun, and when each is computed; what then is left is to write results of the last one.
+    Those that are late are added to ``late``.
+    """
+    waiting = (_WORK[mine.chunk.mode](run, mine) for mine in chunks)
+    computing: deque[Work] = deque()
+    returning: list[Work] = []
+
+    def begin(most: int) -> None:
+        while len(computing) < most and (work := next(waiting, None)) is not None:
+            next(work)
+            computing.append(work)
+
+    begin(1)
+    yield
+    while computing:
+        begin(_COMPUTING)
+        work = computing.popleft()
+        pause = next(work, None)
+        while returning:
+            next(returning.pop(0), None)
+        if pause is Pause.EXCHANGE:
+            computing.append(work)
+            continue
+        if pause is Pause.COMPUTED:
+            pause = next(work)
+            (late if pause is Pause.LATE else returning).append(work)
+        yield
+    for work in returning:
+        next(work, None)

@@ -24,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_muon.choices import TP_MODES
+from megatron_muon.engine.packing import triangle_numel
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 __all__ = ["AUTO", "BLOCKWISE", "DISTRIBUTED", "DUPLICATED", "GRAM", "LENT", "LOCAL", "MODES", "OWNER", "SPLIT", "Cost"]
@@ -143,9 +144,9 @@ def cost_of(mode: str, matrices: Divided, orthogonalizer: Orthogonalizer, sizes:
     if mode == DISTRIBUTED:
         whole, part = (p, q // ranks) if matrices.by_columns else (q, p // ranks)
         steps = len(orthogonalizer.coefficients)
-        reduced = 2 * others / ranks * count * (steps * whole * whole * 4 + _NORM)
+        reduced = 2 * others / ranks * count * (steps * triangle_numel(whole) * 4 + _NORM)
         return Cost(count * orthogonalizer.standard_flops(whole, part), reduced, steps + 1)
-    triangle, runs = p * (p + 1) // 2 * sizes.gram, orthogonalizer.segment_count
+    triangle, runs = triangle_numel(p) * sizes.gram, orthogonalizer.segment_count
     sent = 2 * others / ranks * count * _NORM + runs * (count / ranks + most) * others * triangle
     flops = runs * count * orthogonalizer.rectangular_flops(p, q // ranks) + most * orthogonalizer.polynomial_flops(p)
     return Cost(flops, sent, 1 + 2 * runs)

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 
-__all__ = ["even_part", "flat", "from_triangle", "joined", "lower_triangle", "numel", "padded"]
+__all__ = [
+    "Shapes",
+    "cut",
+    "even_part",
+    "flat",
+    "from_triangle",
+    "interleaved",
+    "joined",
+    "lower_triangle",
+    "numel",
+    "padded",
+]
+
+Shapes = Sequence[tuple[int, ...]]
+"""Of tensors that lie one after the other."""
 
 
 def numel(shape: tuple[int, ...]) -> int:
@@ -20,14 +36,31 @@ def even_part(total: int, parts: int, number: int) -> int:
     return total // parts + (number < total % parts)
 
 
-def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """All elements, one tensor after the other; a view where there is but one, contiguous tensor."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
 
 
-def joined(pieces: list[torch.Tensor]) -> torch.Tensor:
+def interleaved(pieces: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """All elements: of the first piece of each list, then of the second of each, and so on."""
+    return flat([piece for some in zip(*pieces, strict=True) for piece in some])
+
+
+def cut(buffer: torch.Tensor, shapes: Iterable[Shapes]) -> list[list[torch.Tensor]]:
+    """Views of a buffer with one tensor after the other, in lists as their shapes are."""
+    found, offset = [], 0
+    for some in shapes:
+        views = []
+        for shape in some:
+            views.append(buffer[offset : offset + numel(shape)].view(shape))
+            offset += numel(shape)
+        found.append(views)
+    return found
+
+
+def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """(matrices, ...) of all pieces, some of which may have no matrices; no copy where only one has."""
-    filled = [piece for piece in pieces if piece.size(0)] or pieces[:1]
+    filled = [piece for piece in pieces if piece.size(0)] or list(pieces[:1])
     return torch.cat(filled) if len(filled) > 1 else filled[0]
 
 
@@ -37,16 +70,41 @@ def padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def lower_triangle(symmetric: torch.Tensor) -> torch.Tensor:
-    """(batch, p (p + 1) / 2): the rows of the lower triangles."""
-    i, j = torch.tril_indices(symmetric.size(-1), symmetric.size(-1), device=symmetric.device)
-    return symmetric[:, i, j]
+    """(batch, p (p + 1) / 2): each element of symmetric matrices (batch, p, p) once.
+
+    The lower triangle of the left half of the columns leaves room for one triangle of the rest: a few copies of blocks,
+    no indices, which would take more memory than the matrices. Source: the rectangular full packed format of LAPACK.
+    """
+    batch, p = symmetric.shape[:2]
+    packed = symmetric.new_empty(batch, triangle_numel(p))
+    left, corner = _halves(packed, p)
+    left.copy_(symmetric[:, :, : left.size(-1)])
+    corner.tril_(-1).add_(symmetric[:, left.size(-1) :, left.size(-1) :].triu())
+    return packed
 
 
 def from_triangle(triangle: torch.Tensor, p: int) -> torch.Tensor:
     """(batch, p, p): the inverse of :func:`lower_triangle`."""
-    rows = torch.arange(p, dtype=torch.int32, device=triangle.device)
-    # The place of (i, j) in the triangle: i (i + 1) / 2 + j, or the same with i and j exchanged, which is greater.
-    places = (rows * (rows + 1) // 2).unsqueeze(-1) + rows
-    # Read by index, not written: in the deterministic mode of torch writes sort all indices.
-    places = torch.maximum(places, places.mT).view(-1)
-    return triangle.index_select(1, places).view(-1, p, p)
+    left, corner = _halves(triangle, p)
+    h = left.size(-1)
+    whole = triangle.new_empty(triangle.size(0), p, p)
+    whole[:, h:, :h] = left[:, h:]
+    whole[:, :h, h:] = left[:, h:].mT
+    whole[:, :h, :h] = left[:, :h].tril().add_(left[:, :h].tril(-1).mT)
+    whole[:, h:, h:] = corner.triu().add_(corner.triu(1).mT)
+    return whole
+
+
+def triangle_numel(p: int) -> int:
+    """Elements of :func:`lower_triangle` of one matrix."""
+    return p * (p + 1) // 2
+
+
+def _halves(packed: torch.Tensor, p: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of a packed triangle: the left half of the columns, which counts up to the diagonal, and the rest's square.
+
+    Of that the upper triangle counts, with the diagonal: the two do not overlap.
+    """
+    odd = p % 2
+    rectangle = packed.view(-1, p + 1 - odd, (p + 1) // 2)
+    return rectangle[:, 1 - odd :], rectangle[:, : p // 2, odd:]

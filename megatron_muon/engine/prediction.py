@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LENT, LOCAL, OWNER, SPLIT, Cost, Sizes
-from megatron_muon.engine.packing import even_part
+from megatron_muon.engine.packing import even_part, triangle_numel
 from megatron_muon.engine.plan import Batch, Chunk, Plan
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
@@ -95,17 +95,13 @@ class _Rank:
         return self._local(batches) + Cost(0, (ranks - 1) * longest * self.sizes.wire, 1)
 
     def _distributed(self, batches: tuple[Batch, ...]) -> Cost:
-        """For each batch the norm, and a Gram matrix a step."""
-        steps = len(self.orthogonalizer.coefficients)
-        total = Cost()
-        for batch in batches:
-            p, columns = batch.kind.part(self.number)
-            ranks = len(batch.kind.parts)
-            total += Cost(batch.count * self.orthogonalizer.standard_flops(p, columns))
-            total += _reduced(ranks, batch.count * self.norm_bytes)
-            for _ in range(steps):
-                total += _reduced(ranks, batch.count * p * p * self.gram_bytes)
-        return total
+        """The norms, and in each step the Gram matrices."""
+        ranks, steps = len(batches[0].kind.parts), len(self.orthogonalizer.coefficients)
+        parts = [(batch.count, *batch.kind.part(self.number)) for batch in batches]
+        flops = sum(count * self.orthogonalizer.standard_flops(p, columns) for count, p, columns in parts)
+        norms = _reduced(ranks, sum(count for count, _, _ in parts) * self.norm_bytes)
+        grams = _reduced(ranks, sum(count * triangle_numel(p) for count, p, _ in parts) * self.gram_bytes)
+        return Cost(flops) + sum([grams] * steps, norms)
 
     def _owner(self, batches: tuple[Batch, ...]) -> Cost:
         """All-to-all there and back; this rank keeps its own shards of what it owns."""
@@ -143,15 +139,14 @@ class _Rank:
         """The norms; in each segment triangles of Gram matrices to the owners, and an all-gather of polynomials."""
         orthogonalizer, ranks = self.orthogonalizer, len(batches[0].kind.parts)
         segments = orthogonalizer.segment_count
-        total = Cost()
+        total = _reduced(ranks, sum(batch.count for batch in batches) * self.norm_bytes)
         owned = [0] * ranks  # elements in the triangles of each rank
         for batch in batches:
             p, columns = batch.kind.part(self.number)
-            total += _reduced(ranks, batch.count * self.norm_bytes)
             total += Cost(segments * batch.count * orthogonalizer.rectangular_flops(p, columns))
             total += Cost(batch.counts[self.number] * orthogonalizer.polynomial_flops(p))
             for rank, count in enumerate(batch.counts):
-                owned[rank] += count * (p * (p + 1) // 2)
+                owned[rank] += count * triangle_numel(p)
         there = sum(owned) - owned[self.number]
         sent = there + (ranks - 1) * max(owned)
         return total + Cost(0, segments * sent * self.sizes.gram, 2 * segments)

@@ -12,11 +12,11 @@ from megatron_muon.engine.callbacks import Flops, Read, Solve, Write
 from megatron_muon.engine.choose import choose_plan
 from megatron_muon.engine.describe import describe
 from megatron_muon.engine.exchange import Counters, Exchange
-from megatron_muon.engine.execute import execute, visit
+from megatron_muon.engine.execute import execute
 from megatron_muon.engine.modes import GRAM, LENT, LOCAL, OWNER, SPLIT, Machine, Sizes
 from megatron_muon.engine.plan import Plan, Weight
 from megatron_muon.engine.planner import Policy
-from megatron_muon.engine.tasks import Wire
+from megatron_muon.engine.run import RankChunk, Run, Wire
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
@@ -91,6 +91,11 @@ class StepEngine:
         if peers:  # whether matrices are lent is compared too, and what is lent may be divided
             named = sorted({*named, *peers, *(weight.group for weight in weights if weight.group)})
         self._exchanges = {name: Exchange(groups[name], self.counters) for name in named}
+        ranks = {"": 0} | {name: each.rank for name, each in self._exchanges.items()}
+        # By the chunk, of which portions of the plan have some.
+        self._mine = {
+            id(chunk): RankChunk.of(self.plan.weights, chunk, ranks[chunk.group]) for chunk in self.plan.chunks
+        }
         self._digests: dict[str, bytes] = {}
 
     @property
@@ -121,9 +126,7 @@ class StepEngine:
             write: takes the result, see :data:`megatron_muon.engine.callbacks.Write`.
             portion: one of :meth:`Plan.portions`, if not everything.
         """
-        plan = portion or self.plan
-        execute(plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, read, write)
-        self.counters.steps += 1
+        self._execute(self.wire, (read,), write, portion)
 
     def solve(self, reads: Sequence[Read], solve: Solve, write: Write, flops: Flops) -> None:
         """Compute something else of whole matrices, once: each at its owner, from several tensors.
@@ -143,19 +146,7 @@ class StepEngine:
         if others:
             raise ValueError(f"whole matrices are wanted; in mode {others[0]} nobody owns them")
         wire = dataclasses.replace(self.wire, dtype=self.local_dtype, back=self.local_dtype)
-        execute(
-            self.plan,
-            self.orthogonalizer,
-            self._exchanges,
-            wire,
-            self.local_dtype,
-            self.counters,
-            reads,
-            write,
-            solve,
-            flops,
-        )
-        self.counters.steps += 1
+        self._execute(wire, tuple(reads), write, None, solve, flops)
 
     def visit(self, look: Write, portion: Plan | None = None) -> None:
         """Show all matrices, without orthogonalizing anything.
@@ -165,5 +156,33 @@ class StepEngine:
                 and cannot be written to), and the sum over the ranks of a part.
             portion: one of :meth:`Plan.portions`, if not everything.
         """
-        plan = portion or self.plan
-        visit(plan, self.orthogonalizer, self._exchanges, self.wire, self.local_dtype, self.counters, look)
+        run = self._run(self.wire, (), look)
+        for mine in self._chunks(portion):
+            run.unpack(mine, run.blanks(mine, self.local_dtype))
+
+    def _execute(
+        self,
+        wire: Wire,
+        reads: tuple[Read, ...],
+        write: Write,
+        portion: Plan | None,
+        solve: Solve | None = None,
+        flops: Flops | None = None,
+    ) -> None:
+        execute(self._run(wire, reads, write, solve, flops), self._chunks(portion))
+        self.counters.steps += 1
+
+    def _chunks(self, portion: Plan | None) -> list[RankChunk]:
+        return [self._mine[id(chunk)] for chunk in (portion or self.plan).chunks]
+
+    def _run(
+        self,
+        wire: Wire,
+        reads: tuple[Read, ...],
+        write: Write,
+        solve: Solve | None = None,
+        flops: Flops | None = None,
+    ) -> Run:
+        return Run(
+            self.orthogonalizer, self._exchanges, wire, self.local_dtype, self.counters, reads, write, solve, flops
+        )

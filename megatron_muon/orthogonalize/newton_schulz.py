@@ -10,7 +10,8 @@ from megatron_muon.orthogonalize.coefficients import Coefficients
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.switches import without_autocast
 
-__all__ = ["EPS", "Reduce", "newton_schulz", "normalized", "split_iteration", "standard_iteration", "turned"]
+__all__ = ["EPS", "Reduce", "newton_schulz", "normalized", "split_iteration", "square_sums", "standard_iteration"]
+__all__ += ["turned"]
 
 EPS = 1e-15
 """Default of the lower bound of norms. Updates do not depend on the gradient's scale, and global clipping may bring
@@ -61,7 +62,9 @@ def newton_schulz(
         raise ValueError("shard_dim and reduce belong together")
     # The Gram matrix of the shorter side is the smallest; a shard contracts along the dimension it is cut in.
     tall = x.size(-2) > x.size(-1) if shard_dim is None else shard_dim in (-2, x.dim() - 2)
-    batch = turned(normalized(x.reshape(-1, *x.shape[-2:]), dtype or x.dtype, eps, reduce=reduce), tall)
+    batch = x.reshape(-1, *x.shape[-2:])
+    squares = None if reduce is None else reduce(square_sums(batch))
+    batch = turned(normalized(batch, dtype or x.dtype, eps, squares=squares), tall)
     return turned(standard_iteration(batch, coefficients, products, reduce), tall).view(x.shape).to(x.dtype)
 
 
@@ -70,13 +73,18 @@ def turned(x: torch.Tensor, tall: bool) -> torch.Tensor:
     return x.mT if tall else x
 
 
+def square_sums(x: torch.Tensor) -> torch.Tensor:
+    """(batch, 1, 1), float64: the squares of the norms. In float32, those of norm 2e19 and more would be infinite."""
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64).square_()
+
+
 def normalized(
     x: torch.Tensor,
     dtype: torch.dtype,
     eps: float,
     *,
     scale: float = 1.0,
-    reduce: Reduce | None = None,
+    squares: torch.Tensor | None = None,
     damped: bool = False,
 ) -> torch.Tensor:
     """``scale * x / ||x||_F``, rounded once to ``dtype``.
@@ -87,16 +95,13 @@ def normalized(
             have their place.
         eps: lower bound of the norm.
         scale: a power of two.
-        reduce: sums over the ranks, if ``x`` is this rank's shard of each matrix.
+        squares: :func:`square_sums` of the whole matrices, if ``x`` is a shard of each. They are overwritten.
         damped: add ``eps`` to the norm instead (arXiv 2512.05620).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    # In float32, matrices of norm 2e19 and more would come out as zeros, and small ones with a small eps as NaN.
-    square_sum = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64).square_()
-    if reduce is not None:
-        square_sum = reduce(square_sum)
+    norm = (square_sums(x) if squares is None else squares).sqrt_()
+    norm = norm.add_(eps) if damped else norm.clamp_min_(eps)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    norm = square_sum.sqrt_().add_(eps) if damped else square_sum.sqrt_().clamp_min_(eps)
     factor = (scale / norm).clamp_max_(torch.finfo(wide).max).to(wide)
     return torch.mul(x, factor, out=out)  # in ``wide``, rounded once
 

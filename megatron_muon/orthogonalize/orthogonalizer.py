@@ -14,6 +14,7 @@ from megatron_muon.orthogonalize.newton_schulz import (
     Reduce,
     normalized,
     split_iteration,
+    square_sums,
     standard_iteration,
     turned,
 )
@@ -148,28 +149,17 @@ class Orthogonalizer:
             tall,
         )
 
-    def sharded(self, x: torch.Tensor, reduce: Reduce, dim: int = -1) -> torch.Tensor:
-        """The same for this rank's part of each matrix: standard Newton-Schulz with a sum over the ranks each step.
-
-        Args:
-            x: (batch, m, n): this rank's rows or columns.
-            reduce: sums over the ranks.
-            dim: the dimension that they share, -2 (rows) or -1 (columns); sums run along it, whichever is longer.
-        """
-        start = turned(self.normalized(x, reduce=reduce), dim == -2)
-        return turned(standard_iteration(start, self.coefficients, self.products, reduce), dim == -2)
-
     def split(self, x: torch.Tensor, reduce: Reduce, scatter: Reduce, gather: Reduce, dim: int = -1) -> torch.Tensor:
-        """The same as :meth:`sharded`, where ranks share the square products too.
+        """The same for this rank's part of each matrix: standard Newton-Schulz, the square products shared as well.
 
         Args:
             x: (batch, m, n): this rank's rows or columns.
             reduce: sums over the ranks.
             scatter: this rank's rows of the sum.
             gather: all rows, from those of each rank.
-            dim: as in :meth:`sharded`.
+            dim: the dimension that they share, -2 (rows) or -1 (columns); sums run along it, whichever is longer.
         """
-        start = turned(self.normalized(x, reduce=reduce), dim == -2)
+        start = turned(self.normalized(x, squares=reduce(square_sums(x))), dim == -2)
         return turned(split_iteration(start, self.coefficients, self.products, scatter, gather), dim == -2)
 
     def member_flops(self, p: int, columns: float, rows: float) -> float:
@@ -178,9 +168,9 @@ class Orthogonalizer:
             self.products.symmetric_flops(p, 1) * columns + 2 * p * p * rows + 2 * p * p * columns
         )
 
-    def normalized(self, x: torch.Tensor, scale: float = 1.0, reduce: Reduce | None = None) -> torch.Tensor:
+    def normalized(self, x: torch.Tensor, scale: float = 1.0, squares: torch.Tensor | None = None) -> torch.Tensor:
         """Where the iteration starts: see :func:`megatron_muon.orthogonalize.newton_schulz.normalized`."""
-        return normalized(x, self.dtype, self.eps, scale=scale, reduce=reduce, damped=self.damped)
+        return normalized(x, self.dtype, self.eps, scale=scale, squares=squares, damped=self.damped)
 
     def polynomials(self, gram: torch.Tensor, segment: int, scale: float = 1.0) -> torch.Tensor:
         """``Q`` of one segment from the Gram matrices of whole matrices.

@@ -78,8 +78,8 @@ def test_costs_of_a_worked_example() -> None:
     assert cost_of(OWNER, *args) == Cost(2 * iteration.flops(4, 16), (128 * 3 / 4 + 2 * 64 * 3 / 4) * 4, 2)
     # By a ring each rank sends its shards three times.
     assert cost_of(DUPLICATED, *args) == Cost(8 * iteration.flops(4, 16), 128 * 3 * 4, 1)
-    # Five Gram matrices and a norm of each matrix, all-reduced: 2 x 3/4 of the elements.
-    assert cost_of(DISTRIBUTED, *args) == Cost(8 * iteration.standard_flops(4, 4), 1.5 * 8 * (5 * 16 * 4 + 8), 6)
+    # Five triangles of Gram matrices and a norm of each matrix, all-reduced: 2 x 3/4 of the elements.
+    assert cost_of(DISTRIBUTED, *args) == Cost(8 * iteration.standard_flops(4, 4), 1.5 * 8 * (5 * 10 * 4 + 8), 6)
     # Norms; three times triangles of 10: those of six matrices to their owners, those of two to three ranks.
     flops = 3 * 8 * iteration.rectangular_flops(4, 4) + 2 * iteration.polynomial_flops(4)
     assert cost_of(GRAM, *args) == Cost(flops, 1.5 * 8 * 8 + 3 * (6 + 6) * 10 * 4, 7)

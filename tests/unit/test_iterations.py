@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_muon.orthogonalize.gram import gram_iteration, prescale, segments
-from megatron_muon.orthogonalize.newton_schulz import normalized
+from megatron_muon.orthogonalize.newton_schulz import normalized, square_sums
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.products import TorchProducts
 from tests.iterations import EPS, EVERY_SET, HALF_NORMAL, error, gaussian, gram, set_of, standard, tolerance
@@ -75,9 +75,8 @@ def gram_slice(side: int, rows: int, scale: float) -> tuple[torch.Tensor, torch.
 
     The slice is normalized by what the norm of the whole is on average, as one rank of a divided matrix would do it.
     """
-    x = normalized(
-        gaussian(1, rows, side), torch.float16, EPS, scale=scale, reduce=lambda squares: squares * (side / rows)
-    )
+    matrix = gaussian(1, rows, side)
+    x = normalized(matrix, torch.float16, EPS, scale=scale, squares=square_sums(matrix) * (side / rows))
     off_diagonal = ~torch.eye(rows, dtype=torch.bool)
     exact = x.double() @ x.double().mT
     return TorchProducts().gram(x)[0][off_diagonal].double(), exact[0][off_diagonal]

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from megatron_muon.engine.describe import iteration_of
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.engine.tasks import TASKS
 from tools.bench import document
 from tools.bench.accuracy import Reference, check, update_errors
 from tools.bench.cases import Case
@@ -183,7 +183,7 @@ def _method(engine: StepEngine) -> dict[str, Any]:
     for chunk in engine.plan.chunks:
         for batch in chunk.batches:
             p, q = sorted((batch.kind.p, batch.kind.q))
-            method = TASKS[chunk.mode].method(engine.orthogonalizer, batch.kind)
+            method = iteration_of(chunk.mode, engine.orthogonalizer, batch.kind)
             entry = shapes.setdefault(f"{p} x {q}", {}).setdefault(chunk.mode, {"method": method, "matrices": 0})
             entry["matrices"] += batch.count
     return {"products": engine.orthogonalizer.products.name, "shapes": shapes}

@@ -1,0 +1,123 @@
+"""The work on chunks whose matrices stay divided: their ranks exchange nothing but norms and Gram matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import torch
+
+from megatron_muon.engine.packing import (
+    Shapes,
+    cut,
+    flat,
+    from_triangle,
+    interleaved,
+    lower_triangle,
+    numel,
+    padded,
+    triangle_numel,
+)
+from megatron_muon.engine.run import Pause, RankChunk, Run, Work
+from megatron_muon.orthogonalize.gram import prescale
+from megatron_muon.orthogonalize.newton_schulz import square_sums
+from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+
+__all__ = ["distributed", "gram"]
+
+
+def distributed(run: Run, mine: RankChunk) -> Work:
+    """Each rank keeps its columns; Gram matrices are summed."""
+    orthogonalizer, exchange = run.orthogonalizer, run.exchange(mine)
+    shards = yield from _normalized(run, mine, [1.0] * len(mine.batches))
+    # Partial sums are added in float32: bfloat16 loses bits.
+    wide = torch.promote_types(orthogonalizer.dtype, torch.float32)
+    for coefficients in orthogonalizer.coefficients:
+        partial = [lower_triangle(orthogonalizer.products.gram(x)).to(wide) for x in shards]
+        pending = exchange.all_reduce(flat(partial))
+        del partial
+        yield Pause.EXCHANGE
+        _standard_step(orthogonalizer, shards, pending.wait(), coefficients)
+    for x in shards:
+        run.counters.flops += x.size(0) * orthogonalizer.standard_flops(*x.shape[-2:])
+    run.unpack(mine, shards)
+
+
+def _standard_step(
+    orthogonalizer: Orthogonalizer, shards: list[torch.Tensor], grams: torch.Tensor, coefficients: Sequence[float]
+) -> None:
+    """``a X + (b A + c A A) X`` in place of each X of the list, from the triangles of all A."""
+    (a, b, c), products = coefficients, orthogonalizer.products
+    triangles = cut(grams, [[(x.size(0), triangle_numel(x.size(-2))) for x in shards]])[0]
+    for index, (x, triangle) in enumerate(zip(shards, triangles, strict=True)):
+        r = from_triangle(triangle.to(orthogonalizer.dtype), x.size(-2))
+        shards[index] = products.multiply_add(x, products.quadratic(r, b, c), a)
+
+
+def gram(run: Run, mine: RankChunk) -> Work:
+    """Partial Gram matrices to their owners, polynomials back."""
+    orthogonalizer, exchange, batches = run.orthogonalizer, run.exchange(mine), mine.batches
+    # Triangles of what each rank owns.
+    triangles = [
+        [(batch.counts[rank], triangle_numel(batch.kind.p)) for batch in batches] for rank in range(exchange.size)
+    ]
+    longest = max(sum(map(numel, each)) for each in triangles)
+    scales = [prescale(orthogonalizer.dtype, batch.kind.p) for batch in batches]
+    shards = yield from _normalized(run, mine, scales)
+    for segment in range(orthogonalizer.segment_count):
+        partial = [lower_triangle(orthogonalizer.products.gram(x)).to(run.wire.gram) for x in shards]
+        send = interleaved([x.split(batch.counts) for x, batch in zip(partial, batches, strict=True)])
+        del partial
+        pending = exchange.all_to_all(send, triangles, [triangles[mine.rank]] * exchange.size)
+        del send
+        yield Pause.EXCHANGE
+        polynomials = _polynomials(run, mine, pending.wait().view(exchange.size, -1), segment, scales)
+        pending = exchange.all_gather(padded(polynomials, longest))
+        del polynomials
+        yield Pause.EXCHANGE
+        _multiply(run, mine, shards, pending.wait(), triangles, scales)
+        scales = [1.0] * len(batches)
+    for x, batch in zip(shards, batches, strict=True):
+        run.counters.flops += orthogonalizer.segment_count * x.size(0) * orthogonalizer.rectangular_flops(*x.shape[-2:])
+        run.counters.flops += batch.counts[mine.rank] * orthogonalizer.polynomial_flops(batch.kind.p)
+    run.unpack(mine, shards)
+
+
+def _polynomials(
+    run: Run, mine: RankChunk, partial: torch.Tensor, segment: int, scales: Sequence[float]
+) -> torch.Tensor:
+    """Those of the matrices that this rank owns, as triangles in one buffer, from the ranks' partial Gram matrices."""
+    # Sums of partial Gram matrices in float32 at least.
+    wide = torch.promote_types(partial.dtype, torch.float32)
+    total = partial.sum(dim=0, dtype=wide).to(run.orthogonalizer.dtype)
+    own = [(batch.counts[mine.rank], triangle_numel(batch.kind.p)) for batch in mine.batches]
+    found = []
+    for triangle, batch, scale in zip(cut(total, [own])[0], mine.batches, scales, strict=True):
+        r = from_triangle(triangle, batch.kind.p)
+        found.append(lower_triangle(run.orthogonalizer.polynomials(r, segment, scale) if r.size(0) else r))
+    return flat(found).to(run.wire.gram)
+
+
+def _multiply(
+    run: Run,
+    mine: RankChunk,
+    shards: list[torch.Tensor],
+    gathered: torch.Tensor,
+    triangles: Sequence[Shapes],
+    scales: Sequence[float],
+) -> None:
+    """The shards of each batch by the polynomials of all ranks, in place of the list's."""
+    received = [cut(buffer, [each])[0] for buffer, each in zip(gathered, triangles, strict=True)]
+    for index, pieces in enumerate(zip(*received, strict=True)):
+        q = from_triangle(torch.cat(pieces), mine.batches[index].kind.p).to(run.orthogonalizer.dtype)
+        shards[index] = run.orthogonalizer.products.apply(q, shards[index], 1.0 / scales[index])
+
+
+def _normalized(run: Run, mine: RankChunk, scales: list[float]) -> Generator[Pause, None, list[torch.Tensor]]:
+    """This rank's shards, divided by the norms of the whole matrices, times a scale for each batch."""
+    packed = run.pack(mine, run.local_dtype)
+    squares = [square_sums(x) for x in packed]
+    pending = run.exchange(mine).all_reduce(flat(squares))
+    yield Pause.EXCHANGE
+    totals = cut(pending.wait(), [[each.shape for each in squares]])[0]
+    packed.reverse()
+    return [run.orthogonalizer.normalized(packed.pop(), *each) for each in zip(scales, totals, strict=True)]

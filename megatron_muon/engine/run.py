@@ -1,0 +1,175 @@
+"""What the work on every chunk of a plan needs, and what of each chunk is this rank's."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_muon.engine.callbacks import Flops, Part, Read, Solve, Write
+from megatron_muon.engine.exchange import Counters, Exchange
+from megatron_muon.engine.modes import LENT, LOCAL, SPLIT
+from megatron_muon.engine.plan import Batch, Chunk, Weight
+from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+
+__all__ = ["Pause", "RankChunk", "Run", "Wire", "Work"]
+
+
+class Pause(enum.Enum):
+    """Where the work on a chunk may rest while other chunks go on.
+
+    Attributes:
+        EXCHANGE: a message is under way that it needs to go on.
+        COMPUTED: its results are to be sent next. Whatever waits for results before it goes first: the sums that their
+            writing takes would queue behind a payload that waits for the products of this chunk.
+        RETURN: results are under way, and nothing is left but to write them.
+        LATE: the same, from ranks that may be busy for as long as this one: written when all else is done.
+    """
+
+    EXCHANGE = enum.auto()
+    COMPUTED = enum.auto()
+    RETURN = enum.auto()
+    LATE = enum.auto()
+
+
+Work = Iterator[Pause]
+"""The work on one chunk. It pauses first when its first message is under way (if it has one: in any case before it
+computes), and equally often on all ranks of the chunk's group."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """In which form matrices travel and are computed.
+
+    Attributes:
+        dtype: in which they are sent to be orthogonalized, and in which matrices that stay are packed.
+        back: in which they come back.
+        gram: in which partial Gram matrices and polynomials are sent.
+        device: of everything.
+    """
+
+    dtype: torch.dtype
+    back: torch.dtype
+    gram: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class RankChunk:
+    """What of a chunk is this rank's: the same in every step.
+
+    Attributes:
+        chunk: of the plan.
+        rank: number of this rank in the chunk's group; 0 without one.
+        batches: those of which it holds a part: all of them, unless they are lent.
+        parts: the matrices of these batches, in their order.
+        sum_group: name of the group whose ranks hold the other parts of these matrices; empty if this rank has all.
+    """
+
+    chunk: Chunk
+    rank: int
+    batches: tuple[Batch, ...]
+    parts: tuple[Part, ...]
+    sum_group: str
+
+    @classmethod
+    def of(cls, weights: Sequence[Weight], chunk: Chunk, rank: int) -> RankChunk:
+        """
+        Args:
+            weights: of the plan.
+            chunk: of the plan.
+            rank: number of this rank in the chunk's group.
+        """
+        batches, shard, sum_group = chunk.batches, rank, chunk.group
+        if chunk.mode in (LENT, SPLIT):
+            # Numbers in the group count the tensor-parallel ranks of one data-parallel rank after the other.
+            first = weights[batches[0].items[0].weight]
+            assert first.peers is not None
+            width = len(batches[0].kind.parts) // first.peers.ranks
+            place, shard = divmod(rank, width)
+            batches = tuple(batch for batch in batches if _holder(weights, batch) == place)
+            sum_group = first.group if width > 1 else ""
+        items = [item for batch in batches for item in batch.items]
+        parts = tuple(Part(item, item.piece(weights[item.weight], shard)) for item in items)
+        return cls(chunk, rank, batches, parts, "" if chunk.mode == LOCAL else sum_group)
+
+    def slots(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The slice of each of :attr:`parts`, the right way round.
+
+        Args:
+            batches: (matrices, rows, columns) on this rank, for each of :attr:`batches`.
+        """
+        found = []
+        for batch, tensor in zip(self.batches, batches, strict=True):
+            slices = tensor.split([item.count for item in batch.items])
+            found += [x.mT if item.transposed else x for x, item in zip(slices, batch.items, strict=True)]
+        return found
+
+
+def _holder(weights: Sequence[Weight], batch: Batch) -> int:
+    """The data-parallel rank whose weights these are."""
+    peers = weights[batch.items[0].weight].peers
+    assert peers is not None
+    return peers.holder
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the work on every chunk needs."""
+
+    orthogonalizer: Orthogonalizer
+    exchanges: Mapping[str, Exchange]
+    wire: Wire
+    local_dtype: torch.dtype
+    counters: Counters
+    reads: tuple[Read, ...]
+    write: Write
+    solve: Solve | None = None
+    solve_flops: Flops | None = None
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """A dimension for the tensors of each matrix that :attr:`solve` wants: they are packed next to one another."""
+        return () if self.solve is None else (len(self.reads),)
+
+    def exchange(self, mine: RankChunk) -> Exchange:
+        """Collectives of a chunk's group."""
+        return self.exchanges[mine.chunk.group]
+
+    def pack(self, mine: RankChunk, dtype: torch.dtype) -> list[torch.Tensor]:
+        """This rank's part of each batch, (matrices, [tensors,] rows, columns), contiguous."""
+        batches = [
+            torch.empty((batch.count, *self.stack, *batch.kind.part(mine.rank)), dtype=dtype, device=self.wire.device)
+            for batch in mine.batches
+        ]
+        for number, read in enumerate(self.reads if mine.parts else ()):
+            read(list(mine.parts), mine.slots([batch[:, number] if self.stack else batch for batch in batches]))
+        return batches
+
+    def unpack(self, mine: RankChunk, batches: Sequence[torch.Tensor]) -> None:
+        """Hand out this rank's part of each orthogonalized batch."""
+        if mine.parts:
+            exchange = self.exchanges[mine.sum_group] if mine.sum_group else None
+            self.write(list(mine.parts), mine.slots(batches), exchange.sum if exchange else lambda tensor: tensor)
+
+    def blanks(self, mine: RankChunk, dtype: torch.dtype) -> list[torch.Tensor]:
+        """What :meth:`unpack` takes in shape and dtype, without memory."""
+        element = torch.zeros((), dtype=dtype, device=self.wire.device)
+        return [element.expand(batch.count, *batch.kind.part(mine.rank)) for batch in mine.batches]
+
+    def orthogonalize(self, x: torch.Tensor) -> torch.Tensor:
+        """Whole matrices (matrices, p, q)."""
+        self.counters.flops += x.size(0) * self.orthogonalizer.flops(*x.shape[-2:])
+        return self.orthogonalizer(x)
+
+    def transform(self, batch: Batch, first: int, x: torch.Tensor) -> torch.Tensor:
+        """Whole matrices of a batch, from ``first`` on: orthogonalized, or what :attr:`solve` makes of them."""
+        if self.solve is None:
+            return self.orthogonalize(x)
+        if self.solve_flops is not None:
+            self.counters.flops += x.size(0) * self.solve_flops(batch.kind.p, batch.kind.q)
+        weights = itertools.chain.from_iterable([item.weight] * item.count for item in batch.items)
+        return self.solve(list(itertools.islice(weights, first, first + x.size(0))), list(x.unbind(1)))
