@@ -330,8 +330,8 @@ def test_heads_are_updated_without_communication(pool: RankPool, world_size: int
 
 
 def test_other_weights_are_exchanged_as_their_mode_says(pool: RankPool) -> None:
-    """One message there and one back; one gather; or a norm and five Gram matrices for q with gate and for k with v."""
-    collectives = {"owner": 2, "duplicated": 1, "distributed": 2 * 6}
+    """One message there and one back; one gather; or the norms, and five times the Gram matrices, of all."""
+    collectives = {"owner": 2, "duplicated": 1, "distributed": 6}
     for by_mode in pool.run(counters_of_a_step, 2, "qkv", list(collectives)):
         assert {mode: counters.collectives for mode, counters in by_mode.items()} == collectives
 
