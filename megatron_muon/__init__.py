@@ -15,7 +15,9 @@ from megatron_muon.optimizers.adaptive import NAMO, AdaMuon, AdaMuonEO, NorMuon
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.registry import register_variant
 from megatron_muon.optimizers.sizes import Hyperball, PolarGrad
+from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.optimizers.stages import Variant
+from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.options import MuonOptions
 from megatron_muon.orthogonalize import coefficients, newton_schulz
 from megatron_muon.orthogonalize.scale import scale_factor
@@ -36,7 +38,9 @@ __all__ = [
     "NorMuon",
     "ParamGroups",
     "PolarGrad",
+    "SpectralSphere",
     "StateBytes",
+    "StiefelMuon",
     "Variant",
     "__version__",
     "check_partition",

@@ -49,7 +49,7 @@ VARIANTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "normuon": functools.partial(AdaptiveMuon, moment2_method="normuon"),
     "adamuon": functools.partial(AdaptiveMuon, moment2_method="adamuon"),
     "namo": functools.partial(AdaptiveMuon, moment2_method="namo"),
-    "muonsphere": functools.partial(SpectralSphere, tolerance=1.0),
+    "muonsphere": functools.partial(Muon, variant=SpectralSphere(tolerance=1.0)),
 }
 
 

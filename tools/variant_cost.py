@@ -48,9 +48,9 @@ def contestants() -> dict[str, tuple[Callable[..., Any], Callable[..., Any] | No
         "NAMO": (partial(Muon, variant="namo"), partial(theirs, moment2_method="namo")),
         "PolarGrad": (partial(Muon, variant="polargrad", scale_mode="none"), upstream.PolarGrad),
         "Hyperball": (partial(Muon, variant="hyperball", scale_mode="none"), upstream.MuonHyperball),
-        "MuonSphere": (partial(SpectralSphere, tolerance=1.0), None),
-        "spectral sphere, tolerance 0.5": (partial(SpectralSphere, tolerance=0.5), None),
-        "spectral sphere, tolerance 0.1": (partial(SpectralSphere, tolerance=0.1), None),
+        "MuonSphere": (partial(Muon, variant=SpectralSphere(tolerance=1.0)), None),
+        "spectral sphere, tolerance 0.5": (partial(Muon, variant=SpectralSphere(tolerance=0.5)), None),
+        "spectral sphere, tolerance 0.1": (partial(Muon, variant=SpectralSphere(tolerance=0.1)), None),
     }
 
 

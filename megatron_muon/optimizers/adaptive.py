@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,7 +23,7 @@ class SecondMoment(Variant):
     """
 
     optimizer = "adaptive_muon"
-    flags = {"beta2": "adaptive_muon_beta2", "eps": "adaptive_muon_eps"}  # noqa: RUF012
+    flags: ClassVar[Mapping[str, str]] = {"beta2": "adaptive_muon_beta2", "eps": "adaptive_muon_eps"}
 
     state_name = "moment2_buffer"
     """Of the second moment; another name where it means something else, so that none is taken for the other's."""

@@ -23,7 +23,7 @@ from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
 from megatron_muon.optimizers.registry import variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows
 from megatron_muon.optimizers.stages import Variant, init_rows
-from megatron_muon.optimizers.step import EngineStep, Step
+from megatron_muon.optimizers.step import Step
 from megatron_muon.options import MuonOptions, UpdateKnobs
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM
 from megatron_muon.orthogonalize.switches import matmul_precision
@@ -36,7 +36,7 @@ __all__ = ["Muon"]
 _ATTRIBUTES = "attributes of weights"
 """Of copies, beside what :class:`Muon` has."""
 
-_OF_ONE = ("step", "finals", "is_complete", "starts", "marks", "_placed")
+_OF_ONE = ("step", "finals", "is_complete", "starts", "marks")
 """Attributes that copies have anew, or not at all: schedulers of torch set ``step``."""
 
 
@@ -86,17 +86,6 @@ class Muon(torch.optim.Optimizer):
         TypeError: for an option that there is not.
     """
 
-    directions: tuple[str, ...] = (MSIGN, *BALLS)
-
-    scales = True
-    """Whether the scale mode acts on its orthogonalized updates, and keeps state for them."""
-
-    lends = True
-    """Whether other data-parallel ranks may orthogonalize for it: once for each matrix, knowing nothing else."""
-
-    watched: tuple[str, ...] = (SECOND_MOMENT, UPDATE_LEFT)
-    """State that notes are kept of: what follows from it is found anew when somebody else has written to it."""
-
     def __init__(
         self,
         params: ParamsT,
@@ -125,6 +114,8 @@ class Muon(torch.optim.Optimizer):
             )
         self.hidden_size = options.hidden_size
         self.engines = Engines(self.config, tp_group, expert_tp_group, damped=options.damping_depth > 0.0)
+        self.directions = self.variant.directions
+        self.watched = (SECOND_MOMENT, UPDATE_LEFT, *self.variant.watched)
         self.starts = WarmStarts()
         self.first_lrs: list[Rate] = []
         self._start()
@@ -148,7 +139,7 @@ class Muon(torch.optim.Optimizer):
     def checkpoint_options(self) -> dict[str, Any]:
         """What checkpoints tell of the options, beside the numbers of param groups, so that changes can be told."""
         names = ["nesterov", "coefficient_type", "num_ns_steps"]
-        names += ["scale_mode", "extra_scale_factor"] if self.scales else []
+        names += ["scale_mode", "extra_scale_factor"] if self.variant.scales else []
         names += ["weight_decay_method"] if self.variant.decays else []
         own = {name: getattr(self.config, name) for name in names}
         return {"newton_schulz_eps": self.config.eps, **own, **self.variant.checkpoint_options}
@@ -181,7 +172,7 @@ class Muon(torch.optim.Optimizer):
 
     def _check_group(self, given: dict[str, Any], group: dict[str, Any]) -> None:
         """Refuse a param group: as it was given, and with the entries that it lacked."""
-        constructors = (type(self), Muon, MuonOptions, type(self.variant))
+        constructors = (Muon, MuonOptions, type(self.variant))
         constructor = {name for cls in constructors for name in inspect.signature(cls).parameters}
         check_names(given, self.defaults, constructor)
         check_numbers(group)
@@ -247,6 +238,7 @@ class Muon(torch.optim.Optimizer):
         attributes = state.pop(_ATTRIBUTES, None)
         super().__setstate__(state)
         self.starts = WarmStarts()
+        self.variant.forget()
         if attributes is not None:
             self._start()
             for param, given in zip(self._own, attributes, strict=True):
@@ -258,6 +250,11 @@ class Muon(torch.optim.Optimizer):
     def forget(self) -> None:
         """Take nothing for granted of what was found of the weights: others have come in their place."""
         self.starts = WarmStarts()
+        self.variant.forget()
+        for state in self.state.values():
+            for name in self.variant.watched:
+                if name in state:
+                    state[name].zero_()
 
     def reset(self) -> None:
         """Start anew from the weights as they are: the next step is the first one of a fresh optimizer.
@@ -291,14 +288,6 @@ class Muon(torch.optim.Optimizer):
             refuse_elsewhere(self)
             Step(self).run()
         return loss
-
-    def _change(self, step: Step) -> None:
-        """All of a step that changes weights and state."""
-        step.change()
-
-    def _update(self, work: EngineStep) -> None:
-        """All matrices of one engine."""
-        self.variant.update(work)
 
     @property
     def sends(self) -> bool:
@@ -337,7 +326,7 @@ class Muon(torch.optim.Optimizer):
                 state.setdefault(STEP, group[STEP])
             if layout_of(param).direction == MSIGN:
                 self.variant.init_state(param, state)
-                if self.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:
+                if self.variant.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:
                     init_rows(param, state, UPDATE_LEFT)
 
 

@@ -6,14 +6,17 @@ from megatron_muon import choices
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.adaptive import NAMO, AdaMuon, AdaMuonEO, NorMuon
 from megatron_muon.optimizers.sizes import Hyperball, PolarGrad
+from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.optimizers.stages import Variant
+from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.refusals import Settings
 
 __all__ = ["VARIANTS", "register_variant", "variant_asked_for", "variant_of"]
 
 VARIANTS: dict[str, type[Variant]] = {
     "none": Variant,
-    **{cls.name: cls for cls in (Variant, PolarGrad, Hyperball, AdaMuon, AdaMuonEO, NorMuon, NAMO)},
+    **{cls.name: cls for cls in (Variant, PolarGrad, Hyperball, AdaMuon, AdaMuonEO, NorMuon, NAMO, SpectralSphere)},
+    "stiefel": StiefelMuon,
 }
 """By the name that ``Muon(params, variant=...)`` takes."""
 

@@ -15,23 +15,21 @@ it is the solution, which no lambda gives.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from megatron_muon.config import PREFIX, UNREAD, MuonConfig
+from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
-from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.power import store_rows, store_vector, top_singular
 from megatron_muon.optimizers.sizes import ZeroWeights
-from megatron_muon.optimizers.stages import Update, Variant, init_rows, is_some
-from megatron_muon.optimizers.step import EngineStep
+from megatron_muon.optimizers.stages import Update, Variant, Work, init_rows, is_some
 from megatron_muon.orthogonalize.kernels.elementwise import add_
-from megatron_muon.refusals import refuse
 from megatron_muon.routing.layout import MSIGN
 
-__all__ = ["SpectralSphere", "Sphere", "evaluations"]
+__all__ = ["SpectralSphere", "evaluations"]
 
 LEFT = "left_singular_vector"
 RADIUS = "sphere_radius"
@@ -55,17 +53,6 @@ def evaluations(tolerance: float) -> int:
         tolerance: 1 for a single one at lambda 0 (MuonSphere); otherwise between 0 and 1.
     """
     return 1 if tolerance >= 1 else 3 + math.ceil(math.log2(1 / tolerance))
-
-
-class Sphere(Variant):
-    """What a weight on its sphere keeps: radius, lambda, and the top left singular vector of each logical matrix."""
-
-    name = "spectral_sphere"
-    decays = False
-
-    def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
-        """One number a row each; zeros are filled in the first step."""
-        init_rows(param, state, LEFT, RADIUS, MULTIPLIER)
 
 
 @dataclass
@@ -147,75 +134,61 @@ class _Side:
 Key = tuple[int, int, int, int]
 
 
-class SpectralSphere(Muon):
-    """Muon whose weights keep their spectral norms: W <- W - lr R Phi, after W has been brought back to |W|_2 = R.
+class SpectralSphere(Variant):
+    """Weights keep their spectral norms: W <- W - lr R Phi, after W has been brought back to |W|_2 = R.
 
-    Weight decay does nothing to these weights, and neither do scale modes. Use coefficients that reach 1, such as
-    ``polar_express`` with 8 steps.
+    The learning rate is relative to R. Weight decay does nothing to these weights, and neither do scale modes. Use
+    coefficients that reach 1, such as ``polar_express`` with 8 steps.
 
     Args:
-        params: as of :class:`Muon`.
-        lr: relative to R.
         radius: R = radius * sqrt(m / n); 0: the norm that each matrix has in its first step.
         tolerance: how closely lambda is enclosed, relative to a first guess; 1: not at all (MuonSphere).
-        **options: of :class:`Muon`.
-
-    Raises:
-        ConfigError: for a wrong value.
     """
 
+    name = "spectral_sphere"
+    optimizer = "spectral_sphere"
+    flags: ClassVar[Mapping[str, str]] = {"radius": "muon_sphere_radius", "tolerance": "muon_sphere_tolerance"}
+    decays = False
     scales = False
     lends = False
-    watched = (*Muon.watched, LEFT)
+    watched = (LEFT,)
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, *, radius: float = 2.0, tolerance: float = 0.1, **options: Any
+        self, radius: float = MuonConfig.sphere_radius, tolerance: float = MuonConfig.sphere_tolerance
     ) -> None:
-        MuonConfig(sphere_radius=radius, sphere_tolerance=tolerance).validate(pairs=False)
-        _refuse_unread(options)
         self.radius, self.tolerance = radius, tolerance
-        self.evaluations = evaluations(tolerance)
         self._zeros = ZeroWeights(
             "--muon-sphere-radius 0 (the norm that each matrix has at the start)", "--muon-sphere-radius 2"
         )
-        super().__init__(params, lr, variant=Sphere(), **options)
 
     @property
     def checkpoint_options(self) -> dict[str, Any]:
-        """As of :class:`Muon`, with those of the sphere."""
-        own = {"sphere_radius": self.radius, "sphere_tolerance": self.tolerance}
-        return {**super().checkpoint_options, **own}
+        """Both."""
+        return {"sphere_radius": self.radius, "sphere_tolerance": self.tolerance}
 
-    def refuse_options(self, options: dict[str, Any]) -> None:
-        """As of :class:`Muon`; sizes of updates and weight decay are none of them."""
-        _refuse_unread(options)
-        super().refuse_options(options)
+    def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
+        """Radius, lambda, and the top left singular vector of each matrix; zeros are filled in the first step."""
+        init_rows(param, state, LEFT, RADIUS, MULTIPLIER)
 
-    def forget(self) -> None:
-        """As of :class:`Muon`: the weights' singular vectors are looked for anew."""
-        super().forget()
-        for state in self.state.values():
-            if LEFT in state:
-                state[LEFT].zero_()
-
-    def _update(self, work: EngineStep) -> None:
+    def update(self, work: Work) -> None:
+        """Several passes over some matrices after others, each of which evaluates h at one lambda."""
         if work.direction != MSIGN:
-            super()._update(work)
+            work.run()
             return
         for some in work.engine.plan.portions(_CHUNKS):
             solves: dict[Key, _Solve] = {}
             work.engine.visit(self._preparer(work, solves), some)
-            for number in range(self.evaluations):
+            for number in range(evaluations(self.tolerance)):
                 work.engine.run(_shifted(work.read, solves), self._evaluator(work, solves, number), some)
             work.engine.visit(self._finisher(work, solves), some)
 
-    def _preparer(self, work: EngineStep, solves: dict[Key, _Solve]) -> Write:
+    def _preparer(self, work: Work, solves: dict[Key, _Solve]) -> Write:
         def prepare(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
             matrices = work.matrices(parts, slots, reduce)
             updates = matrices.updates
             norms = matrices.norms([update.mix() for update in updates])
             weights = [update.batch_of(update.param) for update in updates]
-            iterations = self.starts.iterations(matrices, weights, LEFT, _ITERATIONS)
+            iterations = work.iterations(matrices, weights, LEFT, _ITERATIONS)
             left, right, sizes = top_singular(matrices, weights, LEFT, iterations)
             for index, (part, update) in enumerate(zip(parts, updates, strict=True)):
                 solves[_key(part)] = self._begin(
@@ -239,7 +212,7 @@ class SpectralSphere(Muon):
         own = self.radius * math.sqrt(update.rows / update.columns)
         radius = update.batch_of(update.state[RADIUS])[:, :1]
         radius = torch.full_like(radius, own) if own else torch.where(radius > 0, radius, size)
-        value = update.batch_of(update.state[MULTIPLIER])[:, :1] if self.evaluations > 1 else torch.zeros_like(radius)
+        value = update.batch_of(update.state[MULTIPLIER])[:, :1] if self.tolerance < 1 else torch.zeros_like(radius)
         factor = torch.where(size > 0, radius / size, torch.ones_like(size))
         for stored, new in update.pairs(update.param, weight * factor):
             stored.copy_(new)
@@ -247,7 +220,7 @@ class SpectralSphere(Muon):
         store_rows(update, RADIUS, radius.expand(-1, left.size(1), 1))
         return _Solve(norm, left, right, size, radius, value, value)
 
-    def _evaluator(self, work: EngineStep, solves: dict[Key, _Solve], number: int) -> Write:
+    def _evaluator(self, work: Work, solves: dict[Key, _Solve], number: int) -> Write:
         def evaluate(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
             matrices = work.matrices(parts, directions, reduce)
             found = [solves[_key(part)] for part in parts]
@@ -260,7 +233,7 @@ class SpectralSphere(Muon):
 
         return evaluate
 
-    def _finisher(self, work: EngineStep, solves: dict[Key, _Solve]) -> Write:
+    def _finisher(self, work: Work, solves: dict[Key, _Solve]) -> Write:
         def finish(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
             for part, update in zip(parts, work.matrices(parts, slots, reduce).updates, strict=True):
                 each = solves[_key(part)]
@@ -273,10 +246,6 @@ class SpectralSphere(Muon):
                 store_rows(update, MULTIPLIER, value.expand(-1, update.direction.size(1), 1))
 
         return finish
-
-
-def _refuse_unread(options: dict[str, Any]) -> None:
-    refuse(UNREAD, {"optimizer": "spectral_sphere", **{PREFIX + name: value for name, value in options.items()}})
 
 
 def _key(part: Part) -> Key:

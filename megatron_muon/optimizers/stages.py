@@ -18,8 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -219,6 +218,9 @@ class Work(Protocol):
     def matrices(self, parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> Matrices:
         """What variants see of a chunk, in a :data:`megatron_muon.engine.callbacks.Write`."""
 
+    def iterations(self, matrices: Matrices, tensors: Sequence[torch.Tensor], state: str, usual: int) -> int:
+        """Of power iterations, see :meth:`megatron_muon.optimizers.power.WarmStarts.iterations`."""
+
 
 class Variant:
     """Plain Muon, and the base of all that differs from it: a variant overrides what it does otherwise.
@@ -232,7 +234,7 @@ class Variant:
     optimizer = "muon"
     """The value of Megatron's ``--optimizer`` that builds it."""
 
-    flags: Mapping[str, str] = MappingProxyType({})
+    flags: ClassVar[Mapping[str, str]] = {}
     """Its options, each with the setting that gives it (``muon_sphere_radius``)."""
 
     decays = True
@@ -248,7 +250,7 @@ class Variant:
     """The kinds of updates that it has, see :class:`megatron_muon.routing.layout.MatrixLayout`."""
 
     watched: tuple[str, ...] = ()
-    """State that notes are kept of: what follows from it is found anew when somebody else has written to it."""
+    """State that was found from the weights: it is found anew once somebody else has written to it or to them."""
 
     @property
     def adapts(self) -> bool:
@@ -277,6 +279,16 @@ class Variant:
         Raises:
             ConfigError: naming option, value and way out.
         """
+
+    def notes(self, params: Sequence[torch.Tensor]) -> list[str]:
+        """What the report says of a rank's weights, in lines."""
+        return []
+
+    def forget(self) -> None:
+        """Take nothing for granted of what is kept beside the state: other weights, or other state, have come."""
+
+    def begin_step(self) -> None:
+        """Called before a step changes anything."""
 
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
         """Create what the variant keeps of a weight, where it is missing.

@@ -50,10 +50,6 @@ class Stepped(Protocol):
 
     def _init_group(self, group: dict[str, Any]) -> None: ...
 
-    def _change(self, step: Step) -> None: ...
-
-    def _update(self, work: EngineStep) -> None: ...
-
 
 class Step:
     """One step, from gradients to weights.
@@ -84,7 +80,7 @@ class Step:
                 self._notice(weights)
                 self._groups.append(weights)
         try:
-            optimizer._change(self)
+            self._change()
         except Exception as error:
             error.add_note(
                 f"Muon: the step had begun, {len(self._pending)} of {len(self.params)} weights are not done: they or "
@@ -92,8 +88,9 @@ class Step:
             )
             raise
 
-    def change(self) -> None:
+    def _change(self) -> None:
         """All of a step that changes weights and state."""
+        self.optimizer.variant.begin_step()
         alike: dict[tuple[str, torch.dtype], list[ParamStep]] = defaultdict(list)
         for weights in self._groups:
             weights[0].group[STEP] += 1
@@ -107,7 +104,7 @@ class Step:
         self.tell([param for param in self._pending if param.grad is None])
         # All matrices of one direction together, in the same order on all ranks.
         for (direction, dtype), engine in self._engines.items():
-            self.optimizer._update(EngineStep(self, engine, direction, alike[direction, dtype]))
+            self.optimizer.variant.update(EngineStep(self, engine, direction, alike[direction, dtype]))
         self.tell_untold()
         self.tell(list(self._pending))
         watched = (weight.state for weights in self._groups for weight in weights)
@@ -184,6 +181,10 @@ class EngineStep:
             weight = self.weights[part.item.weight]
             updates.append(_update_of(weight, part, direction, self._optimizer.engines.shard(weight.param)))
         return Matrices(updates, reduce)
+
+    def iterations(self, matrices: Matrices, tensors: Sequence[torch.Tensor], state: str, usual: int) -> int:
+        """See :meth:`megatron_muon.optimizers.power.WarmStarts.iterations`."""
+        return self._optimizer.starts.iterations(matrices, tensors, state, usual)
 
     def _update_with_others(self) -> None:
         """By a plan for the weights of all data-parallel ranks, whether they have gradients or not."""

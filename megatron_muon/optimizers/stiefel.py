@@ -9,18 +9,16 @@ so that an update, too, has spectral norm lr R. :mod:`megatron_muon.optimizers.s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
 from megatron_muon.optimizers.groups import Rate
-from megatron_muon.optimizers.muon import Muon
-from megatron_muon.optimizers.param_step import Weights, pack
-from megatron_muon.optimizers.stages import Variant
-from megatron_muon.optimizers.step import EngineStep, Step
+from megatron_muon.optimizers.param_step import Weights
+from megatron_muon.optimizers.stages import Variant, Work
 from megatron_muon.optimizers.stiefel_solvers import PLACING_STEPS, SOLVERS, Msign, defect, tangency, tangent
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -36,8 +34,8 @@ _WORK = 8
 """Tensors of the size of its matrices that a solver holds at once, about: so many times fewer matrices at a time."""
 
 
-class StiefelMuon(Muon):
-    """Muon that keeps weights whose layout has the direction ``stiefel`` on the Stiefel manifold.
+class StiefelMuon(Variant):
+    """Weights whose layout has the direction ``stiefel`` stay on the Stiefel manifold; lr is relative to R.
 
     All other weights get plain Muon (or the direction that their layouts have). In a weight's first step in a process,
     one that is not on the manifold is brought there, W <- R msign(W), before the tangent problem is solved. Singular
@@ -51,91 +49,82 @@ class StiefelMuon(Muon):
             rank has solved for, which says how far the solver has come; None if it has none.
 
     Args:
-        params: as of :class:`Muon`.
-        lr: relative to R.
         solver: ``admm``, ``dual_ascent`` or ``fixed_point``.
         iterations: of the solver; 0: its default (10, 100, 20).
         radius: R of all matrices. What scale a layer's outputs need must come from here, or from a gain of its own.
-        **options: of :class:`Muon`.
-
-    Raises:
-        ConfigError: for a wrong value.
 
     Source:
         Bernstein, https://thinkingmachines.ai/blog/modular-manifolds; Su, https://kexue.fm/archives/11221; Buchanan,
         https://sdbuchanan.com/blog/manifold-muon.
     """
 
-    directions = (*Muon.directions, STIEFEL)
+    optimizer = "stiefel_muon"
+    flags: ClassVar[Mapping[str, str]] = {
+        "solver": "muon_stiefel_solver",
+        "iterations": "muon_stiefel_iterations",
+        "radius": "muon_stiefel_radius",
+    }
+    directions = (*Variant.directions, STIEFEL)
 
     def __init__(
         self,
-        params: Any,
-        lr: float = 1e-3,
-        *,
-        solver: str = "admm",
-        iterations: int = 0,
-        radius: float = 1.0,
-        **options: Any,
+        solver: str = MuonConfig.stiefel_solver,
+        iterations: int = MuonConfig.stiefel_iterations,
+        radius: float = MuonConfig.stiefel_radius,
     ) -> None:
-        MuonConfig(stiefel_solver=solver, stiefel_iterations=iterations, stiefel_radius=radius).validate(pairs=False)
-        self.solver, self.radius = solver, radius
-        self.iterations = iterations or SOLVERS[solver].iterations
+        self.solver, self.iterations, self.radius = solver, iterations, radius
         self.tangency: torch.Tensor | None = None
-        self._placed: set[tuple[torch.Tensor, int, int]] = set()
-        super().__init__(params, lr, **options)
+        self._placed: dict[torch.Tensor, tuple[int, int]] = {}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """As in ``torch.optim.Optimizer``; weights that come with another state are looked at anew."""
-        super().__setstate__(state)
-        self._placed = set()
-
-    def forget(self) -> None:
-        """As of :class:`Muon`: weights are looked at anew."""
-        super().forget()
-        self._placed = set()
+    @property
+    def _number(self) -> int:
+        """Of iterations."""
+        return self.iterations or SOLVERS[self.solver].iterations
 
     @property
     def checkpoint_options(self) -> dict[str, Any]:
-        """As of :class:`Muon`, with those of the manifold."""
-        own = {"stiefel_solver": self.solver, "stiefel_iterations": self.iterations, "stiefel_radius": self.radius}
-        return {**super().checkpoint_options, **own}
+        """All three."""
+        return {"stiefel_solver": self.solver, "stiefel_iterations": self._number, "stiefel_radius": self.radius}
 
-    def notes(self) -> list[str]:
-        """What the report says of these weights."""
-        params = [param for group in self.param_groups for param in group["params"]]
+    def forget(self) -> None:
+        """Weights are looked at anew."""
+        self._placed = {}
+
+    def begin_step(self) -> None:
+        """Nothing has been solved for."""
+        self.tangency = None
+
+    def notes(self, params: Sequence[torch.Tensor]) -> list[str]:
+        """How many weights are on the manifold."""
         count = sum(layout_of(param).direction == STIEFEL for param in params)
         found = f"Stiefel manifold: {count} weight{'s' if count != 1 else ''} of this rank at radius {self.radius:g}"
-        return [f"{found}; {self.solver}, {self.iterations} iterations"] if count else []
+        return [f"{found}; {self.solver}, {self._number} iterations"] if count else []
 
-    def _flops(self, p: int, q: int) -> int:
-        return SOLVERS[self.solver].flops(p, q, self.iterations)
-
-    def _change(self, step: Step) -> None:
-        self.tangency = None
-        super()._change(step)
-        moved = (param for param in self._own if param.grad is not None)
-        self._placed = _as_they_are([param for param in moved if layout_of(param).direction == STIEFEL])
-
-    def _update(self, work: EngineStep) -> None:
+    def update(self, work: Work) -> None:
+        """Those on the manifold, from whole weights and whole momentum."""
         if work.direction != STIEFEL:
-            super()._update(work)
+            work.run()
             return
         params = [weight.param for weight in work.weights.values()]
         # 16 bits and TF32 leave errors that add up over the steps.
         with matmul_precision("highest"):
             products, _ = choose_products("auto", params[0].device, work.engine.local_dtype)
             rates = [weight.options.lr for weight in work.weights.values()]
-            move = _Move(self, rates, not self._placed >= _as_they_are(params), Msign(products))
-            reads = (_momentum_reader(work.weights), _weights_reader(work.weights))
+            placing = any(self._placed.get(param) != _as_it_is(param) for param in params)
+            move = _Move(self.solver, self._number, self.radius, rates, placing, Msign(products))
+            reads = (work.read, _weights_reader(work.weights))
             work.engine.solve(reads, move, _weights_writer(work.weights), self._flops)
+        self._placed |= {param: _as_it_is(param) for param in params}
         if move.tangency is not None:
             self.tangency = move.tangency if self.tangency is None else torch.maximum(self.tangency, move.tangency)
 
+    def _flops(self, p: int, q: int) -> int:
+        return SOLVERS[self.solver].flops(p, q, self._number)
 
-def _as_they_are(params: Sequence[torch.Tensor]) -> set[tuple[torch.Tensor, int, int]]:
-    """Another set once somebody else has written to one of them, or replaced its memory."""
-    return {(param, param._version, param.data_ptr()) for param in params}
+
+def _as_it_is(param: torch.Tensor) -> tuple[int, int]:
+    """Something else once somebody else has written to a weight, or replaced its memory."""
+    return param._version, param.data_ptr()
 
 
 class _Move:
@@ -145,15 +134,20 @@ class _Move:
         tangency: the largest so far.
     """
 
-    def __init__(self, optimizer: StiefelMuon, rates: Sequence[Rate], placing: bool, msign: Msign) -> None:
+    def __init__(
+        self, solver: str, iterations: int, radius: float, rates: Sequence[Rate], placing: bool, msign: Msign
+    ) -> None:
         """
         Args:
-            optimizer: has the options.
+            solver: see :class:`StiefelMuon`.
+            iterations: of the solver.
+            radius: R.
             rates: learning rate of each weight.
             placing: whether there may be weights that are not on the manifold yet.
             msign: the matrix sign.
         """
-        self.optimizer, self.rates, self.placing, self.msign = optimizer, rates, placing, msign
+        self.solver, self.iterations, self.radius = solver, iterations, radius
+        self.rates, self.placing, self.msign = rates, placing, msign
         self.tangency: torch.Tensor | None = None
 
     def __call__(self, weights: list[int], batches: list[torch.Tensor]) -> torch.Tensor:
@@ -170,15 +164,14 @@ class _Move:
         return out
 
     def _moved(self, weight: torch.Tensor, momentum: torch.Tensor, rate: Rate) -> torch.Tensor:
-        optimizer = self.optimizer
-        weight = weight / optimizer.radius
+        weight = weight / self.radius
         if self.placing:
             # Those that are there already stay as they are, strides too, so that a resumed run goes on bit by bit.
             weight = torch.where(defect(weight) > _OFF, self.msign(weight, PLACING_STEPS), weight).contiguous()
-        phi = tangent(weight, momentum, optimizer.solver, optimizer.iterations, self.msign)
+        phi = tangent(weight, momentum, self.solver, self.iterations, self.msign)
         worst = tangency(weight, phi).amax()
         self.tangency = worst if self.tangency is None else torch.maximum(self.tangency, worst)
-        return self.msign(weight - rate * phi) * optimizer.radius
+        return self.msign(weight - rate * phi) * self.radius
 
     @staticmethod
     def _rate(rates: list[Rate], like: torch.Tensor) -> Rate:
@@ -191,11 +184,6 @@ class _Move:
             )
         found = torch.tensor(rates, dtype=like.dtype).view(-1, 1, 1)
         return found.to(like.device, non_blocking=True)  # otherwise the host would wait for the device
-
-
-def _momentum_reader(weights: Weights) -> Read:
-    """Packs the momentum, or its mix; the variant of the other weights has no part in these."""
-    return lambda parts, slots: pack(weights, Variant().transform, parts, slots)
 
 
 def _weights_reader(weights: Weights) -> Read:

@@ -9,8 +9,6 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.registry import variant_asked_for
-from megatron_muon.optimizers.sphere import SpectralSphere
-from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM
 from megatron_muon.routing.layout import MatrixLayout
 
@@ -66,10 +64,5 @@ class StateCounter:
             "scale_mode": options.scale_mode,
             "hidden_size": 1,
         }
-        match self.optimizer:
-            case "spectral_sphere":
-                return SpectralSphere([param], **common)
-            case "stiefel_muon":
-                return StiefelMuon([param], **common)
         asked = {"optimizer": self.optimizer, "adaptive_muon_moment2_method": self.moment2_method}
         return Muon([param], variant=variant_asked_for(asked, options.as_settings()), **common)

@@ -20,7 +20,6 @@ from megatron_muon.agree import Ranks
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.plugin import options
 from megatron_muon.plugin.early_gather import gather_early
 from megatron_muon.plugin.expert_scalars import set_apart, sum_once
@@ -301,8 +300,7 @@ def _planned(optimizer: Any) -> list[str]:
     for muon in _muons(optimizer):
         if (engine := muon.prepare()) is not None:
             lines += [*engine.describe(), f"products: {muon.engines.products_note}"]
-        if isinstance(muon, StiefelMuon):
-            lines += muon.notes()
+        lines += muon.variant.notes([param for group in muon.param_groups for param in group["params"]])
     return list(dict.fromkeys(lines))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_muon._patching import Patches
+from megatron_muon.choices import OPTIMIZERS
 from megatron_muon.config import MuonConfig
 from megatron_muon.options import UpdateKnobs
 from megatron_muon.plugin.transfer import transfer_of
@@ -31,8 +32,6 @@ def _with_our_entries(original: dict[str, Any]) -> dict[str, Any]:
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
     from megatron_muon.optimizers.muon import Muon
-    from megatron_muon.optimizers.sphere import SpectralSphere
-    from megatron_muon.optimizers.stiefel import StiefelMuon
 
     ours = ParamKey(predicate=ParamPredicate(name=_PREDICATE, fn=_is_nonlinear_or_embedding))
 
@@ -44,16 +43,11 @@ def _with_our_entries(original: dict[str, Any]) -> dict[str, Any]:
         return dataclasses.replace(entry, default_param_overrides=overrides)
 
     entries = {name: with_our_predicate(entry) for name, entry in original.items()}
-    for name, cls, kwargs in (
-        ("muon", Muon, _muon_kwargs),
-        ("adaptive_muon", Muon, _muon_kwargs),
-        ("spectral_sphere", SpectralSphere, _sphere_kwargs),
-        ("stiefel_muon", StiefelMuon, _stiefel_kwargs),
-    ):
+    for name in OPTIMIZERS:
         entries[name] = EmergingOptimizerEntry(
-            optimizer_cls=cls,
+            optimizer_cls=Muon,
             init_state_fn=_init_state,
-            config_to_kwargs=kwargs,
+            config_to_kwargs=_muon_kwargs,
             default_param_overrides={ours: {"optimizer": "adam"}},
         )
     return entries
@@ -67,28 +61,20 @@ def _init_state(optimizer: Any, config: Any = None) -> None:
 
 def _muon_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
     """Constructor arguments of :class:`megatron_muon.Muon` from Megatron's ``OptimizerConfig``."""
+    from megatron.core.utils import get_model_config
+
     from megatron_muon.optimizers.registry import variant_asked_for
 
     muon = MuonConfig.from_optimizer_config(config)
     transfer = transfer_of(muon, model_chunks)
     # Elementwise, after Newton-Schulz: sqrt(m n) grows with the width (arXiv 2512.05620, table 2).
     scaled = {"adaptive_muon_eps": config.adaptive_muon_eps / (1.0 if transfer is None else transfer.width)}
-    return {
-        **_common(config, model_chunks, pg_collection),
-        "variant": variant_asked_for(scaled, muon.as_settings(), config),
-    }
-
-
-def _common(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
-    muon = MuonConfig.from_optimizer_config(config)
-    from megatron.core.utils import get_model_config
-
-    transfer = transfer_of(muon, model_chunks)
     scalar = ("adam_beta1", "adam_beta2") if muon.scalar_optimizer == "adam" else ("lion_beta1", "lion_beta2")
     return {
         **{field.name: getattr(muon, field.name) for field in dataclasses.fields(UpdateKnobs)},
         "momentum": muon.momentum,
         "nesterov": muon.nesterov,
+        "variant": variant_asked_for(scaled, muon.as_settings(), config),
         "scalar_betas": tuple(getattr(config, name) for name in scalar),
         "damping_depth": 0.0 if transfer is None else 1.0,
         "hidden_size": get_model_config(model_chunks[0]).hidden_size,
@@ -96,25 +82,4 @@ def _common(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection:
         "weight_decay": config.weight_decay,
         "tp_group": pg_collection.tp,
         "expert_tp_group": getattr(pg_collection, "expt_tp", pg_collection.tp),
-    }
-
-
-def _sphere_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
-    """Those of :class:`megatron_muon.optimizers.sphere.SpectralSphere`."""
-    muon = MuonConfig.from_optimizer_config(config)
-    return {
-        **_common(config, model_chunks, pg_collection),
-        "radius": muon.sphere_radius,
-        "tolerance": muon.sphere_tolerance,
-    }
-
-
-def _stiefel_kwargs(config: Any, model_chunks: Sequence[torch.nn.Module], pg_collection: Any) -> dict[str, Any]:
-    """Those of :class:`megatron_muon.optimizers.stiefel.StiefelMuon`."""
-    muon = MuonConfig.from_optimizer_config(config)
-    return {
-        **_common(config, model_chunks, pg_collection),
-        "solver": muon.stiefel_solver,
-        "iterations": muon.stiefel_iterations,
-        "radius": muon.stiefel_radius,
     }

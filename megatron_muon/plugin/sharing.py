@@ -27,7 +27,7 @@ def share_work(layer_wise: Any, optimizers: Sequence[Any]) -> None:
     """
     for each in optimizers:
         muon = getattr(each, "optimizer", each)
-        if isinstance(muon, Muon) and muon.lends:
+        if isinstance(muon, Muon) and muon.variant.lends:
             muon.engines.sharing = _sharing(layer_wise, muon)
 
 

@@ -50,15 +50,15 @@ class Tangency:
     """How nearly tangent the updates of a model's last step were; logged, see :class:`Source`.
 
     Args:
-        optimizers: of this rank, which may have none.
+        variants: of the optimizers of this rank, which may have none.
         ranks: the model's. Each knows its own matrices.
         device: of the model.
     """
 
     title, prefix = "Stiefel manifold", "stiefel"
 
-    def __init__(self, optimizers: Sequence[StiefelMuon], ranks: Ranks, device: torch.device) -> None:
-        self._optimizers = optimizers
+    def __init__(self, variants: Sequence[StiefelMuon], ranks: Ranks, device: torch.device) -> None:
+        self._variants = variants
         self._ranks = ranks
         self._worst = torch.zeros((), dtype=torch.float32, device=device)
 
@@ -70,9 +70,9 @@ class Tangency:
         """
         result = update()
         self._worst.zero_()
-        for optimizer in self._optimizers:
-            if optimizer.tangency is not None:
-                torch.maximum(self._worst, optimizer.tangency.float(), out=self._worst)
+        for variant in self._variants:
+            if variant.tangency is not None:
+                torch.maximum(self._worst, variant.tangency.float(), out=self._worst)
         self._ranks.reduce_max(self._worst)
         return result
 
@@ -88,8 +88,8 @@ class Tangency:
 
 def watch(optimizer: Any, ranks: Ranks, device: torch.device) -> None:
     """Log what Megatron-Core's wrapper of ``--optimizer stiefel_muon`` says from now on; on all ranks of its model."""
-    optimizers = [part.optimizer for part, _ in leaves(optimizer) if isinstance(part.optimizer, StiefelMuon)]
-    tangency = Tangency(optimizers, ranks, device)
+    variants = [getattr(part.optimizer, "variant", None) for part, _ in leaves(optimizer)]
+    tangency = Tangency([each for each in variants if isinstance(each, StiefelMuon)], ranks, device)
     optimizer.step_with_ready_grads = functools.partial(tangency.step, optimizer.step_with_ready_grads)
     if ranks.is_last:
         recording.watch(optimizer, tangency)

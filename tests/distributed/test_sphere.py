@@ -24,7 +24,7 @@ TOLERANCE = 1e-3
 def one_step(start: torch.Tensor, gradient: torch.Tensor, tolerance: float, lr: float = 1.0) -> torch.Tensor:
     """Phi of a step from a weight that is on its sphere."""
     param = torch.nn.Parameter(start.clone())
-    optimizer = SpectralSphere([param], lr=lr, momentum=0.0, radius=0.0, tolerance=tolerance, **SHARP)
+    optimizer = Muon([param], variant=SpectralSphere(radius=0.0, tolerance=tolerance), lr=lr, momentum=0.0, **SHARP)
     param.grad = gradient
     optimizer.step()
     return (start - param.detach()) / (lr * torch.linalg.matrix_norm(start, 2))
@@ -92,7 +92,7 @@ def test_each_matrix_has_its_sphere(layout: Any) -> None:
     shape, radius = (32, 12), 2.0
     param = torch.nn.Parameter(weight(*shape, seed=1))
     param.matrix_layout = layout
-    optimizer = SpectralSphere([param], lr=0.005, momentum=0.8, radius=radius, weight_decay=0.5, **SHARP)
+    optimizer = Muon([param], variant=SpectralSphere(radius=radius), lr=0.005, momentum=0.8, weight_decay=0.5, **SHARP)
     for step in range(6):
         param.grad = grad(shape, step)
         optimizer.step()
@@ -107,7 +107,7 @@ def test_nothing_but_the_radius_scales(options: dict[str, Any]) -> None:
     with pytest.raises(
         ConfigError, match=f"--muon-{name.replace('_', '-')} .* with --optimizer spectral_sphere: the radius decides"
     ):
-        SpectralSphere([torch.nn.Parameter(weight(8, 6, seed=1))], **options, **SHARP)
+        Muon([torch.nn.Parameter(weight(8, 6, seed=1))], variant="spectral_sphere", **options, **SHARP)
 
 
 def shards(name: str, mode: str) -> torch.Tensor:
@@ -115,7 +115,9 @@ def shards(name: str, mode: str) -> torch.Tensor:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     param = torch.nn.Parameter(weight(*shape, seed=1).chunk(ranks, dim=dim)[rank].clone())
     param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, dim, layout
-    optimizer = SpectralSphere([param], lr=0.05, momentum=0.8, tp_mode=mode, tp_group=dist.group.WORLD, **SHARP)
+    optimizer = Muon(
+        [param], variant="spectral_sphere", lr=0.05, momentum=0.8, tp_mode=mode, tp_group=dist.group.WORLD, **SHARP
+    )
     for step in range(2):
         param.grad = grad(shape, step).chunk(ranks, dim=dim)[rank].contiguous()
         optimizer.step()
@@ -140,7 +142,7 @@ def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int, cases: l
         shape, _, layout = CASES[name]
         param = torch.nn.Parameter(weight(*shape, seed=1))
         param.matrix_layout = layout
-        optimizer = SpectralSphere([param], lr=0.05, momentum=0.8, **SHARP)
+        optimizer = Muon([param], variant="spectral_sphere", lr=0.05, momentum=0.8, **SHARP)
         for step in range(2):
             param.grad = grad(shape, step)
             optimizer.step()
@@ -151,7 +153,7 @@ def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int, cases: l
 
 def test_zero_gradients_only_retract() -> None:
     param = torch.nn.Parameter(weight(6, 4, seed=1))
-    optimizer = SpectralSphere([param], lr=0.1, radius=0.0, **SHARP)
+    optimizer = Muon([param], variant=SpectralSphere(radius=0.0), lr=0.1, **SHARP)
     param.grad = torch.zeros_like(param)
     optimizer.step()
     torch.testing.assert_close(param.detach(), weight(6, 4, seed=1), rtol=1e-12, atol=0)
@@ -162,7 +164,9 @@ def test_few_evaluations_are_enough() -> None:
 
     def trained(tolerance: float) -> torch.Tensor:
         param = torch.nn.Parameter(weight(24, 16, seed=1))
-        optimizer = SpectralSphere([param], lr=0.02, momentum=0.9, radius=0.0, tolerance=tolerance, **SHARP)
+        optimizer = Muon(
+            [param], variant=SpectralSphere(radius=0.0, tolerance=tolerance), lr=0.02, momentum=0.9, **SHARP
+        )
         for step in range(12):
             param.grad = 0.3 * weight(24, 16, seed=2) + weight(24, 16, seed=10 + step) + 0.5 * param.detach()
             optimizer.step()
@@ -187,7 +191,7 @@ def zero_sums_of_shards(dim: int, scale: float) -> float:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     param = torch.nn.Parameter((scale * ZERO_SUMS).chunk(ranks, dim=dim)[rank].clone())
     param.tensor_model_parallel, param.partition_dim = True, dim
-    optimizer = SpectralSphere([param], lr=0.1, radius=2.0, tp_group=dist.group.WORLD, **SHARP)
+    optimizer = Muon([param], variant=SpectralSphere(radius=2.0), lr=0.1, tp_group=dist.group.WORLD, **SHARP)
     param.grad = torch.zeros_like(param)
     optimizer.step()
     parts = [torch.empty_like(param) for _ in range(ranks)]
@@ -221,7 +225,7 @@ def test_sphere_of_a_weight_that_another_optimizer_has_trained(radius: float) ->
     state = muon.state_dict()
     state["param_groups"][0]["step"] = 100
     param.data = start.clone()
-    optimizer = SpectralSphere([param], radius=radius, **SHARP)
+    optimizer = Muon([param], variant=SpectralSphere(radius=radius), **SHARP)
     optimizer.load_state_dict(state)
     param.grad = torch.zeros_like(param)
     optimizer.param_groups[0]["lr"] = 0.0
@@ -244,8 +248,13 @@ def peaks(numbers: list[int]) -> list[int]:
         for param in params:
             param.tensor_model_parallel, param.partition_dim = True, 0
             param.grad = param.detach().clone()
-        optimizer = SpectralSphere(
-            params, tolerance=0.5, tp_group=group, tp_mode="owner", ns_dtype="fp32", chunk_mb=4 * MATRIX / 2**20
+        optimizer = Muon(
+            params,
+            variant=SpectralSphere(tolerance=0.5),
+            tp_group=group,
+            tp_mode="owner",
+            ns_dtype="fp32",
+            chunk_mb=4 * MATRIX / 2**20,
         )
         optimizer.step()
         found.append(min(live_bytes(optimizer.step)[0] for _ in range(2)))
@@ -269,7 +278,7 @@ def test_number_of_evaluations() -> None:
 )
 def test_wrong_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        SpectralSphere([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+        Muon([torch.nn.Parameter(torch.zeros(2, 2))], variant=SpectralSphere(**options))
 
 
 def test_weights_that_were_replaced_are_brought_to_the_sphere() -> None:
@@ -278,7 +287,7 @@ def test_weights_that_were_replaced_are_brought_to_the_sphere() -> None:
     bases = [torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=generator)).Q for _ in range(2)]
     old, new = (base @ torch.diag(torch.linspace(1.0, 0.8, 16, dtype=torch.float64)) @ base.mT for base in bases)
     param = torch.nn.Parameter(old)
-    optimizer = SpectralSphere([param], lr=0.0, radius=2.0)
+    optimizer = Muon([param], variant=SpectralSphere(radius=2.0), lr=0.0)
     for values in (old, new):
         param.detach().copy_(values)
         optimizer.forget()

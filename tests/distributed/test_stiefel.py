@@ -53,8 +53,8 @@ def written_out(shape: tuple[int, int], layout: MatrixLayout, nesterov: bool = F
     return found
 
 
-def train(param: torch.nn.Parameter, cut: Any, **options: Any) -> StiefelMuon:
-    optimizer = StiefelMuon([param], lr=LR, momentum=MOMENTUM, radius=RADIUS, weight_decay=0.3, **options)
+def train(param: torch.nn.Parameter, cut: Any, **options: Any) -> Muon:
+    optimizer = Muon([param], variant=StiefelMuon(radius=RADIUS), lr=LR, momentum=MOMENTUM, weight_decay=0.3, **options)
     for step in range(STEPS):
         param.grad = cut(step).contiguous()
         optimizer.step()
@@ -70,13 +70,13 @@ def test_one_process(name: str, nesterov: bool) -> None:
     optimizer = train(param, lambda step: grad(shape, step), nesterov=nesterov)
     torch.testing.assert_close(param.detach(), written_out(shape, layout, nesterov), rtol=0, atol=1e-12)
     assert set(optimizer.state[param]) == {"momentum_buffer"}
-    assert optimizer.tangency is not None and 0 < optimizer.tangency.item() < 0.05
+    assert optimizer.variant.tangency is not None and 0 < optimizer.variant.tangency.item() < 0.05
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_gradient_of_nan_gives_a_weight_of_nan(solver: str) -> None:
     param = stiefel((12, 8))
-    optimizer = StiefelMuon([param], lr=LR, solver=solver, iterations=3)
+    optimizer = Muon([param], variant=StiefelMuon(solver=solver, iterations=3), lr=LR)
     param.grad = torch.full_like(param, float("nan"))
     optimizer.step()
     assert param.isnan().all()
@@ -94,7 +94,7 @@ def shards(name: str, options: dict[str, Any]) -> tuple[torch.Tensor, float]:
     optimizer = train(param, lambda step: cut(grad(shape, step)), tp_group=dist.group.WORLD, **options)
     parts = [torch.empty_like(param) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, param.detach().contiguous())
-    worst = torch.zeros((), dtype=torch.float64) if optimizer.tangency is None else optimizer.tangency
+    worst = torch.zeros((), dtype=torch.float64) if optimizer.variant.tangency is None else optimizer.variant.tangency
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return torch.cat(parts, dim=dim), worst.item()
 
@@ -134,7 +134,7 @@ def several(chunk_mb: float) -> tuple[list[torch.Tensor], int, int]:
         param.grad = weight(*shape, seed=100 + seed).chunk(ranks)[rank].clone()
         params.append(param)
     groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.01}]
-    optimizer = StiefelMuon(groups, lr=LR, tp_group=dist.group.WORLD, chunk_mb=chunk_mb)
+    optimizer = Muon(groups, variant="stiefel", lr=LR, tp_group=dist.group.WORLD, chunk_mb=chunk_mb)
     optimizer.step()
     engine = optimizer.engines.of([*params[::2], *params[1::2]], STIEFEL)
     return [param.detach() for param in params], len(engine.plan.chunks), engine.counters.flops
@@ -150,7 +150,7 @@ def test_matrices_are_dealt_out(pool: RankPool) -> None:
         for seed, parts in enumerate(zip(first[0], second[0], strict=True)):
             alone = stiefel(tuple(torch.cat(parts).shape), seed=seed)
             alone.grad = weight(*alone.shape, seed=100 + seed)
-            StiefelMuon([alone], lr=0.01 if seed % 2 else LR).step()
+            Muon([alone], variant="stiefel", lr=0.01 if seed % 2 else LR).step()
             torch.testing.assert_close(torch.cat(parts), alone.detach(), rtol=0, atol=TOLERANCE)
 
 
@@ -167,7 +167,7 @@ def test_blockwise_shards_are_matrices(pool: RankPool) -> None:
 def traffic() -> tuple[float, int]:
     param = torch.nn.Parameter(torch.randn(16, 8, 8).flatten(0, 1)[:64])
     param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, 1, on_manifold(WHOLE)
-    optimizer = StiefelMuon([param], lr=LR, tp_group=dist.group.WORLD, tp_wire_dtype="bf16")
+    optimizer = Muon([param], variant="stiefel", lr=LR, tp_group=dist.group.WORLD, tp_wire_dtype="bf16")
     param.grad = torch.ones_like(param)
     optimizer.step()
     counters = optimizer.engines.of([param], STIEFEL).counters
@@ -191,7 +191,7 @@ def test_weights_stay_on_the_manifold(solver: str, shape: tuple[int, int]) -> No
     """|W^T W - R^2 I| <= 1e-5 after 100 steps in float32."""
     param = torch.nn.Parameter(weight(*shape, seed=1).float())
     param.matrix_layout = on_manifold(WHOLE)
-    optimizer = StiefelMuon([param], lr=0.02, solver=solver)
+    optimizer = Muon([param], variant=StiefelMuon(solver=solver), lr=0.02)
     for step in range(100):
         param.grad = weight(*shape, seed=step).float()
         optimizer.step()
@@ -205,7 +205,7 @@ def test_steepest_descent() -> None:
     best = -torch.linalg.matrix_norm(target, "nuc").item()
     losses = []
     param = stiefel(shape)
-    optimizer = StiefelMuon([param], lr=0.0, momentum=0.0)
+    optimizer = Muon([param], variant="stiefel", lr=0.0, momentum=0.0)
     param.grad = target.clone()
     optimizer.step()
     start = param.detach().clone()
@@ -233,7 +233,10 @@ def test_other_weights_are_brought_to_the_manifold_too(by_data: bool) -> None:
     else:
         param.detach().copy_(fresh)
     optimizer.state.clear()
-    for each, its in ((param, optimizer), (fresh, StiefelMuon([fresh], lr=LR, momentum=MOMENTUM, radius=RADIUS))):
+    for each, its in (
+        (param, optimizer),
+        (fresh, Muon([fresh], variant=StiefelMuon(radius=RADIUS), lr=LR, momentum=MOMENTUM)),
+    ):
         each.grad = grad((12, 8), 5)
         its.step()
     assert torch.equal(param, fresh)
@@ -241,7 +244,7 @@ def test_other_weights_are_brought_to_the_manifold_too(by_data: bool) -> None:
 
 def test_zero_gradients_only_retract() -> None:
     param = stiefel((8, 6), QKV)
-    optimizer = StiefelMuon([param], lr=LR, weight_decay=0.5)
+    optimizer = Muon([param], variant="stiefel", lr=LR, weight_decay=0.5)
     param.grad = torch.zeros_like(param)
     optimizer.step()
     placed = param.detach().clone()
@@ -250,13 +253,13 @@ def test_zero_gradients_only_retract() -> None:
         torch.testing.assert_close(placed[rows], u @ v, rtol=0, atol=1e-12)
     optimizer.step()
     torch.testing.assert_close(param.detach(), placed, rtol=0, atol=1e-14)
-    assert optimizer.tangency is not None and optimizer.tangency.item() == 0.0
+    assert optimizer.variant.tangency is not None and optimizer.variant.tangency.item() == 0.0
 
 
 def test_weights_of_zeros_wait_for_a_gradient() -> None:
     param = torch.nn.Parameter(torch.zeros(8, 6))
     param.matrix_layout = on_manifold(WHOLE)
-    optimizer = StiefelMuon([param], lr=1e-3)
+    optimizer = Muon([param], variant="stiefel", lr=1e-3)
     param.grad = torch.zeros_like(param)
     optimizer.step()
     assert (param == 0).all()
@@ -271,11 +274,13 @@ def test_weights_of_zeros_wait_for_a_gradient() -> None:
 def test_each_group_has_its_learning_rate() -> None:
     """In one batch."""
     params = [stiefel((8, 6), seed=seed) for seed in (1, 2)]
-    optimizer = StiefelMuon([{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.01}], momentum=0.0)
+    optimizer = Muon(
+        [{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.01}], variant="stiefel", momentum=0.0
+    )
     alone = [stiefel((8, 6), seed=seed) for seed in (1, 2)]
     for param, other, lr in zip(params, alone, (0.1, 0.01), strict=True):
         param.grad = other.grad = grad((8, 6), 3)
-        StiefelMuon([other], lr=lr, momentum=0.0).step()
+        Muon([other], variant="stiefel", lr=lr, momentum=0.0).step()
     optimizer.step()
     for param, other in zip(params, alone, strict=True):
         torch.testing.assert_close(param, other, rtol=0, atol=1e-12)
@@ -295,7 +300,7 @@ def test_other_weights_get_plain_muon(method: str) -> None:
     mixed, plain = neighbours(), neighbours()
     constrained = stiefel((32, 12))
     for optimizer, params in (
-        (StiefelMuon([mixed[0], constrained, *mixed[1:]], **options), [*mixed, constrained]),
+        (Muon([mixed[0], constrained, *mixed[1:]], variant="stiefel", **options), [*mixed, constrained]),
         (Muon(plain, **options), plain),
     ):
         for step in range(STEPS):
@@ -312,7 +317,7 @@ def test_resumed_runs_go_on_bit_by_bit(shape: tuple[int, int]) -> None:
     optimizer = train(first, lambda step: grad(shape, step))
     second = torch.nn.Parameter(first.detach().clone())
     second.matrix_layout = on_manifold(WHOLE)
-    again = StiefelMuon([second], lr=LR, momentum=MOMENTUM, radius=RADIUS)
+    again = Muon([second], variant=StiefelMuon(radius=RADIUS), lr=LR, momentum=MOMENTUM)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch shares the momentum otherwise
     for param, its in ((first, optimizer), (second, again)):
         param.grad = grad(shape, 7)
@@ -345,7 +350,7 @@ def test_stacks_of_experts_are_single_matrices() -> None:
 )
 def test_wrong_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        StiefelMuon([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+        Muon([torch.nn.Parameter(torch.zeros(2, 2))], variant=StiefelMuon(**options))
 
 
 def test_other_optimizers_refuse_such_weights() -> None:

@@ -213,7 +213,7 @@ def test_updates_of_shards_have_the_scale_of_the_whole(pool: RankPool) -> None:
 def on_the_sphere(start: torch.Tensor, gradient: torch.Tensor, lr: float = 1.0) -> tuple[torch.Tensor, float]:
     """Phi, and lambda in units of the gradient, of a step from a weight that is on its sphere."""
     param = torch.nn.Parameter(start.clone())
-    optimizer = SpectralSphere([param], lr=lr, momentum=0.0, radius=0.0, tolerance=1e-12, **POLAR)
+    optimizer = Muon([param], variant=SpectralSphere(radius=0.0, tolerance=1e-12), lr=lr, momentum=0.0, **POLAR)
     param.grad = gradient
     optimizer.step()
     phi = (start - param.detach()) / (lr * torch.linalg.matrix_norm(start, 2))

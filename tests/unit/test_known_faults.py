@@ -213,7 +213,7 @@ def test_retraction_reaches_fused_weights() -> None:
     heads = MatrixLayout("qkv", tuple(Section(part.name, part.rows, matrix_rows=4) for part in QKV.sections))
     param = torch.nn.Parameter(weight(32, 6))
     param.matrix_layout = heads
-    optimizer = SpectralSphere([param], lr=0.1, radius=2.0, **POLAR)
+    optimizer = Muon([param], variant=SpectralSphere(radius=2.0), lr=0.1, **POLAR)
     for _ in range(20):  # each step goes on with the power iteration
         param.grad = torch.zeros_like(param)
         optimizer.step()
@@ -229,7 +229,7 @@ def test_steps_of_variants_do_not_wait_for_the_device(name: str) -> None:
     if name in SECOND_MOMENTS:
         optimizer = Muon([param], variant=name)
     elif name == "spectral_sphere":
-        optimizer = SpectralSphere([param], tolerance=1e-3)
+        optimizer = Muon([param], variant=SpectralSphere(tolerance=1e-3))
     elif name == "update_norm":
         optimizer = Muon([param], scale_mode=name)
     else:

@@ -16,7 +16,6 @@ from megatron_muon import Muon
 from megatron_muon.choices import SCALE_MODES, SECOND_MOMENTS
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.sphere import SpectralSphere
-from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.routing.layout import BALLS, STIEFEL, MatrixLayout, Section
 
 QKV = MatrixLayout("qkv", (Section("q", 8), Section("k", 4), Section("v", 4)))
@@ -35,9 +34,9 @@ VARIANTS: dict[str, tuple[Make, MatrixLayout]] = {
     },
     "polargrad": (functools.partial(Muon, variant="polargrad", scale_mode="none"), QKV),
     "hyperball": (functools.partial(Muon, variant="hyperball", scale_mode="none"), QKV),
-    "sphere": (functools.partial(SpectralSphere, radius=0.0), QKV),
-    "MuonSphere": (functools.partial(SpectralSphere, radius=0.0, tolerance=1.0), QKV),
-    "stiefel": (StiefelMuon, MatrixLayout("linear", direction=STIEFEL)),
+    "sphere": (functools.partial(Muon, variant=SpectralSphere(radius=0.0)), QKV),
+    "MuonSphere": (functools.partial(Muon, variant=SpectralSphere(radius=0.0, tolerance=1.0)), QKV),
+    "stiefel": (functools.partial(Muon, variant="stiefel"), MatrixLayout("linear", direction=STIEFEL)),
     **{name: (Muon, MatrixLayout("linear", direction=name)) for name in BALLS},
 }
 KEEPS_NORMS = ("hyperball", "sphere", "MuonSphere")
@@ -139,7 +138,7 @@ def test_weights_of_zeros_cannot_keep_their_norm(name: str) -> None:
 @pytest.mark.parametrize("radius", [1.0, 2.0])
 def test_a_sphere_with_a_radius_takes_weights_of_zeros(radius: float) -> None:
     param = torch.nn.Parameter(torch.zeros(48, 32))
-    optimizer = SpectralSphere([param], lr=0.01, radius=radius, fp32_matmul_prec="highest")
+    optimizer = Muon([param], variant=SpectralSphere(radius=radius), lr=0.01, fp32_matmul_prec="highest")
     for step in range(3):
         param.grad = random(step)
         optimizer.step()
@@ -163,10 +162,10 @@ def test_the_multiplier_of_the_sphere_stays_where_there_is_nothing_to_solve() ->
 def test_the_flag_is_the_radius_at_resume() -> None:
     param, _ = made("sphere", random(1))
     param.matrix_layout = LINEAR
-    first = SpectralSphere([param], radius=2.0)
+    first = Muon([param], variant=SpectralSphere(radius=2.0))
     param.grad = random(2)
     first.step()
-    other = SpectralSphere([param], radius=5.0, lr=0.0)
+    other = Muon([param], variant=SpectralSphere(radius=5.0), lr=0.0)
     other.load_state_dict(first.state_dict())
     other.param_groups[0]["lr"] = 0.0
     other.step()

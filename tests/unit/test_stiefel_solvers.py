@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_muon import Muon
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.optimizers.stiefel_solvers import PLACING_STEPS, SOLVERS, defect, msign, tangency, tangent
 from megatron_muon.routing.layout import STIEFEL, MatrixLayout
@@ -171,7 +172,7 @@ def test_operations_are_those_that_torch_counts(name: str, shape: tuple[int, int
     """Of a whole step of the optimizer, on a weight that is on the manifold and has been looked at."""
     param = torch.nn.Parameter(torch.nn.init.orthogonal_(torch.empty(shape, dtype=torch.float64)))
     param.matrix_layout = MatrixLayout("linear", direction=STIEFEL)
-    optimizer = StiefelMuon([param], solver=name, iterations=iterations)
+    optimizer = Muon([param], variant=StiefelMuon(solver=name, iterations=iterations))
     param.grad = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     optimizer.step()
     with FlopCounterMode(display=False) as counter:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from megatron_muon import Muon
-from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 
@@ -58,51 +57,47 @@ def test_empty_fused_weights_have_no_update(layout: MatrixLayout) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "layout", "options"),
+    ("layout", "options"),
     [
-        (Muon, WHOLE, {}),
-        (Muon, WHOLE, {"scale_mode": "spectral_norm"}),
-        (Muon, replace(WHOLE, direction="sign"), {}),
-        (SpectralSphere, WHOLE, {}),
-        (StiefelMuon, replace(WHOLE, direction="stiefel"), {}),
+        (WHOLE, {}),
+        (WHOLE, {"scale_mode": "spectral_norm"}),
+        (replace(WHOLE, direction="sign"), {}),
+        (WHOLE, {"variant": "spectral_sphere"}),
+        (replace(WHOLE, direction="stiefel"), {"variant": "stiefel"}),
     ],
 )
 @pytest.mark.parametrize("order", [1, -1])
-def test_each_weight_has_a_step_in_its_own_numbers(
-    make: type[Muon], layout: MatrixLayout, options: dict[str, Any], order: int
-) -> None:
+def test_each_weight_has_a_step_in_its_own_numbers(layout: MatrixLayout, options: dict[str, Any], order: int) -> None:
     """float64 beside float32 weights: in whichever order, each gets the bits that it gets alone."""
     options = {"fp32_matmul_prec": "highest", **options}
     kinds = [torch.float64, torch.float64, torch.float32][::order]
     given = [parameter(6, 4, layout, dtype, seed) for seed, dtype in enumerate(kinds)]
-    beside = step(make(given, **options), 3)
+    beside = step(Muon(given, **options), 3)
     for seed, dtype in enumerate(kinds):
-        (alone,) = step(make([parameter(6, 4, layout, dtype, seed)], **options), 3)
+        (alone,) = step(Muon([parameter(6, 4, layout, dtype, seed)], **options), 3)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-6  # in batches of one and two
         torch.testing.assert_close(beside[seed], alone, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("size", [1e20, 1e30])
 @pytest.mark.parametrize(
-    ("make", "direction", "options"),
+    ("direction", "options"),
     [
-        (Muon, "msign", {}),
-        (Muon, "msign", {"scale_mode": "update_norm"}),
-        (Muon, "row_norm", {}),
-        (Muon, "col_norm", {}),
-        (Muon, "sign", {}),
-        (SpectralSphere, "msign", {}),
-        *((StiefelMuon, "stiefel", {"solver": name}) for name in ("admm", "dual_ascent", "fixed_point")),
+        ("msign", {}),
+        ("msign", {"scale_mode": "update_norm"}),
+        ("row_norm", {}),
+        ("col_norm", {}),
+        ("sign", {}),
+        ("msign", {"variant": "spectral_sphere"}),
+        *(("stiefel", {"variant": StiefelMuon(name)}) for name in ("admm", "dual_ascent", "fixed_point")),
     ],
 )
-def test_updates_do_not_depend_on_the_size_of_gradients(
-    make: type[Muon], direction: str, options: dict[str, Any], size: float
-) -> None:
+def test_updates_do_not_depend_on_the_size_of_gradients(direction: str, options: dict[str, Any], size: float) -> None:
     """The squares of such numbers are infinite in float32, and divided by: some weights did not move at all."""
     found = []
     for factor in (1.0, size):
         param = parameter(10, 6, replace(WHOLE, direction=direction))
-        optimizer = make([param], lr=0.1, momentum=0.0, fp32_matmul_prec="highest", **options)
+        optimizer = Muon([param], lr=0.1, momentum=0.0, fp32_matmul_prec="highest", **options)
         param.grad = torch.randn(10, 6, generator=torch.Generator().manual_seed(9)) * factor
         optimizer.step()
         found.append(param.detach())
