@@ -1,7 +1,8 @@
-"""The Triton kernel, compiled for several GPUs without one: tensor cores, shared memory, addresses, launches."""
+"""The Triton kernels, compiled for several GPUs without one: tensor cores, shared memory, addresses, launches."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: there is no kernel to test")
+import triton.language as tl  # noqa: E402
 
-from megatron_muon.orthogonalize.kernels import triton_symmetric  # noqa: E402
+from megatron_muon.orthogonalize.kernels import triton_elementwise, triton_symmetric  # noqa: E402
 from megatron_muon.orthogonalize.kernels.triton_symmetric import (  # noqa: E402
     Tile,
     symmetric_product,
@@ -131,6 +133,63 @@ def test_launches_are_tuned_once_for_sizes_alike(compiler: Process) -> None:
     assert all(grid == grids[tile.size] for tile, grid in first)
     assert fixed == [(triton_symmetric.TILES[1], grids[128])]
     assert len(alike) == 1 and alike[0][0] == first[-1][0]
+
+
+# --- elementwise passes ----------------------------------------------------------------------------------------------
+
+
+def elementwise_ptx(name: str, types: tuple[Any, ...], **options: bool) -> str:
+    kernel = getattr(triton_elementwise, f"_{name}_kernel")
+    constants = {"TYPES": types, "ROWS": False, "ALIGNED": True, **options}
+    scalars = {"table": "*i64", "programs": "*i64", "rate_bits": "i64", "from_grad": "i32", "from_momentum": "i32"}
+    signature = {each: scalars.get(each, "fp32") for each in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
+    values = {(kernel.arg_names.index(each),): value for each, value in constants.items()}
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    source = triton.compiler.ASTSource(kernel, signature, values)
+    ptx: str = triton.compile(source, target=target, options={"num_warps": 8, "enable_fp_fusion": False}).asm["ptx"]
+    return ptx
+
+
+def test_bytes_and_rounding_of_elementwise_kernels(compiler: Process) -> None:
+    """26 bytes for each element of a float32 weight, with the 2 of the norm, 16 bytes at a time; 48 by torch."""
+    found = []
+    for name, types, options in (
+        ("pack", (tl.float32, tl.float32, tl.bfloat16), {"UPDATES": True, "MIXES": True}),
+        ("add", (tl.float32, tl.bfloat16, tl.bfloat16), {}),
+    ):
+        ptx = compiler.run(functools.partial(elementwise_ptx, **options), name, types)
+        elements = triton_elementwise._BLOCK.value // 256  # of each of 8 warps' threads
+        moved = re.findall(r"(?:ld|st)\.global\.(\w+)(?:\.b32)? ", ptx)
+        assert set(moved) == {"b64", "v4"}, "entries of the table, and 16 bytes at once"
+        found.append(moved.count("v4") * 16 / elements)
+        assert not re.search(r"\.ftz|\batom|\bred\b|bar\.red", ptx)
+        assert ptx.count("fma.rn.f32") == elements * (2 if name == "pack" else 1)
+    assert found == [14, 10]
+
+
+def elementwise_launches() -> tuple[list[str], int]:
+    """Of two steps that differ in addresses, rates and momentum; and how many kernels were compiled for them."""
+    triton.runtime.driver.set_active(Driver())
+    run, made = triton.JITFunction.run, []
+
+    def record(self: Any, *args: Any, warmup: bool, **options: Any) -> Any:
+        made.append(self.__name__)
+        return run(self, *args, warmup=True, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.JITFunction, "run", record)
+        for momentum, lr in ((0.95, 0.02), (0.4, 0.0)):
+            lists = [[torch.zeros(16, 16 * (1 + n % 5)) for n in range(50)] for _ in range(3)]
+            assert triton_elementwise.pack(*lists, momentum, momentum)
+            assert triton_elementwise.add(lists[0], lists[2], [0.2 * n for n in range(50)], lr, 1.0 - lr)
+    kernels = (triton_elementwise._pack_kernel, triton_elementwise._add_kernel)
+    return made, sum(len(kernel.device_caches[0][0]) for kernel in kernels)
+
+
+def test_one_launch_for_all_matrices_and_no_compilation_later(compiler: Process) -> None:
+    made, compiled_kernels = compiler.run(elementwise_launches)
+    assert made == ["_pack_kernel", "_add_kernel"] * 2
+    assert compiled_kernels == 2
 
 
 def test_obstacles_without_interpreter(compiler: Process) -> None:

@@ -1,4 +1,4 @@
-"""The Triton kernel without a GPU: run by Triton's interpreter.
+"""The Triton kernels without a GPU: run by Triton's interpreter.
 
 Triton decides when it is imported whether it interprets, so the functions below run in processes of their own.
 """
@@ -23,7 +23,7 @@ from tests.pool import RankPool
 triton = pytest.importorskip("triton", reason="Triton is not installed: there is no kernel to test")
 import triton.language as tl  # noqa: E402
 
-from megatron_muon.orthogonalize.kernels import triton_symmetric  # noqa: E402
+from megatron_muon.orthogonalize.kernels import elementwise, triton_elementwise, triton_symmetric  # noqa: E402
 from megatron_muon.orthogonalize.kernels.triton_symmetric import (  # noqa: E402
     Tile,
     TritonProducts,
@@ -331,6 +331,53 @@ def test_backend_by_name_passes_its_check(interpreter: Process, dtype: torch.dty
     assert "6 products checked" in line and "exactly symmetric" in line
 
 
+# --- elementwise passes ----------------------------------------------------------------------------------------------
+
+
+def elementwise_bits() -> None:
+    """As :func:`elementwise.prepare` finds on a GPU. bfloat16 is left out: the interpreter does not round to it."""
+    cpu, wide, half = torch.device("cpu"), torch.float32, torch.float16
+    for weights in (wide, half):
+        text = elementwise.prepare(cpu, weights, (weights, half), (wide, half), (2, 40, 50))
+        assert text.count(" by torch (Triton ") == text.count(" ms, torch ") >= 3, text  # right, and here slower
+
+
+def fused_weights() -> list[list[torch.Tensor]]:
+    """Momentum, gradients and slots: views of several dimensions, of which the others lie between; and nothing."""
+    generator = torch.Generator().manual_seed(0)
+    momentum, grad, batch = (torch.randn(6, 200, 40, generator=generator).unflatten(1, (4, 50)) for _ in range(3))
+    lists = [[x[:, :, :20], x[:, :, 20:]] for x in (momentum, grad)] + [[batch[:, :, 30:], batch[:, :, :30]]]
+    return [[*some, torch.empty(0, 40)] for some in lists]
+
+
+def elementwise_views() -> None:
+    own, torchs = fused_weights(), fused_weights()
+    momentum, grad, slots = torchs
+    elementwise.pack(momentum, grad, slots, 0.95, 0.9)
+    elementwise.add(momentum, slots, (0.3, 0.7, 1.0), 0.02, 0.99)
+    assert triton_elementwise._table.cache_info().misses == 0, "a kernel that is not yet known to be right was used"
+
+    types = (torch.float32,) * 3
+    elementwise._taken.update({(torch.device("cpu"), "pack", types), (torch.device("cpu"), "add", types[:2])})
+    versions = [tensor._version for tensor in own[0]]
+    elementwise.pack(*own, 0.95, 0.9)
+    elementwise.add(own[0], own[2], (0.3, 0.7, 1.0), 0.02, 0.99)
+    assert all(torch.equal(*pair) for some in zip(own, torchs, strict=True) for pair in zip(*some, strict=True))
+    assert all(tensor._version > version for tensor, version in zip(own[0], versions, strict=True))
+    assert triton_elementwise._table.cache_info().misses == 2
+
+    elementwise.pack(*own, 0.8, 1.0)
+    elementwise.add(own[0], own[2], (0.3, 0.7, 1.0), 0.01, None)
+    elementwise.pack(own[0], [grad.half() for grad in own[1]], own[2], 0.8, 1.0)  # of a type that was not tried
+    elementwise.pack(*([x.mT for x in some] for some in own), 0.8, 1.0)  # columns that are no neighbours
+    assert triton_elementwise._table.cache_info().misses == 2, "addresses are the same: so is their table"
+
+
+def test_elementwise_kernels_give_torchs_bits(interpreter: Process) -> None:
+    interpreter.run(elementwise_views)
+    interpreter.run(elementwise_bits)
+
+
 def test_kernel_is_not_imported_by_the_package() -> None:
     """It is optional: only a backend that is asked for imports it."""
     package = Path(triton_symmetric.__file__).parents[2]
@@ -339,4 +386,6 @@ def test_kernel_is_not_imported_by_the_package() -> None:
         for path in package.rglob("*.py")
         if re.search(r"^\s*(from|import) .*\btriton\b", path.read_text(), re.MULTILINE)
     ]
-    assert importers == [Path("orthogonalize/kernels/triton_symmetric.py")]
+    assert sorted(importers) == [
+        Path(f"orthogonalize/kernels/triton_{name}.py") for name in ("elementwise", "symmetric")
+    ]

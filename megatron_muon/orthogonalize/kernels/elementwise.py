@@ -142,6 +142,8 @@ def prepare(
         reason = f"is not there ({error})"
     if reason is not None:
         return f"elementwise passes by torch: Triton {reason}" if device.type == "cuda" else ""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     found = [_tried("pack", device, (weights, weights, slot), shape) for slot in dict.fromkeys(slots)]
     found += [_tried("add", device, (weights, update), shape) for update in dict.fromkeys(updates)]
     return f"elementwise passes: {'; '.join(found)}"
@@ -154,58 +156,53 @@ _PASSES: dict[str, tuple[Callable[..., None], tuple[int, ...], list[tuple[Any, .
 """For each pass torch's form, which of its tensors it writes, and numbers to try it with."""
 
 
+@cache
 def _tried(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int, int]) -> str:
     """Compare the kernel with torch, by bits and by time, and use it if it is as good and faster; in words."""
-    by_torch, written, numbers = _PASSES[name]
-    by_triton = getattr(_kernels(), name)
-    which = f"{name} {' and '.join(dict.fromkeys(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
+    (by_torch, written, numbers), by_triton = _PASSES[name], getattr(_kernels(), name)
+    what = f"{name} {' and '.join(dict.fromkeys(str(dtype).removeprefix('torch.') for dtype in dtypes))} by"
+    _taken.discard((device, name, dtypes))  # torch's form is what follows
     try:
         for each in numbers:
-            for own, theirs in zip(_samples(device, dtypes), _samples(device, dtypes), strict=True):
-                by_torch(*theirs, *each)
-                taken = by_triton(*own, *each)
-                if not taken or not all(
-                    torch.equal(*pair) for at in written for pair in zip(own[at], theirs[at], strict=True)
-                ):
-                    return f"{which} by torch (Triton's bits differ)"
+            for own, torchs in zip(_samples(device, dtypes), _samples(device, dtypes), strict=True):
+                by_triton(*own, *each)
+                by_torch(*torchs, *each)
+                pairs = (pair for index in written for pair in zip(own[index], torchs[index], strict=True))
+                if not all(torch.equal(*pair) for pair in pairs):
+                    return f"{what} torch (Triton's bits differ)"
         count = min(shape[0], max(1, _TRIAL // (shape[1] * shape[2])))
         batch = [list(torch.ones(count, *shape[1:], dtype=dtype, device=device)) for dtype in dtypes]
-        each = ((1.0,) * count, *numbers[0][1:]) if name == "add" else numbers[0]
-        triton_s, torch_s = (seconds(partial(work, *batch, *each), device) for work in (by_triton, by_torch))
+        each = numbers[0] if name == "pack" else ((1.0,) * count, *numbers[0][1:])
+        own_s, torch_s = (seconds(partial(work, *batch, *each), device) for work in (by_triton, by_torch))
     except Exception as error:
-        return f"{which} by torch (Triton fails: {str(error).strip().partition('\n')[0]})"
-    is_faster = triton_s < torch_s
-    if is_faster:
-        _taken.add((batch[0][0].device, name, dtypes))
-    times = f"Triton {1e3 * triton_s:.3g} ms, torch {1e3 * torch_s:.3g} ms for {count} x {shape[1]} x {shape[2]}"
-    return f"{which} by {'Triton' if is_faster else 'torch'} ({times})"
+        return f"{what} torch (Triton fails: {str(error).strip().partition('\n')[0]})"
+    if own_s < torch_s:
+        _taken.add((device, name, dtypes))
+    times = f"Triton {1e3 * own_s:.3g} ms, torch {1e3 * torch_s:.3g} ms for {count} x {shape[1]} x {shape[2]}"
+    return f"{what} {'Triton' if own_s < torch_s else 'torch'} ({times})"
 
 
 def _samples(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[list[list[torch.Tensor]]]:
     """Two tensors of each type: aligned; from an odd address on; and with rows that lie apart. The same every time."""
     generator = torch.Generator().manual_seed(0)
 
-    def random(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        magnitudes = torch.empty(shape).uniform_(-42.0, 3.0, generator=generator)  # the smallest numbers among them
-        return (torch.randn(shape, generator=generator) * 10.0**magnitudes).to(device, dtype)
+    def random(dtype: torch.dtype, matrices: int) -> torch.Tensor:
+        values = torch.randn(matrices, 64, 96, generator=generator)
+        magnitudes = torch.empty_like(values).uniform_(-42.0, 3.0, generator=generator)  # the smallest numbers, too
+        return (values * 10.0**magnitudes).to(device, dtype)
 
-    cuts: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
-        lambda x: x,
-        lambda x: x.view(-1)[1:],
-        lambda x: x[:, 1:, 1:],
-    )
+    cuts: list[Callable[[torch.Tensor], torch.Tensor]] = [lambda x: x, lambda x: x.view(-1)[1:], lambda x: x[:, 1:, 1:]]
     for cut in cuts:
-        yield [[cut(random(dtype, shape)) for shape in ((3, 70, 90), (1, 64, 64))] for dtype in dtypes]
+        yield [[cut(random(dtype, matrices)) for matrices in (3, 1)] for dtype in dtypes]
 
 
 def _is_taken(name: str, *tensors: _Tensors) -> bool:
     """Whether a pass over some tensors is the kernel's."""
     if not _taken or not tensors[0]:
         return False
-    dtypes = [{tensor.dtype for tensor in some} for some in tensors]
-    return all(len(some) == 1 for some in dtypes) and (
-        (tensors[0][0].device, name, tuple(dtype for some in dtypes for dtype in some)) in _taken
-    )
+    dtypes = tuple(some[0].dtype for some in tensors)
+    is_uniform = all(tensor.dtype == dtype for some, dtype in zip(tensors, dtypes, strict=True) for tensor in some)
+    return is_uniform and (tensors[0][0].device, name, dtypes) in _taken
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Elementwise passes of a step over many matrices in one launch each, as a Triton kernel.
+"""Elementwise passes of a step over many matrices in one launch each, as Triton kernels.
 
 What is read and written is found by a table on the device: addresses, sizes and distances of rows, of any mix of
 tensors. Products and sums are fused and rounded just where torch's own kernels do it, so that the bits are the same.
@@ -13,7 +13,7 @@ import ctypes
 import functools
 import itertools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,38 +26,35 @@ from megatron_muon.orthogonalize.kernels.triton_symmetric import obstacle
 __all__ = ["add", "obstacle", "pack"]
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-"""What the kernels read and write."""
 
-_BLOCK = 4096
-"""Elements of a program."""
-
-_FIELDS = 9
+_FIELDS = tl.constexpr(9)
 """Of an entry of the table: three addresses, three distances of rows in elements, the length of a row, the number of
 elements, and the bits of a factor."""
 
+_BLOCK = tl.constexpr(4096)
+"""Elements of a program."""
+
+_Tensors = Sequence[torch.Tensor]
+
 
 @triton.jit
-def _place(table, programs, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
+def _place(table, programs, ALIGNED: tl.constexpr):
     """The entry of this program, its elements there, and which of these there are."""
     program = tl.program_id(0)
-    entry = table + tl.load(programs + 2 * program) * FIELDS
-    index = tl.load(programs + 2 * program + 1) * BLOCK + tl.arange(0, BLOCK)
+    entry = table + tl.load(programs + 2 * program) * _FIELDS
+    index = tl.load(programs + 2 * program + 1) * _BLOCK + tl.arange(0, _BLOCK)
     size = tl.load(entry + 7)
-    if ALIGNED:
-        size = tl.multiple_of(size, 16)
-    return entry, index, index < size
+    return entry, index, index < (tl.multiple_of(size, 16) if ALIGNED else size)
 
 
 @triton.jit
 def _elements(entry, index, NUMBER: tl.constexpr, TYPE: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointers to elements of a tensor of an entry."""
     start = tl.load(entry + NUMBER).to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        start = tl.multiple_of(start, 16)
     if ROWS:
         length = tl.load(entry + 6)
         index += index // length * (tl.load(entry + 3 + NUMBER) - length)
-    return start + index
+    return (tl.multiple_of(start, 16) if ALIGNED else start) + index
 
 
 @triton.jit(do_not_specialize=["from_grad", "from_momentum"])
@@ -68,163 +65,143 @@ def _pack_kernel(
     mixing,
     from_grad,
     from_momentum,
-    MOMENTUM: tl.constexpr,
-    GRAD: tl.constexpr,
-    SLOT: tl.constexpr,
+    TYPES: tl.constexpr,
     UPDATES: tl.constexpr,
     MIXES: tl.constexpr,
     ROWS: tl.constexpr,
     ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
-    entry, index, inside = _place(table, programs, ALIGNED, BLOCK, FIELDS)
-    momenta = _elements(entry, index, 0, MOMENTUM, ROWS, ALIGNED)
+    entry, index, inside = _place(table, programs, ALIGNED)
+    momenta = _elements(entry, index, 0, TYPES[0], ROWS, ALIGNED)
     value = tl.load(momenta, mask=inside)
     if UPDATES or MIXES:
-        grad = tl.load(_elements(entry, index, 1, GRAD, ROWS, ALIGNED), mask=inside).to(MOMENTUM).to(tl.float32)
+        grad = tl.load(_elements(entry, index, 1, TYPES[1], ROWS, ALIGNED), mask=inside).to(TYPES[0]).to(tl.float32)
     if UPDATES:
         old = value.to(tl.float32)
-        value = tl.fma(grad - old, updating, tl.where(from_grad != 0, grad, old)).to(MOMENTUM)
+        value = tl.fma(grad - old, updating, tl.where(from_grad != 0, grad, old)).to(TYPES[0])
         tl.store(momenta, value, mask=inside)
     if MIXES:
         new = value.to(tl.float32)
-        value = tl.fma(new - grad, mixing, tl.where(from_momentum != 0, new, grad)).to(MOMENTUM)
-    tl.store(_elements(entry, index, 2, SLOT, ROWS, ALIGNED), value.to(SLOT), mask=inside)
+        value = tl.fma(new - grad, mixing, tl.where(from_momentum != 0, new, grad)).to(TYPES[0])
+    tl.store(_elements(entry, index, 2, TYPES[2], ROWS, ALIGNED), value.to(TYPES[2]), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rate_bits"])
 def _add_kernel(
-    table,
-    programs,
-    rate_bits: tl.int64,
-    kept,
-    WEIGHT: tl.constexpr,
-    UPDATE: tl.constexpr,
-    ROWS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FIELDS: tl.constexpr,
+    table, programs, rate_bits: tl.int64, kept, TYPES: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    entry, index, inside = _place(table, programs, ALIGNED, BLOCK, FIELDS)
+    entry, index, inside = _place(table, programs, ALIGNED)
     # As Python multiplies learning rate and factor: in 64 bits, rounded once.
     factor = tl.load(entry + 8).to(tl.float64, bitcast=True)
     rate = (rate_bits.to(tl.float64, bitcast=True) * factor).to(tl.float32)
-    weights = _elements(entry, index, 0, WEIGHT, ROWS, ALIGNED)
+    weights = _elements(entry, index, 0, TYPES[0], ROWS, ALIGNED)
     weight = tl.load(weights, mask=inside).to(tl.float32)
-    update = tl.load(_elements(entry, index, 1, UPDATE, ROWS, ALIGNED), mask=inside).to(tl.float32)
+    update = tl.load(_elements(entry, index, 1, TYPES[1], ROWS, ALIGNED), mask=inside).to(tl.float32)
     if weights.dtype.element_ty == tl.float32:
         weight = tl.fma(update, rate, weight * kept)
     else:
         weight = tl.fma(weight, kept, update * rate)
-    tl.store(weights, weight.to(WEIGHT), mask=inside)
+    tl.store(weights, weight.to(TYPES[0]), mask=inside)
 
 
-def pack(
-    momenta: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    slots: Sequence[torch.Tensor],
-    momentum: float | None,
-    nesterov: float,
-) -> bool:
+def pack(momenta: _Tensors, grads: _Tensors, slots: _Tensors, momentum: float | None, nesterov: float) -> bool:
     """See :func:`megatron_muon.orthogonalize.kernels.elementwise.pack`; False if nothing was done, for their layout."""
-    entries = _entries((momenta, grads, slots))
-    if entries is None:
-        return False
     updating, from_grad = _lerp(0.0 if momentum is None else 1.0 - momentum)
     mixing, from_momentum = _lerp(nesterov)
-    types = {"MOMENTUM": momenta[0], "GRAD": grads[0], "SLOT": slots[0]}
     options = {"UPDATES": momentum is not None, "MIXES": nesterov != 1.0}
-    _launch(_pack_kernel, entries, types, (updating, mixing, from_grad, from_momentum), options)
+    numbers = (updating, mixing, from_grad, from_momentum)
+    if not _launch(_pack_kernel, (momenta, grads, slots), itertools.repeat(0.0), numbers, options):
+        return False
     if momentum is not None:
         torch.autograd.graph.increment_version(momenta)
     return True
 
 
-def add(
-    weights: Sequence[torch.Tensor],
-    updates: Sequence[torch.Tensor],
-    factors: Sequence[float],
-    lr: float,
-    kept: float | None,
-) -> bool:
+def add(weights: _Tensors, updates: _Tensors, factors: Sequence[float], lr: float, kept: float | None) -> bool:
     """See :func:`megatron_muon.orthogonalize.kernels.elementwise.add`; False if nothing was done, for their layout."""
-    entries = _entries((weights, updates), factors)
-    if entries is None:
-        return False
     # Minus: the sign is a bit, so that Triton never takes the bits for a number of 32.
     numbers = (_bits(-float(lr)), 1.0 if kept is None else float(kept))
-    _launch(_add_kernel, entries, {"WEIGHT": weights[0], "UPDATE": updates[0]}, numbers, {})
+    if not _launch(_add_kernel, (weights, updates, updates), factors, numbers, {}):
+        return False
     torch.autograd.graph.increment_version(weights)
     return True
 
 
 def _launch(
     kernel: Any,
-    entries: tuple[int, ...],
-    types: dict[str, torch.Tensor],
+    tensors: tuple[_Tensors, ...],
+    factors: Iterable[float],
     numbers: tuple[float, ...],
     options: dict[str, bool],
-) -> None:
-    device = next(iter(types.values())).device
-    table = _table(entries, device)
+) -> bool:
+    """Run a kernel over tensors, those at one place of one shape; False if elements of a row are no neighbours."""
+    found: list[int] = []
+    for factor, *views in zip(factors, *tensors, strict=False):
+        parts = _parts(views[0].shape, tuple(view.stride() for view in views))
+        if parts is None:
+            return False
+        for starts, distances, length, size in parts:
+            found += (view.data_ptr() + view.itemsize * start for view, start in zip(views, starts, strict=True))
+            found += (*distances, length, size, _bits(factor))
+    entries, device = tuple(found), tensors[0][0].device
+    table, fields = _table(entries, device), [entries[field :: _FIELDS.value] for field in range(8)]
+    has_rows = fields[6] != fields[7]
+    is_aligned = not has_rows and all(number % 16 == 0 for field in (0, 1, 2, 7) for number in fields[field])
     programs = table[len(entries) :]
-    addresses = (address for number in range(3) for address in entries[number::_FIELDS])
-    has_rows = entries[6::_FIELDS] != entries[7::_FIELDS]
     if programs.numel():
         with current(device):
             kernel[(programs.numel() // 2,)](
                 table,
                 programs,
                 *numbers,
-                **{name: _TYPES[tensor.dtype] for name, tensor in types.items()},
                 **options,
+                TYPES=tuple(_TYPES[some[0].dtype] for some in tensors),
                 ROWS=has_rows,
-                ALIGNED=not has_rows and all(address % 16 == 0 for address in addresses),
-                BLOCK=_BLOCK,
-                FIELDS=_FIELDS,
+                ALIGNED=is_aligned,
                 num_warps=8,
                 enable_fp_fusion=False,  # what torch fuses is written out
             )
+    return True
 
 
-def _entries(tensors: Sequence[Sequence[torch.Tensor]], factors: Sequence[float] = ()) -> tuple[int, ...] | None:
-    """The table of some tensors, those at one place of one shape; None if elements of a row are no neighbours."""
-    found: list[int] = []
-    for number, views in enumerate(zip(*tensors, strict=True)):
-        bits = _bits(factors[number]) if factors else 0
-        for offsets, strides, length, size in _parts(views):
-            if strides is None:
-                return None
-            addresses = [view.data_ptr() + offset for view, offset in zip(views, offsets, strict=True)]
-            unused = [0] * (3 - len(views))
-            found += (*addresses, *unused, *strides, *unused, length, size, bits)
-    return tuple(found)
-
-
+@functools.lru_cache(maxsize=4096)
 def _parts(
-    views: tuple[torch.Tensor, ...],
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...] | None, int, int]]:
-    """What of tensors of one shape has rows at one distance: offsets in bytes, distances, length of a row, elements."""
-    none = (0,) * len(views)
-    if all(view.is_contiguous() for view in views):
-        size = views[0].numel()
-        yield none, (size,) * len(views), size, size
-        return
-    dims: list[tuple[int, tuple[int, ...]]] = []
-    for size, *strides in zip(views[0].shape, *(view.stride() for view in views), strict=True):
-        if dims and dims[-1][1] == tuple(size * stride for stride in strides):
-            dims[-1] = dims[-1][0] * size, tuple(strides)
+    shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
+) -> list[tuple[list[int], tuple[int, ...], int, int]] | None:
+    """What of tensors of one shape has its rows at one distance from one another.
+
+    Returns:
+        For each part, in elements: where it starts in each tensor, the distances of rows there, the length of a row,
+        and the number of elements. None if elements of a row are no neighbours.
+    """
+    tensors = range(len(strides))
+    dims: list[tuple[int, tuple[int, ...]]] = [(1, (-1,) * len(strides))]
+    for size, *steps in zip(shape, *strides, strict=True):
+        if dims[-1][1] == tuple(size * step for step in steps):  # the two are one, as they lie
+            dims[-1] = dims[-1][0] * size, tuple(steps)
         elif size != 1:
-            dims.append((size, tuple(strides)))
+            dims.append((size, tuple(steps)))
     length, neighbours = dims.pop()
-    rows, distances = dims.pop() if dims else (1, (length,) * len(views))
-    for place in itertools.product(*(range(size) for size, _ in dims)):
-        offsets = tuple(
-            sum(step * strides[number] for step, (_, strides) in zip(place, dims, strict=True)) * view.itemsize
-            for number, view in enumerate(views)
-        )
-        yield offsets, distances if set(neighbours) == {1} else None, length, rows * length
+    if set(neighbours) != {1}:
+        return None
+    rows, distances = dims.pop() if len(dims) > 1 else (1, (length,) * len(strides))
+    outer = itertools.product(*(range(size) for size, _ in dims))
+    starts = (
+        [sum(at * steps[n] for at, (_, steps) in zip(place, dims, strict=True)) for n in tensors] for place in outer
+    )
+    return [(start, distances, length, rows * length) for start in starts]
+
+
+@functools.lru_cache(maxsize=512)
+def _table(entries: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """On the device: the entries, and then for each program the entry and which block of it. Waits for nothing."""
+    found = torch.tensor(entries, dtype=torch.int64)
+    blocks = (found[7 :: _FIELDS.value] + _BLOCK.value - 1) // _BLOCK.value
+    numbers = torch.repeat_interleave(torch.arange(len(blocks)), blocks)
+    first = blocks.cumsum(0) - blocks
+    programs = torch.stack([numbers, torch.arange(len(numbers)) - first[numbers]], dim=1)
+    table = torch.cat([found, programs.view(-1)])
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def _lerp(weight: float) -> tuple[float, bool]:
@@ -234,17 +211,5 @@ def _lerp(weight: float) -> tuple[float, bool]:
 
 
 def _bits(number: float) -> int:
-    """Of a float64, for what Triton passes floats to a kernel as: float32."""
+    """Of a float64: what Triton passes to a kernel as a float is a float32."""
     return int(struct.unpack("q", struct.pack("d", number))[0])
-
-
-@functools.lru_cache(maxsize=512)
-def _table(entries: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """On the device: the entries, and then for each program the entry and which block of it. Waits for nothing."""
-    found = torch.tensor(entries, dtype=torch.int64)
-    blocks = (found[7::_FIELDS] + _BLOCK - 1) // _BLOCK
-    numbers = torch.repeat_interleave(torch.arange(len(blocks)), blocks)
-    first = blocks.cumsum(0) - blocks
-    programs = torch.stack([numbers, torch.arange(len(numbers)) - first[numbers]], dim=1)
-    table = torch.cat([found, programs.view(-1)])
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
