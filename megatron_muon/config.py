@@ -15,18 +15,17 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.knobs import (
     EVERY_OPTIMIZER,
     boolean,
-    interval,
-    interval_or_never,
+    decay,
     knob,
     known_variant,
     not_negative,
+    number,
     one_of,
     param_rules,
     positive,
     text,
-    tolerance,
     transfer_base,
-    unit_interval,
+    whole,
 )
 from megatron_muon.options import UpdateKnobs
 from megatron_muon.refusals import MUON, Refusal, refuse
@@ -56,7 +55,7 @@ class MuonConfig(UpdateKnobs):
         0.95,
         "Decay of the momentum buffer, an exponential moving average of the gradient. "
         "Megatron's flag defaults to 0.9, its config class to 0.95.",
-        check=unit_interval,
+        check=decay,
     )
     nesterov: bool = knob(
         False, "Orthogonalize the Nesterov mix of gradient and momentum instead of the momentum.", check=boolean
@@ -145,7 +144,7 @@ class MuonConfig(UpdateKnobs):
         0.1,
         "How closely --optimizer spectral_sphere solves for its multiplier: 3 + log2(1 / tolerance) iterations a step; "
         "1: one, without the multiplier (MuonSphere).",
-        check=tolerance,
+        check=number(lambda value: 0 < value <= 1, "number above 0, at most 1 (0.1 is usual)"),
         readers=("spectral_sphere",),
     )
     stiefel_solver: str = knob(
@@ -159,7 +158,7 @@ class MuonConfig(UpdateKnobs):
         0,
         "Iterations of that solver in each step. 0: its own default, 10 for admm, 100 for dual_ascent, 20 for "
         "fixed_point.",
-        check=interval_or_never,
+        check=whole(0),
         readers=("stiefel_muon",),
     )
     stiefel_radius: float = knob(
@@ -221,13 +220,13 @@ class MuonConfig(UpdateKnobs):
         readers=EVERY_OPTIMIZER,
     )
     qk_logits_interval: int = knob(
-        1, "Measure attention logits, and clip, in every so many-th step.", check=interval, readers=EVERY_OPTIMIZER
+        1, "Measure attention logits, and clip, in every so many-th step.", check=whole(1), readers=EVERY_OPTIMIZER
     )
     qk_log_layers: int = knob(
         0,
         "Iterations between records of each attention layer's largest logit (TensorBoard, W&B, --muon-log-jsonl); 0: "
         "never.",
-        check=interval_or_never,
+        check=whole(0),
         readers=EVERY_OPTIMIZER,
     )
     dry_run: bool = knob(

@@ -10,25 +10,8 @@ from typing import Any
 
 from megatron_muon.choices import OPTIMIZERS, PARAM_CHOICES, VARIANTS, parse_param_rule, parse_transfer
 
-__all__ = [
-    "EVERY_OPTIMIZER",
-    "at_least_one",
-    "boolean",
-    "coefficient_triples",
-    "interval",
-    "interval_or_never",
-    "knob",
-    "known_coefficients",
-    "known_variant",
-    "not_negative",
-    "one_of",
-    "param_rules",
-    "positive",
-    "text",
-    "tolerance",
-    "transfer_base",
-    "unit_interval",
-]
+__all__ = ["EVERY_OPTIMIZER", "boolean", "coefficient_triples", "decay", "knob", "known_coefficients", "known_variant"]
+__all__ += ["not_negative", "number", "one_of", "param_rules", "positive", "text", "transfer_base", "whole"]
 
 EVERY_OPTIMIZER: tuple[str, ...] = ()
 """Readers of a knob that acts with Megatron's own optimizers, too."""
@@ -70,43 +53,25 @@ def one_of(*values: str, hints: dict[str, str] | None = None) -> Callable[[Any],
     return check
 
 
-def at_least_one(value: Any) -> str | None:
-    """A number of Newton-Schulz steps."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return None
-    return "give a whole number of at least 1 (5 is usual)"
+def whole(least: int, usual: str = "") -> Callable[[Any], str | None]:
+    """Only whole numbers from ``least`` on."""
+    problem = f"give a whole number of at least {least}{usual and f' ({usual} is usual)'}"
+    return lambda value: None if type(value) is int and value >= least else problem
 
 
-def interval(value: Any) -> str | None:
-    """A number of steps between two."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return None if whole and value >= 1 else "give a whole number of at least 1"
+def number(holds: Callable[[float], bool], wanted: str) -> Callable[[Any], str | None]:
+    """Only finite numbers for which this holds; ``wanted`` describes them."""
+
+    def check(value: Any) -> str | None:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return None if is_number and math.isfinite(value) and holds(value) else f"give a {wanted}"
+
+    return check
 
 
-def interval_or_never(value: Any) -> str | None:
-    """The same, or 0."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return None if whole and value >= 0 else "give a whole number of at least 0"
-
-
-def unit_interval(value: Any) -> str | None:
-    """A decay."""
-    return None if _is_number(value) and 0.0 <= value < 1.0 else "give a number from 0 to below 1 (0.95 is usual)"
-
-
-def positive(value: Any) -> str | None:
-    """A finite number above 0."""
-    return None if _is_number(value) and value > 0.0 and math.isfinite(value) else "give a positive number"
-
-
-def tolerance(value: Any) -> str | None:
-    """A number above 0, at most 1."""
-    return None if _is_number(value) and 0.0 < value <= 1.0 else "give a number above 0, at most 1 (0.1 is usual)"
-
-
-def not_negative(value: Any) -> str | None:
-    """A finite number of at least 0."""
-    return None if _is_number(value) and value >= 0.0 and math.isfinite(value) else "give a number of at least 0"
+positive = number(lambda value: value > 0, "positive number")
+not_negative = number(lambda value: value >= 0, "number of at least 0")
+decay = number(lambda value: 0 <= value < 1, "number from 0 to below 1 (0.95 is usual)")
 
 
 def text(value: Any) -> str | None:
@@ -117,10 +82,6 @@ def text(value: Any) -> str | None:
 def boolean(value: Any) -> str | None:
     """True or False."""
     return None if isinstance(value, bool) else "give True or False"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def known_coefficients(value: Any) -> str | None:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from megatron_muon.choices import NS_BACKENDS, SCALAR_OPTIMIZERS, SCALE_MODES, TP_MODES, WEIGHT_DECAY_METHODS
 from megatron_muon.knobs import (
-    at_least_one,
     coefficient_triples,
     knob,
     known_coefficients,
     not_negative,
     one_of,
     positive,
+    whole,
 )
 from megatron_muon.orthogonalize.newton_schulz import EPS
 
@@ -62,7 +62,7 @@ class UpdateKnobs:
         "step in order; they start again if there are fewer than --muon-num-ns-steps.",
         check=coefficient_triples,
     )
-    num_ns_steps: int = knob(5, "Number of Newton-Schulz steps.", check=at_least_one)
+    num_ns_steps: int = knob(5, "Number of Newton-Schulz steps.", check=whole(1, "5"))
     eps: float = knob(
         EPS,
         "Lower bound of the Frobenius norm that a matrix is divided by before the Newton-Schulz iteration: matrices of "
