@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_muon.config import SECOND_MOMENT_DEFAULTS, MuonConfig
-from megatron_muon.optimizers.stages import Matrices, Variant, init_rows, signs_
+from megatron_muon.optimizers.matrices import Matrices, Update, row_norms, signs_
+from megatron_muon.optimizers.stages import Variant, init_rows
 
 __all__ = ["NAMO", "AdaMuon", "AdaMuonEO", "NorMuon", "SecondMoment"]
 
@@ -50,15 +51,12 @@ class SecondMoment(Variant):
         """One number for each row of the weight."""
         init_rows(param, state, self.state_name)
 
-    def _average(self, matrices: Matrices, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Move each weight's second moment towards ``values``, and return it in their form."""
-        found = []
-        for update, value in zip(matrices.updates, values, strict=True):
-            moment = update.state[self.state_name]
-            for stored, new in update.pairs(moment, value):
-                stored.lerp_(new.to(stored.dtype), 1.0 - self.beta2)
-            found.append(update.batch_of(moment))
-        return found
+    def _average(self, update: Update, values: torch.Tensor) -> torch.Tensor:
+        """Move second moments, a number a row, towards ``values``, (matrices, rows or 1, 1), and return them."""
+        moment = update.gather(update.named(self.state_name))
+        moment.lerp_(values.to(moment.dtype).expand_as(moment), 1.0 - self.beta2)
+        update.store(update.named(self.state_name), moment)
+        return moment
 
 
 class AdaMuonEO(SecondMoment):
@@ -73,11 +71,14 @@ class AdaMuonEO(SecondMoment):
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Divide each element by the root of its second moment."""
-        moments = self._average(matrices, [update.direction.square() for update in matrices.updates])
-        return [
-            update.direction / moment.sqrt_().add_(self.eps)
-            for update, moment in zip(matrices.updates, moments, strict=True)
-        ]
+        for update in matrices.updates:
+            work = update.direction.square()
+            if pairs := update.pairs(update.named(self.state_name), work):
+                moments, squares = zip(*pairs, strict=True)
+                torch._foreach_lerp_(moments, [x.to(v.dtype) for v, x in pairs], 1.0 - self.beta2)
+                torch._foreach_copy_(squares, moments)
+            update.direction.div_(work.sqrt_().add_(self.eps))
+        return super().adapt(matrices)
 
 
 class AdaMuon(AdaMuonEO):
@@ -92,12 +93,10 @@ class AdaMuon(AdaMuonEO):
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Divided, and brought to the norm sqrt(min(m, n)) that a semi-orthogonal matrix has."""
-        divided = super().adapt(matrices)
-        norms = matrices.norms(divided)
-        return [
-            tensor.mul_(min(update.rows, update.columns) ** 0.5 / norm.clamp_min(self.eps))
-            for update, tensor, norm in zip(matrices.updates, divided, norms, strict=True)
-        ]
+        adapted = super().adapt(matrices)
+        for update, norm in zip(matrices.updates, matrices.norms(adapted), strict=True):
+            update.direction.mul_(min(update.rows, update.columns) ** 0.5 / norm.clamp_min_(self.eps))
+        return adapted
 
 
 class NorMuon(SecondMoment):
@@ -109,18 +108,16 @@ class NorMuon(SecondMoment):
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Rows of equal size, in the long run."""
         updates = matrices.updates
-        squares = [update.direction.square() for update in updates]
-        sums = matrices.row_sums(squares)
-        moments = self._average(matrices, [total / update.columns for update, total in zip(updates, sums, strict=True)])
-        adapted = [
-            update.direction * moment.clamp_min_(self.eps).rsqrt_()
-            for update, moment in zip(updates, moments, strict=True)
-        ]
-        before, after = matrices.norms([update.direction for update in updates]), matrices.norms(adapted)
-        return [
-            tensor.mul_(norm / new.clamp_min(self.eps))
-            for tensor, norm, new in zip(adapted, before, after, strict=True)
-        ]
+        squares = matrices.row_squares([update.direction for update in updates])
+        moments = [self._average(u, total / u.columns) for u, total in zip(updates, squares, strict=True)]
+        factors = [moment.clamp_min_(self.eps).rsqrt_() for moment in moments]
+        # The norm of O, and what it is after its rows are multiplied by the factors, follow from those of its rows.
+        rows = [total.sqrt_() for total in squares]
+        norms = matrices.norms_over_rows([*rows, *(x * factor for x, factor in zip(rows, factors, strict=True))])
+        before, after = norms[: len(updates)], norms[len(updates) :]
+        for update, factor, norm, new in zip(updates, factors, before, after, strict=True):
+            update.direction.mul_(factor.mul_(norm / new.clamp_min_(self.eps)))
+        return super().adapt(matrices)
 
 
 class NAMO(SecondMoment):
@@ -142,15 +139,10 @@ class NAMO(SecondMoment):
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Scaled by how much of the gradient the momentum holds."""
         updates = matrices.updates
-        grads = [update.batch_of(update.grad) for update in updates]
-        mixes = [update.mix() for update in updates]
-        squares = matrices.sums([grad.square() for grad in grads])
-        rows = [
-            square.expand(*update.direction.shape[:-1], 1).contiguous()
-            for update, square in zip(updates, squares, strict=True)
-        ]
-        moments = self._average(matrices, rows)
-        return [
-            update.direction * (norm / moment.sqrt_().add_(self.eps))
-            for update, norm, moment in zip(updates, matrices.norms(mixes), moments, strict=True)
-        ]
+        mixes = [row_norms(update.mix(), wide=True) for update in updates]
+        grads = [update.row_norms([weight.grad for weight in update.weights], wide=True) for update in updates]
+        norms = matrices.norms([*mixes, *grads], wide=True)
+        for update, mix, grad in zip(updates, norms[: len(updates)], norms[len(updates) :], strict=True):
+            moment = self._average(update, grad.square_())
+            update.direction.mul_(moment.sqrt_().add_(self.eps).reciprocal_().mul_(mix))
+        return super().adapt(matrices)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_muon.optimizers.stages import Matrices, signs_
+from megatron_muon.optimizers.matrices import Matrices, signs_
 from megatron_muon.routing.layout import COLUMN_NORM, ROW_NORM
 
 __all__ = ["ball_directions"]
@@ -36,7 +36,7 @@ def ball_directions(matrices: Matrices, direction: str) -> list[torch.Tensor]:
     if direction not in (ROW_NORM, COLUMN_NORM):
         return [signs_(mix) for mix in mixes]
     if direction == ROW_NORM:
-        sums, counts = matrices.row_squares(mixes), [update.columns for update in matrices.updates]
+        sums, counts = matrices.row_squares(mixes, wide=True), [update.columns for update in matrices.updates]
     else:
         sums, counts = matrices.column_squares(mixes), [update.rows for update in matrices.updates]
     return [_divided(mix, total / count) for mix, total, count in zip(mixes, sums, counts, strict=True)]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_muon.optimizers.stages import Matrices, Update, divided, is_some
+from megatron_muon.optimizers.matrices import Matrices, Update, divide_, divided, is_some
 from megatron_muon.routing.blocks import BlockRange
 
-__all__ = ["UPDATE_LEFT", "WarmStarts", "spectrally_normalized", "store_rows", "store_vector", "top_singular"]
+__all__ = ["UPDATE_LEFT", "WarmStarts", "spectrally_normalize", "store_vector", "top_singular"]
 
 UPDATE_LEFT = "update_left_vector"
 """State of ``--muon-scale-mode spectral_norm``: the top left singular vector of the last update, a number a row."""
@@ -52,16 +52,18 @@ class WarmStarts:
             state: as of :func:`top_singular`.
             usual: iterations from a vector of the step before.
         """
-        looks = [(self._looks[update.param], update.piece) for update in matrices.updates]
+        updates = matrices.updates
+        looks = [(self._looks[param], piece) for u in updates for param, piece in zip(u.params, u.pieces, strict=True)]
         if all(found.get(piece, 0) >= _LOOKS for found, piece in looks):
             return usual
-        stored = matrices.norms_over_rows([update.batch_of(update.state[state]) for update in matrices.updates])
-        norms = matrices.norms(tensors)
-        pairs = list(zip(stored, norms, strict=True))
-        are_missing = torch.stack([((size == 0) & (norm > 0)).any() for size, norm in pairs])
-        are_known = torch.stack([((size > 0) | (norm > 0)).all() for size, norm in pairs])
+        stored = matrices.norms_over_rows([update.gather(update.named(state)) for update in updates])
+        pairs = list(zip(stored, matrices.norms(tensors), strict=True))
+        counts = [count for update in updates for count in update.counts]
+        are_missing = torch.cat([(size == 0) & (norm > 0) for size, norm in pairs]).split(counts)
+        are_known = torch.cat([(size > 0) | (norm > 0) for size, norm in pairs]).split(counts)
+        found_out = [torch.stack([each.any() for each in are_missing]), torch.stack([each.all() for each in are_known])]
         # Waits for the device, once for each matrix until it is forgotten, and a few times for one of zeros.
-        missing, known = torch.stack([are_missing, are_known]).tolist()
+        missing, known = torch.stack(found_out).tolist()
         for (found, piece), is_known in zip(looks, known, strict=True):
             found[piece] = _LOOKS if is_known else found.get(piece, 0) + 1
         return max(usual, _COLD_ITERATIONS) if any(missing) else usual
@@ -82,9 +84,8 @@ def top_singular(
         u (matrices, rows on this rank, 1), v (matrices, columns on this rank, 1) and the norm (matrices, 1, 1) of each,
         which is never above the spectral norm.
     """
-    left = [
-        update.batch_of(update.state[state]).to(a.dtype) for update, a in zip(matrices.updates, tensors, strict=True)
-    ]
+    pairs = zip(matrices.updates, tensors, strict=True)
+    left = [update.gather(update.named(state)).to(a.dtype) for update, a in pairs]
     for number in range(iterations):
         right = matrices.column_products(tensors, left)
         norms = matrices.norms_over_columns(right)
@@ -99,43 +100,33 @@ def top_singular(
     return left, right, sizes
 
 
-def spectrally_normalized(
-    matrices: Matrices, tensors: Sequence[torch.Tensor], step: int, starts: WarmStarts
-) -> list[torch.Tensor]:
-    """Each matrix divided by its spectral norm, which one warm power iteration a step estimates (five in the first 50).
+def spectrally_normalize(matrices: Matrices, tensors: Sequence[torch.Tensor], starts: WarmStarts) -> None:
+    """Divide each matrix by its spectral norm, in place.
 
-    The estimate is from below. It is never taken smaller than |A|_F / sqrt(min(m, n)), which the spectral norm cannot
-    fall under either, so that an update is not blown up while singular vectors are still being found.
+    One warm power iteration a step (five in the first 50) estimates it from below. It is never taken smaller than
+    |A|_F / sqrt(min(m, n)), which the spectral norm cannot fall under either, so that an update is not blown up while
+    singular vectors are still being found.
 
     Args:
         matrices: the updates, whose state has :data:`UPDATE_LEFT`.
         tensors: A of each, (matrices, rows on this rank, columns on this rank).
-        step: number of the step, from 1.
         starts: of the optimizer.
 
     Source:
         arXiv 2512.05620, appendix F.
     """
-    iterations = starts.iterations(matrices, tensors, UPDATE_LEFT, _EARLY_ITERATIONS if step <= _EARLY_STEPS else 1)
+    is_early = any(update.step <= _EARLY_STEPS for update in matrices.updates)
+    iterations = starts.iterations(matrices, tensors, UPDATE_LEFT, _EARLY_ITERATIONS if is_early else 1)
     left, _, sizes = top_singular(matrices, tensors, UPDATE_LEFT, iterations)
-    found = []
     for update, a, u, size, norm in zip(matrices.updates, tensors, left, sizes, matrices.norms(tensors), strict=True):
         store_vector(update, UPDATE_LEFT, u, size)
-        least = norm / min(update.rows, update.columns) ** 0.5
-        found.append(divided(a, torch.maximum(size, least)))
-    return found
-
-
-def store_rows(update: Update, name: str, batch: torch.Tensor) -> None:
-    """Write a number a row, (matrices, rows on this rank, 1), to a state of the weight."""
-    for stored, value in update.pairs(update.state[name], batch.contiguous()):
-        stored.copy_(value)
+        divide_(a, torch.maximum(size, norm / min(update.rows, update.columns) ** 0.5))
 
 
 def store_vector(update: Update, name: str, left: torch.Tensor, size: torch.Tensor) -> None:
     """Write left vectors, (matrices, rows on this rank, 1); those of zeros stay what they were."""
-    kept = update.batch_of(update.state[name]).to(left.dtype)
-    store_rows(update, name, torch.where(size > 0, left, kept))
+    kept = update.gather(update.named(name)).to(left.dtype)
+    update.store(update.named(name), torch.where(size > 0, left, kept))
 
 
 def _first_vectors(matrices: Matrices, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

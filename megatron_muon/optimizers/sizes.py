@@ -8,25 +8,25 @@ from typing import Any
 import torch
 
 from megatron_muon.errors import ConfigError
-from megatron_muon.optimizers.stages import Matrices, Variant, divided, init_rows
+from megatron_muon.optimizers.matrices import Matrices, divide_
+from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.routing.blocks import BlockRange
 
-__all__ = ["Hyperball", "PolarGrad", "ZeroWeights", "normalized"]
+__all__ = ["Hyperball", "PolarGrad", "ZeroWeights", "normalize"]
 
 RADIUS = "radius"
 """State of Hyperball."""
 
 
-def normalized(matrices: Matrices, directions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """P5 in scale mode ``update_norm``: directions with the Frobenius norm that an orthogonal matrix has.
+def normalize(matrices: Matrices, directions: Sequence[torch.Tensor]) -> None:
+    """Scale mode ``update_norm``: give directions the Frobenius norm that an orthogonal matrix has, in place.
 
     Args:
         matrices: the updates.
         directions: of each, as they are to be added.
     """
-    norms = matrices.norms(directions)
-    wanted = [min(update.rows, update.columns) ** 0.5 for update in matrices.updates]
-    return [divided(x, norm / size) for x, size, norm in zip(directions, wanted, norms, strict=True)]
+    for update, x, norm in zip(matrices.updates, directions, matrices.norms(directions), strict=True):
+        divide_(x, norm, min(update.rows, update.columns) ** 0.5)
 
 
 class ZeroWeights:
@@ -51,7 +51,7 @@ class ZeroWeights:
         Raises:
             ConfigError: naming the weight's kind and shape, and the way out.
         """
-        keys = {(update.param, update.piece) for update in matrices.updates}
+        keys = {key for update in matrices.updates for key in zip(update.params, update.pieces, strict=True)}
         if keys <= self._seen:
             return
         self._seen |= keys
@@ -59,7 +59,7 @@ class ZeroWeights:
         zeros = torch.stack([(radius == 0).any() for radius in radii]).tolist()
         for update, is_zero in zip(matrices.updates, zeros, strict=True):
             if is_zero:
-                kind = update.piece.layout.kind
+                kind = update.pieces[0].layout.kind
                 raise ConfigError(
                     f"{self._what} with a {kind} weight whose {update.rows} x {update.columns} matrix is all zeros: it "
                     f"would stay so for ever. Use {self._way_out}, other initial weights, or --muon-param-rule "
@@ -77,10 +77,10 @@ class PolarGrad(Variant):
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Scaled by the nuclear norm."""
-        updates = matrices.updates
-        mixes = [update.mix() for update in updates]
-        nuclear = matrices.sums([update.direction * mix for update, mix in zip(updates, mixes, strict=True)])
-        return [update.direction * norm for update, norm in zip(updates, nuclear, strict=True)]
+        products = [update.mix().mul_(update.direction) for update in matrices.updates]
+        for update, norm in zip(matrices.updates, matrices.sums(products), strict=True):
+            update.direction.mul_(norm)
+        return super().adapt(matrices)
 
 
 class Hyperball(Variant):
@@ -102,24 +102,20 @@ class Hyperball(Variant):
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """The direction with the norm of the weight's sphere."""
         updates = matrices.updates
-        norms = matrices.norms([update.batch_of(update.param) for update in updates])
-        lengths = matrices.norms([update.direction for update in updates])
-        stored_radii = [update.batch_of(update.state[RADIUS]) for update in updates]
-        radii = [torch.where(radius > 0, radius, norm) for radius, norm in zip(stored_radii, norms, strict=True)]
+        weights = [update.row_norms(update.params) for update in updates]
+        norms = matrices.norms([*weights, *(update.direction for update in updates)])
+        stored = [update.gather(update.named(RADIUS)) for update in updates]
+        radii = [torch.where(radius > 0, radius, norm) for radius, norm in zip(stored, norms, strict=False)]
         self._zeros.refuse(matrices, radii)
-        found = []
-        for update, radius, length in zip(updates, radii, lengths, strict=True):
-            for stored, value in update.pairs(update.state[RADIUS], radius):
-                stored.copy_(value)
-            found.append(divided(update.direction, length) * radius)
-        return found
+        for update, radius, length in zip(updates, radii, norms[len(updates) :], strict=True):
+            update.store(update.named(RADIUS), radius)
+            divide_(update.direction, length, radius)
+        return super().adapt(matrices)
 
     def retract(self, matrices: Matrices) -> None:
         """Back to the sphere."""
         updates = matrices.updates
-        weights = [update.batch_of(update.param) for update in updates]
-        for update, weight, norm in zip(updates, weights, matrices.norms(weights), strict=True):
-            radius = update.batch_of(update.state[RADIUS])
-            factor = torch.where((radius > 0) & (norm > 0), radius / norm, torch.ones_like(radius))
-            for stored, value in update.pairs(update.param, weight * factor):
-                stored.copy_(value)
+        norms = matrices.norms([update.row_norms(update.params) for update in updates])
+        for update, norm in zip(updates, norms, strict=True):
+            radius = update.gather(update.named(RADIUS))
+            update.multiply(torch.where((radius > 0) & (norm > 0), radius / norm, 1.0))

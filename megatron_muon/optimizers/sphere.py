@@ -23,9 +23,11 @@ import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
-from megatron_muon.optimizers.power import store_rows, store_vector, top_singular
+from megatron_muon.engine.plan import Item
+from megatron_muon.optimizers.matrices import Update, is_some, row_norms, side_by_side
+from megatron_muon.optimizers.power import store_vector, top_singular
 from megatron_muon.optimizers.sizes import ZeroWeights
-from megatron_muon.optimizers.stages import Update, Variant, Work, init_rows, is_some
+from megatron_muon.optimizers.stages import Variant, Work, init_rows
 from megatron_muon.orthogonalize.kernels.elementwise import add_
 from megatron_muon.routing.layout import MSIGN
 
@@ -57,7 +59,7 @@ def evaluations(tolerance: float) -> int:
 
 @dataclass
 class _Solve:
-    """The search for lambda for some matrices of one weight: tensors of shape (matrices, ., .).
+    """The search for lambda for a batch of matrices: tensors of shape (matrices, ., .).
 
     Attributes:
         norm: |u|_F of the momentum.
@@ -83,8 +85,12 @@ class _Solve:
     def take(self, phi: torch.Tensor, h: torch.Tensor, number: int) -> None:
         """Take note of an evaluation and choose the next lambda."""
         if not self.sides:
-            self.sides = [_Side.unknown(phi, h) for _ in range(2)]
+            nowhere = torch.zeros_like(h)
+            # What is not known yet has any finite Phi.
+            self.sides = [_Side(nowhere, nowhere, phi, nowhere.bool()) for _ in range(2)]
         below, above = self.sides
+        if number == 1:
+            above.phi = above.phi.clone()
         below.take(h < 0, self.value, h, phi)
         above.take(~(h < 0), self.value, h, phi)  # NaN, too: it must show
         middle = (below.value + above.value) / 2
@@ -106,7 +112,7 @@ class _Solve:
         below, above = self.sides
         share = torch.where(above.h > below.h, above.h / (above.h - below.h), torch.ones_like(above.h))
         share = torch.where(below.known & above.known, share, below.known.to(share.dtype))
-        return torch.lerp(above.phi, below.phi, share)
+        return above.phi.lerp_(below.phi, share)
 
 
 @dataclass
@@ -118,20 +124,16 @@ class _Side:
     phi: torch.Tensor
     known: torch.Tensor
 
-    @classmethod
-    def unknown(cls, phi: torch.Tensor, h: torch.Tensor) -> _Side:
-        return cls(
-            torch.zeros_like(h), torch.zeros_like(h), torch.zeros_like(phi), torch.zeros_like(h, dtype=torch.bool)
-        )
-
     def take(self, mask: torch.Tensor, value: torch.Tensor, h: torch.Tensor, phi: torch.Tensor) -> None:
         self.value = torch.where(mask, value, self.value)
         self.h = torch.where(mask, h, self.h)
-        self.phi = torch.where(mask, phi, self.phi)
+        if phi is not self.phi:
+            torch.where(mask, phi, self.phi, out=self.phi)
         self.known = self.known | mask
 
 
-Key = tuple[int, int, int, int]
+Solves = dict[Item, list[_Solve]]
+"""Those of a chunk, by its first matrices."""
 
 
 class SpectralSphere(Variant):
@@ -176,92 +178,72 @@ class SpectralSphere(Variant):
             work.run()
             return
         for some in work.engine.plan.portions(_CHUNKS):
-            solves: dict[Key, _Solve] = {}
+            solves: Solves = {}
             work.engine.visit(self._preparer(work, solves), some)
             for number in range(evaluations(self.tolerance)):
-                work.engine.run(_shifted(work.read, solves), self._evaluator(work, solves, number), some)
+                work.engine.run(_shifted(work, solves), self._evaluator(work, solves, number), some)
             work.engine.visit(self._finisher(work, solves), some)
 
-    def _preparer(self, work: Work, solves: dict[Key, _Solve]) -> Write:
+    def _preparer(self, work: Work, solves: Solves) -> Write:
         def prepare(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
             matrices = work.matrices(parts, slots, reduce)
             updates = matrices.updates
-            norms = matrices.norms([update.mix() for update in updates])
-            weights = [update.batch_of(update.param) for update in updates]
+            norms = matrices.norms([row_norms(update.mix(), wide=True) for update in updates], wide=True)
+            weights = [update.gather(update.params) for update in updates]
             iterations = work.iterations(matrices, weights, LEFT, _ITERATIONS)
-            left, right, sizes = top_singular(matrices, weights, LEFT, iterations)
-            for index, (part, update) in enumerate(zip(parts, updates, strict=True)):
-                solves[_key(part)] = self._begin(
-                    update, weights[index], norms[index], left[index], right[index], sizes[index]
-                )
+            found = zip(updates, norms, *top_singular(matrices, weights, LEFT, iterations), strict=True)
+            solves[parts[0].item] = [self._begin(*each) for each in found]
             if not self.radius:
-                self._zeros.refuse(matrices, [solves[_key(part)].radius for part in parts])
+                self._zeros.refuse(matrices, [solve.radius for solve in solves[parts[0].item]])
 
         return prepare
 
     def _begin(
-        self,
-        update: Update,
-        weight: torch.Tensor,
-        norm: torch.Tensor,
-        left: torch.Tensor,
-        right: torch.Tensor,
-        size: torch.Tensor,
+        self, update: Update, norm: torch.Tensor, left: torch.Tensor, right: torch.Tensor, size: torch.Tensor
     ) -> _Solve:
-        """Bring a weight back to its sphere, and take lambda from where the last step left it."""
+        """Bring weights back to their spheres, and take lambda from where the last step left it."""
         own = self.radius * math.sqrt(update.rows / update.columns)
-        radius = update.batch_of(update.state[RADIUS])[:, :1]
+        radius = update.gather(update.named(RADIUS))[:, :1]
         radius = torch.full_like(radius, own) if own else torch.where(radius > 0, radius, size)
-        value = update.batch_of(update.state[MULTIPLIER])[:, :1] if self.tolerance < 1 else torch.zeros_like(radius)
-        factor = torch.where(size > 0, radius / size, torch.ones_like(size))
-        for stored, new in update.pairs(update.param, weight * factor):
-            stored.copy_(new)
+        many = self.tolerance < 1
+        value = update.gather(update.named(MULTIPLIER))[:, :1] if many else torch.zeros_like(radius)
+        update.multiply(torch.where(size > 0, radius / size, 1.0))
         store_vector(update, LEFT, left, size)
-        store_rows(update, RADIUS, radius.expand(-1, left.size(1), 1))
-        return _Solve(norm, left, right, size, radius, value, value)
+        update.store(update.named(RADIUS), radius)
+        return _Solve(norm.to(size.dtype), left, right, size, radius, value, value)
 
-    def _evaluator(self, work: Work, solves: dict[Key, _Solve], number: int) -> Write:
+    def _evaluator(self, work: Work, solves: Solves, number: int) -> Write:
         def evaluate(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
             matrices = work.matrices(parts, directions, reduce)
-            found = [solves[_key(part)] for part in parts]
-            values = [
-                each.left * (update.direction @ each.right)
-                for each, update in zip(found, matrices.updates, strict=True)
-            ]
-            for each, update, h in zip(found, matrices.updates, matrices.sums(values), strict=True):
+            found = list(zip(solves[parts[0].item], matrices.updates, strict=True))
+            sums = matrices.sums([each.left * (update.direction @ each.right) for each, update in found])
+            for (each, update), h in zip(found, sums, strict=True):
                 each.take(update.direction, h, number)
 
         return evaluate
 
-    def _finisher(self, work: Work, solves: dict[Key, _Solve]) -> Write:
+    def _finisher(self, work: Work, solves: Solves) -> Write:
         def finish(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
-            for part, update in zip(parts, work.matrices(parts, slots, reduce).updates, strict=True):
-                each = solves[_key(part)]
-                pairs = update.pairs(update.param, each.result() * each.radius)
-                if pairs:
+            updates = work.matrices(parts, slots, reduce).updates
+            for each, update in zip(solves[parts[0].item], updates, strict=True):
+                if pairs := update.pairs(update.params, each.result().mul_(each.radius)):
                     weights, steps = zip(*pairs, strict=True)
-                    add_(weights, steps, -work.weights[part.item.weight].options.lr)
+                    add_(weights, steps, -update.options.lr)
                 # Without a gradient, or singular vectors, h is 0 at every lambda: it stays where it was.
-                value = torch.where(each.has_problem, each.value, each.start)
-                store_rows(update, MULTIPLIER, value.expand(-1, update.direction.size(1), 1))
+                update.store(update.named(MULTIPLIER), torch.where(each.has_problem, each.value, each.start))
 
         return finish
 
 
-def _key(part: Part) -> Key:
-    return (part.item.weight, part.item.block, part.item.start, part.item.stop)
-
-
-def _shifted(read: Read, solves: dict[Key, _Solve]) -> Read:
+def _shifted(work: Work, solves: Solves) -> Read:
     """Packs G + lambda Theta with |G|_F = 1. A gradient of zeros stays one: its weight does not move."""
 
     def shifted(parts: list[Part], slots: list[torch.Tensor]) -> None:
-        read(parts, slots)
-        for part, slot in zip(parts, slots, strict=True):
-            each = solves[_key(part)]
+        work.read(parts, slots)
+        batches = [batch for _, batch in side_by_side(work.weights, parts, slots)]
+        for each, batch in zip(solves[parts[0].item], batches, strict=True):
             there = is_some(each.norm)
-            slot.mul_(torch.where(there, 1.0 / each.norm, torch.zeros_like(each.norm)).to(slot.dtype))
-            theta = (each.left * torch.where(there, each.value, torch.zeros_like(each.value))) @ each.right.mT
-            slot.add_(theta.to(slot.dtype))
+            batch.mul_(torch.where(there, 1.0 / each.norm, 0.0))
+            batch.addcmul_(each.left * torch.where(there, each.value, 0.0), each.right.mT)
 
     return shifted

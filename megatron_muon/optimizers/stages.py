@@ -1,23 +1,23 @@
 """The stages of a step at which variants of Muon differ, and what each is given.
 
-A step of :class:`megatron_muon.optimizers.muon.Muon` goes through
+A step of :class:`megatron_muon.optimizers.muon.Muon` does, for the matrices of all weights:
 
-* P1 gradient, momentum, and their Nesterov mix u;
-* P2 :meth:`Variant.transform`: what is done to u before it is orthogonalized (elementwise);
-* P3 the direction O: Newton-Schulz of whole logical matrices, by the engine;
-* P4 :meth:`Variant.adapt`: second moments on O;
-* P5 the size of the update: scale mode, or its measured RMS;
-* P6 weight decay, P7 the addition, and :meth:`Variant.retract`: back to where weights must lie;
-* P8 hooks after the step (QK-clip).
+1. the momentum takes in the gradient; with Nesterov momentum both are mixed. The result is u;
+2. :meth:`Variant.transform` changes u before it is orthogonalized, element by element;
+3. the engine orthogonalizes whole logical matrices by Newton-Schulz: the direction O;
+4. :meth:`Variant.adapt` changes O, by second moments or norms;
+5. O gets its size: by the scale mode's factor, or by its measured norm;
+6. weights decay, and O is added to them;
+7. :meth:`Variant.retract` brings weights back to where they must lie.
 
-A variant is a subclass of :class:`Variant`. It sees pieces of matrices, as they lie on this rank, and gets norms and
-means of whole matrices by asking :class:`Matrices`, which adds up what tensor-parallel ranks hold.
+A variant is a subclass of :class:`Variant`. It sees batches of matrices, with their rows and columns on this rank, and
+gets sums and norms of whole matrices from :class:`megatron_muon.optimizers.matrices.Matrices`, which adds up what
+tensor-parallel ranks hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -26,170 +26,11 @@ from megatron_muon.choices import VARIANTS
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Reduce
 from megatron_muon.engine.step import StepEngine
+from megatron_muon.optimizers.matrices import Matrices
 from megatron_muon.optimizers.param_step import ParamStep
-from megatron_muon.routing.blocks import BlockRange
 from megatron_muon.routing.layout import BALLS, MSIGN
 
-__all__ = ["Matrices", "Update", "Variant", "Work", "divided", "is_some", "signs_"]
-
-
-@dataclass(frozen=True)
-class Update:
-    """Some matrices of one block of one weight, in a step.
-
-    Attributes:
-        param: the weight (this rank's shard), as the last step left it.
-        state: of the weight.
-        grad: of the weight (this rank's shard).
-        momentum: its momentum buffer.
-        nesterov: weight of the momentum in Nesterov's mix with the gradient; 1 if the momentum is taken as it is.
-        piece: where the matrices lie in tensors of the weight's shape.
-        rows: m of each whole logical matrix.
-        columns: n of each.
-        divides_columns: whether tensor parallelism divides the columns of the matrices (their rows otherwise, or
-            nothing: then there is nothing to add up).
-        first_column: number of this rank's first column in the whole matrices.
-        direction: (matrices, rows on this rank, columns on this rank), float32 or wider: O. Before there is one
-            (:meth:`megatron_muon.engine.step.StepEngine.visit`), of that shape and dtype, but a single element in
-            memory: only to be read from, and without meaning.
-    """
-
-    param: torch.Tensor
-    state: dict[str, Any]
-    grad: torch.Tensor
-    momentum: torch.Tensor
-    nesterov: float
-    piece: BlockRange
-    rows: int
-    columns: int
-    divides_columns: bool
-    first_column: int
-    direction: torch.Tensor
-
-    def mix(self) -> torch.Tensor:
-        """u: what was orthogonalized, as a new batch."""
-        mixed = self.batch_of(self.momentum)
-        if self.nesterov != 1.0:
-            for grad, momentum in self.pairs(self.grad, mixed):
-                torch.lerp(grad.to(mixed.dtype), momentum, self.nesterov, out=momentum)
-        return mixed
-
-    def pairs(self, tensor: torch.Tensor, batch: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Views of equal shapes of a tensor of the weight's shape (or with one column) and of a batch like it."""
-        return self.piece.pairs(tensor, batch)
-
-    def batch_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A new batch with what these matrices have in a tensor of the weight's shape, or with one column."""
-        columns = self.direction.size(-1) if tensor.size(-1) > 1 or self.direction.size(-1) == 1 else 1
-        batch = self.direction.new_empty((*self.direction.shape[:-1], columns))
-        for source, target in self.pairs(tensor, batch):
-            target.copy_(source)
-        return batch
-
-
-class Matrices:
-    """Sums over whole matrices of a list of updates: one collective for each call, for all of them."""
-
-    def __init__(self, updates: Sequence[Update], reduce: Reduce) -> None:
-        self.updates = updates
-        self._reduce = reduce
-
-    def sums(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The sum of each matrix of each batch.
-
-        Args:
-            tensors: (matrices, rows, columns) for each update, on this rank.
-
-        Returns:
-            (matrices, 1, 1) for each, over the whole matrices.
-        """
-        return self._add_up([tensor.sum(dim=(-2, -1), keepdim=True) for tensor in tensors])
-
-    def row_sums(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The sum of each row of each matrix: (matrices, rows on this rank, 1) for each update."""
-        return self._over_columns([tensor.sum(dim=-1, keepdim=True) for tensor in tensors])
-
-    def column_sums(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The sum of each column of each matrix: (matrices, 1, columns on this rank) for each update."""
-        return self._over_rows([tensor.sum(dim=-2, keepdim=True) for tensor in tensors])
-
-    def row_squares(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The sum of the squares of each row, as :meth:`row_sums`, in float64, without a copy of the tensors."""
-        return self._over_columns([_squares(tensor, -1) for tensor in tensors])
-
-    def column_squares(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The sum of the squares of each column, as :meth:`column_sums`, in float64, without a copy."""
-        return self._over_rows([_squares(tensor, -2) for tensor in tensors])
-
-    def row_products(self, tensors: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """W v: (matrices, rows on this rank, 1) from (matrices, columns on this rank, 1), for each update."""
-        return self._over_columns([tensor @ vector for tensor, vector in zip(tensors, vectors, strict=True)])
-
-    def column_products(self, tensors: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """W^T u: (matrices, columns on this rank, 1) from (matrices, rows on this rank, 1), for each update."""
-        return self._over_rows([tensor.mT @ vector for tensor, vector in zip(tensors, vectors, strict=True)])
-
-    def norms_over_rows(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The norm of vectors with an entry for each row, (matrices, rows on this rank, 1): (matrices, 1, 1)."""
-        squares = [vector.square().sum(dim=-2, keepdim=True) for vector in vectors]
-        return [total.sqrt() for total in self._over_rows(squares)]
-
-    def norms_over_columns(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The norm of vectors with an entry for each column, (matrices, columns on this rank, 1): (matrices, 1, 1)."""
-        squares = [vector.square().sum(dim=-2, keepdim=True) for vector in vectors]
-        return [total.sqrt() for total in self._over_columns(squares)]
-
-    def _over_columns(self, partial: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Complete sums over columns: where ranks have all columns, each has the whole sum."""
-        return self._add_up_some(partial, [update.divides_columns for update in self.updates])
-
-    def _over_rows(self, partial: list[torch.Tensor]) -> list[torch.Tensor]:
-        return self._add_up_some(partial, [not update.divides_columns for update in self.updates])
-
-    def _add_up_some(self, partial: list[torch.Tensor], divided: Sequence[bool]) -> list[torch.Tensor]:
-        indices = [index for index, is_divided in enumerate(divided) if is_divided]
-        for index, total in zip(indices, self._add_up([partial[index] for index in indices]), strict=True):
-            partial[index] = total
-        return partial
-
-    def norms(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The Frobenius norm of each matrix: (matrices, 1, 1) for each update."""
-        totals = self._add_up([_squares(tensor, -2, -1) for tensor in tensors])
-        return [total.sqrt_().to(tensor.dtype) for total, tensor in zip(totals, tensors, strict=True)]
-
-    def _add_up(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        if not parts:
-            return []
-        total = self._reduce(torch.cat([part.reshape(-1) for part in parts]))
-        sizes = [part.numel() for part in parts]
-        return [chunk.view(part.shape) for chunk, part in zip(total.split(sizes), parts, strict=True)]
-
-
-def is_some(norm: torch.Tensor) -> torch.Tensor:
-    """Where a norm counts as one: not where the squares that it is the root of have lost digits, or vanished."""
-    return ~(norm <= 10.0 * torch.finfo(norm.dtype).tiny ** 0.5)  # NaN counts: it must show
-
-
-def divided(tensor: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """``tensor / norm``, and zeros where there is next to no norm: what has no direction is not blown up."""
-    return tensor * torch.where(is_some(norm), 1.0 / norm, torch.zeros_like(norm))
-
-
-def signs_(tensor: torch.Tensor) -> torch.Tensor:
-    """The sign of each element, in place and without a copy; NaN stays NaN, of which ``sign_`` makes 0."""
-    largest = torch.finfo(tensor.dtype).max
-    # Twice, so that the smallest number there is comes to 1, too.
-    return tensor.mul_(largest).mul_(largest).clamp_(-1.0, 1.0)
-
-
-def _squares(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
-    """The sum of the squares, in float64: those of gradients of 1e20 have no place in float32."""
-    # On CPUs torch makes a copy in float64: of some matrices, rows or columns at a time.
-    kept = -3 if len(dims) > 1 else -3 - dims[0]
-    each = tensor.size(kept) if tensor.is_cuda else (tensor.size(kept) << 20) // max(1, tensor.numel())
-    parts = tensor.split(max(1, each), dim=kept)
-    norms = [torch.linalg.vector_norm(part, dim=dims, keepdim=True, dtype=torch.float64) for part in parts]
-    return torch.cat(norms, dim=kept).square_()
+__all__ = ["Variant", "Work", "init_rows"]
 
 
 def init_rows(param: torch.Tensor, state: dict[str, Any], *names: str) -> None:
@@ -305,10 +146,10 @@ class Variant:
         work.run()
 
     def transform(self, batches: Sequence[torch.Tensor]) -> None:
-        """P2, in place, on momentum that is packed to be orthogonalized."""
+        """Change, in place, the momentum that is packed to be orthogonalized."""
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
-        """P4: directions to be added to the weights, before their scale.
+        """Change directions before they get their scale and are added to the weights.
 
         Args:
             matrices: the updates; ``direction`` may be changed in place.
@@ -319,4 +160,4 @@ class Variant:
         return [update.direction for update in matrices.updates]
 
     def retract(self, matrices: Matrices) -> None:
-        """P7, after the addition: change the weights (``param`` of each update) in place."""
+        """After the addition, change the weights (``params`` of each update) in place."""

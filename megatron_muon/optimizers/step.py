@@ -10,18 +10,18 @@ import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Reduce, Write
-from megatron_muon.engine.shards import Shard
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.groups import Rate, options_of
 from megatron_muon.optimizers.handled import STEP, Marks
+from megatron_muon.optimizers.matrices import Matrices, matrices_of
 from megatron_muon.optimizers.param_step import Addition, ParamStep, pack, update_momentum
-from megatron_muon.optimizers.power import WarmStarts, spectrally_normalized
+from megatron_muon.optimizers.power import WarmStarts, spectrally_normalize
 from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.scalar_rows import restart_emptied, step_scalar_rows
-from megatron_muon.optimizers.sizes import normalized
-from megatron_muon.optimizers.stages import Matrices, Update, Variant
+from megatron_muon.optimizers.sizes import normalize
+from megatron_muon.optimizers.stages import Variant
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM, scale_factor
 from megatron_muon.routing.layout import MSIGN, layout_of
 
@@ -176,11 +176,7 @@ class EngineStep:
 
     def matrices(self, parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> Matrices:
         """What variants see of a chunk."""
-        updates = []
-        for part, direction in zip(parts, directions, strict=True):
-            weight = self.weights[part.item.weight]
-            updates.append(_update_of(weight, part, direction, self._optimizer.engines.shard(weight.param)))
-        return Matrices(updates, reduce)
+        return matrices_of(self.weights, parts, directions, reduce, self._optimizer.engines.shard)
 
     def iterations(self, matrices: Matrices, tensors: Sequence[torch.Tensor], state: str, usual: int) -> int:
         """See :meth:`megatron_muon.optimizers.power.WarmStarts.iterations`."""
@@ -231,7 +227,8 @@ class EngineStep:
         add = Addition(self.weights, factor)
 
         def look(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
-            add(parts, ball_directions(self.matrices(parts, slots, reduce), self.direction))
+            matrices = self.matrices(parts, slots, reduce)
+            add(parts, matrices.parts(ball_directions(matrices, self.direction)))
 
         self.engine.visit(look)
 
@@ -240,65 +237,31 @@ class EngineStep:
         add, variant = Addition(self.weights, self._scale), self._optimizer.variant
 
         def write(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
-            modes = [self.weights[part.item.weight].options.scale_mode for part in parts]
-            matrices = None
-            if variant.adapts or variant.retracts or not {UPDATE_NORM, SPECTRAL_NORM}.isdisjoint(modes):
-                matrices = self.matrices(parts, directions, reduce)
-                directions = variant.adapt(matrices)
-                for mode in (UPDATE_NORM, SPECTRAL_NORM):
-                    which = [index for index, each in enumerate(modes) if each == mode]
-                    if which:
-                        some = Matrices([matrices.updates[index] for index in which], reduce)
-                        step = self.weights[parts[which[0]].item.weight].group[STEP]
-                        found = self._measured(mode, some, [directions[index] for index in which], step)
-                        for index, direction in zip(which, found, strict=True):
-                            directions[index] = direction
-            add(parts, directions)
-            if matrices is not None and variant.retracts:
+            modes = {self.weights[part.item.weight].options.scale_mode for part in parts}
+            if not (variant.adapts or variant.retracts or modes & {UPDATE_NORM, SPECTRAL_NORM}):
+                add(parts, directions)
+                return
+            matrices = self.matrices(parts, directions, reduce)
+            batches = variant.adapt(matrices)
+            for mode in (UPDATE_NORM, SPECTRAL_NORM):
+                which = [index for index, update in enumerate(matrices.updates) if update.options.scale_mode == mode]
+                if which:
+                    some = Matrices([matrices.updates[index] for index in which], reduce)
+                    self._measure(mode, some, [batches[index] for index in which])
+            add(parts, matrices.parts(batches))
+            if variant.retracts:
                 variant.retract(matrices)
 
         return write
 
-    def _measured(self, mode: str, matrices: Matrices, directions: list[torch.Tensor], step: int) -> list[torch.Tensor]:
-        """Directions of the size that a scale mode gives them by their norm."""
+    def _measure(self, mode: str, matrices: Matrices, directions: list[torch.Tensor]) -> None:
+        """Give directions the size that a scale mode derives from their norm, in place."""
         if mode == UPDATE_NORM:
-            return normalized(matrices, directions)
-        return spectrally_normalized(matrices, directions, step, self._optimizer.starts)
+            normalize(matrices, directions)
+        else:
+            spectrally_normalize(matrices, directions, self._optimizer.starts)
 
     def _scale(self, weight: ParamStep, part: Part) -> float:
         item, options = part.item, weight.options
         factor = scale_factor(options.scale_mode, item.rows, item.columns, self._optimizer.hidden_size)
         return factor * options.extra_scale_factor
-
-
-def _update_of(weight: ParamStep, part: Part, direction: torch.Tensor, shard: Shard | None) -> Update:
-    """What variants see of some matrices.
-
-    Args:
-        weight: whose they are.
-        part: which matrices.
-        direction: (matrices, rows, columns) on this rank.
-        shard: that the weight is; None if every rank holds it whole.
-    """
-    divides_columns = shard is not None and shard.dim == -1
-    return Update(
-        param=weight.param,
-        state=weight.state,
-        grad=weight.grad,
-        momentum=weight.buffer,
-        nesterov=weight.options.nesterov,
-        piece=part.piece,
-        rows=part.item.rows,
-        columns=part.item.columns,
-        divides_columns=divides_columns,
-        first_column=shard.group.rank() * weight.param.size(-1) if shard is not None and divides_columns else 0,
-        # Of bfloat16 weights, too, norms and second moments are taken in float32.
-        direction=_converted(direction, torch.promote_types(torch.float32, weight.buffer.dtype)),
-    )
-
-
-def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In another dtype; what is but one element, however large it looks (``StepEngine.visit``), stays one."""
-    if any(direction.stride()):
-        return direction.to(dtype)
-    return direction.new_zeros((), dtype=dtype).expand(direction.shape)

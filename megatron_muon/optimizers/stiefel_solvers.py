@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_muon.optimizers.stages import divided
+from megatron_muon.optimizers.matrices import divided
 from megatron_muon.orthogonalize.coefficients import coefficients
 from megatron_muon.orthogonalize.newton_schulz import newton_schulz
 from megatron_muon.orthogonalize.products import TorchProducts

@@ -102,7 +102,7 @@ def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int) -> None:
 )
 def test_a_step_takes_the_memory_of_one_table(direction: str, nesterov: bool, dtype: torch.dtype) -> None:
     """A table is one item of a chunk, however large it is: there are no further copies of it."""
-    param = torch.nn.Parameter(torch.randn(512, 256, generator=torch.Generator().manual_seed(1)).to(dtype))
+    param = torch.nn.Parameter(torch.randn(8192, 256, generator=torch.Generator().manual_seed(1)).to(dtype))
     param.matrix_layout = MatrixLayout(TABLE, direction=direction)
     optimizer = Muon([param], lr=LR, nesterov=nesterov)
     param.grad = torch.ones_like(param)

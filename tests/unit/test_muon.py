@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megatron_muon import ConfigError, Muon
+from megatron_muon.optimizers.matrices import Matrices
 from megatron_muon.optimizers.sizes import Hyperball, PolarGrad
-from megatron_muon.optimizers.stages import Matrices, Variant
+from megatron_muon.optimizers.stages import Variant
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.optimizers.stiefel_solvers import SOLVERS, defect, tangent
 from megatron_muon.orthogonalize import Orthogonalizer, coefficients, newton_schulz

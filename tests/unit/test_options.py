@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_muon import ConfigError, Muon, MuonConfig, MuonOptions, Variant, choices, register_variant
+from megatron_muon.optimizers.matrices import Matrices
 from megatron_muon.optimizers.registry import VARIANTS, variant_asked_for
-from megatron_muon.optimizers.stages import Matrices
 
 PACKAGE = Path(__file__).parents[2] / "megatron_muon"
 

@@ -1,0 +1,341 @@
+"""Batches of matrices in a step, whatever weights they are of, with sums and norms of whole logical matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_muon.engine.callbacks import Part, Reduce
+from megatron_muon.engine.shards import Shard
+from megatron_muon.optimizers.groups import Options
+from megatron_muon.optimizers.handled import STEP
+from megatron_muon.optimizers.param_step import ParamStep, Weights
+from megatron_muon.routing.blocks import BlockRange
+
+__all__ = ["Matrices", "Update", "divide_", "divided", "is_some", "matrices_of", "row_norms", "side_by_side", "signs_"]
+
+ShardOf = Callable[[torch.Tensor], Shard | None]
+
+_ELEMENTS = 1 << 15
+"""How many numbers are converted to float64 at once, where their squares may have no place in float32: they fit into a
+processor's cache."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """Matrices of one shape in a step, side by side: of one weight, or of several of one param group.
+
+    Attributes:
+        weights: whose they are.
+        pieces: where the matrices lie in tensors of each weight's shape.
+        counts: how many matrices each weight has here.
+        rows: m of each whole logical matrix.
+        columns: n of each.
+        divides_columns: whether tensor parallelism divides the columns of the matrices (their rows otherwise, or
+            nothing: then there is nothing to add up).
+        first_column: number of this rank's first column in the whole matrices.
+        direction: (matrices, rows on this rank, columns on this rank), float32 or wider: O, free to be changed in
+            place. Before there is one (:meth:`megatron_muon.engine.step.StepEngine.visit`), of that shape and dtype,
+            but a single element in memory: only to be read from, and without meaning.
+    """
+
+    weights: Sequence[ParamStep]
+    pieces: Sequence[BlockRange]
+    counts: Sequence[int]
+    rows: int
+    columns: int
+    divides_columns: bool
+    first_column: int
+    direction: torch.Tensor
+
+    @property
+    def options(self) -> Options:
+        """Of the weights' param group, in this step."""
+        return self.weights[0].options
+
+    @property
+    def step(self) -> int:
+        """Number of the step, from 1."""
+        return int(self.weights[0].group[STEP])
+
+    @property
+    def params(self) -> list[torch.Tensor]:
+        """The weights (this rank's shards), as the last step left them."""
+        return [weight.param for weight in self.weights]
+
+    def named(self, name: str) -> list[torch.Tensor]:
+        """The state of this name of each weight."""
+        return [weight.state[name] for weight in self.weights]
+
+    def pairs(self, tensors: Sequence[torch.Tensor], batch: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of equal shapes of tensors of the weights' shapes (or with one column), and of a batch like them."""
+        slots = batch.split(self.counts) if len(self.counts) > 1 else (batch,)
+        each = zip(self.pieces, tensors, slots, strict=True)
+        return [pair for piece, tensor, slot in each for pair in piece.pairs(tensor, slot)]
+
+    def gather(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """A new batch with what these matrices have in tensors of the weights' shapes, or with one column."""
+        columns = self.direction.size(-1) if tensors[0].size(-1) > 1 or self.direction.size(-1) == 1 else 1
+        batch = self.direction.new_empty((*self.direction.shape[:-1], columns))
+        if pairs := self.pairs(tensors, batch):
+            sources, targets = zip(*pairs, strict=True)
+            torch._foreach_copy_(targets, sources)
+        return batch
+
+    def store(self, tensors: Sequence[torch.Tensor], batch: torch.Tensor) -> None:
+        """Write a batch (or one number a matrix, for all of its rows) back to where :meth:`gather` reads it."""
+        batch = batch.expand(-1, self.direction.size(-2), -1)
+        if pairs := self.pairs(tensors, batch):
+            targets, sources = zip(*pairs, strict=True)
+            torch._foreach_copy_(targets, sources)
+
+    def mix(self) -> torch.Tensor:
+        """u: what was orthogonalized, as a new batch."""
+        momenta, share = [weight.buffer for weight in self.weights], self.options.nesterov
+        if share == 1.0:
+            return self.gather(momenta)
+        mixed = self.gather([weight.grad for weight in self.weights])
+        if momenta[0].dtype != mixed.dtype:
+            return mixed.lerp_(self.gather(momenta), share)
+        if pairs := self.pairs(momenta, mixed):
+            sources, targets = zip(*pairs, strict=True)
+            torch._foreach_lerp_(targets, sources, share)
+        return mixed
+
+    def row_norms(self, tensors: Sequence[torch.Tensor], wide: bool = False) -> torch.Tensor:
+        """Norms of rows, on this rank, of tensors of the weights' shapes: (matrices, rows, 1), without a copy of them.
+
+        Args:
+            tensors: of each weight.
+            wide: as of :func:`row_norms`.
+        """
+        dtype = torch.float64 if wide else self.direction.dtype
+        found = torch.empty((*self.direction.shape[:-1], 1), dtype=dtype, device=self.direction.device)
+        for tensor, norms in self.pairs(tensors, found):
+            norms.copy_(row_norms(tensor, wide))
+        return found
+
+    def multiply(self, factor: torch.Tensor) -> None:
+        """Multiply the weights in place by a factor for each matrix, (matrices, 1, 1)."""
+        if pairs := self.pairs(self.params, factor.expand(-1, self.direction.size(-2), 1)):
+            weights, factors = zip(*pairs, strict=True)
+            torch._foreach_mul_(weights, factors)
+
+
+class Matrices:
+    """Sums over whole matrices of a list of updates: one collective for each call, for all of them."""
+
+    def __init__(self, updates: Sequence[Update], reduce: Reduce) -> None:
+        self.updates = updates
+        self._reduce = reduce
+
+    def parts(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What belongs to single weights of a batch for each update, in the order of the updates."""
+        pairs = zip(self.updates, batches, strict=True)
+        return [part for update, batch in pairs for part in batch.split(update.counts)]
+
+    def sums(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The sum of each matrix of each batch.
+
+        Args:
+            tensors: (matrices, rows, columns) on this rank, any number of them.
+
+        Returns:
+            (matrices, 1, 1) for each, over the whole matrices.
+        """
+        return self._add_up([tensor.sum(dim=(-2, -1), keepdim=True) for tensor in tensors])
+
+    def norms(self, tensors: Sequence[torch.Tensor], wide: bool = False) -> list[torch.Tensor]:
+        """The Frobenius norm of each matrix, in the dtype of its batch: (matrices, 1, 1) for each.
+
+        Args:
+            tensors: as of :meth:`sums`. In place of a tensor, the norms of its rows will do: (matrices, rows, 1).
+            wide: as of :func:`row_norms`.
+        """
+        squares = [row_norms(tensor, wide).double().square_().sum(dim=-2, keepdim=True) for tensor in tensors]
+        pairs = zip(self._add_up(squares), tensors, strict=True)
+        return [total.sqrt_().to(tensor.dtype) for total, tensor in pairs]
+
+    def row_sums(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The sum of each row of each matrix: (matrices, rows on this rank, 1) for each update."""
+        return self._over_columns([tensor.sum(dim=-1, keepdim=True) for tensor in tensors])
+
+    def row_squares(self, tensors: Sequence[torch.Tensor], wide: bool = False) -> list[torch.Tensor]:
+        """The sum of the squares of each row, as :meth:`row_sums`, in float64, without a copy of the tensors."""
+        return self._over_columns([row_norms(tensor, wide).double().square_() for tensor in tensors])
+
+    def column_squares(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The sum of the squares of each column in float64: (matrices, 1, columns on this rank) for each update."""
+        return self._over_rows([_column_squares(tensor) for tensor in tensors])
+
+    def row_products(self, tensors: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """W v: (matrices, rows on this rank, 1) from (matrices, columns on this rank, 1), for each update."""
+        return self._over_columns([tensor @ vector for tensor, vector in zip(tensors, vectors, strict=True)])
+
+    def column_products(self, tensors: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """W^T u: (matrices, columns on this rank, 1) from (matrices, rows on this rank, 1), for each update."""
+        return self._over_rows([tensor.mT @ vector for tensor, vector in zip(tensors, vectors, strict=True)])
+
+    def norms_over_rows(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The norm of vectors with an entry for each row, (matrices, rows on this rank, 1): (matrices, 1, 1).
+
+        Args:
+            vectors: one for each update, or several such lists one after the other.
+        """
+        squares = [vector.square().sum(dim=-2, keepdim=True) for vector in vectors]
+        return [total.sqrt() for total in self._over_rows(squares)]
+
+    def norms_over_columns(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The norm of vectors with an entry for each column, (matrices, columns on this rank, 1): (matrices, 1, 1)."""
+        squares = [vector.square().sum(dim=-2, keepdim=True) for vector in vectors]
+        return [total.sqrt() for total in self._over_columns(squares)]
+
+    def _over_columns(self, partial: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Complete sums over columns: where ranks have all columns, each has the whole sum."""
+        return self._add_up_some(partial, [update.divides_columns for update in self.updates])
+
+    def _over_rows(self, partial: list[torch.Tensor]) -> list[torch.Tensor]:
+        return self._add_up_some(partial, [not update.divides_columns for update in self.updates])
+
+    def _add_up_some(self, partial: list[torch.Tensor], divided: Sequence[bool]) -> list[torch.Tensor]:
+        indices = [index for index in range(len(partial)) if divided[index % len(divided)]]
+        for index, total in zip(indices, self._add_up([partial[index] for index in indices]), strict=True):
+            partial[index] = total
+        return partial
+
+    def _add_up(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        if not parts:
+            return []
+        total = self._reduce(torch.cat([part.reshape(-1) for part in parts]))
+        sizes = [part.numel() for part in parts]
+        return [chunk.view(part.shape) for chunk, part in zip(total.split(sizes), parts, strict=True)]
+
+
+def is_some(norm: torch.Tensor) -> torch.Tensor:
+    """Where a norm counts as one: not where the squares that it is the root of have lost digits, or vanished."""
+    return ~(norm <= 10.0 * torch.finfo(norm.dtype).tiny ** 0.5)  # NaN counts: it must show
+
+
+def divided(tensor: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """``tensor / norm``, and zeros where there is next to no norm: what has no direction is not blown up."""
+    return tensor * _inverse(norm)
+
+
+def divide_(tensor: torch.Tensor, norm: torch.Tensor, size: float | torch.Tensor = 1.0) -> torch.Tensor:
+    """``tensor / norm * size`` in place, as :func:`divided`."""
+    return tensor.mul_(_inverse(norm) * size)
+
+
+def _inverse(norm: torch.Tensor) -> torch.Tensor:
+    return torch.where(is_some(norm), 1.0 / norm, 0.0)
+
+
+def signs_(tensor: torch.Tensor) -> torch.Tensor:
+    """The sign of each element, in place and without a copy; NaN stays NaN, of which ``sign_`` makes 0."""
+    largest = torch.finfo(tensor.dtype).max
+    # Twice, so that the smallest number there is comes to 1, too.
+    return tensor.mul_(largest).mul_(largest).clamp_(-1.0, 1.0)
+
+
+def row_norms(tensor: torch.Tensor, wide: bool = False) -> torch.Tensor:
+    """The norm of each row, (..., rows, 1), in one pass over (..., rows, columns).
+
+    Args:
+        tensor: float32 or wider, if not ``wide``.
+        wide: for gradients and momentum, which may be as large as 1e20, so that their squares have no place in
+            float32: the result is in float64. torch converts what it takes norms of first, here a part at a time.
+    """
+    if tensor.size(-1) == 1 and not wide:
+        return tensor.abs()
+    if not wide or tensor.dtype == torch.float64:
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        return torch.linalg.vector_norm(tensor, dim=-1, keepdim=True, dtype=dtype)
+    rows = tensor.reshape(-1, tensor.size(-1))
+    each = max(1, _ELEMENTS // max(1, rows.size(-1)))
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in rows.split(each)]
+    return torch.cat(norms).view(*tensor.shape[:-1], 1)
+
+
+def _column_squares(tensor: torch.Tensor) -> torch.Tensor:
+    """(matrices, 1, columns) in float64; some rows at a time."""
+    found = tensor.new_zeros((tensor.size(0), 1, tensor.size(-1)), dtype=torch.float64)
+    each = max(1, _ELEMENTS // max(1, tensor.size(0) * tensor.size(-1)))
+    for part in tensor.split(each, dim=-2):
+        found += part.to(torch.float64, copy=True).square_().sum(dim=-2, keepdim=True)
+    return found
+
+
+def matrices_of(
+    weights: Weights, parts: Sequence[Part], directions: Sequence[torch.Tensor], reduce: Reduce, shard_of: ShardOf
+) -> Matrices:
+    """The updates of a chunk, in the order of its parts.
+
+    Args:
+        weights: of the step.
+        parts: which matrices, as the engine hands them out.
+        directions: (matrices, rows, columns) of each, on this rank.
+        reduce: sums over the ranks that hold parts of the same matrices.
+        shard_of: tells which shard a weight is.
+    """
+    runs = side_by_side(weights, parts, directions)
+    return Matrices([_update(weights, parts[run], batch, shard_of) for run, batch in runs], reduce)
+
+
+def _update(weights: Weights, parts: Sequence[Part], direction: torch.Tensor, shard_of: ShardOf) -> Update:
+    some = [weights[part.item.weight] for part in parts]
+    first, item, shard = some[0], parts[0].item, shard_of(some[0].param)
+    divides_columns = shard is not None and shard.dim == -1
+    return Update(
+        weights=some,
+        pieces=[part.piece for part in parts],
+        counts=[part.item.count for part in parts],
+        rows=item.rows,
+        columns=item.columns,
+        divides_columns=divides_columns,
+        first_column=shard.group.rank() * first.param.size(-1) if shard is not None and divides_columns else 0,
+        # Of bfloat16 weights, too, norms and second moments are taken in float32.
+        direction=_converted(direction, torch.promote_types(torch.float32, first.buffer.dtype)),
+    )
+
+
+def side_by_side(
+    weights: Weights, parts: Sequence[Part], slots: Sequence[torch.Tensor]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Runs of parts whose slots are slices of one batch, of one param group and one whole shape; and this batch.
+
+    Args:
+        weights: of the step.
+        parts: which matrices.
+        slots: (matrices, rows, columns) of each, in any memory.
+    """
+    keys = [(id(weights[part.item.weight].group), part.item.rows, part.item.columns) for part in parts]
+    start = 0
+    for index in range(1, len(slots) + 1):
+        if index == len(slots) or keys[index - 1] != keys[index] or not _follows(slots[index - 1], slots[index]):
+            yield slice(start, index), _joined(slots[start:index])
+            start = index
+
+
+def _follows(last: torch.Tensor, following: torch.Tensor) -> bool:
+    """Whether a slot lies right behind another in their memory, in the same order of rows and columns."""
+    return bool(
+        following.storage_offset() == last.storage_offset() + last.size(0) * last.stride(0)
+        and last.stride() == following.stride()
+        and last.shape[1:] == following.shape[1:]
+        and last.untyped_storage()._cdata == following.untyped_storage()._cdata
+    )
+
+
+def _joined(slots: Sequence[torch.Tensor]) -> torch.Tensor:
+    first = slots[0]
+    count = sum(slot.size(0) for slot in slots)
+    return first if len(slots) == 1 else first.as_strided((count, *first.shape[1:]), first.stride())
+
+
+def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In another dtype; what is but one element, however large it looks (``StepEngine.visit``), stays one."""
+    if any(direction.stride()):
+        return direction.to(dtype)
+    return direction.new_zeros((), dtype=dtype).expand(direction.shape)
