@@ -57,12 +57,12 @@ class _Region(NamedTuple):
     batch: _Steps
 
 
-class _Views(NamedTuple):
-    """Arguments of ``torch.as_strided`` for both tensors, with offsets from their first elements; None: themselves."""
+class _View(NamedTuple):
+    """Arguments of ``torch.as_strided``, with the offset from the tensor's first element."""
 
     size: tuple[int, ...]
-    weight: tuple[tuple[int, ...], int] | None
-    batch: tuple[tuple[int, ...], int] | None
+    strides: tuple[int, ...]
+    start: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class BlockRange:
     start: int
     stop: int
     first_row: int = 0
-    _known: dict[tuple[tuple[int, ...], ...], tuple[_Views, ...]] = field(
+    _known: dict[tuple[tuple[int, ...], ...], tuple[tuple[_View | None, _View | None], ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -94,25 +94,21 @@ class BlockRange:
 
         Args:
             weight: (rows, columns), or (experts, rows, columns): the shard, with any strides.
-            batch: (matrices of this range, rows of each on this rank, columns), with any strides.
+            batch: (matrices of this range, rows of each on this rank, columns), with any strides. It may have other
+                columns than the weight, and so have its views.
         """
         weight = plain(weight)
         key = (weight.shape, weight.stride(), batch.shape, batch.stride())
         views = self._known.get(key)
         if views is None:
             views = self._known[key] = tuple(self._views(weight, batch))
-        return [(_viewed(weight, size, its), _viewed(batch, size, other)) for size, its, other in views]
+        return [(_viewed(weight, its), _viewed(batch, other)) for its, other in views]
 
-    def _views(self, weight: torch.Tensor, batch: torch.Tensor) -> Iterator[_Views]:
+    def _views(self, weight: torch.Tensor, batch: torch.Tensor) -> Iterator[tuple[_View | None, _View | None]]:
+        """For each region the views of both; None for a tensor itself."""
         experts = self.stop - self.start if self.layout.stacked else 1
-        for sizes, *both in self._regions(experts, weight.size(-2)):
-            size = (*sizes, weight.size(-1))
-            ways = [steps.strided(tensor) for steps, tensor in zip(both, (weight, batch), strict=True)]
-            itself = [
-                tensor.shape == size and tensor.stride() == strides and start == 0
-                for tensor, (strides, start) in zip((weight, batch), ways, strict=True)
-            ]
-            yield _Views(size, *(None if same else way for same, way in zip(itself, ways, strict=True)))
+        for sizes, ways, others in self._regions(experts, weight.size(-2)):
+            yield _view(weight, sizes, ways), _view(batch, sizes, others)
 
     def _regions(self, experts: int, rows: int) -> Iterator[_Region]:
         """The rows of this range in a shard of so many experts of the range, and rows of each."""
@@ -171,8 +167,13 @@ def _across(first: int, row: int = 0) -> _Steps:
     return _Steps((first, row), ((1, 0), (0, 1)))
 
 
-def _viewed(tensor: torch.Tensor, size: tuple[int, ...], how: tuple[tuple[int, ...], int] | None) -> torch.Tensor:
-    return tensor if how is None else tensor.as_strided(size, how[0], tensor.storage_offset() + how[1])
+def _view(tensor: torch.Tensor, sizes: tuple[int, ...], steps: _Steps) -> _View | None:
+    view = _View((*sizes, tensor.size(-1)), *steps.strided(tensor))
+    return None if view == (tensor.shape, tensor.stride(), 0) else view
+
+
+def _viewed(tensor: torch.Tensor, how: _View | None) -> torch.Tensor:
+    return tensor if how is None else tensor.as_strided(how.size, how.strides, tensor.storage_offset() + how.start)
 
 
 def plain(weight: torch.Tensor) -> torch.Tensor:
