@@ -29,7 +29,7 @@ from recipes import LEARNING_RATES, MODELS, OPTIMIZERS, Settings, check_modules,
 from runner import RunFailedError, train
 
 from megatron_muon.monitor import metrics, plots
-from megatron_muon.monitor.summary import Summary, steps_to_reach, summarize
+from megatron_muon.monitor.metrics import Summary, steps_to_reach, summarize
 
 
 def _loss(value: float | None) -> str:

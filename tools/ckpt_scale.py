@@ -38,7 +38,7 @@ from megatron_muon import Muon
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint import saving, weights
 from megatron_muon.checkpoint.held import Held
-from megatron_muon.checkpoint.joining import Recorder
+from megatron_muon.checkpoint.record import Recorder
 from megatron_muon.checkpoint.request import Request
 from megatron_muon.checkpoint.sharding import noted, tensors_of
 from megatron_muon.checkpoint.stored import Stored

@@ -24,7 +24,7 @@ from recipes import OPTIMIZERS, Settings, choose_device  # noqa: E402
 from runner import RunFailedError, train  # noqa: E402
 
 from megatron_muon.monitor import metrics, plots  # noqa: E402
-from megatron_muon.monitor.summary import summarize  # noqa: E402
+from megatron_muon.monitor.metrics import summarize  # noqa: E402
 
 GRIDS = {"muon": (1e-3, 2e-3, 4e-3, 8e-3, 16e-3), "adam": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
 MAX_GROWTH = 4  # values beyond the grid, before the sweep gives up

@@ -3,6 +3,9 @@
 The record is plain Python data, once in the checkpoint, the same whatever layout wrote it. It is an object with a key
 of its own, which other readers of the checkpoint pass by; the optimizer's plain state has a note of it. In form 1 it
 had the record in place of the note.
+
+It is put together on the first rank of the model, which alone saves it. Most of it is the same at every save, and is
+sent once. What is not, sums and steps, is sent as numbers, in an order that both sides know.
 """
 
 from __future__ import annotations
@@ -11,14 +14,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from megatron_muon.checkpoint.keys import name_of
+import torch
+
+from megatron_muon.agree import Ranks
+from megatron_muon.checkpoint.keys import RECORD_KEY, name_of
 from megatron_muon.routing.layout import MSIGN, SCALAR, MatrixLayout
 from megatron_muon.version import __version__
 
 __all__ = [
     "ACCEPT",
     "RECORD",
+    "JoinedRecord",
+    "RankRecord",
     "Record",
+    "Recorder",
     "Rule",
     "WeightRecord",
     "check_version",
@@ -36,6 +45,9 @@ ACCEPT = "accept"
 
 WEIGHT = "weight"
 """What the weight itself is called beside its states."""
+
+_WORD = 64
+"""Bits; a sum has two."""
 
 Sums = dict[tuple[str, str], int]
 """(Name, :data:`WEIGHT` or a state) -> number that depends on the contents, see :mod:`.fingerprint`."""
@@ -219,3 +231,122 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """What a rank says of its weights, but for their contents.
+
+    Attributes:
+        weights: that it saves, or shards of them.
+        sums: keys of its :data:`Sums`.
+    """
+
+    weights: tuple[WeightRecord, ...]
+    sums: tuple[tuple[str, str], ...]
+
+
+class Recorder:
+    """Puts the record of one optimizer together, save after save.
+
+    Attributes:
+        alone: (state, key) of states that not all weights of a tensor have; on all ranks.
+        key: under which the record is saved, unique among the optimizers of a checkpoint: no two have a weight in
+            common; on all ranks.
+    """
+
+    def __init__(self) -> None:
+        self.alone: frozenset[tuple[str, str]] = frozenset()
+        self.key = ""
+        self._told: tuple[Ranks, RankRecord] | None = None
+        self._whole: JoinedRecord | None = None
+
+    def join(self, ranks: Ranks, part: RankRecord, step: int, sums: Iterable[int]) -> Record | None:
+        """The record, on the first rank; None elsewhere.
+
+        Args:
+            ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
+            part: of this rank.
+            step: updates so far.
+            sums: in the order of ``part.sums``: this rank's shares, to be added up over the ranks in each 64 bits.
+        """
+        if any(ranks.gather(lambda: self._told != (ranks, part))):
+            self._told = None  # whatever fails now, all tell it again
+            parts = ranks.to_first(lambda: part)
+
+            def put_together() -> tuple[list[tuple[str, str]], str]:
+                assert parts is not None
+                self._whole = JoinedRecord(parts)
+                return self._whole.record.alone, RECORD_KEY + next(iter(self._whole.record.weights), "")
+
+            alone, self.key = ranks.from_first(put_together)
+            self.alone, self._told = frozenset(alone), (ranks, part)
+        contents = ranks.to_first(lambda: (step, _packed(sums)))
+        if contents is None:
+            return None
+        assert self._whole is not None
+        steps, packed = zip(*contents, strict=True)
+        return self._whole.filled(max(steps), packed)
+
+
+class JoinedRecord:
+    """The record without what changes between saves, on the first rank.
+
+    Attributes:
+        record: with neither steps nor sums.
+    """
+
+    def __init__(self, parts: Iterable[RankRecord]) -> None:
+        """
+        Args:
+            parts: of all ranks, in their order.
+        """
+        parts = list(parts)
+        numbers: list[tuple[tuple[str, Any], ...]] = []
+        rules: list[Rule] = []
+        known: dict[tuple[int, int], int] = {}
+        where: dict[str, int] = {}
+        holders: dict[tuple[str, str], set[tuple[int, ...]]] = {}
+        siblings: dict[str, int] = {}
+        weights = [weight for part in parts for weight in part.weights]
+        for weight in sorted(weights, key=lambda weight: (weight.key, weight.index)):
+            kind = id(weight.rule), id(weight.numbers)  # those of a rank are few
+            if kind not in known:
+                known[kind] = index_in(rules, replace(weight.rule, numbers=index_in(numbers, weight.numbers)))
+            where[weight.name] = known[kind]
+            siblings[weight.key] = weight.siblings
+            for state in weight.rule.states:
+                holders.setdefault((state, weight.key), set()).add(weight.index)
+        alone = [pair for pair, indices in sorted(holders.items()) if len(indices) < siblings[pair[1]]]
+        self.record = Record(0, rules, [dict(each) for each in numbers], where, alone, {})
+        # Each name is one string: it takes its place in the file once.
+        strings = {name: name for name in where}
+        self._sums = sorted({pair for part in parts for pair in part.sums})
+        at = {pair: number for number, pair in enumerate(self._sums)}
+        self._sums = [(strings.setdefault(name, name), kind) for name, kind in self._sums]
+        self._places = torch.tensor([at[pair] for part in parts for pair in part.sums], dtype=torch.int64)
+
+    def filled(self, step: int, packed: Iterable[bytes]) -> Record:
+        """The record of one save.
+
+        Args:
+            step: updates so far.
+            packed: the sums of each rank, in the order of the parts.
+        """
+        data = bytearray().join(packed)
+        shares = torch.frombuffer(data, dtype=torch.int64) if data else torch.empty(0, dtype=torch.int64)
+        totals = torch.zeros(len(self._sums), 2, dtype=torch.int64).index_add_(0, self._places, shares.view(-1, 2))
+        sums: dict[str, dict[str, int]] = {}
+        model: dict[str, int] = {}
+        for (name, kind), (low, high) in zip(self._sums, totals.tolist(), strict=True):
+            value = high % (1 << _WORD) << _WORD | low % (1 << _WORD)
+            if kind == WEIGHT:
+                model[name] = value
+            else:
+                sums.setdefault(name, {})[kind] = value
+        return replace(self.record, step=step, sums=sums, model=model)
+
+
+def _packed(sums: Iterable[int]) -> bytes:
+    """Two words for each, the lower first."""
+    return b"".join(value.to_bytes(2 * _WORD // 8, "little") for value in sums)

@@ -14,9 +14,8 @@ from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint import record as records
 from megatron_muon.checkpoint import weights as model_weights
 from megatron_muon.checkpoint.held import Held
-from megatron_muon.checkpoint.joining import Part, Recorder
 from megatron_muon.checkpoint.keys import ALONE, PREFIX, name_of
-from megatron_muon.checkpoint.record import RECORD, Record, Rule, Sums, WeightRecord, layout_text
+from megatron_muon.checkpoint.record import RECORD, RankRecord, Record, Recorder, Rule, Sums, WeightRecord, layout_text
 from megatron_muon.checkpoint.sharding import Place, Replica, places_of
 from megatron_muon.checkpoint.weights import Share, sums_of_parts
 from megatron_muon.optimizers.handled import STEP
@@ -116,8 +115,8 @@ def _record(
         for each, place in zip(held, places, strict=True)
         if each.key is not None and replica_of(each, place) == (0, 0, 0)
     ]
-    part = Part(tuple(_told(saved)), tuple((sys.intern(name), kind) for name, kind in sums))  # a name is sent once
-    return recorder.join(ranks, part, _step(held), sums.values())
+    keys = tuple((sys.intern(name), kind) for name, kind in sums)  # each name is sent once
+    return recorder.join(ranks, RankRecord(tuple(_told(saved)), keys), _step(held), sums.values())
 
 
 def _told(saved: Iterable[tuple[Held, Place]]) -> Iterator[WeightRecord]:

@@ -1,13 +1,14 @@
 """Sums of what is saved: of the model's own tensors, its weights and the buffers beside them, and of the state of each.
 
 Both are described in the same way (:mod:`megatron_muon.checkpoint.sharding`): each part that is no copy of another
-rank's counts once, whatever the layout, so that sums do not depend on it. What is read is compared before it is used.
+rank's counts once, whatever the layout, so that sums do not depend on it. What is read is compared before it is used,
+and so are copies of it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import raise_together
 from megatron_muon.checkpoint.fingerprint import added, fingerprints, fits
+from megatron_muon.checkpoint.held import Held
 from megatron_muon.checkpoint.keys import name_of
 from megatron_muon.checkpoint.record import WEIGHT, Record, Sums
 from megatron_muon.checkpoint.sharding import tensors_of
 from megatron_muon.checkpoint.stored import Stored
+from megatron_muon.routing.predicate import is_expert_parallel
 
-__all__ = ["Share", "check", "compare", "described", "is_plain", "sums_of", "sums_of_parts"]
+__all__ = ["Share", "check", "check_copies", "compare", "described", "is_plain", "sums_of", "sums_of_parts"]
 
 Where = tuple[Any, ...]
 Described = dict[Where, ShardedTensor | ShardedTensorFactory]
@@ -144,3 +147,57 @@ def _with_data(base: ShardedTensor | ShardedTensorFactory, data: torch.Tensor) -
     found = copy.copy(base)
     found.data = data
     return found
+
+
+def check_copies(ranks: Ranks, chunks: Iterable[torch.nn.Module], held: Sequence[Held], groups: Any) -> None:
+    """After loading, copies of a weight and of its state must be the same bit for bit on data-parallel ranks.
+
+    Args:
+        ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
+        chunks: the model on this rank.
+        held: state of its weights.
+        groups: Megatron-Core's ``ProcessGroupCollection`` of the model.
+
+    Raises:
+        CheckpointError: on all ranks, if copies differ.
+    """
+    named = [pair for chunk in chunks for pair in chunk.named_parameters()]
+    names = {id(param): name for name, param in named}
+    checked: list[tuple[str, torch.nn.Parameter, torch.Tensor]] = [(name, param, param.data) for name, param in named]
+    for each in held:
+        if each.slices is None and not each.owned:
+            name = names.get(id(each.param), "a weight")
+            checked += [(f"{state} of {name}", each.param, tensor) for state, tensor in sorted(each.tensors.items())]
+    sums: list[tuple[list[str], list[int], Any]] = []
+    for experts, group_name in ((False, "dp_cp"), (True, "expt_dp")):
+        group = getattr(groups, group_name, None)
+        mine = [entry for entry in checked if is_expert_parallel(entry[1]) == experts]
+        if group is not None and group.size() > 1 and mine:
+            sums.append(
+                ([name for name, _, _ in mine], fingerprints(_comparable(tensor) for _, _, tensor in mine), group)
+            )
+    ranks.together(lambda: None)  # whoever has failed so far must not be missed in what follows
+    different = [name for names, values, group in sums for name in _different(names, values, Ranks((group,)))]
+    raise_together(
+        ranks,
+        different,
+        "The checkpoint is loaded, but these are not the same on all data-parallel ranks:",
+        "A rank has read something else than the others. Start again; if it happens again, check the storage.",
+    )
+
+
+def _comparable(tensor: torch.Tensor) -> torch.Tensor:
+    """What is compared.
+
+    A quantized weight is a class that has other tensors in it, some of them caches: the numbers that it stands for. Of
+    any other class, such as the shards of a ``DTensor``, nothing: whether ranks have the same is not known.
+    """
+    if is_plain(tensor):
+        return tensor
+    stands_for = type(tensor).dequantize is not torch.Tensor.dequantize
+    return tensor.dequantize() if stands_for else torch.empty(0)
+
+
+def _different(names: Sequence[str], values: list[int], copies: Ranks) -> list[str]:
+    everywhere = zip(*copies.gather(lambda: values), strict=True)
+    return [name for name, found in zip(names, everywhere, strict=True) if len(set(found)) > 1]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_muon.checkpoint.errors import CheckpointError
+from megatron_muon.commands import refusing, write_json
 from megatron_muon.errors import ConfigError
 
 __all__ = ["main"]
@@ -27,20 +24,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             ``diff`` a difference.
     """
     args = _parser().parse_args(argv)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    from megatron_muon import cpu
+    with refusing("ckpt", (CheckpointError, ConfigError)):
+        from megatron_muon import cpu
 
-    cpu.install()
-    if any(str(value).startswith("msc:") for value in vars(args).values()):
-        from megatron_muon.checkpoint import reading
+        cpu.install()
+        if any(str(value).startswith("msc:") for value in vars(args).values()):
+            from megatron_muon.checkpoint import reading
 
-        reading.enable_stores()
-    try:
+            reading.enable_stores()
         args.command(args)
-    except (CheckpointError, ConfigError) as error:
-        print(f"megatron_muon ckpt: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,7 +94,7 @@ def _inspect(args: argparse.Namespace) -> None:
     found = inspection.inspect(folders.resolve(args.folder), args.contents, args.trust)
     print(inspection.render(found))
     if args.json is not None:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, found)
     if found["problems"]:
         raise SystemExit(1)
 
@@ -115,7 +107,7 @@ def _diff(args: argparse.Namespace) -> None:
     found = comparison.compare(a, b, tolerance=args.tolerance, moments=args.moments, fast=args.fast)
     print(comparison.render(found))
     if args.json is not None:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, found)
     if not found["same"]:
         raise SystemExit(1)
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import sys
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
+from megatron_muon.commands import refusing, write_json
 from megatron_muon.errors import ConfigError
 
 __all__ = ["main"]
@@ -38,17 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, flags = parser.parse_known_args(argv)
     if args.model is None and not flags:
         parser.error("give a file of Megatron flags (--model FILE, see examples/models), or the flags themselves")
-    try:
+    with refusing("plan"):
         _plan(args, flags)
-    except ConfigError as error:
-        print(f"megatron_muon plan: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
 
 
 def _plan(args: argparse.Namespace, flags: Sequence[str]) -> None:
-    # Imports of Megatron-Core warn of every optional package that is missing.
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     from megatron_muon import cpu, plugin
     from megatron_muon.planning import document, survey, text
     from megatron_muon.planning.flags import read_flags
@@ -62,7 +52,7 @@ def _plan(args: argparse.Namespace, flags: Sequence[str]) -> None:
     plan = survey.make_plan(flags, args.world_size, args.tokens)
     print(text.render(plan))
     if args.json is not None:
-        _write(args.json, {"model": args.model, "flags": list(flags), **document.to_document(plan)})
+        write_json(args.json, {"model": args.model, "flags": list(flags), **document.to_document(plan)})
 
 
 def _with_options_of_file(args: argparse.Namespace, options: Sequence[str]) -> argparse.Namespace:
@@ -76,13 +66,6 @@ def _with_options_of_file(args: argparse.Namespace, options: Sequence[str]) -> a
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
-
-
-def _write(path: str, content: object) -> None:
-    try:
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--json {path}: {error.strerror}. Give a file in a folder that exists.") from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,13 +18,17 @@ import torch
 
 from megatron_muon._patching import Patch, replace_by
 
-__all__ = ["PATCHES", "Event", "Stream"]
+__all__ = ["PATCHES", "Event", "Stream", "get_rng_state", "set_rng_state"]
 
 CPU = torch.device("cpu")
 
 # Megatron-Core reads the compute capability to choose kernels and to insist on CUDA_DEVICE_MAX_CONNECTIONS=1 for
 # hardware before Blackwell; 10.0 is the oldest answer for which it insists on nothing.
 _CAPABILITY = (10, 0)
+
+
+def _nothing(self: Any, *args: Any) -> None:
+    """Nothing runs behind the caller's back."""
 
 
 class Event:
@@ -37,15 +41,11 @@ class Event:
         """Remember the time."""
         self._time = time.perf_counter()
 
-    def wait(self, *args: Any) -> None:
-        """Nothing runs behind the caller's back."""
-
-    def synchronize(self) -> None:
-        """Nothing runs behind the caller's back."""
-
     def query(self) -> bool:
         """Whether the recorded work is done: always."""
         return True
+
+    wait = synchronize = _nothing
 
     def elapsed_time(self, end_event: Event) -> float:
         """Milliseconds between two recorded events."""
@@ -66,14 +66,7 @@ class Stream:
         """Lowest and highest priority; there is one."""
         return (0, 0)
 
-    def wait_stream(self, stream: Any) -> None:
-        """Nothing runs behind the caller's back."""
-
-    def wait_event(self, event: Any) -> None:
-        """Nothing runs behind the caller's back."""
-
-    def synchronize(self) -> None:
-        """Nothing runs behind the caller's back."""
+    wait_stream = wait_event = synchronize = _nothing
 
     def query(self) -> bool:
         """Whether the stream is idle: always."""
@@ -115,11 +108,13 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
-def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Of the default generator, whatever device is asked for: the model draws from it."""
     return torch.get_rng_state()
 
 
-def _set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+def set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """The counterpart of :func:`get_rng_state`."""
     torch.set_rng_state(new_state)
 
 
@@ -153,8 +148,8 @@ _FUNCTIONS: dict[str, tuple[Any, str]] = {
     "device_memory_used": (_answer(0), "asks NVML; called by the memory report of megatron.training"),
     "reset_peak_memory_stats": (_answer(None), "asks the CUDA driver"),
     "manual_seed": (_manual_seed, "model-parallel seeding; on the CPU the model draws from the default generator"),
-    "get_rng_state": (_get_rng_state, "the generator the model draws from is the default one"),
-    "set_rng_state": (_set_rng_state, "the generator the model draws from is the default one"),
+    "get_rng_state": (get_rng_state, "the generator the model draws from is the default one"),
+    "set_rng_state": (set_rng_state, "the generator the model draws from is the default one"),
     "Stream": (Stream, "side streams of DDP, MoE and the pipeline"),
     "Event": (Event, "events of timers, MoE and the pipeline"),
     "current_stream": (_answer(_STREAM), "streams wait for the current one"),
@@ -170,13 +165,13 @@ PATCHES: list[Patch] = [
 ] + [
     Patch(
         "torch.cuda.random:get_rng_state",
-        replace_by(_get_rng_state),
+        replace_by(get_rng_state),
         "Megatron-Core's random number tracker calls it under this name",
         copies_in=(),
     ),
     Patch(
         "torch.cuda.random:set_rng_state",
-        replace_by(_set_rng_state),
+        replace_by(set_rng_state),
         "the counterpart of get_rng_state",
         copies_in=(),
     ),

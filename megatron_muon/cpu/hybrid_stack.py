@@ -35,20 +35,21 @@ def _local_stack_spec(original: Any) -> Any:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
-    from megatron.core.transformer.transformer_layer import MoETransformerLayer
+    from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 
     gpt = get_gpt_layer_local_submodules(normalization="RMSNorm")  # any norm: WrappedTorchNorm asks the configuration
     latent = get_gpt_layer_local_submodules(normalization="RMSNorm", multi_latent_attention=True)
     delta = GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_norm=WrappedTorchNorm, out_proj=RowParallelLinear)
+    gated = ModuleSpec(module=GatedDeltaNet, submodules=delta)
     experts = get_moe_module_spec(use_te=False, num_experts=8)  # any number: the configuration has the right one
     submodules = type(original.submodules)(
         mamba_layer=_mamba_layer(),
-        attention_layer=_attention_layer(gpt.self_attention, norm_in="linear_qkv"),
-        gdn_layer=_attention_layer(ModuleSpec(module=GatedDeltaNet, submodules=delta), norm_in="in_proj"),
-        mla_layer=_attention_layer(latent.self_attention),
+        attention_layer=_layer(TransformerLayer, "self_attention", gpt.self_attention, "linear_qkv"),
+        gdn_layer=_layer(TransformerLayer, "self_attention", gated, "in_proj"),
+        mla_layer=_layer(TransformerLayer, "self_attention", latent.self_attention),
         dsa_layer=ModuleSpec(module=_SparseAttention),
-        mlp_layer=_mlp_layer(MLPLayer, gpt.mlp, norm_in="linear_fc1"),
-        moe_layer=_mlp_layer(MoETransformerLayer, experts),
+        mlp_layer=_layer(MLPLayer, "mlp", gpt.mlp, "linear_fc1"),
+        moe_layer=_layer(MoETransformerLayer, "mlp", experts),
         mtp_block_spec=_mtp_block(original.submodules.mtp_block_spec),
     )
     return ModuleSpec(module=original.module, submodules=submodules)
@@ -72,36 +73,24 @@ def _mamba_layer() -> Any:
     return ModuleSpec(module=MambaLayer, submodules=submodules)
 
 
-def _attention_layer(attention: Any, norm_in: str = "") -> Any:
-    """A layer of attention alone; ``norm_in`` is the linear layer that has its norm in TransformerEngine's form."""
-    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+def _layer(module: type, part: str, content: Any, norm_in: str = "") -> Any:
+    """A layer of one part alone.
 
-    submodules = TransformerLayerSubmodules(
-        input_layernorm=WrappedTorchNorm,
-        self_attention=attention,
-        self_attn_bda=get_bias_dropout_add,
-        sharded_state_dict_keys_map={"input_layernorm.": f"self_attention.{norm_in}.layer_norm_"} if norm_in else {},
-    )
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
-
-
-def _mlp_layer(layer: type, mlp: Any, norm_in: str = "") -> Any:
-    """A layer of an MLP or experts alone; ``norm_in`` as in :func:`_attention_layer`."""
+    Args:
+        module: the layer.
+        part: ``self_attention`` or ``mlp``.
+        content: the specification of it.
+        norm_in: the linear layer that has its norm in TransformerEngine's form.
+    """
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-    submodules = TransformerLayerSubmodules(
-        pre_mlp_layernorm=WrappedTorchNorm,
-        mlp=mlp,
-        mlp_bda=get_bias_dropout_add,
-        sharded_state_dict_keys_map={"pre_mlp_layernorm.": f"mlp.{norm_in}.layer_norm_"} if norm_in else {},
-    )
-    return ModuleSpec(module=layer, submodules=submodules)
+    norm, add = {"self_attention": ("input_layernorm", "self_attn_bda"), "mlp": ("pre_mlp_layernorm", "mlp_bda")}[part]
+    names = {f"{norm}.": f"{part}.{norm_in}.layer_norm_"} if norm_in else {}
+    parts = {norm: WrappedTorchNorm, part: content, add: get_bias_dropout_add, "sharded_state_dict_keys_map": names}
+    return ModuleSpec(module=module, submodules=TransformerLayerSubmodules(**parts))
 
 
 def _mtp_block(original: Any) -> Any:

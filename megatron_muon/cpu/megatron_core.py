@@ -9,21 +9,16 @@ from typing import Any
 import torch
 
 from megatron_muon._patching import Original, Patch, Patches, around, replace_by
-from megatron_muon.cpu.settings import refuse_in_config
+from megatron_muon.cpu import cuda_api
+from megatron_muon.refusals import refuse
+from megatron_muon.refusals.cpu import CPU, IN_CONFIG
 
 __all__ = ["PATCHES", "DuplicatedLinear"]
 
 _RNG = "megatron.core.tensor_parallel.random"
 _MOE = "megatron.core.transformer.moe.moe_layer"
+_TRACKED = "the tracker forks the generator of the model"
 PATCHES = Patches()
-
-
-def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
-    torch.set_rng_state(new_state)
 
 
 @contextlib.contextmanager
@@ -66,7 +61,7 @@ def _move_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = Fal
     "settings that need a GPU must fail when the configuration is made, not in the first step",
 )
 def _wrap_config_check(original: Original, self: Any) -> None:
-    refuse_in_config(self)
+    refuse((*CPU, *IN_CONFIG), self)
     original(self)
 
 
@@ -124,8 +119,8 @@ def _not_alone(original: Original, input_: torch.Tensor, group: Any = None, *arg
 
 
 PATCHES += [
-    Patch(f"{_RNG}:_get_cuda_rng_state", replace_by(_get_rng_state), "the tracker forks the generator of the model"),
-    Patch(f"{_RNG}:_set_cuda_rng_state", replace_by(_set_rng_state), "the tracker forks the generator of the model"),
+    Patch(f"{_RNG}:_get_cuda_rng_state", replace_by(cuda_api.get_rng_state), _TRACKED),
+    Patch(f"{_RNG}:_set_cuda_rng_state", replace_by(cuda_api.set_rng_state), _TRACKED),
     Patch(
         f"{_RNG}:CudaRNGStatesTracker.fork",
         replace_by(_fork),

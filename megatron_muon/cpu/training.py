@@ -6,12 +6,11 @@ import importlib.util
 from typing import Any
 
 from megatron_muon._patching import Original, Patches
-from megatron_muon.cpu.settings import change_arguments
 from megatron_muon.plugin import datasets
 from megatron_muon.refusals import refuse
-from megatron_muon.refusals.cpu import CPU
+from megatron_muon.refusals.cpu import CHANGES, CPU
 
-__all__ = ["PATCHES"]
+__all__ = ["PATCHES", "change_arguments"]
 
 PATCHES = Patches(datasets.PATCHES)  # not the CPU's alone, but pretrain() needs it here too
 
@@ -41,3 +40,25 @@ def _refuse_yaml(original: Original, args: Any, *rest: Any, **kwargs: Any) -> An
 )
 def _wrap_initialize_megatron(original: Original, allow_no_cuda: bool = True, *args: Any, **kwargs: Any) -> Any:
     return original(True, *args, **kwargs)
+
+
+def change_arguments(args: Any) -> list[str]:
+    """Refuse what cannot be done, then change what can be done another way, in place.
+
+    Args:
+        args: Megatron-LM's parsed arguments, before they are validated.
+
+    Returns:
+        One line ``name: old -> new (reason)`` for each change.
+
+    Raises:
+        ConfigError: for arguments that are refused.
+    """
+    refuse(CPU, args)
+    lines = []
+    for change in CHANGES:
+        current = getattr(args, change.name, None)
+        if change.applies(current):
+            setattr(args, change.name, change.value)
+            lines.append(f"{change.name}: {current} -> {change.value} ({change.reason})")
+    return lines

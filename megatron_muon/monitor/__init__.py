@@ -1,6 +1,5 @@
 """Scalars of a run: recording, progress, plots.
 
 ``recorder`` writes one JSON line per logged iteration and per evaluation of any Megatron training run; ``metrics``
-reads such a file back; ``progress`` shows a bar of a run in progress, ``summary`` compares finished runs and ``plots``
-draws them.
+reads such a file back and compares finished runs; ``progress`` shows a bar of a run in progress, ``plots`` draws runs.
 """

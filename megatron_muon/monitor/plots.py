@@ -9,8 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_muon.monitor.metrics import Metrics
-from megatron_muon.monitor.summary import WINDOW, smoothed
+from megatron_muon.monitor.metrics import WINDOW, Metrics, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +69,7 @@ def write_csv(runs: Mapping[str, Metrics], path: Path) -> None:
 def plot_losses(runs: Mapping[str, Metrics], path: Path, title: str | None = None) -> None:
     """Training and validation loss over the steps, side by side with one scale.
 
-    The training losses are pale, with their trailing mean (:func:`summary.smoothed`) on top.
+    The training losses are pale, with their trailing mean (:func:`metrics.smoothed`) on top.
 
     Args:
         runs: by the name in the legend, in the order of colours.

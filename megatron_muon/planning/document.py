@@ -17,8 +17,7 @@ from megatron_muon.planning.survey import Plan
 from megatron_muon.routing.layout import SCALAR
 from megatron_muon.routing.report import Route
 
-__all__ = ["by_optimizer", "bytes_in", "collectives_in", "dtype_name", "flops_in", "optimizer_share", "over_ranks"]
-__all__ += ["possible_modes", "to_document"]
+__all__ = ["by_optimizer", "dtype_name", "optimizer_share", "over_ranks", "possible_modes", "to_document", "work_in"]
 
 
 def to_document(plan: Plan) -> dict[str, Any]:
@@ -70,19 +69,14 @@ def over_ranks(loads: Sequence[RankLoad], value: Callable[[RankLoad], float]) ->
     }
 
 
-def flops_in(mode: str) -> Callable[[RankLoad], float]:
-    """Newton-Schulz operations of a rank in a tensor-parallel mode, for :func:`over_ranks`."""
-    return lambda load: load.work[mode].flops
+def work_in(mode: str, what: str = "flops") -> Callable[[RankLoad], float]:
+    """Of a rank in a tensor-parallel mode, for :func:`over_ranks`.
 
-
-def bytes_in(mode: str) -> Callable[[RankLoad], float]:
-    """Bytes that a rank sends to others in a tensor-parallel mode, for :func:`over_ranks`."""
-    return lambda load: load.work[mode].bytes
-
-
-def collectives_in(mode: str) -> Callable[[RankLoad], float]:
-    """Collective operations of a rank in a tensor-parallel mode, for :func:`over_ranks`."""
-    return lambda load: load.work[mode].collectives
+    Args:
+        mode: of tensor parallelism.
+        what: ``flops`` of Newton-Schulz, ``bytes`` that it sends to others, or ``collectives``.
+    """
+    return lambda load: getattr(load.work[mode], what)
 
 
 def possible_modes(plan: Plan) -> list[str]:
@@ -92,13 +86,13 @@ def possible_modes(plan: Plan) -> list[str]:
 
 def optimizer_share(plan: Plan, mode: str) -> float:
     """Newton-Schulz of the busiest rank as a share of all operations of a step, 0 to 1."""
-    busiest = over_ranks(plan.loads, flops_in(mode))["max"]
+    busiest = over_ranks(plan.loads, work_in(mode))["max"]
     total = busiest + plan.step.model_flops / plan.layout.world
     return busiest / total if total else 0.0
 
 
 def _figures(loads: Sequence[RankLoad], mode: str) -> dict[str, Any]:
-    flops = over_ranks(loads, flops_in(mode))
+    flops = over_ranks(loads, work_in(mode))
     return {
         "ranks": sum(load.ranks for load in loads),
         "parameter_bytes": over_ranks(loads, lambda load: load.parameter_bytes),
@@ -113,9 +107,9 @@ def _mode(plan: Plan, mode: str) -> dict[str, Any] | None:
     if mode not in possible_modes(plan):
         return None
     return {
-        "newton_schulz_flops": over_ranks(plan.loads, flops_in(mode)),
-        "exchanged_bytes": over_ranks(plan.loads, bytes_in(mode)),
-        "collectives": over_ranks(plan.loads, collectives_in(mode)),
+        "newton_schulz_flops": over_ranks(plan.loads, work_in(mode)),
+        "exchanged_bytes": over_ranks(plan.loads, work_in(mode, "bytes")),
+        "collectives": over_ranks(plan.loads, work_in(mode, "collectives")),
         "optimizer_share": optimizer_share(plan, mode),
     }
 

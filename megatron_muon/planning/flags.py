@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import math
 import os
 import shlex
@@ -20,7 +21,7 @@ from megatron_muon.refusals import Settings, refuse
 from megatron_muon.refusals.cpu import CPU
 from megatron_muon.refusals.plan import READ
 
-__all__ = ["FlagFile", "Layout", "Position", "as_config_error", "parse", "read_flags"]
+__all__ = ["FlagFile", "Layout", "Position", "as_config_error", "parse", "quiet", "read_flags"]
 
 PLAN_PREFIX = "# plan:"
 """Begins a comment of a flag file that holds options of the plan: training ignores them."""
@@ -148,7 +149,7 @@ def parse(flags: Sequence[str], world: int | None) -> tuple[argparse.Namespace, 
 
     from megatron.training import arguments
 
-    with _command_line(flags), _quiet(), as_config_error():
+    with _command_line(flags), quiet(), as_config_error():
         args = arguments.parse_args(provider)
         layout = _layout(args, world)
         refuse(READ, args)
@@ -255,7 +256,12 @@ def _command_line(flags: Sequence[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Megatron prints every argument."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+def quiet() -> Iterator[None]:
+    """Megatron prints every argument, and prints and logs while it builds."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

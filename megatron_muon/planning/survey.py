@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +23,7 @@ from megatron_muon.planning.cost import (
     loads_of_stage,
     refusals_of_stage,
 )
-from megatron_muon.planning.flags import Layout, as_config_error, parse
+from megatron_muon.planning.flags import Layout, as_config_error, parse, quiet
 from megatron_muon.planning.model import Stage, build_stages
 from megatron_muon.planning.ownership import Owners, owners_of_stage
 from megatron_muon.planning.state import StateCounter
@@ -144,7 +141,7 @@ def make_plan(flags: Sequence[str], world: int | None = None, tokens: int | None
     args, layout, left_out = parse(flags, world)
     refuse(PLAN, args)
     options = from_arguments(args)
-    with _quiet(), as_config_error():
+    with quiet(), as_config_error():
         return _Survey(args, layout, options, left_out).plan(tokens)
 
 
@@ -308,15 +305,3 @@ def _head_dims(config: Any) -> tuple[int, int]:
     if getattr(config, "multi_latent_attention", False):
         return config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
     return config.kv_channels, config.kv_channels
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Megatron prints and logs while it builds."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)

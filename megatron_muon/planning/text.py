@@ -7,15 +7,7 @@ from collections.abc import Sequence
 from megatron_muon.config import flag
 from megatron_muon.engine import MODES
 from megatron_muon.engine.modes import LOCAL
-from megatron_muon.planning.document import (
-    bytes_in,
-    collectives_in,
-    dtype_name,
-    flops_in,
-    optimizer_share,
-    over_ranks,
-    possible_modes,
-)
+from megatron_muon.planning.document import dtype_name, optimizer_share, over_ranks, possible_modes, work_in
 from megatron_muon.planning.survey import Plan
 from megatron_muon.routing import report
 from megatron_muon.routing.report import Route, table
@@ -64,7 +56,7 @@ def _ranks(plan: Plan) -> list[str]:
     numbers: dict[tuple[str, ...], list[int]] = {}
     for stage in plan.stages:
         state = over_ranks(stage.loads, lambda load: load.state_bytes)
-        flops = over_ranks(stage.loads, flops_in(mode))
+        flops = over_ranks(stage.loads, work_in(mode))
         row = (
             str(sum(load.ranks for load in stage.loads)),
             f"{stage.parameters:,}",
@@ -106,7 +98,7 @@ def _balance(plan: Plan) -> str:
             f"Plain Muon: the {plan.layout.data} replicas of a weight all hold its state and do the same work. "
             "--use-distributed-optimizer gives each weight one owner."
         )
-    flops = over_ranks(plan.loads, flops_in(plan.options.tp_mode))
+    flops = over_ranks(plan.loads, work_in(plan.options.tp_mode))
     if not flops["mean"]:
         return "No weight is orthogonalized."
     ratio = flops["max"] / flops["mean"]
@@ -148,8 +140,8 @@ def _mode(plan: Plan, mode: str) -> tuple[str, ...]:
     name = f"{mode} (chosen)" if mode == plan.options.tp_mode else mode
     if mode not in possible_modes(plan):
         return (name, "not possible, see below", "", "", "", "", "")
-    flops, sent = over_ranks(plan.loads, flops_in(mode)), over_ranks(plan.loads, bytes_in(mode))
-    collectives = over_ranks(plan.loads, collectives_in(mode))["max"]
+    flops, sent = over_ranks(plan.loads, work_in(mode)), over_ranks(plan.loads, work_in(mode, "bytes"))
+    collectives = over_ranks(plan.loads, work_in(mode, "collectives"))["max"]
     return (
         name,
         _tera(flops["mean"]),
@@ -175,7 +167,7 @@ def _choices(plan: Plan) -> list[tuple[str, ...]]:
 
 def _step(plan: Plan) -> list[str]:
     step, mode = plan.step, plan.options.tp_mode
-    busiest = over_ranks(plan.loads, flops_in(mode))["max"]
+    busiest = over_ranks(plan.loads, work_in(mode))["max"]
     return [
         f"A step of {step.tokens:,} tokens, each through {step.active_parameters / 1e9:.2f} billion parameters: "
         f"{_tera(step.model_flops / plan.layout.world)} a rank,",

@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
-from megatron_muon.checkpoint.joining import Recorder
-from megatron_muon.checkpoint.record import ACCEPT, RECORD
+from megatron_muon.checkpoint.record import ACCEPT, RECORD, Recorder
 from megatron_muon.checkpoint.stored import has_record, records_in
 from megatron_muon.plugin import options
 from megatron_muon.plugin.adam_buckets import buckets_of_adam
@@ -220,7 +219,7 @@ class _CanonicalState:
         self._upstream_load(_by_number(state_dict))
 
     def _fill(self, request: Request, state_dict: Any) -> str:
-        from megatron_muon.checkpoint import replicas
+        from megatron_muon.checkpoint.weights import check_copies
 
         own = {id(leaf.optimizer) for leaf, _ in leaves(self._optimizer)}
         if not own.issuperset(id(held.inner) for held in request.held):
@@ -229,7 +228,7 @@ class _CanonicalState:
         if getattr(options.training_arguments(), "use_checkpoint_opt_param_scheduler", False):
             request.take_numbers(_SCHEDULED)
         if request.ranks == ranks_of(self._pg_collection):  # copies of ranks that did not read are their caller's
-            replicas.check(request.ranks, self._chunks, request.held, groups_or_default(self._pg_collection))
+            check_copies(request.ranks, self._chunks, request.held, groups_or_default(self._pg_collection))
         return request.describe()
 
     def is_in(self, state: Any) -> bool:

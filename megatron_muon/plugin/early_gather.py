@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron_muon.optimizers.engines import BUCKET_ATTRIBUTE
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.plugin.optimizer_state import held_by, leaves
+from megatron_muon.routing.wrappers import unwrapped
 
 __all__ = ["gather_early", "settle"]
 
@@ -79,7 +80,7 @@ class _EarlyGathers:
         for chunk in chunks:
             # Megatron-Core's own mark: forward passes, and their schedules, need not start what is under way.
             chunk.overlap_param_gather_with_optimizer_step = self._overlaps
-            _bare(chunk).register_load_state_dict_pre_hook(settle)
+            unwrapped(chunk).register_load_state_dict_pre_hook(settle)
 
     def _unless_stepping(self, owner: Any, name: str) -> None:
         original: Callable[..., None] | None = getattr(owner, name, None)
@@ -173,9 +174,3 @@ def _waits_for_muon(group: Any) -> bool:
 
 def _has_muon(optimizer: Any) -> bool:
     return any(isinstance(leaf.optimizer, Muon) for leaf, _ in leaves(optimizer))
-
-
-def _bare(module: Any) -> Any:
-    while hasattr(module, "module"):
-        module = module.module
-    return module

@@ -22,6 +22,7 @@ from megatron_muon.plugin.groups import ranks_of
 from megatron_muon.plugin.qk_clip_build import FLAGS, build_clip
 from megatron_muon.qk_clip.clip import QKClip
 from megatron_muon.refusals import QK_CLIP, UNMEASURED, refuse
+from megatron_muon.routing.wrappers import unwrapped
 
 __all__ = ["PATCHES", "build", "clip_of"]
 
@@ -34,19 +35,12 @@ _CLIPS: weakref.WeakKeyDictionary[torch.nn.Module, Callable[[], QKClip | None]] 
 def clip_of(model: Any) -> QKClip | None:
     """The clip of a model, by its chunks or one of them; None if it has no optimizer, or nothing to measure."""
     chunk = model[0] if isinstance(model, Sequence) else model
-    return _CLIPS.get(_bare(chunk), lambda: None)()
-
-
-def _bare(chunk: Any) -> Any:
-    """A chunk without DDP and other wrappers, as callers may or may not have it."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
+    return _CLIPS.get(unwrapped(chunk), lambda: None)()
 
 
 def _take_note(chunks: Sequence[torch.nn.Module], clip: QKClip) -> None:
     for chunk in chunks:
-        _CLIPS[_bare(chunk)] = weakref.ref(clip)
+        _CLIPS[unwrapped(chunk)] = weakref.ref(clip)
 
 
 @PATCHES.around(
@@ -58,7 +52,7 @@ def _clip_qk(original: Original, model: Any, log_max_only: bool = False) -> torc
 
     As Megatron's own, 0 for a model without softmax attention.
     """
-    chunks = [_bare(part) for chunk in model for part in _parts(chunk)]
+    chunks = [unwrapped(part) for chunk in model for part in _parts(chunk)]
     if not all(chunk in _CLIPS for chunk in chunks):
         raise ConfigError(
             "--qk-clip: the model's optimizer was not built by megatron.core.optimizer.get_megatron_optimizer, so "
@@ -70,9 +64,9 @@ def _clip_qk(original: Original, model: Any, log_max_only: bool = False) -> torc
 
 def _parts(chunk: Any) -> Sequence[torch.nn.Module]:
     """What has an optimizer of its own: a chunk, or each model of a ``MimoModel`` on this rank."""
-    if type(_bare(chunk)).__name__ != "MimoModel":
+    if type(unwrapped(chunk)).__name__ != "MimoModel":
         return [chunk]
-    parts = [_bare(chunk).language_model, *_bare(chunk).modality_submodules.values()]
+    parts = [unwrapped(chunk).language_model, *unwrapped(chunk).modality_submodules.values()]
     return [part for part in parts if part is not None]
 
 
@@ -120,7 +114,7 @@ def build(optimizer: Any, config: Any, chunks: Sequence[torch.nn.Module], pg_col
         if ranks.is_last:
             recording.watch(optimizer, _Logits(clip))
     for chunk in chunks:
-        _CLIPS.setdefault(_bare(chunk), lambda: None)
+        _CLIPS.setdefault(unwrapped(chunk), lambda: None)
 
 
 def _connect(optimizer: Any, chunks: Sequence[torch.nn.Module], clip: QKClip) -> None:

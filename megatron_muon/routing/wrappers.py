@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["restore_attributes", "strip_wrappers"]
+__all__ = ["restore_attributes", "strip_wrappers", "unwrapped"]
 
 _WRAPPERS = {
     "_orig_mod",  # torch.compile
@@ -34,6 +34,13 @@ _ATTRIBUTES = (
 
 _DIVIDED = {"ColumnParallelLinear": 0, "RowParallelLinear": 1, "VocabParallelEmbedding": 0}
 """Classes of Megatron-Core, and the dimension in which tensor parallelism divides their weight."""
+
+
+def unwrapped(module: Any) -> Any:
+    """A model chunk without DDP and other wrappers, as callers may or may not have it."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
 
 
 def strip_wrappers(name: str) -> str:

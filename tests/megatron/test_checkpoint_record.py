@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_muon.checkpoint.joining import Recorder
 from megatron_muon.checkpoint.keys import RECORD_KEY
-from megatron_muon.checkpoint.record import RECORD
+from megatron_muon.checkpoint.record import RECORD, Recorder
 from megatron_muon.checkpoint.stored import Stored
 from tests.megatron import harness
 from tests.megatron.harness import Layout

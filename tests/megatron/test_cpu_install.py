@@ -16,8 +16,10 @@ import torch.distributed as dist
 from megatron_muon import cpu
 from megatron_muon.cpu import messages
 from megatron_muon.cpu.optimizers import GroupStepAdamW
-from megatron_muon.cpu.settings import change_arguments, refuse_in_config
+from megatron_muon.cpu.training import change_arguments
 from megatron_muon.errors import ConfigError
+from megatron_muon.refusals import refuse
+from megatron_muon.refusals.cpu import CPU, IN_CONFIG
 from tests.pool import RankPool
 
 SNAPSHOT = """
@@ -223,13 +225,15 @@ def test_configs_made_in_code() -> None:
     class TransformerConfig(SimpleNamespace):
         pass
 
-    refuse_in_config(TransformerConfig(transformer_impl="transformer_engine", gradient_accumulation_fusion=False))
+    refuse(
+        (*CPU, *IN_CONFIG), TransformerConfig(transformer_impl="transformer_engine", gradient_accumulation_fusion=False)
+    )
     with pytest.raises(
         ConfigError, match=r"TransformerConfig\.gradient.* on the CPU: .*gradient_accumulation_fusion=False"
     ):
-        refuse_in_config(TransformerConfig(gradient_accumulation_fusion=True))
+        refuse((*CPU, *IN_CONFIG), TransformerConfig(gradient_accumulation_fusion=True))
     with pytest.raises(ConfigError, match="--fp8"):
-        refuse_in_config(TransformerConfig(fp8="e4m3"))
+        refuse((*CPU, *IN_CONFIG), TransformerConfig(fp8="e4m3"))
 
 
 def test_a_config_made_in_code_says_nothing_of_cuda_graphs() -> None:

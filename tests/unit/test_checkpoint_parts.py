@@ -15,7 +15,6 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron_muon.checkpoint import pieces
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.held import Held
-from megatron_muon.checkpoint.joining import Part, Whole, _packed
 from megatron_muon.checkpoint.keys import (
     ALONE,
     is_bucket,
@@ -25,7 +24,18 @@ from megatron_muon.checkpoint.keys import (
     without_chain,
 )
 from megatron_muon.checkpoint.pieces import StoredTensor, part_of
-from megatron_muon.checkpoint.record import RECORD, WEIGHT, Record, Rule, WeightRecord, layout_text, numbers_of
+from megatron_muon.checkpoint.record import (
+    RECORD,
+    WEIGHT,
+    JoinedRecord,
+    RankRecord,
+    Record,
+    Rule,
+    WeightRecord,
+    _packed,
+    layout_text,
+    numbers_of,
+)
 from megatron_muon.checkpoint.request import Request
 from megatron_muon.checkpoint.sharding import places_of, tensors_of
 from megatron_muon.checkpoint.shards import boxes
@@ -161,13 +171,15 @@ def test_record_keeps_everything() -> None:
     """Of three ranks; the first two have shards of one weight."""
     sums = (("w[0]", "momentum_buffer"), ("w[0]", WEIGHT))
     parts = [
-        Part((weight("w", (0,), 2, MUON),), sums),
-        Part((weight("w", (0,), 2, MUON),), sums),
-        Part((weight("w", (1,), 2, MUON), weight("v", (), 1, ADAM)), (("v", WEIGHT), ("w[1]", "momentum_buffer"))),
+        RankRecord((weight("w", (0,), 2, MUON),), sums),
+        RankRecord((weight("w", (0,), 2, MUON),), sums),
+        RankRecord(
+            (weight("w", (1,), 2, MUON), weight("v", (), 1, ADAM)), (("v", WEIGHT), ("w[1]", "momentum_buffer"))
+        ),
     ]
     high = 1 << 64
     values = [[5 * high - 1, high - 1], [3 + 4 * high, 3], [4, high * high - 1]]
-    record = Whole(parts).filled(7, [_packed(each) for each in values])
+    record = JoinedRecord(parts).filled(7, [_packed(each) for each in values])
     assert Record.from_plain(record.to_plain()) == record
     assert record.step == 7 and record.model == {"w[0]": 2, "v": 4}
     assert record.sums["w[0]"] == {"momentum_buffer": 2 + 8 * high}, "each half adds up for itself, modulo 2**64"
@@ -176,7 +188,7 @@ def test_record_keeps_everything() -> None:
     assert str(record.rule("w[1]")) == "muon (whole)" and record.rule("other") is None
     assert record.numbers == [{"momentum": 0.9, "betas": [0.9, 0.95]}] and len(record.rules) == 2
     assert record.alone == []
-    assert Whole([Part((), ())]).filled(0, [b""]).weights == {}
+    assert JoinedRecord([RankRecord((), ())]).filled(0, [b""]).weights == {}
 
 
 def test_record_keeps_numbers_that_change_in_place() -> None:
@@ -188,18 +200,22 @@ def test_record_keeps_numbers_that_change_in_place() -> None:
 
 
 def test_record_without_sums_of_the_model_is_read() -> None:
-    plain = Whole([]).record.to_plain()
+    plain = JoinedRecord([]).record.to_plain()
     del plain["model"]
     assert Record.from_plain(plain).model == {}
 
 
 def test_record_knows_states_that_not_all_layers_have() -> None:
     weights = (weight("w", (0,), 3, MUON), weight("w", (1,), 3, ADAM), weight("w", (2,), 3, MUON))
-    assert Whole([Part(weights, ())]).record.alone == [("exp_avg", "w"), ("exp_avg_sq", "w"), ("momentum_buffer", "w")]
+    assert JoinedRecord([RankRecord(weights, ())]).record.alone == [
+        ("exp_avg", "w"),
+        ("exp_avg_sq", "w"),
+        ("momentum_buffer", "w"),
+    ]
 
 
 def test_newer_form_is_refused() -> None:
-    plain = {**Whole([]).record.to_plain(), "version": 3, "package": "9.9"}
+    plain = {**JoinedRecord([]).record.to_plain(), "version": 3, "package": "9.9"}
     with pytest.raises(ValueError, match=r"form 3, written by megatron_muon 9\.9"):
         Record.from_plain(plain)
     common = {"optimizer": {RECORD: {"version": 3, "package": "9.9", "somewhere": "else"}}}

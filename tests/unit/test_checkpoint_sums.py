@@ -11,8 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_muon.checkpoint import fingerprint
 from megatron_muon.checkpoint.fingerprint import added, fingerprints, fits
-from megatron_muon.checkpoint.replicas import _numbers
-from megatron_muon.checkpoint.weights import described, is_plain, sums_of
+from megatron_muon.checkpoint.weights import _comparable, described, is_plain, sums_of
 
 Offset = tuple[int, ...]
 
@@ -159,11 +158,11 @@ def test_quantized_weights_are_compared_by_what_they_stand_for() -> None:
     numbers = torch.arange(24, dtype=torch.int8).view(4, 6)
     moved = numbers.roll(1, 0)
     same, again, other, scaled = (
-        fingerprints([_numbers(torch.nn.Parameter(Quantized(each, scale)).data)])[0]
+        fingerprints([_comparable(torch.nn.Parameter(Quantized(each, scale)).data)])[0]
         for each, scale in ((numbers, 0.5), (numbers.clone(), 0.5), (moved, 0.5), (numbers, 0.25))
     )
     assert same == again and len({same, other, scaled}) == 3
-    assert _numbers(Foreign(numbers, 1.0)).numel() == 0
+    assert _comparable(Foreign(numbers, 1.0)).numel() == 0
     assert not is_plain(torch.nn.Parameter(Quantized(numbers, 0.5)))
 
 

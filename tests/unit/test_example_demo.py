@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_muon.monitor import metrics
-from megatron_muon.monitor.summary import Summary
+from megatron_muon.monitor.metrics import Summary
 
 pytest.importorskip("sentencepiece")
 

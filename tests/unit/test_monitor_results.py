@@ -10,8 +10,15 @@ import pytest
 
 from megatron_muon.commands import plot
 from megatron_muon.monitor import plots, progress
-from megatron_muon.monitor.metrics import Metrics, TrainPoint, rewrite_until
-from megatron_muon.monitor.summary import WINDOW, smoothed, steps_to_reach, summarize
+from megatron_muon.monitor.metrics import (
+    WINDOW,
+    Metrics,
+    TrainPoint,
+    rewrite_until,
+    smoothed,
+    steps_to_reach,
+    summarize,
+)
 from tests.unit.test_monitor_metrics import START, train_line, valid_line, write
 
 
