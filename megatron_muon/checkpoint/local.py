@@ -27,11 +27,8 @@ WAY_OUT = (
 
 
 def contents(saved: Any, ranks: Sequence[Ranks]) -> Stored:
-    """What a rank has of a local checkpoint.
-
-    Args:
-        saved: Megatron-Core's ``MCoreTensorAwareStateDict``.
-        ranks: as of :meth:`Stored.read`.
+    """What a rank has of a local checkpoint (Megatron-Core's ``MCoreTensorAwareStateDict``); ``ranks`` as of
+    :meth:`Stored.read`.
     """
     folder = name_of(saved)
     shapes = {part.key: (tuple(part.global_shape), part.dtype) for part in _parts(saved, ShardedTensor)}

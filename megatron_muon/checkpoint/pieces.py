@@ -94,12 +94,7 @@ def _run(lengths: list[int], sizes: tuple[int, ...]) -> int:
 
 
 def part_of(file: Any, info: Any) -> IO[bytes]:
-    """A part of a file, as a file that closes it, too: torch's own has no end to seek from.
-
-    Args:
-        file: open, and seekable.
-        info: torch's ``_StorageInfo``.
-    """
+    """A part of a file, by torch's ``_StorageInfo``, as a file that closes it; torch's own cannot seek from its end."""
     return io.BufferedReader(_Window(file, info.offset, info.length))
 
 
@@ -138,11 +133,7 @@ class _Window(io.RawIOBase):
 
 
 def read_in_pieces(reader: FileSystemReader) -> None:
-    """Let a reader read large parts in pieces, straight into what is loaded; readers of other kinds stay as they are.
-
-    Args:
-        reader: of one checkpoint.
-    """
+    """Let a reader read large parts in pieces, straight into what is loaded; other kinds of reader stay as they are."""
     if type(reader).read_data is not FileSystemReader.read_data:
         return
     read_whole: Callable[[Any, Any], Any] = reader.read_data

@@ -142,10 +142,6 @@ def enable_stores() -> None:
 def read_index(folder: Path, trust: bool = False) -> Index:
     """Read the index of a checkpoint, and check that its files are there.
 
-    Args:
-        folder: of one iteration.
-        trust: read pickles in full, which may run code.
-
     Raises:
         CheckpointError: if files are missing or too short, or the index may run code.
     """

@@ -327,12 +327,7 @@ class JoinedRecord:
         self._places = torch.tensor([at[pair] for part in parts for pair in part.sums], dtype=torch.int64)
 
     def filled(self, step: int, packed: Iterable[bytes]) -> Record:
-        """The record of one save.
-
-        Args:
-            step: updates so far.
-            packed: the sums of each rank, in the order of the parts.
-        """
+        """The record of one save, from the sums of each rank."""
         data = bytearray().join(packed)
         shares = torch.frombuffer(data, dtype=torch.int64) if data else torch.empty(0, dtype=torch.int64)
         totals = torch.zeros(len(self._sums), 2, dtype=torch.int64).index_add_(0, self._places, shares.view(-1, 2))

@@ -80,9 +80,6 @@ class Request(dict[str, Any]):
     def resolve(self, stored: Stored) -> None:
         """Decide what to read, and become the state that ``dist_checkpointing.load`` takes.
 
-        Args:
-            stored: the checkpoint's contents.
-
         Raises:
             CheckpointError: on all ranks, if the checkpoint has not what is needed.
         """
@@ -121,10 +118,7 @@ class Request(dict[str, Any]):
         self[WEIGHTS] = or_local(weights)
 
     def fill(self, loaded: dict[str, Any]) -> None:
-        """Put what was read in its place.
-
-        Args:
-            loaded: the optimizer's part of what ``dist_checkpointing.load`` returned.
+        """Put what ``dist_checkpointing.load`` returned for the optimizer in its place.
 
         Raises:
             CheckpointError: on all ranks, if a tensor is not what was saved.
@@ -180,9 +174,6 @@ class Request(dict[str, Any]):
 
     def take_numbers(self, names: Collection[str]) -> None:
         """Give the param groups what the checkpoint has, for ``--use-checkpoint-opt_param-scheduler``.
-
-        Args:
-            names: of entries of param groups.
 
         Raises:
             CheckpointError: if they belong to another ``--muon-transfer``.

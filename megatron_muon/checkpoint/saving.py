@@ -47,13 +47,9 @@ class Model:
 
 
 def saved_state(ranks: Ranks, held: Sequence[Held], model: Model, recorder: Recorder) -> dict[str, Any]:
-    """The state of an optimizer for ``dist_checkpointing.save``.
+    """The state of an optimizer for ``dist_checkpointing.save``; ``recorder`` is the same at every save.
 
-    Args:
-        ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
-        held: the state of this rank, all of it created.
-        model: whose state it is.
-        recorder: of the optimizer, the same at every save.
+    All ranks of the model must call this, under :meth:`Ranks.together`, with all of their state created.
 
     Raises:
         CheckpointError: for a weight or a state that has no place in the model's tensors.
@@ -77,10 +73,7 @@ def saved_state(ranks: Ranks, held: Sequence[Held], model: Model, recorder: Reco
 def described(held: Held, place: Place, alone: Collection[tuple[str, str]] = ()) -> dict[str, list[ShardedTensor]]:
     """What this rank has of each state of a weight, where it lies; those of replica (0, 0, 0) are saved.
 
-    Args:
-        held: the weight.
-        place: of it.
-        alone: (state, key) of states that not all weights of a tensor have.
+    Of a (state, key) in ``alone`` not all weights of a tensor have the state: it has a key of its own.
     """
     found = {}
     for state, tensor in held.tensors.items():
@@ -135,10 +128,7 @@ def _told(saved: Iterable[tuple[Held, Place]]) -> Iterator[WeightRecord]:
 def sums_in(held: Held, place: Place, one_of_all: bool = False) -> Iterator[Share]:
     """What of a weight's state is stored under keys of their own, as if all weights of a tensor had it.
 
-    Args:
-        held: the weight.
-        place: of it.
-        one_of_all: by the name of the weight instead, as form 1 of the record has it; experts of a stack by their own.
+    Form 1 of the record has it by the name of the weight (``one_of_all``), experts of a stack by their own.
     """
     depth = len(place.index)
     for state, parts in described(held, place).items():

@@ -254,12 +254,7 @@ def _is_complete(parts: tuple[Template, ...]) -> bool:
 
 
 def _parts_of(param: torch.nn.Parameter, bases: list[tuple[int, Any]]) -> tuple[Template, ...]:
-    """A fused weight of which the model saves views: those that lie in its memory; none if they do not make it up.
-
-    Args:
-        param: the weight.
-        bases: by their addresses, in this order.
-    """
+    """The views of a fused weight that the model saves, of ``bases`` by address; none if they do not make it up."""
     begin, size = plain(param).data_ptr(), param.element_size()
     first, last = (bisect_left(bases, address, key=itemgetter(0)) for address in (begin, begin + param.numel() * size))
     parts = []

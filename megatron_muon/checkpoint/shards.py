@@ -109,12 +109,7 @@ def shaped(base: ShardedTensor, key: str, tensor: torch.Tensor, replica: Replica
 
 
 def placed(shard: ShardedTensor, alone: bool) -> ShardedTensor:
-    """At any place of the global tensor, not on a grid; the axes of layers and experts are this rank's as well.
-
-    Args:
-        shard: with its data.
-        alone: without these axes.
-    """
+    """At any place of the global tensor, not on a grid; with the axes of layers and experts, or ``alone`` without."""
     before = shard.prepend_axis_num
     first = before if alone else 0
     added = before - first

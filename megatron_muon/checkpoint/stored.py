@@ -244,10 +244,6 @@ def read_metadata(folder: Path, check: bool = True) -> Any:
 def check_files(folder: Path, metadata: Any) -> None:
     """Every file is there, and as long as its index says.
 
-    Args:
-        folder: of the checkpoint.
-        metadata: its index, as torch's ``FileSystemReader`` reads it.
-
     Raises:
         CheckpointError: naming the first file that is not.
     """

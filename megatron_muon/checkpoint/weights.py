@@ -63,12 +63,7 @@ def is_plain(data: Any) -> bool:
 
 
 def sums_of(tensors: Described, counts: Callable[[ShardedTensor], bool] = lambda part: True) -> Sums:
-    """This rank's share of the sums of the model's tensors.
-
-    Args:
-        tensors: from :func:`described`.
-        counts: which parts do, of those that are no copies.
-    """
+    """This rank's share of the sums of the model's tensors: of parts that are no copies, and that ``counts`` takes."""
     return sums_of_parts(
         ((name_of(part.key, part.global_offset[: part.prepend_axis_num]), WEIGHT), part, part.prepend_axis_num)
         for part in filter(counts, tensors_of(tensors.values()))
@@ -84,13 +79,9 @@ def sums_of_parts(shares: Iterable[Share]) -> Sums:
 
 
 def compare(ranks: Ranks, folder: str, record: Record, mine: Sums) -> None:
-    """Compare sums of what was read with those of what was saved, on the first rank.
+    """Compare sums of what was read with those of what was saved, on the first rank; ``mine`` is this rank's share.
 
-    Args:
-        ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
-        folder: of the checkpoint.
-        record: what it says about itself.
-        mine: this rank's share.
+    All ranks of the model must call this, under :meth:`Ranks.together`.
 
     Raises:
         CheckpointError: on all ranks, if a tensor is not what was saved.
@@ -152,11 +143,7 @@ def _with_data(base: ShardedTensor | ShardedTensorFactory, data: torch.Tensor) -
 def check_copies(ranks: Ranks, chunks: Iterable[torch.nn.Module], held: Sequence[Held], groups: Any) -> None:
     """After loading, copies of a weight and of its state must be the same bit for bit on data-parallel ranks.
 
-    Args:
-        ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
-        chunks: the model on this rank.
-        held: state of its weights.
-        groups: Megatron-Core's ``ProcessGroupCollection`` of the model.
+    All ranks of the model must call this, under :meth:`Ranks.together`.
 
     Raises:
         CheckpointError: on all ranks, if copies differ.

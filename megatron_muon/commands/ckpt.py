@@ -16,9 +16,6 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point.
 
-    Args:
-        argv: arguments without the program's name; those of the process by default.
-
     Raises:
         SystemExit: with code 2 after a message, for folders that cannot be used; 1 if ``inspect`` finds a problem, or
             ``diff`` a difference.

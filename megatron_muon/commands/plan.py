@@ -24,9 +24,6 @@ Needs no GPU, and no memory for the model. ARGS are Megatron's flags; they overr
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point.
 
-    Args:
-        argv: arguments without the program's name; those of the process by default.
-
     Raises:
         SystemExit: with code 2 after a message, for flags that cannot be trained with.
     """

@@ -74,14 +74,7 @@ def _mamba_layer() -> Any:
 
 
 def _layer(module: type, part: str, content: Any, norm_in: str = "") -> Any:
-    """A layer of one part alone.
-
-    Args:
-        module: the layer.
-        part: ``self_attention`` or ``mlp``.
-        content: the specification of it.
-        norm_in: the linear layer that has its norm in TransformerEngine's form.
-    """
+    """A layer of one part alone; ``norm_in`` is the linear layer that has its norm in TransformerEngine's form."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.torch_norm import WrappedTorchNorm

@@ -66,11 +66,6 @@ _NORMS: dict[str, type[LayerNorm | RMSNorm]] = {"LayerNorm": LayerNorm, "RMSNorm
 def build_norm(config: Any, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:
     """The norm that ``config.normalization`` names, as a plain torch module.
 
-    Args:
-        config: Megatron-Core's ``TransformerConfig``.
-        hidden_size: size of the last dimension.
-        eps: added to the variance.
-
     Returns:
         A module with ``weight`` (and ``bias`` for LayerNorm) of shape ``(hidden_size,)``, marked ``sequence_parallel``
         as ``config`` says. ``L2Norm`` has no parameters.

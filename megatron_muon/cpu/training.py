@@ -43,10 +43,7 @@ def _wrap_initialize_megatron(original: Original, allow_no_cuda: bool = True, *a
 
 
 def change_arguments(args: Any) -> list[str]:
-    """Refuse what cannot be done, then change what can be done another way, in place.
-
-    Args:
-        args: Megatron-LM's parsed arguments, before they are validated.
+    """Refuse what cannot be done, then change what can be done another way, in place, before arguments are validated.
 
     Returns:
         One line ``name: old -> new (reason)`` for each change.

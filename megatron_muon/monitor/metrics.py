@@ -71,11 +71,7 @@ _WARM_UP_POINTS = 3
 
 
 def parse_lines(lines: list[str], source: str) -> Iterator[dict[str, Any]]:
-    """The records of complete lines. A last line that was cut off is left out.
-
-    Args:
-        lines: with their line ends.
-        source: named in errors.
+    """The records of complete lines, with their line ends. A last line that was cut off is left out.
 
     Raises:
         ValueError: if a line other than the last is not a JSON object.

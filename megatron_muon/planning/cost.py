@@ -137,14 +137,7 @@ class RankLoad:
 def loads_of_stage(
     weights: Sequence[Weight], layout: Layout, scalar_optimizer: str, planner: StepPlanner
 ) -> list[RankLoad]:
-    """The loads of all ranks of one pipeline stage; ranks whose loads are equal are counted together.
-
-    Args:
-        weights: of the stage.
-        layout: of all ranks.
-        scalar_optimizer: ``adam`` or ``lion``.
-        planner: knows what steps cost.
-    """
+    """The loads of all ranks of one pipeline stage; ranks whose loads are equal are counted together."""
     refused = refusals_of_stage(weights, planner)
     modes = [mode for mode in MODES if mode not in refused]
     wide = WIDE if layout.tensor > 1 else ""

@@ -47,8 +47,7 @@ def model_config(args: argparse.Namespace) -> Any:
 def build_stages(args: argparse.Namespace) -> Iterator[Stage]:
     """Build the stages one after the other; only one is alive at a time unless the caller keeps it.
 
-    Args:
-        args: validated arguments of ``megatron.training``. The CPU runtime must be installed.
+    The arguments are validated, and the CPU runtime is installed.
     """
     _FAKE_GROUPS.apply()
     try:

@@ -25,13 +25,7 @@ Owners = tuple[tuple[int, int], ...]
 
 
 def owners_of_stage(stage: Stage, args: argparse.Namespace, layout: Layout) -> dict[torch.Tensor, Owners]:
-    """The owners of each weight of a layer-wise run; empty if every rank holds all state.
-
-    Args:
-        stage: annotated.
-        args: validated arguments of ``megatron.training``.
-        layout: of all ranks.
-    """
+    """The owners of each weight of a layer-wise run; empty if every rank holds all state."""
     copies = max(layout.data, layout.expert_data)
     if not args.use_layer_wise_distributed_optimizer or copies == 1:
         return {}

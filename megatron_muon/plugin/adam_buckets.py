@@ -23,11 +23,6 @@ __all__ = ["buckets_of_adam"]
 def buckets_of_adam(chunks: Sequence[torch.nn.Module], stored: Stored, groups: Any) -> dict[torch.nn.Parameter, Bucket]:
     """The place of every weight in the buckets of a checkpoint.
 
-    Args:
-        chunks: the model on this rank.
-        stored: the checkpoint's contents.
-        groups: Megatron-Core's ``ProcessGroupCollection`` of the model.
-
     Returns:
         empty if the buckets are not those that Adam has at this layout.
     """

@@ -46,14 +46,7 @@ _SCHEDULED = ("max_lr", "min_lr", "wd_mult", "start_wd", "end_wd", "scalar_lr_mu
 
 
 def keep_canonical(optimizer: Any, config: Any, chunks: Sequence[torch.nn.Module], pg_collection: Any) -> None:
-    """Save and load a model's optimizer in one form: those of its wrappers no other layout or optimizer can read.
-
-    Args:
-        optimizer: Megatron-Core's.
-        config: the ``OptimizerConfig``.
-        chunks: of the model on this rank.
-        pg_collection: the model's process groups; None for those of ``parallel_state``.
-    """
+    """Save and load a model's optimizer in one form: those of its wrappers no other layout or optimizer can read."""
     state = _CanonicalState(optimizer, chunks, config, pg_collection)
     optimizer.sharded_state_dict, optimizer.load_state_dict = state.sharded_state_dict, state.load_state_dict
     if is_ours(config.optimizer):

@@ -29,12 +29,7 @@ __all__ = ["gather_early", "settle"]
 
 
 def gather_early(optimizer: Any, chunks: Sequence[Any]) -> None:
-    """Let the gathers of a layer-wise run on the parameter layout start inside its step.
-
-    Args:
-        optimizer: Megatron-Core's, of a model; its step has not been planned yet.
-        chunks: of the model on this rank, in DDP.
-    """
+    """Let the gathers of a layer-wise run on the parameter layout start inside its step."""
     parts = (optimizer, *getattr(optimizer, "chained_optimizers", ()))
     if any(getattr(part, "use_buffer_param_sync", False) for part in parts):
         _UNDER_WAY.add(_EarlyGathers(optimizer, parts, chunks))

@@ -286,10 +286,7 @@ def _with_balanced_lists(
 def _balance_lists(optimizer: Any, groups: Sequence[dict[str, Any]], params: Sequence[list[torch.Tensor]]) -> None:
     """Let Muon's weights change lists in the older assignment; those of the scalar optimizer stay.
 
-    Args:
-        optimizer: layer-wise, after Megatron-Core has shared its weights out.
-        groups: its param groups, which hold this rank's weights.
-        params: what they held before.
+    ``params`` are what the param groups held before Megatron-Core has shared the weights out.
     """
     from megatron.core.utils import get_pg_rank
 

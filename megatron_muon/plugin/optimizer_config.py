@@ -19,9 +19,7 @@ def is_ours(optimizer: str | None) -> bool:
 def check_optimizer_config(config: Any, *, is_complete: bool = True) -> MuonConfig:
     """Check an ``OptimizerConfig`` for one of our optimizers, knobs and combinations.
 
-    Args:
-        config: the ``OptimizerConfig``.
-        is_complete: whether all is set; else what has its default counts as not known yet.
+    If it is not complete, what has its default counts as not known yet.
 
     Raises:
         ConfigError: naming flags, values and the way out.

@@ -99,14 +99,7 @@ class _Logits:
 
 
 def build(optimizer: Any, config: Any, chunks: Sequence[torch.nn.Module], pg_collection: Any) -> None:
-    """Measure logits, and clip weights inside the optimizer's step, before parameters are gathered.
-
-    Args:
-        optimizer: Megatron-Core's.
-        config: the ``OptimizerConfig``.
-        chunks: of the model on this rank.
-        pg_collection: the model's process groups; None for those of ``parallel_state``.
-    """
+    """Measure logits, and clip weights inside the optimizer's step, before parameters are gathered."""
     ranks = ranks_of(pg_collection)
     clip = build_clip(config, chunks, options.of(config), optimizer, ranks)
     if clip is not None:

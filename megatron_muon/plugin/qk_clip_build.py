@@ -46,14 +46,7 @@ class _Found:
 def build_clip(
     config: Any, chunks: Sequence[torch.nn.Module], muon: MuonConfig, optimizer: Any, ranks: Ranks
 ) -> QKClip | None:
-    """The clip of a model; None if it has no layer to measure, on any rank.
-
-    Args:
-        config: the optimizer's.
-        chunks: of the model on this rank.
-        muon: the options.
-        optimizer: Megatron-Core's, of the chunks.
-        ranks: the model's, all of which call this.
+    """The clip of a model, whose ranks all call this; None if it has no layer to measure, on any rank.
 
     Raises:
         ConfigError: on all ranks, with the message of the first that has one.

@@ -125,11 +125,6 @@ def state_bytes(optimizer: Any) -> StateBytes:
 def guard(optimizer: Any, chunks: Sequence[torch.nn.Module], device: torch.device) -> Callable[[], None]:
     """Have Megatron-Core's optimizer of a model hear of new weights.
 
-    Args:
-        optimizer: of the model.
-        chunks: of the model on this rank.
-        device: of the model.
-
     Returns:
         what refuses a step without its state or weights, on this rank.
     """

@@ -36,12 +36,7 @@ def way_back(
 ) -> str:
     """With which flags a run can go on: with the rules of the checkpoint, or with its own.
 
-    Args:
-        chunks: of the model on this rank.
-        config: the ``OptimizerConfig``.
-        ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
-        stored: the checkpoint's contents.
-        changed: weights of this rank; a rule without layout is not one of Muon's.
+    All ranks of the model must call this, under :meth:`Ranks.together`, with their weights that have changed.
     """
     changes = [(param, its, now) for param, its, now in changed if its is not None]
     names = {param: name for chunk in chunks for name, param in global_names(chunk)}

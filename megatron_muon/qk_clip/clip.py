@@ -161,8 +161,7 @@ class QKClip:
     def prepare(self, prepare: Callable[[], bool]) -> bool:
         """Prepare gradients, and know the maxima of the model. May be done again, as drivers of steps do.
 
-        Args:
-            prepare: Megatron-Core's ``prepare_grads``: whether a gradient has overflowed, so that no step follows.
+        ``prepare`` is Megatron-Core's ``prepare_grads``: whether a gradient has overflowed, so that no step follows.
         """
         if self.measuring:
             self._reduce()
@@ -172,10 +171,7 @@ class QKClip:
         return overflow
 
     def step(self, update: Callable[[], Any]) -> Any:
-        """Update weights, and clip them.
-
-        Args:
-            update: Megatron-Core's ``step_with_ready_grads``.
+        """Update weights by Megatron-Core's ``step_with_ready_grads``, and clip them.
 
         Returns:
             what ``update`` returns.

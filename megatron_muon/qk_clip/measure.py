@@ -99,11 +99,6 @@ def record(core_attention: torch.nn.Module, values: torch.Tensor) -> None:
 def source_of(core: Any, wanted: str, name: str) -> str:
     """Where the maxima of a core attention come from.
 
-    Args:
-        core: the core attention.
-        wanted: one of :data:`megatron_muon.choices.QK_LOGITS`.
-        name: of the layer, for messages.
-
     Raises:
         ConfigError: if ``wanted`` cannot be had from it.
     """

@@ -72,11 +72,6 @@ class Rows:
 def projection_rows(layer: Attention, first_head: int, heads: Heads) -> Iterator[Rows]:
     """The rows of the query and key projections of a layer, weights and biases, frozen ones too.
 
-    Args:
-        layer: the layer.
-        first_head: number of its first head in the model.
-        heads: where factors stand.
-
     Raises:
         ConfigError: if a weight has not the rows that the layer's config implies, or is part of an adapter.
     """
@@ -136,13 +131,7 @@ def has_norm(module: Any) -> bool:
 
 
 def norm_rows(layer: Attention, number: int, heads: Heads) -> list[Rows]:
-    """The gains (and biases) of the norms on queries and keys; empty for norms without a gain, such as L2.
-
-    Args:
-        layer: the layer.
-        number: of the layer among the model's.
-        heads: where factors stand.
-    """
+    """The gains (and biases) of the norms on queries and keys; empty for norms without a gain, such as L2."""
     found = []
     for name, place in (("q_layernorm", heads.query_gain(number)), ("k_layernorm", heads.key_gain(number))):
         norm = getattr(layer.module, name, None)

@@ -179,11 +179,7 @@ def _joined(parts: Iterable[str]) -> str:
 
 
 def refuse(rows: Iterable[Refusal], *sources: object) -> None:
-    """Walk the table.
-
-    Args:
-        rows: of it.
-        sources: see :class:`Settings`.
+    """Walk rows of the table over sources, see :class:`Settings`.
 
     Raises:
         ConfigError: with the messages of all rows that hold, one a line.

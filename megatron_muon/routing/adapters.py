@@ -36,11 +36,7 @@ class _Multiplier(NamedTuple):
 
 
 def check_adapters(module: torch.nn.Module, factors: Mapping[torch.Tensor, str]) -> None:
-    """Refuse DoRA, and warn of multipliers other than 1, once for each.
-
-    Args:
-        module: the model.
-        factors: those factors of adapters that Muon updates, with their names.
+    """Refuse DoRA, and warn of multipliers other than 1, once for each, of adapters whose factors Muon updates.
 
     Raises:
         ConfigError: naming the adapters.

@@ -43,12 +43,9 @@ class Numbers:
 
 
 def numbers_of(name: str, param: torch.nn.Parameter, group: Mapping[str, Any]) -> Iterable[Numbers]:
-    """The numbers of a weight, and of its rows under the scalar optimizer's rule.
+    """The numbers of a weight, and of its rows under the scalar optimizer's rule; its route is on it.
 
-    Args:
-        name: in the whole model.
-        param: with its route on it.
-        group: its param group. Megatron-Core's schedule takes rate and decay from entries of the group, if it has them.
+    Megatron-Core's schedule takes rate and decay from entries of the param group, if it has them.
     """
     muon = not _is_nonlinear_or_embedding(param)
     rate = group.get("max_lr")
@@ -66,12 +63,7 @@ def _rounded(value: float) -> float:
 
 
 def describe_numbers(found: Collection[Numbers], options: MuonConfig) -> list[str]:
-    """The numbers of a model's weights in words: a line for each that differ, and what looks wrong.
-
-    Args:
-        found: of all ranks; equal ones count once.
-        options: for the name of the scalar optimizer.
-    """
+    """The numbers of a model's weights in words: a line for each that differ, and what looks wrong."""
     lines: list[str] = []
     for muon, by in ((True, "muon"), (False, options.scalar_optimizer)):
         names: dict[tuple[float, float], list[str]] = {}

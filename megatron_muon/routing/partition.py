@@ -79,10 +79,6 @@ def _group(params: Mapping[str, torch.nn.Parameter], weight_decay: float) -> lis
 def check_partition(named: Mapping[str, torch.nn.Parameter], groups: Iterable[Mapping[str, Any]]) -> None:
     """Check that ``groups`` hold every parameter of ``named`` exactly once, and nothing else.
 
-    Args:
-        named: the trainable parameters of a model.
-        groups: param groups of all its optimizers.
-
     Raises:
         RuntimeError: naming the parameters that are in no group, or in several, and counting foreign ones.
     """
@@ -95,11 +91,7 @@ def check_partition(named: Mapping[str, torch.nn.Parameter], groups: Iterable[Ma
 
 
 def refuse_uneven(counts: Mapping[str, int], hint: str = "") -> None:
-    """Refuse a count other than 1.
-
-    Args:
-        counts: name of a parameter -> number of optimizers that update it.
-        hint: a way out, to end the message with.
+    """Refuse a number of optimizers other than 1; ``hint`` is a way out, to end the message with.
 
     Raises:
         RuntimeError: naming each with its count.

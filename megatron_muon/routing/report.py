@@ -85,15 +85,7 @@ def collect(
     expert_tp_size: int = 1,
     hidden_size: int = 0,
 ) -> list[Route]:
-    """One :class:`Route` for each trainable parameter.
-
-    Args:
-        named_parameters: of this rank, after :func:`megatron_muon.routing.annotate`.
-        options: the options.
-        tp_size: number of ranks in the tensor-parallel group.
-        expert_tp_size: number of ranks in that of the experts.
-        hidden_size: of the model; 0 if it is not known.
-    """
+    """One :class:`Route` for each trainable parameter, after :func:`megatron_muon.routing.annotate`."""
     return [
         _route(name, param, expert_tp_size if getattr(param, "expert_tp", False) else tp_size, hidden_size)
         for name, param in named_parameters
