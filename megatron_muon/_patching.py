@@ -31,9 +31,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-__all__ = ["EXTENSION_POINTS", "Original", "Patch", "PatchSet", "Patches", "around", "holds", "in_place_of", "lost"]
-__all__ += ["replace_by"]
-
 EXTENSION_POINTS = "megatron.core.extension_points"
 """The module in which a patched Megatron-LM keeps its extension points, by the targets of patches."""
 

@@ -17,8 +17,6 @@ from megatron_muon.checkpoint.reading import Chunk, Index
 from megatron_muon.checkpoint.record import WEIGHT
 from megatron_muon.checkpoint.stored import Stored
 
-__all__ = ["compare", "render"]
-
 _PIECE = 1 << 20
 """Elements of each that are compared at once."""
 _SHOWN = 20

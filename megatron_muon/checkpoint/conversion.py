@@ -20,8 +20,6 @@ from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.checkpoint.writing import Plan, write
 from megatron_muon.version import __version__
 
-__all__ = ["TARGETS", "convert"]
-
 TARGETS = ("muon", "adam", *exporting.TARGETS)
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 from megatron_muon.agree import Ranks
 
-__all__ = ["CheckpointError", "raise_together", "some"]
-
 SHOWN = 12
 
 

@@ -21,8 +21,6 @@ from megatron_muon.checkpoint.record import Record, Rule
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.checkpoint.writing import Content, Plan
 
-__all__ = ["TARGETS", "plan"]
-
 MUON, ADAM = "megatron-muon", "megatron-adam"
 TARGETS = (MUON, ADAM)
 

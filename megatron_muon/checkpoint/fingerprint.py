@@ -18,8 +18,6 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 
-__all__ = ["added", "fingerprints", "fits"]
-
 _MODULUS = 1 << 64
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

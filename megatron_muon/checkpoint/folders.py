@@ -13,26 +13,6 @@ from pathlib import Path
 
 from megatron_muon.checkpoint.errors import CheckpointError
 
-__all__ = [
-    "TRACKER",
-    "check_marks",
-    "entries",
-    "folder_of",
-    "forget",
-    "interruption",
-    "is_tracker_text",
-    "is_whole",
-    "iteration_of",
-    "newest",
-    "path_of",
-    "resolve",
-    "sizes_in",
-    "sync",
-    "tracked",
-    "write_bytes",
-    "write_tracker",
-]
-
 TRACKER = "latest_checkpointed_iteration.txt"
 """Names the iteration that a run resumes from."""
 

@@ -15,8 +15,6 @@ import torch.distributed as dist
 
 from megatron_muon.optimizers.handled import STEP
 
-__all__ = ["Bucket", "Held", "Slices", "mean_squares"]
-
 
 @dataclass(frozen=True)
 class Slices:

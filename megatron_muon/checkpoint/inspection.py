@@ -16,8 +16,6 @@ from megatron_muon.checkpoint.record import WEIGHT, Record
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.errors import size_text
 
-__all__ = ["inspect", "render"]
-
 _SIZES = (
     ("tensor_model_parallel_size", "TP"),
     ("pipeline_model_parallel_size", "PP"),

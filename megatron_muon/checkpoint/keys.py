@@ -6,20 +6,6 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = [
-    "ALONE",
-    "PREFIX",
-    "RECORD_KEY",
-    "BucketKey",
-    "StateKey",
-    "is_bucket",
-    "name_of",
-    "parse_bucket",
-    "parse_state",
-    "state_key",
-    "without_chain",
-]
-
 PREFIX = "optimizer.state"
 """Before the names of states in keys."""
 

@@ -18,8 +18,6 @@ from megatron_muon.checkpoint.record import Record
 from megatron_muon.checkpoint.sharding import noted, tensors_of
 from megatron_muon.checkpoint.stored import Stored, records_in
 
-__all__ = ["WAY_OUT", "check_parts", "contents", "name_of"]
-
 WAY_OUT = (
     "A local checkpoint is read with the flags of the run that saved it. Give those, or leave "
     "--non-persistent-ckpt-type away: a persistent checkpoint (--load) is read at every layout, by every optimizer."

@@ -17,8 +17,6 @@ import torch
 
 from megatron_muon.checkpoint.errors import CheckpointError
 
-__all__ = ["Description", "describe", "read_metadata", "read_object"]
-
 _STRATEGY = "megatron.core.dist_checkpointing.strategies.torch"
 
 _METADATA = {

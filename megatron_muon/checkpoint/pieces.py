@@ -16,8 +16,6 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from megatron_muon.checkpoint import pickles
 from megatron_muon.checkpoint.errors import CheckpointError
 
-__all__ = ["PIECE", "Box", "StoredTensor", "part_of", "pieces", "read_in_pieces"]
-
 PIECE = 1 << 24
 """Bytes that are read at once. What is stored in fewer is left to torch."""
 

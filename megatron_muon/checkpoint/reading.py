@@ -15,8 +15,6 @@ from megatron_muon.checkpoint.folders import check_marks
 from megatron_muon.checkpoint.pieces import Box, StoredTensor, part_of
 from megatron_muon.checkpoint.stored import Stored, check_files, records_in
 
-__all__ = ["COMMON", "Chunk", "Index", "enable_stores", "read_index"]
-
 COMMON = "common_state/shard_0_1"
 """Key of what is no tensor."""
 

@@ -21,22 +21,6 @@ from megatron_muon.checkpoint.keys import RECORD_KEY, name_of
 from megatron_muon.routing.layout import MSIGN, SCALAR, MatrixLayout
 from megatron_muon.version import __version__
 
-__all__ = [
-    "ACCEPT",
-    "RECORD",
-    "JoinedRecord",
-    "RankRecord",
-    "Record",
-    "Recorder",
-    "Rule",
-    "WeightRecord",
-    "check_version",
-    "index_in",
-    "layout_text",
-    "note",
-    "numbers_of",
-]
-
 RECORD = "megatron_muon"
 """Key of the note of the record, or of the record itself, in the optimizer's part of a checkpoint."""
 

@@ -24,8 +24,6 @@ from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.checkpoint.weights import compare, sums_of_parts
 from megatron_muon.optimizers.handled import STEP
 
-__all__ = ["Change", "Request"]
-
 Change = tuple[torch.nn.Parameter, Rule | None, Rule]
 """A weight, its rule in the checkpoint (None if it was not trained), its rule now."""
 

@@ -16,12 +16,11 @@ from megatron_muon.checkpoint import weights as model_weights
 from megatron_muon.checkpoint.held import Held
 from megatron_muon.checkpoint.keys import ALONE, PREFIX, name_of
 from megatron_muon.checkpoint.record import RECORD, RankRecord, Record, Recorder, Rule, Sums, WeightRecord, layout_text
-from megatron_muon.checkpoint.sharding import Place, Replica, places_of
+from megatron_muon.checkpoint.sharding import Place, places_of
+from megatron_muon.checkpoint.shards import Replica
 from megatron_muon.checkpoint.weights import Share, sums_of_parts
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.routing.layout import layout_of
-
-__all__ = ["OBJECT", "WEIGHTS", "Model", "described", "or_local", "replica_of", "rule_of", "saved_state", "sums_in"]
 
 WEIGHTS, OBJECT = "weights", "record"
 """In an optimizer's sharded state: what is saved of its weights, and its record, which only the first rank has."""

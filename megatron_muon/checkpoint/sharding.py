@@ -27,18 +27,6 @@ from megatron_muon.checkpoint.shards import Replica, cut, placed, shaped
 from megatron_muon.errors import sizes
 from megatron_muon.routing.blocks import plain
 
-__all__ = [
-    "SAVE_IT",
-    "Place",
-    "Replica",
-    "Template",
-    "noted",
-    "places_of",
-    "rows_of",
-    "tensors_of",
-    "unsaved",
-]
-
 
 @dataclass(frozen=True)
 class Block:

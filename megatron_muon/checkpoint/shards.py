@@ -16,8 +16,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.errors import sizes
 
-__all__ = ["Replica", "boxes", "cut", "placed", "shaped"]
-
 Sizes = tuple[int, ...]
 
 Replica = tuple[int, int, int]

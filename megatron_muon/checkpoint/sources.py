@@ -16,14 +16,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_muon.checkpoint.held import Bucket, Held
 from megatron_muon.checkpoint.record import Rule
-from megatron_muon.checkpoint.sharding import Place, Replica
+from megatron_muon.checkpoint.sharding import Place
+from megatron_muon.checkpoint.shards import Replica
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.optimizers.adaptive import NAMO
 from megatron_muon.optimizers.power import UPDATE_LEFT
 from megatron_muon.optimizers.sizes import RADIUS as BALL_RADIUS
 from megatron_muon.optimizers.sphere import LEFT, MULTIPLIER, RADIUS
-
-__all__ = ["ESTIMATED", "MASTER", "Choice", "choose", "difference", "gradients_to_average"]
 
 _ALTERNATIVES = {
     "fp32_param": ("fp32_param", "param"),

@@ -19,8 +19,6 @@ from megatron_muon.checkpoint.keys import ALONE, PREFIX, BucketKey, is_bucket, p
 from megatron_muon.checkpoint.record import RECORD, Record, check_version
 from megatron_muon.errors import sizes
 
-__all__ = ["Stored", "check_files", "has_record", "read_metadata", "records_in"]
-
 
 @dataclass(frozen=True)
 class Stored:

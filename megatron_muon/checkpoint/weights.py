@@ -24,8 +24,6 @@ from megatron_muon.checkpoint.sharding import tensors_of
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.routing.predicate import is_expert_parallel
 
-__all__ = ["Share", "check", "check_copies", "compare", "described", "is_plain", "sums_of", "sums_of_parts"]
-
 Where = tuple[Any, ...]
 Described = dict[Where, ShardedTensor | ShardedTensorFactory]
 

@@ -31,8 +31,6 @@ from megatron_muon.checkpoint.reading import COMMON, Chunk, Index
 from megatron_muon.checkpoint.sources import gradients_to_average
 from megatron_muon.errors import size_text
 
-__all__ = ["Content", "Plan", "write"]
-
 _NOTES = "being_converted.json"
 """What the folder is to become; gone when it is."""
 _SMALL = 4096

@@ -10,8 +10,6 @@ from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.commands import refusing, write_json
 from megatron_muon.errors import ConfigError
 
-__all__ = ["main"]
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point.

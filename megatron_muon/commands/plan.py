@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from megatron_muon.commands import refusing, write_json
 from megatron_muon.errors import ConfigError
 
-__all__ = ["main"]
-
 _DESCRIPTION = """\
 Tell, for the flags of a Megatron training run, what Muon will do and what it costs: which optimizer updates each
 weight and as which matrices, parameters and optimizer state of each rank, the operations of Newton-Schulz, what

@@ -9,8 +9,6 @@ from pathlib import Path
 from megatron_muon.monitor import metrics
 from megatron_muon.monitor.plots import METRICS_FILE, find_runs, plot_losses, write_csv
 
-__all__ = ["main"]
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point.

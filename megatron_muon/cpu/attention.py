@@ -23,8 +23,6 @@ from megatron_muon._patching import Original, Patches
 from megatron_muon.context_parallel import balanced_positions, gathered
 from megatron_muon.errors import ConfigError
 
-__all__ = ["PATCHES", "attention_scores", "weighted_values"]
-
 _TARGET = "megatron.core.transformer.dot_product_attention:DotProductAttention"
 PATCHES = Patches()
 

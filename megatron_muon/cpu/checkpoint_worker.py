@@ -24,8 +24,6 @@ import torch
 
 from megatron_muon._patching import Original, Patches
 
-__all__ = ["PATCHES", "ResultsQueue", "run"]
-
 PATCHES = Patches()
 
 _STRATEGIES = "megatron.core.dist_checkpointing.strategies"

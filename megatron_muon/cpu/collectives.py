@@ -12,8 +12,6 @@ import torch.distributed as dist
 
 from megatron_muon._patching import Original, Patches
 
-__all__ = ["PATCHES"]
-
 _C10D = "torch.distributed.distributed_c10d"
 _PATCHED_IN = ("torch", "megatron")
 PATCHES = Patches()

@@ -18,8 +18,6 @@ import torch
 
 from megatron_muon._patching import Patch, replace_by
 
-__all__ = ["PATCHES", "Event", "Stream", "get_rng_state", "set_rng_state"]
-
 CPU = torch.device("cpu")
 
 # Megatron-Core reads the compute capability to choose kernels and to insist on CUDA_DEVICE_MAX_CONNECTIONS=1 for

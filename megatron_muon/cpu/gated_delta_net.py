@@ -14,8 +14,6 @@ import torch
 
 from megatron_muon._patching import Original, Patch, Patches, replace_by
 
-__all__ = ["PATCHES", "causal_conv1d", "chunk_gated_delta_rule", "l2norm"]
-
 _SPECS = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
 _NO_LOCAL_SPEC = "the layer specification of hybrids exists for TransformerEngine only"
 _PACKAGE = "megatron.core.ssm.gated_delta_net"

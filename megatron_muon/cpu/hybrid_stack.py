@@ -13,8 +13,6 @@ from typing import Any
 from megatron_muon._patching import Patch
 from megatron_muon.cpu.norms import local_norm
 
-__all__ = ["PATCHES"]
-
 
 class _SparseAttention:
     """Takes the place of a layer that cannot be built."""

@@ -13,8 +13,6 @@ from typing import Any
 
 from megatron_muon._patching import Patch
 
-__all__ = ["PATCHES", "patches_of_compiled_functions"]
-
 _REASON = "torch.compile takes seconds per function and process on the CPU and gains nothing here"
 
 

@@ -16,8 +16,6 @@ import torch
 
 from megatron_muon._patching import Original, Patches
 
-__all__ = ["PATCHES"]
-
 _REASON = "with the local specification the gradient of the rotary keys is not summed over tensor-parallel ranks"
 _ATTENTION = "megatron.core.transformer.multi_latent_attention"
 PATCHES = Patches()

@@ -20,14 +20,6 @@ from torch.nn import functional
 from megatron_muon._patching import Patch, replace_by
 from megatron_muon.cpu import gated_delta_net
 
-__all__ = [
-    "PATCHES",
-    "GatedRMSNorm",
-    "causal_conv1d_fn",
-    "mamba_chunk_scan_combined",
-    "mamba_split_conv1d_scan_combined",
-]
-
 _NO_PACKING = (
     "packed sequences (packed_seq_params, seq_idx) in Mamba layers need the kernels of mamba-ssm and causal-conv1d and "
     "a GPU; on the CPU train without sequence packing"

@@ -13,8 +13,6 @@ from megatron_muon.cpu import cuda_api
 from megatron_muon.refusals import refuse
 from megatron_muon.refusals.cpu import CPU, IN_CONFIG
 
-__all__ = ["PATCHES", "DuplicatedLinear"]
-
 _RNG = "megatron.core.tensor_parallel.random"
 _MOE = "megatron.core.transformer.moe.moe_layer"
 _TRACKED = "the tracker forks the generator of the model"

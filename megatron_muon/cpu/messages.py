@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import warnings
 
-__all__ = ["hide", "show"]
-
 _WARNINGS = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",

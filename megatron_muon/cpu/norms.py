@@ -17,8 +17,6 @@ from torch.nn import functional
 
 from megatron_muon._patching import Patch
 
-__all__ = ["PATCHES", "LayerNorm", "RMSNorm", "build_norm", "local_norm"]
-
 
 class _Norm(torch.nn.Module):
     """What both norms add to torch's.

@@ -19,8 +19,6 @@ from torch.optim.adamw import adamw
 
 from megatron_muon._patching import Original, Patch, Patches, replace_by
 
-__all__ = ["PATCHES", "GroupStepAdamW"]
-
 _CORE = "megatron.core.optimizer"
 _DISTRIBUTED = f"{_CORE}.distrib_optimizer"
 PATCHES = Patches()

@@ -19,8 +19,6 @@ from torch.jit import _builtins
 
 from megatron_muon._patching import Original, Patch, Patches
 
-__all__ = ["PATCHES", "to_cpu"]
-
 PATCHES = Patches()
 
 CPU = torch.device("cpu")

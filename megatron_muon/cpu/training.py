@@ -10,8 +10,6 @@ from megatron_muon.plugin import datasets
 from megatron_muon.refusals import refuse
 from megatron_muon.refusals.cpu import CHANGES, CPU
 
-__all__ = ["PATCHES", "change_arguments"]
-
 PATCHES = Patches(datasets.PATCHES)  # not the CPU's alone, but pretrain() needs it here too
 
 

@@ -15,8 +15,6 @@ import torch
 from megatron_muon._patching import Original, Patches
 from megatron_muon.cpu.norms import local_norm
 
-__all__ = ["PATCHES"]
-
 PATCHES = Patches()
 PATCHES.making(
     "megatron.core.transformer.transformer_block:LayerNormImpl",

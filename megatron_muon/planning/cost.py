@@ -22,17 +22,6 @@ from megatron_muon.planning.flags import Layout
 from megatron_muon.planning.steps import Step, StepPlanner
 from megatron_muon.routing.layout import MatrixLayout
 
-__all__ = [
-    "RankLoad",
-    "Weight",
-    "active_parameters",
-    "attention_flops",
-    "choices_of_stage",
-    "loads_of_stage",
-    "refusals_of_stage",
-    "state_bytes",
-]
-
 FLOAT32_BYTES = 4
 
 Shape = tuple[int, ...]

@@ -17,8 +17,6 @@ from megatron_muon.planning.survey import Plan
 from megatron_muon.routing.layout import SCALAR
 from megatron_muon.routing.report import Route
 
-__all__ = ["by_optimizer", "dtype_name", "optimizer_share", "over_ranks", "possible_modes", "to_document", "work_in"]
-
 
 def to_document(plan: Plan) -> dict[str, Any]:
     """Everything in ``plan``, of types that JSON has; docs/plan.md explains each entry."""

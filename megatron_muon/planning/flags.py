@@ -21,8 +21,6 @@ from megatron_muon.refusals import Settings, refuse
 from megatron_muon.refusals.cpu import CPU
 from megatron_muon.refusals.plan import READ
 
-__all__ = ["FlagFile", "Layout", "Position", "as_config_error", "parse", "quiet", "read_flags"]
-
 PLAN_PREFIX = "# plan:"
 """Begins a comment of a flag file that holds options of the plan: training ignores them."""
 

@@ -19,8 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_muon._patching import Patch, PatchSet
 
-__all__ = ["Stage", "build_stages", "model_config"]
-
 
 @dataclass(frozen=True)
 class Stage:

@@ -18,8 +18,6 @@ from megatron_muon.plugin.arguments import from_arguments
 from megatron_muon.plugin.layer_wise import balanced_together, keeps_upstream_lists
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding, is_expert_parallel
 
-__all__ = ["Owners", "owners_of_stage"]
-
 Owners = tuple[tuple[int, int], ...]
 """(rank in the weight's data-parallel group, elements of state that it holds), for each rank that holds some."""
 

@@ -12,8 +12,6 @@ from megatron_muon.optimizers.registry import variant_asked_for
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM
 from megatron_muon.routing.layout import MatrixLayout
 
-__all__ = ["StateCounter"]
-
 
 class StateCounter:
     """Counts the elements of the state of one optimizer."""

@@ -22,8 +22,6 @@ from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import MSIGN, STIEFEL
 
-__all__ = ["Step", "StepPlanner"]
-
 _DEVICE = torch.device("cuda")
 """A plan has no device: it is for the rates of an accelerator. Nothing is put there."""
 

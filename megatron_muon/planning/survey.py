@@ -37,8 +37,6 @@ from megatron_muon.routing.predicate import exclusion_reason, is_expert_parallel
 from megatron_muon.routing.report import Route, collect, pattern
 from megatron_muon.transfer import roles
 
-__all__ = ["Plan", "StagePlan", "StepEstimate", "make_plan"]
-
 
 @dataclass(frozen=True)
 class StagePlan:

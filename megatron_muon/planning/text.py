@@ -12,8 +12,6 @@ from megatron_muon.planning.survey import Plan
 from megatron_muon.routing import report
 from megatron_muon.routing.report import Route, table
 
-__all__ = ["render"]
-
 
 def render(plan: Plan) -> str:
     """The routing report, what each rank holds and does, and the optimizer's share of a step."""

@@ -17,8 +17,6 @@ from megatron_muon.checkpoint.held import Bucket
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.routing.predicate import is_expert_parallel
 
-__all__ = ["buckets_of_adam"]
-
 
 def buckets_of_adam(chunks: Sequence[torch.nn.Module], stored: Stored, groups: Any) -> dict[torch.nn.Parameter, Bucket]:
     """The place of every weight in the buckets of a checkpoint.

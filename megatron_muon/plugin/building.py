@@ -16,8 +16,6 @@ from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.optimizer_state import has_parts
 from megatron_muon.plugin.qk_clip import build
 
-__all__ = ["PATCHES"]
-
 PATCHES = Patches()
 
 

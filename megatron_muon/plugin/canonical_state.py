@@ -28,19 +28,6 @@ if TYPE_CHECKING:
     from megatron_muon.checkpoint.request import Request
     from megatron_muon.checkpoint.saving import Model
 
-__all__ = [
-    "ANSWER",
-    "OURS",
-    "Answer",
-    "Either",
-    "Saved",
-    "common_with_record",
-    "dictionaries",
-    "is_canonical",
-    "keep_canonical",
-    "keys_in",
-]
-
 _SCHEDULED = ("max_lr", "min_lr", "wd_mult", "start_wd", "end_wd", "scalar_lr_mult", "scalar_wd_mult")
 """What the schedule reads from param groups, and what is told as a multiple of it."""
 

@@ -21,8 +21,6 @@ from megatron_muon.checkpoint.stored import read_metadata
 from megatron_muon.plugin import options
 from megatron_muon.plugin.optimizer_config import is_ours
 
-__all__ = ["EARLIER", "PATCHES", "one_index", "read_in_pieces", "reason_of", "remove_old_marks"]
-
 PATCHES = Patches()
 
 EARLIER = "Load an earlier checkpoint (--ckpt-step), and check the storage."

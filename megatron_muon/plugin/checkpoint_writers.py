@@ -14,8 +14,6 @@ from megatron_muon._patching import Original, Patches
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import raise_together
 
-__all__ = ["PATCHES"]
-
 PATCHES = Patches()
 
 _CALLER = "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller"

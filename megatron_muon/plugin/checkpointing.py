@@ -33,8 +33,6 @@ from megatron_muon.plugin.early_gather import settle
 if TYPE_CHECKING:
     from megatron_muon.checkpoint.request import Request
 
-__all__ = ["PATCHES", "Together", "answered", "requests_in"]
-
 PATCHES = Patches()
 
 Together = Callable[[Callable[[], Any]], Any]

@@ -28,8 +28,6 @@ from megatron_muon.plugin import options
 from megatron_muon.plugin.arguments import megatron_defaults
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
 
-__all__ = ["PATCHES"]
-
 _CONFIG = "megatron.core.optimizer.optimizer_config:OptimizerConfig"
 
 

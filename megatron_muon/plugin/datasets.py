@@ -6,8 +6,6 @@ import importlib.util
 
 from megatron_muon._patching import Original, Patches
 
-__all__ = ["PATCHES"]
-
 PATCHES = Patches()
 
 

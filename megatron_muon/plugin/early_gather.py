@@ -25,8 +25,6 @@ from megatron_muon.optimizers.muon import Muon
 from megatron_muon.plugin.optimizer_state import held_by, leaves
 from megatron_muon.routing.wrappers import unwrapped
 
-__all__ = ["gather_early", "settle"]
-
 
 def gather_early(optimizer: Any, chunks: Sequence[Any]) -> None:
     """Let the gathers of a layer-wise run on the parameter layout start inside its step."""

@@ -18,8 +18,6 @@ import torch
 from megatron_muon._patching import Original, Patches
 from megatron_muon.routing.predicate import is_expert_parallel
 
-__all__ = ["PATCHES", "set_apart", "sum_once"]
-
 PATCHES = Patches()
 
 _REASON = "Adam's weights among experts have no distributed optimizer; Megatron-Core's factory refuses them"

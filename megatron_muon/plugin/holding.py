@@ -18,8 +18,6 @@ from megatron_muon.plugin import options
 from megatron_muon.plugin.canonical_state import is_canonical
 from megatron_muon.plugin.qk_clip import clip_of
 
-__all__ = ["check_entered", "entered", "observed"]
-
 _TRAINING = "megatron.training.training"
 
 _entered: ContextVar[bool] = ContextVar("megatron_muon_entered", default=False)

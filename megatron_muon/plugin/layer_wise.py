@@ -35,8 +35,6 @@ from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.sharing import share_work
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
-__all__ = ["PATCHES", "balanced_together", "keeps_upstream_lists"]
-
 PATCHES = Patches()
 
 _CLASS = "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer"

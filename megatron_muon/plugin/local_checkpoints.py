@@ -14,8 +14,6 @@ from megatron_muon.plugin.checkpointing import Together, answered, requests_in
 from megatron_muon.plugin.early_gather import settle
 from megatron_muon.plugin.optimizer_config import is_ours
 
-__all__ = ["PATCHES"]
-
 PATCHES = Patches()
 
 

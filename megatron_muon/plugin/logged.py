@@ -15,8 +15,6 @@ import torch
 from megatron_muon._patching import Original, Patches
 from megatron_muon.plugin.optimizer_state import held_by, leaves
 
-__all__ = ["PATCHES", "mark_parts"]
-
 PATCHES = Patches()
 
 _SPAN = "megatron_muon_span"

@@ -11,8 +11,6 @@ from megatron_muon._patching import Original, Patches
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.record import RECORD, note
 
-__all__ = ["PATCHES"]
-
 PATCHES = Patches()
 
 _MODULE = "megatron.core.models.mimo.optimizer"

@@ -8,8 +8,6 @@ from megatron_muon.choices import OPTIMIZERS
 from megatron_muon.config import UNREAD, MuonConfig
 from megatron_muon.refusals import MUON, Chosen, refuse
 
-__all__ = ["check_optimizer_config", "is_ours"]
-
 
 def is_ours(optimizer: str | None) -> bool:
     """Whether ``--optimizer`` names one of this package's optimizers."""

@@ -10,8 +10,6 @@ import torch
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.held import Bucket, Held, Slices
 
-__all__ = ["has_own_masters", "has_parts", "held_by", "leaves"]
-
 
 def has_parts(optimizer: Any) -> bool:
     """Whether it is MIMO's, of several models: each has come through the factory with its own process groups."""

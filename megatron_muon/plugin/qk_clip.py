@@ -24,8 +24,6 @@ from megatron_muon.qk_clip.clip import QKClip
 from megatron_muon.refusals import QK_CLIP, UNMEASURED, refuse
 from megatron_muon.routing.wrappers import unwrapped
 
-__all__ = ["PATCHES", "build", "clip_of"]
-
 PATCHES = Patches()
 
 _CLIPS: weakref.WeakKeyDictionary[torch.nn.Module, Callable[[], QKClip | None]] = weakref.WeakKeyDictionary()

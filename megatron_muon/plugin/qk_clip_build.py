@@ -24,8 +24,6 @@ from megatron_muon.refusals import QK_CLIP, refuse
 from megatron_muon.routing import _is_nonlinear_or_embedding, global_names
 from megatron_muon.routing.layout import STIEFEL, layout_of
 
-__all__ = ["FLAGS", "build_clip"]
-
 FLAGS = ("qk_clip", "log_max_attention_logit")
 """Fields of a model's config, and of the arguments, that ask for its logits."""
 

@@ -21,8 +21,6 @@ from megatron_muon.plugin.optimizer_state import has_parts
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PATCHES", "watch"]
-
 _TRAINING = "megatron.training.training"
 
 PATCHES = Patches()

@@ -16,8 +16,6 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
 from megatron_muon.plugin.optimizer_config import is_ours
 
-__all__ = ["watch"]
-
 RENAMED = {"--muon-use-nesterov": "--muon-nesterov", "--no-muon-use-nesterov": "--no-muon-nesterov"}
 """Of earlier Megatron-Core: taken as what means the same now."""
 

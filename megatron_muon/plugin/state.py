@@ -19,8 +19,6 @@ from megatron_muon.optimizers.handled import STEP, refuse_elsewhere
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.plugin.optimizer_state import has_own_masters, has_parts, held_by, leaves
 
-__all__ = ["StateBytes", "guard", "reset", "sleep", "state_bytes", "wake"]
-
 _KEYS = ("exp_avg", "exp_avg_sq", "master_param")
 """What the offloading passes of frameworks look for."""
 

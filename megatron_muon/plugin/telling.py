@@ -12,8 +12,6 @@ from megatron_muon.agree import ranks_with
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.errors import ConfigError
 
-__all__ = ["REFUSALS", "TELLING", "tell"]
-
 REFUSALS = (ConfigError, CheckpointError)
 """Errors that say what is wrong and what to do: the lines of code that lead to them say nothing more."""
 

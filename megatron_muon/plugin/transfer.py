@@ -18,8 +18,6 @@ from megatron_muon.routing.annotate import global_names
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 from megatron_muon.transfer import BASE_ATTRIBUTE, KINDS, Role, Transfer, roles, scale_initialization
 
-__all__ = ["PATCHES", "group_overrides", "scalar_numbers", "transfer_of"]
-
 PATCHES = Patches()
 
 Override = dict[str, float]

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from megatron_muon.errors import ConfigError
 
-__all__ = ["SUPPORTED", "check_megatron_core"]
-
 SUPPORTED = (0, 19)
 """Major and minor version of megatron-core whose internals the hooks are written for."""
 

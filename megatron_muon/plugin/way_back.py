@@ -24,8 +24,6 @@ from megatron_muon.routing.treatment import ADAM, SPLIT, WHOLE_MATRIX, Treatment
 if TYPE_CHECKING:
     from megatron_muon.checkpoint.request import Change
 
-__all__ = ["way_back"]
-
 
 _LOST = {(True, False): "second moments are estimated", (False, True): "second moments are dropped"}
 """By whether a weight was Muon's, and is."""

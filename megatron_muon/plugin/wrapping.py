@@ -13,8 +13,6 @@ from megatron_muon.plugin.layer_wise import balanced_together
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.ownership import annotate_for_buffers
 
-__all__ = ["PATCHES", "check_bucket_groups"]
-
 PATCHES = Patches()
 
 

@@ -22,8 +22,6 @@ from megatron_muon.qk_clip.factors import Heads, factor_table, gammas
 from megatron_muon.qk_clip.measure import Gauge
 from megatron_muon.qk_clip.rows import Rows
 
-__all__ = ["ClipSettings", "QKClip", "Target", "scale_rows"]
-
 
 @dataclass(frozen=True)
 class ClipSettings:

@@ -28,8 +28,6 @@ import torch
 
 from megatron_muon.choices import QK_CLIP_RULES
 
-__all__ = ["Heads", "factor_table", "gammas"]
-
 
 @dataclass(frozen=True)
 class Heads:

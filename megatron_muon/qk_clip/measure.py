@@ -29,8 +29,6 @@ import torch.distributed as dist
 from megatron_muon.context_parallel import balanced_positions, gathered
 from megatron_muon.errors import ConfigError
 
-__all__ = ["Gauge", "key_maxima", "log_sum_exp", "record", "score_maxima", "source_of"]
-
 _CHUNK = 1 << 22
 """Scores looked at together: bounds the memory of a measurement to 16 MiB of float32."""
 

@@ -20,8 +20,6 @@ from megatron_muon.routing.rules import rules_of
 from megatron_muon.routing.rules.linear import layer_of
 from megatron_muon.routing.treatment import PER_HEAD
 
-__all__ = ["Attention", "Rows", "has_norm", "norm_rows", "projection_rows"]
-
 _QUERY = ("q", "q_nope")
 _KEY = ("k", "k_nope")
 _ROPE = ("q_rope",)

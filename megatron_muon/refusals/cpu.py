@@ -14,8 +14,6 @@ from typing import Any
 from megatron_muon.refusals.megatron import YAML
 from megatron_muon.refusals.rule import Condition, Refusal, given, one_of, that
 
-__all__ = ["CHANGES", "CPU", "IN_CONFIG", "Change"]
-
 _CPU = "on the CPU"
 
 

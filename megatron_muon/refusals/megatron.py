@@ -20,8 +20,6 @@ from megatron_muon.refusals.rule import (
     turned_off,
 )
 
-__all__ = ["MEGATRON", "YAML"]
-
 _OURS = optimizer(*OPTIMIZERS)
 
 YAML = ("its settings pass by all checks, and flags beside it do not count", "give flags")

@@ -19,8 +19,6 @@ from megatron_muon.refusals.rule import (
     turned_off,
 )
 
-__all__ = ["OPTIONS"]
-
 _HYPERBALL = one_of("muon_variant", "hyperball")
 _MEASURED = ("update_norm", "spectral_norm")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from megatron_muon.choices import OPTIMIZERS
 from megatron_muon.refusals.rule import Refusal, given, other_optimizer
 
-__all__ = ["PLAN", "READ"]
-
 _PLAN = "in a plan"
 
 READ: tuple[Refusal, ...] = (

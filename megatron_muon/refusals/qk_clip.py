@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from megatron_muon.refusals.rule import Condition, Refusal, given, missing, one_of, other_than, quietly, that
 
-__all__ = ["QK_CLIP", "UNMEASURED"]
-
 _CLIP = given("qk_clip")
 
 QK_CLIP: tuple[Refusal, ...] = (

@@ -16,28 +16,6 @@ from typing import Any
 from megatron_muon.choices import OPTIMIZERS
 from megatron_muon.errors import ConfigError
 
-__all__ = [
-    "Chosen",
-    "Condition",
-    "Refusal",
-    "Settings",
-    "UnknownSettingError",
-    "flag_of",
-    "given",
-    "layer_wise",
-    "missing",
-    "one_of",
-    "optimizer",
-    "other_optimizer",
-    "other_than",
-    "ours",
-    "quietly",
-    "refuse",
-    "that",
-    "turned_off",
-    "unread",
-]
-
 
 class UnknownSettingError(LookupError):
     """A setting that none of the sources has."""

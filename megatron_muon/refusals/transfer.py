@@ -18,8 +18,6 @@ from megatron_muon.refusals.rule import (
     turned_off,
 )
 
-__all__ = ["TRANSFER"]
-
 _TRANSFER = given("muon_transfer")
 _STATIC = other_than("muon_scalar_weight_decay_method", "decoupled")
 _SCALAR_LR = given("muon_scalar_lr")

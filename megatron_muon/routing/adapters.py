@@ -17,8 +17,6 @@ from megatron_muon.config import flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.routing.rules.linear import adapter_name, is_adapter, parts_of
 
-__all__ = ["check_adapters"]
-
 _MAGNITUDES = ("weight_magnitude", "lora_magnitude_vector", "lora_magnitude", "magnitude")
 """Where DoRA keeps the norms of rows: NeMo and Megatron-Bridge; Hugging Face's peft; NeMo Automodel; torchtune."""
 

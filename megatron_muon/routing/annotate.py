@@ -26,8 +26,6 @@ from megatron_muon.routing.rules.linear import LORA_FACTOR, adapted, is_linear, 
 from megatron_muon.routing.treatment import ADAM, SPLIT, UNKNOWN, WHOLE_MATRIX, Treatment
 from megatron_muon.routing.wrappers import restore_attributes, strip_wrappers
 
-__all__ = ["OVERRIDE_ATTRIBUTE", "annotate", "claims_on", "global_names", "tag"]
-
 OVERRIDE_ATTRIBUTE = "muon_override"
 """Attribute that names the ``--muon-param-rule`` which decided about a weight."""
 

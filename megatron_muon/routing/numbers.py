@@ -17,8 +17,6 @@ from megatron_muon.routing.layout import layout_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 from megatron_muon.routing.report import pattern
 
-__all__ = ["Numbers", "describe_numbers", "numbers_of"]
-
 _SHOWN = 3
 """Names of weights in a line."""
 

@@ -14,8 +14,6 @@ from megatron_muon.routing import report
 from megatron_muon.routing.annotate import annotate
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
-__all__ = ["ParamGroups", "check_partition", "param_groups", "refuse_uneven", "refuse_unmatched"]
-
 
 class ParamGroups(NamedTuple):
     """The groups of a model: each a dictionary with ``params``, ``param_names`` and ``weight_decay``.

@@ -6,9 +6,6 @@ import torch
 
 from megatron_muon.routing.layout import layout_of
 
-__all__ = ["REASON_ATTRIBUTE", "_is_nonlinear_or_embedding", "exclusion_reason", "is_divided"]
-__all__ += ["is_expert_parallel", "is_vector"]
-
 REASON_ATTRIBUTE = "skip_orthogonalization_reason"
 """Attribute that says why ``skip_orthogonalization`` was set; a tag set by hand has none."""
 

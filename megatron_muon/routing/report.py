@@ -18,8 +18,6 @@ from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, WHOLE, B
 from megatron_muon.routing.predicate import exclusion_reason
 from megatron_muon.routing.wrappers import strip_wrappers
 
-__all__ = ["Route", "collect", "pattern", "render", "table"]
-
 
 @dataclass(frozen=True)
 class Route:

@@ -11,8 +11,6 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 
-__all__ = ["ADAM", "PER_HEAD", "SPLIT", "UNKNOWN", "WHOLE_MATRIX", "Claim", "Rule", "Treatment", "fused"]
-
 WHOLE_MATRIX = "whole"
 SPLIT = "split"
 PER_HEAD = "per_head"

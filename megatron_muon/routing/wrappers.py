@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["restore_attributes", "strip_wrappers", "unwrapped"]
-
 _WRAPPERS = {
     "_orig_mod",  # torch.compile
     "_checkpoint_wrapped_module",  # activation checkpointing of torch

@@ -12,8 +12,6 @@ from megatron_muon.routing.layout import MatrixLayout, Section
 from megatron_muon.routing.rules.linear import fused_layer, weight_of
 from megatron_muon.routing.treatment import PER_HEAD, WHOLE_MATRIX, Claim, Treatment, fused
 
-__all__ = ["cross_attention", "multihead_attention", "self_attention"]
-
 
 def self_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
     """``linear_qkv``: for each query group its q rows, (its gate rows,) one k head, one v head.

@@ -13,8 +13,6 @@ from megatron_muon.routing.layout import TABLE
 from megatron_muon.routing.rules.linear import matrices_in
 from megatron_muon.routing.treatment import ADAM, Claim, Treatment
 
-__all__ = ["bert", "embedding", "language_model", "vision_tower"]
-
 _TABLE = Treatment(TABLE, ADAM, reason="embedding table")
 _OUTPUT = Treatment("output", ADAM, reason="embedding or output layer")
 _END = {"is_embedding_or_output_parameter": True}

@@ -10,8 +10,6 @@ from megatron_muon.routing.layout import MatrixLayout, Section
 from megatron_muon.routing.rules.linear import UNKNOWN_PART, layer_of, matrices_in, matrices_of
 from megatron_muon.routing.treatment import WHOLE_MATRIX, Claim, Treatment, fused
 
-__all__ = ["grouped_experts", "hyper_connection", "mlp", "router", "shared_experts"]
-
 
 def mlp(module: Any, options: MuonConfig) -> Iterator[Claim]:
     """``linear_fc1`` of a gated MLP, dense or one expert's: a rank's gate rows, then its up rows."""

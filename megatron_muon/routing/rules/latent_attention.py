@@ -14,8 +14,6 @@ from megatron_muon.routing.rules.attention import heads_of
 from megatron_muon.routing.rules.linear import fused_layer, weight_of
 from megatron_muon.routing.treatment import ADAM, WHOLE_MATRIX, Claim, Treatment, fused
 
-__all__ = ["dsa_indexer", "latent_attention"]
-
 
 def latent_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
     """All projections of an MLA layer but ``linear_q_down_proj`` and ``linear_proj``, which are one matrix each."""

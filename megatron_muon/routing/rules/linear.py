@@ -10,24 +10,6 @@ import torch
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.routing.treatment import ADAM, UNKNOWN, WHOLE_MATRIX, Claim, Treatment
 
-__all__ = [
-    "LORA_FACTOR",
-    "UNKNOWN_PART",
-    "adapted",
-    "adapter_name",
-    "factors_of",
-    "fused_layer",
-    "is_adapter",
-    "is_linear",
-    "layer_of",
-    "linear",
-    "low_rank_adapter",
-    "matrices_in",
-    "matrices_of",
-    "parts_of",
-    "weight_of",
-]
-
 LORA_FACTOR = "lora_factor"
 """Attribute on the two factors of a low-rank adapter: ``"A"`` (rank x inputs) or ``"B"`` (outputs x rank)."""
 

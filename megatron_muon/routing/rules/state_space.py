@@ -16,8 +16,6 @@ from megatron_muon.routing.layout import ORTHOGONALIZE, SCALAR, Section
 from megatron_muon.routing.rules.linear import fused_layer, weight_of
 from megatron_muon.routing.treatment import ADAM, Claim, Treatment, fused
 
-__all__ = ["gated_delta_net", "partitioned_in_proj"]
-
 _GDN_NAMES = {"query": "q", "key": "k", "value": "v", "z": "z", "gate": "z"}
 """Sections of GatedDeltaNet's ``in_proj`` that are projections (z: output gate), with their short names."""
 
