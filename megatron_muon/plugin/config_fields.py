@@ -18,7 +18,7 @@ import functools
 import inspect
 import reprlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field
 from typing import Any
 
@@ -36,6 +36,8 @@ def _types() -> dict[str, Any]:
     """The types of the fields, by name."""
     return {PREFIX + name: kind for name, kind in typing.get_type_hints(MuonConfig).items()}
 
+
+_COPIED = "an OptimizerConfig was given all of Megatron-Core's Muon options and none of this package's"
 
 _not_given: set[str] = set()
 """Options whose default was asked for since the last config was built."""
@@ -134,7 +136,7 @@ class _Hooks:
             added = {name for name in self.ours.keys() - self.megatron.keys() if name not in self._own(cls)}
             try:
                 if _not_given == added:
-                    self.settle_copied(config)
+                    self.settle(config, megatron_defaults(), _COPIED)
                 if is_ours(config.optimizer):
                     check_optimizer_config(config, is_complete=False)  # some may be set as attributes later
             finally:
@@ -161,7 +163,7 @@ class _Hooks:
 
         def __getattr__(config: Any, name: str) -> Any:
             if name in self.ours:
-                return self.settle(config)[name]
+                return self.settle(config, {}, "an OptimizerConfig is from before install()")[name]
             found = [vars(cls).get("__getattr__") for cls in type(config).__mro__]
             for other in filter(None, [original, *found[found.index(__getattr__) + 1 :]]):
                 return other(config, name)  # as without the hook, which comes before other bases
@@ -169,28 +171,27 @@ class _Hooks:
 
         return __getattr__
 
-    def settle(self, config: Any) -> dict[str, Any]:
-        """Give the options in force to a config that was built before ``install()``; the values of its fields."""
-        own = self._own(type(config))
-        defaults = {name: (field.default,) for name, field in self.megatron.items() if name not in own}
-        return self._supply(config, defaults, "an OptimizerConfig is from before install()")
+    def settle(self, config: Any, parsed: Mapping[str, Any], what: str) -> dict[str, Any]:
+        """Give a config the options in force, for those that it lacks and those that have Megatron-Core's defaults.
 
-    def settle_copied(self, config: Any) -> None:
-        """Options for a config that was given all of Megatron-Core's and none of ours: somebody has copied them.
+        What the config's class says itself counts.
 
-        From arguments that were parsed before ``install()``, from the file of a run without it, or from a class of a
-        framework's own. What the config's class says itself counts.
+        Args:
+            config: from before ``install()``; or with all options of Megatron-Core's and none of ours, which somebody
+                has copied: from arguments that were parsed before, from the file of a run without this package, or
+                from a class of a framework's own.
+            parsed: what Megatron-Core's command line would give.
+            what: where the values come from, in words.
+
+        Returns:
+            the values of its fields.
         """
-        parsed, own = megatron_defaults(), self._own(type(config))
+        own = self._own(type(config))
         defaults = {
             name: (field.default, parsed.get(name, field.default))
             for name, field in self.megatron.items()
             if name not in own
         }
-        what = "an OptimizerConfig was given all of Megatron-Core's Muon options and none of this package's"
-        self._supply(config, defaults, what)
-
-    def _supply(self, config: Any, defaults: dict[str, tuple[Any, ...]], what: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for field in dataclasses.fields(config):
             with contextlib.suppress(AttributeError):

@@ -7,15 +7,16 @@ a part of the layer-wise optimizer, as without the layout.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 from megatron_muon._patching import Original, Patches
+from megatron_muon.plugin.within import within
 from megatron_muon.routing.predicate import is_expert_parallel
 
 PATCHES = Patches()
@@ -26,14 +27,9 @@ _apart: ContextVar[list[dict[str, Any]] | None] = ContextVar("megatron_muon_expe
 """Param groups that the layer-wise optimizer which is being built will have; None outside of that."""
 
 
-@contextlib.contextmanager
-def set_apart() -> Iterator[None]:
+def set_apart() -> AbstractContextManager[None]:
     """Within, the layer-wise optimizer gets them; the model is laid out for it."""
-    token = _apart.set([])
-    try:
-        yield
-    finally:
-        _apart.reset(token)
+    return within(_apart, [])
 
 
 def sum_once(model_chunks: Sequence[torch.nn.Module], expert_tensor: Any) -> None:

@@ -7,8 +7,8 @@ entered. (Megatron-Core's old ``get_megatron_muon_optimizer`` and MIMO look the 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,20 +17,16 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
 from megatron_muon.plugin.canonical_state import is_canonical
 from megatron_muon.plugin.qk_clip import clip_of
+from megatron_muon.plugin.within import within
 
 _TRAINING = "megatron.training.training"
 
 _entered: ContextVar[bool] = ContextVar("megatron_muon_entered", default=False)
 
 
-@contextlib.contextmanager
-def entered() -> Iterator[None]:
+def entered() -> AbstractContextManager[None]:
     """Within, the factory is reached through the hook on it."""
-    token = _entered.set(True)
-    try:
-        yield
-    finally:
-        _entered.reset(token)
+    return within(_entered, True)
 
 
 def check_entered() -> None:

@@ -11,11 +11,12 @@ So balance costs no padding. Longer shards would gain little: with 10 % more the
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from megatron_muon.plugin import options
 from megatron_muon.plugin.groups import ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.sharing import share_work
+from megatron_muon.plugin.within import within
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
 PATCHES = Patches()
@@ -192,34 +194,13 @@ class _Chunks:
             )
 
 
-class _Sharing:
-    """Which chunks share their weights out together: those that are being wrapped, and outside of that each alone."""
-
-    def __init__(self) -> None:
-        self._chunks: _Chunks | None = None
-
-    @contextlib.contextmanager
-    def together(self, count: int, pg_collection: Any = None) -> Iterator[None]:
-        """Balance the layouts of the next ``count`` model chunks together, when the last of them is computed.
-
-        Args:
-            count: number of chunks.
-            pg_collection: Megatron's process groups; None for those of ``parallel_state``.
-        """
-        before, self._chunks = self._chunks, _Chunks(count, _cost_in(pg_collection, options.current()))
-        try:
-            yield
-        finally:
-            self._chunks = before
-
-    def add(self, layout: Any) -> None:
-        """Take the layout of a chunk."""
-        (self._chunks or _Chunks(1, _cost_in(None, options.current()))).add(layout)
+_CHUNKS: ContextVar[_Chunks | None] = ContextVar("megatron_muon_chunks", default=None)
+"""Those that are being wrapped; None outside of that, where each is balanced alone."""
 
 
-_sharing = _Sharing()
-
-balanced_together = _sharing.together
+def balanced_together(count: int, pg_collection: Any = None) -> AbstractContextManager[None]:
+    """Within, the layouts of the next ``count`` model chunks are balanced, when the last of them has been computed."""
+    return within(_CHUNKS, _Chunks(count, _cost_in(pg_collection, options.current())))
 
 
 @PATCHES.around(
@@ -232,7 +213,7 @@ def _with_balanced_shards(original: Original, *args: Any, **kwargs: Any) -> Any:
     # Without arguments nobody knows yet which optimizer will come, and install() says that it is Muon. Any owner
     # is right for any optimizer: only the balance is Muon's.
     if name is None or is_ours(name):
-        _sharing.add(layout)
+        (_CHUNKS.get() or _Chunks(1, _cost_in(None, options.current()))).add(layout)
     return layout
 
 
