@@ -1,12 +1,12 @@
 """Reversible changes to attributes of other packages, in any import order.
 
-Two rooms of this package change what they did not write: ``plugin`` (Megatron-Core's factory, flags, models) and
+Two packages of this one change what they did not write: ``plugin`` (Megatron-Core's factory, flags, models) and
 ``cpu`` (what Megatron-Core asks of CUDA). Both describe each change as a :class:`Patch` - where, what, and why - and
 hand them to a :class:`PatchSet`, which
 
-* applies a patch at once if its module is imported, and after every import of it (a hook on ``sys.meta_path``), so that
-  nobody has to import this package first and nothing is imported that the user does not use; where a patch fails, the
-  import does, the next one too;
+* applies a patch at once if its module is imported, and after every import of it (:mod:`megatron_muon._imports`), so
+  that nobody has to import this package first and nothing is imported that the user does not use; where a patch fails,
+  the import does, the next one too;
 * also replaces the copies that ``from module import name`` left in other modules, whoever wrote them. Those in objects
   (a default argument, a dictionary, a ``functools.partial``) cannot be found: what stands or falls with a hook must see
   for itself whether it was entered;
@@ -22,14 +22,14 @@ patch, so a fork may take some of the git patches and leave others.
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+from megatron_muon._imports import AFTER_IMPORTS
 
 EXTENSION_POINTS = "megatron.core.extension_points"
 """The module in which a patched Megatron-LM keeps its extension points, by the targets of patches."""
@@ -161,12 +161,12 @@ class PatchSet:
         if self.active:
             return
         self.active = True
+        _ACTIVE.append(self)
         try:
-            copied: list[_Copied] = []
-            for patch in self.patches:
-                _FINDER.wait(self, patch)
-                if (module := sys.modules.get(patch.module)) is not None:
-                    copied += self._apply_one(module, patch)
+            imported = [patch for patch in self.patches if patch.module in sys.modules]
+            for name in dict.fromkeys(patch.module for patch in self.patches):
+                AFTER_IMPORTS.call(name, self._imported)
+            copied = [found for patch in imported for found in self._apply_one(sys.modules[patch.module], patch)]
             self._replace_copies(copied)
         except BaseException:
             self.revert()
@@ -177,7 +177,9 @@ class PatchSet:
 
         Modules that were imported meanwhile may hold copies of replacements; these get the original too.
         """
-        _FINDER.forget(self)
+        AFTER_IMPORTS.forget(self._imported)
+        if self in _ACTIVE:
+            _ACTIVE.remove(self)
         while self._undo:
             self._undo.pop()()
         self._replace_copies([copied.reversed() for copied in reversed(self._copied)])
@@ -187,11 +189,10 @@ class PatchSet:
         self.native.clear()
         self.active = False
 
-    def imported(self, module: ModuleType, patches: Iterable[Patch]) -> None:
-        """Apply ``patches`` to their module, which has just been imported."""
-        copied: list[_Copied] = []
-        for patch in patches:
-            copied += self._apply_one(module, patch)
+    def _imported(self, module: ModuleType) -> None:
+        """Apply the patches of a module that has just been imported."""
+        patches = [patch for patch in self.patches if patch.module == module.__name__]
+        copied = [found for patch in patches for found in self._apply_one(module, patch)]
         self._replace_copies(copied, since=module.__name__)
 
     def holds(self, patch: Patch, module: ModuleType) -> bool:
@@ -299,6 +300,10 @@ class PatchSet:
                     namespace[attribute] = current
 
 
+_ACTIVE: list[PatchSet] = []
+"""Those that are applied, in this order."""
+
+
 def holds(target: str) -> bool | None:
     """Whether all that patches have made of ``target`` is in its place now.
 
@@ -308,24 +313,23 @@ def holds(target: str) -> bool | None:
     Returns:
         None if its module is not imported, so that nobody can have called it.
     """
-    name = target.partition(":")[0]
-    module = sys.modules.get(name)
+    module = sys.modules.get(target.partition(":")[0])
     if module is None:
         return None
-    patches = [(patch_set, patch) for patch_set, patch in _FINDER.waiting.get(name, []) if patch.target == target]
-    return bool(patches) and all(patch_set.holds(patch, module) for patch_set, patch in patches)
+    found = [patches.holds(patch, module) for patches in _ACTIVE for patch in patches.patches if patch.target == target]
+    return bool(found) and all(found)
 
 
 def lost() -> list[str]:
     """Targets in whose place something else stands now."""
-    targets = dict.fromkeys(patch.target for entries in _FINDER.waiting.values() for _, patch in entries)
+    targets = dict.fromkeys(patch.target for patches in _ACTIVE for patch in patches.patches)
     return [target for target in targets if holds(target) is False]
 
 
 def in_place_of(value: Any) -> Any:
     """What patches have put in the place of ``value``, of which somebody has a copy; itself if nothing."""
-    for patch_set in dict.fromkeys(patch_set for entries in _FINDER.waiting.values() for patch_set, _ in entries):
-        value = patch_set.in_place_of(value)
+    for patches in _ACTIVE:
+        value = patches.in_place_of(value)
     return value
 
 
@@ -377,73 +381,3 @@ class _Copied:
     def reversed(self) -> _Copied:
         """The way back."""
         return _Copied(self.replacement, self.original, self.package, self.packages)
-
-
-class _PostImportFinder(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; wraps the loader of the modules that patches are for.
-
-    There is one for all patch sets: two finders that each ask the rest of ``sys.meta_path`` would ask each other.
-    """
-
-    def __init__(self) -> None:
-        self.waiting: dict[str, list[tuple[PatchSet, Patch]]] = {}
-
-    def wait(self, patch_set: PatchSet, patch: Patch) -> None:
-        """Apply ``patch`` for ``patch_set`` whenever its module has been imported."""
-        self.waiting.setdefault(patch.module, []).append((patch_set, patch))
-        if self not in sys.meta_path:
-            sys.meta_path.insert(0, self)
-
-    def forget(self, patch_set: PatchSet) -> None:
-        """Drop what is for ``patch_set``."""
-        for module, entries in list(self.waiting.items()):
-            self.waiting[module] = [entry for entry in entries if entry[0] is not patch_set]
-            if not self.waiting[module]:
-                del self.waiting[module]
-        if not self.waiting and self in sys.meta_path:
-            sys.meta_path.remove(self)
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in self.waiting:
-            return None
-        for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _PostImportLoader(spec.loader, self)
-                return spec
-        return None
-
-    def imported(self, module: ModuleType) -> None:
-        """Apply what is for ``module``."""
-        by_set: dict[PatchSet, list[Patch]] = {}
-        for patch_set, patch in self.waiting.get(module.__name__, []):
-            by_set.setdefault(patch_set, []).append(patch)
-        for patch_set, patches in by_set.items():
-            patch_set.imported(module, patches)
-
-
-class _PostImportLoader(importlib.abc.Loader):
-    """A module's own loader, followed by its patches."""
-
-    def __init__(self, loader: Any, finder: _PostImportFinder) -> None:
-        self._loader = loader
-        self._finder = finder
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        # Put the real loader back first: inspect, pickle and importlib.resources ask a module for it.
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        self._finder.imported(module)
-
-
-_FINDER = _PostImportFinder()
