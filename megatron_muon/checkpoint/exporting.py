@@ -264,11 +264,7 @@ class _Groups:
         self._one_chain = bool(divided and to == MUON and self._value(together, lambda: False))
 
     def _value(self, name: str, otherwise: Callable[[], Any] = lambda: None) -> Any:
-        """An argument of the run that is to read it.
-
-        Raises:
-            CheckpointError: if nobody tells it.
-        """
+        """An argument of the run that is to read it, which somebody must tell."""
         found = self._values.get(name, self._args.get(name))
         found = otherwise() if found is None else found
         if found is None:

@@ -274,17 +274,13 @@ class Recorder:
 
 
 class JoinedRecord:
-    """The record without what changes between saves, on the first rank.
+    """The record without what changes between saves, on the first rank, from what all say in their order.
 
     Attributes:
         record: with neither steps nor sums.
     """
 
     def __init__(self, parts: Iterable[RankRecord]) -> None:
-        """
-        Args:
-            parts: of all ranks, in their order.
-        """
         parts = list(parts)
         numbers: list[tuple[tuple[str, Any], ...]] = []
         rules: list[Rule] = []

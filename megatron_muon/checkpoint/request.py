@@ -52,12 +52,10 @@ class Request(dict[str, Any]):
         buckets_of_adam: Callable[[Stored], Mapping[torch.nn.Parameter, Bucket]],
         way_back: Callable[[Ranks, Stored, list[Change]], str],
     ) -> None:
-        """
+        """Of state that is all created.
+
         Args:
-            ranks: see above.
-            held: the state of this rank, all of it created.
-            model: whose state it is.
-            accept: see above.
+            ranks: see above, as others.
             buckets_of_adam: where a run of Adam alone, at this layout, had each weight in its buckets.
             way_back: with which flags a run can go on whose weights have other rules; all ranks call it.
         """

@@ -63,7 +63,7 @@ def _wrap_all_gather(
 ) -> Any:
     sizes = [out.numel() for out in tensor_list]
     # Every member sees the same list of sizes, so all of them take the same way.
-    if len(set(sizes)) <= 1 or not _is_gloo(group):
+    if len(set(sizes)) <= 1 or dist.get_backend(group) != "gloo":
         return original(tensor_list, tensor, group=group, async_op=async_op)
     longest = max(sizes)
     padded = tensor.new_zeros(longest)
@@ -99,10 +99,6 @@ def _wrap_wait(original: Original, self: Any) -> None:
     for handle in (self.handles or ())[:-1]:
         handle.wait()
     original(self)
-
-
-def _is_gloo(group: Any) -> bool:
-    return dist.get_backend(group) == "gloo"
 
 
 @PATCHES.around(

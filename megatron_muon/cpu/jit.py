@@ -7,29 +7,21 @@ process, for functions that take microseconds. The functions themselves are plai
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
-from megatron_muon._patching import Patch
+from megatron_muon._patching import Patch, replace_by
 
 _REASON = "torch.compile takes seconds per function and process on the CPU and gains nothing here"
 
 
-def _keep(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that changes nothing."""
-    return function
-
-
-def _original_of(compiled: Any) -> Any:
-    return compiled._torchdynamo_orig_callable
-
-
 PATCHES: list[Patch] = [
-    Patch("megatron.core.jit:jit_fuser", lambda original: _keep, _REASON),
+    Patch("megatron.core.jit:jit_fuser", replace_by(lambda function: function), _REASON),
     Patch(
         "megatron.training.initialize:set_jit_fusion_options",
-        lambda original: lambda *args, **kwargs: None,
+        replace_by(lambda *args, **kwargs: None),
         "runs the fused functions at full size to warm up their compilation",
     ),
 ]
@@ -38,7 +30,7 @@ PATCHES: list[Patch] = [
 def patches_of_compiled_functions() -> list[Patch]:
     """Patches for the functions and methods of imported Megatron-Core modules that ``jit_fuser`` has decorated."""
     return [
-        Patch(f"{module.__name__}:{path}", _original_of, _REASON)
+        Patch(f"{module.__name__}:{path}", attrgetter("_torchdynamo_orig_callable"), _REASON)
         for name, module in list(sys.modules.items())
         if name.startswith("megatron.core.") and isinstance(module, ModuleType)
         for path in _compiled_paths(module)

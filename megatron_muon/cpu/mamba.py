@@ -297,10 +297,6 @@ def _refuse_packing(seq_idx: Any) -> None:
         raise NotImplementedError(_NO_PACKING)
 
 
-def _packing_support(for_inference_not_training: bool = True) -> tuple[bool, str]:
-    return False, _NO_PACKING
-
-
 _MIXER = "megatron.core.ssm.mamba_mixer"
 
 PATCHES: list[Patch] = [
@@ -313,7 +309,7 @@ PATCHES: list[Patch] = [
     ),
     Patch(
         f"{_MIXER}:_check_mamba_sequence_packing_support",
-        replace_by(_packing_support),
+        replace_by(lambda for_inference_not_training=True: (False, _NO_PACKING)),
         "advises to install a newer causal-conv1d, which would not help without a GPU",
     ),
 ]

@@ -50,7 +50,11 @@ def _wrap_data_loader_iterator(original: Original, self: Any, loader: Any) -> No
     torch.set_rng_state(state)
 
 
-def _move_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+@PATCHES.around(
+    "megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu",
+    "leaves tensors that are on the CPU already as they are, but all_to_all takes numbers for its splits",
+)
+def _move_to_host(original: Original, tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -123,11 +127,6 @@ PATCHES += [
         f"{_RNG}:CudaRNGStatesTracker.fork",
         replace_by(_fork),
         "warns whenever the CPU's generator is used inside, and here that is the point",
-    ),
-    Patch(
-        "megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu",
-        replace_by(_move_to_host),
-        "leaves tensors that are on the CPU already as they are, but all_to_all takes numbers for its splits",
     ),
     Patch(
         "megatron.core.transformer.moe.moe_utils:te_general_gemm",

@@ -154,7 +154,9 @@ def parse(flags: Sequence[str], world: int | None) -> tuple[argparse.Namespace, 
         # Context parallelism is left out below: without its ranks, batches are checked against the right replicas.
         args.world_size = layout.world // layout.context
         left_out = _leave_out(args, parsers[0])
-        _fill_batch_size(args, layout)
+        if args.global_batch_size is None and args.micro_batch_size is not None:
+            # Megatron's default: one micro-batch a replica.
+            args.global_batch_size = args.micro_batch_size * layout.data // layout.context
         arguments.validate_args(args)
     if args.vocab_size is None and args.padded_vocab_size is None:
         raise ConfigError("--vocab-size is not given: a plan builds no tokenizer, so the flags must tell its size.")
@@ -187,11 +189,7 @@ def _layout(args: argparse.Namespace, world: int | None) -> Layout:
 
 
 def _leave_out(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
-    """Set what the CPU runtime refuses, and what changes no weight, to Megatron's default.
-
-    Returns:
-        What was set, as flags.
-    """
+    """Set what the CPU runtime refuses, and what changes no weight, to Megatron's default; what was set, as flags."""
     left_out = []
     settings = Settings(args)
     for row in CPU:
@@ -214,12 +212,6 @@ _KEPT = (
     "yaml_cfg",
 )
 """Refused on the CPU for a reason that holds for a plan too: they change weights, or where these or their state are."""
-
-
-def _fill_batch_size(args: argparse.Namespace, layout: Layout) -> None:
-    """Megatron's default of the global batch size: one micro-batch a replica."""
-    if args.global_batch_size is None and args.micro_batch_size is not None:
-        args.global_batch_size = args.micro_batch_size * layout.data // layout.context
 
 
 def _refuse(message: str) -> NoReturn:

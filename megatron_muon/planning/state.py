@@ -17,12 +17,6 @@ class StateCounter:
     """Counts the elements of the state of one optimizer."""
 
     def __init__(self, optimizer: str, options: MuonConfig, moment2_method: str = "adamuon") -> None:
-        """
-        Args:
-            optimizer: its name, without ``dist_``.
-            options: validated.
-            moment2_method: of ``adaptive_muon``.
-        """
         self.optimizer, self.options, self.moment2_method = optimizer, options, moment2_method
         self._counted: dict[tuple[object, ...], int] = {}
 

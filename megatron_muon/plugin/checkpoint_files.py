@@ -167,9 +167,10 @@ def _with_recovery(original: Original, tracker_filename: str) -> tuple[int, bool
     root = folders.path_of(tracker_filename).parent
     # Ranks may see a shared file system at different moments, but must decide alike.
     ranks = Ranks.of_world()
-    problem, iteration = ranks.from_first(lambda: _interruption(root))
+    problem = ranks.from_first(lambda: folders.interruption(root))
     if problem is None:
         return original(tracker_filename)
+    iteration = ranks.from_first(lambda: folders.newest(root))
     if iteration is None:
         raise CheckpointError(
             f"{root}: {problem}, and no checkpoint of --ckpt-format torch_dist there is whole. Write the iteration "
@@ -182,12 +183,6 @@ def _with_recovery(original: Original, tracker_filename: str) -> tuple[int, bool
             flush=True,
         )
     return iteration, False
-
-
-def _interruption(root: Path) -> tuple[str | None, int | None]:
-    """What is wrong with the tracker, and the iteration to take instead of the one that it names."""
-    problem = folders.interruption(root)
-    return problem, None if problem is None else folders.newest(root)
 
 
 def _is_anothers(args: Any) -> bool:

@@ -212,11 +212,7 @@ def requests_in(
 
 
 def _refuse_others(state: Any, folder: str, error: BaseException) -> None:
-    """In place of what Megatron-Core says when an optimizer that this package does not know asks for Muon's state.
-
-    Raises:
-        CheckpointError: if that is why it has failed.
-    """
+    """In place of what Megatron-Core says when an optimizer that this package does not know asks for Muon's state."""
     from megatron_muon.checkpoint.keys import is_bucket, parse_state
     from megatron_muon.checkpoint.sharding import noted
 

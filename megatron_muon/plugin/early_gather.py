@@ -64,7 +64,8 @@ class _EarlyGathers:
                 for tensor, (place, _) in self._held[leaf].items():
                     setattr(tensor, BUCKET_ATTRIBUTE, place)
                 leaf.optimizer.finals.append(functools.partial(self._send, leaf))
-                self._unless_stepping(leaf, "_copy_main_params_to_model_params")  # done in _send()
+                if copy_to_model := getattr(leaf, "_copy_main_params_to_model_params", None):  # done in _send()
+                    leaf._copy_main_params_to_model_params = self._unless_stepping(copy_to_model)
         for part in parts:
             if hasattr(part, "start_param_sync_for_bucket_group_subset"):
                 part.start_param_sync_for_bucket_group_subset = lambda: None  # _step() has done it
@@ -75,10 +76,8 @@ class _EarlyGathers:
             chunk.overlap_param_gather_with_optimizer_step = self._overlaps
             unwrapped(chunk).register_load_state_dict_pre_hook(settle)
 
-    def _unless_stepping(self, owner: Any, name: str) -> None:
-        original: Callable[..., None] | None = getattr(owner, name, None)
-        if original is not None:
-            setattr(owner, name, lambda *args: None if self._stepping else original(*args))
+    def _unless_stepping(self, function: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args: None if self._stepping else function(*args)
 
     def settle(self) -> None:
         """Wait for what is under way."""

@@ -64,10 +64,7 @@ def _with_fp32(
 
 @functools.cache
 def _fp32_member() -> type:
-    """The float32 wrapper whose state has the form that the layer-wise optimizer saves and loads.
-
-    Made on first use: the base class is Megatron's, which must not be imported before it is needed.
-    """
+    """The float32 wrapper whose state has the form that the layer-wise optimizer saves and loads; made on first use."""
     from megatron.core.optimizer.optimizer import FP32Optimizer
 
     class LayerWiseFP32Optimizer(FP32Optimizer):
@@ -133,11 +130,7 @@ def _with_own_groups(
 
 
 def _group_of_some(pg_collection: Any) -> Any:
-    """The ranks of a model that is on some of the run's; None if it is on all.
-
-    Raises:
-        ConfigError: if the model has no such group.
-    """
+    """The ranks of a model that is on some of the run's; None if it is on all."""
     ranks = 0 if pg_collection is None else math.prod(group.size() for group in ranks_of(pg_collection).groups)
     if ranks in (0, dist.get_world_size()):
         return None

@@ -85,11 +85,7 @@ def _keeper(config: Any, muon: MuonConfig) -> str:
 
 
 def _refuse_kept(layer: Attention, rows: Sequence[Rows], kept: str) -> None:
-    """Refuse to clip weights whose sizes are put back by the next step.
-
-    Raises:
-        ConfigError: if ``rows`` has one.
-    """
+    """Refuse to clip weights whose sizes are put back by the next step."""
     for param in (each.param for each in rows):
         if _is_nonlinear_or_embedding(param):
             continue
@@ -139,11 +135,7 @@ _SOURCES = {
 
 
 def _rows(layer: Attention, number: int, first: int, heads: Heads, muon: MuonConfig, notes: list[str]) -> list[Rows]:
-    """The rows to clip in a layer; none if they are frozen, or do not matter.
-
-    Raises:
-        ConfigError: if they are not known, or if only some of them are trained.
-    """
+    """The rows to clip in a layer; none if they are frozen, or do not matter."""
     if not any(param.requires_grad for param in layer.module.parameters()):
         return []
     rows = _known_rows(layer, number, first, heads, muon, notes)
@@ -232,11 +224,7 @@ def _in_order(name: str) -> list[tuple[int, str]]:
 
 
 def _settings(found: Sequence[_Found], config: Any, muon: MuonConfig) -> ClipSettings:
-    """What the layers' configs ask for.
-
-    Raises:
-        ConfigError: if they differ, or if the optimizer keeps weights in a form that cannot be clipped.
-    """
+    """What the layers' configs ask for, which must be one for all."""
     if len({(each.clip, each.threshold, each.alpha) for each in found}) > 1:
         raise ConfigError(
             "--qk-clip: the configs of the model's parts have different qk_clip, qk_clip_threshold or qk_clip_alpha; "

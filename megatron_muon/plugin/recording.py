@@ -113,7 +113,7 @@ def _before_log(values: dict[str, Any]) -> float:
     if not _is_logged(values):
         return 0.0
     # Megatron is about to read this timer in the same way, with the same wait for the device.
-    seconds: float = _megatron_timers()("interval-time").elapsed(reset=False)
+    seconds: float = _global_vars().get_timers()("interval-time").elapsed(reset=False)
     return seconds
 
 
@@ -170,11 +170,7 @@ def _timers(original: Original, timers: Any, name: str, *args: Any, **kwargs: An
 
 
 def _refuse_other_muon(optimizer: Any) -> None:
-    """Refuse one that Megatron-Core has built itself under a name of ours: nothing else would ever say so.
-
-    Raises:
-        ConfigError: on every rank, since all have built it in the same way.
-    """
+    """Refuse, on every rank, what Megatron-Core has built itself under a name of ours: nothing else would say so."""
     name = getattr(getattr(optimizer, "config", None), "optimizer", None)
     if is_ours(name) and not has_parts(optimizer) and not is_canonical(optimizer):
         raise ConfigError(
@@ -183,12 +179,12 @@ def _refuse_other_muon(optimizer: Any) -> None:
         )
 
 
+def _global_vars() -> Any:
+    return sys.modules["megatron.training.global_vars"]
+
+
 def _megatron_args() -> Any:
-    return sys.modules["megatron.training.global_vars"].get_args()
-
-
-def _megatron_timers() -> Any:
-    return sys.modules["megatron.training.global_vars"].get_timers()
+    return _global_vars().get_args()
 
 
 def _is_logged(values: dict[str, Any]) -> bool:
@@ -199,7 +195,7 @@ def _is_logged(values: dict[str, Any]) -> bool:
 
 def _to_writers(said: list[sources.Source], iteration: int) -> None:
     """Megatron's, which are on the last rank, if at all."""
-    module = sys.modules["megatron.training.global_vars"]
+    module = _global_vars()
     tensorboard, wandb = module.get_tensorboard_writer(), module.get_wandb_writer()
     if not (tensorboard or wandb) or iteration % _megatron_args().tensorboard_log_interval:
         return

@@ -334,12 +334,8 @@ def log_sum_exp(
         lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, k, 0.0, causal, False, scale=scale)[1]
     else:
         lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, 0.0, causal, scale=scale)[1]
-    return _rows_by_head(lse, query.size(2)).amax(dim=(0, 2)).float()
-
-
-def _rows_by_head(lse: torch.Tensor, heads: int) -> torch.Tensor:
-    """(batch, heads, queries); the CPU kernel of some torch versions gives (batch, queries, heads)."""
-    return lse if lse.size(1) == heads else lse.transpose(1, 2)
+    # (batch, heads, queries); the CPU kernel of some torch versions gives (batch, queries, heads).
+    return lse.amax(dim=(0, 2 if lse.size(1) == query.size(2) else 1)).float()
 
 
 def _name(mask_type: Any) -> str:

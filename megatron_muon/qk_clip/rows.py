@@ -123,7 +123,8 @@ def has_norm(module: Any) -> bool:
 
     MLA's norms stand before the projections to heads, and do not count.
     """
-    if _is_latent(module):
+    is_latent = any(cls.__name__ == "MultiLatentAttention" for cls in type(module).__mro__)
+    if is_latent or hasattr(module, "linear_kv_up_proj"):
         return False
     return any(_is_norm(getattr(module, name, None)) for name in ("q_layernorm", "k_layernorm"))
 
@@ -140,12 +141,6 @@ def norm_rows(layer: Attention, number: int, heads: Heads) -> list[Rows]:
                 index = torch.full((param.size(0),), place, dtype=torch.int64, device=heads.group.device)
                 found.append(Rows(param, index, 1.0 if centred and attribute == "weight" else 0.0))
     return found
-
-
-def _is_latent(module: Any) -> bool:
-    return any(cls.__name__ == "MultiLatentAttention" for cls in type(module).__mro__) or hasattr(
-        module, "linear_kv_up_proj"
-    )
 
 
 def _is_norm(module: Any) -> bool:

@@ -34,17 +34,16 @@ class Change:
     applies: Callable[[Any], bool] = bool
 
 
-def _is_nccl(value: Any) -> bool:
-    return isinstance(value, str) and "nccl" in value
-
-
-def _is_te(value: Any) -> bool:
-    return value == "transformer_engine"
-
+TE = "transformer_engine"
 
 CHANGES: tuple[Change, ...] = (
-    Change("distributed_backend", "gloo", "NCCL needs GPUs", _is_nccl),
-    Change("transformer_impl", "local", "TransformerEngine's modules need a GPU", _is_te),
+    Change("distributed_backend", "gloo", "NCCL needs GPUs", lambda backend: "nccl" in str(backend)),
+    Change(
+        "transformer_impl",
+        "local",
+        "TransformerEngine's modules need a GPU",
+        lambda value: value == "transformer_engine",
+    ),
     Change("gradient_accumulation_fusion", False, "an Apex kernel"),
     Change("masked_softmax_fusion", False, "a CUDA kernel"),
     Change("apply_rope_fusion", False, "a TransformerEngine kernel"),
@@ -70,10 +69,6 @@ IN_CONFIG: tuple[Refusal, ...] = tuple(
 """What is changed in arguments, refused in a config."""
 
 
-def _is_gpu_attention(value: Any) -> bool:
-    return getattr(value, "name", str(value)) in ("flash", "fused")
-
-
 _LEAVE_OUT = "leave the flag out"
 
 _NSIGHT = replace(
@@ -92,7 +87,9 @@ _REFUSED: tuple[tuple[Condition, str, str], ...] = (
         "use --cuda-graph-impl none",
     ),
     (
-        that("attention_backend", _is_gpu_attention, "`flash`, `fused`"),
+        that(
+            "attention_backend", lambda value: getattr(value, "name", value) in ("flash", "fused"), "`flash`, `fused`"
+        ),
         "its kernels need a GPU",
         "use --attention-backend auto or unfused",
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from megatron_muon.choices import OPTIMIZERS
 from megatron_muon.refusals.rule import (
@@ -36,10 +35,6 @@ def _predicts_on_first_rank(settings: Settings) -> bool:
     return bool(found) and "|" in before and after.count("|") == settings["pipeline_model_parallel_size"] - 1
 
 
-def _is_url(folder: Any) -> bool:
-    return "://" in str(folder)
-
-
 MEGATRON: tuple[Refusal, ...] = (
     *(
         Refusal((given(name), _OURS), because, instead)
@@ -61,7 +56,11 @@ MEGATRON: tuple[Refusal, ...] = (
     ),
     *(
         Refusal(
-            (that(name, _is_url, "of an object store (msc://...)"), missing("enable_msc"), _OURS),
+            (
+                that(name, lambda folder: "://" in str(folder), "of an object store (msc://...)"),
+                missing("enable_msc"),
+                _OURS,
+            ),
             "Megatron-Core would take it for a local folder",
             "add --enable-msc, with multi-storage-client installed",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 from megatron_muon.choices import BALLS, OPTIMIZERS, SECOND_MOMENTS, parse_param_rule
@@ -21,6 +22,7 @@ from megatron_muon.refusals.rule import (
 
 _HYPERBALL = one_of("muon_variant", "hyperball")
 _MEASURED = ("update_norm", "spectral_norm")
+_ADAPTIVE = quietly(optimizer("adaptive_muon"))
 
 
 def _rule_gives(*choices: str) -> Condition:
@@ -47,12 +49,12 @@ def _no_rule_gives(*choices: str) -> Condition:
     )
 
 
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0.0 <= value < 1.0
+def _is_no_fraction(value: Any) -> bool:
+    return not (isinstance(value, (int, float)) and 0.0 <= value < 1.0)
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0.0 < value < float("inf")
+def _is_not_positive(value: Any) -> bool:
+    return not (isinstance(value, (int, float)) and 0.0 < value < inf)
 
 
 OPTIONS: tuple[Refusal, ...] = (
@@ -110,24 +112,18 @@ OPTIONS: tuple[Refusal, ...] = (
                 lambda value: value not in SECOND_MOMENTS,
                 f"other than {', '.join(f'`{name}`' for name in SECOND_MOMENTS)}",
             ),
-            quietly(optimizer("adaptive_muon")),
+            _ADAPTIVE,
         ),
         "",
         f"choose one of {', '.join(SECOND_MOMENTS)} (adamuon is the paper's, adamuon_eo emerging-optimizers')",
     ),
     Refusal(
-        (
-            that("adaptive_muon_beta2", lambda value: not _is_fraction(value), "below 0, or 1 and more"),
-            quietly(optimizer("adaptive_muon")),
-        ),
+        (that("adaptive_muon_beta2", _is_no_fraction, "below 0, or 1 and more"), _ADAPTIVE),
         "",
         "give a number from 0 to below 1 (0.95 is usual)",
     ),
     Refusal(
-        (
-            that("adaptive_muon_eps", lambda value: not _is_positive(value), "of 0 and less"),
-            quietly(optimizer("adaptive_muon")),
-        ),
+        (that("adaptive_muon_eps", _is_not_positive, "of 0 and less"), _ADAPTIVE),
         "",
         "give a positive number (1e-8 is usual)",
     ),
@@ -135,7 +131,7 @@ OPTIONS: tuple[Refusal, ...] = (
         (
             one_of("adaptive_muon_moment2_method", "namo"),
             one_of("muon_scale_mode", *_MEASURED),
-            quietly(optimizer("adaptive_muon")),
+            _ADAPTIVE,
         ),
         "the mode divides out the number by which NAMO multiplies each update, so that nothing is left of it",
         "use a scale by shape, such as --muon-scale-mode spectral or moonlight, or --adaptive-muon-moment2-method "

@@ -247,11 +247,7 @@ def _write(name: str, param: torch.Tensor, treatment: Treatment, choice: str, ov
 
 
 def _variant(name: str, param: torch.Tensor, treatment: Treatment, choice: str, override: str | None) -> str:
-    """The variant that ``choice`` means.
-
-    Raises:
-        ConfigError: if the weight has no such variant.
-    """
+    """The variant that ``choice`` means, which the weight must have."""
     if choice == "muon":
         own = treatment.choice if treatment.choice in treatment.variants else SPLIT
         choice = own if own in treatment.variants else WHOLE_MATRIX
