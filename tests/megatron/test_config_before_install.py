@@ -180,7 +180,7 @@ def test_install_after_the_command_line(pool: RankPool, stage: str) -> None:
     assert muon == MuonConfig(num_ns_steps=6)
     assert said == (
         "megatron_muon: the command line is from before install(); options that it lacks are the defaults "
-        "(muon_momentum 0.95 instead of 0.9, muon_tp_mode auto instead of blockwise: Megatron-Core's default, which is "
+        "(muon_tp_mode auto instead of blockwise, muon_momentum 0.95 instead of 0.9: Megatron-Core's default, which is "
         "not taken for a choice; whoever wants it says so by install(MuonConfig(...)))."
     )
 
