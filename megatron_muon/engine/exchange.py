@@ -5,8 +5,9 @@ Data that is only moved travels as bytes, so that every backend takes every dtyp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,13 +65,14 @@ class Pending:
 class Exchange:
     """The collectives of one group."""
 
-    def __init__(self, group: dist.ProcessGroup, counters: Counters) -> None:
+    def __init__(self, group: dist.ProcessGroup, counters: Counters, sends: bool = True) -> None:
         """
         Args:
             group: of ranks that hold shards of the same weights.
             counters: to be increased.
+            sends: False to rehearse: nothing is sent, and what is received has no meaning.
         """
-        self.group, self.counters = group, counters
+        self.group, self.counters, self.sends = group, counters, sends
         self.rank, self.size = group.rank(), group.size()
 
     def all_to_all(self, send: torch.Tensor, to: Sequence[Shapes], by: Sequence[Shapes]) -> Pending:
@@ -88,28 +90,27 @@ class Exchange:
         given, taken = ([size * sum(map(numel, shapes)) for shapes in each] for each in (to, by))
         received = send.new_empty(sum(taken) // size)
         self.count(send.numel() * size - given[self.rank])
-        work = dist.all_to_all_single(
-            received.view(torch.uint8), send.view(torch.uint8), taken, given, group=self.group, async_op=True
-        )
-        return Pending(received, work, send)
+        bytes_ = received.view(torch.uint8), send.view(torch.uint8)
+        return Pending(received, self._start(dist.all_to_all_single, *bytes_, taken, given), send)
 
     def all_gather(self, send: torch.Tensor) -> Pending:
         """(ranks, elements): every rank's buffer, all of one length."""
         received = send.new_empty(self.size, send.numel())
         self.count((self.size - 1) * send.numel() * send.element_size())
-        work = dist.all_gather_into_tensor(
-            received.view(torch.uint8).view(-1), send.view(torch.uint8), group=self.group, async_op=True
-        )
-        return Pending(received, work, send)
+        bytes_ = received.view(torch.uint8).view(-1), send.view(torch.uint8)
+        return Pending(received, self._start(dist.all_gather_into_tensor, *bytes_), send)
 
     def all_reduce(self, tensor: torch.Tensor) -> Pending:
         """The sum over the ranks, in place."""
         self.count(2 * (self.size - 1) * tensor.numel() * tensor.element_size() / self.size)
-        return Pending(tensor, dist.all_reduce(tensor, group=self.group, async_op=True), None)
+        return Pending(tensor, self._start(dist.all_reduce, tensor), None)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place, at once."""
         return self.all_reduce(tensor).wait()
+
+    def _start(self, collective: Callable[..., dist.Work | None], *args: Any) -> dist.Work | None:
+        return collective(*args, group=self.group, async_op=True) if self.sends else None
 
     def count(self, sent: float) -> None:
         """Of one collective more."""
@@ -162,7 +163,7 @@ class Members:
                     if tensor.numel():
                         bytes_ = tensor.view(-1).view(torch.uint8)
                         operations.append(dist.P2POp(function, bytes_, peer, self._exchange.group))
-        for work in dist.batch_isend_irecv(operations) if operations else ():
+        for work in dist.batch_isend_irecv(operations) if operations and self._exchange.sends else ():
             work.wait()
         others = (tensor for number, tensor in enumerate(sent) if number != self._own)
         self._exchange.count(sum(tensor.numel() * tensor.element_size() for tensor in others))

@@ -98,6 +98,30 @@ class StepEngine:
         }
         self._digests: dict[str, bytes] = {}
 
+    def build(self) -> None:
+        """Compile and tune the kernels of a step, by one without messages, on nothing in particular: once for chunks alike.
+
+        Call it under the step's precision. Nothing happens where kernels are not compiled.
+        """
+        if not self.orthogonalizer.products.compiles:
+            return
+        counters = Counters()
+        exchanges = {name: Exchange(each.group, counters, sends=False) for name, each in self._exchanges.items()}
+        alike = {}
+        for chunk in self.plan.chunks:
+            shapes = ((dataclasses.replace(batch, items=()), batch.count) for batch in chunk.batches)
+            alike[chunk.mode, chunk.group, *shapes] = self._mine[id(chunk)]
+        run = Run(
+            self.orthogonalizer,
+            exchanges,
+            self.wire,
+            self.local_dtype,
+            counters,
+            reads=(lambda parts, slots: None,),  # whatever lies in memory
+            write=lambda parts, directions, reduce: None,
+        )
+        execute(run, list(alike.values()))
+
     @property
     def shares(self) -> bool:
         """Whether data-parallel ranks orthogonalize for one another."""

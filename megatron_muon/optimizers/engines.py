@@ -22,6 +22,7 @@ from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.precision import own_dtype, precision_of
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
+from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.orthogonalize.kernels.gate import Trial
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.products import TorchProducts
@@ -117,6 +118,7 @@ class Engines:
 
     Attributes:
         products_note: which kernels multiply and why, once there is an engine.
+        elementwise_note: the same of what is done before and after the products; empty where there is no choice.
         told: whether somebody else has all ranks of the model compare, before each step, which weights have gradients,
             and sets ``due`` on all of them where that has changed on one (:mod:`megatron_muon.plugin.nonfinite`).
         due: whether plans are to be compared before the next step.
@@ -145,7 +147,7 @@ class Engines:
         triples = tuple(map(parse_triple, config.custom_coefficients))
         self._coefficients = coefficients(config.coefficient_type, config.num_ns_steps, triples)
         self._kept: list[_Kept] = []  # the last used is the first
-        self.products_note = ""
+        self.products_note = self.elementwise_note = ""
         self._products: dict[tuple[torch.device, torch.dtype], tuple[TorchProducts, str]] = {}
         self.told, self.due = False, True
         self.sharing: Sharing | None = None
@@ -330,7 +332,7 @@ class Engines:
         if key not in self._products:
             self._products[key] = self._choose_products(weights, *key)
         products, self.products_note = self._products[key]
-        return StepEngine(
+        engine = StepEngine(
             weights,
             {**self._groups, **groups},
             self._orthogonalizer(precision.iteration, products),
@@ -340,6 +342,12 @@ class Engines:
             chunk_mb=config.chunk_mb,
             device=device,
         )
+        with matmul_precision(config.fp32_matmul_prec):
+            engine.build()
+        updates = (precision.iteration, engine.wire.back, precision.own)
+        slots, shapes = (precision.own, precision.wire), [weight.shape for weight in weights]
+        self.elementwise_note = elementwise.prepare(device, dtype, slots, updates, shapes)
+        return engine
 
     def _orthogonalizer(self, dtype: torch.dtype, products: TorchProducts) -> Orthogonalizer:
         return Orthogonalizer(self._coefficients, dtype, self.config.eps, products, damped=self._damped)

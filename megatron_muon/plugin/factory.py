@@ -299,9 +299,9 @@ def _planned(optimizer: Any) -> list[str]:
     lines: list[str] = []
     for muon in _muons(optimizer):
         if (engine := muon.prepare()) is not None:
-            lines += [*engine.describe(), f"products: {muon.engines.products_note}"]
+            lines += [*engine.describe(), f"products: {muon.engines.products_note}", muon.engines.elementwise_note]
         lines += muon.variant.notes([param for group in muon.param_groups for param in group["params"]])
-    return list(dict.fromkeys(lines))
+    return [line for line in dict.fromkeys(lines) if line]
 
 
 def _data_parallel(optimizer: Any, groups: Any) -> list[str]:

@@ -18,7 +18,7 @@ from megatron_muon import ConfigError, Muon
 from megatron_muon.engine.modes import MODES
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.gram import prescale
-from megatron_muon.orthogonalize.products import TorchProducts
+from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing.blocks import merge, split
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
@@ -168,6 +168,43 @@ def test_report_names_the_iterations_that_run(pool: RankPool) -> None:
         assert rank["gram"] == (f"iteration: 4 {gram}", 0, 4)
         assert rank["duplicated"] == (f"iteration: 2 {gram}, 2 {standard}", 2, 2)
         assert rank["owner"] == (f"iteration: 2 {gram}, 2 {standard}", 1, 1), "each rank owns one of both shapes"
+
+
+def compiled_in_step() -> dict[str, tuple[int, set[Any], int]]:
+    """What ``prepare`` has products built for, what the first step needs beside that, and messages of the former."""
+    group, found, needed = dist.group.WORLD, {}, set()
+
+    def recorded(name: str) -> Callable[..., torch.Tensor]:
+        plain = getattr(BlockProducts, name)
+
+        def record(self: BlockProducts, x: torch.Tensor, *args: Any) -> torch.Tensor:
+            needed.add((name, x.shape, x.stride()))
+            return plain(self, x, *args)
+
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockProducts, "compiles", True)
+        for name in ("gram", "quadratic", "commuting"):
+            patch.setattr(BlockProducts, name, recorded(name))
+        for mode in EXACT:
+            shapes = (((16, 32), 1), ((32, 16), 0), ((16, 8), 1), ((40, 24), None))
+            params = [Given(*shape).parameter(group, random(shape[0], 1)) for shape in shapes for _ in range(5)]
+            optimizer = Muon(params, tp_group=group, tp_mode=mode, ns_dtype="fp32", chunk_mb=0.01)
+            needed.clear()
+            engine = optimizer.prepare()
+            built, sent = set(needed), engine.counters.collectives
+            for param in params:
+                param.grad = param.detach().clone()
+            optimizer.step()
+            found[mode] = len(built), needed - built, sent
+    return found
+
+
+def test_products_are_built_before_the_first_step(pool: RankPool) -> None:
+    for rank in pool.run(compiled_in_step, 2):
+        for mode, (built, later, sent) in rank.items():
+            assert built > 3 and not later and not sent, mode
 
 
 def errors_in_float16(shape: tuple[int, int]) -> dict[str, float]:

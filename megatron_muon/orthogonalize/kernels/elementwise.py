@@ -7,7 +7,8 @@ the same bits, and faster. Since the bits are the same, ranks need not agree on 
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from importlib import import_module
@@ -117,35 +118,38 @@ def _add_and_round(
 
 def prepare(
     device: torch.device,
-    weights: torch.dtype,
+    dtype: torch.dtype,
     slots: Iterable[torch.dtype],
     updates: Iterable[torch.dtype],
-    shape: tuple[int, int, int],
+    shapes: Iterable[tuple[int, ...]],
 ) -> str:
-    """Compile the kernel for a device and the types of a run, and find out whether it is to be used.
+    """Compile the kernels for a device and the types of a run, and find out whether they are to be used.
 
     Waits for the device: for set-up, not for a step.
 
     Args:
         device: of everything.
-        weights: dtype of weights, momentum and gradients.
+        dtype: of weights, momentum and gradients.
         slots: dtypes of batches.
         updates: dtypes of updates.
-        shape: (matrices, rows, columns) of matrices that the run will have, for the trial by time.
+        shapes: of the weights; the trial by time is of those that have most elements.
 
     Returns:
-        One line for the report; empty where there is no choice.
+        One line for the report; empty where there is no choice: on CPUs.
     """
+    if device.type != "cuda":
+        return ""
+    device = torch.empty(0, device=device).device  # with its number
     try:
-        reason = _kernels().obstacle(device, weights)
+        reason = _kernels().obstacle(device, dtype)
     except ImportError as error:
         reason = f"is not there ({error})"
     if reason is not None:
-        return f"elementwise passes by torch: Triton {reason}" if device.type == "cuda" else ""
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    found = [_tried("pack", device, (weights, weights, slot), shape) for slot in dict.fromkeys(slots)]
-    found += [_tried("add", device, (weights, update), shape) for update in dict.fromkeys(updates)]
+        return f"elementwise passes by torch: Triton {reason}"
+    shape, count = max(Counter(shapes).items(), key=lambda each: each[1] * math.prod(each[0]))
+    trial = min(count, max(1, _TRIAL // max(1, math.prod(shape)))), *shape
+    found = [_tried("pack", device, (dtype, dtype, slot), trial) for slot in dict.fromkeys(slots)]
+    found += [_tried("add", device, (dtype, update), trial) for update in dict.fromkeys(updates)]
     return f"elementwise passes: {'; '.join(found)}"
 
 
@@ -157,7 +161,7 @@ _PASSES: dict[str, tuple[Callable[..., None], tuple[int, ...], list[tuple[Any, .
 
 
 @cache
-def _tried(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int, int]) -> str:
+def _tried(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> str:
     """Compare the kernel with torch, by bits and by time, and use it if it is as good and faster; in words."""
     (by_torch, written, numbers), by_triton = _PASSES[name], getattr(_kernels(), name)
     what = f"{name} {' and '.join(dict.fromkeys(str(dtype).removeprefix('torch.') for dtype in dtypes))} by"
@@ -170,15 +174,14 @@ def _tried(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], sha
                 pairs = (pair for index in written for pair in zip(own[index], torchs[index], strict=True))
                 if not all(torch.equal(*pair) for pair in pairs):
                     return f"{what} torch (Triton's bits differ)"
-        count = min(shape[0], max(1, _TRIAL // (shape[1] * shape[2])))
-        batch = [list(torch.ones(count, *shape[1:], dtype=dtype, device=device)) for dtype in dtypes]
-        each = numbers[0] if name == "pack" else ((1.0,) * count, *numbers[0][1:])
+        batch = [list(torch.ones(shape, dtype=dtype, device=device)) for dtype in dtypes]
+        each = numbers[0] if name == "pack" else ((1.0,) * shape[0], *numbers[0][1:])
         own_s, torch_s = (seconds(partial(work, *batch, *each), device) for work in (by_triton, by_torch))
     except Exception as error:
         return f"{what} torch (Triton fails: {str(error).strip().partition('\n')[0]})"
     if own_s < torch_s:
         _taken.add((device, name, dtypes))
-    times = f"Triton {1e3 * own_s:.3g} ms, torch {1e3 * torch_s:.3g} ms for {count} x {shape[1]} x {shape[2]}"
+    times = f"Triton {1e3 * own_s:.3g} ms, torch {1e3 * torch_s:.3g} ms for {' x '.join(map(str, shape))}"
     return f"{what} {'Triton' if own_s < torch_s else 'torch'} ({times})"
 
 
