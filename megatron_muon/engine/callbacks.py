@@ -36,8 +36,8 @@ Write = Callable[[list[Part], list[torch.Tensor], Reduce], None]
 """Takes the orthogonalized matrices (each (matrices, rows, columns) on this rank)."""
 
 Solve = Callable[[list[int], list[torch.Tensor]], torch.Tensor]
-"""Computes one batch of whole matrices from several of their shape (matrices, p, q), p <= q: of which weights the
-matrices are, by index, and one batch for each read. The result has the same shape and dtype."""
+"""Computes one batch of whole matrices from several of their shape (matrices, m, n): of which weights the matrices
+are, by index, and one batch for each read. The result has the same shape and dtype."""
 
 Flops = Callable[[int, int], int]
 """Operations in the products for one p x q matrix."""

@@ -44,7 +44,7 @@ def describe(plan: Plan, orthogonalizer: Orthogonalizer, ranks: Mapping[str, int
             if count:
                 ways[way] += count
                 methods[method] += count
-                shapes.add((kind.p, kind.q))
+                shapes.add((kind.m, kind.n))
     number = f"{len(plan.chunks)} chunk{'s' if len(plan.chunks) != 1 else ''}"
     gone = f"; {lent} of its own go to others" if lent else ""
     return [
@@ -59,7 +59,7 @@ def iteration_of(mode: str, orthogonalizer: Orthogonalizer, kind: Kind) -> str:
         return f"split Newton-Schulz, {orthogonalizer.named(None).dtype}"
     if mode == DISTRIBUTED:  # standard for all shapes, as GRAM has its own
         return str(orthogonalizer.named(None))
-    return str(orthogonalizer.named(orthogonalizer.restarts) if mode == GRAM else orthogonalizer.method(kind.p, kind.q))
+    return str(orthogonalizer.named(orthogonalizer.restarts) if mode == GRAM else orthogonalizer.method(kind.m, kind.n))
 
 
 def _listed(counts: Counter[str]) -> str:

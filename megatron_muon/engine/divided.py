@@ -19,14 +19,14 @@ from megatron_muon.engine.packing import (
 )
 from megatron_muon.engine.run import Pause, RankChunk, Run, Work
 from megatron_muon.orthogonalize.gram import prescale
-from megatron_muon.orthogonalize.newton_schulz import square_sums
+from megatron_muon.orthogonalize.newton_schulz import square_sums, turned
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 __all__ = ["distributed", "gram"]
 
 
 def distributed(run: Run, mine: RankChunk) -> Work:
-    """Each rank keeps its columns; Gram matrices are summed."""
+    """Each rank keeps its part; Gram matrices are summed."""
     orthogonalizer, exchange = run.orthogonalizer, run.exchange(mine)
     shards = yield from _normalized(run, mine, [1.0] * len(mine.batches))
     # Partial sums are added in float32: bfloat16 loses bits.
@@ -39,7 +39,7 @@ def distributed(run: Run, mine: RankChunk) -> Work:
         _standard_step(orthogonalizer, shards, pending.wait(), coefficients)
     for x in shards:
         run.counters.flops += x.size(0) * orthogonalizer.standard_flops(*x.shape[-2:])
-    run.unpack(mine, shards)
+    _unpack(run, mine, shards)
 
 
 def _standard_step(
@@ -79,7 +79,7 @@ def gram(run: Run, mine: RankChunk) -> Work:
     for x, batch in zip(shards, batches, strict=True):
         run.counters.flops += orthogonalizer.segment_count * x.size(0) * orthogonalizer.rectangular_flops(*x.shape[-2:])
         run.counters.flops += batch.counts[mine.rank] * orthogonalizer.polynomial_flops(batch.kind.p)
-    run.unpack(mine, shards)
+    _unpack(run, mine, shards)
 
 
 def _polynomials(
@@ -113,11 +113,22 @@ def _multiply(
 
 
 def _normalized(run: Run, mine: RankChunk, scales: list[float]) -> Generator[Pause, None, list[torch.Tensor]]:
-    """This rank's shards, divided by the norms of the whole matrices, times a scale for each batch."""
+    """This rank's shards, divided by the norms of the whole matrices, times a scale for each batch.
+
+    The last dimension is the one that ranks share: those that share rows are views of their transposes.
+    """
     packed = run.pack(mine, run.local_dtype)
     squares = [square_sums(x) for x in packed]
     pending = run.exchange(mine).all_reduce(flat(squares))
     yield Pause.EXCHANGE
     totals = cut(pending.wait(), [[each.shape for each in squares]])[0]
     packed.reverse()
-    return [run.orthogonalizer.normalized(packed.pop(), *each) for each in zip(scales, totals, strict=True)]
+    shards = []
+    for batch, scale, total in zip(mine.batches, scales, totals, strict=True):
+        shard = run.orthogonalizer.normalized(packed.pop(), scale, total)
+        shards.append(turned(shard, batch.kind.summed_dim == -2))
+    return shards
+
+
+def _unpack(run: Run, mine: RankChunk, shards: list[torch.Tensor]) -> None:
+    run.unpack(mine, [turned(x, batch.kind.summed_dim == -2) for x, batch in zip(shards, mine.batches, strict=True)])

@@ -138,7 +138,7 @@ class _Lot:
     @property
     def numel(self) -> int:
         """Elements of a unit."""
-        return self.each * self.kind.p * self.kind.q
+        return self.each * self.kind.m * self.kind.n
 
 
 @dataclass
@@ -319,10 +319,10 @@ class _Levels:
         kind, holder = lot.kind, lot.peers.holder
         if kind.mode == LOCAL:
             parts = tuple(kind.q * (rank == holder) for rank in range(self.peers.ranks))
-            return Kind(LENT, self.peers.group, kind.p, kind.q, -1, parts)
+            return Kind(LENT, self.peers.group, kind.m, kind.n, kind.summed_dim, parts)
         before, after = holder * self.tensor, (self.peers.ranks - holder - 1) * self.tensor
         parts = (*[0] * before, *kind.parts, *[0] * after)
-        return Kind(LENT, lot.peers.wide, kind.p, kind.q, kind.dim, parts)
+        return Kind(LENT, lot.peers.wide, kind.m, kind.n, kind.dim, parts)
 
     def _widths(self, q: int, members: Sequence[int]) -> tuple[int, ...]:
         """Columns of each rank."""
@@ -334,11 +334,11 @@ class _Levels:
 
     def _whole(self, lot: _Lot) -> int:
         """Operations of a unit."""
-        return lot.each * self.orthogonalizer.flops(lot.kind.p, lot.kind.q)
+        return lot.each * self.orthogonalizer.flops(lot.kind.m, lot.kind.n)
 
     def _single(self, lot: _Lot) -> float:
         """Seconds of one matrix."""
-        return self.orthogonalizer.flops(lot.kind.p, lot.kind.q) / self.policy.machine.flops
+        return self.orthogonalizer.flops(lot.kind.m, lot.kind.n) / self.policy.machine.flops
 
     def _member(self, lot: _Lot, number: int) -> float:
         """Seconds of one of ``number`` ranks that split a matrix."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from megatron_muon.engine.exchange import Exchange, Members, Pending
+from megatron_muon.engine.modes import SPLIT
 from megatron_muon.engine.packing import cut, even_part, flat
 from megatron_muon.engine.plan import Batch
 from megatron_muon.engine.run import Pause, RankChunk, Run, Work
@@ -19,42 +20,42 @@ _Place = tuple[int, int]
 
 def lent(run: Run, mine: RankChunk) -> Work:
     """Whole matrices, each to one rank, and back."""
-    return _lend(run, mine, 0, lambda batch, x: run.orthogonalize(x))
+    return _lend(run, mine, lambda batch, x: run.orthogonalize(x))
 
 
 def split(run: Run, mine: RankChunk) -> Work:
-    """Some columns of each matrix to each of several ranks, which iterate together, and back."""
+    """A part of the longer side of each matrix to each of several ranks, which iterate together, and back."""
 
     def work(batch: Batch, x: torch.Tensor) -> torch.Tensor:
-        p = batch.kind.p
+        p, dim = batch.kind.p, batch.kind.summed_dim
         members = Members(run.exchange(mine), _some(batch.counts))
         rows = even_part(p, len(members.ranks), members.ranks.index(mine.rank))
-        run.counters.flops += x.size(0) * int(run.orthogonalizer.member_flops(p, x.size(-1), rows))
-        return run.orthogonalizer.split(x, members.sum, members.scatter, members.gather)
+        run.counters.flops += x.size(0) * int(run.orthogonalizer.member_flops(p, x.size(dim), rows))
+        return run.orthogonalizer.split(x, members.sum, members.scatter, members.gather, dim)
 
-    return _lend(run, mine, -1, work)
+    return _lend(run, mine, work)
 
 
-def _lend(run: Run, mine: RankChunk, dim: int, work: Callable[[Batch, torch.Tensor], torch.Tensor]) -> Work:
+def _lend(run: Run, mine: RankChunk, work: Callable[[Batch, torch.Tensor], torch.Tensor]) -> Work:
     """All-to-all of pieces to who works on them, and back.
 
     Args:
         run: the step.
         mine: the chunk.
-        dim: what is cut for those who get a piece: matrices (0), or their columns (-1).
         work: what this rank does of a batch that it gets.
     """
     exchange, rank, batches = run.exchange(mine), mine.rank, mine.batches
     borrowed = [batch for batch in mine.chunk.batches if batch.counts[rank]]
 
     def shape(batch: Batch, worker: int, holder: int) -> tuple[int, ...]:
-        rows, columns = batch.kind.part(holder)
-        return (batch.counts[worker], rows, columns) if dim == 0 else (batch.count, rows, batch.counts[worker])
+        found = [batch.count, *batch.kind.part(holder)]
+        found[_cut_dim(batch)] = batch.counts[worker]
+        return tuple(found)
 
     nothing = torch.empty(0, dtype=run.wire.dtype, device=run.wire.device)
     taken = {(by, n): shape(batch, rank, by) for n, batch in enumerate(borrowed) for by in _some(batch.kind.parts)}
     given = {(to, n): shape(batch, to, rank) for n, batch in enumerate(batches) for to in _some(batch.counts)}
-    cuts = [x.split(b.counts, dim=dim) for x, b in zip(run.pack(mine, run.wire.dtype), batches, strict=True)]
+    cuts = [x.split(b.counts, dim=_cut_dim(b)) for x, b in zip(run.pack(mine, run.wire.dtype), batches, strict=True)]
     pending = _sent(exchange, {(to, n): cuts[n][to] for to, n in given}, taken, nothing)
     del cuts
     yield Pause.EXCHANGE
@@ -70,7 +71,13 @@ def _lend(run: Run, mine: RankChunk, dim: int, work: Callable[[Batch, torch.Tens
     pending = _sent(exchange, results, given, nothing.to(run.wire.back))
     del results
     yield Pause.LATE
-    run.unpack(mine, [torch.cat(some, dim=dim) for some in _by_batch(pending, given, len(batches))])
+    returned = zip(batches, _by_batch(pending, given, len(batches)), strict=True)
+    run.unpack(mine, [torch.cat(some, dim=_cut_dim(batch)) for batch, some in returned])
+
+
+def _cut_dim(batch: Batch) -> int:
+    """What is cut for those who get a piece: the batch into matrices (0), or these along their longer side."""
+    return batch.kind.summed_dim if batch.kind.mode == SPLIT else 0
 
 
 def _sent(

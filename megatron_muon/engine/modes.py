@@ -24,11 +24,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_muon.choices import TP_MODES
-from megatron_muon.engine.packing import triangle_numel
-from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 __all__ = ["AUTO", "BLOCKWISE", "DISTRIBUTED", "DUPLICATED", "GRAM", "LENT", "LOCAL", "MODES", "OWNER", "SPLIT", "Cost"]
-__all__ += ["Divided", "Machine", "Sizes", "cheapest_mode", "cost_of"]
+__all__ += ["Machine", "Sizes"]
 
 MODES = AUTO, OWNER, GRAM, DUPLICATED, DISTRIBUTED, BLOCKWISE = TP_MODES
 
@@ -99,76 +97,3 @@ class Cost:
     def seconds(self, machine: Machine) -> float:
         """On a machine, nothing overlapped."""
         return self.flops / machine.flops + self.bytes / machine.bytes + self.collectives * machine.latency
-
-
-@dataclass(frozen=True)
-class Divided:
-    """Matrices of one shape that the ranks of a group hold equal parts of.
-
-    Attributes:
-        count: of matrices.
-        p: rows, at most q.
-        q: columns.
-        by_columns: whether the columns are divided; for a square matrix, whether one side is.
-        ranks: of the group.
-    """
-
-    count: int
-    p: int
-    q: int
-    by_columns: bool
-    ranks: int
-
-
-_NORM = 8
-"""Bytes of the square of a norm."""
-
-
-def cost_of(mode: str, matrices: Divided, orthogonalizer: Orthogonalizer, sizes: Sizes) -> Cost:
-    """Of the busiest rank, if the matrices are a chunk of their own.
-
-    Args:
-        mode: an exact one.
-        matrices: what must be exchanged.
-        orthogonalizer: knows the operations.
-        sizes: of elements that are sent.
-    """
-    count, p, q, ranks = matrices.count, matrices.p, matrices.q, matrices.ranks
-    others, most = ranks - 1, -(-count // ranks)
-    local = count * p * q // ranks
-    if mode == OWNER:
-        sent = local * others / ranks * sizes.wire + most * p * q * others / ranks * sizes.back
-        return Cost(most * orthogonalizer.flops(p, q), sent, 2)
-    if mode == DUPLICATED:
-        return Cost(count * orthogonalizer.flops(p, q), local * others * sizes.wire, 1)
-    if mode == DISTRIBUTED:
-        whole, part = (p, q // ranks) if matrices.by_columns else (q, p // ranks)
-        steps = len(orthogonalizer.coefficients)
-        reduced = 2 * others / ranks * count * (steps * triangle_numel(whole) * 4 + _NORM)
-        return Cost(count * orthogonalizer.standard_flops(whole, part), reduced, steps + 1)
-    triangle, runs = triangle_numel(p) * sizes.gram, orthogonalizer.segment_count
-    sent = 2 * others / ranks * count * _NORM + runs * (count / ranks + most) * others * triangle
-    flops = runs * count * orthogonalizer.rectangular_flops(p, q // ranks) + most * orthogonalizer.polynomial_flops(p)
-    return Cost(flops, sent, 1 + 2 * runs)
-
-
-def cheapest_mode(
-    matrices: Divided, orthogonalizer: Orthogonalizer, sizes: Sizes, machine: Machine, *, without: str = ""
-) -> str:
-    """The exact mode that takes the least time; see :func:`cost_of`. Ties go to the first of owner, gram, ...
-
-    Args:
-        matrices: what must be exchanged.
-        orthogonalizer: knows the operations.
-        sizes: of elements that are sent.
-        machine: its rates.
-        without: a mode that is not to be chosen.
-    """
-    candidates = [OWNER, DUPLICATED, DISTRIBUTED]
-    if matrices.by_columns and orthogonalizer.restarts is not None:
-        candidates.insert(1, GRAM)
-
-    def seconds(mode: str) -> float:
-        return cost_of(mode, matrices, orthogonalizer, sizes).seconds(machine)
-
-    return min((mode for mode in candidates if mode != without), key=seconds)

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_muon.engine.modes import LOCAL
+from megatron_muon.engine.modes import DISTRIBUTED, GRAM, LOCAL
 from megatron_muon.routing.blocks import BlockRange
 from megatron_muon.routing.layout import MatrixLayout
 
@@ -85,7 +85,6 @@ class Item:
         count: number of matrices.
         rows: m of the logical matrices.
         columns: n of the logical matrices.
-        transposed: whether they take part as their transposes.
     """
 
     weight: int
@@ -95,7 +94,6 @@ class Item:
     count: int
     rows: int
     columns: int
-    transposed: bool
 
     def piece(self, weight: Weight, rank: int) -> BlockRange:
         """Where its part lies in the shard of ``rank``."""
@@ -110,24 +108,44 @@ class Kind:
     Attributes:
         mode: how they are exchanged.
         group: name of the group that divides them; empty if they are whole on this rank.
-        p: rows, as they take part; at most ``q``, except in ``distributed``, which contracts the divided side.
-        q: columns.
+        m: rows of a matrix.
+        n: its columns.
         dim: the divided dimension, -2 or -1; 0 if they are whole.
         parts: its size on each rank; of matrices that are lent, 0 on all but those that hold them.
     """
 
     mode: str
     group: str
-    p: int
-    q: int
+    m: int
+    n: int
     dim: int = 0
     parts: tuple[int, ...] = ()
 
     def part(self, rank: int) -> tuple[int, int]:
         """Shape of what ``rank`` holds of one matrix."""
         if self.dim == 0:
-            return self.p, self.q
-        return (self.parts[rank], self.q) if self.dim == -2 else (self.p, self.parts[rank])
+            return self.m, self.n
+        return (self.parts[rank], self.n) if self.dim == -2 else (self.m, self.parts[rank])
+
+    @property
+    def summed_dim(self) -> int:
+        """The dimension that Gram matrices are sums over: the longer one, but where ranks add up their parts of them.
+
+        That is in ``gram``, which divides the longer one anyway or either one of a square, and in ``distributed``.
+        """
+        if self.mode in (GRAM, DISTRIBUTED):
+            return self.dim
+        return -2 if self.m > self.n else -1
+
+    @property
+    def p(self) -> int:
+        """Rows of the Gram matrix."""
+        return self.m if self.summed_dim == -1 else self.n
+
+    @property
+    def q(self) -> int:
+        """How many terms each of its elements is the sum of."""
+        return self.n if self.summed_dim == -1 else self.m
 
 
 @dataclass(frozen=True)
@@ -138,7 +156,7 @@ class Batch:
         kind: of all of them.
         items: in the order of the batch.
         counts: how many each rank of the group owns, in the order of the batch; empty where nobody owns. In ``split``,
-            how many columns of each matrix.
+            how much of the longer side of each matrix.
     """
 
     kind: Kind

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_muon.engine.costs import cheapest_mode, cost_of, divides_longer
 from megatron_muon.engine.modes import (
     AUTO,
     BLOCKWISE,
@@ -21,11 +22,8 @@ from megatron_muon.engine.modes import (
     GRAM,
     LOCAL,
     OWNER,
-    Divided,
     Machine,
     Sizes,
-    cheapest_mode,
-    cost_of,
 )
 from megatron_muon.engine.plan import Batch, Chunk, Item, Kind, Plan, Weight
 from megatron_muon.errors import ConfigError
@@ -164,25 +162,21 @@ def _items(index: int, weight: Weight, mode: str) -> Iterator[tuple[Kind, Item]]
 def _whole_item(index: int, number: int, weight: Weight) -> tuple[Kind, Item]:
     """Matrices that this rank holds whole."""
     block = weight.layout.blocks(weight.shape)[number]
-    p, q = sorted((block.rows, block.columns))
     units = units_of(weight.layout, number, weight.shape, False)
-    item = Item(index, number, 0, units, block.count, block.rows, block.columns, block.rows > block.columns)
-    return Kind(LOCAL, "", p, q), item
+    item = Item(index, number, 0, units, block.count, block.rows, block.columns)
+    return Kind(LOCAL, "", block.rows, block.columns), item
 
 
 def _divided_item(
     index: int, number: int, weight: Weight, block: Block, start: int, stop: int, count: int
 ) -> tuple[Kind, Item]:
     """Matrices that the ranks of a group hold parts of."""
-    transposed = block.rows > block.columns
-    p, q = sorted((block.rows, block.columns))
     if weight.dim == -1:
         parts = (weight.shape[-1],) * weight.ranks
     else:
         parts = tuple(_rows_on(weight, number, block, start, rank) for rank in range(weight.ranks))
-    dim = -3 - weight.dim if transposed else weight.dim
-    item = Item(index, number, start, stop, count, block.rows, block.columns, transposed)
-    return Kind(AUTO, weight.group, p, q, dim, parts), item
+    item = Item(index, number, start, stop, count, block.rows, block.columns)
+    return Kind(AUTO, weight.group, block.rows, block.columns, weight.dim, parts), item
 
 
 def _rows_on(weight: Weight, number: int, block: Block, start: int, rank: int) -> int:
@@ -210,13 +204,13 @@ def _with_modes(
         if kind.mode == LOCAL:
             chosen.append((kind, items))
         elif mode != AUTO:
-            chosen.append(_in_mode(kind, items, mode))
+            chosen.append((_in_mode(kind, mode), items))
         else:
             count = _count(items)
             even, rest = _cut(items, count - count % len(kind.parts))
             if even:
-                mode = cheapest_mode(_question(kind, even), orthogonalizer, policy.sizes, policy.machine)
-                chosen.append(_in_mode(kind, even, mode))
+                mode = cheapest_mode(kind, _count(even), orthogonalizer, policy.sizes, policy.machine)
+                chosen.append((_in_mode(kind, mode), even))
             if rest:
                 rests[kind.group].append((kind, rest))
     for group in rests.values():
@@ -231,43 +225,30 @@ def _spread(
     rests = sorted(rests, key=lambda pair: (-_weight_of(pair[0]), repr(pair[0])))
     sizes, machine = policy.sizes, policy.machine
     ranks = len(rests[0][0].parts)
-    questions = [_question(kind, items) for kind, items in rests]
-    split = [cheapest_mode(question, orthogonalizer, sizes, machine, without=OWNER) for question in questions]
+    counts = [(kind, _count(items)) for kind, items in rests]
+    split = [cheapest_mode(*each, orthogonalizer, sizes, machine, without=OWNER) for each in counts]
     of_split = [
-        cost_of(mode, question, orthogonalizer, sizes).seconds(machine)
-        for mode, question in zip(split, questions, strict=True)
+        cost_of(mode, *each, orthogonalizer, sizes).seconds(machine) for mode, each in zip(split, counts, strict=True)
     ]
-    sent = [cost_of(OWNER, question, orthogonalizer, sizes).bytes / machine.bytes for question in questions]
+    sent = [cost_of(OWNER, *each, orthogonalizer, sizes).bytes / machine.bytes for each in counts]
 
     def seconds(number: int) -> float:
         """With the first ``number`` kinds split."""
         loads = [0] * ranks
-        for question in questions[number:]:
-            for _ in range(question.count):
-                loads[loads.index(min(loads))] += orthogonalizer.flops(question.p, question.q)
+        for kind, count in counts[number:]:
+            for _ in range(count):
+                loads[loads.index(min(loads))] += orthogonalizer.flops(kind.m, kind.n)
         messages = 2 * machine.latency if number < len(rests) else 0.0
         return sum(of_split[:number]) + sum(sent[number:]) + messages + max(loads) / machine.flops
 
     number = min(range(len(rests) + 1), key=seconds)
     modes = [*split[:number], *[OWNER] * (len(rests) - number)]
-    return [_in_mode(kind, items, mode) for (kind, items), mode in zip(rests, modes, strict=True)]
+    return [(_in_mode(kind, mode), items) for (kind, items), mode in zip(rests, modes, strict=True)]
 
 
-def _question(kind: Kind, items: Sequence[Item]) -> Divided:
-    """What the cost of a mode depends on."""
-    even = len(set(kind.parts)) == 1
-    return Divided(_count(items), kind.p, kind.q, even and (kind.dim == -1 or kind.p == kind.q), len(kind.parts))
-
-
-def _in_mode(kind: Kind, items: list[Item], mode: str) -> tuple[Kind, list[Item]]:
-    """The kind in a mode, with its matrices turned as the mode needs them."""
-    turn = (mode == DISTRIBUTED and kind.dim == -2) or (mode == GRAM and kind.dim == -2 and kind.p == kind.q)
-    if mode == GRAM and kind.dim == -2 and not turn:
-        mode = OWNER  # the rows of a Gram matrix need each other
-    if not turn:
-        return dataclasses.replace(kind, mode=mode), items
-    turned = [dataclasses.replace(item, transposed=not item.transposed) for item in items]
-    return dataclasses.replace(kind, mode=mode, p=kind.q, q=kind.p, dim=-1), turned
+def _in_mode(kind: Kind, mode: str) -> Kind:
+    """The kind in a mode; what ``gram`` cannot do has owners, because the rows of a Gram matrix need each other."""
+    return dataclasses.replace(kind, mode=OWNER if mode == GRAM and not divides_longer(kind) else mode)
 
 
 class _Chunks:
@@ -291,7 +272,7 @@ class _Chunks:
         ):
             self._close()
         self.stage = stage
-        size = 4 * kind.p * kind.q
+        size = 4 * kind.m * kind.n
         while items:
             if not self.open:
                 # Owners share the chunk: each holds the bound. In gram and distributed no rank holds a matrix whole.
@@ -336,7 +317,7 @@ class _Chunks:
         idle_first = sorted(range(ranks), key=lambda rank: (self.chunk_load.get(rank, 0), load[rank], rank))
         for rank in idle_first[: number % ranks]:
             counts[rank] += 1
-        cost = self.orthogonalizer.flops(*sorted((kind.p, kind.q)))
+        cost = self.orthogonalizer.flops(kind.m, kind.n)
         for rank, count in enumerate(counts):
             load[rank] += count * cost
             self.chunk_load[rank] = self.chunk_load.get(rank, 0) + count * cost
@@ -345,7 +326,7 @@ class _Chunks:
 
 def _weight_of(kind: Kind) -> int:
     """By what the costliest kind is found: about the operations of one matrix."""
-    p, q = sorted((kind.p, kind.q))
+    p, q = sorted((kind.m, kind.n))
     return p * p * (q + p)
 
 

@@ -86,7 +86,7 @@ class _Rank:
         return accounts[chunk.mode](chunk.batches)
 
     def _local(self, batches: tuple[Batch, ...]) -> Cost:
-        return Cost(sum(batch.count * self.orthogonalizer.flops(batch.kind.p, batch.kind.q) for batch in batches))
+        return Cost(sum(batch.count * self.orthogonalizer.flops(batch.kind.m, batch.kind.n) for batch in batches))
 
     def _duplicated(self, batches: tuple[Batch, ...]) -> Cost:
         """One all-gather, of buffers as long as the longest."""
@@ -97,8 +97,8 @@ class _Rank:
     def _distributed(self, batches: tuple[Batch, ...]) -> Cost:
         """The norms, and in each step the Gram matrices."""
         ranks, steps = len(batches[0].kind.parts), len(self.orthogonalizer.coefficients)
-        parts = [(batch.count, *batch.kind.part(self.number)) for batch in batches]
-        flops = sum(count * self.orthogonalizer.standard_flops(p, columns) for count, p, columns in parts)
+        parts = [(batch.count, batch.kind.p, batch.kind.parts[self.number]) for batch in batches]
+        flops = sum(count * self.orthogonalizer.standard_flops(p, part) for count, p, part in parts)
         norms = _reduced(ranks, sum(count for count, _, _ in parts) * self.norm_bytes)
         grams = _reduced(ranks, sum(count * triangle_numel(p) for count, p, _ in parts) * self.gram_bytes)
         return Cost(flops) + sum([grams] * steps, norms)
@@ -110,8 +110,8 @@ class _Rank:
             own, kind = batch.counts[self.number], batch.kind
             mine = _part(batch, self.number)
             there += (batch.count - own) * mine
-            back += own * (kind.p * kind.q - mine)
-            flops += own * self.orthogonalizer.flops(kind.p, kind.q)
+            back += own * (kind.m * kind.n - mine)
+            flops += own * self.orthogonalizer.flops(kind.m, kind.n)
         return Cost(flops, there * self.sizes.wire + back * self.sizes.back, 2)
 
     def _split(self, batches: tuple[Batch, ...]) -> Cost:
@@ -142,8 +142,8 @@ class _Rank:
         total = _reduced(ranks, sum(batch.count for batch in batches) * self.norm_bytes)
         owned = [0] * ranks  # elements in the triangles of each rank
         for batch in batches:
-            p, columns = batch.kind.part(self.number)
-            total += Cost(segments * batch.count * orthogonalizer.rectangular_flops(p, columns))
+            p, part = batch.kind.p, batch.kind.parts[self.number]
+            total += Cost(segments * batch.count * orthogonalizer.rectangular_flops(p, part))
             total += Cost(batch.counts[self.number] * orthogonalizer.polynomial_flops(p))
             for rank, count in enumerate(batch.counts):
                 owned[rank] += count * triangle_numel(p)

@@ -97,16 +97,13 @@ class RankChunk:
         return cls(chunk, rank, batches, parts, "" if chunk.mode == LOCAL else sum_group)
 
     def slots(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The slice of each of :attr:`parts`, the right way round.
+        """The slice of each of :attr:`parts`.
 
         Args:
             batches: (matrices, rows, columns) on this rank, for each of :attr:`batches`.
         """
-        found = []
-        for batch, tensor in zip(self.batches, batches, strict=True):
-            slices = tensor.split([item.count for item in batch.items])
-            found += [x.mT if item.transposed else x for x, item in zip(slices, batch.items, strict=True)]
-        return found
+        pairs = zip(self.batches, batches, strict=True)
+        return [x for batch, tensor in pairs for x in tensor.split([item.count for item in batch.items])]
 
 
 def _holder(weights: Sequence[Weight], batch: Batch) -> int:
@@ -161,7 +158,7 @@ class Run:
         return [element.expand(batch.count, *batch.kind.part(mine.rank)) for batch in mine.batches]
 
     def orthogonalize(self, x: torch.Tensor) -> torch.Tensor:
-        """Whole matrices (matrices, p, q)."""
+        """Whole matrices (matrices, m, n)."""
         self.counters.flops += x.size(0) * self.orthogonalizer.flops(*x.shape[-2:])
         return self.orthogonalizer(x)
 

@@ -57,7 +57,7 @@ def _work(plan: Plan, group: str, orthogonalizer: Orthogonalizer) -> list[tuple[
     found: Counter[int] = Counter()
     for chunk in plan.chunks:
         for batch in chunk.batches if chunk.group == group else ():
-            each = orthogonalizer.flops(*sorted((batch.kind.p, batch.kind.q)))
+            each = orthogonalizer.flops(batch.kind.m, batch.kind.n)
             for item in batch.items:
                 found[plan.weights[item.weight].bucket] += item.count * each
     return sorted(found.items())

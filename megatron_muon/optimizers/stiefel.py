@@ -151,8 +151,9 @@ class _Move:
         self.tangency: torch.Tensor | None = None
 
     def __call__(self, weights: list[int], batches: list[torch.Tensor]) -> torch.Tensor:
-        """The new weights of a batch, (matrices, p, q), p <= q, from momentum and weights."""
+        """The new weights of a batch, (matrices, m, n), from momentum and weights."""
         momentum, weight = batches
+        is_tall = weight.size(-2) > weight.size(-1)
         out = torch.empty_like(weight, memory_format=torch.contiguous_format)
         bound = Orthogonalizer.batch_bytes[weight.device.type] // _WORK
         each = max(1, bound // (weight.size(-2) * weight.size(-1) * weight.element_size()))
@@ -160,7 +161,9 @@ class _Move:
             some = slice(start, start + each)
             rate = self._rate([self.rates[index] for index in weights[some]], weight)
             # Tall, as the mathematics is written.
-            out[some] = self._moved(weight[some].mT.contiguous(), momentum[some].mT.contiguous(), rate).mT
+            tall = [(x[some] if is_tall else x[some].mT).contiguous() for x in (weight, momentum)]
+            moved = self._moved(tall[0], tall[1], rate)
+            out[some] = moved if is_tall else moved.mT
         return out
 
     def _moved(self, weight: torch.Tensor, momentum: torch.Tensor, rate: Rate) -> torch.Tensor:

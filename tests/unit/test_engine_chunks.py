@@ -32,12 +32,12 @@ from tests.random_weights import (
 def loads_of(chunk: Chunk, iteration: Orthogonalizer) -> list[int]:
     """Operations of each owner of a chunk."""
     ranks = len(chunk.batches[0].kind.parts)
-    each = [(batch, iteration.flops(*sorted((batch.kind.p, batch.kind.q)))) for batch in chunk.batches]
+    each = [(batch, iteration.flops(batch.kind.m, batch.kind.n)) for batch in chunk.batches]
     return [sum(batch.counts[rank] * flops for batch, flops in each) for rank in range(ranks)]
 
 
 def costliest(chunk: Chunk, iteration: Orthogonalizer) -> int:
-    return max(iteration.flops(*sorted((batch.kind.p, batch.kind.q))) for batch in chunk.batches)
+    return max(iteration.flops(batch.kind.m, batch.kind.n) for batch in chunk.batches)
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])

@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
-from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, OWNER, Cost, Divided, Machine, cost_of
-from megatron_muon.engine.plan import Weight
+from megatron_muon.engine.costs import cost_of
+from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, OWNER, Cost, Machine
+from megatron_muon.engine.plan import Kind, Weight
 from megatron_muon.orthogonalize.coefficients import coefficients
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import WHOLE
@@ -21,13 +22,11 @@ def divided(count: int, p: int, q: int, dim: int, ranks: int) -> list[Weight]:
 
 
 def seconds_of(count: int, p: int, q: int, dim: int, ranks: int, iteration: Orthogonalizer, machine: Machine) -> dict:
-    """Of each exact mode that can be. Taller ones take part as their transposes."""
-    if p > q:
-        p, q, dim = q, p, -3 - dim
-    by_columns = dim == -1 or p == q
-    modes = [mode for mode in EXACT if mode != GRAM or (by_columns and iteration.restarts is not None)]
-    matrices = Divided(count, p, q, by_columns, ranks)
-    return {mode: cost_of(mode, matrices, iteration, SIZES).seconds(machine) for mode in modes}
+    """Of each exact mode that can be."""
+    longer = p == q or dim == (-1 if p < q else -2)
+    modes = [mode for mode in EXACT if mode != GRAM or (longer and iteration.restarts is not None)]
+    kind = Kind("auto", "tp", p, q, dim, ((q if dim == -1 else p) // ranks,) * ranks)
+    return {mode: cost_of(mode, kind, count, iteration, SIZES).seconds(machine) for mode in modes}
 
 
 @pytest.mark.parametrize("iteration", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
@@ -73,7 +72,7 @@ def test_what_is_left_over_after_even_shares_may_have_another_mode(ranks: int) -
 def test_costs_of_a_worked_example() -> None:
     """Eight 4 x 16 matrices, cut by columns over four ranks, 4 bytes an element."""
     iteration = Orthogonalizer(coefficients("quintic", 5), torch.float32)
-    args = (Divided(8, 4, 16, True, 4), iteration, SIZES)
+    args = (Kind("auto", "tp", 4, 16, -1, (4,) * 4), 8, iteration, SIZES)
     # 128 elements of 8 shards there, 3/4 of them to others; 3/4 of two whole matrices back.
     assert cost_of(OWNER, *args) == Cost(2 * iteration.flops(4, 16), (128 * 3 / 4 + 2 * 64 * 3 / 4) * 4, 2)
     # By a ring each rank sends its shards three times.
@@ -100,4 +99,4 @@ def test_gram_is_for_matrices_cut_along_their_longer_side(p: int, q: int, dim: i
     plan = plan_of(divided(4, p, q, dim, 4), GRAM)
     ((chunk, batch),) = batches_of(plan)
     assert chunk.mode == expected
-    assert expected == OWNER or batch.kind.dim == -1
+    assert expected == OWNER or batch.kind.summed_dim == dim

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, LOCAL, OWNER
+from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LOCAL, OWNER
 from megatron_muon.engine.plan import Item, Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.routing.blocks import split
@@ -104,15 +104,17 @@ def test_shapes_and_parts_are_those_of_the_layout(seed: int, ranks: int) -> None
             kind = batch.kind
             assert (kind.mode, kind.group) == (chunk.mode, chunk.group)
             assert kind.p <= kind.q or kind.mode == DISTRIBUTED
+            assert kind.mode not in (GRAM, DISTRIBUTED) or kind.summed_dim == kind.dim
             assert (kind.group == "") == (chunk.mode == LOCAL)
             if kind.dim:
-                assert sum(kind.parts) == (kind.p if kind.dim == -2 else kind.q)
+                assert sum(kind.parts) == (kind.m if kind.dim == -2 else kind.n)
             for item in batch.items:
                 weight = plan.weights[item.weight]
                 shape = weight.shape if per_rank(weight, chunk) else weight.whole_shape
                 block = weight.layout.blocks(shape)[item.block]
                 assert (item.rows, item.columns) == (block.rows, block.columns)
-                assert (kind.p, kind.q) == ((item.columns, item.rows) if item.transposed else (item.rows, item.columns))
+                assert (kind.m, kind.n) == (item.rows, item.columns)
+                assert kind.dim in (0, weight.dim)
 
 
 def numbered(weight: Weight, index: int) -> torch.Tensor:
@@ -147,11 +149,10 @@ def test_pieces_of_all_ranks_are_the_logical_matrices_and_go_back(seed: int, ran
                 for rank in range(weight.ranks):
                     slot = torch.full((item.count, *batch.kind.part(rank)), -2.0, dtype=torch.float64)
                     slots.append(slot)
-                    view = slot.mT if item.transposed else slot
                     piece = item.piece(weight, rank)
-                    for source, target in piece.pairs(shards[item.weight][rank], view):
+                    for source, target in piece.pairs(shards[item.weight][rank], slot):
                         target.copy_(source)
-                    for target, source in piece.pairs(returned[item.weight][rank], view):
+                    for target, source in piece.pairs(returned[item.weight][rank], slot):
                         target.copy_(source)
                 first = first_matrix(item, weight, per_rank(weight, chunk))
                 if per_rank(weight, chunk):
@@ -163,7 +164,6 @@ def test_pieces_of_all_ranks_are_the_logical_matrices_and_go_back(seed: int, ran
                 else:
                     expected, found = [matrices_of(weight, item.block, wholes[item.weight])], slots
                 for its, matrices in zip(found, expected, strict=True):
-                    its = its.mT if item.transposed else its
                     assert torch.equal(its, matrices[first : first + item.count])
         for weight, whole, parts in zip(plan.weights, wholes, returned, strict=True):
             back = torch.cat(parts, dim=weight.dim) if weight.dim else parts[0]
@@ -254,7 +254,7 @@ def test_whole_heads_are_local_in_every_mode(mode: str) -> None:
 def test_blockwise_takes_each_shard_as_a_matrix() -> None:
     plan = plan_of([Weight((8, 8), WHOLE, -1, "tp", 4)] * 3, "blockwise")
     ((chunk, batch),) = batches_of(plan)
-    assert (chunk.mode, batch.kind.p, batch.kind.q, batch.count) == (LOCAL, 8, 8, 3)
+    assert (chunk.mode, batch.kind.m, batch.kind.n, batch.count) == (LOCAL, 8, 8, 3)
 
 
 @pytest.mark.parametrize(

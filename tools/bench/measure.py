@@ -182,7 +182,7 @@ def _method(engine: StepEngine) -> dict[str, Any]:
     shapes: dict[str, Any] = {}
     for chunk in engine.plan.chunks:
         for batch in chunk.batches:
-            p, q = sorted((batch.kind.p, batch.kind.q))
+            p, q = sorted((batch.kind.m, batch.kind.n))
             method = iteration_of(chunk.mode, engine.orthogonalizer, batch.kind)
             entry = shapes.setdefault(f"{p} x {q}", {}).setdefault(chunk.mode, {"method": method, "matrices": 0})
             entry["matrices"] += batch.count

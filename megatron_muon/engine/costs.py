@@ -1,0 +1,71 @@
+"""What the ranks of a tensor-parallel group need for matrices of one shape in each mode, and the cheapest mode."""
+
+from __future__ import annotations
+
+from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, OWNER, Cost, Machine, Sizes
+from megatron_muon.engine.packing import triangle_numel
+from megatron_muon.engine.plan import Kind
+from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+
+__all__ = ["cheapest_mode", "cost_of", "divides_longer"]
+
+_NORM = 8
+"""Bytes of the square of a norm."""
+
+
+def divides_longer(kind: Kind) -> bool:
+    """Whether matrices are divided along their longer side, or either side of a square."""
+    return kind.m == kind.n or kind.dim == (-2 if kind.m > kind.n else -1)
+
+
+def cost_of(mode: str, kind: Kind, count: int, orthogonalizer: Orthogonalizer, sizes: Sizes) -> Cost:
+    """Of the busiest rank, if the matrices are a chunk of their own and their parts are of equal sizes.
+
+    Args:
+        mode: an exact one.
+        kind: of the matrices, whatever its own mode is.
+        count: of matrices.
+        orthogonalizer: knows the operations.
+        sizes: of elements that are sent.
+    """
+    p, q = sorted((kind.m, kind.n))
+    ranks = len(kind.parts)
+    others, most = ranks - 1, -(-count // ranks)
+    local = count * p * q // ranks
+    if mode == OWNER:
+        sent = local * others / ranks * sizes.wire + most * p * q * others / ranks * sizes.back
+        return Cost(most * orthogonalizer.flops(p, q), sent, 2)
+    if mode == DUPLICATED:
+        return Cost(count * orthogonalizer.flops(p, q), local * others * sizes.wire, 1)
+    if mode == DISTRIBUTED:
+        whole, part = (kind.m, kind.n // ranks) if kind.dim == -1 else (kind.n, kind.m // ranks)
+        steps = len(orthogonalizer.coefficients)
+        reduced = 2 * others / ranks * count * (steps * triangle_numel(whole) * 4 + _NORM)
+        return Cost(count * orthogonalizer.standard_flops(whole, part), reduced, steps + 1)
+    triangle, runs = triangle_numel(p) * sizes.gram, orthogonalizer.segment_count
+    sent = 2 * others / ranks * count * _NORM + runs * (count / ranks + most) * others * triangle
+    flops = runs * count * orthogonalizer.rectangular_flops(p, q // ranks) + most * orthogonalizer.polynomial_flops(p)
+    return Cost(flops, sent, 1 + 2 * runs)
+
+
+def cheapest_mode(
+    kind: Kind, count: int, orthogonalizer: Orthogonalizer, sizes: Sizes, machine: Machine, *, without: str = ""
+) -> str:
+    """The exact mode that takes the least time; see :func:`cost_of`. Ties go to the first of owner, gram, ...
+
+    Args:
+        kind: of the matrices, whatever its own mode is.
+        count: of matrices.
+        orthogonalizer: knows the operations.
+        sizes: of elements that are sent.
+        machine: its rates.
+        without: a mode that is not to be chosen.
+    """
+    candidates = [OWNER, DUPLICATED, DISTRIBUTED]
+    if divides_longer(kind) and len(set(kind.parts)) == 1 and orthogonalizer.restarts is not None:
+        candidates.insert(1, GRAM)
+
+    def seconds(mode: str) -> float:
+        return cost_of(mode, kind, count, orthogonalizer, sizes).seconds(machine)
+
+    return min((mode for mode in candidates if mode != without), key=seconds)
