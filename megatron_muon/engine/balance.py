@@ -161,9 +161,9 @@ class _Assignment:
         seen = set()
         for index in sorted(self.held[rank]):
             job = self.jobs[index]
-            kind = (job.bucket, job.cost, job.size)
-            if job.movable and kind not in seen:
-                seen.add(kind)
+            key = (job.bucket, job.cost, job.size)
+            if job.movable and key not in seen:
+                seen.add(key)
                 found.setdefault(job.bucket, []).append(index)
         return found
 

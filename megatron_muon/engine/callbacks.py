@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_muon.engine.plan import Item
+from megatron_muon.engine.plan import MatrixSlice
 from megatron_muon.routing.blocks import BlockRange
 
 __all__ = ["Flops", "Part", "Read", "Reduce", "Solve", "Write"]
@@ -22,7 +22,7 @@ class Part:
         piece: where they lie in this rank's shard.
     """
 
-    item: Item
+    item: MatrixSlice
     piece: BlockRange
 
 

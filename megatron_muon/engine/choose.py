@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_muon.engine.lending import lend
 from megatron_muon.engine.modes import AUTO, GRAM, OWNER
-from megatron_muon.engine.plan import Chunk, Item, Kind, Plan, Weight
+from megatron_muon.engine.plan import BatchKey, Chunk, MatrixSlice, Plan, Weight
 from megatron_muon.engine.planner import Policy, Stages, items_of, make_plan
 from megatron_muon.engine.prediction import predict
 from megatron_muon.engine.stages import in_stages
@@ -45,10 +45,10 @@ def choose_plan(
         return _made(weights, policy, orthogonalizer, {}, items, shared)
     candidates = [AUTO, OWNER] if orthogonalizer.restarts is None else [AUTO, OWNER, GRAM]
     modes = {}
-    for group in dict.fromkeys(kind.group for kind, _ in items if kind.group):
-        mine = [(kind, item) for kind, item in items if kind.group == group]
+    for group in dict.fromkeys(key.group for key, _ in items if key.group):
+        mine = [(key, item) for key, item in items if key.group == group]
 
-        def seconds(mode: str, mine: list[tuple[Kind, Item]] = mine, group: str = group) -> float:
+        def seconds(mode: str, mine: list[tuple[BatchKey, MatrixSlice]] = mine, group: str = group) -> float:
             """Of the busiest rank of the group that divides these."""
             plan = make_plan(weights, dataclasses.replace(policy, mode=mode), orthogonalizer, items=mine)
             ranks = range(len(mine[0][0].parts))
@@ -64,7 +64,7 @@ def _made(
     policy: Policy,
     orthogonalizer: Orthogonalizer,
     modes: Mapping[str, str],
-    items: Sequence[tuple[Kind, Item]],
+    items: Sequence[tuple[BatchKey, MatrixSlice]],
     shared: Sequence[Chunk],
 ) -> Plan:
     """With as many stages as pay."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, OWNER, Cost, Machine, Sizes
 from megatron_muon.engine.packing import triangle_numel
-from megatron_muon.engine.plan import Kind
+from megatron_muon.engine.plan import BatchKey
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 __all__ = ["cheapest_mode", "cost_of", "divides_longer"]
@@ -13,23 +13,23 @@ _NORM = 8
 """Bytes of the square of a norm."""
 
 
-def divides_longer(kind: Kind) -> bool:
+def divides_longer(key: BatchKey) -> bool:
     """Whether matrices are divided along their longer side, or either side of a square."""
-    return kind.m == kind.n or kind.dim == (-2 if kind.m > kind.n else -1)
+    return key.m == key.n or key.dim == (-2 if key.m > key.n else -1)
 
 
-def cost_of(mode: str, kind: Kind, count: int, orthogonalizer: Orthogonalizer, sizes: Sizes) -> Cost:
+def cost_of(mode: str, key: BatchKey, count: int, orthogonalizer: Orthogonalizer, sizes: Sizes) -> Cost:
     """Of the busiest rank, if the matrices are a chunk of their own and their parts are of equal sizes.
 
     Args:
         mode: an exact one.
-        kind: of the matrices, whatever its own mode is.
+        key: of the matrices, whatever its own mode is.
         count: of matrices.
         orthogonalizer: knows the operations.
         sizes: of elements that are sent.
     """
-    p, q = sorted((kind.m, kind.n))
-    ranks = len(kind.parts)
+    p, q = sorted((key.m, key.n))
+    ranks = len(key.parts)
     others, most = ranks - 1, -(-count // ranks)
     local = count * p * q // ranks
     if mode == OWNER:
@@ -38,7 +38,7 @@ def cost_of(mode: str, kind: Kind, count: int, orthogonalizer: Orthogonalizer, s
     if mode == DUPLICATED:
         return Cost(count * orthogonalizer.flops(p, q), local * others * sizes.wire, 1)
     if mode == DISTRIBUTED:
-        whole, part = (kind.m, kind.n // ranks) if kind.dim == -1 else (kind.n, kind.m // ranks)
+        whole, part = (key.m, key.n // ranks) if key.dim == -1 else (key.n, key.m // ranks)
         steps = len(orthogonalizer.coefficients)
         reduced = 2 * others / ranks * count * (steps * triangle_numel(whole) * 4 + _NORM)
         return Cost(count * orthogonalizer.standard_flops(whole, part), reduced, steps + 1)
@@ -49,12 +49,12 @@ def cost_of(mode: str, kind: Kind, count: int, orthogonalizer: Orthogonalizer, s
 
 
 def cheapest_mode(
-    kind: Kind, count: int, orthogonalizer: Orthogonalizer, sizes: Sizes, machine: Machine, *, without: str = ""
+    key: BatchKey, count: int, orthogonalizer: Orthogonalizer, sizes: Sizes, machine: Machine, *, without: str = ""
 ) -> str:
     """The exact mode that takes the least time; see :func:`cost_of`. Ties go to the first of owner, gram, ...
 
     Args:
-        kind: of the matrices, whatever its own mode is.
+        key: of the matrices, whatever its own mode is.
         count: of matrices.
         orthogonalizer: knows the operations.
         sizes: of elements that are sent.
@@ -62,10 +62,10 @@ def cheapest_mode(
         without: a mode that is not to be chosen.
     """
     candidates = [OWNER, DUPLICATED, DISTRIBUTED]
-    if divides_longer(kind) and len(set(kind.parts)) == 1 and orthogonalizer.restarts is not None:
+    if divides_longer(key) and len(set(key.parts)) == 1 and orthogonalizer.restarts is not None:
         candidates.insert(1, GRAM)
 
     def seconds(mode: str) -> float:
-        return cost_of(mode, kind, count, orthogonalizer, sizes).seconds(machine)
+        return cost_of(mode, key, count, orthogonalizer, sizes).seconds(machine)
 
     return min((mode for mode in candidates if mode != without), key=seconds)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from megatron_muon.engine.modes import DISTRIBUTED, GRAM, LENT, LOCAL, SPLIT
-from megatron_muon.engine.plan import Kind, Plan
+from megatron_muon.engine.plan import BatchKey, Plan
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 __all__ = ["describe", "iteration_of"]
@@ -31,20 +31,20 @@ def describe(plan: Plan, orthogonalizer: Orthogonalizer, ranks: Mapping[str, int
     shapes, lent = set(), 0
     for chunk in plan.chunks:
         for batch in chunk.batches:
-            kind, count, way = (
-                batch.kind,
+            key, count, way = (
+                batch.key,
                 batch.count,
                 _WAYS.get(chunk.mode, f"{chunk.mode} ({{}})").format(chunk.group),
             )
-            method = iteration_of(chunk.mode, orthogonalizer, kind)
+            method = iteration_of(chunk.mode, orthogonalizer, key)
             if chunk.mode in (LENT, SPLIT):
                 place = ranks[chunk.group]
-                lent += count if kind.parts[place] else 0
+                lent += count if key.parts[place] else 0
                 count = batch.counts[place] if chunk.mode == LENT else count if batch.counts[place] else 0
             if count:
                 ways[way] += count
                 methods[method] += count
-                shapes.add((kind.m, kind.n))
+                shapes.add((key.m, key.n))
     number = f"{len(plan.chunks)} chunk{'s' if len(plan.chunks) != 1 else ''}"
     gone = f"; {lent} of its own go to others" if lent else ""
     return [
@@ -53,13 +53,13 @@ def describe(plan: Plan, orthogonalizer: Orthogonalizer, ranks: Mapping[str, int
     ]
 
 
-def iteration_of(mode: str, orthogonalizer: Orthogonalizer, kind: Kind) -> str:
-    """The iteration by which a mode orthogonalizes matrices of a kind."""
+def iteration_of(mode: str, orthogonalizer: Orthogonalizer, key: BatchKey) -> str:
+    """The iteration by which a mode orthogonalizes matrices of one key."""
     if mode == SPLIT:
         return f"split Newton-Schulz, {orthogonalizer.named(None).dtype}"
     if mode == DISTRIBUTED:  # standard for all shapes, as GRAM has its own
         return str(orthogonalizer.named(None))
-    return str(orthogonalizer.named(orthogonalizer.restarts) if mode == GRAM else orthogonalizer.method(kind.m, kind.n))
+    return str(orthogonalizer.named(orthogonalizer.restarts) if mode == GRAM else orthogonalizer.method(key.m, key.n))
 
 
 def _listed(counts: Counter[str]) -> str:

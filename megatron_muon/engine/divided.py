@@ -58,10 +58,10 @@ def gram(run: Run, mine: RankChunk) -> Work:
     orthogonalizer, exchange, batches = run.orthogonalizer, run.exchange(mine), mine.batches
     # Triangles of what each rank owns.
     triangles = [
-        [(batch.counts[rank], triangle_numel(batch.kind.p)) for batch in batches] for rank in range(exchange.size)
+        [(batch.counts[rank], triangle_numel(batch.key.p)) for batch in batches] for rank in range(exchange.size)
     ]
     longest = max(sum(map(numel, each)) for each in triangles)
-    scales = [prescale(orthogonalizer.dtype, batch.kind.p) for batch in batches]
+    scales = [prescale(orthogonalizer.dtype, batch.key.p) for batch in batches]
     shards = yield from _normalized(run, mine, scales)
     for segment in range(orthogonalizer.segment_count):
         partial = [lower_triangle(orthogonalizer.products.gram(x)).to(run.wire.gram) for x in shards]
@@ -78,7 +78,7 @@ def gram(run: Run, mine: RankChunk) -> Work:
         scales = [1.0] * len(batches)
     for x, batch in zip(shards, batches, strict=True):
         run.counters.flops += orthogonalizer.segment_count * x.size(0) * orthogonalizer.rectangular_flops(*x.shape[-2:])
-        run.counters.flops += batch.counts[mine.rank] * orthogonalizer.polynomial_flops(batch.kind.p)
+        run.counters.flops += batch.counts[mine.rank] * orthogonalizer.polynomial_flops(batch.key.p)
     _unpack(run, mine, shards)
 
 
@@ -89,10 +89,10 @@ def _polynomials(
     # Sums of partial Gram matrices in float32 at least.
     wide = torch.promote_types(partial.dtype, torch.float32)
     total = partial.sum(dim=0, dtype=wide).to(run.orthogonalizer.dtype)
-    own = [(batch.counts[mine.rank], triangle_numel(batch.kind.p)) for batch in mine.batches]
+    own = [(batch.counts[mine.rank], triangle_numel(batch.key.p)) for batch in mine.batches]
     found = []
     for triangle, batch, scale in zip(cut(total, [own])[0], mine.batches, scales, strict=True):
-        r = from_triangle(triangle, batch.kind.p)
+        r = from_triangle(triangle, batch.key.p)
         found.append(lower_triangle(run.orthogonalizer.polynomials(r, segment, scale) if r.size(0) else r))
     return flat(found).to(run.wire.gram)
 
@@ -108,7 +108,7 @@ def _multiply(
     """The shards of each batch by the polynomials of all ranks, in place of the list's."""
     received = [cut(buffer, [each])[0] for buffer, each in zip(gathered, triangles, strict=True)]
     for index, pieces in enumerate(zip(*received, strict=True)):
-        q = from_triangle(torch.cat(pieces), mine.batches[index].kind.p).to(run.orthogonalizer.dtype)
+        q = from_triangle(torch.cat(pieces), mine.batches[index].key.p).to(run.orthogonalizer.dtype)
         shards[index] = run.orthogonalizer.products.apply(q, shards[index], 1.0 / scales[index])
 
 
@@ -126,9 +126,9 @@ def _normalized(run: Run, mine: RankChunk, scales: list[float]) -> Generator[Pau
     shards = []
     for batch, scale, total in zip(mine.batches, scales, totals, strict=True):
         shard = run.orthogonalizer.normalized(packed.pop(), scale, total)
-        shards.append(turned(shard, batch.kind.summed_dim == -2))
+        shards.append(turned(shard, batch.key.summed_dim == -2))
     return shards
 
 
 def _unpack(run: Run, mine: RankChunk, shards: list[torch.Tensor]) -> None:
-    run.unpack(mine, [turned(x, batch.kind.summed_dim == -2) for x, batch in zip(shards, mine.batches, strict=True)])
+    run.unpack(mine, [turned(x, batch.key.summed_dim == -2) for x, batch in zip(shards, mine.batches, strict=True)])

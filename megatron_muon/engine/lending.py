@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from megatron_muon.engine.modes import AUTO, BLOCKWISE, DUPLICATED, LENT, LOCAL, OWNER, SPLIT
 from megatron_muon.engine.packing import even_part
-from megatron_muon.engine.plan import Batch, Chunk, Item, Kind, Peers, Weight
+from megatron_muon.engine.plan import Batch, BatchKey, Chunk, MatrixSlice, Peers, Weight
 from megatron_muon.engine.planner import Policy, items_of
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
@@ -46,16 +46,16 @@ class Lending:
     """
 
     weights: tuple[Weight, ...]
-    kept: tuple[tuple[Kind, Item], ...]
+    kept: tuple[tuple[BatchKey, MatrixSlice], ...]
     chunks: Mapping[str, tuple[Chunk, ...]]
     flops: Mapping[str, tuple[list[float], list[float]]]
 
-    def kept_by(self, places: Mapping[str, int]) -> list[tuple[Kind, Item]]:
+    def kept_by(self, places: Mapping[str, int]) -> list[tuple[BatchKey, MatrixSlice]]:
         """What a rank does for itself, by its number in each group."""
         peers = [weight.peers for weight in self.weights]
         return [
-            (kind, item)
-            for kind, item in self.kept
+            (key, item)
+            for key, item in self.kept
             if (of := peers[item.weight]) is None or places.get(of.group) == of.holder
         ]
 
@@ -76,16 +76,16 @@ def lend(weights: tuple[Weight, ...], policy: Policy, orthogonalizer: Orthogonal
     Raises:
         ConfigError: for a weight that the mode cannot treat.
     """
-    kept: list[tuple[Kind, Item]] = []
+    kept: list[tuple[BatchKey, MatrixSlice]] = []
     lots: dict[str, list[_Lot]] = defaultdict(list)
     peers: dict[str, Peers] = {}
-    for kind, item in items_of(weights, policy.mode):
+    for key, item in items_of(weights, policy.mode):
         of = weights[item.weight].peers
         if of is None:
-            kept.append((kind, item))
+            kept.append((key, item))
         else:
             peers.setdefault(of.group, of)
-            lots[of.group].append(_Lot(kind, item, of))
+            lots[of.group].append(_Lot(key, item, of))
     chunks, flops = {}, {}
     for group, its in lots.items():
         levelled = _level(its, peers[group], policy, orthogonalizer)
@@ -117,13 +117,13 @@ class _Lot:
     """Matrices of one block of one weight.
 
     Attributes:
-        kind: of them, at their holder.
+        key: of them, at their holder.
         item: all of them.
         peers: of the weight.
     """
 
-    kind: Kind
-    item: Item
+    key: BatchKey
+    item: MatrixSlice
     peers: Peers
 
     @property
@@ -138,7 +138,7 @@ class _Lot:
     @property
     def numel(self) -> int:
         """Elements of a unit."""
-        return self.each * self.kind.m * self.kind.n
+        return self.each * self.key.m * self.key.n
 
 
 @dataclass
@@ -161,7 +161,7 @@ class _Levels:
     """Operations of each rank."""
 
     def __post_init__(self) -> None:
-        divided = [len(lot.kind.parts) for lot in self.lots if lot.kind.mode != LOCAL]
+        divided = [len(lot.key.parts) for lot in self.lots if lot.key.mode != LOCAL]
         self.tensor = max(divided, default=1)
         ranks = self.peers.ranks * self.tensor
         self.left = [lot.units for lot in self.lots]
@@ -187,10 +187,10 @@ class _Levels:
         """Split matrices that need more than a fair share, into as few parts as do not, or ``most``."""
         fair = sum(self.loads) / len(self.loads)
         shares = [0] * self.peers.ranks
-        large = [index for index, lot in enumerate(self.lots) if lot.kind.mode == LOCAL and self._single(lot) > fair]
+        large = [index for index, lot in enumerate(self.lots) if lot.key.mode == LOCAL and self._single(lot) > fair]
         for index in sorted(large, key=lambda index: (-self._single(self.lots[index]), index)):
             lot = self.lots[index]
-            most_of_it = min(most, lot.kind.q // COLUMNS)
+            most_of_it = min(most, lot.key.q // COLUMNS)
             number = next((n for n in range(2, most_of_it) if self._member(lot, n) <= fair), most_of_it)
             for _ in range(lot.units if number > 1 else 0):
                 load = self._without(index)
@@ -216,8 +216,8 @@ class _Levels:
             self.lent[index][to] = self.lent[index].get(to, 0) + units
             self._work(lot.peers.holder, -units * self._whole(lot) / self._sharing(lot))
             self._send(lot.peers.holder, units * lot.numel * sizes.wire / self._sharing(lot))
-            self._work(to, units * self._whole(lot), whole=lot.kind.mode == LOCAL)
-            self._send(to, units * lot.numel * sizes.back, whole=lot.kind.mode == LOCAL)
+            self._work(to, units * self._whole(lot), whole=lot.key.mode == LOCAL)
+            self._send(to, units * lot.numel * sizes.back, whole=lot.key.mode == LOCAL)
 
     def _moves(self, rank: int) -> Iterator[tuple[float, float, int, int, int]]:
         """What ``rank`` may lend: (seconds of the busier of the two afterwards, elements, lot, to whom, units)."""
@@ -228,12 +228,12 @@ class _Levels:
         seen = set()
         for index in self.held[place]:
             lot = self.lots[index]
-            local = lot.kind.mode == LOCAL
+            local = lot.key.mode == LOCAL
             # Other modes were asked for by name: what they share out among tensor-parallel ranks stays there.
             movable = local or (lot.peers.wide and self.policy.mode in (AUTO, OWNER))
-            if not self.left[index] or not movable or (lot.kind, lot.each) in seen:
+            if not self.left[index] or not movable or (lot.key, lot.each) in seen:
                 continue
-            seen.add((lot.kind, lot.each))
+            seen.add((lot.key, lot.each))
             to = idlest[not local]
             free = data[to] if local else self.loads[to]
             if (to if local else to // self.tensor) == place:
@@ -249,12 +249,12 @@ class _Levels:
     def _cuts(self, rank: int, most: int) -> Iterator[tuple[float, int, int, tuple[int, ...]]]:
         """What it may split: (seconds of the busiest of all that take part, ranks, lot, which ranks)."""
         held = [index for index in self.held[rank // self.tensor] if self.left[index]]
-        local = [index for index in held if self.lots[index].kind.mode == LOCAL]
+        local = [index for index in held if self.lots[index].key.mode == LOCAL]
         # The largest: it is what could not be lent.
         for index in sorted(local, key=lambda index: (-self._single(self.lots[index]), index))[:1]:
             lot, load = self.lots[index], self._without(index)
             idle = sorted(range(self.peers.ranks), key=lambda rank: (load[rank], rank))
-            for number in range(2, min(most, lot.kind.q // COLUMNS) + 1):
+            for number in range(2, min(most, lot.key.q // COLUMNS) + 1):
                 after = load[idle[number - 1]] + lot.each * self._member(lot, number)
                 yield max(after, load[lot.peers.holder]), number, index, tuple(idle[:number])
 
@@ -273,56 +273,56 @@ class _Levels:
         self._work(lot.peers.holder, -self._whole(lot))
         self._send(lot.peers.holder, lot.numel * self.policy.sizes.wire)
         for rank in members:
-            self._work(rank, lot.each * member_flops(self.orthogonalizer, lot.kind, len(members)))
+            self._work(rank, lot.each * member_flops(self.orthogonalizer, lot.key, len(members)))
             self._send(rank, lot.each * self._member_bytes(lot, len(members)))
 
-    def kept(self) -> Iterator[tuple[Kind, Item]]:
+    def kept(self) -> Iterator[tuple[BatchKey, MatrixSlice]]:
         """What stays with its holder."""
         for lot, left in zip(self.lots, self.left, strict=True):
             if left:
-                yield lot.kind, _some(lot, 0, left)
+                yield lot.key, _some(lot, 0, left)
 
     def chunks(self) -> Iterator[Chunk]:
         """What does not."""
         rounds: dict[int, list[Batch]] = defaultdict(list)
-        lent: dict[tuple[str, int], dict[tuple[Kind, int], list[tuple[int, Item]]]] = defaultdict(dict)
+        lent: dict[tuple[str, int], dict[tuple[BatchKey, int], list[tuple[int, MatrixSlice]]]] = defaultdict(dict)
         filled: dict[tuple[str, int], int] = defaultdict(int)
         giants = [0] * self.peers.ranks  # of each holder
         for lot, left, lent_to, parts in zip(self.lots, self.left, self.lent, self.parts, strict=True):
             holder = lot.peers.holder
-            kind = self._lent_kind(lot)
+            key = self._lent_kind(lot)
             for members in parts:
-                split = dataclasses.replace(kind, mode=SPLIT)
-                rounds[giants[holder]].append(Batch(split, (_some(lot, left, 1),), self._widths(lot.kind.q, members)))
+                split = dataclasses.replace(key, mode=SPLIT)
+                rounds[giants[holder]].append(Batch(split, (_some(lot, left, 1),), self._widths(lot.key.q, members)))
                 giants[holder] += 1
                 left += 1
             for rank, units in sorted(lent_to.items()):
                 while units:
-                    size = filled[kind.group, rank]
+                    size = filled[key.group, rank]
                     number, rest = divmod(size, self.policy.chunk_bytes)
                     fitting = (self.policy.chunk_bytes - rest) // (4 * lot.numel)
                     take = min(units, fitting or int(not rest))
                     if not take:  # the rest of this round stays empty
-                        filled[kind.group, rank] += self.policy.chunk_bytes - rest
+                        filled[key.group, rank] += self.policy.chunk_bytes - rest
                         continue
-                    lent[kind.group, number].setdefault((kind, holder), []).append((rank, _some(lot, left, take)))
+                    lent[key.group, number].setdefault((key, holder), []).append((rank, _some(lot, left, take)))
                     # A larger matrix than a round may hold is a round of its own.
-                    filled[kind.group, rank] += max(4 * lot.numel * take, 0 if fitting else self.policy.chunk_bytes)
+                    filled[key.group, rank] += max(4 * lot.numel * take, 0 if fitting else self.policy.chunk_bytes)
                     left, units = left + take, units - take
         for _, batches in sorted(rounds.items()):
             yield Chunk(SPLIT, self.peers.group, tuple(batches))
         for (group, _), found in sorted(lent.items()):
-            yield Chunk(LENT, group, tuple(_batch(kind, items) for (kind, _), items in found.items()))
+            yield Chunk(LENT, group, tuple(_batch(key, items) for (key, _), items in found.items()))
 
-    def _lent_kind(self, lot: _Lot) -> Kind:
+    def _lent_kind(self, lot: _Lot) -> BatchKey:
         """With parts on the holder's ranks alone."""
-        kind, holder = lot.kind, lot.peers.holder
-        if kind.mode == LOCAL:
-            parts = tuple(kind.q * (rank == holder) for rank in range(self.peers.ranks))
-            return Kind(LENT, self.peers.group, kind.m, kind.n, kind.summed_dim, parts)
+        key, holder = lot.key, lot.peers.holder
+        if key.mode == LOCAL:
+            parts = tuple(key.q * (rank == holder) for rank in range(self.peers.ranks))
+            return BatchKey(LENT, self.peers.group, key.m, key.n, key.summed_dim, parts)
         before, after = holder * self.tensor, (self.peers.ranks - holder - 1) * self.tensor
-        parts = (*[0] * before, *kind.parts, *[0] * after)
-        return Kind(LENT, lot.peers.wide, kind.m, kind.n, kind.dim, parts)
+        parts = (*[0] * before, *key.parts, *[0] * after)
+        return BatchKey(LENT, lot.peers.wide, key.m, key.n, key.dim, parts)
 
     def _widths(self, q: int, members: Sequence[int]) -> tuple[int, ...]:
         """Columns of each rank."""
@@ -334,26 +334,26 @@ class _Levels:
 
     def _whole(self, lot: _Lot) -> int:
         """Operations of a unit."""
-        return lot.each * self.orthogonalizer.flops(lot.kind.m, lot.kind.n)
+        return lot.each * self.orthogonalizer.flops(lot.key.m, lot.key.n)
 
     def _single(self, lot: _Lot) -> float:
         """Seconds of one matrix."""
-        return self.orthogonalizer.flops(lot.kind.m, lot.kind.n) / self.policy.machine.flops
+        return self.orthogonalizer.flops(lot.key.m, lot.key.n) / self.policy.machine.flops
 
     def _member(self, lot: _Lot, number: int) -> float:
         """Seconds of one of ``number`` ranks that split a matrix."""
-        flops = member_flops(self.orthogonalizer, lot.kind, number) / self.policy.machine.flops
+        flops = member_flops(self.orthogonalizer, lot.key, number) / self.policy.machine.flops
         return flops + self._member_bytes(lot, number) / self.policy.machine.bytes
 
     def _member_bytes(self, lot: _Lot, number: int) -> float:
         """Sent by one of ``number`` ranks for one matrix: in each step rows of sums, and rows to all, twice."""
-        p, width = lot.kind.p, lot.kind.q / number
+        p, width = lot.key.p, lot.key.q / number
         moved = p * p * (4 + 2 * self.orthogonalizer.dtype.itemsize) * (number - 1) / number
         return len(self.orthogonalizer.coefficients) * moved + p * width * self.policy.sizes.back
 
     def _sharing(self, lot: _Lot) -> int:
         """How many ranks of the holder share the work on one matrix."""
-        return 1 if lot.kind.mode == LOCAL or self.policy.mode == DUPLICATED else self.tensor
+        return 1 if lot.key.mode == LOCAL or self.policy.mode == DUPLICATED else self.tensor
 
     def _work(self, rank: int, flops: float, whole: bool = True) -> None:
         """Give a data-parallel rank, or one rank alone, more to do."""
@@ -370,21 +370,21 @@ class _Levels:
         return [max(some) for some in itertools.batched(self.loads, self.tensor)]
 
 
-def member_flops(orthogonalizer: Orthogonalizer, kind: Kind, number: int) -> float:
+def member_flops(orthogonalizer: Orthogonalizer, key: BatchKey, number: int) -> float:
     """Operations of one of ``number`` ranks that split a matrix evenly."""
-    p, width = kind.p, kind.q / number
+    p, width = key.p, key.q / number
     return orthogonalizer.member_flops(p, width, p / number)
 
 
-def _some(lot: _Lot, first: int, units: int) -> Item:
+def _some(lot: _Lot, first: int, units: int) -> MatrixSlice:
     start = lot.item.start + first
     return dataclasses.replace(lot.item, start=start, stop=start + units, count=units * lot.each)
 
 
-def _batch(kind: Kind, items: list[tuple[int, Item]]) -> Batch:
+def _batch(key: BatchKey, items: list[tuple[int, MatrixSlice]]) -> Batch:
     """In the order of who orthogonalizes."""
     items.sort(key=lambda pair: pair[0])
-    counts = [0] * len(kind.parts)
+    counts = [0] * len(key.parts)
     for rank, item in items:
         counts[rank] += item.count
-    return Batch(kind, tuple(item for _, item in items), tuple(counts))
+    return Batch(key, tuple(item for _, item in items), tuple(counts))

@@ -27,7 +27,7 @@ def split(run: Run, mine: RankChunk) -> Work:
     """A part of the longer side of each matrix to each of several ranks, which iterate together, and back."""
 
     def work(batch: Batch, x: torch.Tensor) -> torch.Tensor:
-        p, dim = batch.kind.p, batch.kind.summed_dim
+        p, dim = batch.key.p, batch.key.summed_dim
         members = Members(run.exchange(mine), _some(batch.counts))
         rows = even_part(p, len(members.ranks), members.ranks.index(mine.rank))
         run.counters.flops += x.size(0) * int(run.orthogonalizer.member_flops(p, x.size(dim), rows))
@@ -48,12 +48,12 @@ def _lend(run: Run, mine: RankChunk, work: Callable[[Batch, torch.Tensor], torch
     borrowed = [batch for batch in mine.chunk.batches if batch.counts[rank]]
 
     def shape(batch: Batch, worker: int, holder: int) -> tuple[int, ...]:
-        found = [batch.count, *batch.kind.part(holder)]
+        found = [batch.count, *batch.key.part(holder)]
         found[_cut_dim(batch)] = batch.counts[worker]
         return tuple(found)
 
     nothing = torch.empty(0, dtype=run.wire.dtype, device=run.wire.device)
-    taken = {(by, n): shape(batch, rank, by) for n, batch in enumerate(borrowed) for by in _some(batch.kind.parts)}
+    taken = {(by, n): shape(batch, rank, by) for n, batch in enumerate(borrowed) for by in _some(batch.key.parts)}
     given = {(to, n): shape(batch, to, rank) for n, batch in enumerate(batches) for to in _some(batch.counts)}
     cuts = [x.split(b.counts, dim=_cut_dim(b)) for x, b in zip(run.pack(mine, run.wire.dtype), batches, strict=True)]
     pending = _sent(exchange, {(to, n): cuts[n][to] for to, n in given}, taken, nothing)
@@ -62,9 +62,9 @@ def _lend(run: Run, mine: RankChunk, work: Callable[[Batch, torch.Tensor], torch
     pieces = _by_batch(pending, taken, len(borrowed))
     results: dict[_Place, torch.Tensor] = {}
     for n, batch in enumerate(borrowed):
-        holders = _some(batch.kind.parts)
-        whole = work(batch, torch.cat(pieces[n], dim=batch.kind.dim)).to(run.wire.back)
-        shards = [whole] if len(holders) == 1 else whole.split([batch.kind.parts[by] for by in holders], batch.kind.dim)
+        holders = _some(batch.key.parts)
+        whole = work(batch, torch.cat(pieces[n], dim=batch.key.dim)).to(run.wire.back)
+        shards = [whole] if len(holders) == 1 else whole.split([batch.key.parts[by] for by in holders], batch.key.dim)
         results.update({(by, n): shard for by, shard in zip(holders, shards, strict=True)})
     del pieces
     yield Pause.COMPUTED
@@ -77,7 +77,7 @@ def _lend(run: Run, mine: RankChunk, work: Callable[[Batch, torch.Tensor], torch
 
 def _cut_dim(batch: Batch) -> int:
     """What is cut for those who get a piece: the batch into matrices (0), or these along their longer side."""
-    return batch.kind.summed_dim if batch.kind.mode == SPLIT else 0
+    return batch.key.summed_dim if batch.key.mode == SPLIT else 0
 
 
 def _sent(

@@ -15,7 +15,7 @@ from megatron_muon.engine.modes import DISTRIBUTED, GRAM, LOCAL
 from megatron_muon.routing.blocks import BlockRange
 from megatron_muon.routing.layout import MatrixLayout
 
-__all__ = ["Batch", "Chunk", "Item", "Kind", "Peers", "Plan", "Weight"]
+__all__ = ["Batch", "BatchKey", "Chunk", "MatrixSlice", "Peers", "Plan", "Weight"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Item:
+class MatrixSlice:
     """Some matrices of one block of one weight.
 
     Attributes:
@@ -102,7 +102,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Kind:
+class BatchKey:
     """What the matrices of a batch have in common.
 
     Attributes:
@@ -150,17 +150,17 @@ class Kind:
 
 @dataclass(frozen=True)
 class Batch:
-    """Matrices of one kind in one chunk.
+    """Matrices of one key in one chunk.
 
     Attributes:
-        kind: of all of them.
+        key: of all of them.
         items: in the order of the batch.
         counts: how many each rank of the group owns, in the order of the batch; empty where nobody owns. In ``split``,
             how much of the longer side of each matrix.
     """
 
-    kind: Kind
-    items: tuple[Item, ...]
+    key: BatchKey
+    items: tuple[MatrixSlice, ...]
     counts: tuple[int, ...] = ()
 
     @property
@@ -210,7 +210,7 @@ class Plan:
         concerned = [
             [
                 (
-                    batch.kind,
+                    batch.key,
                     batch.counts,
                     [dataclasses.replace(item, weight=places[item.weight]) for item in batch.items],
                 )
@@ -226,7 +226,7 @@ class Plan:
         return sorted({item.weight for chunk in chunks for batch in chunk.batches for item in batch.items})
 
     @property
-    def before_shared(self) -> set[Item]:
+    def before_shared(self) -> set[MatrixSlice]:
         """What is done before the last messages to data-parallel ranks are sent: the first chunk, if it is whole."""
         chunk = next(iter(self.chunks), None)
         batches = chunk.batches if chunk is not None and chunk.mode == LOCAL else ()

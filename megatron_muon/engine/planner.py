@@ -1,8 +1,8 @@
 """Who orthogonalizes what, in which batches, with which messages: decided before the step, from shapes alone.
 
-The matrices in all weights are put into groups that have one shape and are divided in one way (*kinds*); groups are cut
-into chunks of bounded size; the matrices of a chunk are shared out over the tensor-parallel ranks. A plan is a function
-of shapes, group sizes and options, never of the rank: every rank of a group makes the same one, and they compare
+Matrices of one shape that are divided in one way share a *batch key*. Those of one key are cut into chunks of bounded
+size, whose matrices are shared out over the tensor-parallel ranks. A plan is a function of shapes, group sizes and
+options, never of the rank: every rank of a group makes the same one, and they compare
 :meth:`megatron_muon.engine.plan.Plan.digest` before they trust it.
 """
 
@@ -25,7 +25,7 @@ from megatron_muon.engine.modes import (
     Machine,
     Sizes,
 )
-from megatron_muon.engine.plan import Batch, Chunk, Item, Kind, Plan, Weight
+from megatron_muon.engine.plan import Batch, BatchKey, Chunk, MatrixSlice, Plan, Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.blocks import block_rows_before, units_of
@@ -60,7 +60,7 @@ def make_plan(
     orthogonalizer: Orthogonalizer,
     modes: Mapping[str, str] | None = None,
     stages: Stages | None = None,
-    items: Sequence[tuple[Kind, Item]] | None = None,
+    items: Sequence[tuple[BatchKey, MatrixSlice]] | None = None,
     shared: Sequence[Chunk] = (),
 ) -> Plan:
     """Plan a step.
@@ -77,16 +77,16 @@ def make_plan(
     Raises:
         ConfigError: for a weight that the mode cannot treat.
     """
-    groups: dict[Kind, list[Item]] = defaultdict(list)
-    for kind, item in items_of(weights, policy.mode) if items is None else items:
-        groups[kind].append(item)
+    groups: dict[BatchKey, list[MatrixSlice]] = defaultdict(list)
+    for key, item in items_of(weights, policy.mode) if items is None else items:
+        groups[key].append(item)
     chosen = _with_modes(groups, policy, orthogonalizer, modes or {})
-    staged = [(stage, kind, some) for kind, mine in chosen for stage, some in _staged(kind, mine, weights, stages)]
+    staged = [(stage, key, some) for key, mine in chosen for stage, some in _staged(key, mine, weights, stages)]
     # Costliest first: what comes later evens out the owners' loads.
     staged.sort(key=lambda each: (each[1].mode, each[1].group, each[0], -_weight_of(each[1]), repr(each[1])))
     maker = _Chunks(policy, orthogonalizer)
-    for stage, kind, some in staged:
-        maker.add(kind, some, stage)
+    for stage, key, some in staged:
+        maker.add(key, some, stage)
     chunks: list[Chunk] = []
     for _, group in itertools.groupby(sorted(maker.finish(), key=lambda pair: pair[0]), key=lambda pair: pair[0]):
         of_stage = [chunk for _, chunk in group]
@@ -98,23 +98,23 @@ def make_plan(
 
 
 def _staged(
-    kind: Kind, items: Sequence[Item], weights: Sequence[Weight], stages: Stages | None
-) -> Iterator[tuple[int, list[Item]]]:
-    """Matrices of one kind by the stage in which they are done."""
-    of_bucket = (stages or {}).get(kind.group, {})
-    found: dict[int, list[Item]] = defaultdict(list)
+    key: BatchKey, items: Sequence[MatrixSlice], weights: Sequence[Weight], stages: Stages | None
+) -> Iterator[tuple[int, list[MatrixSlice]]]:
+    """Matrices of one key by the stage in which they are done."""
+    of_bucket = (stages or {}).get(key.group, {})
+    found: dict[int, list[MatrixSlice]] = defaultdict(list)
     for item in items:
         found[of_bucket.get(weights[item.weight].bucket, 0)].append(item)
     yield from sorted(found.items())
 
 
-def items_of(weights: Sequence[Weight], mode: str) -> list[tuple[Kind, Item]]:
-    """All matrices of all weights, with their kinds in mode ``auto`` if they must be exchanged.
+def items_of(weights: Sequence[Weight], mode: str) -> list[tuple[BatchKey, MatrixSlice]]:
+    """All matrices of all weights, with their keys in mode ``auto`` if they must be exchanged.
 
     Raises:
         ConfigError: for a weight that the mode cannot treat.
     """
-    found: list[tuple[Kind, Item]] = []
+    found: list[tuple[BatchKey, MatrixSlice]] = []
     for index, weight in enumerate(weights):
         check_weight(weight, mode)
         found += _items(index, weight, mode)
@@ -141,8 +141,8 @@ def check_weight(weight: Weight, mode: str) -> None:
         )
 
 
-def _items(index: int, weight: Weight, mode: str) -> Iterator[tuple[Kind, Item]]:
-    """The matrices of one weight, with their kinds in mode ``auto`` if they must be exchanged."""
+def _items(index: int, weight: Weight, mode: str) -> Iterator[tuple[BatchKey, MatrixSlice]]:
+    """The matrices of one weight, with their keys in mode ``auto`` if they must be exchanged."""
     shape = weight.shape if mode == BLOCKWISE else weight.whole_shape
     broken = weight.is_broken
     for number, block in enumerate(weight.layout.blocks(shape)):
@@ -159,24 +159,24 @@ def _items(index: int, weight: Weight, mode: str) -> Iterator[tuple[Kind, Item]]
             yield _divided_item(index, number, weight, block, 0, units, block.count)
 
 
-def _whole_item(index: int, number: int, weight: Weight) -> tuple[Kind, Item]:
+def _whole_item(index: int, number: int, weight: Weight) -> tuple[BatchKey, MatrixSlice]:
     """Matrices that this rank holds whole."""
     block = weight.layout.blocks(weight.shape)[number]
     units = units_of(weight.layout, number, weight.shape, False)
-    item = Item(index, number, 0, units, block.count, block.rows, block.columns)
-    return Kind(LOCAL, "", block.rows, block.columns), item
+    item = MatrixSlice(index, number, 0, units, block.count, block.rows, block.columns)
+    return BatchKey(LOCAL, "", block.rows, block.columns), item
 
 
 def _divided_item(
     index: int, number: int, weight: Weight, block: Block, start: int, stop: int, count: int
-) -> tuple[Kind, Item]:
+) -> tuple[BatchKey, MatrixSlice]:
     """Matrices that the ranks of a group hold parts of."""
     if weight.dim == -1:
         parts = (weight.shape[-1],) * weight.ranks
     else:
         parts = tuple(_rows_on(weight, number, block, start, rank) for rank in range(weight.ranks))
-    item = Item(index, number, start, stop, count, block.rows, block.columns)
-    return Kind(AUTO, weight.group, block.rows, block.columns, weight.dim, parts), item
+    item = MatrixSlice(index, number, start, stop, count, block.rows, block.columns)
+    return BatchKey(AUTO, weight.group, block.rows, block.columns, weight.dim, parts), item
 
 
 def _rows_on(weight: Weight, number: int, block: Block, start: int, rank: int) -> int:
@@ -190,42 +190,45 @@ def _rows_on(weight: Weight, number: int, block: Block, start: int, rank: int) -
 
 
 def _with_modes(
-    groups: Mapping[Kind, list[Item]], policy: Policy, orthogonalizer: Orthogonalizer, modes: Mapping[str, str]
-) -> list[tuple[Kind, list[Item]]]:
+    groups: Mapping[BatchKey, list[MatrixSlice]],
+    policy: Policy,
+    orthogonalizer: Orthogonalizer,
+    modes: Mapping[str, str],
+) -> list[tuple[BatchKey, list[MatrixSlice]]]:
     """Give matrices that must be exchanged their mode.
 
-    In ``auto`` even shares of a kind are judged by themselves; what is left over of all kinds of a group, less than one
-    matrix for each rank, together: one rank may take what is left of one kind, and another that of the next.
+    In ``auto`` even shares of one key are judged by themselves; what is left over of all keys of a group, less than one
+    matrix for each rank, together: one rank may take what is left of one key, and another that of the next.
     """
-    chosen: list[tuple[Kind, list[Item]]] = []
-    rests: dict[str, list[tuple[Kind, list[Item]]]] = defaultdict(list)
-    for kind, items in groups.items():
-        mode = modes.get(kind.group, policy.mode)
-        if kind.mode == LOCAL:
-            chosen.append((kind, items))
+    chosen: list[tuple[BatchKey, list[MatrixSlice]]] = []
+    rests: dict[str, list[tuple[BatchKey, list[MatrixSlice]]]] = defaultdict(list)
+    for key, items in groups.items():
+        mode = modes.get(key.group, policy.mode)
+        if key.mode == LOCAL:
+            chosen.append((key, items))
         elif mode != AUTO:
-            chosen.append((_in_mode(kind, mode), items))
+            chosen.append((_in_mode(key, mode), items))
         else:
             count = _count(items)
-            even, rest = _cut(items, count - count % len(kind.parts))
+            even, rest = _cut(items, count - count % len(key.parts))
             if even:
-                mode = cheapest_mode(kind, _count(even), orthogonalizer, policy.sizes, policy.machine)
-                chosen.append((_in_mode(kind, mode), even))
+                mode = cheapest_mode(key, _count(even), orthogonalizer, policy.sizes, policy.machine)
+                chosen.append((_in_mode(key, mode), even))
             if rest:
-                rests[kind.group].append((kind, rest))
+                rests[key.group].append((key, rest))
     for group in rests.values():
         chosen += _spread(group, policy, orthogonalizer)
     return chosen
 
 
 def _spread(
-    rests: list[tuple[Kind, list[Item]]], policy: Policy, orthogonalizer: Orthogonalizer
-) -> list[tuple[Kind, list[Item]]]:
-    """Modes of kinds that have fewer matrices than ranks: the costliest may be split, the others get owners."""
+    rests: list[tuple[BatchKey, list[MatrixSlice]]], policy: Policy, orthogonalizer: Orthogonalizer
+) -> list[tuple[BatchKey, list[MatrixSlice]]]:
+    """Modes for less than a matrix a rank of each key: the costliest may be shared by all, the others get owners."""
     rests = sorted(rests, key=lambda pair: (-_weight_of(pair[0]), repr(pair[0])))
     sizes, machine = policy.sizes, policy.machine
     ranks = len(rests[0][0].parts)
-    counts = [(kind, _count(items)) for kind, items in rests]
+    counts = [(key, _count(items)) for key, items in rests]
     split = [cheapest_mode(*each, orthogonalizer, sizes, machine, without=OWNER) for each in counts]
     of_split = [
         cost_of(mode, *each, orthogonalizer, sizes).seconds(machine) for mode, each in zip(split, counts, strict=True)
@@ -233,22 +236,22 @@ def _spread(
     sent = [cost_of(OWNER, *each, orthogonalizer, sizes).bytes / machine.bytes for each in counts]
 
     def seconds(number: int) -> float:
-        """With the first ``number`` kinds split."""
+        """With the first ``number`` shared by all ranks."""
         loads = [0] * ranks
-        for kind, count in counts[number:]:
+        for key, count in counts[number:]:
             for _ in range(count):
-                loads[loads.index(min(loads))] += orthogonalizer.flops(kind.m, kind.n)
+                loads[loads.index(min(loads))] += orthogonalizer.flops(key.m, key.n)
         messages = 2 * machine.latency if number < len(rests) else 0.0
         return sum(of_split[:number]) + sum(sent[number:]) + messages + max(loads) / machine.flops
 
     number = min(range(len(rests) + 1), key=seconds)
     modes = [*split[:number], *[OWNER] * (len(rests) - number)]
-    return [(_in_mode(kind, mode), items) for (kind, items), mode in zip(rests, modes, strict=True)]
+    return [(_in_mode(key, mode), items) for (key, items), mode in zip(rests, modes, strict=True)]
 
 
-def _in_mode(kind: Kind, mode: str) -> Kind:
-    """The kind in a mode; what ``gram`` cannot do has owners, because the rows of a Gram matrix need each other."""
-    return dataclasses.replace(kind, mode=OWNER if mode == GRAM and not divides_longer(kind) else mode)
+def _in_mode(key: BatchKey, mode: str) -> BatchKey:
+    """The key in a mode; what ``gram`` cannot do has owners, because the rows of a Gram matrix need each other."""
+    return dataclasses.replace(key, mode=OWNER if mode == GRAM and not divides_longer(key) else mode)
 
 
 class _Chunks:
@@ -263,37 +266,37 @@ class _Chunks:
         self.load: dict[str, list[int]] = {}
         self.chunk_load: dict[int, int] = {}
 
-    def add(self, kind: Kind, items: list[Item], stage: int) -> None:
-        """Matrices of one kind, all that there are in a stage."""
-        if self.open and (self.open[0].kind.mode, self.open[0].kind.group, self.stage) != (
-            kind.mode,
-            kind.group,
+    def add(self, key: BatchKey, items: list[MatrixSlice], stage: int) -> None:
+        """Matrices of one key, all that there are in a stage."""
+        if self.open and (self.open[0].key.mode, self.open[0].key.group, self.stage) != (
+            key.mode,
+            key.group,
             stage,
         ):
             self._close()
         self.stage = stage
-        size = 4 * kind.m * kind.n
+        size = 4 * key.m * key.n
         while items:
             if not self.open:
                 # Owners share the chunk: each holds the bound. In gram and distributed no rank holds a matrix whole.
-                shared = kind.mode in (OWNER, GRAM, DISTRIBUTED)
-                ranks = len(kind.parts) if shared else 1
+                shared = key.mode in (OWNER, GRAM, DISTRIBUTED)
+                ranks = len(key.parts) if shared else 1
                 self.room = max(self.policy.chunk_bytes, size) * ranks
             elif size > self.room:
                 self._close()
                 continue
-            piece, items = _cut(items, self._take(kind, self.room // size, _count(items)))
+            piece, items = _cut(items, self._take(key, self.room // size, _count(items)))
             self.room -= size * _count(piece)
-            self.open.append(Batch(kind, tuple(piece), self._share_out(kind, _count(piece))))
+            self.open.append(Batch(key, tuple(piece), self._share_out(key, _count(piece))))
             if items:
                 self._close()
 
     @staticmethod
-    def _take(kind: Kind, room: int, left: int) -> int:
+    def _take(key: BatchKey, room: int, left: int) -> int:
         """How many matrices to put into the open chunk: even shares if more are to follow."""
         number = max(1, min(room, left))
-        if kind.mode in (OWNER, GRAM) and len(kind.parts) <= number < left:
-            number -= number % len(kind.parts)
+        if key.mode in (OWNER, GRAM) and len(key.parts) <= number < left:
+            number -= number % len(key.parts)
         return number
 
     def finish(self) -> list[tuple[int, Chunk]]:
@@ -303,40 +306,40 @@ class _Chunks:
 
     def _close(self) -> None:
         if self.open:
-            kind = self.open[0].kind
-            self.done.append((self.stage, Chunk(kind.mode, kind.group, tuple(self.open))))
+            key = self.open[0].key
+            self.done.append((self.stage, Chunk(key.mode, key.group, tuple(self.open))))
             self.open, self.chunk_load = [], {}
 
-    def _share_out(self, kind: Kind, number: int) -> tuple[int, ...]:
+    def _share_out(self, key: BatchKey, number: int) -> tuple[int, ...]:
         """Matrices for each rank: as even as can be, the odd ones to those with the least to do, here and before."""
-        if kind.mode not in (OWNER, GRAM):
+        if key.mode not in (OWNER, GRAM):
             return ()
-        ranks = len(kind.parts)
-        load = self.load.setdefault(kind.group, [0] * ranks)
+        ranks = len(key.parts)
+        load = self.load.setdefault(key.group, [0] * ranks)
         counts = [number // ranks] * ranks
         idle_first = sorted(range(ranks), key=lambda rank: (self.chunk_load.get(rank, 0), load[rank], rank))
         for rank in idle_first[: number % ranks]:
             counts[rank] += 1
-        cost = self.orthogonalizer.flops(kind.m, kind.n)
+        cost = self.orthogonalizer.flops(key.m, key.n)
         for rank, count in enumerate(counts):
             load[rank] += count * cost
             self.chunk_load[rank] = self.chunk_load.get(rank, 0) + count * cost
         return tuple(counts)
 
 
-def _weight_of(kind: Kind) -> int:
-    """By what the costliest kind is found: about the operations of one matrix."""
-    p, q = sorted((kind.m, kind.n))
+def _weight_of(key: BatchKey) -> int:
+    """About the operations of one matrix, to find the costliest."""
+    p, q = sorted((key.m, key.n))
     return p * p * (q + p)
 
 
-def _count(items: Sequence[Item]) -> int:
+def _count(items: Sequence[MatrixSlice]) -> int:
     return sum(item.count for item in items)
 
 
-def _cut(items: Sequence[Item], number: int) -> tuple[list[Item], list[Item]]:
+def _cut(items: Sequence[MatrixSlice], number: int) -> tuple[list[MatrixSlice], list[MatrixSlice]]:
     """The first ``number`` matrices, rounded up to whole units, and the others."""
-    first: list[Item] = []
+    first: list[MatrixSlice] = []
     for index, item in enumerate(items):
         if number <= 0:
             return first, list(items[index:])

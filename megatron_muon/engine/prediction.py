@@ -86,18 +86,18 @@ class _Rank:
         return accounts[chunk.mode](chunk.batches)
 
     def _local(self, batches: tuple[Batch, ...]) -> Cost:
-        return Cost(sum(batch.count * self.orthogonalizer.flops(batch.kind.m, batch.kind.n) for batch in batches))
+        return Cost(sum(batch.count * self.orthogonalizer.flops(batch.key.m, batch.key.n) for batch in batches))
 
     def _duplicated(self, batches: tuple[Batch, ...]) -> Cost:
         """One all-gather, of buffers as long as the longest."""
-        ranks = len(batches[0].kind.parts)
+        ranks = len(batches[0].key.parts)
         longest = max(sum(batch.count * _part(batch, rank) for batch in batches) for rank in range(ranks))
         return self._local(batches) + Cost(0, (ranks - 1) * longest * self.sizes.wire, 1)
 
     def _distributed(self, batches: tuple[Batch, ...]) -> Cost:
         """The norms, and in each step the Gram matrices."""
-        ranks, steps = len(batches[0].kind.parts), len(self.orthogonalizer.coefficients)
-        parts = [(batch.count, batch.kind.p, batch.kind.parts[self.number]) for batch in batches]
+        ranks, steps = len(batches[0].key.parts), len(self.orthogonalizer.coefficients)
+        parts = [(batch.count, batch.key.p, batch.key.parts[self.number]) for batch in batches]
         flops = sum(count * self.orthogonalizer.standard_flops(p, part) for count, p, part in parts)
         norms = _reduced(ranks, sum(count for count, _, _ in parts) * self.norm_bytes)
         grams = _reduced(ranks, sum(count * triangle_numel(p) for count, p, _ in parts) * self.gram_bytes)
@@ -107,42 +107,42 @@ class _Rank:
         """All-to-all there and back; this rank keeps its own shards of what it owns."""
         there, back, flops = 0, 0, 0
         for batch in batches:
-            own, kind = batch.counts[self.number], batch.kind
+            own, key = batch.counts[self.number], batch.key
             mine = _part(batch, self.number)
             there += (batch.count - own) * mine
-            back += own * (kind.m * kind.n - mine)
-            flops += own * self.orthogonalizer.flops(kind.m, kind.n)
+            back += own * (key.m * key.n - mine)
+            flops += own * self.orthogonalizer.flops(key.m, key.n)
         return Cost(flops, there * self.sizes.wire + back * self.sizes.back, 2)
 
     def _split(self, batches: tuple[Batch, ...]) -> Cost:
         """All-to-all there and back; among members the norm, and in each step rows of sums, and rows to all, twice."""
         total = Cost(0, 0, 2)
         for batch in batches:
-            kind, own = batch.kind, batch.counts[self.number]
-            if kind.parts[self.number]:
-                total += Cost(0, batch.count * kind.p * (kind.q - own) * self.sizes.wire)
+            key, own = batch.key, batch.counts[self.number]
+            if key.parts[self.number]:
+                total += Cost(0, batch.count * key.p * (key.q - own) * self.sizes.wire)
             elif own:
-                total += Cost(0, batch.count * kind.p * own * self.sizes.back)
+                total += Cost(0, batch.count * key.p * own * self.sizes.back)
             members = [rank for rank, columns in enumerate(batch.counts) if columns]
             if not own:
                 continue
             others, steps = len(members) - 1, len(self.orthogonalizer.coefficients)
-            rows = even_part(kind.p, len(members), members.index(self.number))
-            summed = (kind.p - rows) * kind.p * self.gram_bytes
-            gathered = others * rows * kind.p * self.orthogonalizer.dtype.itemsize
-            flops = int(self.orthogonalizer.member_flops(kind.p, own, rows))
+            rows = even_part(key.p, len(members), members.index(self.number))
+            summed = (key.p - rows) * key.p * self.gram_bytes
+            gathered = others * rows * key.p * self.orthogonalizer.dtype.itemsize
+            flops = int(self.orthogonalizer.member_flops(key.p, own, rows))
             sent = others * self.norm_bytes + steps * (summed + 2 * gathered)
             total += Cost(batch.count * flops, batch.count * sent, 1 + 3 * steps)
         return total
 
     def _gram(self, batches: tuple[Batch, ...]) -> Cost:
         """The norms; in each segment triangles of Gram matrices to the owners, and an all-gather of polynomials."""
-        orthogonalizer, ranks = self.orthogonalizer, len(batches[0].kind.parts)
+        orthogonalizer, ranks = self.orthogonalizer, len(batches[0].key.parts)
         segments = orthogonalizer.segment_count
         total = _reduced(ranks, sum(batch.count for batch in batches) * self.norm_bytes)
         owned = [0] * ranks  # elements in the triangles of each rank
         for batch in batches:
-            p, part = batch.kind.p, batch.kind.parts[self.number]
+            p, part = batch.key.p, batch.key.parts[self.number]
             total += Cost(segments * batch.count * orthogonalizer.rectangular_flops(p, part))
             total += Cost(batch.counts[self.number] * orthogonalizer.polynomial_flops(p))
             for rank, count in enumerate(batch.counts):
@@ -154,7 +154,7 @@ class _Rank:
 
 def _part(batch: Batch, rank: int) -> int:
     """Elements of one matrix on a rank."""
-    rows, columns = batch.kind.part(rank)
+    rows, columns = batch.key.part(rank)
     return rows * columns
 
 

@@ -88,7 +88,7 @@ class RankChunk:
             # Numbers in the group count the tensor-parallel ranks of one data-parallel rank after the other.
             first = weights[batches[0].items[0].weight]
             assert first.peers is not None
-            width = len(batches[0].kind.parts) // first.peers.ranks
+            width = len(batches[0].key.parts) // first.peers.ranks
             place, shard = divmod(rank, width)
             batches = tuple(batch for batch in batches if _holder(weights, batch) == place)
             sum_group = first.group if width > 1 else ""
@@ -139,7 +139,7 @@ class Run:
     def pack(self, mine: RankChunk, dtype: torch.dtype) -> list[torch.Tensor]:
         """This rank's part of each batch, (matrices, [tensors,] rows, columns), contiguous."""
         batches = [
-            torch.empty((batch.count, *self.stack, *batch.kind.part(mine.rank)), dtype=dtype, device=self.wire.device)
+            torch.empty((batch.count, *self.stack, *batch.key.part(mine.rank)), dtype=dtype, device=self.wire.device)
             for batch in mine.batches
         ]
         for number, read in enumerate(self.reads if mine.parts else ()):
@@ -155,7 +155,7 @@ class Run:
     def blanks(self, mine: RankChunk, dtype: torch.dtype) -> list[torch.Tensor]:
         """What :meth:`unpack` takes in shape and dtype, without memory."""
         element = torch.zeros((), dtype=dtype, device=self.wire.device)
-        return [element.expand(batch.count, *batch.kind.part(mine.rank)) for batch in mine.batches]
+        return [element.expand(batch.count, *batch.key.part(mine.rank)) for batch in mine.batches]
 
     def orthogonalize(self, x: torch.Tensor) -> torch.Tensor:
         """Whole matrices (matrices, m, n)."""
@@ -167,6 +167,6 @@ class Run:
         if self.solve is None:
             return self.orthogonalize(x)
         if self.solve_flops is not None:
-            self.counters.flops += x.size(0) * self.solve_flops(batch.kind.p, batch.kind.q)
+            self.counters.flops += x.size(0) * self.solve_flops(batch.key.p, batch.key.q)
         weights = itertools.chain.from_iterable([item.weight] * item.count for item in batch.items)
         return self.solve(list(itertools.islice(weights, first, first + x.size(0))), list(x.unbind(1)))

@@ -57,7 +57,7 @@ def _work(plan: Plan, group: str, orthogonalizer: Orthogonalizer) -> list[tuple[
     found: Counter[int] = Counter()
     for chunk in plan.chunks:
         for batch in chunk.batches if chunk.group == group else ():
-            each = orthogonalizer.flops(batch.kind.m, batch.kind.n)
+            each = orthogonalizer.flops(batch.key.m, batch.key.n)
             for item in batch.items:
                 found[plan.weights[item.weight].bucket] += item.count * each
     return sorted(found.items())
@@ -81,7 +81,7 @@ def _seconds(plan: Plan, group: str, policy: Policy, orthogonalizer: Orthogonali
         if chunk.group != group:
             continue
         alone = dataclasses.replace(plan, chunks=(chunk,))
-        ranks = range(max(1, len(chunk.batches[0].kind.parts)))
+        ranks = range(max(1, len(chunk.batches[0].key.parts)))
         costs = (predict(alone, orthogonalizer, policy.sizes, {group: rank} if group else {}) for rank in ranks)
         total += max(cost.seconds(policy.machine) for cost in costs) + len(chunk.batches) * _BATCH
     return total

@@ -20,15 +20,15 @@ def local(run: Run, mine: RankChunk) -> Work:
 def duplicated(run: Run, mine: RankChunk) -> Work:
     """All-gather; every rank computes everything."""
     exchange, batches = run.exchange(mine), mine.batches
-    shapes = [[(batch.count, *batch.kind.part(rank)) for batch in batches] for rank in range(exchange.size)]
+    shapes = [[(batch.count, *batch.key.part(rank)) for batch in batches] for rank in range(exchange.size)]
     longest = max(sum(map(numel, each)) for each in shapes)
     pending = exchange.all_gather(padded(flat(run.pack(mine, run.wire.dtype)), longest))
     yield Pause.EXCHANGE
     received = [cut(buffer, [each])[0] for buffer, each in zip(pending.wait(), shapes, strict=True)]
     results = []
     for batch, *shards in zip(batches, *received, strict=True):
-        whole = run.orthogonalize(torch.cat(shards, dim=batch.kind.dim))
-        results.append(whole.split(batch.kind.parts, dim=batch.kind.dim)[mine.rank])
+        whole = run.orthogonalize(torch.cat(shards, dim=batch.key.dim))
+        results.append(whole.split(batch.key.parts, dim=batch.key.dim)[mine.rank])
     run.unpack(mine, results)
 
 
@@ -37,8 +37,8 @@ def owner(run: Run, mine: RankChunk) -> Work:
     exchange, batches, rank = run.exchange(mine), mine.batches, mine.rank
     ranks = range(exchange.size)
     # This rank's shards of what each owns, and each rank's shards of what this one owns.
-    theirs: list[Shapes] = [[(batch.counts[each], *batch.kind.part(rank)) for batch in batches] for each in ranks]
-    own: list[Shapes] = [[(batch.counts[rank], *batch.kind.part(each)) for batch in batches] for each in ranks]
+    theirs: list[Shapes] = [[(batch.counts[each], *batch.key.part(rank)) for batch in batches] for each in ranks]
+    own: list[Shapes] = [[(batch.counts[rank], *batch.key.part(each)) for batch in batches] for each in ranks]
 
     def stacked(shapes: list[Shapes]) -> list[Shapes]:
         """With all tensors of each matrix that are sent to be worked on."""
@@ -51,9 +51,9 @@ def owner(run: Run, mine: RankChunk) -> Work:
     received = cut(pending.wait(), stacked(own))
     results = []
     for batch, *shards in zip(batches, *received, strict=True):
-        whole = torch.cat(shards, dim=batch.kind.dim)
+        whole = torch.cat(shards, dim=batch.key.dim)
         whole = run.transform(batch, sum(batch.counts[:rank]), whole) if whole.size(0) else whole
-        results.append(whole.to(run.wire.back).split(batch.kind.parts, dim=batch.kind.dim))
+        results.append(whole.to(run.wire.back).split(batch.key.parts, dim=batch.key.dim))
     del received, shards, whole
     yield Pause.COMPUTED
     pending = exchange.all_to_all(interleaved(results), own, theirs)

@@ -31,13 +31,13 @@ from tests.random_weights import (
 
 def loads_of(chunk: Chunk, iteration: Orthogonalizer) -> list[int]:
     """Operations of each owner of a chunk."""
-    ranks = len(chunk.batches[0].kind.parts)
-    each = [(batch, iteration.flops(batch.kind.m, batch.kind.n)) for batch in chunk.batches]
+    ranks = len(chunk.batches[0].key.parts)
+    each = [(batch, iteration.flops(batch.key.m, batch.key.n)) for batch in chunk.batches]
     return [sum(batch.counts[rank] * flops for batch, flops in each) for rank in range(ranks)]
 
 
 def costliest(chunk: Chunk, iteration: Orthogonalizer) -> int:
-    return max(iteration.flops(batch.kind.m, batch.kind.n) for batch in chunk.batches)
+    return max(iteration.flops(batch.key.m, batch.key.n) for batch in chunk.batches)
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])
@@ -49,7 +49,7 @@ def test_owners_have_equal_shares(seed: int, ranks: int) -> None:
             if chunk.mode not in (OWNER, GRAM):
                 assert batch.counts == ()
                 continue
-            assert len(batch.counts) == len(batch.kind.parts)
+            assert len(batch.counts) == len(batch.key.parts)
             assert sum(batch.counts) == batch.count
             assert max(batch.counts) - min(batch.counts) <= 1
         for chunk in plan.chunks:
@@ -85,7 +85,7 @@ def test_uneven_numbers(count: int, expected: list[int]) -> None:
 
 def size_of(batch: Batch) -> int:
     """Bytes of one whole float32 matrix."""
-    return 4 * batch.kind.p * batch.kind.q
+    return 4 * batch.key.p * batch.key.q
 
 
 def rounding(batch: Batch) -> int:
@@ -102,7 +102,7 @@ def test_chunks_keep_their_bound(seed: int, ranks: int) -> None:
     """
     for plan, bound in random_plans(seed, ranks):
         for chunk in plan.chunks:
-            sharers = len(chunk.batches[0].kind.parts) if chunk.mode in (OWNER, GRAM, DISTRIBUTED) else 1
+            sharers = len(chunk.batches[0].key.parts) if chunk.mode in (OWNER, GRAM, DISTRIBUTED) else 1
             room = max(bound, size_of(chunk.batches[0]))
             total = sum(size_of(batch) * batch.count for batch in chunk.batches)
             # Only the last batch can have been rounded up: nothing is put into a chunk that is over its bound.

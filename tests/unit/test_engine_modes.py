@@ -9,7 +9,7 @@ import torch
 
 from megatron_muon.engine.costs import cost_of
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, OWNER, Cost, Machine
-from megatron_muon.engine.plan import Kind, Weight
+from megatron_muon.engine.plan import BatchKey, Weight
 from megatron_muon.orthogonalize.coefficients import coefficients
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import WHOLE
@@ -25,8 +25,8 @@ def seconds_of(count: int, p: int, q: int, dim: int, ranks: int, iteration: Orth
     """Of each exact mode that can be."""
     longer = p == q or dim == (-1 if p < q else -2)
     modes = [mode for mode in EXACT if mode != GRAM or (longer and iteration.restarts is not None)]
-    kind = Kind("auto", "tp", p, q, dim, ((q if dim == -1 else p) // ranks,) * ranks)
-    return {mode: cost_of(mode, kind, count, iteration, SIZES).seconds(machine) for mode in modes}
+    key = BatchKey("auto", "tp", p, q, dim, ((q if dim == -1 else p) // ranks,) * ranks)
+    return {mode: cost_of(mode, key, count, iteration, SIZES).seconds(machine) for mode in modes}
 
 
 @pytest.mark.parametrize("iteration", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
@@ -72,7 +72,7 @@ def test_what_is_left_over_after_even_shares_may_have_another_mode(ranks: int) -
 def test_costs_of_a_worked_example() -> None:
     """Eight 4 x 16 matrices, cut by columns over four ranks, 4 bytes an element."""
     iteration = Orthogonalizer(coefficients("quintic", 5), torch.float32)
-    args = (Kind("auto", "tp", 4, 16, -1, (4,) * 4), 8, iteration, SIZES)
+    args = (BatchKey("auto", "tp", 4, 16, -1, (4,) * 4), 8, iteration, SIZES)
     # 128 elements of 8 shards there, 3/4 of them to others; 3/4 of two whole matrices back.
     assert cost_of(OWNER, *args) == Cost(2 * iteration.flops(4, 16), (128 * 3 / 4 + 2 * 64 * 3 / 4) * 4, 2)
     # By a ring each rank sends its shards three times.
@@ -99,4 +99,4 @@ def test_gram_is_for_matrices_cut_along_their_longer_side(p: int, q: int, dim: i
     plan = plan_of(divided(4, p, q, dim, 4), GRAM)
     ((chunk, batch),) = batches_of(plan)
     assert chunk.mode == expected
-    assert expected == OWNER or batch.kind.summed_dim == dim
+    assert expected == OWNER or batch.key.summed_dim == dim

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LOCAL, OWNER
-from megatron_muon.engine.plan import Item, Weight
+from megatron_muon.engine.plan import MatrixSlice, Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.routing.blocks import split
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
@@ -59,7 +59,7 @@ def test_random_weights_are_of_all_kinds() -> None:
 # Each matrix once, and where it lies.
 
 
-def first_matrix(item: Item, weight: Weight, local: bool) -> int:
+def first_matrix(item: MatrixSlice, weight: Weight, local: bool) -> int:
     """Number of an item's first matrix among those of its block."""
     units = item.stop - item.start
     assert units > 0 and item.count % units == 0
@@ -101,20 +101,20 @@ def test_each_matrix_is_in_one_item_of_one_chunk(seed: int, ranks: int) -> None:
 def test_shapes_and_parts_are_those_of_the_layout(seed: int, ranks: int) -> None:
     for plan, _ in random_plans(seed, ranks):
         for chunk, batch in batches_of(plan):
-            kind = batch.kind
-            assert (kind.mode, kind.group) == (chunk.mode, chunk.group)
-            assert kind.p <= kind.q or kind.mode == DISTRIBUTED
-            assert kind.mode not in (GRAM, DISTRIBUTED) or kind.summed_dim == kind.dim
-            assert (kind.group == "") == (chunk.mode == LOCAL)
-            if kind.dim:
-                assert sum(kind.parts) == (kind.m if kind.dim == -2 else kind.n)
+            key = batch.key
+            assert (key.mode, key.group) == (chunk.mode, chunk.group)
+            assert key.p <= key.q or key.mode == DISTRIBUTED
+            assert key.mode not in (GRAM, DISTRIBUTED) or key.summed_dim == key.dim
+            assert (key.group == "") == (chunk.mode == LOCAL)
+            if key.dim:
+                assert sum(key.parts) == (key.m if key.dim == -2 else key.n)
             for item in batch.items:
                 weight = plan.weights[item.weight]
                 shape = weight.shape if per_rank(weight, chunk) else weight.whole_shape
                 block = weight.layout.blocks(shape)[item.block]
                 assert (item.rows, item.columns) == (block.rows, block.columns)
-                assert (kind.m, kind.n) == (item.rows, item.columns)
-                assert kind.dim in (0, weight.dim)
+                assert (key.m, key.n) == (item.rows, item.columns)
+                assert key.dim in (0, weight.dim)
 
 
 def numbered(weight: Weight, index: int) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_pieces_of_all_ranks_are_the_logical_matrices_and_go_back(seed: int, ran
                 weight = plan.weights[item.weight]
                 slots = []
                 for rank in range(weight.ranks):
-                    slot = torch.full((item.count, *batch.kind.part(rank)), -2.0, dtype=torch.float64)
+                    slot = torch.full((item.count, *batch.key.part(rank)), -2.0, dtype=torch.float64)
                     slots.append(slot)
                     piece = item.piece(weight, rank)
                     for source, target in piece.pairs(shards[item.weight][rank], slot):
@@ -160,7 +160,7 @@ def test_pieces_of_all_ranks_are_the_logical_matrices_and_go_back(seed: int, ran
                     found = slots
                 elif weight.dim:
                     expected = [matrices_of(weight, item.block, wholes[item.weight])]
-                    found = [torch.cat(slots, dim=batch.kind.dim)]
+                    found = [torch.cat(slots, dim=batch.key.dim)]
                 else:
                     expected, found = [matrices_of(weight, item.block, wholes[item.weight])], slots
                 for its, matrices in zip(found, expected, strict=True):
@@ -254,7 +254,7 @@ def test_whole_heads_are_local_in_every_mode(mode: str) -> None:
 def test_blockwise_takes_each_shard_as_a_matrix() -> None:
     plan = plan_of([Weight((8, 8), WHOLE, -1, "tp", 4)] * 3, "blockwise")
     ((chunk, batch),) = batches_of(plan)
-    assert (chunk.mode, batch.kind.m, batch.kind.n, batch.count) == (LOCAL, 8, 8, 3)
+    assert (chunk.mode, batch.key.m, batch.key.n, batch.count) == (LOCAL, 8, 8, 3)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_portions_are_all_chunks_group_by_group(seed: int, number: int) -> None:
     for group in plan.groups():
         mine, theirs = (
             [
-                [batch.kind for chunk in portion.chunks for batch in chunk.batches]
+                [batch.key for chunk in portion.chunks for batch in chunk.batches]
                 for portion in each.portions(number)
                 if portion.chunks[0].group == group
             ]

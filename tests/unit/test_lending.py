@@ -51,8 +51,8 @@ def test_each_matrix_is_with_one_rank_or_split(seed: int, ranks: int, tensor: in
         for chunk in plan.chunks:
             shared = chunk.mode in (LENT, SPLIT)
             for batch in chunk.batches:
-                assert not shared or sum(batch.counts) == (batch.kind.q if chunk.mode == SPLIT else batch.count)
-                assert not shared or sum(batch.kind.parts) in (batch.kind.p, batch.kind.q)
+                assert not shared or sum(batch.counts) == (batch.key.q if chunk.mode == SPLIT else batch.count)
+                assert not shared or sum(batch.key.parts) in (batch.key.p, batch.key.q)
                 for item in batch.items:
                     holder = weights[item.weight].peers
                     assert holder is not None and (shared or holder.holder == rank)
@@ -88,7 +88,7 @@ def test_a_giant_is_split() -> None:
     assert sorted(before)[-2:] == [0.0, ITERATION.flops(8192, 16384)]
     assert max(after) < 0.1 * max(before) and min(after) > 0
     ((batch,),) = (chunk.batches for chunk in lending.chunks["data"])
-    assert batch.kind.mode == SPLIT and sum(batch.counts) == 16384 and batch.kind.parts[3] == 16384
+    assert batch.key.mode == SPLIT and sum(batch.counts) == 16384 and batch.key.parts[3] == 16384
 
 
 def test_items_of_a_fused_weight_and_experts_go_to_different_ranks() -> None:

@@ -82,10 +82,10 @@ def test_both_ways_are_as_narrow_as_they_are_told() -> None:
 
 
 def test_distributed_sums_gram_matrices() -> None:
-    """8 x 6 with rows on 4 ranks, 5 steps: a norm and 5 Gram matrices of 6 x 6, 2 * 3/4 of their bytes in float32."""
+    """8 x 6 with rows on 4 ranks, 5 steps: norms and 5 triangles of 21, 2 * 3/4 of their bytes in float32."""
     by_rows = Weight("w", (8, 6), WHOLE, shards=4, shard_dim=-2)
     flops = 5 * (2 * 36 * 2 + 2 * 6**3 + 2 * 36 * 2)
-    assert work_of(by_rows, "distributed") == [Cost(flops, 2 * 3 / 4 * (5 * 36 * 4 + 8), 6)]
+    assert work_of(by_rows, "distributed") == [Cost(flops, 2 * 3 / 4 * (5 * 21 * 4 + 8), 6)]
 
 
 def test_gram_exchanges_triangles() -> None:

@@ -182,8 +182,8 @@ def _method(engine: StepEngine) -> dict[str, Any]:
     shapes: dict[str, Any] = {}
     for chunk in engine.plan.chunks:
         for batch in chunk.batches:
-            p, q = sorted((batch.kind.m, batch.kind.n))
-            method = iteration_of(chunk.mode, engine.orthogonalizer, batch.kind)
+            p, q = sorted((batch.key.m, batch.key.n))
+            method = iteration_of(chunk.mode, engine.orthogonalizer, batch.key)
             entry = shapes.setdefault(f"{p} x {q}", {}).setdefault(chunk.mode, {"method": method, "matrices": 0})
             entry["matrices"] += batch.count
     return {"products": engine.orthogonalizer.products.name, "shapes": shapes}
