@@ -23,7 +23,7 @@ import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
-from megatron_muon.engine.plan import Item
+from megatron_muon.engine.plan import MatrixSlice
 from megatron_muon.optimizers.matrices import Update, is_some, row_norms, side_by_side
 from megatron_muon.optimizers.power import store_vector, top_singular
 from megatron_muon.optimizers.sizes import ZeroWeights
@@ -132,7 +132,7 @@ class _Side:
         self.known = self.known | mask
 
 
-Solves = dict[Item, list[_Solve]]
+Solves = dict[MatrixSlice, list[_Solve]]
 """Those of a chunk, by its first matrices."""
 
 
