@@ -99,7 +99,7 @@ class StepEngine:
         self._digests: dict[str, bytes] = {}
 
     def build(self) -> None:
-        """Compile and tune the kernels of a step, by one without messages, on nothing in particular: once for chunks alike.
+        """Compile and tune the kernels that a step uses: by a step that sends nothing, once for chunks alike.
 
         Call it under the step's precision. Nothing happens where kernels are not compiled.
         """

@@ -11,13 +11,11 @@ from importlib import import_module
 import torch
 
 from megatron_muon.choices import NS_BACKENDS
-from megatron_muon.errors import ConfigError
+from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.orthogonalize.kernels import KernelProducts
 from megatron_muon.orthogonalize.kernels.gate import Trial, examine
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
 from megatron_muon.orthogonalize.switches import float32_is_exact
-
-__all__ = ["Candidate", "candidates", "choose_products", "fastest_on_all", "report"]
 
 _FLAG = "--muon-ns-backend"
 
@@ -54,18 +52,14 @@ class Candidate:
 def choose_products(
     backend: str, device: torch.device, dtype: torch.dtype, trial: Trial | None = None
 ) -> tuple[TorchProducts, str]:
-    """The fastest of :func:`candidates` on this rank, for those that share nothing with other ranks.
-
-    Returns:
-        The products, and one line for the report.
-    """
+    """The first of :func:`candidates`, for those that share nothing with other ranks; and a line for the report."""
     found = candidates(backend, device, dtype, trial)
     assert found[0].products is not None
     return found[0].products, report(found[0], found, device, dtype, trial)
 
 
 def candidates(backend: str, device: torch.device, dtype: torch.dtype, trial: Trial | None = None) -> list[Candidate]:
-    """The backends that may be used, the fastest first, and then those that cannot.
+    """The backends that may be used, the fastest first (at least one), and then those that cannot.
 
     Kernels other than torch's must first pass :func:`megatron_muon.orthogonalize.kernels.gate.examine` on the device.
     That takes seconds (kernels are compiled) and waits for the device, so call this at set-up; it is done once for each
@@ -80,30 +74,27 @@ def candidates(backend: str, device: torch.device, dtype: torch.dtype, trial: Tr
             depends on whether products may be TF32.
         trial: what to time; without it, nothing is, and torch comes last.
 
-    Returns:
-        The first of them can be used.
-
     Raises:
         ConfigError: for an unknown backend, and for one that is asked for by name and is not there, does not support
             the device or dtype, or fails the check.
     """
     if backend not in NS_BACKENDS:
         raise ConfigError(f"{_FLAG} {backend}: choose one of {', '.join(NS_BACKENDS)}.")
-    device = _numbered(device)
+    device, is_exact = _numbered(device), float32_is_exact()
     if backend == "torch":
         return [Candidate("torch", TorchProducts(), f"as {_FLAG} says")]
     if backend != "auto":
-        named = _checked(backend, device, dtype, float32_is_exact())
+        named = _checked(backend, device, dtype, is_exact)
         if named.products is None:
             raise ConfigError(f"{_FLAG} {backend}, {_where(device, dtype)}: it {named.text}. Use auto or torch.")
         return [replace(named, text=f"as {_FLAG} says; {named.text}")]
     if device.type == "cpu":
         rows = _CPU_BLOCK_ROWS[dtype]
         return [Candidate("torch", BlockProducts(rows), f"blocks of {rows} rows or more")]
-    if dtype == torch.float32 and float32_is_exact():
+    if dtype == torch.float32 and is_exact:
         # Exact float32 has no tensor cores; without them, Triton's products are no match for torch's.
         return [Candidate("torch", TorchProducts(), "symmetric kernels are for 16 bits and TF32")]
-    return _in_order([_checked(each, device, dtype, float32_is_exact()) for each in _KERNELS], device, dtype, trial)
+    return _in_order([_checked(each, device, dtype, is_exact) for each in _KERNELS], device, dtype, trial)
 
 
 def fastest_on_all(ranks: Sequence[Mapping[str, float]]) -> str:
@@ -124,20 +115,12 @@ def fastest_on_all(ranks: Sequence[Mapping[str, float]]) -> str:
 def report(
     chosen: Candidate, found: Sequence[Candidate], device: torch.device, dtype: torch.dtype, trial: Trial | None = None
 ) -> str:
-    """One line: what was chosen, the numbers of check and trial, and why others cannot be used.
-
-    Args:
-        chosen: one of ``found``.
-        found: by :func:`candidates`, with the other arguments.
-        device: where.
-        dtype: in which.
-        trial: what was timed.
-    """
+    """One line: what was chosen of what :func:`candidates` found, numbers of check and trial, and why not others."""
     assert chosen.products is not None
     parts = [f"{chosen.products.name}, {_where(_numbered(device), dtype)} ({chosen.text})"]
     timed = [f"{each.backend} {1e3 * each.seconds:.3g} ms" for each in found if 0.0 < each.seconds < math.inf]
     if trial is not None and timed:
-        parts.append(f"one iteration of {_sizes(trial)}: {', '.join(timed)}")
+        parts.append(f"one iteration of {sizes(trial.shape)}: {', '.join(timed)}")
     return "; ".join([*parts, *(f"{each.backend} {each.text}" for each in found if each.products is None)])
 
 
@@ -145,23 +128,21 @@ def _in_order(
     kernels: Sequence[Candidate], device: torch.device, dtype: torch.dtype, trial: Trial | None
 ) -> list[Candidate]:
     """With torch, which is timed only if there is another to compare it with."""
-    usable = [each for each in kernels if each.products is not None]
-    usable.append(Candidate("torch", TorchProducts(), "no check needed"))
-    if trial is not None and len(usable) > 1:
-        usable = [_timed(each, device, dtype, trial) for each in usable]
-    return sorted(
-        [*usable, *(each for each in kernels if each.products is None)], key=lambda candidate: candidate.seconds
-    )
+    found = [*kernels, Candidate("torch", TorchProducts(), "no check needed")]
+    if trial is not None and any(each.products is not None for each in kernels):
+        found = [_timed(each, device, dtype, trial) for each in found]
+    return sorted(found, key=lambda candidate: candidate.seconds)
 
 
 def _timed(candidate: Candidate, device: torch.device, dtype: torch.dtype, trial: Trial) -> Candidate:
-    assert candidate.products is not None
+    if candidate.products is None:
+        return candidate
     try:
         return replace(candidate, seconds=trial.seconds(candidate.products, device, dtype))
     except Exception as error:
         if candidate.backend == "torch":
             raise
-        return _unusable(candidate.backend, f"fails at {_sizes(trial)}: {_first_line(error)}")
+        return _unusable(candidate.backend, f"fails at {sizes(trial.shape)}: {_first_line(error)}")
 
 
 @cache
@@ -183,10 +164,6 @@ def _checked(backend: str, device: torch.device, dtype: torch.dtype, is_exact: b
     if verdict.failure is not None:
         return _unusable(backend, str(verdict))
     return Candidate(backend, products, f"{verdict}; {products.rest}")
-
-
-def _sizes(trial: Trial) -> str:
-    return " x ".join(map(str, trial.shape))
 
 
 def _unusable(backend: str, reason: str) -> Candidate:

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["float32_is_exact", "matmul_precision", "without_autocast"]
-
 
 def float32_is_exact() -> bool:
     """Whether products of float32 matrices take all their bits, on all devices."""

@@ -14,8 +14,6 @@ import torch
 
 from megatron_muon.orthogonalize.products import TorchProducts
 
-__all__ = ["KernelProducts", "bulk_copyable", "current"]
-
 
 class KernelProducts(TorchProducts):
     """Symmetric products by a kernel where it takes the operands, all other products by torch.

@@ -18,8 +18,6 @@ import torch
 
 from megatron_muon.orthogonalize.kernels.gate import seconds
 
-__all__ = ["Rate", "add", "add_", "pack", "prepare"]
-
 Rate = float | torch.Tensor
 """A learning rate, or what it comes to; as a tensor it has no dimension, and is never read by the host."""
 

@@ -11,8 +11,6 @@ import torch
 from megatron_muon.orthogonalize.kernels import KernelProducts, bulk_copyable, current
 from megatron_muon.orthogonalize.products import TorchProducts
 
-__all__ = ["EmergingProducts", "obstacle"]
-
 _CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
 """GPUs that emerging-optimizers uses its kernel on; on others it does not vouch for the results."""
 

@@ -11,12 +11,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megatron_muon.orthogonalize.products import TorchProducts
-
-__all__ = ["CPU_SIZES", "GPU_SIZES", "LIMIT", "Size", "Trial", "Verdict", "examine", "seconds"]
 
 LIMIT = 4.0
 """By how many times torch's error may be exceeded: both sum in float32 and round once."""
@@ -29,14 +28,7 @@ are smaller are luck; in 16 bits they are far larger."""
 
 @dataclass(frozen=True)
 class Size:
-    """Of a batch of test matrices.
-
-    Attributes:
-        batch: number of matrices.
-        p: rows of X.
-        q: columns of X.
-        tall: whether X lies in memory as a transposed tall matrix does: column by column.
-    """
+    """Of a batch of test matrices X, p x q; ``tall``: X lies in memory column by column, as a tall matrix does."""
 
     batch: int
     p: int
@@ -75,6 +67,102 @@ class Verdict:
         return f"{self.products} products checked: error {self.error:.2f} x torch's, {symmetry}"
 
 
+def examine(
+    products: TorchProducts, device: torch.device, dtype: torch.dtype, sizes: tuple[Size, ...] | None = None
+) -> Verdict:
+    """Compare an implementation with torch; an exception in it is a failure, too.
+
+    Waits for the device and reads back numbers: for set-up, not for a step.
+
+    Args:
+        products: the implementation.
+        device: where.
+        dtype: in which it multiplies; float32 is multiplied, by torch too, as torch's switches say.
+        sizes: of the matrices; by default :data:`CPU_SIZES` or :data:`GPU_SIZES`.
+
+    Raises:
+        ValueError: for float64, which is what results are compared with.
+    """
+    if dtype == torch.float64:
+        raise ValueError("examine in float64: there is nothing more exact to compare with")
+    worst, count, exactly = 0.0, 0, True
+    for size in sizes or (CPU_SIZES if device.type == "cpu" else GPU_SIZES):
+        for name, arguments, exact in _products(size, device, dtype):
+            try:
+                result = _run(getattr(products, name), arguments, exact)
+                ratio, failure = _compare(result, getattr(TorchProducts(), name)(*arguments), exact)
+            except Exception as error:
+                failure = f"{type(error).__name__}: {str(error).strip().partition('\n')[0]}"
+            if failure is not None:
+                where = f"{name} of {size.batch} x {size.p} x {size.q}"
+                return Verdict(f"{where}: {failure}", count, worst, exactly)
+            worst, count = max(worst, ratio), count + 1
+            exactly = exactly and torch.equal(result, result.mT)
+    return Verdict(None, count, worst, exactly)
+
+
+def _run(product: Callable[..., torch.Tensor], arguments: tuple[Any, ...], exact: torch.Tensor) -> torch.Tensor:
+    # One that writes nothing would otherwise return what lay in memory: perhaps an earlier, right result.
+    poison = torch.full_like(exact, float("nan"), dtype=arguments[0].dtype)
+    del poison
+    result = product(*arguments)
+    if result.is_cuda:
+        torch.cuda.synchronize(result.device)  # so that an error is met here
+    return result
+
+
+def _compare(result: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> tuple[float, str | None]:
+    """The larger error as a multiple of torch's, and what is wrong."""
+    if result.shape != torchs.shape or result.dtype != torchs.dtype:
+        return 0.0, f"the result is {tuple(result.shape)} {result.dtype}, not {tuple(torchs.shape)} {torchs.dtype}"
+    if not bool(torch.isfinite(result).all()):
+        return 0.0, "the result is not finite"
+    (norm, largest, asymmetry), (torchs_norm, torchs_largest, _) = _errors(result, exact), _errors(torchs, exact)
+    least = _SUMS_IN_FLOAT32
+    ratio = max(norm / max(torchs_norm, least), largest / max(torchs_largest, least))
+    if not ratio <= LIMIT:
+        return ratio, f"error {ratio:.3g} x torch's, at most {LIMIT:g} x is rounding"
+    # Two elements that are both as near to the exact value as torch's differ by no more than twice its error.
+    if not asymmetry <= 2 * max(torchs_largest, least):
+        return ratio, f"not symmetric: elements across the diagonal differ by {asymmetry:.2e} of the largest"
+    return ratio, None
+
+
+def _errors(result: torch.Tensor, exact: torch.Tensor) -> tuple[float, float, float]:
+    """Against the exact value: Frobenius norm, largest element, and largest difference across the diagonal."""
+    wide, size = result.double(), float(exact.abs().max())
+    difference = wide - exact
+    across = float((wide - wide.mT).abs().max()) / size
+    return float(difference.norm() / exact.norm()), float(difference.abs().max()) / size, across
+
+
+def _products(
+    size: Size, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, tuple[Any, ...], torch.Tensor]]:
+    """The three products with symmetric results, of matrices such as the iteration meets, with their exact values."""
+    generator = torch.Generator().manual_seed(size.p)  # not the generator that initializes models
+    shape = (size.batch, size.q, size.p) if size.tall else (size.batch, size.p, size.q)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) / size.q**0.5
+    x = x.to(device, dtype)
+    x = x.mT if size.tall else x
+    gram = x.double() @ x.double().mT
+    yield "gram", (x,), gram
+
+    b, c = -4.775, 2.0315
+    r = _symmetric_part(gram.to(dtype).double()).to(dtype)
+    exact_z = b * r.double() + c * (r.double() @ r.double())
+    yield "quadratic", (r, b, c), exact_z
+
+    a = 3.4445
+    z = _symmetric_part(exact_z).to(dtype)
+    # Rounding keeps R and Z from commuting exactly: no half of the product is more right than the other.
+    yield "commuting", (r, z, a), _symmetric_part(a * r.double() + r.double() @ z.double())
+
+
+def _symmetric_part(x: torch.Tensor) -> torch.Tensor:
+    return (x + x.mT) / 2
+
+
 @dataclass(frozen=True)
 class Trial:
     """What implementations are timed by.
@@ -94,15 +182,13 @@ class Trial:
         return seconds(lambda: self.iterate(products, x), device)
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """How long work takes on a device, once it is compiled and warm: the median of some times.
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long work takes on a device, once it is compiled and warm: the median of five times.
 
     Waits for the device: for set-up, not for a step.
     """
-    work()
-    work()
     times = []
-    for _ in range(repeats):
+    for _ in range(7):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with torch.cuda.device(device):
@@ -115,126 +201,4 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) 
             begin = time.perf_counter()
             work()
             times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-@dataclass(frozen=True)
-class _Product:
-    """One product with a symmetric result: its name, how an implementation is asked for it, and its exact value."""
-
-    name: str
-    of: Callable[[TorchProducts], torch.Tensor]
-    exact: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Errors:
-    """Against the exact value: Frobenius norm, largest element, and largest difference across the diagonal."""
-
-    norm: float
-    largest: float
-    asymmetry: float
-
-
-def examine(
-    products: TorchProducts, device: torch.device, dtype: torch.dtype, sizes: tuple[Size, ...] | None = None
-) -> Verdict:
-    """Compare an implementation with torch.
-
-    Waits for the device and reads back numbers: for set-up, not for a step.
-
-    Args:
-        products: the implementation.
-        device: where.
-        dtype: in which it multiplies; float32 is multiplied, by torch too, as torch's switches say.
-        sizes: of the matrices; by default :data:`CPU_SIZES` or :data:`GPU_SIZES`.
-
-    Returns:
-        The verdict. An exception in the implementation is a failure, too.
-
-    Raises:
-        ValueError: for float64, which is what results are compared with.
-    """
-    if dtype == torch.float64:
-        raise ValueError("examine in float64: there is nothing more exact to compare with")
-    if sizes is None:
-        sizes = CPU_SIZES if device.type == "cpu" else GPU_SIZES
-    worst, count, exactly = 0.0, 0, True
-    for size in sizes:
-        for product in _products(size, device, dtype):
-            where = f"{product.name} of {size.batch} x {size.p} x {size.q}"
-            torchs = product.of(TorchProducts())
-            try:
-                result = _run(product, products, dtype)
-            except Exception as error:
-                text = str(error).strip().partition("\n")[0]
-                return Verdict(f"{where}: {type(error).__name__}: {text}", count, worst, exactly)
-            ratio, failure = _compare(result, torchs, product.exact)
-            if failure is not None:
-                return Verdict(f"{where}: {failure}", count, worst, exactly)
-            worst, count = max(worst, ratio), count + 1
-            exactly = exactly and torch.equal(result, result.mT)
-    return Verdict(None, count, worst, exactly)
-
-
-def _run(product: _Product, products: TorchProducts, dtype: torch.dtype) -> torch.Tensor:
-    # One that writes nothing would otherwise return what lay in memory: perhaps an earlier, right result.
-    poison = torch.full_like(product.exact, float("nan"), dtype=dtype)
-    del poison
-    result = product.of(products)
-    if result.is_cuda:
-        torch.cuda.synchronize(result.device)  # so that an error is met here
-    return result
-
-
-def _compare(result: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> tuple[float, str | None]:
-    """The larger error as a multiple of torch's, and what is wrong."""
-    if result.shape != torchs.shape or result.dtype != torchs.dtype:
-        return 0.0, f"the result is {tuple(result.shape)} {result.dtype}, not {tuple(torchs.shape)} {torchs.dtype}"
-    if not bool(torch.isfinite(result).all()):
-        return 0.0, "the result is not finite"
-    own, reference = _errors(result, exact), _errors(torchs, exact)
-    least = _SUMS_IN_FLOAT32
-    ratio = max(own.norm / max(reference.norm, least), own.largest / max(reference.largest, least))
-    if not ratio <= LIMIT:
-        return ratio, f"error {ratio:.3g} x torch's, at most {LIMIT:g} x is rounding"
-    # Two elements that are both as near to the exact value as torch's differ by no more than twice its error.
-    if not own.asymmetry <= 2 * max(reference.largest, least):
-        return ratio, f"not symmetric: elements across the diagonal differ by {own.asymmetry:.2e} of the largest"
-    return ratio, None
-
-
-def _errors(result: torch.Tensor, exact: torch.Tensor) -> _Errors:
-    wide = result.double()
-    difference, size = wide - exact, float(exact.abs().max())
-    return _Errors(
-        norm=float(difference.norm() / exact.norm()),
-        largest=float(difference.abs().max()) / size,
-        asymmetry=float((wide - wide.mT).abs().max()) / size,
-    )
-
-
-def _products(size: Size, device: torch.device, dtype: torch.dtype) -> Iterator[_Product]:
-    """The three products with symmetric results, of matrices such as the iteration meets."""
-    generator = torch.Generator().manual_seed(size.p)  # not the generator that initializes models
-    shape = (size.batch, size.q, size.p) if size.tall else (size.batch, size.p, size.q)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64) / size.q**0.5
-    x = x.to(device, dtype)
-    x = x.mT if size.tall else x
-    gram = x.double() @ x.double().mT
-    yield _Product("gram", lambda products: products.gram(x), gram)
-
-    b, c = -4.775, 2.0315
-    r = _symmetric_part(gram.to(dtype).double()).to(dtype)
-    exact_z = b * r.double() + c * (r.double() @ r.double())
-    yield _Product("quadratic", lambda products: products.quadratic(r, b, c), exact_z)
-
-    a = 3.4445
-    z = _symmetric_part(exact_z).to(dtype)
-    # Rounding keeps R and Z from commuting exactly: no half of the product is more right than the other.
-    exact = _symmetric_part(a * r.double() + r.double() @ z.double())
-    yield _Product("commuting", lambda products: products.commuting(r, z, a), exact)
-
-
-def _symmetric_part(x: torch.Tensor) -> torch.Tensor:
-    return (x + x.mT) / 2
+    return statistics.median(times[2:])

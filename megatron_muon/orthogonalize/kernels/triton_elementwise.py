@@ -21,9 +21,7 @@ import triton
 import triton.language as tl
 
 from megatron_muon.orthogonalize.kernels import current
-from megatron_muon.orthogonalize.kernels.triton_symmetric import obstacle
-
-__all__ = ["add", "obstacle", "pack"]
+from megatron_muon.orthogonalize.kernels.triton_symmetric import obstacle as obstacle
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 

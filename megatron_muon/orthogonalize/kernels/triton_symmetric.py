@@ -20,8 +20,6 @@ import triton.language as tl
 from megatron_muon.orthogonalize.kernels import KernelProducts, current
 from megatron_muon.orthogonalize.switches import float32_is_exact
 
-__all__ = ["DTYPES", "INTERPRETED", "TILES", "Tile", "TritonProducts", "obstacle", "symmetric_product"]
-
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What the kernel multiplies."""
 

@@ -13,8 +13,6 @@ import torch
 
 from megatron_muon.orthogonalize.kernels import KernelProducts, bulk_copyable, current
 
-__all__ = ["VendorProducts", "obstacle"]
-
 _MAJORS = (9, 10, 11, 12)
 """Compute capabilities: 9.0 is the least that gram-newton-schulz asks for, 12 the last that quack has a kernel for."""
 
