@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -65,9 +66,9 @@ def written_out(method: str, scale_mode: str, nesterov: bool, start: torch.Tenso
     return w
 
 
-def train(param: torch.nn.Parameter, method: str, cut: Any, **options: Any) -> Muon:
-    optimizer = Muon(
-        [param],
+def made(params: list[torch.nn.Parameter], method: str, **options: Any) -> Muon:
+    return Muon(
+        params,
         variant=VARIANTS[method](beta2=BETA2, eps=EPS),
         lr=LR,
         momentum=MOMENTUM,
@@ -76,28 +77,58 @@ def train(param: torch.nn.Parameter, method: str, cut: Any, **options: Any) -> M
         fp32_matmul_prec="highest",
         **options,
     )
+
+
+def train(param: torch.nn.Parameter, method: str, cut: Any, **options: Any) -> Muon:
+    optimizer = made([param], method, **options)
     for step in range(STEPS):
         param.grad = cut(step).contiguous()
         optimizer.step()
     return optimizer
 
 
-def shards(
-    shape: tuple[int, int], dim: int, layout: MatrixLayout, method: str, options: dict[str, Any]
-) -> torch.Tensor:
-    """Train this rank's shard, then put the shards together."""
+def trained_shards(
+    cases: dict[str, tuple[tuple[int, int], int, MatrixLayout]],
+    make: Callable[[list[torch.nn.Parameter]], Muon],
+    steps: int,
+) -> dict[str, torch.Tensor]:
+    """Train this rank's shards of all cases in one optimizer, which sends their messages together; then whole weights.
 
-    def cut(whole: torch.Tensor) -> torch.Tensor:
-        return whole.chunk(dist.get_world_size(), dim=dim)[dist.get_rank()]
+    Args:
+        cases: shape of the whole weight, divided dimension, and layout; by name.
+        make: the optimizer of the shards, in the order of the cases.
+        steps: how many.
+    """
+    rank, ranks, params = dist.get_rank(), dist.get_world_size(), []
+    for shape, dim, layout in cases.values():
+        param = torch.nn.Parameter(weight(*shape, seed=1).chunk(ranks, dim=dim)[rank].clone())
+        param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, dim, layout
+        params.append(param)
+    optimizer = make(params)
+    for step in range(steps):
+        for param, (shape, dim, _) in zip(params, cases.values(), strict=True):
+            param.grad = grad(shape, step).chunk(ranks, dim=dim)[rank].contiguous()
+        optimizer.step()
+    found = {}
+    for (name, (_, dim, _)), param in zip(cases.items(), params, strict=True):
+        parts = [torch.empty_like(param) for _ in range(ranks)]
+        dist.all_gather(parts, param.detach().contiguous())
+        found[name] = torch.cat(parts, dim=dim)
+    return found
 
-    param = torch.nn.Parameter(cut(weight(*shape, seed=1)).clone())
-    param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, dim, layout
-    optimizer = train(param, method, lambda step: cut(grad(shape, step)), tp_group=dist.group.WORLD, **options)
-    moment = optimizer.state[param][optimizer.variant.state_name]
-    assert moment.shape == (param.shape if method in ("adamuon", "adamuon_eo") else (param.size(0), 1))
-    parts = [torch.empty_like(param) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, param.detach().contiguous())
-    return torch.cat(parts, dim=dim)
+
+def shards(names: list[str], method: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    made_of: list[Muon] = []
+
+    def make(params: list[torch.nn.Parameter]) -> Muon:
+        made_of.append(made(params, method, tp_group=dist.group.WORLD, **options))
+        return made_of[0]
+
+    found = trained_shards({name: CASES[name] for name in names}, make, STEPS)
+    for param, state in made_of[0].state.items():
+        moment = state[made_of[0].variant.state_name]
+        assert moment.shape == (param.shape if method in ("adamuon", "adamuon_eo") else (param.size(0), 1))
+    return found
 
 
 def rows_of(layout: MatrixLayout, shape: tuple[int, int]) -> list[list[int]]:
@@ -167,12 +198,12 @@ def combinations(cases: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def grid(chosen: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], torch.Tensor]:
-    return {
-        (name, method, mode): shards(
-            *CASES[name], method, {"scale_mode": SCALES[method][-1], "nesterov": True, "tp_mode": mode}
-        )
-        for name, method, mode in chosen
-    }
+    found = {}
+    for method, mode in dict.fromkeys(key[1:] for key in chosen):
+        names = [key[0] for key in chosen if key[1:] == (method, mode)]
+        options = {"scale_mode": SCALES[method][-1], "nesterov": True, "tp_mode": mode}
+        found |= {(name, method, mode): whole for name, whole in shards(names, method, options).items()}
+    return found
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_muon import Muon
 from megatron_muon.errors import ConfigError
 from megatron_muon.routing.layout import BALLS, COLUMN_NORM, ROW_NORM, SIGN, TABLE, WHOLE, MatrixLayout
-from tests.distributed.test_adaptive import CASES, grad, rows_of, weight
+from tests.distributed.test_adaptive import CASES, grad, rows_of, trained_shards, weight
 from tests.pairwise import pairwise
 from tests.pool import RankPool
 from tools.bench.observe import LiveBytes
@@ -46,8 +46,12 @@ def expected(shape: tuple[int, int], layout: MatrixLayout) -> torch.Tensor:
     return whole
 
 
+def made(params: list[torch.nn.Parameter], **options: Any) -> Muon:
+    return Muon(params, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, ball_radius=RADIUS, **options)
+
+
 def train(param: torch.nn.Parameter, cut: Any, **options: Any) -> None:
-    optimizer = Muon([param], lr=LR, momentum=MOMENTUM, weight_decay=DECAY, ball_radius=RADIUS, **options)
+    optimizer = made([param], **options)
     for step in range(STEPS):
         param.grad = cut(step).contiguous()
         optimizer.step()
@@ -63,25 +67,11 @@ def test_one_process(direction: str, kind: str) -> None:
     torch.testing.assert_close(param.detach(), expected(shape, layout), rtol=0, atol=1e-12)
 
 
-def shards(name: str, direction: str) -> torch.Tensor:
-    shape, dim, layout = CASES[name]
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-
-    def cut(whole: torch.Tensor) -> torch.Tensor:
-        return whole.chunk(ranks, dim=dim)[rank]
-
-    param = torch.nn.Parameter(cut(weight(*shape, seed=1)).clone())
-    param.tensor_model_parallel, param.partition_dim = True, dim
-    param.matrix_layout = in_ball(layout, direction)
-    train(param, lambda step: cut(grad(shape, step)), tp_group=dist.group.WORLD)
-    parts = [torch.empty_like(param) for _ in range(ranks)]
-    dist.all_gather(parts, param.detach().contiguous())
-    return torch.cat(parts, dim=dim)
-
-
 def grid() -> dict[tuple[str, str], torch.Tensor]:
     names = [name for name in CASES if dist.get_world_size() == 4 or name != "more ranks than groups"]
-    return {(name, direction): shards(name, direction) for name in names for direction in BALLS}
+    cases = {f"{name}/{way}": (*CASES[name][:2], in_ball(CASES[name][2], way)) for name in names for way in BALLS}
+    found = trained_shards(cases, lambda params: made(params, tp_group=dist.group.WORLD), STEPS)
+    return {(name, way): found[f"{name}/{way}"] for name in names for way in BALLS}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import Muon
-from tests.distributed.test_adaptive import CASES, EVERY_MODE, EXACT, grad, weight
+from tests.distributed.test_adaptive import CASES, EVERY_MODE, EXACT, grad, trained_shards, weight
 from tests.pool import RankPool
 
 # Far more than the norm of the momentum: five steps of the iteration make up for much of what is damped.
@@ -31,27 +33,6 @@ def train(param: torch.nn.Parameter, cut: Any, **options: Any) -> None:
         optimizer.step()
 
 
-def shards(name: str, scale_mode: str, tp_mode: str) -> torch.Tensor:
-    shape, dim, layout = CASES[name]
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-
-    def cut(whole: torch.Tensor) -> torch.Tensor:
-        return whole.chunk(ranks, dim=dim)[rank]
-
-    param = torch.nn.Parameter(cut(weight(*shape, seed=1)).clone())
-    param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, dim, layout
-    train(
-        param,
-        lambda step: cut(grad(shape, step)),
-        tp_group=dist.group.WORLD,
-        scale_mode=scale_mode,
-        tp_mode=tp_mode,
-    )
-    parts = [torch.empty_like(param) for _ in range(ranks)]
-    dist.all_gather(parts, param.detach().contiguous())
-    return torch.cat(parts, dim=dim)
-
-
 SCALE_MODES = ("unit_rms_norm", "spectral_norm")
 
 
@@ -60,12 +41,12 @@ EVERY_MODE_OF = {"unit_rms_norm": EVERY_MODE, "spectral_norm": ("rows, split",)}
 
 
 def grid() -> dict[tuple[str, str, str], torch.Tensor]:
-    return {
-        (name, scale_mode, mode): shards(name, scale_mode, mode)
-        for name in CASES
-        for scale_mode in SCALE_MODES
-        for mode in (EXACT if name in EVERY_MODE_OF[scale_mode] else ["auto"])
-    }
+    found = {}
+    for scale_mode, mode in itertools.product(SCALE_MODES, EXACT):
+        cases = {name: CASES[name] for name in (CASES if mode == "auto" else EVERY_MODE_OF[scale_mode])}
+        make = functools.partial(Muon, tp_group=dist.group.WORLD, scale_mode=scale_mode, tp_mode=mode, **OPTIONS)
+        found |= {(name, scale_mode, mode): whole for name, whole in trained_shards(cases, make, STEPS).items()}
+    return found
 
 
 def whole(name: str, scale_mode: str, **changes: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from megatron_muon import ConfigError, Muon
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.routing.layout import MatrixLayout
-from tests.distributed.test_adaptive import CASES, EXACT, HEADS, QKV, WHOLE, grad, rows_of, weight
+from tests.distributed.test_adaptive import CASES, EXACT, HEADS, QKV, WHOLE, grad, rows_of, trained_shards, weight
 from tests.pairwise import covering
 from tests.pool import RankPool
 from tests.reference import orthogonalized
@@ -37,9 +38,9 @@ def written_out(variant: str, start: torch.Tensor, grads: list[torch.Tensor]) ->
     return w
 
 
-def train(param: torch.nn.Parameter, variant: str, cut: Any, **options: Any) -> Muon:
-    optimizer = Muon(
-        [param],
+def made(params: list[torch.nn.Parameter], variant: str, **options: Any) -> Muon:
+    return Muon(
+        params,
         lr=LR,
         momentum=MOMENTUM,
         nesterov=True,
@@ -49,6 +50,10 @@ def train(param: torch.nn.Parameter, variant: str, cut: Any, **options: Any) -> 
         variant=variant,
         **options,
     )
+
+
+def train(param: torch.nn.Parameter, variant: str, cut: Any, **options: Any) -> Muon:
+    optimizer = made([param], variant, **options)
     for step in range(STEPS):
         param.grad = cut(step).contiguous()
         optimizer.step()
@@ -62,19 +67,11 @@ def combinations(names: list[str]) -> list[tuple[str, str, str]]:
 
 
 def grid(names: list[str]) -> dict[tuple[str, str, str], torch.Tensor]:
-    rank, ranks, found = dist.get_rank(), dist.get_world_size(), {}
-    for name, variant, mode in combinations(names):
-        shape, dim, layout = CASES[name]
-        param = torch.nn.Parameter(weight(*shape, seed=1).chunk(ranks, dim=dim)[rank].clone())
-        param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, dim, layout
-
-        def cut(step: int, shape: Any = shape, dim: int = dim) -> torch.Tensor:
-            return grad(shape, step).chunk(ranks, dim=dim)[rank]
-
-        train(param, variant, cut, tp_group=dist.group.WORLD, tp_mode=mode)
-        parts = [torch.empty_like(param) for _ in range(ranks)]
-        dist.all_gather(parts, param.detach().contiguous())
-        found[name, variant, mode] = torch.cat(parts, dim=dim)
+    found, chosen = {}, combinations(names)
+    for variant, mode in dict.fromkeys(key[1:] for key in chosen):
+        cases = {key[0]: CASES[key[0]] for key in chosen if key[1:] == (variant, mode)}
+        make = functools.partial(made, variant=variant, tp_group=dist.group.WORLD, tp_mode=mode)
+        found |= {(name, variant, mode): whole for name, whole in trained_shards(cases, make, STEPS).items()}
     return found
 
 

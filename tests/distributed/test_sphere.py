@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from megatron_muon import Muon
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.power import _noise
 from megatron_muon.optimizers.sphere import SpectralSphere, evaluations
-from tests.distributed.test_adaptive import CASES, HEADS, QKV, WHOLE, grad, rows_of, weight
+from tests.distributed.test_adaptive import CASES, HEADS, QKV, WHOLE, grad, rows_of, trained_shards, weight
 from tests.distributed.test_engine import live_bytes
 from tests.pool import RankPool
 
@@ -110,24 +111,13 @@ def test_nothing_but_the_radius_scales(options: dict[str, Any]) -> None:
         Muon([torch.nn.Parameter(weight(8, 6, seed=1))], variant="spectral_sphere", **options, **SHARP)
 
 
-def shards(name: str, mode: str) -> torch.Tensor:
-    shape, dim, layout = CASES[name]
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    param = torch.nn.Parameter(weight(*shape, seed=1).chunk(ranks, dim=dim)[rank].clone())
-    param.tensor_model_parallel, param.partition_dim, param.matrix_layout = True, dim, layout
-    optimizer = Muon(
-        [param], variant="spectral_sphere", lr=0.05, momentum=0.8, tp_mode=mode, tp_group=dist.group.WORLD, **SHARP
-    )
-    for step in range(2):
-        param.grad = grad(shape, step).chunk(ranks, dim=dim)[rank].contiguous()
-        optimizer.step()
-    parts = [torch.empty_like(param) for _ in range(ranks)]
-    dist.all_gather(parts, param.detach().contiguous())
-    return torch.cat(parts, dim=dim)
-
-
 def grid(cases: list[tuple[str, str]]) -> dict[tuple[str, str], torch.Tensor]:
-    return {(name, mode): shards(name, mode) for name, mode in cases}
+    found, options = {}, {"variant": "spectral_sphere", "lr": 0.05, "momentum": 0.8, **SHARP}
+    for mode in dict.fromkeys(mode for _, mode in cases):
+        some = {name: CASES[name] for name, its_mode in cases if its_mode == mode}
+        make = functools.partial(Muon, tp_mode=mode, tp_group=dist.group.WORLD, **options)
+        found |= {(name, mode): whole for name, whole in trained_shards(some, make, 2).items()}
+    return found
 
 
 OTHER_MODES = [("rows, split", "gram"), ("columns, wide", "owner"), ("rows, tall", "distributed")]

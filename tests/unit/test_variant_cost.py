@@ -87,5 +87,3 @@ def test_what_variants_add_to_a_step(options: dict[str, Any], more: int, copies:
 def test_measured_norms_take_one_pass_and_one_product() -> None:
     """Of ``update_norm`` a norm and a product in place: the matrix is read twice and written once."""
     assert passes(made(scale_mode="update_norm")) - passes(made()) <= 3
-
-
