@@ -140,7 +140,7 @@ def test_launches_are_tuned_once_for_sizes_alike(compiler: Process) -> None:
 
 def elementwise_ptx(name: str, types: tuple[Any, ...], **options: bool) -> str:
     kernel = getattr(triton_elementwise, f"_{name}_kernel")
-    constants = {"TYPES": types, "ROWS": False, "ALIGNED": True, **options}
+    constants = {"TYPES": types, "ALIGNED": True, **options}
     scalars = {"table": "*i64", "programs": "*i64", "rate_bits": "i64", "from_grad": "i32", "from_momentum": "i32"}
     signature = {each: scalars.get(each, "fp32") for each in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
     values = {(kernel.arg_names.index(each),): value for each, value in constants.items()}

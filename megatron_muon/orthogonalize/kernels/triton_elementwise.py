@@ -1,7 +1,7 @@
 """Elementwise passes of a step over many matrices in one launch each, as Triton kernels.
 
-What is read and written is found by a table on the device: addresses, sizes and distances of rows, of any mix of
-tensors. Products and sums are fused and rounded just where torch's own kernels do it, so that the bits are the same.
+What is read and written is found by a table on the device: addresses and sizes of any mix of tensors. Products and sums
+are fused and rounded just where torch's own kernels do it, so that the bits are the same.
 """
 
 # Triton has no type stubs, is not installed everywhere, and reads annotations of its functions as its own.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import operator
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,9 +26,9 @@ from megatron_muon.orthogonalize.kernels.triton_symmetric import obstacle as obs
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
-_FIELDS = tl.constexpr(9)
-"""Of an entry of the table: three addresses, three distances of rows in elements, the length of a row, the number of
-elements, and the bits of a factor."""
+_FIELDS = tl.constexpr(5)
+"""Of an entry of the table, elements that are neighbours in memory: three addresses, their number, and the bits of a
+factor."""
 
 _BLOCK = tl.constexpr(4096)
 """Elements of a program."""
@@ -41,18 +42,15 @@ def _place(table, programs, ALIGNED: tl.constexpr):
     program = tl.program_id(0)
     entry = table + tl.load(programs + 2 * program) * _FIELDS
     index = tl.load(programs + 2 * program + 1) * _BLOCK + tl.arange(0, _BLOCK)
-    size = tl.load(entry + 7)
+    size = tl.load(entry + 3)
     return entry, index, index < (tl.multiple_of(size, 16) if ALIGNED else size)
 
 
 @triton.jit
-def _elements(entry, index, NUMBER: tl.constexpr, TYPE: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers to elements of a tensor of an entry."""
-    start = tl.load(entry + NUMBER).to(tl.pointer_type(TYPE))
-    if ROWS:
-        length = tl.load(entry + 6)
-        index += index // length * (tl.load(entry + 3 + NUMBER) - length)
-    return (tl.multiple_of(start, 16) if ALIGNED else start) + index
+def _start(entry, NUMBER: tl.constexpr, TYPES: tl.constexpr, ALIGNED: tl.constexpr):
+    """Of a tensor's elements in an entry."""
+    start = tl.load(entry + NUMBER).to(tl.pointer_type(TYPES[NUMBER]))
+    return tl.multiple_of(start, 16) if ALIGNED else start
 
 
 @triton.jit(do_not_specialize=["from_grad", "from_momentum"])
@@ -66,14 +64,13 @@ def _pack_kernel(
     TYPES: tl.constexpr,
     UPDATES: tl.constexpr,
     MIXES: tl.constexpr,
-    ROWS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     entry, index, inside = _place(table, programs, ALIGNED)
-    momenta = _elements(entry, index, 0, TYPES[0], ROWS, ALIGNED)
+    momenta = _start(entry, 0, TYPES, ALIGNED) + index
     value = tl.load(momenta, mask=inside)
     if UPDATES or MIXES:
-        grad = tl.load(_elements(entry, index, 1, TYPES[1], ROWS, ALIGNED), mask=inside).to(TYPES[0]).to(tl.float32)
+        grad = tl.load(_start(entry, 1, TYPES, ALIGNED) + index, mask=inside).to(TYPES[0]).to(tl.float32)
     if UPDATES:
         old = value.to(tl.float32)
         value = tl.fma(grad - old, updating, tl.where(from_grad != 0, grad, old)).to(TYPES[0])
@@ -81,20 +78,18 @@ def _pack_kernel(
     if MIXES:
         new = value.to(tl.float32)
         value = tl.fma(new - grad, mixing, tl.where(from_momentum != 0, new, grad)).to(TYPES[0])
-    tl.store(_elements(entry, index, 2, TYPES[2], ROWS, ALIGNED), value.to(TYPES[2]), mask=inside)
+    tl.store(_start(entry, 2, TYPES, ALIGNED) + index, value.to(TYPES[2]), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rate_bits"])
-def _add_kernel(
-    table, programs, rate_bits: tl.int64, kept, TYPES: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr
-):
+def _add_kernel(table, programs, rate_bits: tl.int64, kept, TYPES: tl.constexpr, ALIGNED: tl.constexpr):
     entry, index, inside = _place(table, programs, ALIGNED)
     # As Python multiplies learning rate and factor: in 64 bits, rounded once.
-    factor = tl.load(entry + 8).to(tl.float64, bitcast=True)
+    factor = tl.load(entry + 4).to(tl.float64, bitcast=True)
     rate = (rate_bits.to(tl.float64, bitcast=True) * factor).to(tl.float32)
-    weights = _elements(entry, index, 0, TYPES[0], ROWS, ALIGNED)
+    weights = _start(entry, 0, TYPES, ALIGNED) + index
     weight = tl.load(weights, mask=inside).to(tl.float32)
-    update = tl.load(_elements(entry, index, 1, TYPES[1], ROWS, ALIGNED), mask=inside).to(tl.float32)
+    update = tl.load(_start(entry, 1, TYPES, ALIGNED) + index, mask=inside).to(tl.float32)
     if weights.dtype.element_ty == tl.float32:
         weight = tl.fma(update, rate, weight * kept)
     else:
@@ -108,21 +103,14 @@ def pack(momenta: _Tensors, grads: _Tensors, slots: _Tensors, momentum: float | 
     mixing, from_momentum = _lerp(nesterov)
     options = {"UPDATES": momentum is not None, "MIXES": nesterov != 1.0}
     numbers = (updating, mixing, from_grad, from_momentum)
-    if not _launch(_pack_kernel, (momenta, grads, slots), itertools.repeat(0.0), numbers, options):
-        return False
-    if momentum is not None:
-        torch.autograd.graph.increment_version(momenta)
-    return True
+    return _launch(_pack_kernel, (momenta, grads, slots), itertools.repeat(0.0), numbers, options)
 
 
 def add(weights: _Tensors, updates: _Tensors, factors: Sequence[float], lr: float, kept: float | None) -> bool:
     """See :func:`megatron_muon.orthogonalize.kernels.elementwise.add`; False if nothing was done, for their layout."""
     # Minus: the sign is a bit, so that Triton never takes the bits for a number of 32.
     numbers = (_bits(-float(lr)), 1.0 if kept is None else float(kept))
-    if not _launch(_add_kernel, (weights, updates, updates), factors, numbers, {}):
-        return False
-    torch.autograd.graph.increment_version(weights)
-    return True
+    return _launch(_add_kernel, (weights, updates, updates), factors, numbers, {})
 
 
 def _launch(
@@ -132,19 +120,21 @@ def _launch(
     numbers: tuple[float, ...],
     options: dict[str, bool],
 ) -> bool:
-    """Run a kernel over tensors, those at one place of one shape; False if elements of a row are no neighbours."""
+    """Run a kernel over tensors, those at one place of one shape; the first of them change.
+
+    Returns:
+        False if elements of a row are no neighbours: then nothing was done.
+    """
     found: list[int] = []
     for factor, *views in zip(factors, *tensors, strict=False):
-        parts = _parts(views[0].shape, tuple(view.stride() for view in views))
+        size, parts = _parts(views[0].shape, tuple(view.stride() for view in views))
         if parts is None:
             return False
-        for starts, distances, length, size in parts:
+        for starts in parts:
             found += (view.data_ptr() + view.itemsize * start for view, start in zip(views, starts, strict=True))
-            found += (*distances, length, size, _bits(factor))
+            found += (size, _bits(factor))
     entries, device = tuple(found), tensors[0][0].device
-    table, fields = _table(entries, device), [entries[field :: _FIELDS.value] for field in range(8)]
-    has_rows = fields[6] != fields[7]
-    is_aligned = not has_rows and all(number % 16 == 0 for field in (0, 1, 2, 7) for number in fields[field])
+    table = _table(entries, device)
     programs = table[len(entries) :]
     if programs.numel():
         with current(device):
@@ -154,47 +144,36 @@ def _launch(
                 *numbers,
                 **options,
                 TYPES=tuple(_TYPES[some[0].dtype] for some in tensors),
-                ROWS=has_rows,
-                ALIGNED=is_aligned,
+                ALIGNED=all(number % 16 == 0 for field in range(4) for number in entries[field :: _FIELDS.value]),
                 num_warps=8,
                 enable_fp_fusion=False,  # what torch fuses is written out
             )
+        torch.autograd.graph.increment_version(tensors[0])
     return True
 
 
 @functools.lru_cache(maxsize=4096)
-def _parts(
-    shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
-) -> list[tuple[list[int], tuple[int, ...], int, int]] | None:
-    """What of tensors of one shape has its rows at one distance from one another.
-
-    Returns:
-        For each part, in elements: where it starts in each tensor, the distances of rows there, the length of a row,
-        and the number of elements. None if elements of a row are no neighbours.
-    """
-    tensors = range(len(strides))
+def _parts(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[int, list[list[int]] | None]:
+    """How many elements are neighbours in all of some tensors, and where each such part starts in each; or None."""
     dims: list[tuple[int, tuple[int, ...]]] = [(1, (-1,) * len(strides))]
     for size, *steps in zip(shape, *strides, strict=True):
         if dims[-1][1] == tuple(size * step for step in steps):  # the two are one, as they lie
             dims[-1] = dims[-1][0] * size, tuple(steps)
         elif size != 1:
             dims.append((size, tuple(steps)))
-    length, neighbours = dims.pop()
+    size, neighbours = dims.pop()
     if set(neighbours) != {1}:
-        return None
-    rows, distances = dims.pop() if len(dims) > 1 else (1, (length,) * len(strides))
-    outer = itertools.product(*(range(size) for size, _ in dims))
-    starts = (
-        [sum(at * steps[n] for at, (_, steps) in zip(place, dims, strict=True)) for n in tensors] for place in outer
-    )
-    return [(start, distances, length, rows * length) for start in starts]
+        return 0, None
+    sizes, distances = [size for size, _ in dims], list(zip(*(steps for _, steps in dims), strict=True))
+    places = itertools.product(*map(range, sizes))
+    return size, [[sum(map(operator.mul, place, each)) for each in distances] for place in places]
 
 
 @functools.lru_cache(maxsize=512)
 def _table(entries: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """On the device: the entries, and then for each program the entry and which block of it. Waits for nothing."""
     found = torch.tensor(entries, dtype=torch.int64)
-    blocks = (found[7 :: _FIELDS.value] + _BLOCK.value - 1) // _BLOCK.value
+    blocks = (found[3 :: _FIELDS.value] + _BLOCK.value - 1) // _BLOCK.value
     numbers = torch.repeat_interleave(torch.arange(len(blocks)), blocks)
     first = blocks.cumsum(0) - blocks
     programs = torch.stack([numbers, torch.arange(len(numbers)) - first[numbers]], dim=1)
