@@ -31,16 +31,21 @@ from megatron_muon.options import UpdateKnobs
 from megatron_muon.refusals import MUON, Refusal, refuse
 from megatron_muon.refusals.rule import unread
 
-__all__ = ["PREFIX", "SECOND_MOMENT_DEFAULTS", "UNREAD", "MuonConfig", "flag"]
+__all__ = ["PREFIX", "SECOND_MOMENT", "UNREAD", "MuonConfig", "flag"]
 
 PREFIX = "muon_"
 
-SECOND_MOMENT_DEFAULTS: dict[str, Any] = {
-    "adaptive_muon_moment2_method": "adamuon",
-    "adaptive_muon_beta2": 0.95,
-    "adaptive_muon_eps": 1e-8,
+SECOND_MOMENT: dict[str, tuple[Any, str]] = {
+    "adaptive_muon_moment2_method": (
+        "adamuon",
+        "Variant of --optimizer adaptive_muon: adamuon (the paper's), adamuon_eo (emerging-optimizers'), normuon or "
+        "namo.",
+    ),
+    "adaptive_muon_beta2": (0.95, "Decay of the second moment of --optimizer adaptive_muon, from 0 to below 1."),
+    "adaptive_muon_eps": (1e-8, "Keeps the division by the second moment of --optimizer adaptive_muon finite."),
 }
-"""Fields of Megatron-Core's ``OptimizerConfig`` that ``--optimizer adaptive_muon`` alone reads."""
+"""Fields of Megatron-Core's ``OptimizerConfig`` that ``--optimizer adaptive_muon`` alone reads, and that are no flags
+of Megatron's: default and help text."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -329,7 +334,7 @@ UNREAD: tuple[Refusal, ...] = tuple(
             (PREFIX + field.name, field.default, field.metadata["readers"], field.metadata["reasons"])
             for field in dataclasses.fields(MuonConfig)
         ),
-        *((name, default, ("adaptive_muon",), {}) for name, default in SECOND_MOMENT_DEFAULTS.items()),
+        *((name, default, ("adaptive_muon",), {}) for name, (default, _) in SECOND_MOMENT.items()),
     )
     if readers != EVERY_OPTIMIZER
     for row in unread(name, default, readers, reasons)

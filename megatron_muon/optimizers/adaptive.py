@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from megatron_muon.config import SECOND_MOMENT_DEFAULTS, MuonConfig
+from megatron_muon.config import SECOND_MOMENT, MuonConfig
 from megatron_muon.optimizers.matrices import Matrices, Update, row_norms, signs_
 from megatron_muon.optimizers.stages import Variant, init_rows
 
@@ -31,8 +31,8 @@ class SecondMoment(Variant):
 
     def __init__(
         self,
-        beta2: float = SECOND_MOMENT_DEFAULTS["adaptive_muon_beta2"],
-        eps: float = SECOND_MOMENT_DEFAULTS["adaptive_muon_eps"],
+        beta2: float = SECOND_MOMENT["adaptive_muon_beta2"][0],
+        eps: float = SECOND_MOMENT["adaptive_muon_eps"][0],
     ) -> None:
         self.beta2 = beta2
         self.eps = eps

@@ -12,11 +12,12 @@ from typing import Any
 
 from megatron_muon._patching import Original, Patches
 from megatron_muon.choices import OPTIMIZERS
-from megatron_muon.config import PREFIX, UNREAD, MuonConfig, flag
+from megatron_muon.config import PREFIX, SECOND_MOMENT, UNREAD, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options, spellings
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.refusals import MUON, Settings, refuse
+from megatron_muon.refusals.rule import flag_of
 
 __all__ = ["PATCHES", "from_arguments", "given", "megatron_defaults"]
 
@@ -35,8 +36,13 @@ def _with_flags(original: Original, parser: argparse.ArgumentParser) -> argparse
         group = parser.add_argument_group("muon (megatron_muon)")
         defaults = options.flag_defaults()
         for field in fields(MuonConfig):
-            _add_flag(group, field, getattr(defaults, field.name))
-        _add_adaptive_flags(group)
+            option, dest, default = flag(field.name), PREFIX + field.name, getattr(defaults, field.name)
+            if isinstance(field.default, bool):
+                _add_switch(group, option, dest, default, field)
+            else:
+                _add_flag(group, option, dest, default, field.metadata["help"], type(field.default))
+        for name, (default, about) in SECOND_MOMENT.items():
+            _add_flag(group, flag_of(name), name, default, about, type(default))
     finally:
         parser.conflict_handler = handler
     _add_optimizers(parser)
@@ -45,56 +51,22 @@ def _with_flags(original: Original, parser: argparse.ArgumentParser) -> argparse
     return parser
 
 
-def _add_flag(group: argparse._ArgumentGroup, field: Field[Any], default: Any) -> None:
-    """One flag. Values are checked by :meth:`MuonConfig.validate`: argparse would print Megatron's whole usage."""
-    option, dest = flag(field.name), PREFIX + field.name
-    help_text = f"{field.metadata['help']} Default: {default or 'none'}.".replace("%", "%%")
-    if isinstance(field.default, bool):
-        group.add_argument(option, dest=dest, action="store_true", default=default, help=help_text)
-        off = (option.replace("--", "--no-", 1), *field.metadata["aliases"])
-        group.add_argument(*off, dest=dest, action="store_false", default=default, help=f"Turns {option} off.")
-    elif isinstance(field.default, tuple):
-        group.add_argument(
-            option,
-            dest=dest,
-            action=_Append,
-            default=default,
-            metavar="RULE" if "rule" in field.name else "A,B,C",
-            help=help_text,
-        )
+def _add_flag(group: argparse._ArgumentGroup, option: str, dest: str, default: Any, about: str, kind: type) -> None:
+    """One flag of a value. It is checked later: argparse would print Megatron's whole usage."""
+    text = f"{about} Default: {default or 'none'}.".replace("%", "%%")
+    if kind is tuple:
+        form: dict[str, Any] = {"action": _Append, "metavar": "RULE" if "rule" in dest else "A,B,C"}
     else:
-        kind = type(field.default)
-        group.add_argument(
-            option, dest=dest, type=_parse(kind), default=default, metavar=kind.__name__.upper(), help=help_text
-        )
+        form = {"type": _parse(kind), "metavar": kind.__name__.upper()}
+    group.add_argument(option, dest=dest, default=default, help=text, **form)
 
 
-_ADAPTIVE_FLAGS = {
-    "adaptive_muon_moment2_method": (
-        "Second moment of --optimizer adaptive_muon: adamuon (the paper's), adamuon_eo (emerging-optimizers'), normuon "
-        "or namo."
-    ),
-    "adaptive_muon_beta2": "Decay of the second moment of --optimizer adaptive_muon, from 0 to below 1.",
-    "adaptive_muon_eps": "Keeps the division by the second moment of --optimizer adaptive_muon finite.",
-}
-"""Fields that Megatron-Core's ``OptimizerConfig`` has, and its command line has not."""
-
-
-def _add_adaptive_flags(group: argparse._ArgumentGroup) -> None:
-    from megatron.core.optimizer import OptimizerConfig
-
-    defaults = {field.name: field.default for field in fields(OptimizerConfig)}
-    for name, help_text in _ADAPTIVE_FLAGS.items():
-        default: Any = defaults[name]
-        kind = type(default)
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            type=_parse(kind),
-            default=default,
-            metavar=kind.__name__.upper(),
-            help=f"{help_text} Default: {default}.",
-        )
+def _add_switch(group: argparse._ArgumentGroup, option: str, dest: str, default: bool, field: Field[Any]) -> None:
+    """A flag that is on or off, with the flag that turns it off."""
+    text = f"{field.metadata['help']} Default: {default or 'none'}."
+    group.add_argument(option, dest=dest, action="store_true", default=default, help=text)
+    off = (option.replace("--", "--no-", 1), *field.metadata["aliases"])
+    group.add_argument(*off, dest=dest, action="store_false", default=default, help=f"Turns {option} off.")
 
 
 def _add_optimizers(parser: argparse.ArgumentParser) -> None:

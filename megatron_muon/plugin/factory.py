@@ -249,7 +249,9 @@ def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], gr
         RuntimeError: naming the weights that are held by none, or by several.
     """
     layer_wise = any(owned for _, owned in leaves(optimizer))
-    held, sliced = _held_params(optimizer)
+    updated = held_by(optimizer, refuse=False)
+    held = Counter(each.param for each in updated if each.slices is None)
+    sliced = {each.param for each in updated if each.slices is not None}
     counted: dict[str, int] = {}
     parts: list[tuple[list[tuple[str, torch.nn.Parameter]], torch.Tensor, Any]] = []
     for experts, group_name in ((False, "dp_cp"), (True, "expt_dp")):
@@ -270,22 +272,6 @@ def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], gr
         for (name, param), count in zip(named, counts.tolist(), strict=True):
             counted[name] = count + (param in sliced)
     refuse_uneven(counted, "Plain --optimizer muon, without --use-distributed-optimizer, does not share them out.")
-
-
-def _held_params(optimizer: Any) -> tuple[Counter[torch.nn.Parameter], set[torch.nn.Parameter]]:
-    """Model parameters that this rank updates whole, with their count, and those that it updates a slice of."""
-    held: Counter[torch.nn.Parameter] = Counter()
-    sliced: set[torch.nn.Parameter] = set()
-    for part, _ in leaves(optimizer):
-        if type(part).__name__ == "DistributedOptimizer":
-            sliced.update(param for buffer in part.buffers for param in buffer.params)
-        elif hasattr(part, "float16_groups"):
-            for group in [*part.float16_groups, *part.fp32_from_fp32_groups]:
-                held.update(group)
-        else:
-            for group in part.optimizer.param_groups:
-                held.update(group["params"])
-    return held, sliced
 
 
 def _muons(optimizer: Any) -> Iterator[Muon]:

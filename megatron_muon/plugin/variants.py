@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from megatron_muon.config import SECOND_MOMENT_DEFAULTS, MuonConfig, flag
+from megatron_muon.config import SECOND_MOMENT, MuonConfig, flag
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.registry import variant_asked_for
 from megatron_muon.optimizers.sphere import evaluations
 from megatron_muon.plugin import options
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
@@ -30,15 +31,15 @@ def check_adapters(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], s
     Raises:
         ConfigError: naming the weight and the way out.
     """
-    keeps = _SPHERE if settings.optimizer.removeprefix("dist_") == _SPHERE else muon.variant
-    if keeps not in (_SPHERE, "hyperball"):
+    variant = variant_asked_for(muon.as_settings(), settings)
+    if variant.decays:
         return
     for name, param in named_parameters:
         if hasattr(param, LORA_FACTOR) and not _is_nonlinear_or_embedding(param):
             raise ConfigError(
-                f"{name}: a factor of a low-rank adapter with {keeps}, which keeps norms of weights, while B must "
-                f"grow from zeros. Give adapters to Adam ({flag('param_rule')} '{name}=adam'; a pattern may stand for "
-                "many), or use --optimizer muon."
+                f"{name}: a factor of a low-rank adapter with {variant.name}, which keeps norms of weights, while B "
+                f"must grow from zeros. Give adapters to Adam ({flag('param_rule')} '{name}=adam'; a pattern may stand "
+                "for many), or use --optimizer muon."
             )
 
 
@@ -84,7 +85,7 @@ def describe(settings: Any, muon: MuonConfig) -> list[str]:
         + ("no weight decay of what keeps its norm" if keeps else f"weight decay {muon.weight_decay_method}"),
     ]
     if name == _ADAPTIVE:
-        method, beta2, eps = (getattr(settings, field) for field in SECOND_MOMENT_DEFAULTS)
+        method, beta2, eps = (getattr(settings, field) for field in SECOND_MOMENT)
         lines.append(f"second moments: {method}, beta2 {beta2:g}, eps {eps:g}")
     if name == _SPHERE:
         number = evaluations(muon.sphere_tolerance)
