@@ -114,6 +114,10 @@ class Ranks:
         self._raise_first(outcomes, mine, own)
         return [pickle.loads(outcome.value) for outcome in outcomes]
 
+    def by_number[T](self, work: Callable[[], T]) -> dict[int, T]:
+        """The same, by the numbers that the ranks have in the run."""
+        return dict(self.gather(lambda: (dist.get_rank() if self.groups else 0, work())))
+
     def together[T](self, work: Callable[[], T]) -> T:
         """This rank's result of ``work``, which need not be picklable; fails as :meth:`gather` does."""
         results: list[T] = []

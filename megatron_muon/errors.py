@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["ConfigError", "size_text", "sizes"]
+__all__ = ["ConfigError", "ranges", "size_text", "sizes"]
 
 _MODULES = re.compile(r"( when instantiating \w+)+$")
 
@@ -25,6 +25,17 @@ class ConfigError(ValueError):
 def sizes(shape: Iterable[int]) -> str:
     """A shape for a message: ``12 x 8``."""
     return " x ".join(map(str, shape))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers for a message: ``[0, 2, 3, 4]`` -> ``0, 2-4``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def size_text(number: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +17,9 @@ from megatron_muon.engine.modes import BLOCKWISE, DUPLICATED, OWNER
 from megatron_muon.engine.plan import Peers, Weight
 from megatron_muon.engine.shards import Shard, shard_of
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.errors import ConfigError, sizes
+from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.precision import own_dtype, precision_of
-from megatron_muon.orthogonalize.backends import choose_products
+from megatron_muon.orthogonalize.backends import candidates, report
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.orthogonalize.kernels.gate import Trial
@@ -29,8 +28,8 @@ from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.routing.layout import MSIGN, ORTHOGONALIZE, STIEFEL, layout_of
 
-__all__ = ["BUCKET_ATTRIBUTE", "DATA", "DENSE", "EXPERT", "EXPERT_DATA", "WIDE", "Engines", "Sharing"]
-__all__ += ["together", "unequal_gradients"]
+__all__ = ["BUCKET_ATTRIBUTE", "DATA", "DENSE", "EXPERT", "EXPERT_DATA", "WIDE", "Engines", "Offers", "Sharing"]
+__all__ += ["together"]
 
 BUCKET_ATTRIBUTE = "muon_bucket"
 """Of parameters: :attr:`megatron_muon.engine.plan.Weight.bucket`."""
@@ -41,24 +40,11 @@ DENSE, EXPERT = "tensor-parallel", "expert tensor-parallel"
 DATA, EXPERT_DATA, WIDE = "data-parallel", "expert data-parallel", "tensor x data-parallel"
 """Names of the groups whose ranks may orthogonalize for one another."""
 
+type Offers = dict[str, tuple[TorchProducts, float, str]]
+"""Kernels by the name of their backend, the best first; their seconds, and a line about them."""
+
 _MOST_ENGINES = 8
 """How many an optimizer keeps: weights with gradients may alternate. The one that was not used for longest goes."""
-
-
-def unequal_gradients(weight: str, having: Sequence[int], lacking: Sequence[int], of: str = "") -> str:
-    """Why ranks that share a weight stop together.
-
-    Args:
-        weight: its name.
-        having: ranks with a gradient for it.
-        lacking: ranks without.
-        of: which numbers of ranks these are.
-    """
-    return (
-        f"{weight} has a gradient on ranks {list(having)}{of} and none on ranks {list(lacking)}, which hold parts or "
-        "copies of it: they would take different steps. Weights and momentum are those of the last step. Give it a "
-        "gradient on all of them (zeros where nothing came), or on none (grad = None)."
-    )
 
 
 @dataclass(frozen=True)
@@ -117,11 +103,12 @@ class Engines:
     """Makes engines and keeps them: parameters with gradients may alternate between steps.
 
     Attributes:
-        products_note: which kernels multiply and why, once there is an engine.
-        elementwise_note: the same of what is done before and after the products; empty where there is no choice.
+        elementwise_note: what is done by which kernels before and after the products; empty where there is no choice.
+        groups: that divide weights, by their names.
         told: whether somebody else has all ranks of the model compare, before each step, which weights have gradients,
-            and sets ``due`` on all of them where that has changed on one (:mod:`megatron_muon.plugin.nonfinite`).
-        due: whether plans are to be compared before the next step.
+            after they have compared the plans for all weights (:mod:`megatron_muon.plugin.nonfinite`).
+        meeting: groups whose ranks compare their plans; None before they have for the first time.
+        products: the kernels that multiply, by kind of device and type of the iteration.
         sharing: with whom work may be shared; None: with nobody.
     """
 
@@ -143,21 +130,21 @@ class Engines:
         self.config, self._damped = config, damped
         self._tp_group, self._expert_tp_group = tp_group, expert_tp_group
         groups = {DENSE: tp_group, EXPERT: expert_tp_group}
-        self._groups = {name: group for name, group in groups.items() if group is not None}
+        self.groups = {name: group for name, group in groups.items() if group is not None}
         triples = tuple(map(parse_triple, config.custom_coefficients))
         self._coefficients = coefficients(config.coefficient_type, config.num_ns_steps, triples)
         self._kept: list[_Kept] = []  # the last used is the first
-        self.products_note = self.elementwise_note = ""
-        self._products: dict[tuple[torch.device, torch.dtype], tuple[TorchProducts, str]] = {}
-        self.told, self.due = False, True
+        self.elementwise_note = ""
+        self.products: dict[tuple[str, torch.dtype], TorchProducts] = {}
+        self.told = False
         self.sharing: Sharing | None = None
         self._shared: StepEngine | None = None
-        self._have_agreed = False
+        self.meeting: list[str] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engines:
         """With the same process groups; engines are of weights, and made anew."""
         copied = Engines(self.config, self._tp_group, self._expert_tp_group, damped=self._damped)
-        copied.sharing = self.sharing
+        copied.sharing, copied.products = self.sharing, dict(self.products)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -166,7 +153,7 @@ class Engines:
         Raises:
             ConfigError: if ranks share weights.
         """
-        if self.sharing is not None or any(group.size() > 1 for group in self._groups.values()):
+        if self.sharing is not None or any(group.size() > 1 for group in self.groups.values()):
             raise ConfigError(
                 "pickle of an optimizer whose ranks share weights: process groups do not leave their process. Save its "
                 "state_dict(), and build it anew."
@@ -219,78 +206,25 @@ class Engines:
                 engines[kind] = self.of(some, kind[0])
         return engines
 
-    def agree(self, groups: Sequence[dict[str, Any]], directions: Sequence[str]) -> None:
-        """Have the ranks of each group that exchanges something compare their plans of a step, before it.
-
-        Two kinds of weights are told apart: those that a rank has a gradient for, and all. A rank whose weights are
-        those of the last step cannot know that another's are not, and would wait for it in another collective, or
-        take one weight's shard for another's. So all of them meet here, in each step unless :attr:`told`: an
-        all-gather of 32 bytes in each group, for which the host waits.
-
-        Args:
-            groups: param groups of the optimizer.
-            directions: of its weights, in the order of their steps.
-
-        Raises:
-            RuntimeError: on all ranks of a group, if their gradients or plans differ.
-        """
-        params = [param for group in groups for param in group["params"]]
-        if (all_ranks := self.shared(params)) is not None and not self._have_agreed:
-            for name in all_ranks.groups:  # on sharing nothing, too; gradients make no difference there
-                self._compare(name, [], all_ranks.digest(name), {})
-            self._have_agreed = True
-        if (self.told and not self.due) or all(group.size() == 1 for group in self._groups.values()):
-            return
-        names = dict(zip(params, (name for group in groups for name in group.get("param_names", ())), strict=False))
-        shared: dict[str, list[torch.Tensor]] = {}
-        plans: dict[str, list[bytes]] = {}
-        for (direction, _), some in together(params, directions).items():
-            plan, having = self.of(some, direction).plan, [param for param in some if param.grad is not None]
-            engine = self.of(having, direction) if having else None
-            for name in plan.groups():
-                shared.setdefault(name, []).extend(some[index] for index in plan.exchanged(name))
-                takes_part = engine is not None and name in engine.plan.groups()
-                plans.setdefault(name, []).append(engine.digest(name) if engine and takes_part else b"")
-        for name in sorted(shared):  # the same order on all ranks
-            self._compare(name, shared[name], b"".join(plans[name]), names)
-        self.due = False
-
-    def sends(self, own: Sequence[torch.Tensor]) -> bool:
-        """Whether the next step sends messages to data-parallel ranks: to compare plans, or matrices.
+    def digests(
+        self, own: Sequence[torch.Tensor], directions: Sequence[str]
+    ) -> dict[tuple[str, tuple[int, ...]], bytes]:
+        """What the ranks of each group must have alike: their plans for all weights, by its name and its ranks.
 
         Args:
             own: all parameters of the optimizer.
+            directions: in the order of the step.
         """
-        engine = self.shared(own)
-        return engine is not None and (engine.shares or not self._have_agreed)
-
-    def _compare(self, name: str, shared: list[torch.Tensor], plans: bytes, names: dict[torch.Tensor, str]) -> None:
-        """Compare plans of the ranks of a group, and for which of the weights that they share they have gradients."""
-        sharing = self.sharing
-        group = self._groups[name] if sharing is None or name in self._groups else sharing.groups[name]
-        device = shared[0].device if sharing is None or shared else sharing.device
-        lacking = [index for index, param in enumerate(shared) if param.grad is None]
-        digest = hashlib.sha256(repr((len(shared), lacking)).encode() + plans).digest()
-        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
-        every = mine.new_empty(group.size(), mine.numel())
-        dist.all_gather_into_tensor(every.view(-1), mine, group=group)
-        # Waits for the device: what is sent next depends on it.
-        differing = (every != mine).any(dim=1).nonzero().flatten().tolist()
-        if not differing:
-            return
-        gathered: list[Any] = [None] * group.size()
-        dist.all_gather_object(gathered, lacking, group=group)
-        for index, param in enumerate(shared):
-            without = [rank for rank, its in enumerate(gathered) if index in its]
-            if 0 < len(without) < group.size():
-                having = [rank for rank in range(group.size()) if rank not in without]
-                what = names.get(param, f"a weight of {sizes(param.shape)} on this rank")
-                raise RuntimeError(f"Muon: {unequal_gradients(what, having, without, f' of the {name} group')}")
-        raise RuntimeError(
-            f"Muon: rank {group.rank()} of the {name} group plans another step than ranks {differing}: their "
-            "weights, shapes, options, or the kernels that their devices have (--muon-ns-backend) differ. All "
-            "ranks of a group must be given the same parameters in the same order."
-        )
+        planned, shared = [*self.in_step(own, own, directions).values()], self.shared(own)
+        if shared is not None and shared not in planned:
+            planned.append(shared)  # on sharing nothing, too
+        groups = {**self.groups, **({} if self.sharing is None else self.sharing.groups)}
+        found: dict[tuple[str, tuple[int, ...]], bytes] = {}
+        for engine in planned:
+            for name in engine.groups:
+                key = name, tuple(dist.get_process_group_ranks(groups[name]))
+                found[key] = found.get(key, b"") + engine.digest(name)
+        return found
 
     def shared(self, own: Sequence[torch.Tensor]) -> StepEngine | None:
         """The engine for the matrices of all ranks of the data-parallel groups; None if there are none.
@@ -328,14 +262,14 @@ class Engines:
     ) -> StepEngine:
         config = self.config
         precision = precision_of(config, dtype)
-        key = device, precision.iteration
-        if key not in self._products:
-            self._products[key] = self._choose_products(weights, *key)
-        products, self.products_note = self._products[key]
+        key = device.type, precision.iteration
+        if key not in self.products:
+            alone = not dist.is_initialized() or dist.get_world_size() == 1
+            self.products[key] = next(iter(self.offers(weights, device, precision.iteration, alone).values()))[0]
         engine = StepEngine(
             weights,
-            {**self._groups, **groups},
-            self._orthogonalizer(precision.iteration, products),
+            {**self.groups, **groups},
+            self._orthogonalizer(precision.iteration, self.products[key]),
             mode=mode,
             dtype=precision.own,
             wire_dtype=precision.wire,
@@ -352,18 +286,23 @@ class Engines:
     def _orthogonalizer(self, dtype: torch.dtype, products: TorchProducts) -> Orthogonalizer:
         return Orthogonalizer(self._coefficients, dtype, self.config.eps, products, damped=self._damped)
 
-    def _choose_products(
-        self, weights: Sequence[Weight], device: torch.device, dtype: torch.dtype
-    ) -> tuple[TorchProducts, str]:
-        """Kernels for a device and a type of numbers, with a note for the report; once, so that engines do not differ.
+    def offers(self, weights: Sequence[Weight], device: torch.device, dtype: torch.dtype, timed: bool) -> Offers:
+        """The kernels that could multiply.
 
-        They are timed where no other rank may find another one faster: there, copies of weights would drift apart.
+        Args:
+            weights: of the run.
+            device: where they are.
+            dtype: of the iteration.
+            timed: whether the fastest comes first, or what is made for the device. Time differs from rank to rank, so
+                that copies of weights would drift apart, if the ranks did not take one choice for all.
         """
-        backend, trial = self.config.ns_backend, None
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        trial = None
+        if timed:
             trial = trial_of(weights, lambda products, x: self._orthogonalizer(dtype, products)(x), dtype, device)
         with matmul_precision(self.config.fp32_matmul_prec):
-            return choose_products(backend, device, dtype, trial)
+            found = candidates(self.config.ns_backend, device, dtype, trial)
+        usable = [(each, each.products) for each in found if each.products is not None]
+        return {each.backend: (made, each.seconds, report(each, found, device, dtype, trial)) for each, made in usable}
 
 
 def trial_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -35,7 +36,7 @@ class Marks:
         return any(self._versions.get(tensor) != tensor._version for tensor in tensors)
 
 
-def refuse_elsewhere(optimizer: torch.optim.Optimizer, device: torch.device | None = None) -> None:
+def refuse_elsewhere(optimizer: Any, device: torch.device | None = None) -> None:
     """Refuse a step whose state is not where its weights are; looks at no values.
 
     Args:
@@ -55,7 +56,7 @@ def refuse_elsewhere(optimizer: torch.optim.Optimizer, device: torch.device | No
                 raise _elsewhere(optimizer, name, value, wanted)
 
 
-def _elsewhere(optimizer: torch.optim.Optimizer, name: str, tensor: torch.Tensor, wanted: torch.device) -> ConfigError:
+def _elsewhere(optimizer: Any, name: str, tensor: torch.Tensor, wanted: torch.device) -> ConfigError:
     return ConfigError(
         f"{type(optimizer).__name__} is to step on {wanted}, but the {name} of a weight, {sizes(tensor.shape)}, is on "
         f"{tensor.device}: call megatron_muon.wake(optimizer) before the step."

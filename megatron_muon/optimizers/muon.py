@@ -18,7 +18,7 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, Rate, check_names, check_numbers
-from megatron_muon.optimizers.handled import STEP, Marks, refuse_elsewhere
+from megatron_muon.optimizers.handled import STEP, Marks
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
 from megatron_muon.optimizers.registry import variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows
@@ -285,18 +285,18 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with matmul_precision(self.config.fp32_matmul_prec):
-            refuse_elsewhere(self)
             Step(self).run()
         return loss
 
     @property
     def sends(self) -> bool:
-        """Whether its next step sends messages to data-parallel ranks, see :meth:`Engines.sends`.
+        """Whether its next step sends messages to data-parallel ranks, see :meth:`Engines.shared`.
 
         Nothing is final there before all of them have been sent: gathers that a final weight sets off are of the same
         groups, whose ranks must come to everything in one order.
         """
-        return self.engines.sends(self._own)
+        shared = self.engines.shared(self._own)
+        return shared is not None and shared.shares
 
     @property
     def _own(self) -> list[torch.Tensor]:

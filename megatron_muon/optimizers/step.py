@@ -11,10 +11,11 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Part, Reduce, Write
 from megatron_muon.engine.step import StepEngine
+from megatron_muon.optimizers.agreement import agree
 from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.groups import Rate, options_of
-from megatron_muon.optimizers.handled import STEP, Marks
+from megatron_muon.optimizers.handled import STEP, Marks, refuse_elsewhere
 from megatron_muon.optimizers.matrices import Matrices, matrices_of
 from megatron_muon.optimizers.param_step import Addition, ParamStep, pack, update_momentum
 from megatron_muon.optimizers.power import WarmStarts, spectrally_normalize
@@ -68,7 +69,7 @@ class Step:
     def run(self) -> None:
         """Take the step; raises what :meth:`megatron_muon.Muon.step` raises."""
         optimizer = self.optimizer
-        optimizer.engines.agree(optimizer.param_groups, optimizer.directions)
+        agree(optimizer.engines, optimizer.param_groups, optimizer.directions, lambda: refuse_elsewhere(optimizer))
         having = [param for param in self.params if param.grad is not None]
         self._engines = optimizer.engines.in_step(self.params, having, optimizer.directions)
         for group, first_lr in zip(optimizer.param_groups, optimizer.first_lrs, strict=True):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from megatron_muon.config import flag
 from megatron_muon.engine import MODES
 from megatron_muon.engine.modes import LOCAL
+from megatron_muon.errors import ranges
 from megatron_muon.planning.document import dtype_name, optimizer_share, over_ranks, possible_modes, work_in
 from megatron_muon.planning.survey import Plan
 from megatron_muon.routing import report
@@ -65,7 +66,7 @@ def _ranks(plan: Plan) -> list[str]:
             _tera(flops["max"]),
         )
         numbers.setdefault(row, []).append(stage.number)
-    rows = [(_ranges(stages), *row) for row, stages in numbers.items()]
+    rows = [(ranges(stages), *row) for row, stages in numbers.items()]
     header = (
         "stage",
         "ranks of each",
@@ -77,17 +78,6 @@ def _ranks(plan: Plan) -> list[str]:
         "greatest",
     )
     return [*table(header, rows), _balance(plan)]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``[0, 2, 3, 4]`` -> ``0, 2-4``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _balance(plan: Plan) -> str:

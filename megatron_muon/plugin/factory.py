@@ -22,6 +22,7 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.plugin import options
 from megatron_muon.plugin.early_gather import gather_early
+from megatron_muon.plugin.environment import agree_on_plans, agree_on_products, compare_environments
 from megatron_muon.plugin.expert_scalars import set_apart, sum_once
 from megatron_muon.plugin.groups import device_of, device_of_rank, groups_of_model, ranks_of
 from megatron_muon.plugin.holding import check_entered
@@ -68,6 +69,7 @@ def _with_checks_and_report(
         check_entered()
         groups = groups_of_model(pg_collection, model_chunks)
         muon = check_optimizer_config(config)
+        devices = compare_environments(muon, ranks, device_of(model_chunks))
         _route(config, model_chunks, muon, ranks)
         _check_groups(groups)
         check_copies(model_chunks)
@@ -93,9 +95,10 @@ def _with_checks_and_report(
             watch(optimizer, ranks, device)
         gather_early(optimizer, model_chunks)
         planned = [
+            *devices,
             *_data_parallel(optimizer, groups),
             *_numbers(muon, model_chunks, optimizer, ranks),
-            *_planned(optimizer),
+            *_planned(optimizer, ranks),
         ]
         _print_report(muon, config, model_chunks, groups, ranks, planned)
         return optimizer
@@ -280,14 +283,16 @@ def _muons(optimizer: Any) -> Iterator[Muon]:
             yield part.optimizer
 
 
-def _planned(optimizer: Any) -> list[str]:
+def _planned(optimizer: Any, ranks: Ranks) -> list[str]:
     """Plan the step on every rank, so that what cannot be done stops the run now; this rank's plan in words."""
-    lines: list[str] = []
-    for muon in _muons(optimizer):
+    muons, lines = list(_muons(optimizer)), list[str]()
+    products = agree_on_products(muons, ranks)
+    for muon in muons:
         if (engine := muon.prepare()) is not None:
-            lines += [*engine.describe(), f"products: {muon.engines.products_note}", muon.engines.elementwise_note]
+            lines += [*engine.describe(), muon.engines.elementwise_note]
         lines += muon.variant.notes([param for group in muon.param_groups for param in group["params"]])
-    return [line for line in dict.fromkeys(lines) if line]
+    agree_on_plans(muons, ranks)
+    return [line for line in dict.fromkeys([*lines, *products]) if line]
 
 
 def _data_parallel(optimizer: Any, groups: Any) -> list[str]:

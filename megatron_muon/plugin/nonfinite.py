@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_muon.agree import Ranks
 from megatron_muon.config import flag
 from megatron_muon.monitor.sources import Report
-from megatron_muon.optimizers.engines import unequal_gradients
+from megatron_muon.optimizers.agreement import unequal_gradients
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.plugin import recording
 from megatron_muon.plugin.optimizer_state import held_by, leaves
@@ -82,19 +82,18 @@ def check_gradients(
             which share a weight do not all have.
     """
     prepare = optimizer.prepare_grads
-    engines = [leaf.optimizer.engines for leaf, _ in leaves(optimizer) if isinstance(leaf.optimizer, Muon)]
-    for each in engines:
-        each.told = True
+    for leaf, _ in leaves(optimizer):
+        if isinstance(leaf.optimizer, Muon):
+            leaf.optimizer.engines.told = True
     place = "" if experts is None or experts.size() == 1 else f" of expert-parallel rank {experts.rank()}"
     agreed: list[int] = []  # which weights lacked a gradient when the ranks last compared them
     skipped = SkippedSteps()
-
-    def prepare_unseen() -> bool:
-        check()
-        overflow: bool = prepare()
-        return overflow
+    in_buffers = ranks.gather(lambda: all(map(_is_in_buffer, model_chunks)))
 
     def prepare_grads() -> bool:
+        if choice == "propagate" and all(in_buffers):
+            check()
+            return bool(prepare())
         failure: Exception | None = None
         verdict = torch.full((2,), _FAILED, device=device)
         lacking: list[int] = []
@@ -115,8 +114,6 @@ def check_gradients(
         if others:
             _refuse_unequal(optimizer, model_chunks, ranks, place)
             agreed[:] = lacking
-            for each in engines:
-                each.due = True
         if worst != _SUSPECT:
             return False
         names = dict.fromkeys(itertools.chain.from_iterable(ranks.gather(lambda: _names(optimizer, model_chunks))))
@@ -137,8 +134,7 @@ def check_gradients(
             )
         return True
 
-    in_buffers = ranks.gather(lambda: all(map(_is_in_buffer, model_chunks)))
-    optimizer.prepare_grads = prepare_unseen if choice == "propagate" and all(in_buffers) else prepare_grads
+    optimizer.prepare_grads = prepare_grads
     if ranks.is_last and choice == "skip":
         recording.watch(optimizer, skipped)
 
@@ -179,15 +175,11 @@ def _refuse_unequal(optimizer: Any, model_chunks: Sequence[torch.nn.Module], ran
         has.update((name, key.grad is not None) for name, key in held if name is not None and key is not None)
         return [name for name, there in has.items() if not there]
 
-    gathered = ranks.gather(lambda: (dist.get_rank() if ranks.groups else 0, lacking()))
-    missed = dict.fromkeys(itertools.chain.from_iterable(its for _, its in gathered))
-    if not missed:
-        return
-    having = ranks.gather(lambda: [name for name in missed if has.get(name)])
-    numbers = [rank for rank, _ in gathered]
+    gathered = ranks.by_number(lacking)
+    missed = dict.fromkeys(itertools.chain.from_iterable(gathered.values()))
+    having = ranks.by_number(lambda: [name for name in missed if has.get(name)]) if missed else {}
     for name in missed:
-        those = sorted(rank for rank, its in zip(numbers, having, strict=True) if name in its)
-        others = sorted(rank for rank, its in gathered if name in its)
+        those, others = (sorted(rank for rank, its in part.items() if name in its) for part in (having, gathered))
         if those:
             raise RuntimeError(f"Muon: {unequal_gradients(name, those, others)}")
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import Muon
+from megatron_muon.errors import ConfigError
 from megatron_muon.routing.layout import WHOLE
 from tests.distributed.test_engine import GATED, QKV, TOLERANCE, Given, random
 from tests.pool import RankPool
@@ -127,3 +128,34 @@ def test_a_gradient_on_some_ranks_only_stops_all_of_them(pool: RankPool) -> None
     assert first == second and len(first) == 10
     for message, same in first:
         assert message.startswith("Muon: layer") and "none on ranks [" in message and same
+
+
+def step_apart() -> list[tuple[str, str, bool]]:
+    """What each rank hears where one cannot step, or has nothing to exchange; whether a step before changes nothing."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    found = []
+    for case in ("whole on one", "state elsewhere"):
+        params = [torch.nn.Parameter(random((16, 24), index)) for index in range(2)]
+        for param in params:
+            param.tensor_model_parallel, param.partition_dim = case != "whole on one" or rank == 0, 0
+            param.grad = torch.ones_like(param)
+        optimizer = Muon(params, tp_group=group, lr=0.1)
+        if case == "state elsewhere":
+            optimizer.step()
+        if case == "state elsewhere" and rank == 1:
+            state = optimizer.state[params[1]]
+            state["momentum_buffer"] = state["momentum_buffer"].to("meta")
+        before = [param.detach().clone() for param in params]
+        with pytest.raises((RuntimeError, ConfigError)) as error:
+            optimizer.step()
+        found.append((case, str(error.value), all(map(torch.equal, params, before))))
+    return found
+
+
+def test_ranks_that_cannot_step_together_say_so(pool: RankPool) -> None:
+    """One rank has nothing to exchange, or its state is away: the other would wait for it."""
+    (first, mine), (second, own) = pool.run(step_apart, 2, timeout=60)
+    assert "plan different steps (rank 0 has 2 weights to exchange)" in first[1]
+    assert "plan different steps (rank 1 has 0 weights to exchange)" in second[1] and first[2] and second[2]
+    assert own[1].startswith("Muon is to step on cpu, but the momentum_buffer") and own[2] and mine[2]
+    assert mine[1] == f"on rank 1 of the tensor-parallel group: {own[1]}"

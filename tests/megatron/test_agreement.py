@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch.distributed as dist
 
 from megatron_muon.agree import ranks_with
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.muon import Muon
+from megatron_muon.plugin.optimizer_state import leaves
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
@@ -123,6 +126,71 @@ def test_a_bug_that_one_rank_meets(pool: RankPool, place: str) -> None:
     assert results == [("KeyError", "'in_proj'", {0, 1}, note) for note in ("on rank 1", "")]
 
 
+# --- ranks that would compute other bits -----------------------------------------------------------------------------
+
+GOOD = "megatron_muon.optimizers.engines.candidates"
+
+
+def builds() -> list[tuple[str, str, str]]:
+    """Of replicas that exchange nothing in a step: what is refused, what is told, and the kernels that are taken."""
+    from megatron_muon.orthogonalize.backends import Candidate
+    from megatron_muon.orthogonalize.products import TorchProducts
+
+    rank = dist.get_rank()
+
+    class Fast(TorchProducts):
+        name = "fast"
+
+    def offering(fast: float, torchs: float) -> Any:
+        offers = [Candidate("triton", Fast(), "", fast), Candidate("torch", TorchProducts(), "", torchs)]
+        offers = [each for each in offers if each.seconds] or [Candidate("torch", TorchProducts(), "")]
+        return mock.patch(GOOD, return_value=sorted(offers, key=lambda each: each.seconds))
+
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (contextlib.nullcontext(), {}),
+        (mock.patch.object(torch, "__version__", f"2.6.{rank}"), {}),
+        (contextlib.nullcontext(), {"muon_num_ns_steps": 5 + rank}),
+        (offering(1.0, 2.0) if rank == 0 else offering(0.0, 0.0), {}),
+        (offering(1.0, 2.0) if rank == 0 else offering(4.0, 2.0), {}),
+        (offering(1.0, 2.0) if rank == 0 else offering(2.5, 2.0), {}),
+    ]
+    return [build_told(Layout(), *case) for case in cases]
+
+
+def build_told(layout: Layout, context: Any, options: dict[str, Any]) -> tuple[str, str, str]:
+    report, runs = io.StringIO(), list[harness.Run]()
+    with context, contextlib.redirect_stdout(report):
+        _, message, ranks, _ = failure(lambda: runs.append(harness.start(layout, optimizer=options, num_layers=1)))
+    assert not message or ranks == {0, 1}, message
+    lines = [line for line in report.getvalue().splitlines() if line.startswith(("products: ", "DEVICES"))]
+    muons = [leaf.optimizer for run in runs for leaf, _ in leaves(run.optimizer) if isinstance(leaf.optimizer, Muon)]
+    names = {engine.orthogonalizer.products.name for muon in muons for engine in muon.engines}
+    return message, " ".join(lines), " ".join(names)
+
+
+def test_replicas_compute_the_same_bits_or_nothing(pool: RankPool) -> None:
+    first, second = pool.run(builds, 2, timeout=60)
+    assert [(message, names) for message, _, names in first] == [(message, names) for message, _, names in second]
+    _, version, options, absent, slower, faster = first
+    assert version[0].startswith("Ranks of one model differ: torch is 2.6.0 on ranks 0, 2.6.1 on ranks 1. Copies of")
+    assert options[0].startswith("Ranks of one model differ: --muon-num-ns-steps is 5 on ranks 0, 6 on ranks 1. Copies")
+    assert [each[2] for each in (absent, slower, faster)] == ["torch", "torch", "fast"]
+    assert absent[1].endswith("; on all 2 ranks (best for each: triton on ranks 0, torch on ranks 1)")
+    assert faster[1].endswith("; on all 2 ranks (best for each: triton on ranks 0, torch on ranks 1)")
+
+
+def build_with_other_plans(layout: Layout) -> str:
+    from megatron_muon.engine.step import StepEngine
+
+    return build_told(layout, mock.patch.object(StepEngine, "digest", lambda *_: bytes([dist.get_rank()])), {})[0]
+
+
+@pytest.mark.parametrize("layout,group", [(Layout(tp=2), "tensor"), (Layout(layer_wise=True), "data")])
+def test_plans_are_compared_when_the_optimizer_is_built(pool: RankPool, layout: Layout, group: str) -> None:
+    (message,) = set(pool.run(build_with_other_plans, 2, layout, timeout=60))
+    assert message.startswith(f"Ranks 0-1, one {group}-parallel group, plan different steps: their weights,")
+
+
 # --- a model on some of the ranks ------------------------------------------------------------------------------------
 
 MEMBERS = (1, 3)
@@ -208,20 +276,20 @@ def test_a_model_with_groups_of_its_own_fails_by_itself(pool: RankPool) -> None:
 CHECKPOINTS = "megatron_muon.checkpoint"
 SAVING = [
     "megatron_muon.plugin.canonical_state.held_by",
-    f"{CHECKPOINTS}.canonical.places_of",
+    f"{CHECKPOINTS}.saving.places_of",
     f"{CHECKPOINTS}.weights.sums_of",
-    f"{CHECKPOINTS}.canonical.layout_text",
+    f"{CHECKPOINTS}.saving.layout_text",
 ]
 LOADING = [
     "megatron_muon.plugin.canonical_state.held_by",
-    f"{CHECKPOINTS}.canonical.places_of",
+    f"{CHECKPOINTS}.saving.places_of",
     f"{CHECKPOINTS}.stored.read_metadata",
-    f"{CHECKPOINTS}.canonical.choose",
+    f"{CHECKPOINTS}.request.choose",
     "megatron.core.dist_checkpointing.strategies.torch.TorchDistLoadShardedStrategy.load",
     f"{CHECKPOINTS}.weights.sums_of",
-    f"{CHECKPOINTS}.canonical._take",
+    f"{CHECKPOINTS}.request._take",
     f"{CHECKPOINTS}.replicas.fingerprints",
-    f"{CHECKPOINTS}.changes.numbers_of",
+    f"{CHECKPOINTS}.request.numbers_of",
 ]
 OF_FILES = (LOADING[2], LOADING[4])
 """Where what is read is to blame, and the error says which checkpoint it is."""

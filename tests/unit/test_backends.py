@@ -247,7 +247,7 @@ def test_trial_is_of_the_shape_that_takes_most_operations() -> None:
 
 def test_engines_of_one_optimizer_have_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Trial | None] = []
-    monkeypatch.setattr(engines, "choose_products", lambda *args: asked.append(args[3]) or choose_products(*args))
+    monkeypatch.setattr(engines, "candidates", lambda *args: asked.append(args[3]) or backends.candidates(*args))
     params = [torch.nn.Parameter(torch.ones(4, 6)) for _ in range(2)]
     optimizer = Muon(params)
     optimizer.prepare()

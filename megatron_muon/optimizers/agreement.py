@@ -1,0 +1,132 @@
+"""Ranks that share weights compare what they are about to do, so that they step together or stop together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_muon.errors import ConfigError, sizes
+from megatron_muon.optimizers.engines import Engines, together
+
+__all__ = ["agree", "unequal_gradients"]
+
+
+def unequal_gradients(weight: str, having: Sequence[int], lacking: Sequence[int], of: str = "") -> str:
+    """Why ranks that share a weight stop together.
+
+    Args:
+        weight: its name.
+        having: ranks with a gradient for it.
+        lacking: ranks without.
+        of: which numbers of ranks these are.
+    """
+    return (
+        f"{weight} has a gradient on ranks {list(having)}{of} and none on ranks {list(lacking)}, which hold parts or "
+        "copies of it: they would take different steps. Weights and momentum are those of the last step. Give it a "
+        "gradient on all of them (zeros where nothing came), or on none (grad = None)."
+    )
+
+
+def agree(
+    engines: Engines, groups: Sequence[dict[str, Any]], directions: Sequence[str], check: Callable[[], None]
+) -> None:
+    """Have the ranks of each group that divides weights compare their plans of a step, before it.
+
+    A rank whose weights with gradients are those of the last step cannot know that another's are not, and would wait
+    for it in another collective, or take one weight's shard for another's. So all of them meet here, in each step
+    unless ``engines.told``: an all-gather of 32 bytes in each group, at which the host waits for the device once. Not
+    later, beside the first messages: momentum would have changed by then, and those messages would never be answered.
+
+    Groups that exchange nothing meet in the first step alone: a rank cannot know whether another has something to send.
+
+    Args:
+        engines: of the optimizer.
+        groups: its param groups.
+        directions: of its weights, in the order of their steps.
+        check: refuses the step on this rank; all ranks of its groups refuse it then.
+
+    Raises:
+        RuntimeError: on all ranks of a group, if their gradients or plans differ.
+        ConfigError: on all ranks of a group, if one of them cannot step.
+    """
+    names = [name for name, group in sorted(engines.groups.items()) if group.size() > 1]
+    if not names or engines.told:
+        check()
+        return
+    failure: ConfigError | None = None
+    sides: dict[str, tuple[list[torch.Tensor], bytes]] = {}
+    try:
+        check()
+        sides = _sides(engines, [param for group in groups for param in group["params"]], directions)
+    except ConfigError as error:
+        failure = error
+    meeting = names if engines.meeting is None else engines.meeting if failure else sorted(sides.keys() & {*names})
+    differ = []
+    for name in meeting:
+        group, (shared, plans) = engines.groups[name], sides.get(name, ([], b""))
+        digest = hashlib.sha256(repr((str(failure), len(shared), _lacking(shared))).encode() + plans).digest()
+        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
+        every = mine.new_empty(group.size(), mine.numel())
+        dist.all_gather_into_tensor(every.view(-1), mine, group=group)
+        differ.append((every != mine).any())
+    # Waits for the device, once: what is sent next depends on it.
+    wrong = torch.stack(differ).tolist() if differ else []
+    names_of = {
+        each: name
+        for group in groups
+        for each, name in zip(group["params"], group.get("param_names", ()), strict=False)
+    }
+    # Of all groups before one is raised: a rank of two of them must not be missed in the second.
+    problems = [
+        _problem(name, engines.groups[name], sides.get(name, ([], b""))[0], names_of, str(failure or ""))
+        for name, is_wrong in zip(meeting, wrong, strict=True)
+        if is_wrong
+    ]
+    if failure or problems:
+        raise failure or problems[0]
+    engines.meeting = sorted(sides.keys() & {*names})
+
+
+def _sides(
+    engines: Engines, params: Sequence[torch.Tensor], directions: Sequence[str]
+) -> dict[str, tuple[list[torch.Tensor], bytes]]:
+    """For each group in which this rank exchanges something: of which weights, and the digests of this step's plans."""
+    found: dict[str, tuple[list[torch.Tensor], bytes]] = {}
+    for (direction, _), some in together(params, directions).items():
+        plan, having = engines.of(some, direction).plan, [param for param in some if param.grad is not None]
+        engine = engines.of(having, direction) if having else None
+        for name in plan.groups():
+            shared, digests = found.get(name, ([], b""))
+            takes_part = engine is not None and name in engine.plan.groups()
+            digests += engine.digest(name) if engine is not None and takes_part else b"none"
+            found[name] = [*shared, *(some[index] for index in plan.exchanged(name))], digests
+    return found
+
+
+def _lacking(shared: Sequence[torch.Tensor]) -> list[int]:
+    return [index for index, param in enumerate(shared) if param.grad is None]
+
+
+def _problem(
+    name: str, group: dist.ProcessGroup, shared: Sequence[torch.Tensor], names: Mapping[Any, str], failure: str
+) -> Exception:
+    """Why the ranks of a group cannot step together; all of them call this, and find the same."""
+    gathered: list[Any] = [None] * group.size()
+    dist.all_gather_object(gathered, (failure, len(shared), _lacking(shared)), group=group)
+    if failures := [f"on rank {rank} of the {name} group: {its[0]}" for rank, its in enumerate(gathered) if its[0]]:
+        return ConfigError(failures[0])
+    for index, param in enumerate(shared):
+        having, without = ([r for r, its in enumerate(gathered) if (index in its[2]) == no] for no in (False, True))
+        if having and without and len({count for _, count, _ in gathered}) == 1:
+            what = names.get(param, f"a weight of {sizes(param.shape)} on this rank")
+            return RuntimeError(f"Muon: {unequal_gradients(what, having, without, f' of the {name} group')}")
+    return RuntimeError(
+        f"Muon: the ranks of the {name} group plan different steps (rank {group.rank()} has {len(shared)} weights to "
+        "exchange): their weights, shapes, options, or the kernels that their devices have (--muon-ns-backend) differ. "
+        "All ranks of a group must be given the same parameters in the same order."
+    )
