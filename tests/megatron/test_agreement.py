@@ -288,7 +288,7 @@ LOADING = [
     "megatron.core.dist_checkpointing.strategies.torch.TorchDistLoadShardedStrategy.load",
     f"{CHECKPOINTS}.weights.sums_of",
     f"{CHECKPOINTS}.request._take",
-    f"{CHECKPOINTS}.replicas.fingerprints",
+    f"{CHECKPOINTS}.weights.fingerprints",
     f"{CHECKPOINTS}.request.numbers_of",
 ]
 OF_FILES = (LOADING[2], LOADING[4])
