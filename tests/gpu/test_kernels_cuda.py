@@ -11,6 +11,7 @@ import torch
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.backends import _KERNELS, _checked, candidates, choose_products, report
 from megatron_muon.orthogonalize.gram import gram_iteration, prescale
+from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.orthogonalize.kernels.gate import Size, Trial, examine
 from megatron_muon.orthogonalize.products import TorchProducts
 
@@ -156,3 +157,22 @@ def test_offsets_beyond_32_bits(shape: tuple[int, int, int]) -> None:
             expected = ends[rows] @ ends.mT
             assert torch.equal(result[index, rows].float(), expected)
             assert torch.equal(result[index, :, rows].float(), expected.mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elementwise_kernels_give_torchs_bits(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    narrow = torch.bfloat16
+    text = elementwise.prepare(device(), dtype, (dtype, narrow), (dtype, narrow), [(768, 2048)] * 42)
+    assert text.count(" ms for 42 x 768 x 2048)") == len({dtype, narrow}) * 2, text
+
+
+def test_elementwise_kernels_wait_for_nothing() -> None:
+    pytest.importorskip("triton")
+    lists = [list(torch.randn(8, 256, 512, device=device())) for _ in range(3)]
+    elementwise.prepare(device(), torch.float32, (torch.float32,), (torch.float32,), [(256, 512)] * 8)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert import_module("megatron_muon.orthogonalize.kernels.triton_elementwise").pack(*lists, 0.95, 0.95)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

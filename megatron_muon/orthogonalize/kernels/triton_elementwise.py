@@ -134,7 +134,7 @@ def _launch(
             found += (view.data_ptr() + view.itemsize * start for view, start in zip(views, starts, strict=True))
             found += (size, _bits(factor))
     entries, device = tuple(found), tensors[0][0].device
-    table = _table(entries, device)
+    table, is_aligned = _table(entries, device)
     programs = table[len(entries) :]
     if programs.numel():
         with current(device):
@@ -144,7 +144,7 @@ def _launch(
                 *numbers,
                 **options,
                 TYPES=tuple(_TYPES[some[0].dtype] for some in tensors),
-                ALIGNED=all(number % 16 == 0 for field in range(4) for number in entries[field :: _FIELDS.value]),
+                ALIGNED=is_aligned,
                 num_warps=8,
                 enable_fp_fusion=False,  # what torch fuses is written out
             )
@@ -170,15 +170,18 @@ def _parts(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tupl
 
 
 @functools.lru_cache(maxsize=512)
-def _table(entries: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """On the device: the entries, and then for each program the entry and which block of it. Waits for nothing."""
-    found = torch.tensor(entries, dtype=torch.int64)
-    blocks = (found[3 :: _FIELDS.value] + _BLOCK.value - 1) // _BLOCK.value
+def _table(entries: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, bool]:
+    """On the device: the entries, and then for each program the entry and which block of it. Waits for nothing.
+
+    With it, whether 16 elements at a time can be read and written.
+    """
+    found = torch.tensor(entries, dtype=torch.int64).view(-1, _FIELDS.value)
+    blocks = (found[:, 3] + _BLOCK.value - 1) // _BLOCK.value
     numbers = torch.repeat_interleave(torch.arange(len(blocks)), blocks)
     first = blocks.cumsum(0) - blocks
     programs = torch.stack([numbers, torch.arange(len(numbers)) - first[numbers]], dim=1)
-    table = torch.cat([found, programs.view(-1)])
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    table, is_aligned = torch.cat([found.view(-1), programs.view(-1)]), not bool((found[:, :4] % 16).any())
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table, is_aligned
 
 
 def _lerp(weight: float) -> tuple[float, bool]:
