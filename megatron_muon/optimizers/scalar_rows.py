@@ -7,6 +7,7 @@ moment lives in their rows of Muon's ``momentum_buffer`` (both are moving averag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,30 +68,35 @@ def step_scalar_rows(weights: list[ParamStep]) -> None:
     mixed = [weight for weight in weights if weight.layout.has_scalar_rows]
     if not mixed:
         return
-    group = mixed[0].group
-    layouts = [weight.layout for weight in mixed]
-    seconds = [weight.state[SECOND_MOMENT] for weight in mixed] if group["scalar_optimizer"] == "adam" else []
-    counted = [weight.state[STEP] for weight in mixed] if seconds else [0] * len(mixed)
-    params = [layout.rows_by_rule(weight.param, SCALAR) for weight, layout in zip(mixed, layouts, strict=True)]
-    _update_rows(
-        group,
-        mixed[0].options.lr,
-        [step for step, views in zip(counted, params, strict=True) for _ in views],
-        [view for views in params for view in views],
-        rows_of([weight.raw_grad for weight in mixed], layouts, SCALAR),
-        rows_of([weight.buffer for weight in mixed], layouts, SCALAR),
-        rows_of(seconds, layouts[: len(seconds)], SCALAR),
-    )
+    group, layouts = mixed[0].group, [weight.layout for weight in mixed]
+    tensors = [[weight.param for weight in mixed], [weight.buffer for weight in mixed]]
+    steps: list[int] = []
+    if group["scalar_optimizer"] == "adam":
+        tensors.append([weight.state[SECOND_MOMENT] for weight in mixed])
+        steps = [weight.state[STEP] for weight in mixed for _ in weight.layout.rows_by_rule(weight.param, SCALAR)]
+    rows = [rows_of(some, layouts, SCALAR) for some in tensors]
+    # In float32 at least: what has 16 bits is rounded once, when all is done.
+    wide = [_wide(views) for views in rows]
+    grads = _wide(rows_of([weight.raw_grad for weight in mixed], layouts, SCALAR))
+    _update_rows(group, mixed[0].options.lr, steps, grads, *wide)
+    for views, results in zip(rows, wide, strict=True):
+        for view, result in zip(views, results, strict=True):
+            if view is not result:
+                view.copy_(result)
+
+
+def _wide(views: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [view.to(torch.promote_types(view.dtype, torch.float32)) for view in views]
 
 
 def _update_rows(
     group: dict[str, Any],
     lr: Rate,
     steps: list[int],
-    params: list[torch.Tensor],
     grads: list[torch.Tensor],
+    params: list[torch.Tensor],
     first_moments: list[torch.Tensor],
-    second_moments: list[torch.Tensor],
+    second_moments: Sequence[torch.Tensor] = (),
 ) -> None:
     """One step of the scalar optimizer on views of rows, in place.
 
@@ -99,11 +105,11 @@ def _update_rows(
             ``scalar_wd_mult``, so that they follow its schedule; ``scalar_betas`` and ``scalar_eps`` are the scalar
             optimizer's.
         lr: learning rate of the group.
-        steps: how many updates each had, with this one, since its second moment began.
-        params: rows of the weights.
-        grads: of the same rows.
-        first_moments: of the same rows; updated.
-        second_moments: of the same rows; updated. Empty for Lion.
+        steps: how many updates each had, with this one, since its second moment began. Empty for Lion.
+        grads: of the rows.
+        params: rows of the weights, float32 or wider; updated, as are their moments.
+        first_moments: of the rows.
+        second_moments: of the rows. Empty for Lion.
 
     Source:
         AdamW: Loshchilov and Hutter, arXiv 1711.05101; Lion: Chen et al., arXiv 2302.06675.

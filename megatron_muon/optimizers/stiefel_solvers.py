@@ -76,12 +76,12 @@ def admm(weight: torch.Tensor, gradient: torch.Tensor, iterations: int, msign: M
     """
     rho = 2.0 * weight.size(-1) ** 0.5
     phi = torch.zeros_like(gradient)
-    x = gradient - 0.5 * weight @ _twice_symmetric(weight.mT @ gradient)
+    x = _plus(gradient, weight, weight.mT @ gradient, -0.5)
     for _ in range(iterations):
-        multiplier = 0.25 * _twice_symmetric(weight.mT @ (x - gradient - phi / rho))
-        shifted = gradient + 2.0 * weight @ multiplier + phi / rho
-        phi = _clipped(shifted * rho, msign)
-        x = shifted - phi / rho
+        residual = x.sub_(gradient).sub_(phi, alpha=1.0 / rho)
+        shifted = _plus(gradient, weight, weight.mT @ residual, 0.5).add_(phi, alpha=1.0 / rho)
+        phi = _clipped(rho * shifted, msign)
+        x = shifted.sub_(phi, alpha=1.0 / rho)
     return phi
 
 
@@ -215,9 +215,16 @@ def _clipped(x: torch.Tensor, msign: Msign) -> torch.Tensor:
     small, and O drops out.
     """
     o = msign(x)
-    shifted = 0.5 * _twice_symmetric(o.mT @ x)
+    shifted = _twice_symmetric(o.mT @ x).mul_(0.5)
     shifted.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-    return 0.5 * (x + o - (x - o) @ msign(shifted))
+    sign = msign(shifted)
+    difference = x - o
+    return torch.baddbmm(o.add_(x), difference, sign, beta=0.5, alpha=-0.5)
+
+
+def _plus(gradient: torch.Tensor, weight: torch.Tensor, product: torch.Tensor, factor: float) -> torch.Tensor:
+    """G + factor W (P + P^T), as a new tensor."""
+    return torch.baddbmm(gradient, weight, _twice_symmetric(product), alpha=factor)
 
 
 def _twice_symmetric(x: torch.Tensor) -> torch.Tensor:

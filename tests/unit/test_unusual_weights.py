@@ -117,6 +117,22 @@ def test_weights_of_16_bits_are_rounded_once(method: str) -> None:
     assert torch.equal(narrow, wide.bfloat16()) and narrow.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("rule", ["adam", "lion"])
+def test_rows_of_16_bits_are_rounded_once(rule: str) -> None:
+    """The weights' and the moments', which take part in the update as they are before."""
+    options = {"lr": 1e-3, "weight_decay": 1.0, "scalar_optimizer": rule}
+    narrow, wide = (parameter(10, 16, GATED, torch.bfloat16) for _ in range(2))
+    wide.data = wide.data.float()
+    one, other = Muon([narrow], **options), Muon([wide], **options)
+    narrow.grad = torch.randn(10, 16, generator=torch.Generator().manual_seed(9)).bfloat16()
+    wide.grad = narrow.grad.float()
+    one.step(), other.step()
+    assert torch.equal(narrow[8:], wide[8:].bfloat16())
+    for name, value in other.state[wide].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(one.state[narrow][name][8:], value[8:].bfloat16()), name
+
+
 def test_rows_that_join_late_begin_as_in_a_fresh_optimizer() -> None:
     """Adam's bias correction counts a weight's own updates, not the group's."""
     late, alone, early = (parameter(10, 6, GATED, seed=seed) for seed in (1, 1, 2))
