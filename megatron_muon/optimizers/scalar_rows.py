@@ -7,7 +7,6 @@ moment lives in their rows of Muon's ``momentum_buffer`` (both are moving averag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ def _update_rows(
     grads: list[torch.Tensor],
     params: list[torch.Tensor],
     first_moments: list[torch.Tensor],
-    second_moments: Sequence[torch.Tensor] = (),
+    second_moments: tuple[torch.Tensor, ...] | list[torch.Tensor] = (),
 ) -> None:
     """One step of the scalar optimizer on views of rows, in place.
 
