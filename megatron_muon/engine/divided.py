@@ -125,7 +125,7 @@ def _normalized(run: Run, mine: RankChunk, scales: list[float]) -> Generator[Pau
     packed.reverse()
     shards = []
     for batch, scale, total in zip(mine.batches, scales, totals, strict=True):
-        shard = run.orthogonalizer.normalized(packed.pop(), scale, total)
+        shard = run.orthogonalizer.normalized(packed.pop(), scale, total, overwrite=True)
         shards.append(turned(shard, batch.key.summed_dim == -2))
     return shards
 

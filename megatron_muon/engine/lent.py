@@ -20,7 +20,7 @@ _Place = tuple[int, int]
 
 def lent(run: Run, mine: RankChunk) -> Work:
     """Whole matrices, each to one rank, and back."""
-    return _lend(run, mine, lambda batch, x: run.orthogonalize(x))
+    return _lend(run, mine, lambda batch, x: run.orthogonalize([x]))
 
 
 def split(run: Run, mine: RankChunk) -> Work:

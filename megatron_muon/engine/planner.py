@@ -31,7 +31,7 @@ from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.blocks import block_rows_before, units_of
 from megatron_muon.routing.layout import SCALAR, Block
 
-__all__ = ["Policy", "Stages", "check_weight", "items_of", "make_plan"]
+__all__ = ["Policy", "Stages", "check_weight", "cut_items", "items_of", "make_plan"]
 
 Stages = Mapping[str, Mapping[int, int]]
 """For a group's name (empty: matrices that are whole on the rank) the stage of each bucket."""
@@ -210,7 +210,7 @@ def _with_modes(
             chosen.append((_in_mode(key, mode), items))
         else:
             count = _count(items)
-            even, rest = _cut(items, count - count % len(key.parts))
+            even, rest = cut_items(items, count - count % len(key.parts))
             if even:
                 mode = cheapest_mode(key, _count(even), orthogonalizer, policy.sizes, policy.machine)
                 chosen.append((_in_mode(key, mode), even))
@@ -285,7 +285,7 @@ class _Chunks:
             elif size > self.room:
                 self._close()
                 continue
-            piece, items = _cut(items, self._take(key, self.room // size, _count(items)))
+            piece, items = cut_items(items, self._take(key, self.room // size, _count(items)))
             self.room -= size * _count(piece)
             self.open.append(Batch(key, tuple(piece), self._share_out(key, _count(piece))))
             if items:
@@ -337,7 +337,7 @@ def _count(items: Sequence[MatrixSlice]) -> int:
     return sum(item.count for item in items)
 
 
-def _cut(items: Sequence[MatrixSlice], number: int) -> tuple[list[MatrixSlice], list[MatrixSlice]]:
+def cut_items(items: Sequence[MatrixSlice], number: int) -> tuple[list[MatrixSlice], list[MatrixSlice]]:
     """The first ``number`` matrices, rounded up to whole units, and the others."""
     first: list[MatrixSlice] = []
     for index, item in enumerate(items):

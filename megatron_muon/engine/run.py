@@ -5,14 +5,16 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from megatron_muon.engine.callbacks import Flops, Part, Read, Solve, Write
 from megatron_muon.engine.exchange import Counters, Exchange
-from megatron_muon.engine.modes import LENT, LOCAL, SPLIT
+from megatron_muon.engine.modes import LENT, LOCAL, OWNER, SPLIT
+from megatron_muon.engine.packing import cut, numel
 from megatron_muon.engine.plan import Batch, Chunk, Weight
+from megatron_muon.engine.planner import cut_items
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 __all__ = ["Pause", "RankChunk", "Run", "Wire", "Work"]
@@ -64,7 +66,9 @@ class RankChunk:
     Attributes:
         chunk: of the plan.
         rank: number of this rank in the chunk's group; 0 without one.
-        batches: those of which it holds a part: all of them, unless they are lent.
+        batches: those of which it holds a part, in the order in which they are packed: those of the chunk, of what is
+            lent the ones that are here. In ``owner``, unless an owner's first matrix lies within a unit of an item, a
+            batch for what each rank owns of each, rank after rank, as messages have them.
         parts: the matrices of these batches, in their order.
         sum_group: name of the group whose ranks hold the other parts of these matrices; empty if this rank has all.
     """
@@ -92,6 +96,8 @@ class RankChunk:
             place, shard = divmod(rank, width)
             batches = tuple(batch for batch in batches if _holder(weights, batch) == place)
             sum_group = first.group if width > 1 else ""
+        if chunk.mode == OWNER:
+            batches = _by_owner(batches) or batches
         items = [item for batch in batches for item in batch.items]
         parts = tuple(Part(item, item.piece(weights[item.weight], shard)) for item in items)
         return cls(chunk, rank, batches, parts, "" if chunk.mode == LOCAL else sum_group)
@@ -104,6 +110,18 @@ class RankChunk:
         """
         pairs = zip(self.batches, batches, strict=True)
         return [x for batch, tensor in pairs for x in tensor.split([item.count for item in batch.items])]
+
+
+def _by_owner(batches: Sequence[Batch]) -> tuple[Batch, ...]:
+    """What the first rank owns of each batch, then what the second owns, and so on; nothing if an item would be cut."""
+    rests, found = [list(batch.items) for batch in batches], []
+    for rank in range(len(batches[0].counts)):
+        for index, batch in enumerate(batches):
+            items, rests[index] = cut_items(rests[index], batch.counts[rank])
+            found.append(replace(batch, items=tuple(items)))
+            if found[-1].count != batch.counts[rank]:
+                return ()
+    return tuple(found)
 
 
 def _holder(weights: Sequence[Weight], batch: Batch) -> int:
@@ -122,8 +140,8 @@ class Run:
     wire: Wire
     local_dtype: torch.dtype
     counters: Counters
-    reads: tuple[Read, ...]
-    write: Write
+    reads: tuple[Read, ...] = ()
+    write: Write | None = None
     solve: Solve | None = None
     solve_flops: Flops | None = None
 
@@ -138,17 +156,27 @@ class Run:
 
     def pack(self, mine: RankChunk, dtype: torch.dtype) -> list[torch.Tensor]:
         """This rank's part of each batch, (matrices, [tensors,] rows, columns), contiguous."""
-        batches = [
-            torch.empty((batch.count, *self.stack, *batch.key.part(mine.rank)), dtype=dtype, device=self.wire.device)
-            for batch in mine.batches
-        ]
+        batches = [torch.empty(shape, dtype=dtype, device=self.wire.device) for shape in self._shapes(mine)]
+        self._read(mine, batches)
+        return batches
+
+    def pack_together(self, mine: RankChunk, dtype: torch.dtype) -> torch.Tensor:
+        """The same in one buffer, (elements,), one batch after the other."""
+        shapes = self._shapes(mine)
+        buffer = torch.empty(sum(map(numel, shapes)), dtype=dtype, device=self.wire.device)
+        self._read(mine, cut(buffer, [shapes])[0])
+        return buffer
+
+    def _shapes(self, mine: RankChunk) -> list[tuple[int, ...]]:
+        return [(batch.count, *self.stack, *batch.key.part(mine.rank)) for batch in mine.batches]
+
+    def _read(self, mine: RankChunk, batches: Sequence[torch.Tensor]) -> None:
         for number, read in enumerate(self.reads if mine.parts else ()):
             read(list(mine.parts), mine.slots([batch[:, number] if self.stack else batch for batch in batches]))
-        return batches
 
     def unpack(self, mine: RankChunk, batches: Sequence[torch.Tensor]) -> None:
         """Hand out this rank's part of each orthogonalized batch."""
-        if mine.parts:
+        if mine.parts and self.write is not None:
             exchange = self.exchanges[mine.sum_group] if mine.sum_group else None
             self.write(list(mine.parts), mine.slots(batches), exchange.sum if exchange else lambda tensor: tensor)
 
@@ -157,15 +185,16 @@ class Run:
         element = torch.zeros((), dtype=dtype, device=self.wire.device)
         return [element.expand(batch.count, *batch.key.part(mine.rank)) for batch in mine.batches]
 
-    def orthogonalize(self, x: torch.Tensor) -> torch.Tensor:
-        """Whole matrices (matrices, m, n)."""
-        self.counters.flops += x.size(0) * self.orthogonalizer.flops(*x.shape[-2:])
-        return self.orthogonalizer(x)
+    def orthogonalize(self, given: list[torch.Tensor]) -> torch.Tensor:
+        """The last of these batches of whole matrices (matrices, p, q), which is taken out: its memory is used up."""
+        self.counters.flops += given[-1].size(0) * self.orthogonalizer.flops(*given[-1].shape[-2:])
+        return self.orthogonalizer.use_up(given)
 
-    def transform(self, batch: Batch, first: int, x: torch.Tensor) -> torch.Tensor:
-        """Whole matrices of a batch, from ``first`` on: orthogonalized, or what :attr:`solve` makes of them."""
+    def transform(self, batch: Batch, first: int, given: list[torch.Tensor]) -> torch.Tensor:
+        """Matrices of ``batch`` from number ``first`` on: orthogonalized, or what :attr:`solve` makes of them."""
         if self.solve is None:
-            return self.orthogonalize(x)
+            return self.orthogonalize(given)
+        x = given.pop()
         if self.solve_flops is not None:
             self.counters.flops += x.size(0) * self.solve_flops(batch.key.p, batch.key.q)
         weights = itertools.chain.from_iterable([item.weight] * item.count for item in batch.items)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ class StepEngine:
 
     Attributes:
         plan: of the step; whoever steps must know that it is the same on all ranks of each group.
+        parts: in how many parts each weight, by its index, is handed out in a step.
         counters: collectives, bytes and operations so far; see :class:`megatron_muon.engine.exchange.Counters`.
     """
 
@@ -96,6 +98,8 @@ class StepEngine:
         self._mine = {
             id(chunk): RankChunk.of(self.plan.weights, chunk, ranks[chunk.group]) for chunk in self.plan.chunks
         }
+        self.parts = Counter(part.item.weight for mine in self._mine.values() for part in mine.parts)
+        self._run = Run(orthogonalizer, self._exchanges, self.wire, dtype, self.counters)
         self._digests: dict[str, bytes] = {}
 
     def build(self) -> None:
@@ -150,7 +154,7 @@ class StepEngine:
             write: takes the result, see :data:`megatron_muon.engine.callbacks.Write`.
             portion: one of :meth:`Plan.portions`, if not everything.
         """
-        self._execute(self.wire, (read,), write, portion)
+        self._execute(replace(self._run, reads=(read,), write=write), portion)
 
     def solve(self, reads: Sequence[Read], solve: Solve, write: Write, flops: Flops) -> None:
         """Compute something else of whole matrices, once: each at its owner, from several tensors.
@@ -169,8 +173,9 @@ class StepEngine:
         others = sorted({chunk.mode for chunk in self.plan.chunks} - {LOCAL, OWNER})
         if others:
             raise ValueError(f"whole matrices are wanted; in mode {others[0]} nobody owns them")
-        wire = dataclasses.replace(self.wire, dtype=self.local_dtype, back=self.local_dtype)
-        self._execute(wire, tuple(reads), write, None, solve, flops)
+        wire = replace(self.wire, dtype=self.local_dtype, back=self.local_dtype)
+        run = replace(self._run, wire=wire, reads=tuple(reads), write=write, solve=solve, solve_flops=flops)
+        self._execute(run)
 
     def visit(self, look: Write, portion: Plan | None = None) -> None:
         """Show all matrices, without orthogonalizing anything.
@@ -180,33 +185,13 @@ class StepEngine:
                 and cannot be written to), and the sum over the ranks of a part.
             portion: one of :meth:`Plan.portions`, if not everything.
         """
-        run = self._run(self.wire, (), look)
+        run = replace(self._run, write=look)
         for mine in self._chunks(portion):
             run.unpack(mine, run.blanks(mine, self.local_dtype))
 
-    def _execute(
-        self,
-        wire: Wire,
-        reads: tuple[Read, ...],
-        write: Write,
-        portion: Plan | None,
-        solve: Solve | None = None,
-        flops: Flops | None = None,
-    ) -> None:
-        execute(self._run(wire, reads, write, solve, flops), self._chunks(portion))
+    def _execute(self, run: Run, portion: Plan | None = None) -> None:
+        execute(run, self._chunks(portion))
         self.counters.steps += 1
 
     def _chunks(self, portion: Plan | None) -> list[RankChunk]:
         return [self._mine[id(chunk)] for chunk in (portion or self.plan).chunks]
-
-    def _run(
-        self,
-        wire: Wire,
-        reads: tuple[Read, ...],
-        write: Write,
-        solve: Solve | None = None,
-        flops: Flops | None = None,
-    ) -> Run:
-        return Run(
-            self.orthogonalizer, self._exchanges, wire, self.local_dtype, self.counters, reads, write, solve, flops
-        )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 
-from megatron_muon.engine.packing import Shapes, cut, flat, interleaved, joined, numel, padded
+from megatron_muon.engine.packing import Shapes, cut, interleaved, joined, numel, padded
+from megatron_muon.engine.plan import Batch
 from megatron_muon.engine.run import Pause, RankChunk, Run, Work
 
 __all__ = ["duplicated", "local", "owner"]
@@ -13,8 +17,8 @@ __all__ = ["duplicated", "local", "owner"]
 def local(run: Run, mine: RankChunk) -> Work:
     """Matrices that this rank holds whole."""
     yield Pause.EXCHANGE  # of the next chunk, which begins meanwhile
-    packed = run.pack(mine, run.local_dtype)
-    run.unpack(mine, [run.transform(batch, 0, x) for batch, x in zip(mine.batches, packed, strict=True)])
+    packed = run.pack(mine, run.local_dtype)[::-1]
+    run.unpack(mine, [run.transform(batch, 0, packed) for batch in mine.batches])
 
 
 def duplicated(run: Run, mine: RankChunk) -> Work:
@@ -22,20 +26,17 @@ def duplicated(run: Run, mine: RankChunk) -> Work:
     exchange, batches = run.exchange(mine), mine.batches
     shapes = [[(batch.count, *batch.key.part(rank)) for batch in batches] for rank in range(exchange.size)]
     longest = max(sum(map(numel, each)) for each in shapes)
-    pending = exchange.all_gather(padded(flat(run.pack(mine, run.wire.dtype)), longest))
+    pending = exchange.all_gather(padded(run.pack_together(mine, run.wire.dtype), longest))
     yield Pause.EXCHANGE
-    received = [cut(buffer, [each])[0] for buffer, each in zip(pending.wait(), shapes, strict=True)]
-    results = []
-    for batch, *shards in zip(batches, *received, strict=True):
-        whole = run.orthogonalize(torch.cat(shards, dim=batch.key.dim))
-        results.append(whole.split(batch.key.parts, dim=batch.key.dim)[mine.rank])
-    run.unpack(mine, results)
+    whole = _whole(batches, [cut(buffer, [each])[0] for buffer, each in zip(pending.wait(), shapes, strict=True)])
+    run.unpack(mine, [_shards(run.orthogonalize(whole), batch)[mine.rank] for batch in batches])
 
 
 def owner(run: Run, mine: RankChunk) -> Work:
     """All-to-all: shards to the owners, orthogonalized shards back."""
-    exchange, batches, rank = run.exchange(mine), mine.batches, mine.rank
+    exchange, batches, rank = run.exchange(mine), mine.chunk.batches, mine.rank
     ranks = range(exchange.size)
+    in_order = len(mine.batches) == len(ranks) * len(batches)
     # This rank's shards of what each owns, and each rank's shards of what this one owns.
     theirs: list[Shapes] = [[(batch.counts[each], *batch.key.part(rank)) for batch in batches] for each in ranks]
     own: list[Shapes] = [[(batch.counts[rank], *batch.key.part(each)) for batch in batches] for each in ranks]
@@ -44,19 +45,35 @@ def owner(run: Run, mine: RankChunk) -> Work:
         """With all tensors of each matrix that are sent to be worked on."""
         return [[(count, *run.stack, *part) for count, *part in each] for each in shapes]
 
-    packed = [x.split(batch.counts) for x, batch in zip(run.pack(mine, run.wire.dtype), batches, strict=True)]
-    pending = exchange.all_to_all(interleaved(packed), stacked(theirs), stacked(own))
-    del packed
+    if in_order:
+        send = run.pack_together(mine, run.wire.dtype)
+    else:
+        packed = run.pack(mine, run.wire.dtype)
+        send = interleaved([x.split(batch.counts) for x, batch in zip(packed, batches, strict=True)])
+        del packed
+    pending = exchange.all_to_all(send, stacked(theirs), stacked(own))
+    del send
     yield Pause.EXCHANGE
-    received = cut(pending.wait(), stacked(own))
+    whole = _whole(batches, cut(pending.wait(), stacked(own)))
     results = []
-    for batch, *shards in zip(batches, *received, strict=True):
-        whole = torch.cat(shards, dim=batch.key.dim)
-        whole = run.transform(batch, sum(batch.counts[:rank]), whole) if whole.size(0) else whole
-        results.append(whole.to(run.wire.back).split(batch.key.parts, dim=batch.key.dim))
-    del received, shards, whole
+    for batch in batches:
+        x = run.transform(batch, sum(batch.counts[:rank]), whole) if batch.counts[rank] else whole.pop()
+        results.append(_shards(x.to(run.wire.back), batch))
+        del x
     yield Pause.COMPUTED
     pending = exchange.all_to_all(interleaved(results), own, theirs)
     del results
     yield Pause.RETURN
-    run.unpack(mine, [joined(shards) for shards in zip(*cut(pending.wait(), theirs), strict=True)])
+    returned = cut(pending.wait(), theirs)
+    by_batch = itertools.chain(*returned) if in_order else map(joined, zip(*returned, strict=True))
+    run.unpack(mine, list(by_batch))
+
+
+def _whole(batches: Sequence[Batch], received: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """Matrices of each batch, put together from the shards of all ranks. The last batch comes first: a list to pop."""
+    return [torch.cat(shards, dim=b.key.dim) for b, *shards in zip(batches, *received, strict=True)][::-1]
+
+
+def _shards(x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """Of whole matrices, by rank."""
+    return x.split(batch.key.parts, dim=batch.key.dim)

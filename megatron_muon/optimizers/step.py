@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -210,8 +210,7 @@ class EngineStep:
 
     def _telling(self, write: Write) -> Write:
         """Tells of each weight when all its matrices have been handed out."""
-        chunks = self.engine.plan.chunks
-        left = Counter(item.weight for chunk in chunks for batch in chunk.batches for item in batch.items)
+        left = self.engine.parts.copy()
 
         def writing(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
             write(parts, directions, reduce)

@@ -86,6 +86,7 @@ def normalized(
     scale: float = 1.0,
     squares: torch.Tensor | None = None,
     damped: bool = False,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """``scale * x / ||x||_F``, rounded once to ``dtype``.
 
@@ -97,11 +98,12 @@ def normalized(
         scale: a power of two.
         squares: :func:`square_sums` of the whole matrices, if ``x`` is a shard of each. They are overwritten.
         damped: add ``eps`` to the norm instead (arXiv 2512.05620).
+        overwrite: write the result over ``x`` if that has its dtype.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = (square_sums(x) if squares is None else squares).sqrt_()
     norm = norm.add_(eps) if damped else norm.clamp_min_(eps)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = x if overwrite and x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device)
     factor = (scale / norm).clamp_max_(torch.finfo(wide).max).to(wide)
     return torch.mul(x, factor, out=out)  # in ``wide``, rounded once
 

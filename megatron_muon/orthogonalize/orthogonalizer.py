@@ -126,28 +126,36 @@ class Orthogonalizer:
         Returns:
             (batch, m, n), contiguous, in the dtype of the iteration.
         """
-        each = max(1, self.batch_bytes[x.device.type] // (x.size(-2) * x.size(-1) * self.dtype.itemsize))
-        if x.size(0) <= each:
-            return self._iterate(x)
-        out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
+        return self._orthogonalized([x], False)
+
+    def use_up(self, given: list[torch.Tensor]) -> torch.Tensor:
+        """The same of the last tensor of a list, contiguous, which is taken out: its memory is overwritten or free."""
+        return self._orthogonalized(given, True)
+
+    def _orthogonalized(self, given: list[torch.Tensor], overwrite: bool) -> torch.Tensor:
+        m, n = given[-1].shape[-2:]
+        each = max(1, self.batch_bytes[given[-1].device.type] // (m * n * self.dtype.itemsize))
+        if given[-1].size(0) <= each:
+            return self._iterated(given, overwrite)
+        x = given.pop()
+        out = x if overwrite and x.dtype == self.dtype else torch.empty(x.shape, dtype=self.dtype, device=x.device)
         for matrices, target in zip(x.split(each), out.split(each), strict=True):
-            target.copy_(self._iterate(matrices))
+            target.copy_(self._iterated([matrices], overwrite))
         return out
 
-    def _iterate(self, x: torch.Tensor) -> torch.Tensor:
-        m, n = x.shape[-2:]
+    def _iterated(self, given: list[torch.Tensor], overwrite: bool) -> torch.Tensor:
+        m, n = given[-1].shape[-2:]
         tall = m > n
-        # What the iteration starts from has no name here: its memory is free after the first step.
-        if not self._gram_pays(m, n):
-            return turned(standard_iteration(turned(self.normalized(x), tall), self.coefficients, self.products), tall)
-        assert self.restarts is not None
-        scale = prescale(self.dtype, min(m, n))
-        return turned(
-            gram_iteration(
-                turned(self.normalized(x, scale), tall), self.coefficients, self.restarts, self.products, scale
-            ),
-            tall,
-        )
+        restarts = self.restarts if self._gram_pays(m, n) else None
+        scale = 1.0 if restarts is None else prescale(self.dtype, min(m, n))
+
+        def start() -> torch.Tensor:
+            # Neither this nor what it is made of has a name outside: their memory is free after the first step.
+            return turned(self.normalized(given.pop(), scale, overwrite=overwrite), tall)
+
+        if restarts is None:
+            return turned(standard_iteration(start(), self.coefficients, self.products), tall)
+        return turned(gram_iteration(start(), self.coefficients, restarts, self.products, scale), tall)
 
     def split(self, x: torch.Tensor, reduce: Reduce, scatter: Reduce, gather: Reduce, dim: int = -1) -> torch.Tensor:
         """The same for this rank's part of each matrix: standard Newton-Schulz, the square products shared as well.
@@ -168,9 +176,17 @@ class Orthogonalizer:
             self.products.symmetric_flops(p, 1) * columns + 2 * p * p * rows + 2 * p * p * columns
         )
 
-    def normalized(self, x: torch.Tensor, scale: float = 1.0, squares: torch.Tensor | None = None) -> torch.Tensor:
+    def normalized(
+        self,
+        x: torch.Tensor,
+        scale: float = 1.0,
+        squares: torch.Tensor | None = None,
+        overwrite: bool = False,
+    ) -> torch.Tensor:
         """Where the iteration starts: see :func:`megatron_muon.orthogonalize.newton_schulz.normalized`."""
-        return normalized(x, self.dtype, self.eps, scale=scale, squares=squares, damped=self.damped)
+        return normalized(
+            x, self.dtype, self.eps, scale=scale, squares=squares, damped=self.damped, overwrite=overwrite
+        )
 
     def polynomials(self, gram: torch.Tensor, segment: int, scale: float = 1.0) -> torch.Tensor:
         """``Q`` of one segment from the Gram matrices of whole matrices.

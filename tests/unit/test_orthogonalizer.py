@@ -147,14 +147,14 @@ def test_a_batch_of_16_bits_differs_by_less_than_it_errs(dtype: torch.dtype) -> 
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Batches of three 16 x 40 float32 matrices at most; the sizes of those that were computed."""
     sizes: list[int] = []
-    iterate = Orthogonalizer._iterate
+    iterated = Orthogonalizer._iterated
 
-    def counting(self: Orthogonalizer, x: torch.Tensor) -> torch.Tensor:
-        sizes.append(x.size(0))
-        return iterate(self, x)
+    def counting(self: Orthogonalizer, given: list[torch.Tensor], overwrite: bool) -> torch.Tensor:
+        sizes.append(given[-1].size(0))
+        return iterated(self, given, overwrite)
 
     monkeypatch.setattr(Orthogonalizer, "batch_bytes", {"cpu": 3 * 16 * 40 * 4})
-    monkeypatch.setattr(Orthogonalizer, "_iterate", counting)
+    monkeypatch.setattr(Orthogonalizer, "_iterated", counting)
     yield sizes
 
 
@@ -166,6 +166,8 @@ def test_parts_of_a_batch_give_the_same(small_batches: list[int], dtype: torch.d
     expected = {torch.float64: [1] * 8, torch.float32: [3, 3, 2], torch.bfloat16: [6, 2], torch.float16: [6, 2]}
     assert small_batches == expected[dtype]
     assert found.dtype == dtype and found.is_contiguous()
+    given = [x.clone()]
+    assert torch.equal(iteration.use_up(given), found) and not given
     whole = torch.cat([iteration(matrix[None]) for matrix in x])
     assert error(found, whole.double()) < {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, 1e-3)
 
