@@ -68,7 +68,7 @@ class RankChunk:
         rank: number of this rank in the chunk's group; 0 without one.
         batches: those of which it holds a part, in the order in which they are packed: those of the chunk, of what is
             lent the ones that are here. In ``owner``, unless an owner's first matrix lies within a unit of an item, a
-            batch for what each rank owns of each, rank after rank, as messages have them.
+            batch for what each rank owns of each, rank after rank, as messages have them; a single one has that order.
         parts: the matrices of these batches, in their order.
         sum_group: name of the group whose ranks hold the other parts of these matrices; empty if this rank has all.
     """
@@ -96,7 +96,7 @@ class RankChunk:
             place, shard = divmod(rank, width)
             batches = tuple(batch for batch in batches if _holder(weights, batch) == place)
             sum_group = first.group if width > 1 else ""
-        if chunk.mode == OWNER:
+        if chunk.mode == OWNER and len(batches) > 1:
             batches = _by_owner(batches) or batches
         items = [item for batch in batches for item in batch.items]
         parts = tuple(Part(item, item.piece(weights[item.weight], shard)) for item in items)
@@ -167,6 +167,10 @@ class Run:
         self._read(mine, cut(buffer, [shapes])[0])
         return buffer
 
+    def cut(self, mine: RankChunk, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """What comes back of each batch, from a buffer with one after the other."""
+        return cut(buffer, [[(batch.count, *batch.key.part(mine.rank)) for batch in mine.batches]])[0]
+
     def _shapes(self, mine: RankChunk) -> list[tuple[int, ...]]:
         return [(batch.count, *self.stack, *batch.key.part(mine.rank)) for batch in mine.batches]
 
@@ -181,9 +185,18 @@ class Run:
             self.write(list(mine.parts), mine.slots(batches), exchange.sum if exchange else lambda tensor: tensor)
 
     def blanks(self, mine: RankChunk, dtype: torch.dtype) -> list[torch.Tensor]:
-        """What :meth:`unpack` takes in shape and dtype, without memory."""
+        """What :meth:`unpack` takes in shape and dtype, without memory: views of single elements.
+
+        Batches of one kind have one element if nothing lies between them in a message, so that both are neighbours.
+        """
+        found, last = [], None
         element = torch.zeros((), dtype=dtype, device=self.wire.device)
-        return [element.expand(batch.count, *batch.key.part(mine.rank)) for batch in mine.batches]
+        for batch in mine.batches:
+            part = batch.key.part(mine.rank)
+            if batch.items and (batch.key is not last or 0 in part):
+                element, last = torch.zeros_like(element), batch.key
+            found.append(element.expand(batch.count, *part))
+        return found
 
     def orthogonalize(self, given: list[torch.Tensor]) -> torch.Tensor:
         """The last of these batches of whole matrices (matrices, p, q), which is taken out: its memory is used up."""

@@ -113,7 +113,7 @@ class StepEngine:
         exchanges = {name: Exchange(each.group, counters, sends=False) for name, each in self._exchanges.items()}
         alike = {}
         for chunk in self.plan.chunks:
-            shapes = ((dataclasses.replace(batch, items=()), batch.count) for batch in chunk.batches)
+            shapes = ((replace(batch, items=()), batch.count) for batch in chunk.batches)
             alike[chunk.mode, chunk.group, *shapes] = self._mine[id(chunk)]
         run = Run(
             self.orthogonalizer,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -36,7 +35,7 @@ def owner(run: Run, mine: RankChunk) -> Work:
     """All-to-all: shards to the owners, orthogonalized shards back."""
     exchange, batches, rank = run.exchange(mine), mine.chunk.batches, mine.rank
     ranks = range(exchange.size)
-    in_order = len(mine.batches) == len(ranks) * len(batches)
+    in_order = len(batches) == 1 or len(mine.batches) > len(batches)
     # This rank's shards of what each owns, and each rank's shards of what this one owns.
     theirs: list[Shapes] = [[(batch.counts[each], *batch.key.part(rank)) for batch in batches] for each in ranks]
     own: list[Shapes] = [[(batch.counts[rank], *batch.key.part(each)) for batch in batches] for each in ranks]
@@ -64,9 +63,10 @@ def owner(run: Run, mine: RankChunk) -> Work:
     pending = exchange.all_to_all(interleaved(results), own, theirs)
     del results
     yield Pause.RETURN
-    returned = cut(pending.wait(), theirs)
-    by_batch = itertools.chain(*returned) if in_order else map(joined, zip(*returned, strict=True))
-    run.unpack(mine, list(by_batch))
+    if in_order:
+        run.unpack(mine, run.cut(mine, pending.wait()))
+    else:
+        run.unpack(mine, [joined(some) for some in zip(*cut(pending.wait(), theirs), strict=True)])
 
 
 def _whole(batches: Sequence[Batch], received: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
