@@ -115,13 +115,12 @@ class StepEngine:
         for chunk in self.plan.chunks:
             shapes = ((replace(batch, items=()), batch.count) for batch in chunk.batches)
             alike[chunk.mode, chunk.group, *shapes] = self._mine[id(chunk)]
-        run = Run(
-            self.orthogonalizer,
-            exchanges,
-            self.wire,
-            self.local_dtype,
-            counters,
-            reads=(lambda parts, slots: None,),  # whatever lies in memory
+        # Whatever lies in memory.
+        run = replace(
+            self._run,
+            exchanges=exchanges,
+            counters=counters,
+            reads=(lambda parts, slots: None,),
             write=lambda parts, directions, reduce: None,
         )
         execute(run, list(alike.values()))
