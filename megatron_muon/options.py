@@ -29,7 +29,7 @@ _BY_RADIUS = {"spectral_sphere": "the radius decides about the size of updates (
 
 @dataclass(kw_only=True)
 class UpdateKnobs:
-    """What optimizer and command line both know."""
+    """Options that are both of the optimizer and of the command line."""
 
     scale_mode: str = knob(
         "spectral",

@@ -66,7 +66,7 @@ def render() -> str:
         f"With `--optimizer` {_and(OPTIMIZERS)}.\n",
         _rows(MEGATRON),
         "## QK-clip\n",
-        "With any optimizer.\n",
+        "These are refused with any optimizer.\n",
         _rows(QK_CLIP),
         "On the command line:\n",
         _rows(UNMEASURED),

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon import AdaptiveMuon, Muon
+from megatron_muon import Muon
 from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, WHOLE, MatrixLayout, Section
 
@@ -46,9 +46,9 @@ VARIANTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "spectral_norm": functools.partial(Muon, scale_mode="spectral_norm"),
     "polargrad": functools.partial(Muon, variant="polargrad", scale_mode="none"),
     "hyperball": functools.partial(Muon, variant="hyperball", scale_mode="none"),
-    "normuon": functools.partial(AdaptiveMuon, moment2_method="normuon"),
-    "adamuon": functools.partial(AdaptiveMuon, moment2_method="adamuon"),
-    "namo": functools.partial(AdaptiveMuon, moment2_method="namo"),
+    "normuon": functools.partial(Muon, variant="normuon"),
+    "adamuon": functools.partial(Muon, variant="adamuon"),
+    "namo": functools.partial(Muon, variant="namo"),
     "muonsphere": functools.partial(Muon, variant=SpectralSphere(tolerance=1.0)),
 }
 

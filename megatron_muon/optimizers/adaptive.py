@@ -39,12 +39,12 @@ class SecondMoment(Variant):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As of every variant, with the method."""
+        """See :class:`Variant`; the method is the variant's name."""
         return {**super().settings, "adaptive_muon_moment2_method": self.name}
 
     @property
     def checkpoint_options(self) -> dict[str, Any]:
-        """Both numbers."""
+        """The decay and the eps of the second moment."""
         return {"moment2_beta2": self.beta2, "moment2_eps": self.eps}
 
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
 __all__ = ["Muon"]
 
 _ATTRIBUTES = "attributes of weights"
-"""Of copies, beside what :class:`Muon` has."""
+"""Key in the state of a copy (:meth:`Muon.__getstate__`): what the weights carry, such as their layout."""
 
 _OF_ONE = ("step", "finals", "is_complete", "starts", "marks")
 """Attributes that copies have anew, or not at all: schedulers of torch set ``step``."""

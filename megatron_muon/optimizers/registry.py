@@ -18,7 +18,7 @@ VARIANTS: dict[str, type[Variant]] = {
     **{cls.name: cls for cls in (Variant, PolarGrad, Hyperball, AdaMuon, AdaMuonEO, NorMuon, NAMO, SpectralSphere)},
     "stiefel": StiefelMuon,
 }
-"""By the name that ``Muon(params, variant=...)`` takes."""
+"""The class of each variant, by the name that ``Muon(params, variant=...)`` takes."""
 
 
 def register_variant[V: type[Variant]](cls: V) -> V:

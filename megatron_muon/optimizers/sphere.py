@@ -165,7 +165,7 @@ class SpectralSphere(Variant):
 
     @property
     def checkpoint_options(self) -> dict[str, Any]:
-        """Both."""
+        """Radius and tolerance."""
         return {"sphere_radius": self.radius, "sphere_tolerance": self.tolerance}
 
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:

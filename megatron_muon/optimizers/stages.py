@@ -122,7 +122,7 @@ class Variant:
         """
 
     def notes(self, params: Sequence[torch.Tensor]) -> list[str]:
-        """What the report says of a rank's weights, in lines."""
+        """Lines that the report of a run adds about this rank's weights."""
         return []
 
     def forget(self) -> None:

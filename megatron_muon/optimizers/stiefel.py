@@ -78,12 +78,12 @@ class StiefelMuon(Variant):
 
     @property
     def _number(self) -> int:
-        """Of iterations."""
+        """How many iterations the solver makes."""
         return self.iterations or SOLVERS[self.solver].iterations
 
     @property
     def checkpoint_options(self) -> dict[str, Any]:
-        """All three."""
+        """Solver, the number of its iterations, and radius."""
         return {"stiefel_solver": self.solver, "stiefel_iterations": self._number, "stiefel_radius": self.radius}
 
     def forget(self) -> None:
@@ -101,7 +101,7 @@ class StiefelMuon(Variant):
         return [f"{found}; {self.solver}, {self._number} iterations"] if count else []
 
     def update(self, work: Work) -> None:
-        """Those on the manifold, from whole weights and whole momentum."""
+        """Move weights on the manifold, each matrix whole; all others as plain Muon does."""
         if work.direction != STIEFEL:
             work.run()
             return

@@ -78,11 +78,11 @@ def describe(settings: Any, muon: MuonConfig) -> list[str]:
         muon: the options in it.
     """
     name = settings.optimizer.removeprefix("dist_")
-    keeps = name == _SPHERE or muon.variant == "hyperball"
+    decays = variant_asked_for(muon.as_settings(), settings).decays
     lines = [
         f"Newton-Schulz: {muon.num_ns_steps} steps, {muon.coefficient_type} coefficients; {_size(name, muon)}",
         f"momentum {muon.momentum:g}{', Nesterov' if muon.nesterov else ''}; "
-        + ("no weight decay of what keeps its norm" if keeps else f"weight decay {muon.weight_decay_method}"),
+        + (f"weight decay {muon.weight_decay_method}" if decays else "no weight decay of what keeps its norm"),
     ]
     if name == _ADAPTIVE:
         method, beta2, eps = (getattr(settings, field) for field in SECOND_MOMENT)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import sys
 from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
@@ -105,11 +107,13 @@ def texts_in(node: ast.AST) -> list[str]:
 def test_names_that_flags_take_are_listed_once() -> None:
     """Two lists with four names in common are two sources of one choice. How to split a weight differs by weight."""
     known = {name for field in fields(MuonConfig) for name in _values(field.metadata["check"])} - {"split", "whole"}
+    texts = {path: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
     found = [
-        (known.intersection(texts_in(node)), f"{path.relative_to(PACKAGE)}:{node.lineno}")  # type: ignore[attr-defined]
-        for path in sorted(PACKAGE.rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
-        if len(known.intersection(texts_in(node))) >= 3
+        (some, f"{path.relative_to(PACKAGE)}:{node.lineno}")  # type: ignore[attr-defined]
+        for path, text in texts.items()
+        if sum(f'"{name}"' in text for name in known) >= 3
+        for node in ast.walk(ast.parse(text))
+        if len(some := known.intersection(texts_in(node))) >= 3
     ]
     assert len(found) > 5
     assert not [(a, b) for (some, a), (other, b) in combinations(found, 2) if len(some & other) >= 4 or some == other]
@@ -119,3 +123,19 @@ def _values(check: Any) -> tuple[str, ...]:
     """The names that a check of :func:`megatron_muon.knobs.one_of` lets pass."""
     contents = (cell.cell_contents for cell in check.__closure__ or ())
     return next((each for each in contents if isinstance(each, tuple)), ())
+
+
+def test_tools_and_examples_import_what_there_is() -> None:
+    """Most of them are run by hand alone."""
+    root, missing = PACKAGE.parent, []
+    for path in sorted([*(root / "tools").rglob("*.py"), *(root / "examples").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
+                module = sys.modules.get(str(node.module))  # others need Megatron, which takes seconds
+                names = [name.name for name in node.names if module and not hasattr(module, name.name)]
+                missing += [f"{path.name}: {node.module}.{name}" for name in names if not _is_module(node.module, name)]
+    assert not missing
+
+
+def _is_module(package: str | None, name: str) -> bool:
+    return importlib.util.find_spec(f"{package}.{name}") is not None
