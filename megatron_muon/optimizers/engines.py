@@ -276,8 +276,9 @@ class Engines:
             chunk_mb=config.chunk_mb,
             device=device,
         )
-        with matmul_precision(config.fp32_matmul_prec):
-            engine.build()
+        if all(weight.layout.direction == MSIGN for weight in weights):
+            with matmul_precision(config.fp32_matmul_prec):
+                engine.build()
         updates = (precision.iteration, engine.wire.back, precision.own)
         slots, shapes = (precision.own, precision.wire), [weight.shape for weight in weights]
         self.elementwise_note = elementwise.prepare(device, dtype, slots, updates, shapes)
@@ -311,14 +312,7 @@ def trial_of(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Trial | None:
-    """What kernels are timed by: as many matrices as are iterated together, of the shape that takes most operations.
-
-    Args:
-        weights: of the run.
-        iterate: what the step does with them.
-        dtype: in which.
-        device: where.
-    """
+    """What kernels are timed by: as many matrices as are iterated together, of the shape that takes most operations."""
     counts: Counter[tuple[int, int]] = Counter()
     for weight in weights:
         for block in weight.layout.blocks(weight.whole_shape):

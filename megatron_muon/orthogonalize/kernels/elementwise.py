@@ -27,7 +27,7 @@ _TRIAL = 1 << 26
 """Elements of the trial by time: those of a chunk."""
 
 _taken: set[tuple[Any, ...]] = set()
-"""The passes that are done by the kernel: device, name of the pass, and types of its tensors."""
+"""What is done by the kernels: device, name of the pass, and dtypes of its tensors."""
 
 
 def pack(momenta: _Tensors, grads: _Tensors, slots: _Tensors, momentum: float | None, nesterov: float) -> None:
@@ -144,7 +144,7 @@ def prepare(
         reason = f"is not there ({error})"
     if reason is not None:
         return f"elementwise passes by torch: Triton {reason}"
-    shape, count = max(Counter(shapes).items(), key=lambda each: each[1] * math.prod(each[0]))
+    shape, count = max(Counter(shapes).items(), key=lambda each: each[1] * math.prod(each[0]), default=((1,), 1))
     trial = min(count, max(1, _TRIAL // max(1, math.prod(shape)))), *shape
     found = [_tried("pack", device, (dtype, dtype, slot), trial) for slot in dict.fromkeys(slots)]
     found += [_tried("add", device, (dtype, update), trial) for update in dict.fromkeys(updates)]
@@ -184,7 +184,7 @@ def _tried(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], sha
 
 
 def _samples(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[list[list[torch.Tensor]]]:
-    """Two tensors of each type: aligned; from an odd address on; and with rows that lie apart. The same every time."""
+    """Two tensors of each dtype: aligned; from an odd address on; and with rows that lie apart. The same each time."""
     generator = torch.Generator().manual_seed(0)
 
     def random(dtype: torch.dtype, matrices: int) -> torch.Tensor:
