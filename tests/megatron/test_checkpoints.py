@@ -10,19 +10,11 @@ import torch
 
 from tests.checkpoints import contents, differences
 from tests.megatron import harness
-from tests.megatron.crossing import AGAIN, DENSE, MODELS, TOLERANCE, Crossing, load_at, save_at
+from tests.megatron.crossing import AGAIN, DENSE, MODELS, TOLERANCE, Crossing, is_quick, load_at, save_at
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
 
 PAIRS = [(model, source, to) for model, (places, _) in MODELS.items() for to in places for source in places]
-SLOW = ("dense_on_8_ranks", "dense_in_virtual_stages", "experts_on_4_ranks", "hybrid_bf16")
-
-
-def is_quick(model: str, source: str, to: str) -> bool:
-    """Whether ``make test`` has it."""
-    if model == "latent_attention":
-        return to != "pp2" and source != "one" and "older" not in source + to and (source, to) != ("tp2", "tp2")
-    return model not in SLOW and (model, to) not in (("hybrid", "pp2"), ("dense", "pp2_dp2_layer_wise"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The launcher with an unedited Megatron script: once under ``torchrun``, else in forked ranks."""
+"""The launcher with an unedited Megatron script, in forked ranks; ``test_left_behind.py`` has it under ``torchrun``."""
 
 from __future__ import annotations
 
@@ -42,14 +42,6 @@ def test_the_end_of_a_script(tmp_path: Path, status: int) -> None:
     if status:  # once: what the script would show if it were
         plain = subprocess.run([sys.executable, str(script)], cwd=tmp_path, timeout=TIMEOUT)
         assert plain.returncode == status and (tmp_path / "taken_down").exists()
-
-
-def test_under_torchrun(tmp_path: Path) -> None:
-    """New interpreters, in which the launcher comes before Megatron: the losses of forked ranks, bit for bit."""
-    flags = ["--tensor-model-parallel-size", "2", "--train-iters", "3"]
-    losses = train(*flags, log=tmp_path / "torchrun.jsonl", run=torchrun)
-    assert len(losses) == 3
-    assert losses == train(*flags, log=tmp_path / "forked.jsonl")
 
 
 def test_refusal_is_one_line_and_an_exit_code() -> None:

@@ -36,7 +36,8 @@ raise ConfigError("--flag 3: give 4.")
     "script,line",
     [
         (ALONE, "megatron_muon: error on rank 1: the storage is gone"),
-        (BOTH, "megatron_muon: error: --flag 3: give 4."),
+        # In forked ranks: test_refusal_is_one_line_and_an_exit_code.
+        pytest.param(BOTH, "megatron_muon: error: --flag 3: give 4.", marks=pytest.mark.slow),
     ],
     ids=["rank 1 alone", "both"],
 )

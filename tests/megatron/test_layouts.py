@@ -17,7 +17,7 @@ from tests.megatron.test_routing import GDN, MLA, MOE
 from tests.pool import RankPool
 from tests.slow import with_slow
 
-STEPS = 10
+STEPS = 5
 # Adam divides gradients by their size, also those that are rounding alone. At the harness's learning rate of 0.01 that
 # grows to 6e-6 in eight steps of GatedDeltaNet, at 0.003 to 8e-7.
 MODELS: dict[str, dict[str, Any]] = {

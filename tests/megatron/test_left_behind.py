@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch import FLAGS, ROOT, SCRIPT
+from tests.launch import FLAGS, ROOT, SCRIPT, records, train
 
 MARK = "MEGATRON_MUON_TEST_RUN"
 TIMEOUT = 180
@@ -120,7 +120,9 @@ WORKER = f"{BACKGROUND} --use-persistent-ckpt-worker"
     "flags", ["", *(pytest.param(flags, marks=pytest.mark.slow) for flags in (BACKGROUND, WORKER))]
 )
 def test_a_run_that_saves(tmp_path: Path, flags: str) -> None:
-    with launching(tmp_path, SCRIPT, f"--train-iters 2 --tensor-model-parallel-size 2 {flags}") as run:
+    """In new interpreters, in which the launcher comes before Megatron; the losses are those of forked ranks."""
+    training, log = "--train-iters 3 --tensor-model-parallel-size 2", tmp_path / "torchrun.jsonl"
+    with launching(tmp_path, SCRIPT, f"{training} --muon-log-jsonl {log} {flags}") as run:
         output = run.end()
         assert run.process.returncode == 0, output[-4000:]
         assert "successfully saved checkpoint from iteration       2" in output
@@ -128,6 +130,8 @@ def test_a_run_that_saves(tmp_path: Path, flags: str) -> None:
         assert set(left) <= {"torchelastic", "torchinductor"}  # an empty folder of torchrun's, and torch's cache
     if not flags:  # what upstream says of asynchronous saving is for who asks for it
         assert_no_noise(output)
+        losses = [point["losses"]["lm loss"] for point in records(log)]
+        assert len(losses) == 3 and losses == train(*training.split(), log=tmp_path / "forked.jsonl")
 
 
 def assert_no_noise(output: str) -> None:

@@ -23,10 +23,8 @@ from tests.pool import RankPool
 
 TIMEOUT_S = 240
 STEPS = 3
-SCRIPT_FLAGS = (
-    "--tensor-model-parallel-size 2 --muon-nesterov --qk-clip --qk-clip-threshold 0.01 --log-max-attention-logit "
-    "--train-iters 4"
-)
+ALONE = "--muon-nesterov --qk-clip --qk-clip-threshold 0.01 --log-max-attention-logit --train-iters 4"
+SCRIPT_FLAGS = f"--tensor-model-parallel-size 2 {ALONE}"
 SPLIT = {"muon_gdn_in_proj": "split"}
 
 
@@ -134,11 +132,10 @@ def test_same_losses_as_through_the_hooks(
 
 
 def test_a_script_trains_without_install(tree: Path, tmp_path: Path) -> None:
-    """Flags, config, QK-clip, record and a checkpoint: an unedited script under TP 2."""
-    expected = train(*SCRIPT_FLAGS.split(), log=tmp_path / "hooked.jsonl")
+    """Flags, config, QK-clip, and record: an unedited script on one rank."""
+    expected = train(*ALONE.split(), log=tmp_path / "hooked.jsonl", ranks=1)
     log = tmp_path / "native.jsonl"
-    flags = f"{SCRIPT_FLAGS} --optimizer muon --muon-log-jsonl {log}"
-    output = launch(tree, *FLAGS.split(), *flags.split())
+    output = launch(tree, *FLAGS.split(), *ALONE.split(), "--optimizer", "muon", "--muon-log-jsonl", str(log), ranks=1)
     points = records(log)
     assert [point["losses"]["lm loss"] for point in points] == expected
     assert output.count("hooks natively; hooked: megatron.core.optimizer.optimizer_config:OptimizerConfig.__data") == 1
@@ -160,9 +157,9 @@ def test_checkpoints_move_between_the_two(tree: Path, tmp_path: Path) -> None:
     assert [point["losses"]["lm loss"] for point in points] == expected
 
 
-def launch(tree: Path, *arguments: str) -> str:
-    """``torchrun`` on the patched sources, with two CPU ranks; the output."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def launch(tree: Path, *arguments: str, ranks: int = 2) -> str:
+    """``torchrun`` on the patched sources, with CPU ranks; the output."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     script = Path(__file__).parent / "scripts" / "on_cpu.py"
     result = subprocess.run(
         [*start, str(script), str(SCRIPT), *arguments],
