@@ -14,13 +14,7 @@ class CheckpointError(RuntimeError):
 
 
 def raise_together(ranks: Ranks, problems: Iterable[str], title: str, way_out: str = "") -> None:
-    """Put the problems of all ranks together, and raise the same error on all of them.
-
-    Args:
-        ranks: all of them must call this.
-        problems: of this rank, one line each.
-        title: first line of the message.
-        way_out: last line.
+    """Put the problems of all ranks together, a line each, and raise the same error on all; they must call this.
 
     Raises:
         CheckpointError: if any rank has a problem.

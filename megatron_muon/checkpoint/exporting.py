@@ -66,13 +66,7 @@ class _Weight:
 
 
 def plan(index: Index, stored: Stored, to: str, values: Mapping[str, float]) -> Plan:
-    """What to write, and what cannot be.
-
-    Args:
-        index: of the source.
-        stored: its contents.
-        to: one of :data:`TARGETS`.
-        values: arguments of the run that is to read it, by Megatron's names, before those of the checkpoint.
+    """What to write, and what cannot be; ``values`` of arguments of the run that is to read it outweigh the checkpoint's.
 
     Raises:
         CheckpointError: if the checkpoint does not tell what is needed.

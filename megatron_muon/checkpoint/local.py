@@ -44,14 +44,10 @@ def name_of(saved: Any) -> str:
 
 
 def check_parts(ranks: Ranks, asked: Any, saved: Any, shared: bool) -> None:
-    """Each rank has saved what it asks for.
+    """Each rank has saved what it asks for; all of the model must call this, under :meth:`Ranks.together`.
 
-    Args:
-        ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
-        asked: sharded state.
-        saved: see :func:`contents`.
-        shared: whether the parts that are read here may lie on other ranks (``fully_parallel``). Who has which follows
-            from what all ask for, so it must be what they saved.
+    If they are ``shared`` (``fully_parallel``), the parts that are read here may lie on other ranks. Who has which
+    follows from what all ask for, so it must be what they saved.
 
     Raises:
         CheckpointError: on all ranks, if a part is missing on one.

@@ -101,12 +101,7 @@ def describe(data: bytes, what: str) -> Description:
 
 
 def read_metadata(data: bytes, what: str, trust: bool) -> Any:
-    """Read the index of a checkpoint.
-
-    Args:
-        data: that it is in.
-        what: named in messages.
-        trust: read everything, which may run code.
+    """Read the index of a checkpoint; everything if it is trusted, which may run code.
 
     Raises:
         CheckpointError: naming the first class or function that is not allowed, and the way out.

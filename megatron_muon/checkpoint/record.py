@@ -246,13 +246,9 @@ class Recorder:
         self._whole: JoinedRecord | None = None
 
     def join(self, ranks: Ranks, part: RankRecord, step: int, sums: Iterable[int]) -> Record | None:
-        """The record, on the first rank; None elsewhere.
+        """The record, on the first rank; None elsewhere. All of the model must call this, under :meth:`Ranks.together`.
 
-        Args:
-            ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
-            part: of this rank.
-            step: updates so far.
-            sums: in the order of ``part.sums``: this rank's shares, to be added up over the ranks in each 64 bits.
+        ``sums`` are this rank's shares, in the order of ``part.sums``, to be added up over the ranks in each 64 bits.
         """
         if any(ranks.gather(lambda: self._told != (ranks, part))):
             self._told = None  # whatever fails now, all tell it again

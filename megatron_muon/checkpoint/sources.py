@@ -97,17 +97,10 @@ def choose(
     fresh: bool = False,
     regrouped: bool = False,
 ) -> Choice | str:
-    """Find the source of a state.
+    """Find the source of a state, or say what is wrong.
 
-    Args:
-        held: the weight.
-        place: of it.
-        state: name.
-        replica: (pipeline, tensor, data) rank among those that read it.
-        stored: the checkpoint's contents.
-        bucket: where the distributed optimizer that saved it had the weight, if it did.
-        fresh: whether a state that is not there may start anew: the weight had another rule.
-        regrouped: whether the weight was split into other matrices.
+    A ``fresh`` state, of a weight that had another rule, may start anew if it is not there; a ``regrouped`` weight was
+    split into other matrices. The distributed optimizer that saved it may have had the weight in a bucket.
 
     Returns:
         the choice, or what is wrong.

@@ -94,16 +94,10 @@ def compare(ranks: Ranks, folder: str, record: Record, mine: Sums) -> None:
 
 
 def check(ranks: Ranks, tensors: Described, loaded: Any, stored: Stored, others: Collection[str] = ()) -> None:
-    """Compare what was read with what was saved.
+    """Compare what was read with what was saved: ``tensors`` are the descriptions of what was asked for, from before.
 
-    Tensors that the checkpoint has in another shape (the padding of a vocabulary) or in other numbers are left out.
-
-    Args:
-        ranks: of the model; all of them must call this, under :meth:`Ranks.together`.
-        tensors: the descriptions of what was asked for, from before it was read.
-        loaded: what ``dist_checkpointing.load`` returned.
-        stored: the checkpoint's contents.
-        others: names of what is not the model's.
+    Tensors that the checkpoint has in another shape (the padding of a vocabulary) or in other numbers are left out, and
+    ``others``, which are not the model's. All of its ranks must call this, under :meth:`Ranks.together`.
 
     Raises:
         CheckpointError: on all ranks, if a tensor is not what was saved.

@@ -206,16 +206,11 @@ def mamba_split_conv1d_scan_combined(
             side by side, where ``channels = heads * head_dim``.
         conv1d_weight: ``[channels + 2 * groups * state, width]``.
         conv1d_bias: ``[channels + 2 * groups * state]``.
-        dt_bias: ``[heads]``.
-        A: ``[heads]``, negative.
-        D: ``[heads]`` or ``[heads, head_dim]``.
-        chunk_size: see :func:`mamba_chunk_scan_combined`.
-        seq_idx: not supported.
         activation: of the convolution: ``"silu"`` or ``"swish"``.
         headdim: channels of a head, where ``D`` does not tell.
         ngroups: number of groups of ``B`` and ``C``.
         norm_before_gate: without effect, as the norm is left to the mixer.
-        state_dtype: see :func:`mamba_chunk_scan_combined`.
+        others: see :func:`mamba_chunk_scan_combined`.
 
     Returns:
         ``[batch, seq, channels]``, gated.

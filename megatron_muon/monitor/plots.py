@@ -67,14 +67,9 @@ def write_csv(runs: Mapping[str, Metrics], path: Path) -> None:
 
 
 def plot_losses(runs: Mapping[str, Metrics], path: Path, title: str | None = None) -> None:
-    """Training and validation loss over the steps, side by side with one scale.
+    """Training and validation loss over the steps, side by side with one scale; runs in the order of colours.
 
     The training losses are pale, with their trailing mean (:func:`metrics.smoothed`) on top.
-
-    Args:
-        runs: by the name in the legend, in the order of colours.
-        path: picture to write; its suffix is the format.
-        title: above the panels.
     """
     figure = _figure(title)
     train_axes, valid_axes = figure.subplots(1, 2, sharey=True)
@@ -95,14 +90,7 @@ def plot_losses(runs: Mapping[str, Metrics], path: Path, title: str | None = Non
 
 
 def plot_logits(runs: Mapping[str, Metrics], threshold: float, path: Path, title: str | None = None) -> None:
-    """The largest attention logit and the training loss over the steps, side by side.
-
-    Args:
-        runs: by the name in the legend, in the order of colours; logits are on a logarithmic scale.
-        threshold: of QK-clip, drawn as a line.
-        path: picture to write; its suffix is the format.
-        title: above the panels.
-    """
+    """The largest attention logit on a logarithmic scale, with QK-clip's threshold as a line, and the training loss."""
     figure = _figure(title)
     logit_axes, loss_axes = figure.subplots(1, 2)
     for name, run, style in _styled(runs):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from megatron_muon._patching import Patch, PatchSet
+from megatron_muon._patching import Original, Patches, PatchSet
 
 
 @dataclass(frozen=True)
@@ -123,24 +123,15 @@ def _process_groups(args: argparse.Namespace, stage: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _fake_group(
-    ranks: list[int] | None = None,
-    timeout: Any = None,
-    backend: Any = None,
-    pg_options: Any = None,
-    use_local_synchronization: bool = False,
-    group_desc: str | None = None,
-) -> Any:
+_PATCHES = Patches()
+
+
+@_PATCHES.around(
+    "megatron.core.parallel_state:create_group",
+    "a plan is made in one process: its groups have a size and a rank, and nobody to talk to",
+)
+def _fake_group(original: Original, ranks: Any = None, *args: Any, group_desc: Any = None, **kwargs: Any) -> Any:
     return dist.new_group(ranks, backend="fake", group_desc=group_desc)
 
 
-_FAKE_GROUPS = PatchSet(
-    "megatron_muon.planning",
-    [
-        Patch(
-            "megatron.core.parallel_state:create_group",
-            lambda original: _fake_group,
-            "a plan is made in one process: its groups have a size and a rank, and nobody to talk to",
-        )
-    ],
-)
+_FAKE_GROUPS = PatchSet("megatron_muon.planning", _PATCHES)

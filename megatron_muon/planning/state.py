@@ -27,14 +27,7 @@ class StateCounter:
         return own.variant.adapts or own.variant.retracts or own.config.scale_mode in (UPDATE_NORM, SPECTRAL_NORM)
 
     def elements(self, shape: tuple[int, ...], layout: MatrixLayout, shards: int = 1, shard_dim: int = -1) -> int:
-        """Of the state of one rank's shard of a weight, without a main copy.
-
-        Args:
-            shape: of the whole weight.
-            layout: its logical matrices.
-            shards: number of ranks that divide it.
-            shard_dim: what they divide: rows (-2) or columns (-1).
-        """
+        """Of the state of one rank's shard of a whole weight of this shape, without a main copy."""
         key = (shape, layout, shards, shard_dim)
         if key not in self._counted:
             param = torch.nn.Parameter(torch.empty(shape, device="meta"))

@@ -194,10 +194,7 @@ def requests_in(
 ) -> list[tuple[dict[str, Any], Request]]:
     """Each dictionary that is to become what a request reads, and the request: mostly the same.
 
-    Args:
-        state: what is to be loaded.
-        choose: see :meth:`Either.choose`.
-        group: ranks that load it, as ``dist_checkpointing.load`` is told; None for all.
+    See :meth:`Either.choose`; the group has the ranks that load, as ``dist_checkpointing.load`` is told, None for all.
     """
     from megatron_muon.checkpoint.request import Request
 

@@ -34,15 +34,10 @@ def leaves(optimizer: Any, owned: bool = False) -> Iterator[tuple[Any, bool]]:
 
 
 def held_by(optimizer: Any, *, create: bool = False, refuse: bool = True) -> list[Held]:
-    """State of all weights that this rank has any of.
+    """State of all weights that this rank has any of; ``create`` makes what does not exist yet, before the first step.
 
     For weights in slices, those of which the rank has no element are listed too: the ranks of a group gather them
     together.
-
-    Args:
-        optimizer: of Megatron-Core, a chain or not.
-        create: make state that does not exist yet, as before the first step.
-        refuse: raise for optimizers that keep master weights in a form of their own.
 
     Raises:
         CheckpointError: see ``refuse``.

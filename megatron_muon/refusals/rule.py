@@ -277,11 +277,7 @@ def _listed(values: Iterable[Any]) -> str:
 def unread(name: str, default: Any, readers: Sequence[str], reasons: Mapping[str, str]) -> tuple[Refusal, ...]:
     """The rows that refuse a flag whose optimizer would not read it: somebody relies on a flag that is given.
 
-    Args:
-        name: of the setting.
-        default: what goes unnoticed.
-        readers: optimizers that read it.
-        reasons: optimizers that do not, and why.
+    ``reasons`` are those optimizers that do not read it for a reason of their own.
     """
     asked = other_than(name, default)
     rows = [Refusal((asked, optimizer(other)), why, "leave it away") for other, why in reasons.items()]

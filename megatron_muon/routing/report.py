@@ -106,14 +106,7 @@ def _route(name: str, param: torch.nn.Parameter, ranks: int, hidden_size: int) -
 
 
 def render(routes: Sequence[Route], options: MuonConfig, *, notes: Sequence[str] = (), optimizer: str = "muon") -> str:
-    """The table as text.
-
-    Args:
-        routes: of the whole model; equal ones are counted together.
-        options: for the names of the optimizers and the scale factors.
-        notes: lines to print under it.
-        optimizer: its name.
-    """
+    """The table as text, with notes under it; equal routes are counted together."""
     header = ("weight", "count", "parameters", "shape", "divided", "optimizer", "as", "scale")
     rows = [_row(route, count, options, optimizer) for route, count in Counter(routes).items()]
     return "\n".join([*table(header, rows), *_totals(routes, options), *_overrides(routes), *notes])
