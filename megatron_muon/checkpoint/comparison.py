@@ -44,27 +44,16 @@ class _Part:
 
 @dataclass
 class _Line:
-    """What was found of one weight or state.
+    """What was found of one weight or state."""
 
-    Attributes:
-        elements: that both have.
-        differing: of them, by their bits.
-        greatest: difference between finite numbers.
-        squares: sums of squares, of each, and of differences.
-        nonfinite: numbers that are not finite, in each.
-        apart: places where one of them is not finite and the other is another.
-        only: elements that are on one side only.
-        types: of numbers, if they are not the same.
-    """
-
-    elements: int = 0
-    differing: int = 0
-    greatest: float = 0.0
-    squares: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    nonfinite: list[int] = field(default_factory=lambda: [0, 0])
-    apart: int = 0
-    only: list[int] = field(default_factory=lambda: [0, 0])
-    types: str = ""
+    elements: int = 0  # that both have
+    differing: int = 0  # of them, by their bits
+    greatest: float = 0.0  # difference between finite numbers
+    squares: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # sums, of each, and of differences
+    nonfinite: list[int] = field(default_factory=lambda: [0, 0])  # numbers that are not finite, in each
+    apart: int = 0  # places where one of them is not finite and the other is another
+    only: list[int] = field(default_factory=lambda: [0, 0])  # elements that are on one side only
+    types: str = ""  # of numbers, if they are not the same
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Compare two pieces of one shape."""

@@ -48,25 +48,17 @@ _SAME = ("whole", "qkv: q, k, v", "qkv: q, gate, k, v")
 
 @dataclass(frozen=True)
 class _Weight:
-    """One of the model's tensors.
-
-    Attributes:
-        key: the model's.
-        rules: of each layer (expert) in it, by its index.
-        size: of the whole tensor.
-        dtype: of the model's.
-        optimizer: which of Megatron-Core's will have it.
-    """
+    """One of the model's tensors."""
 
     key: str
-    rules: Mapping[tuple[int, ...], Rule]
+    rules: Mapping[tuple[int, ...], Rule]  # of each layer (expert) in it, by its index
     size: tuple[int, ...]
     dtype: torch.dtype
-    optimizer: str
+    optimizer: str  # which of Megatron-Core's will have it
 
 
 def plan(index: Index, stored: Stored, to: str, values: Mapping[str, float]) -> Plan:
-    """What to write, and what cannot be; ``values`` of arguments of the run that is to read it outweigh the checkpoint's.
+    """What to write, and what cannot be; ``values`` of arguments of the run that reads it outweigh the checkpoint's.
 
     Raises:
         CheckpointError: if the checkpoint does not tell what is needed.

@@ -20,6 +20,7 @@ from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.stored import read_metadata
 from megatron_muon.plugin import options
 from megatron_muon.plugin.optimizer_config import is_ours
+from megatron_muon.plugin.within import within
 
 PATCHES = Patches()
 
@@ -94,15 +95,10 @@ def _without_strides(original: Original, self: Any, checkpoint_dir: Any, metadat
 
 @dataclass
 class _Load:
-    """The load in progress.
+    """The load in progress."""
 
-    Attributes:
-        indices: those that have been read, by the reader's path.
-        in_pieces: whether readers that are made now read large parts in pieces of bounded size.
-    """
-
-    indices: dict[str, Any] = field(default_factory=dict)
-    in_pieces: bool = False
+    indices: dict[str, Any] = field(default_factory=dict)  # those that have been read, by the reader's path
+    in_pieces: bool = False  # whether readers that are made now read large parts in pieces of bounded size
 
 
 _LOAD: ContextVar[_Load] = ContextVar("megatron_muon_load")
@@ -111,11 +107,8 @@ _LOAD: ContextVar[_Load] = ContextVar("megatron_muon_load")
 @contextlib.contextmanager
 def one_index() -> Iterator[None]:
     """Read the index of a checkpoint once within this context: for one load, as the next may find it written over."""
-    token = _LOAD.set(_Load())
-    try:
+    with within(_LOAD, _Load()):
         yield
-    finally:
-        _LOAD.reset(token)
 
 
 def read_in_pieces() -> None:

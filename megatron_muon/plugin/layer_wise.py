@@ -158,17 +158,11 @@ def keeps_upstream_lists(args: Any) -> bool:
 
 @dataclass
 class _Chunks:
-    """Model chunks whose weights are shared out together.
-
-    Attributes:
-        count: how many there are.
-        cost: of a weight.
-        layouts: of those that Megatron-Core has laid out so far.
-    """
+    """Model chunks whose weights are shared out together."""
 
     count: int
-    cost: Callable[[torch.Tensor], int]
-    layouts: list[Any] = field(default_factory=list)
+    cost: Callable[[torch.Tensor], int]  # of a weight
+    layouts: list[Any] = field(default_factory=list)  # of those that Megatron-Core has laid out so far
 
     def add(self, layout: Any) -> None:
         """Take the layout of the next chunk; the last one changes all of them, before DDP reads any."""

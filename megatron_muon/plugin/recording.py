@@ -61,15 +61,10 @@ class _TimedTimer:
 
 @dataclass
 class _Run:
-    """What the functions around Megatron's share.
+    """What the functions around Megatron's share."""
 
-    Attributes:
-        recorder: of the training in progress; None without one.
-        evaluated: losses of each data set of the evaluation in progress.
-    """
-
-    recorder: Recorder | None = None
-    evaluated: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    recorder: Recorder | None = None  # of the training in progress
+    evaluated: list[dict[str, torch.Tensor]] = field(default_factory=list)  # of the evaluation in progress
 
 
 _run = _Run()
