@@ -1,4 +1,4 @@
-"""The order of rooms is the one that CONTRIBUTING.md draws: imports lead down, and never in a circle."""
+"""The order of packages is the one that CONTRIBUTING.md draws: imports lead down, and never in a circle."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_muon"
 
-Rooms = dict[str, tuple[int, set[str]]]
-"""Of each room its height in the picture, and the packages that it may import."""
+Packages = dict[str, tuple[int, set[str]]]
+"""Of each package its height in the picture, and the libraries that it may import."""
 
 
 @dataclass
 class Source:
-    """A file of the package: what it imports at its top, in functions, and for types only; (module, line) each.
+    """A file: what it imports at its top, in functions, and for types only; (module, line) each.
 
     Attributes:
         name: of the module.
@@ -35,11 +35,11 @@ class Source:
     reads_arguments: bool = False
 
     @property
-    def room(self) -> str:
-        return room_of(self.name)
+    def package(self) -> str:
+        return package_of(self.name)
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     """The folder of a module, or its own name if it lies at the top."""
     return [*module.split("."), "__init__"][1]
 
@@ -77,41 +77,43 @@ def sources() -> list[Source]:
 
 
 @pytest.fixture(scope="module")
-def rooms() -> Rooms:
+def packages() -> Packages:
     lines = (ROOT / "CONTRIBUTING.md").read_text().splitlines()
     rows = [line.split("|")[1:3] for line in lines if line.startswith("    | ")]
-    found: Rooms = {}
+    found: Packages = {}
     for height, (names, outside) in enumerate(reversed(rows)):
-        for room in names.split():
-            assert room not in found, f"{room} stands in the picture twice"
-            found[room] = height, set(outside.split())
+        for package in names.split():
+            assert package not in found, f"{package} stands in the picture twice"
+            found[package] = height, set(outside.split())
     return found
 
 
 def arrows(sources: list[Source]) -> Iterator[tuple[str, str, str]]:
-    """(room, room that it imports, text for messages) of all imports that lead out of a room."""
+    """(package, package that it imports, text for messages) of all imports that lead out of a package."""
     for source in sources:
         for module, line in source.statements + source.calls:
-            if module.split(".")[0] == PACKAGE and room_of(module) != source.room:
-                yield source.room, room_of(module), f"{source.name}:{line} imports {module}"
+            if module.split(".")[0] == PACKAGE and package_of(module) != source.package:
+                yield source.package, package_of(module), f"{source.name}:{line} imports {module}"
 
 
-def test_every_file_has_a_room(sources: list[Source], rooms: Rooms) -> None:
-    assert {source.room for source in sources} == rooms.keys()
+def test_every_file_has_a_package(sources: list[Source], packages: Packages) -> None:
+    assert {source.package for source in sources} == packages.keys()
 
 
-def test_no_room_imports_one_above_or_beside_it(sources: list[Source], rooms: Rooms) -> None:
-    up = [text for room, other, text in arrows(sources) if rooms[other][0] >= rooms[room][0]]
+def test_no_package_imports_one_above_or_beside_it(sources: list[Source], packages: Packages) -> None:
+    up = [text for package, other, text in arrows(sources) if packages[other][0] >= packages[package][0]]
     assert not up, "\n".join(up)
 
 
-def test_rooms_import_the_packages_that_they_may(sources: list[Source], rooms: Rooms) -> None:
+def test_packages_import_the_libraries_that_they_may(sources: list[Source], packages: Packages) -> None:
     """``tools`` is none of them: an installed package does without."""
-    found: dict[str, set[str]] = {room: set() for room in rooms}
+    found: dict[str, set[str]] = {package: set() for package in packages}
     for source in sources:
-        found[source.room] |= {module.split(".")[0] for module, _ in source.statements + source.calls}
+        found[source.package] |= {module.split(".")[0] for module, _ in source.statements + source.calls}
     known = {PACKAGE, *sys.stdlib_module_names}
-    assert {room: names - known for room, names in found.items()} == {room: names for room, (_, names) in rooms.items()}
+    assert {package: names - known for package, names in found.items()} == {
+        package: names for package, (_, names) in packages.items()
+    }
 
 
 def test_no_files_import_each_other_in_a_circle(sources: list[Source]) -> None:
@@ -124,7 +126,7 @@ def test_no_files_import_each_other_in_a_circle(sources: list[Source]) -> None:
 
 def test_only_the_plugin_reads_the_arguments_of_the_process(sources: list[Source]) -> None:
     """Others get what they need as parameters: they work without ``megatron.training``."""
-    assert {source.room for source in sources if source.reads_arguments} <= {"plugin"}
+    assert {source.package for source in sources if source.reads_arguments} <= {"plugin"}
 
 
 SAMPLE = """
