@@ -37,7 +37,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron_muon import Muon
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint import saving, weights
-from megatron_muon.checkpoint.held import Held
+from megatron_muon.checkpoint.param_state import ParamState
 from megatron_muon.checkpoint.record import Recorder
 from megatron_muon.checkpoint.request import Request
 from megatron_muon.checkpoint.sharding import noted, tensors_of
@@ -104,13 +104,13 @@ class Run:
         return saving.Model(self.state, dict, {})
 
 
-def _held(inner: torch.optim.Optimizer) -> Iterator[Held]:
+def _held(inner: torch.optim.Optimizer) -> Iterator[ParamState]:
     for group in inner.param_groups:
         states = ("momentum_buffer",) if isinstance(inner, Muon) else ("exp_avg", "exp_avg_sq")
         for param in group["params"]:
             master = torch.nn.Parameter(param.detach().float())
             inner.state[master] = {state: torch.zeros(SIDE, SIDE) for state in states}
-            yield Held(param, inner, group, master, master)
+            yield ParamState(param, inner, group, master, master)
 
 
 class Noted(Ranks):

@@ -3,6 +3,6 @@
 Every state tensor is saved in the space of the model's own weights, under its name and that of the state, whatever
 optimizer, wrapper or layout held it. So it is read at any layout, and by another optimizer.
 
-``held`` finds the state in Megatron-Core's optimizers, ``sharding`` describes it to ``dist_checkpointing``, ``record``
-is what is stored beside the tensors, ``sources`` decides what to read for which state, ``canonical`` puts it together.
+``param_state`` is what a rank has of a weight, ``sharding`` describes it to ``dist_checkpointing``, ``record`` is
+what is stored beside the tensors, ``sources`` decides what to read for which state; ``saving`` and ``request`` use these.
 """

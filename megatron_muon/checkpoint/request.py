@@ -15,7 +15,7 @@ import torch
 
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
-from megatron_muon.checkpoint.held import Bucket, Held, mean_squares
+from megatron_muon.checkpoint.param_state import Bucket, ParamState, mean_squares
 from megatron_muon.checkpoint.record import Rule, numbers_of
 from megatron_muon.checkpoint.saving import WEIGHTS, Model, or_local, replica_of, rule_of, sums_in
 from megatron_muon.checkpoint.sharding import Place
@@ -46,7 +46,7 @@ class Request(dict[str, Any]):
     def __init__(
         self,
         ranks: Ranks,
-        held: Sequence[Held],
+        held: Sequence[ParamState],
         model: Model,
         accept: bool,
         buckets_of_adam: Callable[[Stored], Mapping[torch.nn.Parameter, Bucket]],
@@ -209,7 +209,7 @@ class Request(dict[str, Any]):
         lines += [f"  changed by flags: {line}" for line in sorted(set().union(*(lines for _, lines in everywhere)))]
         return "\n".join(lines)
 
-    def _numbers_before(self, held: Held, place: Place) -> dict[str, Any]:
+    def _numbers_before(self, held: ParamState, place: Place) -> dict[str, Any]:
         """Of the weight's param group in the checkpoint; empty if it had another rule."""
         record = None if self.stored is None else self.stored.record
         rule = None if record is None else record.rule(place.name)
@@ -217,12 +217,12 @@ class Request(dict[str, Any]):
             return {}
         return record.numbers[rule.numbers]
 
-    def _is_new(self, held: Held, place: Place) -> bool:
+    def _is_new(self, held: ParamState, place: Place) -> bool:
         """Whether the checkpoint's weight had another rule, so that it may lack what this one's keeps."""
         rule = self._rule_before(place)
         return rule is None or rule.name != held.rule
 
-    def _is_split(self, held: Held, place: Place) -> bool:
+    def _is_split(self, held: ParamState, place: Place) -> bool:
         """Whether the checkpoint's weight was split into other matrices than this one."""
         rule = self._rule_before(place)
         return rule is not None and rule.layout != rule_of(held).layout
@@ -232,7 +232,7 @@ class Request(dict[str, Any]):
         record = self.stored.record
         return None if record is None or record.converted else record.rule(place.name)
 
-    def _change(self, held: Held, place: Place, choices: list[Choice]) -> tuple[str, Change] | None:
+    def _change(self, held: ParamState, place: Place, choices: list[Choice]) -> tuple[str, Change] | None:
         """What has changed for a weight, in words; None if nothing that gives its state a meaning."""
         assert self.stored is not None
         now, record = rule_of(held), self.stored.record

@@ -13,12 +13,12 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint import record as records
 from megatron_muon.checkpoint import weights as model_weights
-from megatron_muon.checkpoint.held import Held
 from megatron_muon.checkpoint.keys import ALONE, PREFIX, name_of
+from megatron_muon.checkpoint.param_state import ParamState
 from megatron_muon.checkpoint.record import RECORD, RankRecord, Record, Recorder, Rule, Sums, WeightRecord, layout_text
 from megatron_muon.checkpoint.sharding import Place, places_of
 from megatron_muon.checkpoint.shards import Replica
-from megatron_muon.checkpoint.weights import Share, sums_of_parts
+from megatron_muon.checkpoint.weights import CountedShard, sums_of_parts
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.routing.layout import layout_of
 
@@ -40,12 +40,12 @@ class Model:
     again: Callable[[], Any]
     names: Mapping[torch.nn.Parameter, str]
 
-    def places(self, held: Sequence[Held]) -> list[Place]:
+    def places(self, held: Sequence[ParamState]) -> list[Place]:
         """Of the weights of this rank."""
         return places_of([each.param for each in held], self.state, self.again, self.names)
 
 
-def saved_state(ranks: Ranks, held: Sequence[Held], model: Model, recorder: Recorder) -> dict[str, Any]:
+def saved_state(ranks: Ranks, held: Sequence[ParamState], model: Model, recorder: Recorder) -> dict[str, Any]:
     """The state of an optimizer for ``dist_checkpointing.save``; ``recorder`` is the same at every save.
 
     All ranks of the model must call this, under :meth:`Ranks.together`, with all of their state created.
@@ -69,7 +69,9 @@ def saved_state(ranks: Ranks, held: Sequence[Held], model: Model, recorder: Reco
     }
 
 
-def described(held: Held, place: Place, alone: Collection[tuple[str, str]] = ()) -> dict[str, list[ShardedTensor]]:
+def described(
+    held: ParamState, place: Place, alone: Collection[tuple[str, str]] = ()
+) -> dict[str, list[ShardedTensor]]:
     """What this rank has of each state of a weight, where it lies; those of replica (0, 0, 0) are saved.
 
     Of a (state, key) in ``alone`` not all weights of a tensor have the state: it has a key of its own.
@@ -86,20 +88,20 @@ def or_local(weights: dict[str, Any]) -> Any:
     return weights or LocalNonpersistentObject({})
 
 
-def replica_of(held: Held, place: Place) -> Replica:
+def replica_of(held: ParamState, place: Place) -> Replica:
     """(pipeline, tensor, data) rank among those that have the same of its state; zeros for the one that saves it."""
     pipeline, shard, data = place.replica
     return (pipeline, shard, 0 if held.owned or held.slices else data)
 
 
-def rule_of(held: Held) -> Rule:
+def rule_of(held: ParamState) -> Rule:
     """By which it is updated."""
     layout = layout_text(layout_of(held.param)) if hasattr(held.inner, "checkpoint_rule") else ""
     return Rule(held.rule, layout, tuple(sorted(held.tensors)))
 
 
 def _record(
-    recorder: Recorder, ranks: Ranks, held: Sequence[Held], places: Sequence[Place], sums: Sums
+    recorder: Recorder, ranks: Ranks, held: Sequence[ParamState], places: Sequence[Place], sums: Sums
 ) -> Record | None:
     """On the first rank."""
     saved = [
@@ -111,7 +113,7 @@ def _record(
     return recorder.join(ranks, RankRecord(tuple(_told(saved)), keys), _step(held), sums.values())
 
 
-def _told(saved: Iterable[tuple[Held, Place]]) -> Iterator[WeightRecord]:
+def _told(saved: Iterable[tuple[ParamState, Place]]) -> Iterator[WeightRecord]:
     """What does not depend on contents; the rules and numbers of weights that have the same are one object."""
     rules: dict[Rule, Rule] = {}
     numbers: dict[int, tuple[tuple[str, Any], ...]] = {}
@@ -124,7 +126,7 @@ def _told(saved: Iterable[tuple[Held, Place]]) -> Iterator[WeightRecord]:
             yield WeightRecord(sys.intern(key), index, place.siblings, rule, numbers[id(each.group)])
 
 
-def sums_in(held: Held, place: Place, one_of_all: bool = False) -> Iterator[Share]:
+def sums_in(held: ParamState, place: Place, one_of_all: bool = False) -> Iterator[CountedShard]:
     """What of a weight's state is stored under keys of their own, as if all weights of a tensor had it.
 
     Form 1 of the record has it by the name of the weight (``one_of_all``), experts of a stack by their own.
@@ -136,7 +138,7 @@ def sums_in(held: Held, place: Place, one_of_all: bool = False) -> Iterator[Shar
             yield (place.name if one_of_all and len(place.members) == 1 else name, state), part, depth
 
 
-def _step(held: Sequence[Held]) -> int:
+def _step(held: Sequence[ParamState]) -> int:
     found = [0]
     for each in held:
         if each.key is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_muon.checkpoint.held import Bucket, Held
+from megatron_muon.checkpoint.param_state import Bucket, ParamState
 from megatron_muon.checkpoint.record import Rule
 from megatron_muon.checkpoint.sharding import Place
 from megatron_muon.checkpoint.shards import Replica
@@ -88,7 +88,7 @@ class Choice:
 
 
 def choose(
-    held: Held,
+    held: ParamState,
     place: Place,
     state: str,
     replica: Replica,

@@ -14,8 +14,8 @@ import torch
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.folders import check_marks, path_of, sizes_in
-from megatron_muon.checkpoint.held import Bucket
 from megatron_muon.checkpoint.keys import ALONE, PREFIX, BucketKey, is_bucket, parse_bucket, parse_state
+from megatron_muon.checkpoint.param_state import Bucket
 from megatron_muon.checkpoint.record import RECORD, Record, check_version
 from megatron_muon.errors import sizes
 

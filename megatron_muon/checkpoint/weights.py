@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import raise_together
 from megatron_muon.checkpoint.fingerprint import added, fingerprints, fits
-from megatron_muon.checkpoint.held import Held
 from megatron_muon.checkpoint.keys import name_of
+from megatron_muon.checkpoint.param_state import ParamState
 from megatron_muon.checkpoint.record import WEIGHT, Record, Sums
 from megatron_muon.checkpoint.sharding import tensors_of
 from megatron_muon.checkpoint.stored import Stored
@@ -27,7 +27,7 @@ from megatron_muon.routing.predicate import is_expert_parallel
 Where = tuple[Any, ...]
 Described = dict[Where, ShardedTensor | ShardedTensorFactory]
 
-Share = tuple[tuple[str, str], ShardedTensor, int]
+CountedShard = tuple[tuple[str, str], ShardedTensor, int]
 """What a sum is known by; a shard; and how many axes of layers and experts come first in its global tensor."""
 
 
@@ -68,7 +68,7 @@ def sums_of(tensors: Described, counts: Callable[[ShardedTensor], bool] = lambda
     )
 
 
-def sums_of_parts(shares: Iterable[Share]) -> Sums:
+def sums_of_parts(shares: Iterable[CountedShard]) -> Sums:
     """This rank's part of the sums of these; copies do not count."""
     mine = [share for share in shares if is_main_replica(share[1].replica_id)]
     own = [part.global_offset[depth:] for _, part, depth in mine]
@@ -132,7 +132,7 @@ def _with_data(base: ShardedTensor | ShardedTensorFactory, data: torch.Tensor) -
     return found
 
 
-def check_copies(ranks: Ranks, chunks: Iterable[torch.nn.Module], held: Sequence[Held], groups: Any) -> None:
+def check_copies(ranks: Ranks, chunks: Iterable[torch.nn.Module], held: Sequence[ParamState], groups: Any) -> None:
     """After loading, copies of a weight and of its state must be the same bit for bit on data-parallel ranks.
 
     All ranks of the model must call this, under :meth:`Ranks.together`.

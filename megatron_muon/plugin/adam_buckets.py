@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon.checkpoint.held import Bucket
+from megatron_muon.checkpoint.param_state import Bucket
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.routing.predicate import is_expert_parallel
 

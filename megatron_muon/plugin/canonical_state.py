@@ -21,7 +21,7 @@ from megatron_muon.plugin import options
 from megatron_muon.plugin.adam_buckets import buckets_of_adam
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
-from megatron_muon.plugin.optimizer_state import held_by, leaves
+from megatron_muon.plugin.optimizer_state import leaves, param_states
 from megatron_muon.plugin.way_back import way_back
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class _CanonicalState:
             return request
 
         def save() -> dict[str, Any]:
-            held = held_by(self._optimizer, create=True)
+            held = param_states(self._optimizer, create=True)
             return saved_state(ranks, held, self._model(model_state, metadata), self._recorder)
 
         return Saved(ranks, ranks.together(save))
@@ -120,7 +120,7 @@ class _CanonicalState:
     def _asked(self, ranks: Ranks, model_state: Any, metadata: dict[str, Any]) -> Request:
         from megatron_muon.checkpoint.request import Request
 
-        held = held_by(self._optimizer, create=True)
+        held = param_states(self._optimizer, create=True)
         groups = groups_or_default(self._pg_collection)
         buckets = functools.partial(buckets_of_adam, self._chunks, groups=groups)
         back = functools.partial(way_back, self._chunks, self._config)

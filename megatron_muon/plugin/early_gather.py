@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_muon.optimizers.engines import BUCKET_ATTRIBUTE
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.plugin.optimizer_state import held_by, leaves
+from megatron_muon.plugin.optimizer_state import leaves, param_states
 from megatron_muon.routing.wrappers import unwrapped
 
 
@@ -58,7 +58,7 @@ class _EarlyGathers:
         places = {param: place for place, group in enumerate(self._groups) for param in group.params}
         self._held: dict[Any, dict[torch.Tensor, tuple[int, torch.Tensor]]] = {}
         for leaf, _ in leaves(optimizer):
-            held = held_by(leaf, refuse=False)
+            held = param_states(leaf, refuse=False)
             self._held[leaf] = {each.key: (places[each.param], each.param) for each in held if each.key is not None}
             if isinstance(leaf.optimizer, Muon):
                 for tensor, (place, _) in self._held[leaf].items():

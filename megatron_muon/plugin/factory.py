@@ -29,7 +29,7 @@ from megatron_muon.plugin.holding import check_entered
 from megatron_muon.plugin.logged import mark_parts
 from megatron_muon.plugin.nonfinite import check_gradients
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
-from megatron_muon.plugin.optimizer_state import held_by, leaves
+from megatron_muon.plugin.optimizer_state import leaves, param_states
 from megatron_muon.plugin.ownership import annotate_for_buffers, check_copies, is_in_layer_wise_buffer
 from megatron_muon.plugin.state import guard
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
@@ -315,7 +315,7 @@ def _data_parallel(optimizer: Any, groups: Any) -> list[str]:
 def _numbers(muon: MuonConfig, model_chunks: Sequence[torch.nn.Module], optimizer: Any, ranks: Ranks) -> list[str]:
     """Learning rates and weight decay of all param groups, in words."""
     names = {param: name for chunk in model_chunks for name, param in global_names(chunk)}
-    groups = [(each.param, each.group) for each in held_by(optimizer) if each.group]
+    groups = [(each.param, each.group) for each in param_states(optimizer) if each.group]
     own = {each for param, group in groups for each in numbers_of(names[param], param, group)}
     return describe_numbers(set().union(*ranks.gather(lambda: own)), muon)
 

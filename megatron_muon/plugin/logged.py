@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_muon._patching import Original, Patches
-from megatron_muon.plugin.optimizer_state import held_by, leaves
+from megatron_muon.plugin.optimizer_state import leaves, param_states
 
 PATCHES = Patches()
 
@@ -28,7 +28,7 @@ def mark_parts(optimizer: Any, model_chunks: Sequence[torch.nn.Module]) -> None:
     """
     if not any(owned for _, owned in leaves(optimizer)):
         return
-    held = {each.param: each for each in held_by(optimizer)}
+    held = {each.param: each for each in param_states(optimizer)}
     for param in (param for chunk in model_chunks for param in chunk.parameters() if param.requires_grad):
         its = held.get(param)
         if param.dtype == torch.float32:

@@ -23,7 +23,7 @@ from megatron_muon.monitor.sources import Report
 from megatron_muon.optimizers.agreement import unequal_gradients
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.plugin import recording
-from megatron_muon.plugin.optimizer_state import held_by, leaves
+from megatron_muon.plugin.optimizer_state import leaves, param_states
 from megatron_muon.routing import global_names
 from megatron_muon.routing.predicate import is_expert_parallel
 
@@ -171,7 +171,7 @@ def _refuse_unequal(optimizer: Any, model_chunks: Sequence[torch.nn.Module], ran
     names = {param: name + place * is_expert_parallel(param) for name, param in named}
 
     def lacking() -> list[str]:
-        held = [(names.get(each.param), each.key) for each in held_by(optimizer, refuse=False)]
+        held = [(names.get(each.param), each.key) for each in param_states(optimizer, refuse=False)]
         has.update((name, key.grad is not None) for name, key in held if name is not None and key is not None)
         return [name for name, there in has.items() if not there]
 
@@ -196,5 +196,5 @@ def _suspect(optimizer: Any, device: torch.device) -> torch.Tensor:
 def _names(optimizer: Any, model_chunks: Sequence[torch.nn.Module]) -> list[str]:
     """Weights whose gradient, as this rank's optimizer is to read it, is not finite."""
     names = {param: name for chunk in model_chunks for name, param in global_names(chunk)}
-    held = [(each.param, each.key.grad) for each in held_by(optimizer, refuse=False) if each.key is not None]
+    held = [(each.param, each.key.grad) for each in param_states(optimizer, refuse=False) if each.key is not None]
     return [names[param] for param, grad in held if grad is not None and not grad.isfinite().all()]

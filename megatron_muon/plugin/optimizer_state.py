@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_muon.checkpoint.errors import CheckpointError
-from megatron_muon.checkpoint.held import Bucket, Held, Slices
+from megatron_muon.checkpoint.param_state import Bucket, ParamState, Slices
 
 
 def has_parts(optimizer: Any) -> bool:
@@ -33,7 +33,7 @@ def leaves(optimizer: Any, owned: bool = False) -> Iterator[tuple[Any, bool]]:
         yield from leaves(part, owned)
 
 
-def held_by(optimizer: Any, *, create: bool = False, refuse: bool = True) -> list[Held]:
+def param_states(optimizer: Any, *, create: bool = False, refuse: bool = True) -> list[ParamState]:
     """State of all weights that this rank has any of; ``create`` makes what does not exist yet, before the first step.
 
     For weights in slices, those of which the rank has no element are listed too: the ranks of a group gather them
@@ -42,7 +42,7 @@ def held_by(optimizer: Any, *, create: bool = False, refuse: bool = True) -> lis
     Raises:
         CheckpointError: see ``refuse``.
     """
-    found: list[Held] = []
+    found: list[ParamState] = []
     for leaf, owned in leaves(optimizer):
         if refuse and has_own_masters(leaf):
             raise CheckpointError(
@@ -67,12 +67,12 @@ def _without_state(inner: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [param for group in inner.param_groups for param in group["params"] if not inner.state.get(param)]
 
 
-def _whole(leaf: Any, owned: bool) -> Iterator[Held]:
+def _whole(leaf: Any, owned: bool) -> Iterator[ParamState]:
     inner = leaf.optimizer
     if not hasattr(leaf, "float16_groups"):
         for group in inner.param_groups:
             for param in group["params"]:
-                yield Held(param, inner, group, param, None, owned=owned)
+                yield ParamState(param, inner, group, param, None, owned=owned)
         return
     lists = zip(
         inner.param_groups,
@@ -83,12 +83,12 @@ def _whole(leaf: Any, owned: bool) -> Iterator[Held]:
     )
     for group, params, masters, own in lists:
         for param, master in zip(params, masters, strict=True):
-            yield Held(param, inner, group, master, master, owned=owned)
+            yield ParamState(param, inner, group, master, master, owned=owned)
         for param in own:
-            yield Held(param, inner, group, param, None, owned=owned)
+            yield ParamState(param, inner, group, param, None, owned=owned)
 
 
-def _in_slices(leaf: Any) -> Iterator[Held]:
+def _in_slices(leaf: Any) -> Iterator[ParamState]:
     for index, buffer in enumerate(leaf.buffers):
         group = buffer.data_parallel_group
         for param, (start, stop, bucket_number) in buffer.param_index_map.items():
@@ -101,12 +101,12 @@ def _in_slices(leaf: Any) -> Iterator[Held]:
             slices = Slices(group, _spans(start, stop, bucket.offset, bucket.grad_data.numel(), group.size()))
             where = leaf.model_param_group_index_map.get(param)
             if where is None:
-                yield Held(param, leaf.optimizer, {}, None, None, slices, bucket=place)
+                yield ParamState(param, leaf.optimizer, {}, None, None, slices, bucket=place)
                 continue
             members = leaf.optimizer.param_groups[where[0]]
             main = members["params"][where[1]]
             own = param.dtype == torch.float32
-            yield Held(param, leaf.optimizer, members, main, None if own else main, slices, bucket=place)
+            yield ParamState(param, leaf.optimizer, members, main, None if own else main, slices, bucket=place)
 
 
 def _spans(start: int, stop: int, offset: int, length: int, ranks: int) -> tuple[tuple[int, int], ...]:

@@ -15,7 +15,7 @@ from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin.groups import device_of
 from megatron_muon.plugin.optimizer_config import is_ours
-from megatron_muon.plugin.optimizer_state import held_by
+from megatron_muon.plugin.optimizer_state import param_states
 from megatron_muon.qk_clip.clip import ClipSettings, QKClip, Target
 from megatron_muon.qk_clip.factors import Heads
 from megatron_muon.qk_clip.measure import Gauge, attach, source_of
@@ -250,7 +250,7 @@ def _settings(found: Sequence[_Found], config: Any, muon: MuonConfig) -> ClipSet
 def _targets(optimizer: Any, rows: Sequence[Rows]) -> Iterator[tuple[torch.optim.Optimizer, Target]]:
     """The tensors of this rank's optimizers that hold the weights to clip, whole or in slices."""
     wanted = {id(each.param): each for each in rows}
-    for held in held_by(optimizer):
+    for held in param_states(optimizer):
         mine = wanted.get(id(held.param))
         if mine is None or held.key is None:
             continue

@@ -17,7 +17,7 @@ import torch
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.handled import STEP, refuse_elsewhere
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.plugin.optimizer_state import has_own_masters, has_parts, held_by, leaves
+from megatron_muon.plugin.optimizer_state import has_own_masters, has_parts, leaves, param_states
 
 _KEYS = ("exp_avg", "exp_avg_sq", "master_param")
 """What the offloading passes of frameworks look for."""
@@ -182,7 +182,7 @@ def _entries(optimizer: Any) -> Iterator[_Entry]:
             continue  # Megatron-Core's own offloading, which has a part on the host as it is
         else:
             states = []
-            for held in held_by(leaf, refuse=False):
+            for held in param_states(leaf, refuse=False):
                 if held.key is not None:
                     states.append((held.inner.state.get(held.key, {}), held.param.device))
                 if held.master is not None and not has_own_masters(leaf):

@@ -17,7 +17,7 @@ from megatron_muon.choices import DIRECTIONS, OPTIMIZERS, SECOND_MOMENTS, VARIAN
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.plugin import options
 from megatron_muon.plugin.optimizer_config import is_ours
-from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE, claims_on, global_names
+from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE, global_names, treatments_in
 from megatron_muon.routing.layout import WHOLE
 from megatron_muon.routing.treatment import ADAM, SPLIT, WHOLE_MATRIX, Treatment
 
@@ -74,7 +74,7 @@ def _flags(
     else:
         had_muon = any(rule.layout for rule in record.rules)
     muon = options.of(config)
-    claims = {param: treatment for chunk in chunks for param, treatment in claims_on(chunk, muon).items()}
+    claims = {param: treatment for chunk in chunks for param, treatment in treatments_in(chunk, muon).items()}
     for param, its, now in changes:
         if not had_muon:
             yield f"--optimizer {its.name}", names[param]

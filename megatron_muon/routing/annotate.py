@@ -36,7 +36,7 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT_LAYER = "output_layer.weight"
 """Names, in a model of Megatron-Core, of what ``share_embeddings_and_output_weights`` makes one weight."""
 
-Claims = dict[torch.Tensor, Treatment]
+Treatments = dict[torch.Tensor, Treatment]
 
 
 def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adapters: bool = True) -> set[str]:
@@ -62,7 +62,7 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adap
     options = options or MuonConfig()
     restore_attributes(module)
     mark_experts(module)
-    claims = claims_on(module, options)
+    claims = treatments_in(module, options)
     # Rules that decide by name must decide alike about all copies of a table: they get the same gradients, and with
     # different updates would drift apart.
     copies = {param for param, is_output in _tied_weights(module) if is_output}
@@ -100,7 +100,7 @@ def _factors_of_muon(module: torch.nn.Module) -> dict[torch.Tensor, str]:
 
 def tag(module: torch.nn.Module, options: MuonConfig) -> None:
     """Put the tags of ``module``'s own rules on its weights, when it is built; nothing else, and no refusals."""
-    for param, treatment in _claims_of(module, options):
+    for param, treatment in _treatments_by_rules(module, options):
         if treatment.choice == ADAM:
             _skip(param, True, treatment.reason)
 
@@ -148,11 +148,11 @@ def _renumber(name: str, numbers: dict[str, str]) -> str:
     return name
 
 
-def claims_on(module: torch.nn.Module, options: MuonConfig) -> Claims:
+def treatments_in(module: torch.nn.Module, options: MuonConfig) -> Treatments:
     """The first claim on each weight; a module comes before the modules in it, a special rule before a general one."""
-    claims: Claims = {}
+    claims: Treatments = {}
     for submodule in module.modules():
-        for param, treatment in _claims_of(submodule, options):
+        for param, treatment in _treatments_by_rules(submodule, options):
             claims.setdefault(param, treatment)
     # After all others: a linear layer that is tied to an embedding is a table, wherever in the model it stands.
     for submodule in filter(is_linear, module.modules()):
@@ -167,12 +167,12 @@ def claims_on(module: torch.nn.Module, options: MuonConfig) -> Claims:
     return claims
 
 
-def _claims_of(module: torch.nn.Module, options: MuonConfig) -> Iterator[tuple[torch.Tensor, Treatment]]:
+def _treatments_by_rules(module: torch.nn.Module, options: MuonConfig) -> Iterator[tuple[torch.Tensor, Treatment]]:
     for rule in rules_of(module):
         yield from rule(module, options)
 
 
-def _adapters_follow_their_base(module: torch.nn.Module, claims: Claims) -> None:
+def _adapters_follow_their_base(module: torch.nn.Module, claims: Treatments) -> None:
     """The B factor of an adapter has the rows of the layer that it adapts, and is split as they are."""
     for wrapper in module.modules():
         base, factors = adapted(wrapper)

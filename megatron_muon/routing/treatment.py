@@ -44,9 +44,9 @@ class Treatment:
     option: str = ""
 
 
-Claim = tuple[torch.Tensor, Treatment]
-Rule = Callable[[Any, MuonConfig], Iterable[Claim]]
-"""Claims weights of one module; takes the module and the options."""
+WeightTreatment = tuple[torch.Tensor, Treatment]
+Rule = Callable[[Any, MuonConfig], Iterable[WeightTreatment]]
+"""Treatments weights of one module; takes the module and the options."""
 
 
 def fused(

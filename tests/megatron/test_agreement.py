@@ -275,13 +275,13 @@ def test_a_model_with_groups_of_its_own_fails_by_itself(pool: RankPool) -> None:
 
 CHECKPOINTS = "megatron_muon.checkpoint"
 SAVING = [
-    "megatron_muon.plugin.canonical_state.held_by",
+    "megatron_muon.plugin.canonical_state.param_states",
     f"{CHECKPOINTS}.saving.places_of",
     f"{CHECKPOINTS}.weights.sums_of",
     f"{CHECKPOINTS}.saving.layout_text",
 ]
 LOADING = [
-    "megatron_muon.plugin.canonical_state.held_by",
+    "megatron_muon.plugin.canonical_state.param_states",
     f"{CHECKPOINTS}.saving.places_of",
     f"{CHECKPOINTS}.stored.read_metadata",
     f"{CHECKPOINTS}.request.choose",

@@ -97,7 +97,7 @@ def save(layout: Layout, options: dict[str, Any], folder: str) -> int:
 
 def load(layout: Layout, options: dict[str, Any], folder: str, again: str) -> list[int]:
     """Bytes beyond the optimizer's own state while a checkpoint is loaded: at most, and in the end."""
-    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.plugin.optimizer_state import param_states
 
     run = harness.start(layout, bf16=True, data=LARGE, **options)
     if layout.ddp_buffers:
@@ -105,7 +105,7 @@ def load(layout: Layout, options: dict[str, Any], folder: str, again: str) -> li
     with small_pieces(), Made() as made:
         harness.load_run(run, folder)
     # Master weights are there from the start.
-    held = [(name, tensor) for each in held_by(run.optimizer) for name, tensor in each.tensors.items()]
+    held = [(name, tensor) for each in param_states(run.optimizer) for name, tensor in each.tensors.items()]
     own = sum(tensor.numel() * tensor.element_size() for name, tensor in held if name != "fp32_param")
     assert own > TABLE, "two moments of a half of each table"
     harness.save_run(run, again)

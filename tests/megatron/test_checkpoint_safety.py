@@ -42,9 +42,9 @@ def wrong_on_rank_1(what: str) -> Iterator[None]:
 def load_wrongly(layout: Layout, options: dict[str, Any], folder: str, whats: list[str]) -> tuple[list[Outcome], str]:
     """What is raised for each, and the name of the weight."""
     run = harness.start(layout, **options)
-    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.plugin.optimizer_state import param_states
 
-    held = next(each for each in held_by(run.optimizer, create=True) if "momentum_buffer" in each.tensors)
+    held = next(each for each in param_states(run.optimizer, create=True) if "momentum_buffer" in each.tensors)
     names = {id(param): name for name, param in run.chunks[0].named_parameters()}
     found = []
     for what in whats:

@@ -164,12 +164,14 @@ def load_on_some(root: str, readers: list[int]) -> Outcome | None:
     """All ask, some read: Muon's state by Muon and by Adam; its momentum, and Adam's, are those that were saved."""
     from megatron.core import dist_checkpointing
 
-    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.plugin.optimizer_state import param_states
 
     run = harness.start(Layout(), num_layers=1)
     run.losses(1)
     harness.save_run(run, root)
-    saved = [each.tensors["momentum_buffer"] for each in held_by(run.optimizer) if "momentum_buffer" in each.tensors]
+    saved = [
+        each.tensors["momentum_buffer"] for each in param_states(run.optimizer) if "momentum_buffer" in each.tensors
+    ]
     group = dist.new_group(readers)
     outcome: Outcome | None = None
     for name, state in (("muon", "momentum_buffer"), ("adam", "exp_avg")):
@@ -181,7 +183,7 @@ def load_on_some(root: str, readers: list[int]) -> Outcome | None:
             outcome = failure(lambda loaded=loaded, again=again: again.optimizer.load_state_dict(loaded["optimizer"]))
             if outcome != FINE:
                 return outcome
-            held = [each.tensors for each in held_by(again.optimizer)]
+            held = [each.tensors for each in param_states(again.optimizer)]
             for tensor in saved:
                 assert any(state in each and torch.equal(each[state], tensor) for each in held)
     return outcome

@@ -180,7 +180,7 @@ def beside_a_huge_one(layout: Layout, name: str, bf16: bool) -> list[list[float]
 
     In the first step the gradient of ``name`` is 1e9 times itself, so that clipping to 1.0 scales all others to 1e-9.
     """
-    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.plugin.optimizer_state import param_states
 
     updates = []
     for factor in (1.0, 1e9):
@@ -195,7 +195,9 @@ def beside_a_huge_one(layout: Layout, name: str, bf16: bool) -> list[list[float]
             # What this rank owns, by masters: other weights are on their way still, or come with the next forward pass.
             names = {param: each for each, param in matrices(run) if not each.endswith(name)}
             mine = [
-                its.param if its.master is None else its.master for its in held_by(run.optimizer) if its.param in names
+                its.param if its.master is None else its.master
+                for its in param_states(run.optimizer)
+                if its.param in names
             ]
             before = [weight.detach().clone() for weight in mine]
             answer = step()

@@ -150,7 +150,7 @@ def rates_of(predicate: Any, layout: Layout, model: dict[str, Any], **options: A
     """Rates by weight of a run that gives Muon's weights another, and what the report says of them."""
     from megatron.core.optimizer import ParamKey, get_standard_config_overrides
 
-    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.plugin.optimizer_state import param_states
     from megatron_muon.routing import global_names
 
     key = ParamKey(predicate=predicate)
@@ -159,7 +159,7 @@ def rates_of(predicate: Any, layout: Layout, model: dict[str, Any], **options: A
         overrides = {**get_standard_config_overrides(config), key: {"max_lr": 0.01, "min_lr": 0.01}}
         run = harness.start(layout, optimizer={**RATES, **options}, overrides=overrides, **model)
     names = {param: name for chunk in run.chunks for name, param in global_names(chunk)}
-    rates = {names[each.param]: each.group["max_lr"] for each in held_by(run.optimizer) if each.group}
+    rates = {names[each.param]: each.group["max_lr"] for each in param_states(run.optimizer) if each.group}
     lines = said.getvalue().splitlines()
     found = [line for line in lines if "learning rate" in line]
     return {"rates": rates, "lines": found}

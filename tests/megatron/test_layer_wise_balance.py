@@ -72,7 +72,7 @@ def names_of(run: Run) -> dict[torch.Tensor, str]:
     return names
 
 
-def held_by(optimizer: Any) -> Iterator[torch.nn.Parameter]:
+def param_states(optimizer: Any) -> Iterator[torch.nn.Parameter]:
     """Model weights in the layer-wise part of an optimizer."""
     found = getattr(optimizer, "chained_optimizers", [])
     part = next((each for each in (optimizer, *found) if hasattr(each, "dp_cp_params_list")), None)
@@ -88,7 +88,7 @@ def shares(layout: Layout, options: dict[str, Any], bucket_size: int | None) -> 
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
     run = start(layout, options, bucket_size)
-    names, held = names_of(run), set(held_by(run.optimizer))
+    names, held = names_of(run), set(param_states(run.optimizer))
     upstream = LayerWiseDistributedOptimizer.compute_full_param_layout.__wrapped__  # type: ignore[attr-defined]
     data = parallel_state.get_data_parallel_world_size()
     result = {}

@@ -15,7 +15,7 @@ from megatron_muon.plugin import layer_wise
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 from tests.megatron import harness
 from tests.megatron.harness import Layout
-from tests.megatron.test_layer_wise_balance import THREE_LAYERS, arguments, busiest, held_by, names_of
+from tests.megatron.test_layer_wise_balance import THREE_LAYERS, arguments, busiest, names_of, param_states
 from tests.megatron.test_routing import MOE
 from tests.pool import RankPool
 
@@ -28,7 +28,7 @@ def lists(layout: Layout, options: dict[str, Any], by_cost: bool) -> tuple[list[
     optimizer = run.optimizer
     dense, expert = optimizer.dp_cp_params_list, optimizer.expt_dp_params_list or []
     both = [[[names[param] for param in its] for its in each] for each in (dense, expert)]
-    return both[0], both[1], {names[param] for param in held_by(optimizer)}
+    return both[0], both[1], {names[param] for param in param_states(optimizer)}
 
 
 @contextlib.contextmanager

@@ -70,9 +70,9 @@ def load(run: Run, content: bytes, algo: str, change: Callable[[Any], None] = la
 
 def contents(run: Run) -> list[torch.Tensor]:
     """All weights and state on this rank, in an order of their own."""
-    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.plugin.optimizer_state import param_states
 
-    state = [tensor for each in held_by(run.optimizer) for _, tensor in sorted(each.tensors.items())]
+    state = [tensor for each in param_states(run.optimizer) for _, tensor in sorted(each.tensors.items())]
     return [
         tensor.clone() for tensor in (*(param.data for chunk in run.chunks for param in chunk.parameters()), *state)
     ]

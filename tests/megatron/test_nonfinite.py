@@ -26,10 +26,10 @@ State = dict[str, torch.Tensor]
 
 def state_of(run: Run) -> State:
     """All that a step changes: weights, their float32 copies and states, on this rank."""
-    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.plugin.optimizer_state import param_states
 
     found = {f"weight {name}": param for chunk in run.chunks for name, param in chunk.named_parameters()}
-    for number, held in enumerate(held_by(run.optimizer)):
+    for number, held in enumerate(param_states(run.optimizer)):
         if held.key is None:
             continue
         found[f"master {number}"] = held.key if held.master is None else held.master

@@ -158,7 +158,7 @@ def test_flat_slices_are_clipped_as_whole_weights(pool: RankPool, initial: str, 
 
 def masters(layer_wise: bool) -> list[tuple[bool, bool]]:
     """Of each clipped weight whether the bfloat16 copy is the rounded master, and whether the master was scaled."""
-    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.plugin.optimizer_state import param_states
 
     run = harness.start(
         Layout(layer_wise=layer_wise),
@@ -168,7 +168,7 @@ def masters(layer_wise: bool) -> list[tuple[bool, bool]]:
         qk_clip_threshold=0.05,
         **GQA,
     )
-    before = {held.param: held.master.clone() for held in held_by(run.optimizer) if held.master is not None}
+    before = {held.param: held.master.clone() for held in param_states(run.optimizer) if held.master is not None}
     run.losses(1)
     clipped = {rows.param for rows in clip_of(run.chunks).rows}
     return [
@@ -176,7 +176,7 @@ def masters(layer_wise: bool) -> list[tuple[bool, bool]]:
             torch.equal(held.master.bfloat16(), held.param.detach()),
             not torch.allclose(held.master, before[held.param], rtol=1e-3),
         )
-        for held in held_by(run.optimizer)
+        for held in param_states(run.optimizer)
         if held.param in clipped
     ]
 

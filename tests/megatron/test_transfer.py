@@ -199,12 +199,12 @@ def test_branches_are_those_of_a_forward_multiplier(pool: RankPool, tmp_path: Pa
 
 def numbers(run: Any) -> dict[str, Group]:
     """What tells the groups of a run's weights apart, by the weights' names."""
-    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.plugin.optimizer_state import param_states
     from megatron_muon.routing.annotate import global_names
 
     names = {param: name for chunk in run.chunks for name, param in global_names(chunk)}
     keys = ("eps", "damping_depth", "max_lr", "start_wd", "wd_mult", "scalar_lr_mult", "scalar_wd_mult")
-    return {names[held.param]: {key: held.group.get(key) for key in keys} for held in held_by(run.optimizer)}
+    return {names[held.param]: {key: held.group.get(key) for key in keys} for held in param_states(run.optimizer)}
 
 
 def save(layout: Layout, folder: str) -> list[float]:

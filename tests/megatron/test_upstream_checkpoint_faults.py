@@ -63,13 +63,13 @@ ONE_COPY_LAYER_WISE = Layout(tp=2, etp=1, sp=True, layer_wise=True)
 
 def norms_and_owners(layout: Layout, undivided: bool, **options: Any) -> tuple[list[float], list[str]]:
     """Gradient norms of two steps, and the expert weights that this rank updates."""
-    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.plugin.optimizer_state import param_states
 
     with models(mark_experts_undivided) if undivided else contextlib.nullcontext():
         run = harness.start(layout, **MOE, num_layers=2, **options)
     run.losses(2)
     names = {id(param): name for name, param in run.chunks[0].named_parameters()}
-    held = [names[id(each.param)] for each in held_by(run.optimizer)]
+    held = [names[id(each.param)] for each in param_states(run.optimizer)]
     return run.gradient_norms, [name for name in held if "local_experts" in name]
 
 
@@ -117,9 +117,9 @@ def load_and_go_on(
 
 def updates(optimizer: Any) -> set[int]:
     """What the state of the weights on this rank, or their param groups, say."""
-    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.plugin.optimizer_state import param_states
 
-    own = [each for each in held_by(optimizer) if each.key is not None]
+    own = [each for each in param_states(optimizer) if each.key is not None]
     return {int(each.inner.state[each.key].get("step", each.group.get("step", -1))) for each in own}
 
 
@@ -140,7 +140,7 @@ def with_one_weight_under_adam(
     layout: Layout, options: dict[str, Any], folder: str, load: bool
 ) -> tuple[list[float], set[str], set[int]]:
     """Save or load, and train on: losses, this rank's rules, and its counts of updates."""
-    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.plugin.optimizer_state import param_states
 
     with models(freeze_vectors):
         run = harness.start(layout, bf16=True, tied=True, num_layers=3, **options)
@@ -150,7 +150,7 @@ def with_one_weight_under_adam(
         run.losses(2)
         harness.save_run(run, folder)
     steps = updates(run.optimizer)
-    return run.losses(3), {each.rule for each in held_by(run.optimizer)}, steps
+    return run.losses(3), {each.rule for each in param_states(run.optimizer)}, steps
 
 
 def test_layer_wise_where_rank_0_owns_no_adam_weight(pool: RankPool, tmp_path: Path) -> None:
@@ -225,12 +225,14 @@ def test_changed_learning_rate_at_resume(pool: RankPool, tmp_path: Path) -> None
 
 def file_of_each_rank(folder: str) -> tuple[list[float], list[float]]:
     """Give each rank's momenta a number of its own, save, wipe, load: the sums before and after."""
-    from megatron_muon.plugin.optimizer_state import held_by
+    from megatron_muon.plugin.optimizer_state import param_states
 
     # As megatron.training names it: by the rank among replicas of the data, which ranks of one context share.
     path = str(Path(folder) / "layer_wise_optimizer_0.pt")
     run = harness.start(Layout(cp=2, layer_wise=True), param_layout=False)
-    momenta = [each.tensors["momentum_buffer"] for each in held_by(run.optimizer, create=True) if each.rule == "muon"]
+    momenta = [
+        each.tensors["momentum_buffer"] for each in param_states(run.optimizer, create=True) if each.rule == "muon"
+    ]
     for number, tensor in enumerate(momenta):
         tensor.fill_(1.0 + number + 100 * dist.get_rank())
     before = [tensor.sum().item() for tensor in momenta]
@@ -239,7 +241,7 @@ def file_of_each_rank(folder: str) -> tuple[list[float], list[float]]:
     for tensor in momenta:
         tensor.zero_()
     run.optimizer.load_state_dict_from_file(path)
-    after = [each.tensors["momentum_buffer"] for each in held_by(run.optimizer) if each.rule == "muon"]
+    after = [each.tensors["momentum_buffer"] for each in param_states(run.optimizer) if each.rule == "muon"]
     return before, [tensor.sum().item() for tensor in after]
 
 

@@ -14,7 +14,6 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
 from megatron_muon.checkpoint import pieces
 from megatron_muon.checkpoint.errors import CheckpointError
-from megatron_muon.checkpoint.held import Held
 from megatron_muon.checkpoint.keys import (
     ALONE,
     is_bucket,
@@ -23,6 +22,7 @@ from megatron_muon.checkpoint.keys import (
     parse_state,
     without_chain,
 )
+from megatron_muon.checkpoint.param_state import ParamState
 from megatron_muon.checkpoint.pieces import StoredTensor, part_of
 from megatron_muon.checkpoint.record import (
     RECORD,
@@ -304,7 +304,7 @@ def test_step_counts_are_put_where_the_optimizer_counts(fused: bool) -> None:
         param.grad = torch.ones(2)
     inner.step()
     request = Request.__new__(Request)
-    request.held = [Held(param, inner, inner.param_groups[0], param, None) for param in params]
+    request.held = [ParamState(param, inner, inner.param_groups[0], param, None) for param in params]
     request._set_steps(7)
     inner.step()
     counts = [inner.param_groups[0]["step"]] if fused else [inner.state[param]["step"] for param in params]

@@ -111,9 +111,8 @@ def test_packages_import_the_libraries_that_they_may(sources: list[Source], pack
     for source in sources:
         found[source.package] |= {module.split(".")[0] for module, _ in source.statements + source.calls}
     known = {PACKAGE, *sys.stdlib_module_names}
-    assert {package: names - known for package, names in found.items()} == {
-        package: names for package, (_, names) in packages.items()
-    }
+    expected = {package: names for package, (_, names) in packages.items()}
+    assert {package: names - known for package, names in found.items()} == expected
 
 
 def test_no_files_import_each_other_in_a_circle(sources: list[Source]) -> None:

@@ -10,10 +10,10 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.routing.layout import MatrixLayout, Section
 from megatron_muon.routing.rules.linear import fused_layer, weight_of
-from megatron_muon.routing.treatment import PER_HEAD, WHOLE_MATRIX, Claim, Treatment, fused
+from megatron_muon.routing.treatment import PER_HEAD, WHOLE_MATRIX, Treatment, WeightTreatment, fused
 
 
-def self_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
+def self_attention(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """``linear_qkv``: for each query group its q rows, (its gate rows,) one k head, one v head.
 
     The sizes are those of the module's own config, which heterogeneous layers and vision towers have for themselves.
@@ -41,7 +41,7 @@ def _qkv(module: Any, weight: torch.Tensor, options: MuonConfig) -> Treatment:
     )
 
 
-def cross_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
+def cross_attention(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """``linear_kv``: for each head its k rows, then its v rows. ``linear_q``: the heads' rows."""
     config, head = module.config, module.config.kv_channels
     yield from fused_layer(
@@ -74,7 +74,7 @@ def heads_of(name: str, choice: str, rows: int, head: int) -> Treatment:
     return Treatment(name, choice, variants, problem=problem, option="qkv")
 
 
-def multihead_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
+def multihead_attention(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """``torch.nn.MultiheadAttention``: ``in_proj_weight`` stacks q, k and v; or they are three bare weights."""
     names, weight, rows = ("q", "k", "v"), module.in_proj_weight, module.embed_dim
     if weight is None:

@@ -12,10 +12,10 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.routing.layout import Section
 from megatron_muon.routing.rules.attention import heads_of
 from megatron_muon.routing.rules.linear import fused_layer, weight_of
-from megatron_muon.routing.treatment import ADAM, WHOLE_MATRIX, Claim, Treatment, fused
+from megatron_muon.routing.treatment import ADAM, WHOLE_MATRIX, Treatment, WeightTreatment, fused
 
 
-def latent_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
+def latent_attention(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """All projections of an MLA layer but ``linear_q_down_proj`` and ``linear_proj``, which are one matrix each."""
     yield from _up_projections(module, options)
     yield from fused_layer(
@@ -28,7 +28,7 @@ def latent_attention(module: Any, options: MuonConfig) -> Iterator[Claim]:
     )
 
 
-def _up_projections(module: Any, options: MuonConfig) -> Iterator[Claim]:
+def _up_projections(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """For each head: q [nope; rope], kv [k nope; v]."""
     config = module.config
     query = [("q_nope", config.qk_head_dim), ("q_rope", config.qk_pos_emb_head_dim)]
@@ -105,7 +105,7 @@ def _down_projection(
     )
 
 
-def dsa_indexer(module: Any, options: MuonConfig) -> Iterator[Claim]:
+def dsa_indexer(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """DeepSeek sparse attention: one weight a head (``linear_weights_proj``) is a gate, not a projection."""
     weight = weight_of(getattr(module, "linear_weights_proj", None))
     if weight is not None:

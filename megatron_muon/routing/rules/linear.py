@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_muon.config import MuonConfig, flag
-from megatron_muon.routing.treatment import ADAM, UNKNOWN, WHOLE_MATRIX, Claim, Treatment
+from megatron_muon.routing.treatment import ADAM, UNKNOWN, WHOLE_MATRIX, Treatment, WeightTreatment
 
 LORA_FACTOR = "lora_factor"
 """Attribute on the two factors of a low-rank adapter: ``"A"`` (rank x inputs) or ``"B"`` (outputs x rank)."""
@@ -59,8 +59,8 @@ def weight_of(layer: Any) -> torch.Tensor | None:
     return weight if isinstance(weight, torch.nn.Parameter) and weight.dim() >= 2 else None
 
 
-def fused_layer(layer: Any, treat: Callable[[torch.Tensor], Treatment]) -> Iterator[Claim]:
-    """Claims the weight of a layer, with what ``treat`` makes of it.
+def fused_layer(layer: Any, treat: Callable[[torch.Tensor], Treatment]) -> Iterator[WeightTreatment]:
+    """Treatments the weight of a layer, with what ``treat`` makes of it.
 
     If the weight cannot be told, the matrices in the layer are claimed as unknown, so that the error names them: the
     linear layers in a wrapper would else be taken for one matrix each.
@@ -94,14 +94,14 @@ def is_linear(module: torch.nn.Module) -> bool:
     )
 
 
-def linear(module: Any, options: MuonConfig) -> Iterator[Claim]:
+def linear(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """The weight of a linear layer (or the weights of a grouped one) that no fused rule has claimed."""
     for param in module.parameters(recurse=False):
         if param.dim() == 2:
             yield param, Treatment("linear", WHOLE_MATRIX)
 
 
-def low_rank_adapter(module: Any, options: MuonConfig) -> Iterator[Claim]:
+def low_rank_adapter(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """LoRA: tags its factors, whatever layers they are.
 
     A is rank x inputs, so wide and ill-conditioned that orthogonalizing it may not pay: ``--muon-lora-a adam``.

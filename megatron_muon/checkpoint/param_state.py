@@ -54,7 +54,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Held:
+class ParamState:
     """The optimizer state of one weight on this rank.
 
     Attributes:
@@ -110,7 +110,7 @@ _PIECE = 1 << 22
 """Elements that are squared at once, in float64."""
 
 
-def mean_squares(held: Sequence[Held], tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+def mean_squares(held: Sequence[ParamState], tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     """The mean square of a state, over all slices of a weight.
 
     One all-reduce of a number for each weight in slices in each group: all ranks of a group must call this with the
