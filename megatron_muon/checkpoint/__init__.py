@@ -4,5 +4,5 @@ Every state tensor is saved in the space of the model's own weights, under its n
 optimizer, wrapper or layout held it. So it is read at any layout, and by another optimizer.
 
 ``param_state`` is what a rank has of a weight, ``sharding`` describes it to ``dist_checkpointing``, ``record`` is
-what is stored beside the tensors, ``sources`` decides what to read for which state; ``saving`` and ``request`` use these.
+what is stored beside the tensors, ``sources`` decides what is read for which state; ``saving`` and ``request`` use all.
 """

@@ -38,19 +38,12 @@ class StateKey(NamedTuple):
 
 
 class BucketKey(NamedTuple):
-    """What the key of a bucket of the distributed optimizer says, whatever chain it is in.
+    """What the key of a bucket of the distributed optimizer says, whatever chain it is in."""
 
-    Attributes:
-        domain: number of the model-parallel domain.
-        buffer: number of the buffer.
-        number: of the bucket in it.
-        state: ``param``, ``exp_avg``, ``exp_avg_sq``.
-    """
-
-    domain: int
-    buffer: int
-    number: int
-    state: str
+    domain: int  # number of the model-parallel domain
+    buffer: int  # number of the buffer
+    number: int  # of the bucket in it
+    state: str  # ``param``, ``exp_avg``, ``exp_avg_sq``
 
 
 def name_of(key: str, index: Iterable[int]) -> str:

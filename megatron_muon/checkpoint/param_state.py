@@ -18,15 +18,10 @@ from megatron_muon.optimizers.handled import STEP
 
 @dataclass(frozen=True)
 class Slices:
-    """How a flattened weight lies on the ranks of a data-parallel group.
+    """How a flattened weight lies on the ranks of a data-parallel group."""
 
-    Attributes:
-        group: the ranks.
-        spans: [start, stop) of each rank's elements; empty ones have start == stop.
-    """
-
-    group: dist.ProcessGroup
-    spans: tuple[tuple[int, int], ...]
+    group: dist.ProcessGroup  # the ranks
+    spans: tuple[tuple[int, int], ...]  # [start, stop) of each rank's elements; empty ones have start == stop
 
     @property
     def mine(self) -> tuple[int, int]:
@@ -36,21 +31,13 @@ class Slices:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Where a flattened weight lies in the distributed optimizer's buffers.
+    """Where a flattened weight lies in the distributed optimizer's buffers."""
 
-    Attributes:
-        domain: number of the model-parallel domain.
-        buffer: number of the buffer.
-        number: of the bucket in it.
-        start: first element in the bucket.
-        size: elements of the bucket without its padding at the end.
-    """
-
-    domain: int
-    buffer: int
-    number: int
-    start: int
-    size: int
+    domain: int  # number of the model-parallel domain
+    buffer: int  # number of the buffer
+    number: int  # of the bucket in it
+    start: int  # first element in the bucket
+    size: int  # elements of the bucket without its padding at the end
 
 
 @dataclass(frozen=True)

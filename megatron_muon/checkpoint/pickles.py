@@ -49,21 +49,13 @@ class _Restricted(pickle.Unpickler):
 
 
 class Description(NamedTuple):
-    """What a tensor's pickle says of it.
+    """What a tensor's pickle says of it."""
 
-    Attributes:
-        dtype: of its elements.
-        record: name of the storage.
-        offset: of the first element in it.
-        sizes: of the tensor.
-        strides: in elements.
-    """
-
-    dtype: torch.dtype
-    record: str
-    offset: int
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
+    dtype: torch.dtype  # of its elements
+    record: str  # name of the storage
+    offset: int  # of the first element in it
+    sizes: tuple[int, ...]  # of the tensor
+    strides: tuple[int, ...]  # in elements
 
 
 class _Describing(_Restricted):

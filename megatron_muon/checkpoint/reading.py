@@ -24,19 +24,12 @@ _COMMON_FILE = "common.pt"
 
 @dataclass(frozen=True)
 class Chunk:
-    """One stored part of a tensor.
+    """One stored part of a tensor."""
 
-    Attributes:
-        key: of the tensor.
-        offsets: of the part in it.
-        sizes: of the part.
-        info: file, offset and length.
-    """
-
-    key: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    info: Any
+    key: str  # of the tensor
+    offsets: tuple[int, ...]  # of the part in it
+    sizes: tuple[int, ...]  # of the part
+    info: Any  # file, offset and length
 
     @property
     def box(self) -> Box:
@@ -46,17 +39,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Index:
-    """The index of a checkpoint.
+    """The index of a checkpoint."""
 
-    Attributes:
-        folder: of the iteration.
-        metadata: torch's.
-        trust: whether pickles may run code.
-    """
-
-    folder: Path
-    metadata: Any
-    trust: bool = False
+    folder: Path  # of the iteration
+    metadata: Any  # torch's
+    trust: bool = False  # whether pickles may run code
 
     @property
     def tensors(self) -> dict[str, Any]:

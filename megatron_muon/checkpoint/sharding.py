@@ -30,17 +30,11 @@ from megatron_muon.routing.blocks import plain
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a weight that are one shard of a tensor of the model's: all, or what a factory makes of them.
+    """Rows of a weight that are one shard of a tensor of the model's: all, or what a factory makes of them."""
 
-    Attributes:
-        base: the model's description, without its data.
-        first: the first element of the flattened :class:`Template` in it.
-        suffix: what the factory adds to the model's key.
-    """
-
-    base: ShardedTensor
-    first: int
-    suffix: str
+    base: ShardedTensor  # the model's description, without its data
+    first: int  # the first element of the flattened :class:`Template` in it
+    suffix: str  # what the factory adds to the model's key
 
 
 @dataclass(frozen=True)

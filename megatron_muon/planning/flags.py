@@ -27,36 +27,22 @@ PLAN_PREFIX = "# plan:"
 
 @dataclass(frozen=True)
 class FlagFile:
-    """A file of Megatron flags.
+    """A file of Megatron flags."""
 
-    Attributes:
-        flags: the flags and their values, as on a command line.
-        plan_options: those behind ``# plan:``.
-    """
-
-    flags: tuple[str, ...]
-    plan_options: tuple[str, ...]
+    flags: tuple[str, ...]  # the flags and their values, as on a command line
+    plan_options: tuple[str, ...]  # those behind ``# plan:``
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks there are, and how they divide the work.
+    """How many ranks there are, and how they divide the work."""
 
-    Attributes:
-        world: number of ranks.
-        tensor: tensor-parallel size of dense weights.
-        expert_tensor: tensor-parallel size of experts.
-        pipeline: number of pipeline stages.
-        context: context-parallel size.
-        expert: expert-parallel size.
-    """
-
-    world: int
-    tensor: int
-    expert_tensor: int
-    pipeline: int
-    context: int
-    expert: int
+    world: int  # number of ranks
+    tensor: int  # tensor-parallel size of dense weights
+    expert_tensor: int  # tensor-parallel size of experts
+    pipeline: int  # number of pipeline stages
+    context: int  # context-parallel size
+    expert: int  # expert-parallel size
 
     @property
     def ranks_of_stage(self) -> int:
@@ -85,19 +71,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank of a pipeline stage stands, from 0.
+    """Where a rank of a pipeline stage stands, from 0."""
 
-    Attributes:
-        tensor: in the tensor-parallel group.
-        data: among the replicas of dense weights.
-        expert_tensor: in the tensor-parallel group of experts.
-        expert_data: among the replicas of an expert's weights.
-    """
-
-    tensor: int
-    data: int
-    expert_tensor: int
-    expert_data: int
+    tensor: int  # in the tensor-parallel group
+    data: int  # among the replicas of dense weights
+    expert_tensor: int  # in the tensor-parallel group of experts
+    expert_data: int  # among the replicas of an expert's weights
 
 
 def read_flags(path: str | Path) -> FlagFile:

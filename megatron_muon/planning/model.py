@@ -22,15 +22,10 @@ from megatron_muon._patching import Original, Patches, PatchSet
 
 @dataclass(frozen=True)
 class Stage:
-    """What one pipeline stage holds on its first rank (tensor, expert and data parallel rank 0).
+    """What one pipeline stage holds on its first rank (tensor, expert and data parallel rank 0)."""
 
-    Attributes:
-        number: of the stage, from 0.
-        chunks: its model chunks, one for each virtual stage.
-    """
-
-    number: int
-    chunks: list[torch.nn.Module]
+    number: int  # of the stage, from 0
+    chunks: list[torch.nn.Module]  # its model chunks, one for each virtual stage
 
 
 def model_config(args: argparse.Namespace) -> Any:

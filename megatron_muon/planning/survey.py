@@ -40,34 +40,21 @@ from megatron_muon.transfer import roles
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One pipeline stage.
+    """One pipeline stage."""
 
-    Attributes:
-        number: of the stage, from 0.
-        parameters: on one rank.
-        loads: of its ranks.
-        choices: how many of its matrices mode ``auto`` treats in which way.
-    """
-
-    number: int
-    parameters: int
-    loads: list[RankLoad]
-    choices: Counter[Choice]
+    number: int  # of the stage, from 0
+    parameters: int  # on one rank
+    loads: list[RankLoad]  # of its ranks
+    choices: Counter[Choice]  # how many of its matrices mode ``auto`` treats in which way
 
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """Operations of one training step.
+    """Operations of one training step."""
 
-    Attributes:
-        tokens: in the global batch.
-        active_parameters: that one token meets.
-        model_flops: forward and backward passes, of all ranks together.
-    """
-
-    tokens: int
-    active_parameters: float
-    model_flops: float
+    tokens: int  # in the global batch
+    active_parameters: float  # that one token meets
+    model_flops: float  # forward and backward passes, of all ranks together
 
 
 @dataclass(frozen=True)

@@ -27,23 +27,14 @@ _ROPE = ("q_rope",)
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention layer of the model on this rank.
+    """One attention layer of the model on this rank."""
 
-    Attributes:
-        name: in the whole model, without wrappers.
-        module: of Megatron-Core, with ``core_attention``.
-        heads: query heads of the whole layer.
-        groups: key heads of the whole layer.
-        rank: of this process in the tensor-parallel group.
-        ranks: size of that group.
-    """
-
-    name: str
-    module: Any
-    heads: int
-    groups: int
-    rank: int
-    ranks: int
+    name: str  # in the whole model, without wrappers
+    module: Any  # of Megatron-Core, with ``core_attention``
+    heads: int  # query heads of the whole layer
+    groups: int  # key heads of the whole layer
+    rank: int  # of this process in the tensor-parallel group
+    ranks: int  # size of that group
 
     @property
     def mine(self) -> slice:

@@ -19,19 +19,12 @@ _CPU = "on the CPU"
 
 @dataclass(frozen=True)
 class Change:
-    """A value that is replaced.
+    """A value that is replaced."""
 
-    Attributes:
-        name: of the setting.
-        value: what it becomes.
-        reason: why.
-        applies: to which values.
-    """
-
-    name: str
-    value: Any
-    reason: str
-    applies: Callable[[Any], bool] = bool
+    name: str  # of the setting
+    value: Any  # what it becomes
+    reason: str  # why
+    applies: Callable[[Any], bool] = bool  # to which values
 
 
 TE = "transformer_engine"

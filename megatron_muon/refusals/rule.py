@@ -94,19 +94,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Condition:
-    """One part of a combination.
+    """One part of a combination."""
 
-    Attributes:
-        name: of the setting that it is about.
-        holds: whether it does.
-        said: how a message names it, with its value; empty if it goes without saying.
-        words: how the documentation names it.
-    """
-
-    name: str
-    holds: Callable[[Settings], bool]
-    said: Callable[[Settings], str]
-    words: str
+    name: str  # of the setting that it is about
+    holds: Callable[[Settings], bool]  # whether it does
+    said: Callable[[Settings], str]  # how a message names it, with its value; empty if it goes without saying
+    words: str  # how the documentation names it
 
 
 @dataclass(frozen=True)

@@ -23,21 +23,13 @@ _SHOWN = 3
 
 @dataclass(frozen=True, order=True)
 class Numbers:
-    """What a weight, or all that share its pattern, is updated with.
+    """What a weight, or all that share its pattern, is updated with."""
 
-    Attributes:
-        muon: whether by Muon's rule.
-        rate: peak learning rate.
-        decay: weight decay.
-        name: pattern of names; of rows of a weight under the scalar optimizer's rule it says so.
-        vector: whether it has no more than one dimension.
-    """
-
-    muon: bool
-    rate: float
-    decay: float
-    name: str
-    vector: bool
+    muon: bool  # whether by Muon's rule
+    rate: float  # peak learning rate
+    decay: float  # weight decay
+    name: str  # pattern of names; of rows of a weight under the scalar optimizer's rule it says so
+    vector: bool  # whether it has no more than one dimension
 
 
 def numbers_of(name: str, param: torch.nn.Parameter, group: Mapping[str, Any]) -> Iterable[Numbers]:
