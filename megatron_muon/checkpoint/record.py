@@ -45,19 +45,12 @@ _PASSING = ("params", "step", "lr", "weight_decay", "is_expert_parallel")
 
 @dataclass(frozen=True)
 class Rule:
-    """How a weight is updated, as far as it gives its state a meaning.
+    """How a weight is updated, as far as it gives its state a meaning."""
 
-    Attributes:
-        name: ``muon``, ``adam``, ``lion``.
-        layout: of its logical matrices, see :func:`layout_text`; empty for rules on single numbers.
-        states: names of its state tensors.
-        numbers: index of its param group's numbers in the record.
-    """
-
-    name: str
-    layout: str
-    states: tuple[str, ...]
-    numbers: int = 0
+    name: str  # ``muon``, ``adam``, ``lion``
+    layout: str  # of its logical matrices, see :func:`layout_text`; empty for rules on single numbers
+    states: tuple[str, ...]  # names of its state tensors
+    numbers: int = 0  # index of its param group's numbers in the record
 
     def __str__(self) -> str:
         return self.name + (f" ({self.layout})" if self.layout else "")
@@ -65,21 +58,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class WeightRecord:
-    """One weight, from the rank that saves it.
+    """One weight, from the rank that saves it."""
 
-    Attributes:
-        key: the model's key.
-        index: in the tensor of that key.
-        siblings: how many weights that tensor has place for.
-        rule: with ``numbers`` 0.
-        numbers: of its param group.
-    """
-
-    key: str
-    index: tuple[int, ...]
-    siblings: int
-    rule: Rule
-    numbers: tuple[tuple[str, Any], ...]
+    key: str  # the model's key
+    index: tuple[int, ...]  # in the tensor of that key
+    siblings: int  # how many weights that tensor has place for
+    rule: Rule  # with ``numbers`` 0
+    numbers: tuple[tuple[str, Any], ...]  # of its param group
 
     @property
     def name(self) -> str:
@@ -219,15 +204,10 @@ def _is_plain(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class RankRecord:
-    """What a rank says of its weights, but for their contents.
+    """What a rank says of its weights, but for their contents."""
 
-    Attributes:
-        weights: that it saves, or shards of them.
-        sums: keys of its :data:`Sums`.
-    """
-
-    weights: tuple[WeightRecord, ...]
-    sums: tuple[tuple[str, str], ...]
+    weights: tuple[WeightRecord, ...]  # that it saves, or shards of them
+    sums: tuple[tuple[str, str], ...]  # keys of its :data:`Sums`
 
 
 class Recorder:

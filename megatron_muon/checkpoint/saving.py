@@ -28,17 +28,11 @@ WEIGHTS, OBJECT = "weights", "record"
 
 @dataclass(frozen=True)
 class Model:
-    """What places of weights are found by, see :func:`megatron_muon.checkpoint.sharding.places_of`.
+    """What places of weights are found by, see :func:`megatron_muon.checkpoint.sharding.places_of`."""
 
-    Attributes:
-        state: its sharded state, with the parameters themselves in it.
-        again: asks for it once more.
-        names: of weights on this rank.
-    """
-
-    state: Any
-    again: Callable[[], Any]
-    names: Mapping[torch.nn.Parameter, str]
+    state: Any  # its sharded state, with the parameters themselves in it
+    again: Callable[[], Any]  # asks for it once more
+    names: Mapping[torch.nn.Parameter, str]  # of weights on this rank
 
     def places(self, held: Sequence[ParamState]) -> list[Place]:
         """Of the weights of this rank."""

@@ -39,17 +39,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Template:
-    """A part of a weight that the model saves under a key of its own; mostly the whole weight.
+    """A part of a weight that the model saves under a key of its own; mostly the whole weight."""
 
-    Attributes:
-        base: the model's description.
-        first: the first element of the flattened weight in it; it is a block of whole rows.
-        shape: on this rank.
-    """
-
-    base: ShardedTensor | ShardedTensorFactory
-    first: int
-    shape: tuple[int, ...]
+    base: ShardedTensor | ShardedTensorFactory  # the model's description
+    first: int  # the first element of the flattened weight in it; it is a block of whole rows
+    shape: tuple[int, ...]  # on this rank
 
     @property
     def where(self) -> tuple[str, tuple[int, ...]]:

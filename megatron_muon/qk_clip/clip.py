@@ -25,38 +25,23 @@ from megatron_muon.qk_clip.rows import Rows
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """What is done with the maxima.
+    """What is done with the maxima."""
 
-    Attributes:
-        clip: whether weights are clipped; otherwise maxima are only reported.
-        threshold: tau.
-        alpha: share of the factor that queries take.
-        rule: for heads that share a key head.
-        interval: measure and clip in every so many-th step.
-        log_layers: steps between logs of each layer's maximum; 0 never.
-    """
-
-    clip: bool
-    threshold: float
-    alpha: float
-    rule: str
-    interval: int = 1
-    log_layers: int = 0
+    clip: bool  # whether weights are clipped; otherwise maxima are only reported
+    threshold: float  # tau
+    alpha: float  # share of the factor that queries take
+    rule: str  # for heads that share a key head
+    interval: int = 1  # measure and clip in every so many-th step
+    log_layers: int = 0  # steps between logs of each layer's maximum; 0 never
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor that an optimizer updates, and the factors of its elements.
+    """A tensor that an optimizer updates, and the factors of its elements."""
 
-    Attributes:
-        tensor: whole, of the parameter's shape, or a flat slice of it.
-        rows: the parameter's.
-        start: of the slice in the flattened parameter; None if ``tensor`` is whole.
-    """
-
-    tensor: torch.Tensor
-    rows: Rows
-    start: int | None = None
+    tensor: torch.Tensor  # whole, of the parameter's shape, or a flat slice of it
+    rows: Rows  # the parameter's
+    start: int | None = None  # of the slice in the flattened parameter; None if ``tensor`` is whole
 
 
 @torch.no_grad()

@@ -104,19 +104,12 @@ class Condition:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A combination that is refused.
+    """A combination that is refused."""
 
-    Attributes:
-        when: conditions, all of which must hold; the message names them in this order.
-        because: the reason; may be empty where ``instead`` says it all.
-        instead: what to do.
-        where: added to what the message names (``on the CPU``).
-    """
-
-    when: tuple[Condition, ...]
-    because: str
-    instead: str
-    where: str = ""
+    when: tuple[Condition, ...]  # conditions, all of which must hold; the message names them in this order
+    because: str  # the reason; may be empty where ``instead`` says it all
+    instead: str  # what to do
+    where: str = ""  # added to what the message names (``on the CPU``)
 
     def holds(self, settings: Settings) -> bool:
         """Whether it does; not where a setting is unknown, since the row is walked again where it is known."""
