@@ -143,7 +143,7 @@ def records(log: Path) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == "train"]
 
 
-def train(*flags: str, log: Path, script: Path = SCRIPT, run: Any = launch, ranks: int = 2) -> list[float]:
+def train(*flags: str, log: Path, script: Path = SCRIPT, run: Any = launch) -> list[float]:
     """Train with the flags of this module and ``flags``; the training losses of the log."""
-    check(run(str(script), *FLAGS.split(), "--optimizer", "muon", "--muon-log-jsonl", str(log), *flags, ranks=ranks))
+    check(run(str(script), *FLAGS.split(), "--optimizer", "muon", "--muon-log-jsonl", str(log), *flags))
     return [point["losses"]["lm loss"] for point in records(log)]

@@ -38,7 +38,7 @@ DELTA: dict[str, Any] = {
 POLICY = {"mamba_in_proj": "split", "gdn_in_proj": "split"}
 ATTENTION: dict[str, Any] = {"num_query_groups": 2}
 LATENT: dict[str, Any] = {**MLA, "position": "rope"}
-STEPS = 4
+STEPS = 8
 
 
 class Model(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tests.launch import FLAGS, SCRIPT, records, train
+from tests.launch import launch as forked
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.test_routing import GDN
@@ -133,7 +135,7 @@ def test_same_losses_as_through_the_hooks(
 
 def test_a_script_trains_without_install(tree: Path, tmp_path: Path) -> None:
     """Flags, config, QK-clip, and record: an unedited script on one rank."""
-    expected = train(*ALONE.split(), log=tmp_path / "hooked.jsonl", ranks=1)
+    expected = train(*ALONE.split(), log=tmp_path / "hooked.jsonl", run=functools.partial(forked, ranks=1))
     log = tmp_path / "native.jsonl"
     output = launch(tree, *FLAGS.split(), *ALONE.split(), "--optimizer", "muon", "--muon-log-jsonl", str(log), ranks=1)
     points = records(log)
