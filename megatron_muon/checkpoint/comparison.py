@@ -228,7 +228,7 @@ def _settings(a: Stored, b: Stored) -> list[str]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """For people: what differs most first."""
+    """What :func:`compare` has found, as text: what differs most first."""
     lines = [f"a: {found['folders'][0]}", f"b: {found['folders'][1]}"]
     lines += [f"  {line}" for line in found["settings"]]
     rows = [row for row in found["differences"] if row["elements"]]

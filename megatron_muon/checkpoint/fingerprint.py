@@ -23,7 +23,7 @@ _MODULUS = 1 << 64
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _ODD = (0x9E3779B97F4A7C15 - _MODULUS, 0xBF58476D1CE4E5B9 - _MODULUS)
-"""Of splitmix64."""
+"""The odd multipliers of the splitmix64 generator of random numbers."""
 
 _PIECE = {"cpu": 1 << 17}
 _PIECE_OF_OTHERS = 1 << 22

@@ -122,7 +122,7 @@ def check_marks(folder: Path) -> None:
 
 
 def iteration_of(folder: Path) -> int | None:
-    """From the folder's name."""
+    """The iteration that the name of a folder gives; None for other names."""
     found = _ITERATION.search(folder.name)
     return int(found.group(1)) if found else None
 
@@ -153,7 +153,7 @@ def is_tracker_text(text: str | None) -> bool:
 
 
 def write_tracker(root: Path, text: str) -> None:
-    """Write the tracker."""
+    """Write the file that names the iteration to resume from."""
     write_bytes(root / TRACKER, text.encode())
 
 

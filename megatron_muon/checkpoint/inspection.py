@@ -97,7 +97,7 @@ def _rules(stored: Stored) -> list[dict[str, Any]]:
 
 
 def _problems(index: Index, record: Record | None) -> list[str]:
-    """Read everything."""
+    """What is wrong with stored tensors: numbers that are not finite, sums that are not those saved. Reads all."""
     found: list[str] = []
     shares: list[tuple[tuple[str, str], int]] = []
     names = () if record is None else (*record.weights, *record.sums, *record.model)
@@ -127,7 +127,7 @@ def _depth(name: str) -> int:
 
 
 def render(found: dict[str, Any]) -> str:
-    """For people."""
+    """What :func:`inspect` has found, as text."""
     layout = found["layout"]
     where = "unknown layout" if layout is None else " ".join(f"{name} {size}" for name, size in layout.items() if size)
     ranks = f", {found['world_size']} ranks" if found["world_size"] else ""

@@ -25,7 +25,7 @@ class Slices:
 
     @property
     def mine(self) -> tuple[int, int]:
-        """This rank's elements."""
+        """The elements of this rank, [start, stop)."""
         return self.spans[self.group.rank()]
 
 

@@ -16,7 +16,7 @@ from megatron_muon.checkpoint.pieces import Box, StoredTensor, part_of
 from megatron_muon.checkpoint.stored import Stored, check_files, records_in
 
 COMMON = "common_state/shard_0_1"
-"""Key of what is no tensor."""
+"""Key of the stored object that has everything but tensors."""
 
 _COMMON_FILE = "common.pt"
 """Where versions before 0.19 have it."""
@@ -33,7 +33,7 @@ class Chunk:
 
     @property
     def box(self) -> Box:
-        """In the tensor."""
+        """The part as a box of the tensor."""
         return tuple((at, at + size) for at, size in zip(self.offsets, self.sizes, strict=True))
 
 

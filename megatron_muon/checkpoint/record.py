@@ -31,7 +31,7 @@ WEIGHT = "weight"
 """What the weight itself is called beside its states."""
 
 _WORD = 64
-"""Bits; a sum has two."""
+"""Bits of a word; a sum is sent as two words."""
 
 Sums = dict[tuple[str, str], int]
 """(Name, :data:`WEIGHT` or a state) -> number that depends on the contents, see :mod:`.fingerprint`."""

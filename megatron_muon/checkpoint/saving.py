@@ -89,7 +89,7 @@ def replica_of(held: ParamState, place: Place) -> Replica:
 
 
 def rule_of(held: ParamState) -> Rule:
-    """By which it is updated."""
+    """The rule by which an optimizer updates a weight."""
     layout = layout_text(layout_of(held.param)) if hasattr(held.inner, "checkpoint_rule") else ""
     return Rule(held.rule, layout, tuple(sorted(held.tensors)))
 
@@ -97,7 +97,7 @@ def rule_of(held: ParamState) -> Rule:
 def _record(
     recorder: Recorder, ranks: Ranks, held: Sequence[ParamState], places: Sequence[Place], sums: Sums
 ) -> Record | None:
-    """On the first rank."""
+    """The record of the optimizer, on the first rank; None on others."""
     saved = [
         (each, place)
         for each, place in zip(held, places, strict=True)

@@ -65,7 +65,7 @@ class Choice:
 
     @classmethod
     def reading(cls, state: str, stored_as: str, parts: list[ShardedTensor]) -> Choice:
-        """To read these parts."""
+        """A choice to read these parts."""
         # A loader may take the data out of the descriptions.
         return cls(state, stored_as, tuple(parts), tuple(part.data for part in parts if part.data is not None))
 

@@ -127,7 +127,7 @@ def write(index: Index, plan: Plan, target: Path, text: str, workers: int, optio
 
 
 def _identity(index: Index) -> str:
-    """Changes with the source."""
+    """A hash that changes whenever the source's files do."""
     found = hashlib.sha256((index.folder / ".metadata").read_bytes())
     for name in sorted({info.relative_path for info in index.metadata.storage_data.values()}):
         state = (index.folder / name).stat()
@@ -158,7 +158,7 @@ def _held(folder: Path, notes: dict[str, Any]) -> Iterator[None]:
 
 
 class _Files:
-    """The files of tensors."""
+    """The files that hold the tensors of the new checkpoint."""
 
     def __init__(self, index: Index, plan: Plan, folder: Path) -> None:
         self._index, self._folder = index, folder

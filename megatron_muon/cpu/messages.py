@@ -60,7 +60,7 @@ def hide() -> None:
 
 
 def show() -> None:
-    """Undo :func:`hide`."""
+    """Show these messages again: undoes :func:`hide`."""
     kept = [entry for entry in warnings.filters if getattr(entry[1], "pattern", None) not in _WARNINGS]
     warnings.filters[:] = kept  # type: ignore[index]  # a list, whatever its stub says
     for name, each in _FILTERS.items():

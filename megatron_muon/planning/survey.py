@@ -96,7 +96,7 @@ class Plan:
 
     @property
     def loads(self) -> list[RankLoad]:
-        """Of all ranks."""
+        """The loads of all ranks of all stages."""
         return [load for stage in self.stages for load in stage.loads]
 
     @property

@@ -1,4 +1,4 @@
-"""The plan as text."""
+"""The plan as text, for ``python -m megatron_muon plan``."""
 
 from __future__ import annotations
 

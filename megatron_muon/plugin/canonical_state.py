@@ -309,7 +309,7 @@ def common_with_record(folder: str) -> Any:
 
 
 def dictionaries(state: Any) -> Iterator[dict[str, Any]]:
-    """All that are in one another, the outer first."""
+    """All dictionaries that are nested in a state, the outer first."""
     if isinstance(state, dict):
         yield state
         for value in state.values():
@@ -317,5 +317,5 @@ def dictionaries(state: Any) -> Iterator[dict[str, Any]]:
 
 
 def keys_in(state: Any) -> set[str]:
-    """Of all of them."""
+    """The keys of all nested dictionaries of a state."""
     return set().union(*dictionaries(state))

@@ -25,7 +25,7 @@ from megatron_muon.plugin.within import within
 PATCHES = Patches()
 
 EARLIER = "Load an earlier checkpoint (--ckpt-step), and check the storage."
-"""The way out of damage."""
+"""What messages about a damaged checkpoint advise."""
 
 
 def remove_old_marks(folder: Any) -> None:
