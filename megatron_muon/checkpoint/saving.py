@@ -104,10 +104,10 @@ def _record(
         if each.key is not None and replica_of(each, place) == (0, 0, 0)
     ]
     keys = tuple((sys.intern(name), kind) for name, kind in sums)  # each name is sent once
-    return recorder.join(ranks, RankRecord(tuple(_told(saved)), keys), _step(held), sums.values())
+    return recorder.join(ranks, RankRecord(tuple(_weight_records(saved)), keys), _step(held), sums.values())
 
 
-def _told(saved: Iterable[tuple[ParamState, Place]]) -> Iterator[WeightRecord]:
+def _weight_records(saved: Iterable[tuple[ParamState, Place]]) -> Iterator[WeightRecord]:
     """What does not depend on contents; the rules and numbers of weights that have the same are one object."""
     rules: dict[Rule, Rule] = {}
     numbers: dict[int, tuple[tuple[str, Any], ...]] = {}
