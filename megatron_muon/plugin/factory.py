@@ -252,7 +252,7 @@ def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], gr
         RuntimeError: naming the weights that are held by none, or by several.
     """
     layer_wise = any(owned for _, owned in leaves(optimizer))
-    updated = held_by(optimizer, refuse=False)
+    updated = param_states(optimizer, refuse=False)
     held = Counter(each.param for each in updated if each.slices is None)
     sliced = {each.param for each in updated if each.slices is not None}
     counted: dict[str, int] = {}
