@@ -103,7 +103,7 @@ PLACES = [
     "megatron_muon.plugin.factory.group_overrides",
     "megatron.core.optimizer._get_qkv_split_shapes",
     "megatron.core.optimizer._create_emerging_optimizer",
-    "megatron_muon.plugin.factory._held_params",
+    "megatron_muon.plugin.factory.param_states",
     "megatron_muon.plugin.factory._planned",
     "megatron_muon.plugin.factory._is_first",
 ]
