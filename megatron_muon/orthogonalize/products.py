@@ -151,5 +151,6 @@ def _product(
         if add is None:
             return torch.mm(left[0], right[0], out=target).unsqueeze(0)
         return torch.addmm(add[0], left[0], right[0], beta=beta, alpha=alpha, out=target).unsqueeze(0)
-    product = torch.bmm(left, right) if add is None else torch.baddbmm(add, left, right, beta=beta, alpha=alpha)
-    return product if out is None else out.copy_(product)
+    if add is None:
+        return torch.bmm(left, right, out=out)
+    return torch.baddbmm(add, left, right, beta=beta, alpha=alpha, out=out)

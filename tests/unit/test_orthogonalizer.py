@@ -69,6 +69,29 @@ def test_float16_gram_errs_less_than_bfloat16(name: str, steps: int, spectrum: s
     assert error(half(x[None].float()), exact) < error(brain(x[None].float()), exact)
 
 
+UPSTREAM_SHAPES = [(64, 64), (128, 256), (256, 128), (300, 40), (1, 50), (50, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_errs_no_more_than_upstream(dtype: torch.dtype, batch: int) -> None:
+    """Against the exact polynomial, of the same matrices. float16 is compared with upstream's bfloat16: it has none."""
+    from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schulz as upstream
+
+    triples = set_of("quintic", 5)
+    products, _ = choose_products("auto", CPU, dtype)
+    for m, n in UPSTREAM_SHAPES:
+        x = gaussian(batch, m, n, dtype=torch.float32)
+        exact = newton_schulz(x.double(), triples)
+        try:
+            torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "medium")
+            theirs = upstream(x, 5, "quintic")
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        found = Orthogonalizer(triples, dtype, products=products)(x)
+        assert error(found, exact) <= 1.1 * error(theirs, exact) + torch.finfo(dtype).eps, (m, n)
+
+
 BENCH_SHAPES = [(512, 512), (512, 1408), (128, 512), (128, 256)]
 
 
