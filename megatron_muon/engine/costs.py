@@ -51,7 +51,10 @@ def cost_of(mode: str, key: BatchKey, count: int, orthogonalizer: Orthogonalizer
 def cheapest_mode(
     key: BatchKey, count: int, orthogonalizer: Orthogonalizer, sizes: Sizes, machine: Machine, *, without: str = ""
 ) -> str:
-    """The exact mode that takes the least time; see :func:`cost_of`. Ties go to the first of owner, gram, ...
+    """The mode that takes the least time by :func:`cost_of`: of ``owner``, ``gram`` and ``distributed``.
+
+    ``duplicated`` would save a message where owners have less to do than that takes; no step of a model is shorter by
+    more (``tests/unit/test_auto_alternatives.py``).
 
     Args:
         key: of the matrices, whatever its own mode is.
@@ -61,7 +64,7 @@ def cheapest_mode(
         machine: its rates.
         without: a mode that is not to be chosen.
     """
-    candidates = [OWNER, DUPLICATED, DISTRIBUTED]
+    candidates = [OWNER, DISTRIBUTED]
     if divides_longer(key) and len(set(key.parts)) == 1 and orthogonalizer.restarts is not None:
         candidates.insert(1, GRAM)
 

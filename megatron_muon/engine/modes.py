@@ -16,7 +16,8 @@ All but ``blockwise`` give the update of the whole logical matrices:
     Each shard is orthogonalized by itself: no communication, but another update, which changes with the size of the
     group.
 ``auto``
-    The cheapest exact one for each shape, by the costs below.
+    For each shape the cheapest of ``owner``, ``gram`` and ``distributed`` (:mod:`megatron_muon.engine.costs`), or one
+    of the first two for all, whichever is quicker.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from megatron_muon.engine.plan import BatchKey, Weight
 from megatron_muon.orthogonalize.coefficients import coefficients
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import WHOLE
-from tests.random_weights import BFLOAT16, CPU, EXACT, FLOAT32, RANKS, SIZES, batches_of, plan_of
+from tests.random_weights import BFLOAT16, CPU, FLOAT32, RANKS, SIZES, batches_of, plan_of
+
+CHOICES = (OWNER, GRAM, DISTRIBUTED)
 
 
 def divided(count: int, p: int, q: int, dim: int, ranks: int) -> list[Weight]:
@@ -22,9 +24,9 @@ def divided(count: int, p: int, q: int, dim: int, ranks: int) -> list[Weight]:
 
 
 def seconds_of(count: int, p: int, q: int, dim: int, ranks: int, iteration: Orthogonalizer, machine: Machine) -> dict:
-    """Of each exact mode that can be."""
+    """Of each mode that ``auto`` may take."""
     longer = p == q or dim == (-1 if p < q else -2)
-    modes = [mode for mode in EXACT if mode != GRAM or (longer and iteration.restarts is not None)]
+    modes = [mode for mode in CHOICES if mode != GRAM or (longer and iteration.restarts is not None)]
     key = BatchKey("auto", "tp", p, q, dim, ((q if dim == -1 else p) // ranks,) * ranks)
     return {mode: cost_of(mode, key, count, iteration, SIZES).seconds(machine) for mode in modes}
 
@@ -44,7 +46,7 @@ def test_auto_takes_what_costs_least(ranks: int, iteration: Orthogonalizer) -> N
                     (mode,) = {chunk.mode for chunk in plan.chunks}
                     assert expected[mode] == min(expected.values())
                     taken.add(mode)
-    assert taken == (set(EXACT) if iteration is FLOAT32 else {OWNER, DUPLICATED, DISTRIBUTED})
+    assert taken == (set(CHOICES) if iteration is FLOAT32 else {OWNER, DISTRIBUTED})
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])
