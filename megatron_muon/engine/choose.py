@@ -13,7 +13,10 @@ from megatron_muon.engine.prediction import predict
 from megatron_muon.engine.stages import in_stages
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["choose_plan"]
+__all__ = ["WHOLE_PLANS", "choose_plan"]
+
+WHOLE_PLANS = (AUTO, OWNER, GRAM)
+"""What is compared for all matrices of a group: the cheapest mode for each shape, ``owner`` and ``gram``."""
 
 
 def choose_plan(
@@ -43,7 +46,7 @@ def choose_plan(
         items, shared = lending.kept_by(places), lending.chunks_of(places)
     if policy.mode != AUTO:
         return _made(weights, policy, orthogonalizer, {}, items, shared)
-    candidates = [AUTO, OWNER] if orthogonalizer.restarts is None else [AUTO, OWNER, GRAM]
+    candidates = [mode for mode in WHOLE_PLANS if mode != GRAM or orthogonalizer.restarts is not None]
     modes = {}
     for group in dict.fromkeys(key.group for key, _ in items if key.group):
         mine = [(key, item) for key, item in items if key.group == group]

@@ -7,7 +7,11 @@ from megatron_muon.engine.packing import triangle_numel
 from megatron_muon.engine.plan import BatchKey
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["cheapest_mode", "cost_of", "divides_longer"]
+__all__ = ["ALTERNATIVES", "cheapest_mode", "cost_of", "divides_longer"]
+
+ALTERNATIVES = (OWNER, GRAM, DISTRIBUTED)
+"""What ``auto`` chooses from for each shape. ``duplicated`` would save a message where owners have less to do than that
+takes; no step of a published model is shorter by more (``tests/unit/test_auto_alternatives.py``)."""
 
 _NORM = 8
 """Bytes of the square of a norm."""
@@ -51,10 +55,7 @@ def cost_of(mode: str, key: BatchKey, count: int, orthogonalizer: Orthogonalizer
 def cheapest_mode(
     key: BatchKey, count: int, orthogonalizer: Orthogonalizer, sizes: Sizes, machine: Machine, *, without: str = ""
 ) -> str:
-    """The mode that takes the least time by :func:`cost_of`: of ``owner``, ``gram`` and ``distributed``.
-
-    ``duplicated`` would save a message where owners have less to do than that takes; no step of a model is shorter by
-    more (``tests/unit/test_auto_alternatives.py``).
+    """The one of :data:`ALTERNATIVES` that takes the least time by :func:`cost_of`; ties go to the first.
 
     Args:
         key: of the matrices, whatever its own mode is.
@@ -64,11 +65,6 @@ def cheapest_mode(
         machine: its rates.
         without: a mode that is not to be chosen.
     """
-    candidates = [OWNER, DISTRIBUTED]
-    if divides_longer(key) and len(set(key.parts)) == 1 and orthogonalizer.restarts is not None:
-        candidates.insert(1, GRAM)
-
-    def seconds(mode: str) -> float:
-        return cost_of(mode, key, count, orthogonalizer, sizes).seconds(machine)
-
-    return min((mode for mode in candidates if mode != without), key=seconds)
+    has_gram = divides_longer(key) and len(set(key.parts)) == 1 and orthogonalizer.restarts is not None
+    candidates = [mode for mode in ALTERNATIVES if mode != without and (has_gram or mode != GRAM)]
+    return min(candidates, key=lambda mode: cost_of(mode, key, count, orthogonalizer, sizes).seconds(machine))
