@@ -155,8 +155,8 @@ def test_what_auto_chooses() -> None:
     ]
     planner = StepPlanner(MuonConfig())
     assert choices_of_stage(weights, layout, planner) == {
-        ("duplicated", 64, 4096): 4,
-        ("duplicated", 4, 4): 3 + 2,
+        ("owner", 64, 4096): 4,
+        ("owner", 4, 4): 3 + 2,
         ("local", 2, 8): 12,
     }
     large = [Weight("c", (4096, 4096), WHOLE, **columns)] * 5
