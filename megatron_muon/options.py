@@ -150,25 +150,9 @@ class MuonOptions(UpdateKnobs):
     ``Muon(params, options=MuonOptions(scale_mode="moonlight"))`` and ``Muon(params, scale_mode="moonlight")`` are the
     same. Values are checked by the optimizer.
 
+    Those that are flags, too, are explained by their help texts above, and in the table of flags in the README.
+
     Attributes:
-        scale_mode: see :func:`megatron_muon.scale_factor`.
-        extra_scale_factor: a further factor on the update.
-        coefficient_type: see :func:`megatron_muon.coefficients`.
-        custom_coefficients: ``"a,b,c"`` for each step, with ``coefficient_type="custom"``.
-        num_ns_steps: Newton-Schulz steps.
-        eps: lower bound of the norm before the iteration.
-        fp32_matmul_prec: ``medium`` (bfloat16), ``high`` (TF32) or ``highest`` (the parameter's dtype).
-        ns_dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: by ``fp32_matmul_prec``.
-        ns_backend: kernels of the matrix products, see :mod:`megatron_muon.orthogonalize.backends`.
-        tp_mode: see :mod:`megatron_muon.engine.modes`.
-        tp_wire_dtype: ``fp32`` (the momentum as it is), ``bf16``, or ``auto``: bf16 if the iteration has 16 bits.
-        chunk_mb: bound in MiB of the float32 matrices that a rank orthogonalizes at once; 0: 256 on GPUs, 16 on CPUs.
-        scalar_optimizer: ``adam`` or ``lion``: the rule of rows that a layout gives to the scalar optimizer.
-        weight_decay_method: ``decoupled``, ``independent`` (W shrinks by ``weight_decay`` itself),
-            ``independent_scheduled`` (by it times lr / peak lr, arXiv 2512.05620), ``l2`` (added to the gradient) or
-            ``cautious`` (decoupled, where W and update agree in sign).
-        ball_radius: size of the updates of weights whose layout has a direction of
-            :data:`megatron_muon.choices.BALLS`, see :mod:`megatron_muon.optimizers.balls`.
         scalar_betas: betas of the scalar optimizer.
         scalar_eps: its eps (Adam).
         scalar_lr_mult: its learning rate, as a multiple of the group's.
