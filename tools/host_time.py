@@ -8,7 +8,6 @@ over steps, on one thread; the products and other operations of a chunk are in i
 from __future__ import annotations
 
 import argparse
-import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 
 from megatron_muon import Muon
-from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, WHOLE, MatrixLayout, Section
 
 ROWS, COLUMNS = 4, 8
@@ -37,20 +35,21 @@ LAYOUTS: dict[str, tuple[MatrixLayout, tuple[int, ...], int]] = {
 }
 """Layout and shape of a weight, and how many logical matrices it has."""
 
-VARIANTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "plain": Muon,
-    "nesterov": functools.partial(Muon, nesterov=True),
-    "l2": functools.partial(Muon, weight_decay_method="l2"),
-    "cautious": functools.partial(Muon, weight_decay_method="cautious"),
-    "update_norm": functools.partial(Muon, scale_mode="update_norm"),
-    "spectral_norm": functools.partial(Muon, scale_mode="spectral_norm"),
-    "polargrad": functools.partial(Muon, variant="polargrad", scale_mode="none"),
-    "hyperball": functools.partial(Muon, variant="hyperball", scale_mode="none"),
-    "normuon": functools.partial(Muon, variant="normuon"),
-    "adamuon": functools.partial(Muon, variant="adamuon"),
-    "namo": functools.partial(Muon, variant="namo"),
-    "muonsphere": functools.partial(Muon, variant=SpectralSphere(tolerance=1.0)),
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "nesterov": {"nesterov": True},
+    "l2": {"weight_decay_method": "l2"},
+    "cautious": {"weight_decay_method": "cautious"},
+    "update_norm": {"scale_mode": "update_norm"},
+    "spectral_norm": {"scale_mode": "spectral_norm"},
+    "polargrad": {"variant": "polargrad", "scale_mode": "none"},
+    "hyperball": {"variant": "hyperball", "scale_mode": "none"},
+    "normuon": {"variant": "normuon"},
+    "adamuon": {"variant": "adamuon"},
+    "namo": {"variant": "namo"},
+    "spectral_sphere": {"variant": "spectral_sphere"},
 }
+"""Options of :class:`megatron_muon.Muon`."""
 
 
 def weights(name: str, matrices: int = MATRICES) -> list[torch.nn.Parameter]:
@@ -67,7 +66,7 @@ def optimizer_of(variant: str, layout: str, params: list[torch.nn.Parameter]) ->
     """With chunks of :data:`CHUNK` matrices."""
     shape, each = LAYOUTS[layout][1:]
     elements = torch.Size(shape).numel() / each
-    return VARIANTS[variant](params, chunk_mb=CHUNK * elements * 4 / (1 << 20), fp32_matmul_prec="highest")
+    return Muon(params, **VARIANTS[variant], chunk_mb=CHUNK * elements * 4 / (1 << 20), fp32_matmul_prec="highest")
 
 
 def seconds(step: Callable[[], Any], steps: int) -> float:

@@ -231,7 +231,7 @@ def _is_complete(parts: tuple[Template, ...]) -> bool:
 
 def _parts_of(param: torch.nn.Parameter, bases: list[tuple[int, Any]]) -> tuple[Template, ...]:
     """The views of a fused weight that the model saves, of ``bases`` by address; none if they do not make it up."""
-    begin, size = plain(param).data_ptr(), param.element_size()
+    begin, size = plain([param])[0].data_ptr(), param.element_size()
     first, last = (bisect_left(bases, address, key=itemgetter(0)) for address in (begin, begin + param.numel() * size))
     parts = []
     for address, base in bases[first:last]:

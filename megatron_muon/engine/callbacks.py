@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 
-from megatron_muon.engine.plan import MatrixSlice
-from megatron_muon.routing.blocks import BlockRange
+from megatron_muon.engine.slices import Slices
 
-__all__ = ["Flops", "Part", "Read", "Reduce", "Solve", "Write"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Matrices that :func:`megatron_muon.engine.execute.execute` asks for or hands out.
-
-    Attributes:
-        item: which matrices of which weight.
-        piece: where they lie in this rank's shard.
-    """
-
-    item: MatrixSlice
-    piece: BlockRange
-
-
-Read = Callable[[list[Part], list[torch.Tensor]], None]
-"""Fills the batches (each (matrices, rows, columns) on this rank) with what is to be orthogonalized."""
+Read = Callable[[Sequence[Slices], Sequence[torch.Tensor]], None]
+"""Fills batches, (matrices, rows, columns) on this rank, with what is to be orthogonalized."""
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Sums a tensor over the ranks that hold the other parts of the same matrices; may change it."""
 
-Write = Callable[[list[Part], list[torch.Tensor], Reduce], None]
-"""Takes the orthogonalized matrices (each (matrices, rows, columns) on this rank)."""
+Write = Callable[[Sequence[Slices], Sequence[torch.Tensor], Reduce], None]
+"""Takes the batches of orthogonalized matrices, (matrices, rows, columns) on this rank, free to be changed."""
 
 Solve = Callable[[list[int], list[torch.Tensor]], torch.Tensor]
 """Computes one batch of whole matrices from several of their shape (matrices, m, n): of which weights the matrices

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_muon.engine.modes import DISTRIBUTED, GRAM, LOCAL
 from megatron_muon.routing.blocks import BlockRange
@@ -163,7 +164,7 @@ class Batch:
     items: tuple[MatrixSlice, ...]
     counts: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Number of matrices."""
         return sum(item.count for item in self.items)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_muon.engine.callbacks import Flops, Part, Read, Solve, Write
+from megatron_muon.engine.callbacks import Flops, Read, Solve, Write
 from megatron_muon.engine.exchange import Counters, Exchange
 from megatron_muon.engine.modes import LENT, LOCAL, OWNER, SPLIT
 from megatron_muon.engine.packing import cut, numel
 from megatron_muon.engine.plan import Batch, Chunk, Weight
 from megatron_muon.engine.planner import cut_items
+from megatron_muon.engine.slices import Slices
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 __all__ = ["Pause", "RankChunk", "Run", "Wire", "Work"]
@@ -69,14 +70,14 @@ class RankChunk:
         batches: those of which it holds a part, in the order in which they are packed: those of the chunk, of what is
             lent the ones that are here. In ``owner``, unless an owner's first matrix lies within a unit of an item, a
             batch for what each rank owns of each, rank after rank, as messages have them; a single one has that order.
-        parts: the matrices of these batches, in their order.
+        slices: the matrices of each of these batches.
         sum_group: name of the group whose ranks hold the other parts of these matrices; empty if this rank has all.
     """
 
     chunk: Chunk
     rank: int
     batches: tuple[Batch, ...]
-    parts: tuple[Part, ...]
+    slices: tuple[Slices, ...]
     sum_group: str
 
     @classmethod
@@ -98,18 +99,16 @@ class RankChunk:
             sum_group = first.group if width > 1 else ""
         if chunk.mode == OWNER and len(batches) > 1:
             batches = _by_owner(batches) or batches
-        items = [item for batch in batches for item in batch.items]
-        parts = tuple(Part(item, item.piece(weights[item.weight], shard)) for item in items)
-        return cls(chunk, rank, batches, parts, "" if chunk.mode == LOCAL else sum_group)
+        slices = tuple(
+            Slices(batch.items, tuple(item.piece(weights[item.weight], shard) for item in batch.items))
+            for batch in batches
+        )
+        return cls(chunk, rank, batches, slices, "" if chunk.mode == LOCAL else sum_group)
 
-    def slots(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The slice of each of :attr:`parts`.
-
-        Args:
-            batches: (matrices, rows, columns) on this rank, for each of :attr:`batches`.
-        """
-        pairs = zip(self.batches, batches, strict=True)
-        return [x for batch, tensor in pairs for x in tensor.split([item.count for item in batch.items])]
+    def filled(self, batches: Sequence[torch.Tensor]) -> tuple[list[Slices], list[torch.Tensor]]:
+        """The slices of batches that have matrices, and these batches."""
+        pairs = [(some, batch) for some, batch in zip(self.slices, batches, strict=True) if some.items]
+        return [some for some, _ in pairs], [batch for _, batch in pairs]
 
 
 def _by_owner(batches: Sequence[Batch]) -> tuple[Batch, ...]:
@@ -175,28 +174,21 @@ class Run:
         return [(batch.count, *self.stack, *batch.key.part(mine.rank)) for batch in mine.batches]
 
     def _read(self, mine: RankChunk, batches: Sequence[torch.Tensor]) -> None:
-        for number, read in enumerate(self.reads if mine.parts else ()):
-            read(list(mine.parts), mine.slots([batch[:, number] if self.stack else batch for batch in batches]))
+        slices, filled = mine.filled(batches)
+        for number, read in enumerate(self.reads if slices else ()):
+            read(slices, [batch[:, number] if self.stack else batch for batch in filled])
 
     def unpack(self, mine: RankChunk, batches: Sequence[torch.Tensor]) -> None:
         """Hand out this rank's part of each orthogonalized batch."""
-        if mine.parts and self.write is not None:
+        slices, filled = mine.filled(batches)
+        if slices and self.write is not None:
             exchange = self.exchanges[mine.sum_group] if mine.sum_group else None
-            self.write(list(mine.parts), mine.slots(batches), exchange.sum if exchange else lambda tensor: tensor)
+            self.write(slices, filled, exchange.sum if exchange else lambda tensor: tensor)
 
     def blanks(self, mine: RankChunk, dtype: torch.dtype) -> list[torch.Tensor]:
-        """What :meth:`unpack` takes in shape and dtype, without memory: views of single elements.
-
-        Batches of one kind have one element if nothing lies between them in a message, so that both are neighbours.
-        """
-        found, last = [], None
+        """What :meth:`unpack` takes in shape and dtype, without memory."""
         element = torch.zeros((), dtype=dtype, device=self.wire.device)
-        for batch in mine.batches:
-            part = batch.key.part(mine.rank)
-            if batch.items and (batch.key is not last or 0 in part):
-                element, last = torch.zeros_like(element), batch.key
-            found.append(element.expand(batch.count, *part))
-        return found
+        return [element.expand(batch.count, *batch.key.part(mine.rank)) for batch in mine.batches]
 
     def orthogonalize(self, given: list[torch.Tensor]) -> torch.Tensor:
         """The last of these batches of whole matrices (matrices, p, q), which is taken out: its memory is used up."""

@@ -98,7 +98,7 @@ class StepEngine:
         self._mine = {
             id(chunk): RankChunk.of(self.plan.weights, chunk, ranks[chunk.group]) for chunk in self.plan.chunks
         }
-        self.parts = Counter(part.item.weight for mine in self._mine.values() for part in mine.parts)
+        self.parts = Counter(number for mine in self._mine.values() for some in mine.slices for number in some.numbers)
         self._run = Run(orthogonalizer, self._exchanges, self.wire, dtype, self.counters)
         self._digests: dict[str, bytes] = {}
 
@@ -120,8 +120,8 @@ class StepEngine:
             self._run,
             exchanges=exchanges,
             counters=counters,
-            reads=(lambda parts, slots: None,),
-            write=lambda parts, directions, reduce: None,
+            reads=(lambda slices, batches: None,),
+            write=lambda slices, directions, reduce: None,
         )
         execute(run, list(alike.values()))
 
@@ -180,7 +180,7 @@ class StepEngine:
         """Show all matrices, without orthogonalizing anything.
 
         Args:
-            look: called for each chunk with its parts, batches of their shapes without contents (they take no memory,
+            look: called for each chunk with its slices, batches of their shapes without contents (they take no memory,
                 and cannot be written to), and the sum over the ranks of a part.
             portion: one of :meth:`Plan.portions`, if not everything.
         """

@@ -73,9 +73,10 @@ class AdaMuonEO(SecondMoment):
         """Divide each element by the root of its second moment."""
         for update in matrices.updates:
             work = update.direction.square()
-            if pairs := update.pairs(update.named(self.state_name), work):
-                moments, squares = zip(*pairs, strict=True)
-                torch._foreach_lerp_(moments, [x.to(v.dtype) for v, x in pairs], 1.0 - self.beta2)
+            moments, squares = update.pairs(update.named(self.state_name), work)
+            if moments:
+                values = [x.to(v.dtype) for v, x in zip(moments, squares, strict=True)]
+                torch._foreach_lerp_(moments, values, 1.0 - self.beta2)
                 torch._foreach_copy_(squares, moments)
             update.direction.div_(work.sqrt_().add_(self.eps))
         return super().adapt(matrices)

@@ -28,9 +28,6 @@ from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.routing.layout import MSIGN, ORTHOGONALIZE, STIEFEL, layout_of
 
-__all__ = ["BUCKET_ATTRIBUTE", "DATA", "DENSE", "EXPERT", "EXPERT_DATA", "WIDE", "Engines", "Offers", "Sharing"]
-__all__ += ["together"]
-
 BUCKET_ATTRIBUTE = "muon_bucket"
 """Of parameters: :attr:`megatron_muon.engine.plan.Weight.bucket`."""
 

@@ -47,7 +47,8 @@ def refuse_elsewhere(optimizer: Any, device: torch.device | None = None) -> None
         ConfigError: naming the call that brings it back.
     """
     state_of = optimizer.state.get
-    for param in (param for group in optimizer.param_groups for param in group["params"]):
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for param in params:
         wanted = device or param.device
         if device is not None and param.device != wanted:
             raise _elsewhere(optimizer, "master weight", param, wanted)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megatron_muon.engine.callbacks import Part, Reduce
+from megatron_muon.engine.callbacks import Reduce
 from megatron_muon.engine.shards import Shard
+from megatron_muon.engine.slices import Slices, Tensors
 from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.handled import STEP
-from megatron_muon.optimizers.param_step import ParamStep, Weights
-from megatron_muon.routing.blocks import BlockRange
+from megatron_muon.optimizers.param_step import ParamStep, Weights, alike
 
-__all__ = ["Matrices", "Update", "divide_", "divided", "is_some", "matrices_of", "row_norms", "side_by_side", "signs_"]
+__all__ = ["Matrices", "Update", "divide_", "divided", "is_some", "matrices_of", "row_norms", "signs_"]
 
 ShardOf = Callable[[torch.Tensor], Shard | None]
 
@@ -29,8 +29,7 @@ class Update:
 
     Attributes:
         weights: whose they are.
-        pieces: where the matrices lie in tensors of each weight's shape.
-        counts: how many matrices each weight has here.
+        slices: which matrices of each, and where they lie in tensors of its shape.
         rows: m of each whole logical matrix.
         columns: n of each.
         divides_columns: whether tensor parallelism divides the columns of the matrices (their rows otherwise, or
@@ -42,8 +41,7 @@ class Update:
     """
 
     weights: Sequence[ParamStep]
-    pieces: Sequence[BlockRange]
-    counts: Sequence[int]
+    slices: Slices
     rows: int
     columns: int
     divides_columns: bool
@@ -69,26 +67,24 @@ class Update:
         """The state of this name of each weight."""
         return [weight.state[name] for weight in self.weights]
 
-    def pairs(self, tensors: Sequence[torch.Tensor], batch: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Views of equal shapes of tensors of the weights' shapes (or with one column), and of a batch like them."""
-        slots = batch.split(self.counts) if len(self.counts) > 1 else (batch,)
-        each = zip(self.pieces, tensors, slots, strict=True)
-        return [pair for piece, tensor, slot in each for pair in piece.pairs(tensor, slot)]
+    def pairs(self, tensors: Sequence[torch.Tensor], batch: torch.Tensor) -> tuple[Tensors, Tensors]:
+        """Views of tensors of the weights' shapes (or with one column), and of a batch: alike but for columns."""
+        return self.slices.pairs(tensors, batch)
 
     def gather(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """A new batch with what these matrices have in tensors of the weights' shapes, or with one column."""
         columns = self.direction.size(-1) if tensors[0].size(-1) > 1 or self.direction.size(-1) == 1 else 1
         batch = self.direction.new_empty((*self.direction.shape[:-1], columns))
-        if pairs := self.pairs(tensors, batch):
-            sources, targets = zip(*pairs, strict=True)
+        sources, targets = self.pairs(tensors, batch)
+        if targets:
             torch._foreach_copy_(targets, sources)
         return batch
 
     def store(self, tensors: Sequence[torch.Tensor], batch: torch.Tensor) -> None:
         """Write a batch (or one number a matrix, for all of its rows) back to where :meth:`gather` reads it."""
         batch = batch.expand(-1, self.direction.size(-2), -1)
-        if pairs := self.pairs(tensors, batch):
-            targets, sources = zip(*pairs, strict=True)
+        targets, sources = self.pairs(tensors, batch)
+        if targets:
             torch._foreach_copy_(targets, sources)
 
     def mix(self) -> torch.Tensor:
@@ -99,8 +95,8 @@ class Update:
         mixed = self.gather([weight.grad for weight in self.weights])
         if momenta[0].dtype != mixed.dtype:
             return mixed.lerp_(self.gather(momenta), share)
-        if pairs := self.pairs(momenta, mixed):
-            sources, targets = zip(*pairs, strict=True)
+        sources, targets = self.pairs(momenta, mixed)
+        if targets:
             torch._foreach_lerp_(targets, sources, share)
         return mixed
 
@@ -113,14 +109,14 @@ class Update:
         """
         dtype = torch.float64 if wide else self.direction.dtype
         found = torch.empty((*self.direction.shape[:-1], 1), dtype=dtype, device=self.direction.device)
-        for tensor, norms in self.pairs(tensors, found):
+        for tensor, norms in zip(*self.pairs(tensors, found), strict=True):
             norms.copy_(row_norms(tensor, wide))
         return found
 
     def multiply(self, factor: torch.Tensor) -> None:
         """Multiply the weights in place by a factor for each matrix, (matrices, 1, 1)."""
-        if pairs := self.pairs(self.params, factor.expand(-1, self.direction.size(-2), 1)):
-            weights, factors = zip(*pairs, strict=True)
+        weights, factors = self.pairs(self.params, factor.expand(-1, self.direction.size(-2), 1))
+        if weights:
             torch._foreach_mul_(weights, factors)
 
 
@@ -130,11 +126,6 @@ class Matrices:
     def __init__(self, updates: Sequence[Update], reduce: Reduce) -> None:
         self.updates = updates
         self._reduce = reduce
-
-    def parts(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What belongs to single weights of a batch for each update, in the order of the updates."""
-        pairs = zip(self.updates, batches, strict=True)
-        return [part for update, batch in pairs for part in batch.split(update.counts)]
 
     def sums(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The sum of each matrix of each batch.
@@ -268,29 +259,31 @@ def _column_squares(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def matrices_of(
-    weights: Weights, parts: Sequence[Part], directions: Sequence[torch.Tensor], reduce: Reduce, shard_of: ShardOf
+    weights: Weights,
+    slices: Sequence[Slices],
+    directions: Sequence[torch.Tensor],
+    reduce: Reduce,
+    shard_of: ShardOf,
 ) -> Matrices:
-    """The updates of a chunk, in the order of its parts.
+    """The updates of a chunk: its batches, cut where param groups change.
 
     Args:
         weights: of the step.
-        parts: which matrices, as the engine hands them out.
+        slices: which matrices, as the engine hands them out.
         directions: (matrices, rows, columns) of each, on this rank.
         reduce: sums over the ranks that hold parts of the same matrices.
         shard_of: tells which shard a weight is.
     """
-    runs = side_by_side(weights, parts, directions)
-    return Matrices([_update(weights, parts[run], batch, shard_of) for run, batch in runs], reduce)
+    runs = alike(weights, slices, directions)
+    return Matrices([_update(run, mine, batch, shard_of) for run, mine, batch in runs], reduce)
 
 
-def _update(weights: Weights, parts: Sequence[Part], direction: torch.Tensor, shard_of: ShardOf) -> Update:
-    some = [weights[part.item.weight] for part in parts]
-    first, item, shard = some[0], parts[0].item, shard_of(some[0].param)
+def _update(slices: Slices, weights: Sequence[ParamStep], direction: torch.Tensor, shard_of: ShardOf) -> Update:
+    first, item, shard = weights[0], slices.items[0], shard_of(weights[0].param)
     divides_columns = shard is not None and shard.dim == -1
     return Update(
-        weights=some,
-        pieces=[part.piece for part in parts],
-        counts=[part.item.count for part in parts],
+        weights=weights,
+        slices=slices,
         rows=item.rows,
         columns=item.columns,
         divides_columns=divides_columns,
@@ -298,40 +291,6 @@ def _update(weights: Weights, parts: Sequence[Part], direction: torch.Tensor, sh
         # Of bfloat16 weights, too, norms and second moments are taken in float32.
         direction=_converted(direction, torch.promote_types(torch.float32, first.buffer.dtype)),
     )
-
-
-def side_by_side(
-    weights: Weights, parts: Sequence[Part], slots: Sequence[torch.Tensor]
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Runs of parts whose slots are slices of one batch, of one param group and one whole shape; and this batch.
-
-    Args:
-        weights: of the step.
-        parts: which matrices.
-        slots: (matrices, rows, columns) of each, in any memory.
-    """
-    keys = [(id(weights[part.item.weight].group), part.item.rows, part.item.columns) for part in parts]
-    start = 0
-    for index in range(1, len(slots) + 1):
-        if index == len(slots) or keys[index - 1] != keys[index] or not _follows(slots[index - 1], slots[index]):
-            yield slice(start, index), _joined(slots[start:index])
-            start = index
-
-
-def _follows(last: torch.Tensor, following: torch.Tensor) -> bool:
-    """Whether a slot lies right behind another in their memory, in the same order of rows and columns."""
-    return bool(
-        following.storage_offset() == last.storage_offset() + last.size(0) * last.stride(0)
-        and last.stride() == following.stride()
-        and last.shape[1:] == following.shape[1:]
-        and last.untyped_storage()._cdata == following.untyped_storage()._cdata
-    )
-
-
-def _joined(slots: Sequence[torch.Tensor]) -> torch.Tensor:
-    first = slots[0]
-    count = sum(slot.size(0) for slot in slots)
-    return first if len(slots) == 1 else first.as_strided((count, *first.shape[1:]), first.stride())
 
 
 def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -319,12 +319,13 @@ class Muon(torch.optim.Optimizer):
             state = self.state[param]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(param)
-            has_second = group["scalar_optimizer"] == "adam" and layout_of(param).has_scalar_rows
+            layout = layout_of(param)
+            has_second = layout.has_scalar_rows and group["scalar_optimizer"] == "adam"
             if has_second and SECOND_MOMENT not in state:
                 state[SECOND_MOMENT], state[STEP] = torch.zeros_like(param), 0
             if has_second:  # state of older checkpoints: as many as the group has made
                 state.setdefault(STEP, group[STEP])
-            if layout_of(param).direction == MSIGN:
+            if layout.direction == MSIGN:
                 self.variant.init_state(param, state)
                 if self.variant.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:
                     init_rows(param, state, UPDATE_LEFT)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from megatron_muon.engine.callbacks import Part
+from megatron_muon.engine.plan import MatrixSlice
+from megatron_muon.engine.slices import Slices
 from megatron_muon.optimizers.groups import Options
 from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.routing.layout import ORTHOGONALIZE, STIEFEL, MatrixLayout, layout_of
-
-__all__ = ["Addition", "ParamStep", "Weights", "pack", "rows_of", "update_momentum"]
 
 
 @dataclass(slots=True, eq=False)
@@ -48,7 +46,8 @@ class ParamStep:
             param: with a gradient.
             state: of the parameter, with momentum.
         """
-        buffer, grad = state["momentum_buffer"], cast(torch.Tensor, param.grad)
+        buffer, grad = state["momentum_buffer"], param.grad
+        assert grad is not None
         if grad.dtype != buffer.dtype:
             grad = grad.to(buffer.dtype)
         return cls(group, options, param, layout_of(param), grad, state, buffer)
@@ -96,40 +95,79 @@ def update_momentum(weights: Sequence[ParamStep]) -> None:
         torch._foreach_lerp_(rows_of([weight.buffer], [weight.layout]), rows_of([weight.grad], [weight.layout]), rate)
 
 
-def pack(
-    weights: Weights,
-    transform: Callable[[Sequence[torch.Tensor]], None],
-    parts: list[Part],
-    slots: list[torch.Tensor],
-) -> None:
-    """Pack the momentum, or Nesterov's mix of gradient and momentum, as it is to be orthogonalized.
+def pack(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Tensor], *, first: bool) -> None:
+    """Fill batches with the momentum, or with Nesterov's mix of gradient and momentum.
 
     Args:
         weights: of the step.
-        transform: what is done to it then, see :meth:`megatron_muon.optimizers.stages.Variant.transform`.
-        parts: what is wanted.
-        slots: to be filled.
+        slices: the matrices of each batch.
+        batches: to be filled.
+        first: whether the momentum of these matrices is to take in their gradients before.
     """
-    views: dict[float, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
-    for part, slot in zip(parts, slots, strict=True):
-        weight = weights[part.item.weight]
-        pairs = part.piece.pairs(weight.buffer, slot)
-        grads = part.piece.pairs(weight.grad, slot) if weight.options.nesterov != 1.0 else pairs
-        views[weight.options.nesterov] += [(*pair, grad) for pair, (grad, _) in zip(pairs, grads, strict=True)]
-    for share, found in views.items():
-        momenta, targets, mixed_in = zip(*found, strict=True) if found else ((), (), ())
-        # The gradient itself stays as it is: Megatron reads its buffer again (logging, gradient norms).
-        elementwise.pack(momenta, mixed_in, targets, None, share)
-    transform(slots)
-    scales = [_damping_scale(weights, part) for part in parts]
-    if any(scale != 1.0 for scale in scales):
-        torch._foreach_mul_(slots, scales)
+    for run, mine, batch in alike(weights, slices, batches):
+        options = mine[0].options
+        momenta, slots = run.pairs([weight.buffer for weight in mine], batch)
+        grads = momenta
+        if first or options.nesterov != 1.0:
+            # Gradients stay as they are: Megatron reads their buffer again (logging, gradient norms).
+            grads = run.views([weight.raw_grad for weight in mine], batch)
+            if mine[0].l2 and grads:
+                params = run.views([weight.param for weight in mine], batch)
+                grads = list(torch._foreach_add(grads, params, alpha=mine[0].l2))
+        elementwise.pack(momenta, grads, slots, options.momentum if first else None, options.nesterov)
 
 
-def _damping_scale(weights: Weights, part: Part) -> float:
-    """Where the iteration adds eps to the norm of u times this, it adds eps sqrt(n / m) / depth to that of u."""
-    depth = weights[part.item.weight].options.damping_depth
-    return depth * (part.item.rows / part.item.columns) ** 0.5 if depth else 1.0
+def damp(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
+    """Scale u where eps is damping, so that the iteration adds eps sqrt(n / m) / depth to its norm, not eps."""
+    for run, mine, batch in alike(weights, slices, batches):
+        if depth := mine[0].options.damping_depth:
+            batch.mul_(depth * (run.items[0].rows / run.items[0].columns) ** 0.5)
+
+
+def add(
+    weights: Weights,
+    slices: Sequence[Slices],
+    directions: Sequence[torch.Tensor],
+    factor: Callable[[ParamStep, MatrixSlice], float],
+    key: Callable[[ParamStep], Hashable] | None = None,
+) -> None:
+    """Let weights decay, and add directions to them, learning rate times a factor of each.
+
+    Args:
+        weights: of the step.
+        slices: the matrices of each batch.
+        directions: batches of them; those of weights of 16 bits may be changed.
+        factor: of the directions of some matrices.
+        key: by what of a weight that factor differs, beside its param group.
+    """
+    for run, mine, batch in alike(weights, slices, directions, key):
+        params, updates = run.pairs([weight.param for weight in mine], batch)
+        factors, options = [factor(mine[0], run.items[0])] * len(params), mine[0].options
+        elementwise.add(params, updates, factors, options.lr, options.kept, options.cautious)
+
+
+def alike(
+    weights: Weights,
+    slices: Sequence[Slices],
+    batches: Sequence[torch.Tensor],
+    key: Callable[[ParamStep], Hashable] | None = None,
+) -> Iterator[tuple[Slices, list[ParamStep], torch.Tensor]]:
+    """Batches, and parts of batches, whose weights are of one param group: with these weights.
+
+    Args:
+        weights: of the step.
+        slices: the matrices of each batch.
+        batches: (matrices, rows, columns).
+        key: what else they have in common.
+    """
+    for each, batch in zip(slices, batches, strict=True):
+        mine = [weights[number] for number in each.numbers]
+        keys: list[Hashable] = [id(weight.group) if key is None else (id(weight.group), key(weight)) for weight in mine]
+        for run, first, stop in each.runs(keys):
+            if run is each:
+                yield run, mine, batch
+            else:
+                yield run, [weights[number] for number in run.numbers], batch[first:stop]
 
 
 def rows_of(
@@ -138,26 +176,3 @@ def rows_of(
     """Views of the rows under ``rule``, of all tensors."""
     pairs = zip(tensors, layouts, strict=True)
     return [view for tensor, layout in pairs for view in layout.rows_by_rule(tensor, rule)]
-
-
-class Addition:
-    """P6 and P7: weights decay, and directions are added to them, learning rate times a factor of each."""
-
-    def __init__(self, weights: Weights, factor: Callable[[ParamStep, Part], float]) -> None:
-        """
-        Args:
-            weights: of the step.
-            factor: of the directions of some matrices.
-        """
-        self._weights, self._factor = weights, factor
-
-    def __call__(self, parts: list[Part], directions: list[torch.Tensor]) -> None:
-        """Of the matrices of one chunk."""
-        views: dict[Options, list[tuple[torch.Tensor, torch.Tensor, float]]] = defaultdict(list)
-        for part, direction in zip(parts, directions, strict=True):
-            step = self._weights[part.item.weight]
-            factor = self._factor(step, part)
-            views[step.options] += [(*pair, factor) for pair in part.piece.pairs(step.param, direction)]
-        for options, found in views.items():
-            weights, updates, factors = zip(*found, strict=True) if found else ((), (), ())
-            elementwise.add(weights, updates, factors, options.lr, options.kept, options.cautious)

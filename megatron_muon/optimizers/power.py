@@ -53,12 +53,14 @@ class WarmStarts:
             usual: iterations from a vector of the step before.
         """
         updates = matrices.updates
-        looks = [(self._looks[param], piece) for u in updates for param, piece in zip(u.params, u.pieces, strict=True)]
+        looks = [
+            (self._looks[param], piece) for u in updates for param, piece in zip(u.params, u.slices.ranges, strict=True)
+        ]
         if all(found.get(piece, 0) >= _LOOKS for found, piece in looks):
             return usual
         stored = matrices.norms_over_rows([update.gather(update.named(state)) for update in updates])
         pairs = list(zip(stored, matrices.norms(tensors), strict=True))
-        counts = [count for update in updates for count in update.counts]
+        counts = [count for update in updates for count in update.slices.counts]
         are_missing = torch.cat([(size == 0) & (norm > 0) for size, norm in pairs]).split(counts)
         are_known = torch.cat([(size > 0) | (norm > 0) for size, norm in pairs]).split(counts)
         found_out = [torch.stack([each.any() for each in are_missing]), torch.stack([each.all() for each in are_known])]

@@ -51,7 +51,7 @@ class ZeroWeights:
         Raises:
             ConfigError: naming the weight's kind and shape, and the way out.
         """
-        keys = {key for update in matrices.updates for key in zip(update.params, update.pieces, strict=True)}
+        keys = {key for update in matrices.updates for key in zip(update.params, update.slices.ranges, strict=True)}
         if keys <= self._seen:
             return
         self._seen |= keys
@@ -59,7 +59,7 @@ class ZeroWeights:
         zeros = torch.stack([(radius == 0).any() for radius in radii]).tolist()
         for update, is_zero in zip(matrices.updates, zeros, strict=True):
             if is_zero:
-                kind = update.pieces[0].layout.kind
+                kind = update.slices.ranges[0].layout.kind
                 raise ConfigError(
                     f"{self._what} with a {kind} weight whose {update.rows} x {update.columns} matrix is all zeros: it "
                     f"would stay so for ever. Use {self._way_out}, other initial weights, or --muon-param-rule "

@@ -15,16 +15,18 @@ it is the solution, which no lambda gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
+from megatron_muon.engine.callbacks import Read, Reduce, Write
 from megatron_muon.engine.plan import MatrixSlice
-from megatron_muon.optimizers.matrices import Update, is_some, row_norms, side_by_side
+from megatron_muon.engine.slices import Slices
+from megatron_muon.optimizers.matrices import Update, is_some, row_norms
+from megatron_muon.optimizers.param_step import alike
 from megatron_muon.optimizers.power import store_vector, top_singular
 from megatron_muon.optimizers.sizes import ZeroWeights
 from megatron_muon.optimizers.stages import Variant, Work, init_rows
@@ -185,16 +187,16 @@ class SpectralSphere(Variant):
             work.engine.visit(self._finisher(work, solves), some)
 
     def _preparer(self, work: Work, solves: Solves) -> Write:
-        def prepare(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
-            matrices = work.matrices(parts, slots, reduce)
+        def prepare(slices: Sequence[Slices], batches: Sequence[torch.Tensor], reduce: Reduce) -> None:
+            matrices = work.matrices(slices, batches, reduce)
             updates = matrices.updates
             norms = matrices.norms([row_norms(update.mix(), wide=True) for update in updates], wide=True)
             weights = [update.gather(update.params) for update in updates]
             iterations = work.iterations(matrices, weights, LEFT, _ITERATIONS)
             found = zip(updates, norms, *top_singular(matrices, weights, LEFT, iterations), strict=True)
-            solves[parts[0].item] = [self._begin(*each) for each in found]
+            solves[slices[0].items[0]] = [self._begin(*each) for each in found]
             if not self.radius:
-                self._zeros.refuse(matrices, [solve.radius for solve in solves[parts[0].item]])
+                self._zeros.refuse(matrices, [solve.radius for solve in solves[slices[0].items[0]]])
 
         return prepare
 
@@ -213,9 +215,9 @@ class SpectralSphere(Variant):
         return _Solve(norm.to(size.dtype), left, right, size, radius, value, value)
 
     def _evaluator(self, work: Work, solves: Solves, number: int) -> Write:
-        def evaluate(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
-            matrices = work.matrices(parts, directions, reduce)
-            found = list(zip(solves[parts[0].item], matrices.updates, strict=True))
+        def evaluate(slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> None:
+            matrices = work.matrices(slices, directions, reduce)
+            found = list(zip(solves[slices[0].items[0]], matrices.updates, strict=True))
             sums = matrices.sums([each.left * (update.direction @ each.right) for each, update in found])
             for (each, update), h in zip(found, sums, strict=True):
                 each.take(update.direction, h, number)
@@ -223,11 +225,11 @@ class SpectralSphere(Variant):
         return evaluate
 
     def _finisher(self, work: Work, solves: Solves) -> Write:
-        def finish(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
-            updates = work.matrices(parts, slots, reduce).updates
-            for each, update in zip(solves[parts[0].item], updates, strict=True):
-                if pairs := update.pairs(update.params, each.result().mul_(each.radius)):
-                    weights, steps = zip(*pairs, strict=True)
+        def finish(slices: Sequence[Slices], batches: Sequence[torch.Tensor], reduce: Reduce) -> None:
+            updates = work.matrices(slices, batches, reduce).updates
+            for each, update in zip(solves[slices[0].items[0]], updates, strict=True):
+                weights, steps = update.pairs(update.params, each.result().mul_(each.radius))
+                if weights:
                     add_(weights, steps, -update.options.lr)
                 # Without a gradient, or singular vectors, h is 0 at every lambda: it stays where it was.
                 update.store(update.named(MULTIPLIER), torch.where(each.has_problem, each.value, each.start))
@@ -238,10 +240,10 @@ class SpectralSphere(Variant):
 def _shifted(work: Work, solves: Solves) -> Read:
     """Packs G + lambda Theta with |G|_F = 1. A gradient of zeros stays one: its weight does not move."""
 
-    def shifted(parts: list[Part], slots: list[torch.Tensor]) -> None:
-        work.read(parts, slots)
-        batches = [batch for _, batch in side_by_side(work.weights, parts, slots)]
-        for each, batch in zip(solves[parts[0].item], batches, strict=True):
+    def shifted(slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
+        work.read(slices, batches)
+        runs = alike(work.weights, slices, batches)
+        for each, (_, _, batch) in zip(solves[slices[0].items[0]], runs, strict=True):
             there = is_some(each.norm)
             batch.mul_(torch.where(there, 1.0 / each.norm, 0.0))
             batch.addcmul_(each.left * torch.where(there, each.value, 0.0), each.right.mT)

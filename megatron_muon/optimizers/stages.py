@@ -24,7 +24,8 @@ import torch
 
 from megatron_muon.choices import VARIANTS
 from megatron_muon.config import MuonConfig
-from megatron_muon.engine.callbacks import Part, Reduce
+from megatron_muon.engine.callbacks import Reduce
+from megatron_muon.engine.slices import Slices
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.matrices import Matrices
 from megatron_muon.optimizers.param_step import ParamStep
@@ -53,10 +54,10 @@ class Work(Protocol):
     def run(self) -> None:
         """As plain Muon does it, with the other hooks of the variant."""
 
-    def read(self, parts: list[Part], slots: list[torch.Tensor]) -> None:
+    def read(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
         """See :data:`megatron_muon.engine.callbacks.Read`: packs u, after :meth:`Variant.transform`."""
 
-    def matrices(self, parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> Matrices:
+    def matrices(self, slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> Matrices:
         """What variants see of a chunk, in a :data:`megatron_muon.engine.callbacks.Write`."""
 
     def iterations(self, matrices: Matrices, tensors: Sequence[torch.Tensor], state: str, usual: int) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.engine.callbacks import Part, Reduce, Write
+from megatron_muon.engine.callbacks import Reduce, Write
+from megatron_muon.engine.plan import MatrixSlice
+from megatron_muon.engine.slices import Slices
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.agreement import agree
 from megatron_muon.optimizers.balls import ball_directions
@@ -17,16 +20,14 @@ from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.groups import Rate, options_of
 from megatron_muon.optimizers.handled import STEP, Marks, refuse_elsewhere
 from megatron_muon.optimizers.matrices import Matrices, matrices_of
-from megatron_muon.optimizers.param_step import Addition, ParamStep, pack, update_momentum
+from megatron_muon.optimizers.param_step import ParamStep, add, damp, pack, update_momentum
 from megatron_muon.optimizers.power import WarmStarts, spectrally_normalize
 from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.scalar_rows import restart_emptied, step_scalar_rows
 from megatron_muon.optimizers.sizes import normalize
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM, scale_factor
-from megatron_muon.routing.layout import MSIGN, layout_of
-
-__all__ = ["EngineStep", "Step", "Stepped"]
+from megatron_muon.routing.layout import MSIGN
 
 
 class Stepped(Protocol):
@@ -63,6 +64,7 @@ class Step:
         self.optimizer = optimizer
         self.params = [param for group in optimizer.param_groups for param in group["params"]]
         self._groups: list[list[ParamStep]] = []
+        self._watched: list[ParamStep] = []  # with more state than momentum
         self._pending = dict.fromkeys(self.params)
         self._untold: list[torch.Tensor] | None = None
 
@@ -99,17 +101,17 @@ class Step:
                 if STEP in weight.state:
                     weight.state[STEP] += 1
                 alike[weight.layout.direction, own_dtype(weight.param.dtype)].append(weight)
-            update_momentum(weights)
             step_scalar_rows(weights)
         self._untold = [] if self.optimizer.sends else None
         self.tell([param for param in self._pending if param.grad is None])
         # All matrices of one direction together, in the same order on all ranks.
         for (direction, dtype), engine in self._engines.items():
-            self.optimizer.variant.update(EngineStep(self, engine, direction, alike[direction, dtype]))
+            work = EngineStep(self, engine, direction, alike[direction, dtype])
+            self.optimizer.variant.update(work)
+            work.update_momentum()  # of a variant that has not looked at it
         self.tell_untold()
         self.tell(list(self._pending))
-        watched = (weight.state for weights in self._groups for weight in weights)
-        self.optimizer.marks.leave(tensor for state in watched for tensor in self._watched_in(state))
+        self.optimizer.marks.leave(tensor for weight in self._watched for tensor in self._watched_in(weight.state))
 
     def tell(self, params: list[torch.Tensor]) -> None:
         """Tell that weights are as the step leaves them; later, if others wait for messages first."""
@@ -127,17 +129,16 @@ class Step:
         self.tell(untold)
 
     def _watched_in(self, state: dict[str, Any]) -> list[torch.Tensor]:
-        if len(state) == 1:  # momentum alone
-            return []
         return [state[name] for name in self.optimizer.watched if name in state]
 
     def _notice(self, weights: list[ParamStep]) -> None:
         """Find out what somebody else has made of the state since the last step."""
-        marks = self.optimizer.marks
-        touched = [weight for weight in weights if marks.are_touched(self._watched_in(weight.state))]
+        marks, watched = self.optimizer.marks, [weight for weight in weights if len(weight.state) > 1]
+        touched = [weight for weight in watched if marks.are_touched(self._watched_in(weight.state))]
         for weight in touched:
             self.optimizer.starts.forget(weight.param)
         restart_emptied([(weight.param, weight.state) for weight in touched if STEP in weight.state])
+        self._watched += watched
 
 
 class EngineStep:
@@ -156,6 +157,7 @@ class EngineStep:
         self.step, self.engine, self.direction = step, engine, direction
         self.weights: Mapping[int, ParamStep] = dict(enumerate(weights))
         self._optimizer = step.optimizer
+        self._has_momentum = False
         if direction == MSIGN and engine.shares:
             sharing = self._optimizer.engines.sharing
             assert sharing is not None
@@ -165,45 +167,65 @@ class EngineStep:
     def run(self) -> None:
         """As the optimizer does it: orthogonalized once, or in a ball of entries, rows or columns."""
         if self.direction != MSIGN:
-            self._update_in_balls()
-        elif self.engine.shares:
-            self._update_with_others()
+            self.engine.visit(self._update_in_balls)
+            return
+        # Each matrix is read just once: its momentum is updated when it is packed.
+        first, self._has_momentum = not self._has_momentum, True
+        if self.engine.shares:
+            self._update_with_others(first)
         else:
-            self.engine.run(self.read, self._telling(self._writer()))
+            self.engine.run(lambda slices, batches: self._pack(slices, batches, first), self._telling(self._write))
 
-    def read(self, parts: list[Part], slots: list[torch.Tensor]) -> None:
-        """Pack the momentum, or Nesterov's mix of gradient and momentum."""
-        pack(self.weights, self._optimizer.variant.transform, parts, slots)
+    def read(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
+        """Pack the momentum, or Nesterov's mix of gradient and momentum, after the variant's ``transform``."""
+        self.update_momentum()
+        self._pack(slices, batches, False)
 
-    def matrices(self, parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> Matrices:
+    def matrices(self, slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> Matrices:
         """What variants see of a chunk."""
-        return matrices_of(self.weights, parts, directions, reduce, self._optimizer.engines.shard)
+        self.update_momentum()
+        return matrices_of(self.weights, slices, directions, reduce, self._optimizer.engines.shard)
 
     def iterations(self, matrices: Matrices, tensors: Sequence[torch.Tensor], state: str, usual: int) -> int:
         """See :meth:`megatron_muon.optimizers.power.WarmStarts.iterations`."""
         return self._optimizer.starts.iterations(matrices, tensors, state, usual)
 
-    def _update_with_others(self) -> None:
+    def update_momentum(self) -> None:
+        """Let the momentum of all weights take in their gradients, if it has not yet in this step."""
+        if not self._has_momentum:
+            self._has_momentum = True
+            for _, weights in itertools.groupby(self.weights.values(), lambda weight: id(weight.group)):
+                update_momentum(list(weights))
+
+    def _pack(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor], first: bool) -> None:
+        pack(self.weights, slices, batches, first=first)
+        self._optimizer.variant.transform(batches)
+        damp(self.weights, slices, batches)
+
+    def _update_with_others(self, first: bool) -> None:
         """By a plan for the weights of all data-parallel ranks, whether they have gradients or not."""
-        mine, add = self.weights, self._writer()
 
-        def of_mine(parts: list[Part], slots: list[torch.Tensor]) -> tuple[list[Part], list[torch.Tensor]]:
-            pairs = [pair for pair in zip(parts, slots, strict=True) if pair[0].item.weight in mine]
-            return [part for part, _ in pairs], [slot for _, slot in pairs]
+        def cut(
+            slices: Sequence[Slices], batches: Sequence[torch.Tensor]
+        ) -> Iterator[tuple[Slices, torch.Tensor, bool]]:
+            for each, batch in zip(slices, batches, strict=True):
+                for run, first, stop in each.runs([number in self.weights for number in each.numbers]):
+                    yield run, batch[first:stop], run.numbers[0] in self.weights
 
-        def read(parts: list[Part], slots: list[torch.Tensor]) -> None:
-            for part, slot in zip(parts, slots, strict=True):
-                if part.item.weight not in mine:
-                    slot.zero_()  # a weight without gradient: the others count on its matrices
-            self.read(*of_mine(parts, slots))
+        def read(slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
+            for run, batch, is_mine in cut(slices, batches):
+                if is_mine:
+                    self._pack([run], [batch], first)
+                else:
+                    batch.zero_()  # a weight without gradient: the others count on its matrices
 
         before = self.engine.plan.before_shared
 
-        def write(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
-            some, of_some = of_mine(parts, directions)
-            if some:
-                add(some, of_some, reduce)
-            if any(part.item not in before for part in parts):
+        def write(slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> None:
+            mine = [(run, batch) for run, batch, is_mine in cut(slices, directions) if is_mine]
+            if mine:
+                self._write([run for run, _ in mine], [batch for _, batch in mine], reduce)
+            if slices[0].items[0] not in before:
                 self.step.tell_untold()
 
         self.engine.run(read, self._telling(write))
@@ -212,47 +234,40 @@ class EngineStep:
         """Tells of each weight when all its matrices have been handed out."""
         left = self.engine.parts.copy()
 
-        def writing(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
-            write(parts, directions, reduce)
-            left.subtract(part.item.weight for part in parts)
-            done = dict.fromkeys(part.item.weight for part in parts if not left[part.item.weight])
-            self.step.tell([self.weights[number].param for number in done if number in self.weights])
+        def writing(slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> None:
+            write(slices, directions, reduce)
+            done = []
+            for number in itertools.chain.from_iterable(each.numbers for each in slices):
+                left[number] -= 1
+                if not left[number] and number in self.weights:
+                    done.append(self.weights[number].param)
+            self.step.tell(done)
 
         return writing
 
-    def _update_in_balls(self) -> None:
-        def factor(weight: ParamStep, part: Part) -> float:
-            return layout_of(weight.param).ball_factor(part.item.columns, weight.options.ball_radius)
+    def _update_in_balls(self, slices: Sequence[Slices], blanks: Sequence[torch.Tensor], reduce: Reduce) -> None:
+        matrices = self.matrices(slices, blanks, reduce)
+        slices = [update.slices for update in matrices.updates]
+        directions = ball_directions(matrices, self.direction)
+        add(self.weights, slices, directions, self._ball_factor, lambda weight: weight.layout.kind)
 
-        add = Addition(self.weights, factor)
-
-        def look(parts: list[Part], slots: list[torch.Tensor], reduce: Reduce) -> None:
-            matrices = self.matrices(parts, slots, reduce)
-            add(parts, matrices.parts(ball_directions(matrices, self.direction)))
-
-        self.engine.visit(look)
-
-    def _writer(self) -> Write:
-        """Applies orthogonalized directions to the weights."""
-        add, variant = Addition(self.weights, self._scale), self._optimizer.variant
-
-        def write(parts: list[Part], directions: list[torch.Tensor], reduce: Reduce) -> None:
-            modes = {self.weights[part.item.weight].options.scale_mode for part in parts}
-            if not (variant.adapts or variant.retracts or modes & {UPDATE_NORM, SPECTRAL_NORM}):
-                add(parts, directions)
-                return
-            matrices = self.matrices(parts, directions, reduce)
-            batches = variant.adapt(matrices)
-            for mode in (UPDATE_NORM, SPECTRAL_NORM):
-                which = [index for index, update in enumerate(matrices.updates) if update.options.scale_mode == mode]
-                if which:
-                    some = Matrices([matrices.updates[index] for index in which], reduce)
-                    self._measure(mode, some, [batches[index] for index in which])
-            add(parts, matrices.parts(batches))
-            if variant.retracts:
-                variant.retract(matrices)
-
-        return write
+    def _write(self, slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> None:
+        """Apply orthogonalized directions to the weights."""
+        variant = self._optimizer.variant
+        modes = {weight.options.scale_mode for weight in self.weights.values()}
+        if not (variant.adapts or variant.retracts or modes & {UPDATE_NORM, SPECTRAL_NORM}):
+            add(self.weights, slices, directions, self._scale)
+            return
+        matrices = self.matrices(slices, directions, reduce)
+        batches = variant.adapt(matrices)
+        for mode in (UPDATE_NORM, SPECTRAL_NORM):
+            which = [index for index, update in enumerate(matrices.updates) if update.options.scale_mode == mode]
+            if which:
+                some = Matrices([matrices.updates[index] for index in which], reduce)
+                self._measure(mode, some, [batches[index] for index in which])
+        add(self.weights, [update.slices for update in matrices.updates], batches, self._scale)
+        if variant.retracts:
+            variant.retract(matrices)
 
     def _measure(self, mode: str, matrices: Matrices, directions: list[torch.Tensor]) -> None:
         """Give directions the size that a scale mode derives from their norm, in place."""
@@ -261,7 +276,10 @@ class EngineStep:
         else:
             spectrally_normalize(matrices, directions, self._optimizer.starts)
 
-    def _scale(self, weight: ParamStep, part: Part) -> float:
-        item, options = part.item, weight.options
-        factor = scale_factor(options.scale_mode, item.rows, item.columns, self._optimizer.hidden_size)
-        return factor * options.extra_scale_factor
+    def _scale(self, weight: ParamStep, item: MatrixSlice) -> float:
+        factor = scale_factor(weight.options.scale_mode, item.rows, item.columns, self._optimizer.hidden_size)
+        return factor * weight.options.extra_scale_factor
+
+    @staticmethod
+    def _ball_factor(weight: ParamStep, item: MatrixSlice) -> float:
+        return weight.layout.ball_factor(item.columns, weight.options.ball_radius)

@@ -9,13 +9,14 @@ so that an update, too, has spectral norm lr R. :mod:`megatron_muon.optimizers.s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.engine.callbacks import Part, Read, Reduce, Write
+from megatron_muon.engine.callbacks import Read, Reduce, Write
+from megatron_muon.engine.slices import Slices, Tensors
 from megatron_muon.optimizers.groups import Rate
 from megatron_muon.optimizers.param_step import Weights
 from megatron_muon.optimizers.stages import Variant, Work
@@ -192,8 +193,9 @@ class _Move:
 def _weights_reader(weights: Weights) -> Read:
     """Packs the weights."""
 
-    def read(parts: list[Part], slots: list[torch.Tensor]) -> None:
-        _copy([(slot, weight) for slot, weight in _pairs(weights, parts, slots)])
+    def read(slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
+        for params, views in _pairs(weights, slices, batches):
+            torch._foreach_copy_(views, params)
 
     return read
 
@@ -201,22 +203,18 @@ def _weights_reader(weights: Weights) -> Read:
 def _weights_writer(weights: Weights) -> Write:
     """Puts new weights in the place of the old ones."""
 
-    def write(parts: list[Part], results: list[torch.Tensor], reduce: Reduce) -> None:
-        _copy([(weight, result) for result, weight in _pairs(weights, parts, results)])
+    def write(slices: Sequence[Slices], results: Sequence[torch.Tensor], reduce: Reduce) -> None:
+        for params, views in _pairs(weights, slices, results):
+            torch._foreach_copy_(params, views)
 
     return write
 
 
-def _pairs(weights: Weights, parts: list[Part], slots: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Views of batches and of the weights that they hold, of equal shapes."""
-    return [
-        (view, weight)
-        for part, slot in zip(parts, slots, strict=True)
-        for weight, view in part.piece.pairs(weights[part.item.weight].param, slot)
-    ]
-
-
-def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    if pairs:
-        targets, sources = zip(*pairs, strict=True)
-        torch._foreach_copy_(targets, sources)
+def _pairs(
+    weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Tensor]
+) -> Iterator[tuple[Tensors, Tensors]]:
+    """Views of weights and of the batches that hold their matrices, of equal shapes."""
+    for each, batch in zip(slices, batches, strict=True):
+        pairs = each.pairs([weights[number].param for number in each.numbers], batch)
+        if pairs[0]:
+            yield pairs

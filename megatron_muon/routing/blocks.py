@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from megatron_muon.routing.layout import MatrixLayout, Section
-
-__all__ = ["BlockRange", "block_rows_before", "merge", "plain", "split", "units_of"]
-
-Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class _Steps(NamedTuple):
@@ -35,12 +31,12 @@ class _Steps(NamedTuple):
     start: tuple[int, int]
     steps: tuple[tuple[int, int], ...]
 
-    def strided(self, tensor: torch.Tensor) -> tuple[tuple[int, ...], int]:
-        """Strides of the view, and how far from the tensor's first element it begins."""
-        *outer, row, column = tensor.stride()
+    def strided(self, strides: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+        """Strides of the view, by those of the tensor, and how far from the tensor's first element it begins."""
+        *outer, row, column = strides
         first = outer[0] if outer else 0
-        strides = tuple(across * first + down * row for across, down in self.steps)
-        return (*strides, column), self.start[0] * first + self.start[1] * row
+        own = tuple(across * first + down * row for across, down in self.steps)
+        return (*own, column), self.start[0] * first + self.start[1] * row
 
 
 class _Region(NamedTuple):
@@ -57,12 +53,16 @@ class _Region(NamedTuple):
     batch: _Steps
 
 
-class _View(NamedTuple):
+class View(NamedTuple):
     """Arguments of ``torch.as_strided``, with the offset from the tensor's first element."""
 
     size: tuple[int, ...]
     strides: tuple[int, ...]
     start: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The view."""
+        return tensor.as_strided(self.size, self.strides, tensor.storage_offset() + self.start)
 
 
 @dataclass(frozen=True)
@@ -85,30 +85,40 @@ class BlockRange:
     start: int
     stop: int
     first_row: int = 0
-    _known: dict[tuple[tuple[int, ...], ...], tuple[tuple[_View | None, _View | None], ...]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
-    def pairs(self, weight: torch.Tensor, batch: torch.Tensor) -> Pairs:
+    def pairs(self, weight: torch.Tensor, batch: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Views of equal shapes of a shard and of the batch that holds its matrices.
 
         Args:
             weight: (rows, columns), or (experts, rows, columns): the shard, with any strides.
-            batch: (matrices of this range, rows of each on this rank, columns), with any strides. It may have other
-                columns than the weight, and so have its views.
+            batch: (matrices of this range, rows of each on this rank, columns), with any strides.
         """
-        weight = plain(weight)
-        key = (weight.shape, weight.stride(), batch.shape, batch.stride())
-        views = self._known.get(key)
-        if views is None:
-            views = self._known[key] = tuple(self._views(weight, batch))
-        return [(_viewed(weight, its), _viewed(batch, other)) for its, other in views]
+        (weight,), offset = plain([weight]), batch.storage_offset()
+        found = []
+        for its, other in zip(*self.views(weight, batch, 0), strict=True):
+            view = (
+                weight if its is None else weight.as_strided(its.size, its.strides, weight.storage_offset() + its.start)
+            )
+            found.append((view, batch.as_strided(other.size, other.strides, offset + other.start)))
+        return found
 
-    def _views(self, weight: torch.Tensor, batch: torch.Tensor) -> Iterator[tuple[_View | None, _View | None]]:
-        """For each region the views of both; None for a tensor itself."""
+    def views(self, weight: torch.Tensor, batch: torch.Tensor, first: int) -> tuple[list[View | None], list[View]]:
+        """What gives these views of the shard (None: the shard itself), and of a batch; alike but for columns.
+
+        Args:
+            weight: as of :meth:`pairs`, or a tensor with other columns.
+            batch: as of :meth:`pairs`, with other matrices too.
+            first: number of this range's first matrix in it.
+        """
         experts = self.stop - self.start if self.layout.stacked else 1
-        for sizes, ways, others in self._regions(experts, weight.size(-2)):
-            yield _view(weight, sizes, ways), _view(batch, sizes, others)
+        theirs: list[View | None] = []
+        mine: list[View] = []
+        for sizes, way, other in self._regions(experts, weight.size(-2)):
+            view = View((*sizes, weight.size(-1)), *way.strided(weight.stride()))
+            theirs.append(None if view == (weight.shape, weight.stride(), 0) else view)
+            strides, start = other.strided(batch.stride())
+            mine.append(View((*sizes, batch.size(-1)), strides, start + first * batch.stride(0)))
+        return theirs, mine
 
     def _regions(self, experts: int, rows: int) -> Iterator[_Region]:
         """The rows of this range in a shard of so many experts of the range, and rows of each."""
@@ -120,7 +130,7 @@ class BlockRange:
         else:
             found = self._periods(experts, rows // layout.period)
         for sizes, *both in found:
-            kept = [index for index, size in enumerate(sizes) if size != 1]
+            kept = [index for index, size in enumerate(sizes) if size != 1 or index == len(sizes) - 1]
             yield _Region(
                 tuple(sizes[index] for index in kept),
                 *(_Steps(way.start, tuple(way.steps[index] for index in kept)) for way in both),
@@ -167,20 +177,12 @@ def _across(first: int, row: int = 0) -> _Steps:
     return _Steps((first, row), ((1, 0), (0, 1)))
 
 
-def _view(tensor: torch.Tensor, sizes: tuple[int, ...], steps: _Steps) -> _View | None:
-    view = _View((*sizes, tensor.size(-1)), *steps.strided(tensor))
-    return None if view == (tensor.shape, tensor.stride(), 0) else view
-
-
-def _viewed(tensor: torch.Tensor, how: _View | None) -> torch.Tensor:
-    return tensor if how is None else tensor.as_strided(how.size, how.strides, tensor.storage_offset() + how.start)
-
-
-def plain(weight: torch.Tensor) -> torch.Tensor:
-    """The memory of a weight: TransformerEngine's ``GroupedTensor`` of experts forbids all views but the flat one."""
-    if type(weight) in _PLAIN or not weight.is_contiguous():
-        return weight
-    return weight.detach().view(-1).view(weight.shape)
+def plain(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The memory of weights: TransformerEngine's ``GroupedTensor`` of experts forbids all views but the flat one."""
+    return [
+        weight if type(weight) in _PLAIN or not weight.is_contiguous() else weight.detach().view(-1).view(weight.shape)
+        for weight in weights
+    ]
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

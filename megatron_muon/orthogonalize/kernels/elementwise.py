@@ -47,10 +47,20 @@ def pack(momenta: _Tensors, grads: _Tensors, slots: _Tensors, momentum: float | 
         return
     if not momenta:
         return
-    grads = [grad.to(own.dtype) for grad, own in zip(grads, momenta, strict=True)]
+    if grads[0].dtype != momenta[0].dtype:
+        grads = [grad.to(own.dtype) for grad, own in zip(grads, momenta, strict=True)]
     if momentum is not None:
         torch._foreach_lerp_(momenta, grads, 1.0 - momentum)
-    torch._foreach_copy_(slots, torch._foreach_lerp(grads, momenta, nesterov) if nesterov != 1.0 else momenta)
+    if nesterov == 1.0:
+        torch._foreach_copy_(slots, momenta)
+    elif momenta[0].is_cuda:
+        torch._foreach_copy_(slots, torch._foreach_lerp(grads, momenta, nesterov))
+    else:  # without a copy of all of them
+        for own, grad, slot in zip(momenta, grads, slots, strict=True):
+            if slot.dtype == own.dtype:
+                torch.lerp(grad, own, nesterov, out=slot)
+            else:
+                slot.copy_(torch.lerp(grad, own, nesterov))
 
 
 def add(
