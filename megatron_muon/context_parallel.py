@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-__all__ = ["balanced_positions", "gathered"]
-
 
 def balanced_positions(length: int, rank: int, ranks: int, device: torch.device | None = None) -> torch.Tensor:
     """Where the ``length`` tokens of a rank stand in the sequence: (length,) int64.

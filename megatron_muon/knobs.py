@@ -10,9 +10,6 @@ from typing import Any
 
 from megatron_muon.choices import OPTIMIZERS, PARAM_CHOICES, VARIANTS, parse_param_rule, parse_transfer
 
-__all__ = ["EVERY_OPTIMIZER", "boolean", "coefficient_triples", "decay", "knob", "known_coefficients", "known_variant"]
-__all__ += ["not_negative", "number", "one_of", "param_rules", "positive", "text", "transfer_base", "whole"]
-
 EVERY_OPTIMIZER: tuple[str, ...] = ()
 """Readers of a knob that acts with Megatron's own optimizers, too."""
 

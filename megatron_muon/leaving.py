@@ -8,8 +8,6 @@ import logging
 import os
 import sys
 
-__all__ = ["LEAVING", "LeaveAtOnce"]
-
 
 class LeaveAtOnce:
     """Ends the process where Python would take itself down: after all threads and all other functions of ``atexit``.

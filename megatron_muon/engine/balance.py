@@ -19,8 +19,6 @@ from megatron_muon.engine.shards import Shard
 from megatron_muon.routing.layout import BALLS, SCALAR, STIEFEL, layout_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
-__all__ = ["Job", "assign_owners", "cost_of_weight"]
-
 CLOSE_ENOUGH = 1000
 """Exchanges are looked for until the busiest rank has at most one part in this many more to do than the mean."""
 

@@ -9,9 +9,6 @@ from megatron_muon.engine.modes import DISTRIBUTED, GRAM, LENT, LOCAL, SPLIT
 from megatron_muon.engine.plan import BatchKey, Plan
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["describe", "iteration_of"]
-
-
 _WAYS = {LOCAL: "whole on this rank", LENT: "lent by others ({})", SPLIT: "split with others ({})"}
 
 

@@ -12,8 +12,6 @@ from megatron_muon.engine.packing import even_part, triangle_numel
 from megatron_muon.engine.plan import Batch, Chunk, Plan
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["Choice", "matrices_by_mode", "predict"]
-
 Choice = tuple[str, int, int]
 """(mode, or :data:`megatron_muon.engine.modes.LOCAL`; rows and columns of a logical matrix)."""
 

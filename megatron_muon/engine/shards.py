@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-__all__ = ["Shard", "shard_of"]
-
 
 @dataclass(frozen=True)
 class Shard:

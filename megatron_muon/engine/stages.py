@@ -16,8 +16,6 @@ from megatron_muon.engine.planner import Policy, Stages
 from megatron_muon.engine.prediction import predict
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["in_stages"]
-
 _MORE = 1.02
 """A plan in stages may take so much longer, by prediction."""
 

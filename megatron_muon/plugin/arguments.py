@@ -19,8 +19,6 @@ from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.refusals import MUON, Settings, refuse
 from megatron_muon.refusals.rule import flag_of
 
-__all__ = ["PATCHES", "from_arguments", "given", "megatron_defaults"]
-
 PATCHES = Patches()
 
 

@@ -24,8 +24,6 @@ from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.orthogonalize.backends import fastest_on_all
 from megatron_muon.version import __version__
 
-__all__ = ["agree_on_plans", "agree_on_products", "compare_environments"]
-
 _PACKAGES = ("triton", "emerging-optimizers", "gram-newton-schulz", "quack-kernels", "transformer-engine")
 _VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "TORCH_BLAS_PREFER_CUBLASLT")
 

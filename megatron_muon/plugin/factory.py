@@ -43,8 +43,6 @@ from megatron_muon.routing.partition import refuse_uneven, refuse_unmatched
 from megatron_muon.routing.predicate import is_expert_parallel
 from megatron_muon.version import __version__
 
-__all__ = ["PATCHES", "among_own_ranks"]
-
 PATCHES = Patches()
 
 

@@ -12,8 +12,6 @@ import torch.distributed as dist
 from megatron_muon.agree import Ranks
 from megatron_muon.errors import ConfigError
 
-__all__ = ["device_of", "device_of_rank", "groups_of_model", "groups_or_default", "ranks_of"]
-
 
 def groups_or_default(pg_collection: Any) -> Any:
     """``pg_collection``, or for None Megatron-Core's ``ProcessGroupCollection`` of ``parallel_state``."""

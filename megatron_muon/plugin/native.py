@@ -15,8 +15,6 @@ from typing import Any
 
 from megatron_muon._patching import Patch
 
-__all__ = ["for_points", "native_targets"]
-
 _OPTIMIZER = "megatron.core.optimizer"
 _LAYER_WISE = f"{_OPTIMIZER}.layer_wise_optimizer:LayerWiseDistributedOptimizer"
 _TE_ATTENTION = "megatron.core.extensions.transformer_engine:TEDotProductAttention"

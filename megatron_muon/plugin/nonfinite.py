@@ -27,8 +27,6 @@ from megatron_muon.plugin.optimizer_state import leaves, param_states
 from megatron_muon.routing import global_names
 from megatron_muon.routing.predicate import is_expert_parallel
 
-__all__ = ["SkippedSteps", "check_gradients"]
-
 _SUSPECT, _OVERFLOW, _FAILED = 1.0, 2.0, 3.0
 """What a rank finds: a norm that is not finite, what Megatron-Core's loss scaler has seen, that it cannot step at all.
 

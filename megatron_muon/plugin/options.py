@@ -21,22 +21,6 @@ from typing import Any
 from megatron_muon.config import PREFIX, MuonConfig
 from megatron_muon.knobs import EVERY_OPTIMIZER
 
-__all__ = [
-    "ANY_OPTIMIZER",
-    "current",
-    "flag_defaults",
-    "forget",
-    "given_late",
-    "installed",
-    "of",
-    "say",
-    "supply",
-    "take_arguments",
-    "take_installed",
-    "training_arguments",
-    "without_refusal",
-]
-
 ANY_OPTIMIZER = tuple(
     field.name for field in dataclasses.fields(MuonConfig) if field.metadata["readers"] == EVERY_OPTIMIZER
 )

@@ -15,8 +15,6 @@ from megatron_muon.routing.annotate import annotate, tag
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding, is_expert_parallel
 
-__all__ = ["PATCHES", "annotate_for_buffers", "check_copies", "is_in_layer_wise_buffer"]
-
 PATCHES = Patches()
 
 _OPTIMIZER = "megatron.core.optimizer"

@@ -15,8 +15,6 @@ from megatron_muon.options import UpdateKnobs
 from megatron_muon.plugin.transfer import transfer_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
-__all__ = ["PATCHES"]
-
 PATCHES = Patches()
 
 _PREDICATE = "nonlinear_or_embedding"

@@ -15,8 +15,6 @@ from megatron_muon.plugin.groups import device_of_rank
 from megatron_muon.routing.layout import MSIGN, layout_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
-__all__ = ["share_work"]
-
 
 def share_work(layer_wise: Any, optimizers: Sequence[Any]) -> None:
     """Tell the Muon optimizers inside of a layer-wise one what all ranks hold, when weights have been shared out.

@@ -18,8 +18,6 @@ from megatron_muon.plugin.optimizer_state import leaves
 from megatron_muon.routing.layout import STIEFEL, layout_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
-__all__ = ["Tangency", "check_stiefel", "has_stiefel", "watch"]
-
 
 def has_stiefel(chunk: torch.nn.Module) -> bool:
     """Whether a model chunk has weights on the manifold."""

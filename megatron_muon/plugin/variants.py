@@ -15,8 +15,6 @@ from megatron_muon.plugin import options
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 from megatron_muon.routing.rules.linear import LORA_FACTOR
 
-__all__ = ["blockwise", "check_adapters", "describe"]
-
 _SPHERE, _ADAPTIVE = "spectral_sphere", "adaptive_muon"
 
 
