@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_muon import Muon
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.gram import gram_iteration, prescale
 from megatron_muon.orthogonalize.products import TorchProducts
+from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, WHOLE, MatrixLayout, Section
 from tests.pool import RankPool
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: there is no kernel to test")
@@ -376,9 +378,42 @@ def elementwise_views() -> None:
     assert triton_elementwise._table.cache_info().misses == 2, "addresses are the same: so is their table"
 
 
+def weights_after_steps() -> tuple[list[torch.Tensor], list[bool]]:
+    """Weights after two steps with Nesterov momentum; and of each call of a kernel, whether it took the tensors."""
+    generator, calls = torch.Generator().manual_seed(0), []
+    layouts = (WHOLE, WHOLE, WHOLE.stack(), MatrixLayout("qkv", (Section("q", 16), Section("k", 8), Section("v", 8))))
+    shapes = ((24, 40), (40, 24), (4, 24, 16), (64, 24))
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for param, layout in zip(params, layouts, strict=True):
+        setattr(param, LAYOUT_ATTRIBUTE, layout)
+    groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1, "lr": 0.02}]
+    optimizer = Muon(groups, lr=0.01, nesterov=True, fp32_matmul_prec="highest")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("pack", "add"):
+            plain = getattr(triton_elementwise, name)
+            patch.setattr(triton_elementwise, name, lambda *args, plain=plain: calls.append(plain(*args)) or calls[-1])
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator)
+            optimizer.step()
+    return [param.detach() for param in params], calls
+
+
+def elementwise_step() -> None:
+    elementwise._taken.clear()
+    torchs, calls = weights_after_steps()
+    assert not calls
+    types = (torch.float32,) * 3
+    elementwise._taken.update({(torch.device("cpu"), "pack", types), (torch.device("cpu"), "add", types[:2])})
+    own, calls = weights_after_steps()
+    assert all(calls) and len(calls) >= 6
+    assert all(map(torch.equal, own, torchs))
+
+
 def test_elementwise_kernels_give_torchs_bits(interpreter: Process) -> None:
     interpreter.run(elementwise_views)
     interpreter.run(elementwise_bits)
+    interpreter.run(elementwise_step)
 
 
 def test_kernel_is_not_imported_by_the_package() -> None:

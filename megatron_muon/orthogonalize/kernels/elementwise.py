@@ -198,7 +198,7 @@ def _samples(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[
     generator = torch.Generator().manual_seed(0)
 
     def random(dtype: torch.dtype, matrices: int) -> torch.Tensor:
-        values = torch.randn(matrices, 64, 96, generator=generator)
+        values = torch.randn(matrices, 8, 1024, generator=generator)
         magnitudes = torch.empty_like(values).uniform_(-42.0, 3.0, generator=generator)  # the smallest numbers, too
         return (values * 10.0**magnitudes).to(device, dtype)
 
