@@ -14,7 +14,7 @@ from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.param_step import ParamStep, Weights, alike
 
-__all__ = ["Matrices", "Update", "divide_", "divided", "is_some", "matrices_of", "row_norms", "signs_"]
+__all__ = ["Matrices", "Update", "divide_", "is_some", "matrices_of", "row_norms", "signs_"]
 
 ShardOf = Callable[[torch.Tensor], Shard | None]
 
@@ -149,12 +149,8 @@ class Matrices:
         pairs = zip(self._add_up(squares), tensors, strict=True)
         return [total.sqrt_().to(tensor.dtype) for total, tensor in pairs]
 
-    def row_sums(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The sum of each row of each matrix: (matrices, rows on this rank, 1) for each update."""
-        return self._over_columns([tensor.sum(dim=-1, keepdim=True) for tensor in tensors])
-
     def row_squares(self, tensors: Sequence[torch.Tensor], wide: bool = False) -> list[torch.Tensor]:
-        """The sum of the squares of each row, as :meth:`row_sums`, in float64, without a copy of the tensors."""
+        """The sum of the squares of each row, in float64: (matrices, rows on this rank, 1) for each update."""
         return self._over_columns([row_norms(tensor, wide).double().square_() for tensor in tensors])
 
     def column_squares(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -209,18 +205,9 @@ def is_some(norm: torch.Tensor) -> torch.Tensor:
     return ~(norm <= 10.0 * torch.finfo(norm.dtype).tiny ** 0.5)  # NaN counts: it must show
 
 
-def divided(tensor: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """``tensor / norm``, and zeros where there is next to no norm: what has no direction is not blown up."""
-    return tensor * _inverse(norm)
-
-
 def divide_(tensor: torch.Tensor, norm: torch.Tensor, size: float | torch.Tensor = 1.0) -> torch.Tensor:
-    """``tensor / norm * size`` in place, as :func:`divided`."""
-    return tensor.mul_(_inverse(norm) * size)
-
-
-def _inverse(norm: torch.Tensor) -> torch.Tensor:
-    return torch.where(is_some(norm), 1.0 / norm, 0.0)
+    """``tensor / norm * size`` in place, and zeros where there is next to no norm: nothing is blown up."""
+    return tensor.mul_(torch.where(is_some(norm), 1.0 / norm, 0.0) * size)
 
 
 def signs_(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_muon.optimizers.matrices import Matrices, Update, divide_, divided, is_some
+from megatron_muon.optimizers.matrices import Matrices, Update, divide_, is_some
 from megatron_muon.routing.blocks import BlockRange
 
 __all__ = ["UPDATE_LEFT", "WarmStarts", "spectrally_normalize", "store_vector", "top_singular"]
@@ -156,4 +156,4 @@ def _noise(count: int) -> torch.Tensor:
 
 
 def _unit(vectors: list[torch.Tensor], norms: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [divided(v, norm) for v, norm in zip(vectors, norms, strict=True)]
+    return [divide_(v, norm) for v, norm in zip(vectors, norms, strict=True)]

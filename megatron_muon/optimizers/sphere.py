@@ -43,7 +43,7 @@ _ITERATIONS = 3
 """Power iterations in a step: they start from the vectors of the step before."""
 
 _CHUNKS = 4
-"""So many chunks are solved at a time: the exchange of one is under way while another is computed, and what is kept of
+"""How many chunks are solved at a time: the exchange of one is under way while another is computed, and what is kept of
 a matrix between evaluations (two directions) is kept of these alone."""
 
 _FIRST_WIDTH = 0.05

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_muon.optimizers.matrices import divided
+from megatron_muon.optimizers.matrices import divide_
 from megatron_muon.orthogonalize.coefficients import coefficients
 from megatron_muon.orthogonalize.newton_schulz import newton_schulz
 from megatron_muon.orthogonalize.products import TorchProducts
@@ -191,7 +191,7 @@ def tangent(
     # Squares of gradients of 1e20 have no place in float32.
     norms = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True, dtype=torch.float64).to(gradient.dtype)
     # Always of norm 1: the direction does not depend on the gradient's scale, but the solvers' step sizes do.
-    return way.solve(weight, divided(gradient, norms), iterations or way.iterations, msign)
+    return way.solve(weight, divide_(gradient.clone(), norms), iterations or way.iterations, msign)
 
 
 @without_autocast()
