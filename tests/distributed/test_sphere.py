@@ -124,7 +124,7 @@ OTHER_MODES = [("rows, split", "gram"), ("columns, wide", "owner"), ("rows, tall
 
 
 @pytest.mark.parametrize(
-    ("ranks", "cases"), [(2, OTHER_MODES), (4, [*((name, "auto") for name in CASES), *OTHER_MODES])], ids=["2", "4"]
+    ("ranks", "cases"), [(2, OTHER_MODES), (4, [(name, "auto") for name in CASES])], ids=["2", "4"]
 )
 def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int, cases: list[tuple[str, str]]) -> None:
     """Two steps: singular vectors, multiplier and radius of the second are those that the first has left."""
