@@ -18,9 +18,9 @@ __all__ = ["Matrices", "Update", "divide_", "is_some", "matrices_of", "row_norms
 
 ShardOf = Callable[[torch.Tensor], Shard | None]
 
-_ELEMENTS = 1 << 15
-"""How many numbers are converted to float64 at once, where their squares may have no place in float32: they fit into a
-processor's cache."""
+_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 24}
+"""How many numbers are converted to float64 at once, where their squares may have no place in float32: on CPUs they fit
+into a cache."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Update:
         dtype = torch.float64 if wide else self.direction.dtype
         found = torch.empty((*self.direction.shape[:-1], 1), dtype=dtype, device=self.direction.device)
         for tensor, norms in zip(*self.pairs(tensors, found), strict=True):
-            norms.copy_(row_norms(tensor, wide))
+            row_norms(tensor, wide, norms)
         return found
 
     def multiply(self, factor: torch.Tensor) -> None:
@@ -217,32 +217,36 @@ def signs_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.mul_(largest).mul_(largest).clamp_(-1.0, 1.0)
 
 
-def row_norms(tensor: torch.Tensor, wide: bool = False) -> torch.Tensor:
+def row_norms(tensor: torch.Tensor, wide: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
     """The norm of each row, (..., rows, 1), in one pass over (..., rows, columns).
 
     Args:
-        tensor: float32 or wider, if not ``wide``.
+        tensor: with rows of any dtype.
         wide: for gradients and momentum, which may be as large as 1e20, so that their squares have no place in
             float32: the result is in float64. torch converts what it takes norms of first, here a part at a time.
+        out: where to write them; of the dtype that they have, float64 or at least float32.
     """
-    if tensor.size(-1) == 1 and not wide:
-        return tensor.abs()
-    if not wide or tensor.dtype == torch.float64:
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        return torch.linalg.vector_norm(tensor, dim=-1, keepdim=True, dtype=dtype)
-    rows = tensor.reshape(-1, tensor.size(-1))
-    each = max(1, _ELEMENTS // max(1, rows.size(-1)))
-    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in rows.split(each)]
-    return torch.cat(norms).view(*tensor.shape[:-1], 1)
+    dtype = torch.float64 if wide else torch.promote_types(tensor.dtype, torch.float32)
+    each = _elements(tensor)
+    if not wide or tensor.dtype == dtype or tensor.numel() <= each:
+        return torch.linalg.vector_norm(tensor, dim=-1, keepdim=True, dtype=dtype, out=out)
+    rows = tensor.reshape(-1, tensor.size(-1)).split(max(1, each // tensor.size(-1)))
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=dtype) for part in rows])
+    norms = norms.view(*tensor.shape[:-1], 1)
+    return norms if out is None else out.copy_(norms)
 
 
 def _column_squares(tensor: torch.Tensor) -> torch.Tensor:
     """(matrices, 1, columns) in float64; some rows at a time."""
     found = tensor.new_zeros((tensor.size(0), 1, tensor.size(-1)), dtype=torch.float64)
-    each = max(1, _ELEMENTS // max(1, tensor.size(0) * tensor.size(-1)))
+    each = max(1, _elements(tensor) // max(1, tensor.size(0) * tensor.size(-1)))
     for part in tensor.split(each, dim=-2):
         found += part.to(torch.float64, copy=True).square_().sum(dim=-2, keepdim=True)
     return found
+
+
+def _elements(tensor: torch.Tensor) -> int:
+    return _ELEMENTS["cuda" if tensor.is_cuda else "cpu"]
 
 
 def matrices_of(
