@@ -57,18 +57,19 @@ def agree(
     if not names or engines.told:
         check()
         return
+    params = [param for group in groups for param in group["params"]]
     failure: ConfigError | None = None
     sides: dict[str, tuple[list[torch.Tensor], bytes]] = {}
     try:
         check()
-        sides = _sides(engines, [param for group in groups for param in group["params"]], directions)
+        sides = _sides(engines, params, directions)
     except ConfigError as error:
         failure = error
     meeting = names if engines.meeting is None else engines.meeting if failure else sorted(sides.keys() & {*names})
     differ = []
     for name in meeting:
         group, (shared, plans) = engines.groups[name], sides.get(name, ([], b""))
-        digest = hashlib.sha256(repr((str(failure), len(shared), _lacking(shared))).encode() + plans).digest()
+        digest = hashlib.sha256(repr((str(failure), _lacking(shared))).encode() + plans).digest()
         device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
         mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
         every = mine.new_empty(group.size(), mine.numel())
@@ -76,14 +77,11 @@ def agree(
         differ.append((every != mine).any())
     # Waits for the device, once: what is sent next depends on it.
     wrong = torch.stack(differ).tolist() if differ else []
-    names_of = {
-        each: name
-        for group in groups
-        for each, name in zip(group["params"], group.get("param_names", ()), strict=False)
-    }
+    told = sides if not any(wrong) or failure else _sides(engines, params, directions, complete=True)
+    names_of = dict(zip(params, (name for group in groups for name in group.get("param_names", ())), strict=False))
     # Of all groups before one is raised: a rank of two of them must not be missed in the second.
     problems = [
-        _problem(name, engines.groups[name], sides.get(name, ([], b""))[0], names_of, str(failure or ""))
+        _problem(name, engines.groups[name], told.get(name, ([], b""))[0], names_of, str(failure or ""))
         for name, is_wrong in zip(meeting, wrong, strict=True)
         if is_wrong
     ]
@@ -93,18 +91,23 @@ def agree(
 
 
 def _sides(
-    engines: Engines, params: Sequence[torch.Tensor], directions: Sequence[str]
+    engines: Engines, params: Sequence[torch.Tensor], directions: Sequence[str], complete: bool = False
 ) -> dict[str, tuple[list[torch.Tensor], bytes]]:
-    """For each group in which this rank exchanges something: of which weights, and the digests of this step's plans."""
+    """For each group in which this rank exchanges something: of which weights, and the digests of this step's plans.
+
+    Where all weights have a gradient they are listed only if ``complete``: no step has to know them.
+    """
     found: dict[str, tuple[list[torch.Tensor], bytes]] = {}
+    listed = complete or any(param.grad is None for param in params)
     for (direction, _), some in together(params, directions).items():
-        plan, having = engines.of(some, direction).plan, [param for param in some if param.grad is not None]
-        engine = engines.of(having, direction) if having else None
-        for name in plan.groups():
+        whole, having = engines.of(some, direction), [param for param in some if param.grad is not None]
+        engine = whole if len(having) == len(some) else engines.of(having, direction) if having else None
+        for name in whole.plan.groups():
             shared, digests = found.get(name, ([], b""))
             takes_part = engine is not None and name in engine.plan.groups()
             digests += engine.digest(name) if engine is not None and takes_part else b"none"
-            found[name] = [*shared, *(some[index] for index in plan.exchanged(name))], digests
+            exchanged = whole.plan.exchanged(name) if listed else ()
+            found[name] = [*shared, *(some[index] for index in exchanged)], digests
     return found
 
 
