@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_muon.engine.divided import distributed, gram
-from megatron_muon.engine.lent import lent, split
+from megatron_muon.engine.exchanged import lent, owner, split
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LENT, LOCAL, OWNER, SPLIT
 from megatron_muon.engine.run import Pause, RankChunk, Run, Work
-from megatron_muon.engine.whole import duplicated, local, owner
+from megatron_muon.engine.whole import duplicated, local
 
 __all__ = ["execute"]
 

@@ -13,7 +13,6 @@ __all__ = [
     "flat",
     "from_triangle",
     "interleaved",
-    "joined",
     "lower_triangle",
     "numel",
     "padded",
@@ -56,12 +55,6 @@ def cut(buffer: torch.Tensor, shapes: Iterable[Shapes]) -> list[list[torch.Tenso
             offset += numel(shape)
         found.append(views)
     return found
-
-
-def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(matrices, ...) of all pieces, some of which may have no matrices; no copy where only one has."""
-    filled = [piece for piece in pieces if piece.size(0)] or list(pieces[:1])
-    return torch.cat(filled) if len(filled) > 1 else filled[0]
 
 
 def padded(tensor: torch.Tensor, length: int) -> torch.Tensor:

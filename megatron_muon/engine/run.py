@@ -67,16 +67,19 @@ class RankChunk:
     Attributes:
         chunk: of the plan.
         rank: number of this rank in the chunk's group; 0 without one.
-        batches: those of which it holds a part, in the order in which they are packed: those of the chunk, of what is
-            lent the ones that are here. In ``owner``, unless an owner's first matrix lies within a unit of an item, a
-            batch for what each rank owns of each, rank after rank, as messages have them; a single one has that order.
-        slices: the matrices of each of these batches.
+        held: the chunk's batches of which this rank holds a part: of what is lent, those of its own weights.
+        batches: the same in the order in which they are packed. Where whole matrices are sent to ranks: what the first
+            rank gets of each, then what the second gets of each, and so on.
+        in_order: whether that is so. It is not where a rank's first matrix lies within a unit of an item.
+        slices: the matrices of each of :attr:`batches`.
         sum_group: name of the group whose ranks hold the other parts of these matrices; empty if this rank has all.
     """
 
     chunk: Chunk
     rank: int
+    held: tuple[Batch, ...]
     batches: tuple[Batch, ...]
+    in_order: bool
     slices: tuple[Slices, ...]
     sum_group: str
 
@@ -88,38 +91,34 @@ class RankChunk:
             chunk: of the plan.
             rank: number of this rank in the chunk's group.
         """
-        batches, shard, sum_group = chunk.batches, rank, chunk.group
+        held, shard, sum_group = chunk.batches, rank, chunk.group
         if chunk.mode in (LENT, SPLIT):
             # Numbers in the group count the tensor-parallel ranks of one data-parallel rank after the other.
-            first = weights[batches[0].items[0].weight]
+            first = weights[held[0].items[0].weight]
             assert first.peers is not None
-            width = len(batches[0].key.parts) // first.peers.ranks
+            width = len(held[0].key.parts) // first.peers.ranks
             place, shard = divmod(rank, width)
-            batches = tuple(batch for batch in batches if _holder(weights, batch) == place)
+            held = tuple(batch for batch in held if _holder(weights, batch) == place)
             sum_group = first.group if width > 1 else ""
-        if chunk.mode == OWNER and len(batches) > 1:
-            batches = _by_owner(batches) or batches
+        whole = chunk.mode in (OWNER, LENT)
+        batches = (_by_rank(held) if whole and len(held) > 1 else ()) or held
+        in_order = whole and (len(held) < 2 or batches is not held)
         slices = tuple(
             Slices(batch.items, tuple(item.piece(weights[item.weight], shard) for item in batch.items))
             for batch in batches
         )
-        return cls(chunk, rank, batches, slices, "" if chunk.mode == LOCAL else sum_group)
-
-    def filled(self, batches: Sequence[torch.Tensor]) -> tuple[list[Slices], list[torch.Tensor]]:
-        """The slices of batches that have matrices, and these batches."""
-        pairs = [(some, batch) for some, batch in zip(self.slices, batches, strict=True) if some.items]
-        return [some for some, _ in pairs], [batch for _, batch in pairs]
+        return cls(chunk, rank, held, batches, in_order, slices, "" if chunk.mode == LOCAL else sum_group)
 
 
-def _by_owner(batches: Sequence[Batch]) -> tuple[Batch, ...]:
-    """What the first rank owns of each batch, then what the second owns, and so on; nothing if an item would be cut."""
+def _by_rank(batches: Sequence[Batch]) -> tuple[Batch, ...]:
+    """What the first rank gets of each batch, then what the second gets, and so on; nothing if a unit would be cut."""
     rests, found = [list(batch.items) for batch in batches], []
     for rank in range(len(batches[0].counts)):
         for index, batch in enumerate(batches):
             items, rests[index] = cut_items(rests[index], batch.counts[rank])
-            found.append(replace(batch, items=tuple(items)))
-            if found[-1].count != batch.counts[rank]:
+            if sum(item.count for item in items) != batch.counts[rank]:
                 return ()
+            found += [replace(batch, items=tuple(items))] if items else []
     return tuple(found)
 
 
@@ -174,16 +173,14 @@ class Run:
         return [(batch.count, *self.stack, *batch.key.part(mine.rank)) for batch in mine.batches]
 
     def _read(self, mine: RankChunk, batches: Sequence[torch.Tensor]) -> None:
-        slices, filled = mine.filled(batches)
-        for number, read in enumerate(self.reads if slices else ()):
-            read(slices, [batch[:, number] if self.stack else batch for batch in filled])
+        for number, read in enumerate(self.reads if mine.slices else ()):
+            read(list(mine.slices), [batch[:, number] if self.stack else batch for batch in batches])
 
     def unpack(self, mine: RankChunk, batches: Sequence[torch.Tensor]) -> None:
         """Hand out this rank's part of each orthogonalized batch."""
-        slices, filled = mine.filled(batches)
-        if slices and self.write is not None:
+        if mine.slices and self.write is not None:
             exchange = self.exchanges[mine.sum_group] if mine.sum_group else None
-            self.write(slices, filled, exchange.sum if exchange else lambda tensor: tensor)
+            self.write(list(mine.slices), list(batches), exchange.sum if exchange else lambda tensor: tensor)
 
     def blanks(self, mine: RankChunk, dtype: torch.dtype) -> list[torch.Tensor]:
         """What :meth:`unpack` takes in shape and dtype, without memory."""

@@ -27,6 +27,7 @@ from tests.reference import orthogonalized
 from tools.bench.observe import LiveBytes
 
 QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
+HEADS = MatrixLayout("qkv", (Section("q", 8, matrix_rows=4), Section("k", 4, matrix_rows=4), Section("v", 4)))
 GATED = MatrixLayout("gdn", (Section("q", 6), Section("beta", 2, SCALAR)))
 EXACT = [mode for mode in MODES if mode != "blockwise"]
 PLAIN = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "scale_mode": "none"}
@@ -89,10 +90,16 @@ def directions(given: tuple[Given, ...], modes: list[str], wires: list[str]) -> 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_float32_wire_gives_the_bits_of_duplicated(pool: RankPool, world_size: int) -> None:
-    """The owner has the very matrices that every rank has in ``duplicated``, only fewer in a batch."""
-    for rank in pool.run(directions, world_size, MIXED, ["owner", "duplicated"], ["fp32"]):
-        for owner, duplicated in zip(rank["owner", "fp32"], rank["duplicated", "fp32"], strict=True):
-            assert torch.equal(owner, duplicated)
+    """The owner has the very matrices that every rank has in ``duplicated``, only fewer in a batch.
+
+    Two ranks own three each of the last weight's six heads, of which some lie in pairs: these are not packed in order.
+    Products of so small matrices are rounded otherwise in another number of them.
+    """
+    given = (*MIXED, Given((32, 12), 1, HEADS))
+    for rank in pool.run(directions, world_size, given, ["owner", "duplicated"], ["fp32"]):
+        *pairs, heads = zip(rank["owner", "fp32"], rank["duplicated", "fp32"], strict=True)
+        assert all(torch.equal(owner, duplicated) for owner, duplicated in pairs)
+        torch.testing.assert_close(*heads, rtol=0, atol=3e-5)
 
 
 def test_bfloat16_wire_rounds_what_is_sent_and_nothing_else(pool: RankPool) -> None:
@@ -433,8 +440,8 @@ def live_bytes(step: Callable[[], Any]) -> tuple[int, int]:
 # Multiples of the bound of a chunk in float32, as measured, and one more: gloo's threads may hold a message. For square
 # matrices, whose Gram matrices are as large as they are, and twice as large as a shard.
 MOST_BOUNDS = {
-    "fp32": {"auto": 9, "owner": 9, "gram": 12, "duplicated": 6.5, "distributed": 10, "blockwise": 4},
-    "bf16": {"auto": 4.5, "owner": 4.5, "duplicated": 3.5, "distributed": 6, "blockwise": 2.25},
+    "fp32": {"auto": 9, "owner": 9, "gram": 12, "duplicated": 6.5, "distributed": 10.5, "blockwise": 4},
+    "bf16": {"auto": 4.5, "owner": 4.5, "duplicated": 3.5, "distributed": 6.75, "blockwise": 2.25},
 }
 
 

@@ -197,7 +197,7 @@ def pauses(chunks: list[tuple[str, str]], kinds: dict[str, int]) -> list[tuple[s
     some = []
     for group, kind in chunks:
         numbers[group] = numbers.get(group, -1) + 1
-        some.append(RankChunk(Chunk(kind, group, ()), numbers[group], (), (), ""))
+        some.append(RankChunk(Chunk(kind, group, ()), numbers[group], (), (), False, (), ""))
     with patch.dict(executing._WORK, {kind: work(kind) for kind in kinds}):
         executing.execute(None, some)  # type: ignore[arg-type]
     return found

@@ -1,0 +1,115 @@
+"""The work on chunks whose matrices go to who orthogonalizes them, and back: one of the ranks that divide them, or
+data-parallel ranks, most of which have no part in a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from megatron_muon.engine.exchange import Members
+from megatron_muon.engine.modes import SPLIT
+from megatron_muon.engine.packing import Shapes, cut, even_part, flat, interleaved
+from megatron_muon.engine.plan import Batch
+from megatron_muon.engine.run import Pause, RankChunk, Run, Work
+
+__all__ = ["lent", "owner", "split"]
+
+_Solver = Callable[[Batch, list[torch.Tensor]], torch.Tensor]
+"""What a rank makes of the last of some batches, which it takes out of the list."""
+
+
+def owner(run: Run, mine: RankChunk) -> Work:
+    """Shards to the owners of matrices, orthogonalized shards back."""
+    return _exchanged(run, mine, _whole(run, mine), Pause.RETURN)
+
+
+def lent(run: Run, mine: RankChunk) -> Work:
+    """Matrices to other data-parallel ranks, whole ones back."""
+    return _exchanged(run, mine, _whole(run, mine), Pause.LATE)
+
+
+def split(run: Run, mine: RankChunk) -> Work:
+    """A part of the longer side of each matrix to each of several ranks, which iterate together, and back."""
+
+    def solve(batch: Batch, given: list[torch.Tensor]) -> torch.Tensor:
+        x, p, dim = given.pop(), batch.key.p, batch.key.summed_dim
+        members = Members(run.exchange(mine), _some(batch.counts))
+        rows = even_part(p, len(members.ranks), members.ranks.index(mine.rank))
+        run.counters.flops += x.size(0) * int(run.orthogonalizer.member_flops(p, x.size(dim), rows))
+        return run.orthogonalizer.split(x, members.sum, members.scatter, members.gather, dim)
+
+    return _exchanged(run, mine, solve, Pause.LATE)
+
+
+def _whole(run: Run, mine: RankChunk) -> _Solver:
+    return lambda batch, given: run.transform(batch, sum(batch.counts[: mine.rank]), given)
+
+
+def _exchanged(run: Run, mine: RankChunk, solve: _Solver, last: Pause) -> Work:
+    """All-to-all of pieces to who works on them, and back.
+
+    Args:
+        run: the step.
+        mine: the chunk.
+        solve: what this rank does of what it gets.
+        last: how it waits for what comes back.
+    """
+    exchange, rank, stack = run.exchange(mine), mine.rank, run.stack
+    ranks, held = range(exchange.size), mine.held
+    borrowed = [batch for batch in mine.chunk.batches if batch.counts[rank]]
+    # What each rank gets of this one's parts, and this one of each rank's.
+    given = [[_piece(batch, each, rank) for batch in held if batch.counts[each]] for each in ranks]
+    taken = [[_piece(batch, rank, each) for batch in borrowed if batch.key.parts[each]] for each in ranks]
+
+    def stacked(shapes: Sequence[Shapes]) -> list[Shapes]:
+        """With all tensors of each matrix that are sent to be worked on."""
+        return [[(count, *stack, *part) for count, *part in each] for each in shapes]
+
+    if mine.in_order or not held:
+        send = run.pack_together(mine, run.wire.dtype)
+    else:
+        packed = zip(run.pack(mine, run.wire.dtype), held, strict=True)
+        send = interleaved([x.split(batch.counts, _cut_dim(batch)) for x, batch in packed])
+        del packed
+    pending = exchange.all_to_all(send, stacked(given), stacked(taken))
+    del send
+    yield Pause.EXCHANGE
+    pieces = [iter(each) for each in cut(pending.wait(), stacked(taken))]
+    whole = [torch.cat([next(pieces[by]) for by in _some(b.key.parts)], dim=b.key.dim) for b in borrowed][::-1]
+    del pieces
+    results = []
+    for batch in borrowed:
+        x, holders = solve(batch, whole).to(run.wire.back), _some(batch.key.parts)
+        # What is split has one holder, and this rank but a part of it.
+        shards = [x] if len(holders) == 1 else x.split([batch.key.parts[by] for by in holders], batch.key.dim)
+        results.append(dict(zip(holders, shards, strict=True)))
+        del x, shards
+    yield Pause.COMPUTED
+    back = [shards[by] for by in ranks for shards in results if by in shards]
+    nothing = torch.empty(0, dtype=run.wire.back, device=run.wire.device)
+    pending = exchange.all_to_all(flat(back or [nothing]), taken, given)
+    del results, back
+    yield last
+    if mine.in_order:
+        run.unpack(mine, run.cut(mine, pending.wait()))
+        return
+    pieces = [iter(each) for each in cut(pending.wait(), given)]
+    run.unpack(mine, [torch.cat([next(pieces[to]) for to in _some(b.counts)], dim=_cut_dim(b)) for b in held])
+
+
+def _piece(batch: Batch, worker: int, holder: int) -> tuple[int, ...]:
+    """The shape of what one rank gets of another's part."""
+    found = [batch.count, *batch.key.part(holder)]
+    found[_cut_dim(batch)] = batch.counts[worker]
+    return tuple(found)
+
+
+def _cut_dim(batch: Batch) -> int:
+    """What is cut for those who get a piece: the batch into matrices (0), or these along their longer side."""
+    return batch.key.summed_dim if batch.key.mode == SPLIT else 0
+
+
+def _some(counts: Sequence[int]) -> list[int]:
+    """The ranks that have some."""
+    return [rank for rank, count in enumerate(counts) if count]
