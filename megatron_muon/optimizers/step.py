@@ -158,6 +158,8 @@ class EngineStep:
         self.weights: Mapping[int, ParamStep] = dict(enumerate(weights))
         self._optimizer = step.optimizer
         self._has_momentum = False
+        modes = {weight.options.scale_mode for weight in weights}
+        self._measures = not modes.isdisjoint((UPDATE_NORM, SPECTRAL_NORM))
         if direction == MSIGN and engine.shares:
             sharing = self._optimizer.engines.sharing
             assert sharing is not None
@@ -254,8 +256,7 @@ class EngineStep:
     def _write(self, slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> None:
         """Apply orthogonalized directions to the weights."""
         variant = self._optimizer.variant
-        modes = {weight.options.scale_mode for weight in self.weights.values()}
-        if not (variant.adapts or variant.retracts or modes & {UPDATE_NORM, SPECTRAL_NORM}):
+        if not (variant.adapts or variant.retracts or self._measures):
             add(self.weights, slices, directions, self._scale)
             return
         matrices = self.matrices(slices, directions, reduce)
