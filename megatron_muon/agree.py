@@ -27,8 +27,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["Ranks", "ranks_with"]
-
 _SHARED = "shared_by"
 
 

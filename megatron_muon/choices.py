@@ -2,27 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "BALLS",
-    "DIRECTIONS",
-    "NONFINITE",
-    "NS_BACKENDS",
-    "OPTIMIZERS",
-    "PARAM_CHOICES",
-    "QK_CLIP_RULES",
-    "QK_LOGITS",
-    "SCALAR_OPTIMIZERS",
-    "SCALE_MODES",
-    "SECOND_MOMENTS",
-    "STIEFEL",
-    "STIEFEL_SOLVERS",
-    "TP_MODES",
-    "VARIANTS",
-    "WEIGHT_DECAY_METHODS",
-    "parse_param_rule",
-    "parse_transfer",
-]
-
 OPTIMIZERS = ("muon", "adaptive_muon", "spectral_sphere", "stiefel_muon")
 """Values of ``--optimizer`` that are this package's; ``dist_<name>`` is Megatron's older spelling for the layer-wise
 form."""

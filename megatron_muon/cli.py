@@ -16,8 +16,6 @@ from megatron_muon.leaving import LEAVING
 from megatron_muon.plugin.telling import REFUSALS, tell
 from megatron_muon.version import __version__
 
-__all__ = ["main"]
-
 TOOLS = {
     "plot": "plot the losses of recorded runs",
     "plan": "tell from a run's flags, without GPUs, who updates what and what the optimizer costs",

@@ -31,8 +31,6 @@ from megatron_muon.options import UpdateKnobs
 from megatron_muon.refusals import MUON, Refusal, refuse
 from megatron_muon.refusals.rule import unread
 
-__all__ = ["PREFIX", "SECOND_MOMENT", "UNREAD", "MuonConfig", "flag"]
-
 PREFIX = "muon_"
 
 SECOND_MOMENT: dict[str, tuple[Any, str]] = {

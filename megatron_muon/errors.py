@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["ConfigError", "ranges", "size_text", "sizes"]
-
 _MODULES = re.compile(r"( when instantiating \w+)+$")
 
 

@@ -19,8 +19,6 @@ from megatron_muon.knobs import (
 )
 from megatron_muon.orthogonalize.newton_schulz import EPS
 
-__all__ = ["MuonOptions", "UpdateKnobs"]
-
 _SIZED = ("muon", "adaptive_muon", "stiefel_muon")
 """Values of ``--optimizer`` with which flags decide about the size of updates."""
 

@@ -13,8 +13,6 @@ from megatron_muon.engine.prediction import predict
 from megatron_muon.engine.stages import in_stages
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["WHOLE_PLANS", "choose_plan"]
-
 WHOLE_PLANS = (AUTO, OWNER, GRAM)
 """What is compared for all matrices of a group: the cheapest mode for each shape, ``owner`` and ``gram``."""
 

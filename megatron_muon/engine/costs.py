@@ -7,8 +7,6 @@ from megatron_muon.engine.packing import triangle_numel
 from megatron_muon.engine.plan import BatchKey
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["ALTERNATIVES", "cheapest_mode", "cost_of", "divides_longer"]
-
 ALTERNATIVES = (OWNER, GRAM, DISTRIBUTED)
 """What ``auto`` chooses from for each shape. ``duplicated`` would save a message where owners have less to do than that
 takes; no step of a published model is shorter by more (``tests/unit/test_auto_alternatives.py``)."""

@@ -22,8 +22,6 @@ from megatron_muon.orthogonalize.gram import prescale
 from megatron_muon.orthogonalize.newton_schulz import square_sums, turned
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["distributed", "gram"]
-
 
 def distributed(run: Run, mine: RankChunk) -> Work:
     """Each rank keeps its part; Gram matrices are summed."""

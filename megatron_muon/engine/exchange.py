@@ -14,8 +14,6 @@ import torch.distributed as dist
 
 from megatron_muon.engine.packing import Shapes, numel
 
-__all__ = ["Counters", "Exchange", "Members", "Pending"]
-
 
 @dataclass
 class Counters:

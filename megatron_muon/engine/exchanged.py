@@ -13,8 +13,6 @@ from megatron_muon.engine.packing import Shapes, cut, even_part, flat, interleav
 from megatron_muon.engine.plan import Batch
 from megatron_muon.engine.run import Pause, RankChunk, Run, Work
 
-__all__ = ["lent", "owner", "split"]
-
 _Solver = Callable[[Batch, list[torch.Tensor]], torch.Tensor]
 """What a rank makes of the last of some batches, which it takes out of the list."""
 

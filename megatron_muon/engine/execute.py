@@ -16,8 +16,6 @@ from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LENT, LOCA
 from megatron_muon.engine.run import Pause, RankChunk, Run, Work
 from megatron_muon.engine.whole import duplicated, local
 
-__all__ = ["execute"]
-
 _WORK: dict[str, Callable[[Run, RankChunk], Work]] = {
     LOCAL: local,
     OWNER: owner,

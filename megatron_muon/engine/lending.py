@@ -21,8 +21,6 @@ from megatron_muon.engine.plan import Batch, BatchKey, Chunk, MatrixSlice, Peers
 from megatron_muon.engine.planner import Policy, items_of
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["Lending", "lend"]
-
 WORTHWHILE = 0.95
 """Nothing is lent unless the busiest rank then needs at most this part of its time."""
 

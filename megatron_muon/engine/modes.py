@@ -26,9 +26,6 @@ from dataclasses import dataclass
 
 from megatron_muon.choices import TP_MODES
 
-__all__ = ["AUTO", "BLOCKWISE", "DISTRIBUTED", "DUPLICATED", "GRAM", "LENT", "LOCAL", "MODES", "OWNER", "SPLIT", "Cost"]
-__all__ += ["Machine", "Sizes"]
-
 MODES = AUTO, OWNER, GRAM, DUPLICATED, DISTRIBUTED, BLOCKWISE = TP_MODES
 
 LOCAL = "local"

@@ -6,18 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-__all__ = [
-    "Shapes",
-    "cut",
-    "even_part",
-    "flat",
-    "from_triangle",
-    "interleaved",
-    "lower_triangle",
-    "numel",
-    "padded",
-]
-
 Shapes = Sequence[tuple[int, ...]]
 """Of tensors that lie one after the other."""
 

@@ -16,8 +16,6 @@ from megatron_muon.engine.modes import DISTRIBUTED, GRAM, LOCAL
 from megatron_muon.routing.blocks import BlockRange
 from megatron_muon.routing.layout import MatrixLayout
 
-__all__ = ["Batch", "BatchKey", "Chunk", "MatrixSlice", "Peers", "Plan", "Weight"]
-
 
 @dataclass(frozen=True)
 class Peers:

@@ -31,8 +31,6 @@ from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.blocks import block_rows_before, units_of
 from megatron_muon.routing.layout import SCALAR, Block
 
-__all__ = ["Policy", "Stages", "check_weight", "cut_items", "items_of", "make_plan"]
-
 Stages = Mapping[str, Mapping[int, int]]
 """For a group's name (empty: matrices that are whole on the rank) the stage of each bucket."""
 

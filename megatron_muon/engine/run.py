@@ -18,8 +18,6 @@ from megatron_muon.engine.planner import cut_items
 from megatron_muon.engine.slices import Slices
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["Pause", "RankChunk", "Run", "Wire", "Work"]
-
 
 class Pause(enum.Enum):
     """Where the work on a chunk may rest while other chunks go on.

@@ -21,8 +21,6 @@ from megatron_muon.engine.run import RankChunk, Run, Wire
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
-__all__ = ["StepEngine"]
-
 MEBIBYTE = 1 << 20
 
 CHUNK_MB = {"cuda": 256.0, "cpu": 16.0}

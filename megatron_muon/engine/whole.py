@@ -7,8 +7,6 @@ import torch
 from megatron_muon.engine.packing import cut, numel, padded
 from megatron_muon.engine.run import Pause, RankChunk, Run, Work
 
-__all__ = ["duplicated", "local"]
-
 
 def local(run: Run, mine: RankChunk) -> Work:
     """Matrices that this rank holds whole."""

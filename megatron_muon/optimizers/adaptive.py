@@ -12,8 +12,6 @@ from megatron_muon.config import SECOND_MOMENT, MuonConfig
 from megatron_muon.optimizers.matrices import Matrices, Update, row_norms, signs_
 from megatron_muon.optimizers.stages import Variant, init_rows
 
-__all__ = ["NAMO", "AdaMuon", "AdaMuonEO", "NorMuon", "SecondMoment"]
-
 
 class SecondMoment(Variant):
     """What these variants share.

@@ -12,8 +12,6 @@ import torch.distributed as dist
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import Engines, together
 
-__all__ = ["agree", "unequal_gradients"]
-
 
 def unequal_gradients(weight: str, having: Sequence[int], lacking: Sequence[int], of: str = "") -> str:
     """Why ranks that share a weight stop together.

@@ -18,8 +18,6 @@ import torch
 from megatron_muon.optimizers.matrices import Matrices, signs_
 from megatron_muon.routing.layout import COLUMN_NORM, ROW_NORM
 
-__all__ = ["ball_directions"]
-
 
 def ball_directions(matrices: Matrices, direction: str) -> list[torch.Tensor]:
     """The direction of each update, from its momentum.

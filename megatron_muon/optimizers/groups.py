@@ -14,8 +14,6 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 
-__all__ = ["Options", "Rate", "check_names", "check_numbers", "options_of"]
-
 OPTIONAL = ("nesterov", "scale_mode", "extra_scale_factor", "weight_decay_method", "ball_radius")
 """What a group may have of its own; without, the optimizer's holds. All other options that it may have are always in
 it (``torch.optim.Optimizer.defaults``)."""

@@ -10,8 +10,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_muon.errors import ConfigError, sizes
 
-__all__ = ["STEP", "Marks", "refuse_elsewhere"]
-
 STEP = "step"
 """Name of the count of updates in state and in param groups: no tensor of a weight, and it stays on the host."""
 

@@ -17,7 +17,7 @@ from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import Engines
-from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, Rate, check_names, check_numbers
+from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, check_names, check_numbers
 from megatron_muon.optimizers.handled import STEP, Marks
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
 from megatron_muon.optimizers.registry import variant_of
@@ -25,13 +25,12 @@ from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_row
 from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.optimizers.step import Step
 from megatron_muon.options import MuonOptions, UpdateKnobs
+from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.refusals import MUON, refuse
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
-
-__all__ = ["Muon"]
 
 _ATTRIBUTES = "attributes of weights"
 """Key in the state of a copy (:meth:`Muon.__getstate__`): what the weights carry, such as their layout."""

@@ -11,8 +11,6 @@ import torch
 from megatron_muon.optimizers.matrices import Matrices, Update, divide_, is_some
 from megatron_muon.routing.blocks import BlockRange
 
-__all__ = ["UPDATE_LEFT", "WarmStarts", "spectrally_normalize", "store_vector", "top_singular"]
-
 UPDATE_LEFT = "update_left_vector"
 """State of ``--muon-scale-mode spectral_norm``: the top left singular vector of the last update, a number a row."""
 

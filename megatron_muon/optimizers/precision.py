@@ -9,8 +9,6 @@ import torch
 
 from megatron_muon.config import MuonConfig
 
-__all__ = ["Precision", "own_dtype", "precision_of"]
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -11,8 +11,6 @@ from megatron_muon.optimizers.stages import Variant
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.refusals import Settings
 
-__all__ = ["VARIANTS", "register_variant", "variant_asked_for", "variant_of"]
-
 VARIANTS: dict[str, type[Variant]] = {
     "none": Variant,
     **{cls.name: cls for cls in (Variant, PolarGrad, Hyperball, AdaMuon, AdaMuonEO, NorMuon, NAMO, SpectralSphere)},

@@ -13,13 +13,10 @@ import torch
 
 from megatron_muon.engine.plan import Weight
 from megatron_muon.errors import ConfigError
-from megatron_muon.optimizers.groups import Rate
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.param_step import ParamStep, rows_of
-from megatron_muon.orthogonalize.kernels.elementwise import add_
+from megatron_muon.orthogonalize.kernels.elementwise import Rate, add_
 from megatron_muon.routing.layout import SCALAR, layout_of
-
-__all__ = ["SECOND_MOMENT", "check_scalar_rows", "restart_emptied", "step_scalar_rows"]
 
 SECOND_MOMENT = "exp_avg_sq"
 """Name of the state that Adam's rows need; of the whole weight's shape, so that it is saved and resharded as it is."""

@@ -12,8 +12,6 @@ from megatron_muon.optimizers.matrices import Matrices, divide_
 from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.routing.blocks import BlockRange
 
-__all__ = ["Hyperball", "PolarGrad", "ZeroWeights", "normalize"]
-
 RADIUS = "radius"
 """State of Hyperball."""
 

@@ -33,8 +33,6 @@ from megatron_muon.optimizers.stages import Variant, Work, init_rows
 from megatron_muon.orthogonalize.kernels.elementwise import add_
 from megatron_muon.routing.layout import MSIGN
 
-__all__ = ["SpectralSphere", "evaluations"]
-
 LEFT = "left_singular_vector"
 RADIUS = "sphere_radius"
 MULTIPLIER = "sphere_multiplier"

@@ -31,8 +31,6 @@ from megatron_muon.optimizers.matrices import Matrices
 from megatron_muon.optimizers.param_step import ParamStep
 from megatron_muon.routing.layout import BALLS, MSIGN
 
-__all__ = ["Variant", "Work", "init_rows"]
-
 
 def init_rows(param: torch.Tensor, state: dict[str, Any], *names: str) -> None:
     """Create what is missing of state that has one number for each row of a weight; 0: not yet.

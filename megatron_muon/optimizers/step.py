@@ -17,7 +17,7 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.agreement import agree
 from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.engines import Engines
-from megatron_muon.optimizers.groups import Rate, options_of
+from megatron_muon.optimizers.groups import options_of
 from megatron_muon.optimizers.handled import STEP, Marks, refuse_elsewhere
 from megatron_muon.optimizers.matrices import Matrices, matrices_of
 from megatron_muon.optimizers.param_step import ParamStep, add, damp, pack, update_momentum
@@ -26,6 +26,7 @@ from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.scalar_rows import restart_emptied, step_scalar_rows
 from megatron_muon.optimizers.sizes import normalize
 from megatron_muon.optimizers.stages import Variant
+from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM, scale_factor
 from megatron_muon.routing.layout import MSIGN
 

@@ -17,16 +17,14 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Read, Reduce, Write
 from megatron_muon.engine.slices import Slices, Tensors
-from megatron_muon.optimizers.groups import Rate
 from megatron_muon.optimizers.param_step import Weights
 from megatron_muon.optimizers.stages import Variant, Work
 from megatron_muon.optimizers.stiefel_solvers import PLACING_STEPS, SOLVERS, Msign, defect, tangency, tangent
 from megatron_muon.orthogonalize.backends import choose_products
+from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.routing.layout import STIEFEL, layout_of
-
-__all__ = ["StiefelMuon"]
 
 _OFF = 1e-3
 """How far from the manifold a weight counts as one that comes from elsewhere: rounding leaves 1e-6."""

@@ -26,8 +26,6 @@ from megatron_muon.orthogonalize.newton_schulz import newton_schulz
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.switches import without_autocast
 
-__all__ = ["PLACING_STEPS", "SIGN_STEPS", "SOLVERS", "Msign", "Solver", "defect", "msign", "tangency", "tangent"]
-
 SIGN_STEPS = 10
 """Newton-Schulz steps of a matrix sign: singular values above 3e-4 of the Frobenius norm come to 1 in all digits."""
 

@@ -10,8 +10,6 @@ import math
 from functools import cache
 from typing import get_args
 
-__all__ = ["CUSTOM", "Coefficients", "coefficient_types", "coefficients", "parse_triple"]
-
 CUSTOM = "custom"
 """Name that stands for coefficients given by the user."""
 

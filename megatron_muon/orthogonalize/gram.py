@@ -15,8 +15,6 @@ from megatron_muon.orthogonalize.coefficients import Coefficients
 from megatron_muon.orthogonalize.products import TorchProducts, is_exact, shifted_
 from megatron_muon.orthogonalize.switches import without_autocast
 
-__all__ = ["gram_iteration", "polynomial_of_gram", "prescale", "segments"]
-
 
 def segments(coefficients: Coefficients, restarts: tuple[int, ...]) -> list[Coefficients]:
     """The coefficients of each run of steps between restarts."""

@@ -10,9 +10,6 @@ from megatron_muon.orthogonalize.coefficients import Coefficients
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.switches import without_autocast
 
-__all__ = ["EPS", "Reduce", "newton_schulz", "normalized", "split_iteration", "square_sums", "standard_iteration"]
-__all__ += ["turned"]
-
 EPS = 1e-15
 """Default of the lower bound of norms. Updates do not depend on the gradient's scale, and global clipping may bring
 that to 1e-9 and less where one weight's gradient is huge: 1e-7, which others use, would all but stop the others. What

@@ -21,8 +21,6 @@ from megatron_muon.orthogonalize.newton_schulz import (
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.restarts import best_restarts
 
-__all__ = ["Method", "Orthogonalizer"]
-
 
 @dataclass(frozen=True)
 class Method:

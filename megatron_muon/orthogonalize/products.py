@@ -12,9 +12,6 @@ import torch
 
 from megatron_muon.orthogonalize.switches import float32_is_exact
 
-__all__ = ["BlockProducts", "TorchProducts", "is_exact", "shifted_"]
-
-
 BLOCKS = 4
 """Fewer save little, more hardly more: two do 3/4 of the work, four 5/8, eight 9/16."""
 

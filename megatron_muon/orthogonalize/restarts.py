@@ -16,8 +16,6 @@ import torch
 
 from megatron_muon.orthogonalize.coefficients import Coefficients
 
-__all__ = ["CONDITION_LIMIT", "PERTURBATION", "best_restarts", "condition"]
-
 PERTURBATION = 4e-4
 """By how much an eigenvalue of the float16 Gram matrix of a matrix of norm 1 can come out too small: the value of the
 authors of Gram Newton-Schulz (products are summed in float32 and rounded once)."""

@@ -6,8 +6,6 @@ import math
 
 from megatron_muon.choices import SCALE_MODES
 
-__all__ = ["MOONLIGHT_HIDDEN", "SPECTRAL_NORM", "UPDATE_NORM", "scale_factor"]
-
 UPDATE_NORM = "update_norm"
 SPECTRAL_NORM = "spectral_norm"
 """The modes whose factors depend on the update, not on its shape alone: on its Frobenius or its spectral norm."""
