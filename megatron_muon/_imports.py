@@ -1,4 +1,4 @@
-"""What is to be done after the import of a module, whoever imports it: a hook on ``sys.meta_path``."""
+"""Calls functions after the import of a module, whoever imports it: a hook on ``sys.meta_path``."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class _AfterImports(importlib.abc.MetaPathFinder):
         self._actions: dict[str, list[Action]] = {}
 
     def call(self, module: str, action: Action) -> None:
-        """Call ``action`` with the module whenever it has been imported; what that raises, the import does."""
+        """Call ``action`` with the module whenever it has been imported; what the action raises, the import raises."""
         self._actions.setdefault(module, []).append(action)
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
     def forget(self, action: Action) -> None:
-        """Call it no more."""
+        """Call ``action`` no more, after whichever import."""
         left = {name: [each for each in actions if each != action] for name, actions in self._actions.items()}
         self._actions = {name: actions for name, actions in left.items() if actions}
         if not self._actions and self in sys.meta_path:
@@ -50,13 +50,13 @@ class _AfterImports(importlib.abc.MetaPathFinder):
         return None
 
     def imported(self, module: ModuleType) -> None:
-        """Do what is to be done."""
+        """Call the actions of a module that has just been imported."""
         for action in list(self._actions.get(module.__name__, ())):
             action(module)
 
 
 class _Loader(importlib.abc.Loader):
-    """A module's own loader, and what comes after it."""
+    """A module's own loader, after which the actions are called."""
 
     def __init__(self, loader: Any, finder: _AfterImports) -> None:
         self._loader, self._finder = loader, finder

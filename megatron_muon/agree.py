@@ -113,7 +113,7 @@ class Ranks:
         return [pickle.loads(outcome.value) for outcome in outcomes]
 
     def by_number[T](self, work: Callable[[], T]) -> dict[int, T]:
-        """The same, by the numbers that the ranks have in the run."""
+        """The results of ``work`` on every rank, by the rank's number in the run; fails as :meth:`gather` does."""
         return dict(self.gather(lambda: (dist.get_rank() if self.groups else 0, work())))
 
     def together[T](self, work: Callable[[], T]) -> T:
@@ -209,8 +209,8 @@ def _message(error: BaseException) -> str:
 
 
 def _pickled(error: BaseException, message: str) -> bytes:
-    """``error`` as other ranks can have it."""
-    vars(error).pop(_SHARED, None)  # of fewer ranks
+    """``error``, pickled so that other ranks can load it."""
+    vars(error).pop(_SHARED, None)  # an earlier agreement was among fewer ranks
     try:
         payload = pickle.dumps(error)
         if _message(pickle.loads(payload)) == message:  # an exception with arguments of its own may lose its message

@@ -1,4 +1,4 @@
-"""Names that flags take as values, and how their text is read. Nothing else: every package may know them."""
+"""Names that flags take as values, and how their text is read. Imports nothing, so that every package may import it."""
 
 from __future__ import annotations
 

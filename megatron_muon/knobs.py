@@ -38,7 +38,7 @@ def knob(
 
 
 def one_of(*values: str, hints: dict[str, str] | None = None) -> Callable[[Any], str | None]:
-    """Only these values; hints say more about some others."""
+    """Only these values; ``hints`` has messages for some others."""
 
     def check(value: Any) -> str | None:
         if value in values:
@@ -57,7 +57,7 @@ def whole(least: int, usual: str = "") -> Callable[[Any], str | None]:
 
 
 def number(holds: Callable[[float], bool], wanted: str) -> Callable[[Any], str | None]:
-    """Only finite numbers for which this holds; ``wanted`` describes them."""
+    """Only finite numbers for which ``holds`` is true; ``wanted`` describes them."""
 
     def check(value: Any) -> str | None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -72,17 +72,17 @@ decay = number(lambda value: 0 <= value < 1, "number from 0 to below 1 (0.95 is 
 
 
 def text(value: Any) -> str | None:
-    """A path, or an empty string."""
+    """Only a path, or an empty string."""
     return None if isinstance(value, str) else "give a path, or an empty string for none"
 
 
 def boolean(value: Any) -> str | None:
-    """True or False."""
+    """Only True or False."""
     return None if isinstance(value, bool) else "give True or False"
 
 
 def known_coefficients(value: Any) -> str | None:
-    """A set of coefficients by name."""
+    """Only the name of a set of coefficients."""
     from megatron_muon.orthogonalize.coefficients import CUSTOM, coefficient_types
 
     names = (*coefficient_types(), CUSTOM)
@@ -90,12 +90,12 @@ def known_coefficients(value: Any) -> str | None:
 
 
 def known_variant(value: Any) -> str | None:
-    """A variant by name; users may have registered some."""
+    """Only the name of a variant, be it one that a user has registered."""
     return one_of(*VARIANTS)(value)
 
 
 def coefficient_triples(value: Any) -> str | None:
-    """Texts ``a,b,c``."""
+    """Only a list of strings ``a,b,c``."""
     from megatron_muon.orthogonalize.coefficients import parse_triple
 
     if not isinstance(value, (tuple, list)) or not all(isinstance(triple, str) for triple in value):
@@ -108,7 +108,7 @@ def coefficient_triples(value: Any) -> str | None:
 
 
 def transfer_base(value: Any) -> str | None:
-    """``WIDTHxDEPTH``, or an empty string."""
+    """Only ``WIDTHxDEPTH``, or an empty string."""
     if value == "":
         return None
     try:
@@ -119,7 +119,7 @@ def transfer_base(value: Any) -> str | None:
 
 
 def param_rules(value: Any) -> str | None:
-    """Texts ``GLOB=CHOICE``."""
+    """Only a list of strings ``GLOB=CHOICE``."""
     if not isinstance(value, (tuple, list)) or not all(isinstance(rule, str) for rule in value):
         return "give a list of GLOB=CHOICE strings"
     for rule in value:

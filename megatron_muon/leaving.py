@@ -12,8 +12,8 @@ import sys
 class LeaveAtOnce:
     """Ends the process where Python would take itself down: after all threads and all other functions of ``atexit``.
 
-    What is registered first is called last. So there is one, made when the package is imported and before that imports
-    torch: multiprocessing ends its processes by a function of ``atexit``, and weakref removes temporary folders by one.
+    ``atexit`` calls last what was registered first. So the one object is made when the package is imported, before that
+    imports torch: multiprocessing and weakref have functions there that end processes and remove temporary folders.
 
     Threads of gloo may still be giving back what they have sent. One that asks for the interpreter's lock while Python
     takes itself down is ended by Python in a way that aborts the process ("terminate called without an active

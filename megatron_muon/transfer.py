@@ -45,7 +45,7 @@ BASE_ATTRIBUTE = "muon_transfer"
 
 @dataclass(frozen=True)
 class Role:
-    """What a weight is to the rule.
+    """What a weight is in the model, as far as the rule of transfer depends on it.
 
     Attributes:
         kind: :data:`TABLE` (rows are looked up), :data:`READOUT` (the output layer), :data:`MATRIX`, :data:`VECTOR`,
@@ -102,7 +102,7 @@ class Transfer:
         return (1.0 if role.kind in (READOUT, SELECTOR) else 1.0 / self.width) / self.damping_depth(role)
 
     def damping_depth(self, role: Role) -> float:
-        """By what eps is divided for depth: what ends a branch gets its gradient without the 1 / L of the branch."""
+        """The divisor of eps for depth: what ends a branch gets its gradient without the 1 / L of the branch."""
         return self.depth if role.in_layer and not role.ends_branch else 1.0
 
 

@@ -30,8 +30,8 @@ class Job:
     Attributes:
         cost: operations of one update.
         size: elements that it takes in the owner's part of its bucket.
-        bucket: where it lies.
-        owner: the rank that has it so far.
+        bucket: number of the bucket of the gradient buffer that it lies in.
+        owner: the rank that owns it so far.
         movable: whether another rank may have it.
     """
 
@@ -53,8 +53,8 @@ def cost_of_weight(
     Args:
         param: 2-D, or a 3-D stack of experts; annotated, see :mod:`megatron_muon.routing`.
         shard: how tensor parallelism divides it; None if it is whole. Its ranks share the work.
-        steps: of Newton-Schulz.
-        stiefel: operations of one p x q matrix on the Stiefel manifold.
+        steps: number of Newton-Schulz steps.
+        stiefel: gives the operations for one p x q matrix on the Stiefel manifold.
 
     Returns:
         The sum over its logical matrices, without rows under the scalar optimizer's rule; 0 for a weight that Muon does
@@ -111,7 +111,7 @@ def assign_owners(jobs: Sequence[Job], ranks: int, room: Sequence[int]) -> list[
 
 
 class _Assignment:
-    """Who has what, with the sums that follow from it."""
+    """Which rank owns which job, with the load and the used room of each rank."""
 
     def __init__(self, jobs: Sequence[Job], ranks: int, room: Sequence[int]) -> None:
         self.jobs, self.ranks, self.room = jobs, ranks, room
@@ -154,7 +154,7 @@ class _Assignment:
         return min(fitting, key=lambda rank: (self.loads[rank], taken[rank], rank), default=None)
 
     def by_bucket(self, rank: int) -> dict[int, list[int]]:
-        """The movable jobs of a rank in each bucket, one of each kind: the others like it would do the same."""
+        """The movable jobs of a rank in each bucket, only one of those with the same cost and size."""
         found: dict[int, list[int]] = {}
         seen = set()
         for index in sorted(self.held[rank]):
@@ -171,7 +171,7 @@ class _Assignment:
         return max(self.loads[self.owners[index]] - more, self.loads[rank] + more)
 
     def can_exchange(self, index: int, other: int, rank: int) -> bool:
-        """Whether there is room for that on both sides."""
+        """Whether there is room if ``rank`` takes job ``index`` and gives job ``other`` for it (-1: nothing)."""
         job, owner = self.jobs[index], self.owners[index]
         if other < 0:
             return self.fits(job, rank)

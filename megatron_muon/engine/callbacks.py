@@ -15,7 +15,7 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Sums a tensor over the ranks that hold the other parts of the same matrices; may change it."""
 
 Write = Callable[[Sequence[Slices], Sequence[torch.Tensor], Reduce], None]
-"""Takes the batches of orthogonalized matrices, (matrices, rows, columns) on this rank, free to be changed."""
+"""Takes the batches of orthogonalized matrices, (matrices, rows, columns) on this rank, and may change them."""
 
 Solve = Callable[[list[int], list[torch.Tensor]], torch.Tensor]
 """Computes one batch of whole matrices from several of their shape (matrices, m, n): of which weights the matrices

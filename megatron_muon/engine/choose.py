@@ -30,7 +30,7 @@ def choose_plan(
     may differ in the weights of another, and must choose alike.
 
     Args:
-        weights: of this rank; with ``places`` those of all ranks of the groups.
+        weights: the weights of this rank; if there are ``places``, those of all ranks of these groups.
         policy: mode and bounds.
         orthogonalizer: knows what each shape costs.
         places: this rank's number in each data-parallel group whose ranks orthogonalize for one another.
@@ -50,7 +50,7 @@ def choose_plan(
         mine = [(key, item) for key, item in items if key.group == group]
 
         def seconds(mode: str, mine: list[tuple[BatchKey, MatrixSlice]] = mine, group: str = group) -> float:
-            """Of the busiest rank of the group that divides these."""
+            """Predicted time of the busiest rank of a group if all its matrices are exchanged in one mode."""
             plan = make_plan(weights, dataclasses.replace(policy, mode=mode), orthogonalizer, items=mine)
             ranks = range(len(mine[0][0].parts))
             costs = (predict(plan, orthogonalizer, policy.sizes, {group: rank}) for rank in ranks)
@@ -68,7 +68,7 @@ def _made(
     items: Sequence[tuple[BatchKey, MatrixSlice]],
     shared: Sequence[Chunk],
 ) -> Plan:
-    """With as many stages as pay."""
+    """The plan in the given modes, in as many stages as pay off."""
 
     def make(stages: Stages) -> Plan:
         return make_plan(weights, policy, orthogonalizer, modes, stages, items, shared)

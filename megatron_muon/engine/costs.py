@@ -21,14 +21,14 @@ def divides_longer(key: BatchKey) -> bool:
 
 
 def cost_of(mode: str, key: BatchKey, count: int, orthogonalizer: Orthogonalizer, sizes: Sizes) -> Cost:
-    """Of the busiest rank, if the matrices are a chunk of their own and their parts are of equal sizes.
+    """What the busiest rank does for matrices that are a chunk of their own and are divided evenly.
 
     Args:
-        mode: an exact one.
-        key: of the matrices, whatever its own mode is.
-        count: of matrices.
-        orthogonalizer: knows the operations.
-        sizes: of elements that are sent.
+        mode: any but ``auto`` and ``blockwise``.
+        key: of the matrices; its own mode is ignored.
+        count: number of matrices.
+        orthogonalizer: knows what each shape costs.
+        sizes: bytes of the elements that are sent.
     """
     p, q = sorted((key.m, key.n))
     ranks = len(key.parts)
@@ -56,11 +56,11 @@ def cheapest_mode(
     """The one of :data:`ALTERNATIVES` that takes the least time by :func:`cost_of`; ties go to the first.
 
     Args:
-        key: of the matrices, whatever its own mode is.
-        count: of matrices.
-        orthogonalizer: knows the operations.
-        sizes: of elements that are sent.
-        machine: its rates.
+        key: of the matrices; its own mode is ignored.
+        count: number of matrices.
+        orthogonalizer: knows what each shape costs.
+        sizes: bytes of the elements that are sent.
+        machine: rates that turn operations and bytes into seconds.
         without: a mode that is not to be chosen.
     """
     has_gram = divides_longer(key) and len(set(key.parts)) == 1 and orthogonalizer.restarts is not None

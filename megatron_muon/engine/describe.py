@@ -16,7 +16,7 @@ def describe(plan: Plan, orthogonalizer: Orthogonalizer, ranks: Mapping[str, int
     """What one rank's step consists of.
 
     Args:
-        plan: of its step.
+        plan: the plan of the step.
         orthogonalizer: the iteration.
         ranks: the rank's number in each group.
 

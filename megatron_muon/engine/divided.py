@@ -24,7 +24,7 @@ from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 
 def distributed(run: Run, mine: RankChunk) -> Work:
-    """Each rank keeps its part; Gram matrices are summed."""
+    """Iterate on shards that stay where they are; Gram matrices are summed over the ranks in each step."""
     orthogonalizer, exchange = run.orthogonalizer, run.exchange(mine)
     shards = yield from _normalized(run, mine, [1.0] * len(mine.batches))
     # Partial sums are added in float32: bfloat16 loses bits.
@@ -52,9 +52,9 @@ def _standard_step(
 
 
 def gram(run: Run, mine: RankChunk) -> Work:
-    """Partial Gram matrices to their owners, polynomials back."""
+    """Send partial Gram matrices to their owners, which send polynomials of the sums back."""
     orthogonalizer, exchange, batches = run.orthogonalizer, run.exchange(mine), mine.batches
-    # Triangles of what each rank owns.
+    # The shapes of the triangles of Gram matrices that each rank owns.
     triangles = [
         [(batch.counts[rank], triangle_numel(batch.key.p)) for batch in batches] for rank in range(exchange.size)
     ]
@@ -83,8 +83,8 @@ def gram(run: Run, mine: RankChunk) -> Work:
 def _polynomials(
     run: Run, mine: RankChunk, partial: torch.Tensor, segment: int, scales: Sequence[float]
 ) -> torch.Tensor:
-    """Those of the matrices that this rank owns, as triangles in one buffer, from the ranks' partial Gram matrices."""
-    # Sums of partial Gram matrices in float32 at least.
+    """The polynomials of this rank's matrices, as triangles in one buffer, from the ranks' partial Gram matrices."""
+    # Partial Gram matrices are added in float32 at least.
     wide = torch.promote_types(partial.dtype, torch.float32)
     total = partial.sum(dim=0, dtype=wide).to(run.orthogonalizer.dtype)
     own = [(batch.counts[mine.rank], triangle_numel(batch.key.p)) for batch in mine.batches]
@@ -103,7 +103,7 @@ def _multiply(
     triangles: Sequence[Shapes],
     scales: Sequence[float],
 ) -> None:
-    """The shards of each batch by the polynomials of all ranks, in place of the list's."""
+    """Multiply the shards of each batch by the polynomials from all ranks; the products replace them in the list."""
     received = [cut(buffer, [each])[0] for buffer, each in zip(gathered, triangles, strict=True)]
     for index, pieces in enumerate(zip(*received, strict=True)):
         q = from_triangle(torch.cat(pieces), mine.batches[index].key.p).to(run.orthogonalizer.dtype)
@@ -113,7 +113,7 @@ def _multiply(
 def _normalized(run: Run, mine: RankChunk, scales: list[float]) -> Generator[Pause, None, list[torch.Tensor]]:
     """This rank's shards, divided by the norms of the whole matrices, times a scale for each batch.
 
-    The last dimension is the one that ranks share: those that share rows are views of their transposes.
+    The ranks share the last dimension of the results: where they share rows, these are views of the transposes.
     """
     packed = run.pack(mine, run.local_dtype)
     squares = [square_sums(x) for x in packed]

@@ -104,14 +104,14 @@ class Exchange:
         return Pending(tensor, self._start(dist.all_reduce, tensor), None)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks, in place, at once."""
+        """The sum over the ranks, in place; waits for it."""
         return self.all_reduce(tensor).wait()
 
     def _start(self, collective: Callable[..., dist.Work | None], *args: Any) -> dist.Work | None:
         return collective(*args, group=self.group, async_op=True) if self.sends else None
 
     def count(self, sent: float) -> None:
-        """Of one collective more."""
+        """Count one more collective, in which this rank sends ``sent`` bytes."""
         self.counters.collectives += 1
         self.counters.bytes += sent
 
@@ -132,16 +132,16 @@ class Members:
         self._own = self.ranks.index(exchange.rank)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Over the ranks: for a few numbers, which each sends whole."""
+        """The sum over the ranks. Each sends all of its tensor to all others: for a few numbers."""
         return sum_of(self._trade([tensor] * len(self.ranks), [tensor.shape] * len(self.ranks)))
 
     def scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of the sum."""
+        """This rank's rows of the sum over the ranks."""
         pieces = list(tensor.tensor_split(len(self.ranks), dim=-2))
         return sum_of(self._trade(pieces, [pieces[self._own].shape] * len(pieces)))
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """All rows of square matrices, from those of each rank."""
+        """All rows of square matrices, from the rows that each rank has."""
         whole = rows.new_empty(rows.size(0), rows.size(-1), rows.size(-1))
         shapes = [piece.shape for piece in whole.tensor_split(len(self.ranks), dim=-2)]
         return torch.cat(self._trade([rows] * len(self.ranks), shapes), dim=-2)
@@ -169,7 +169,7 @@ class Members:
 
 
 def sum_of(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """In their order, so that all ranks get the same bits."""
+    """The sum of tensors, added in the order of the list so that all ranks get the same bits."""
     total = pieces[0].clone()
     for piece in pieces[1:]:
         total += piece

@@ -14,21 +14,21 @@ from megatron_muon.engine.plan import Batch
 from megatron_muon.engine.run import Pause, RankChunk, Run, Work
 
 _Solver = Callable[[Batch, list[torch.Tensor]], torch.Tensor]
-"""What a rank makes of the last of some batches, which it takes out of the list."""
+"""Computes a batch from the last tensor of a list, and takes that out of the list so that its memory can be freed."""
 
 
 def owner(run: Run, mine: RankChunk) -> Work:
-    """Shards to the owners of matrices, orthogonalized shards back."""
+    """Send shards to the owners of matrices, which send orthogonalized shards back."""
     return _exchanged(run, mine, _whole(run, mine), Pause.RETURN)
 
 
 def lent(run: Run, mine: RankChunk) -> Work:
-    """Matrices to other data-parallel ranks, whole ones back."""
+    """Send matrices to other data-parallel ranks, which send them back orthogonalized."""
     return _exchanged(run, mine, _whole(run, mine), Pause.LATE)
 
 
 def split(run: Run, mine: RankChunk) -> Work:
-    """A part of the longer side of each matrix to each of several ranks, which iterate together, and back."""
+    """Send several ranks a part of the longer side of each matrix; they iterate together and send their parts back."""
 
     def solve(batch: Batch, given: list[torch.Tensor]) -> torch.Tensor:
         x, p, dim = given.pop(), batch.key.p, batch.key.summed_dim
@@ -45,23 +45,23 @@ def _whole(run: Run, mine: RankChunk) -> _Solver:
 
 
 def _exchanged(run: Run, mine: RankChunk, solve: _Solver, last: Pause) -> Work:
-    """All-to-all of pieces to who works on them, and back.
+    """Send pieces of matrices to the ranks that work on them, and results back, by one all-to-all each.
 
     Args:
-        run: the step.
+        run: what the work on every chunk needs.
         mine: the chunk.
-        solve: what this rank does of what it gets.
-        last: how it waits for what comes back.
+        solve: computes the results of the pieces that this rank gets.
+        last: the pause while the results of this rank's own matrices are on their way.
     """
     exchange, rank, stack = run.exchange(mine), mine.rank, run.stack
     ranks, held = range(exchange.size), mine.held
     borrowed = [batch for batch in mine.chunk.batches if batch.counts[rank]]
-    # What each rank gets of this one's parts, and this one of each rank's.
+    # The shapes that each rank gets of this rank's parts, and that this rank gets of each rank's.
     given = [[_piece(batch, each, rank) for batch in held if batch.counts[each]] for each in ranks]
     taken = [[_piece(batch, rank, each) for batch in borrowed if batch.key.parts[each]] for each in ranks]
 
     def stacked(shapes: Sequence[Shapes]) -> list[Shapes]:
-        """With all tensors of each matrix that are sent to be worked on."""
+        """The shapes with a dimension for the tensors of each matrix, see :attr:`Run.stack`."""
         return [[(count, *stack, *part) for count, *part in each] for each in shapes]
 
     if mine.in_order or not held:
@@ -79,7 +79,7 @@ def _exchanged(run: Run, mine: RankChunk, solve: _Solver, last: Pause) -> Work:
     results = []
     for batch in borrowed:
         x, holders = solve(batch, whole).to(run.wire.back), _some(batch.key.parts)
-        # What is split has one holder, and this rank but a part of it.
+        # A split matrix has one holder, and this rank has only a part of it.
         shards = [x] if len(holders) == 1 else x.split([batch.key.parts[by] for by in holders], batch.key.dim)
         results.append(dict(zip(holders, shards, strict=True)))
         del x, shards
@@ -97,17 +97,17 @@ def _exchanged(run: Run, mine: RankChunk, solve: _Solver, last: Pause) -> Work:
 
 
 def _piece(batch: Batch, worker: int, holder: int) -> tuple[int, ...]:
-    """The shape of what one rank gets of another's part."""
+    """The shape of what rank ``worker`` gets of the part of rank ``holder``."""
     found = [batch.count, *batch.key.part(holder)]
     found[_cut_dim(batch)] = batch.counts[worker]
     return tuple(found)
 
 
 def _cut_dim(batch: Batch) -> int:
-    """What is cut for those who get a piece: the batch into matrices (0), or these along their longer side."""
+    """The dimension in which a batch is cut: between matrices (0), or, in ``split``, along their longer side."""
     return batch.key.summed_dim if batch.key.mode == SPLIT else 0
 
 
 def _some(counts: Sequence[int]) -> list[int]:
-    """The ranks that have some."""
+    """The ranks whose count is not 0."""
     return [rank for rank, count in enumerate(counts) if count]

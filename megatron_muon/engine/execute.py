@@ -35,7 +35,7 @@ def execute(run: Run, chunks: Sequence[RankChunk]) -> None:
     """Orthogonalize all matrices of some chunks, or do with them what the run's ``solve`` does.
 
     Args:
-        run: what it takes.
+        run: what the work on every chunk needs.
         chunks: in the order of the plan. Those of one group are the same on all its ranks; so is the order of chunks
             of several groups on ranks that share them.
     """
@@ -44,13 +44,13 @@ def execute(run: Run, chunks: Sequence[RankChunk]) -> None:
     turns = {group: _turns(run, [mine for mine in chunks if mine.chunk.group == group], late) for group in groups}
     begun: set[str] = set()
     for index, group in enumerate(groups):
-        for each in groups[index : index + 2]:  # the first message of the next group, too
+        for each in groups[index : index + 2]:  # the first message of the next group is sent early, too
             if each not in begun:
                 begun.add(each)
                 next(turns[each])
         next(turns[group])
         if index and groups[index - 1] not in groups[index:]:
-            next(turns[groups[index - 1]], None)  # what came back of its last chunk
+            next(turns[groups[index - 1]], None)  # write the results of the group's last chunk
     if groups:
         next(turns[groups[-1]], None)
     for work in late:
@@ -60,8 +60,8 @@ def execute(run: Run, chunks: Sequence[RankChunk]) -> None:
 def _turns(run: Run, chunks: Sequence[RankChunk], late: list[Work]) -> Iterator[None]:
     """The work on the chunks of one group.
 
-    Yields when the first has begun, and when each is computed; what then is left is to write results of the last one.
-    Those that are late are added to ``late``.
+    Yields when the first has begun, and when each is computed; after that the results of the last one are written. Work
+    that pauses with :attr:`Pause.LATE` is added to ``late``, and finished by the caller.
     """
     waiting = (_WORK[mine.chunk.mode](run, mine) for mine in chunks)
     computing: deque[Work] = deque()

@@ -28,7 +28,7 @@ CLOSE_ENOUGH = 0.01
 """Matrices move until the busiest rank has at most this part more to do than the mean."""
 
 COLUMNS = 32
-"""Matrices are split between so many columns, where they can be: kernels like it."""
+"""Matrices are split at multiples of this many columns, where that is possible: kernels like such widths best."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Lending:
     """Who orthogonalizes what, in all data-parallel groups of some weights.
 
     Attributes:
-        weights: of all ranks.
-        kept: what stays with its holder.
-        chunks: what does not, of each group of :class:`megatron_muon.engine.plan.Peers`.
-        flops: operations of each rank for the weights of a group, numbered tensor first, before and after; even shares
-            assumed of what tensor-parallel ranks divide.
+        weights: the weights of all ranks.
+        kept: the matrices that their holder orthogonalizes itself.
+        chunks: the other matrices, by the name of their group (:class:`megatron_muon.engine.plan.Peers`).
+        flops: for each group the operations of each rank, numbered tensor first, before and after matrices are lent.
+            What tensor-parallel ranks divide counts as divided evenly.
     """
 
     weights: tuple[Weight, ...]
@@ -49,7 +49,11 @@ class Lending:
     flops: Mapping[str, tuple[list[float], list[float]]]
 
     def kept_by(self, places: Mapping[str, int]) -> list[tuple[BatchKey, MatrixSlice]]:
-        """What a rank does for itself, by its number in each group."""
+        """The matrices that a rank orthogonalizes for itself.
+
+        Args:
+            places: the rank's number in each group.
+        """
         peers = [weight.peers for weight in self.weights]
         return [
             (key, item)
@@ -58,7 +62,7 @@ class Lending:
         ]
 
     def chunks_of(self, groups: Mapping[str, int]) -> list[Chunk]:
-        """What the ranks of some groups do for one another."""
+        """The chunks of matrices that the ranks of some groups orthogonalize for one another."""
         return [chunk for group in sorted(self.chunks) if group in groups for chunk in self.chunks[group]]
 
 
@@ -67,7 +71,7 @@ def lend(weights: tuple[Weight, ...], policy: Policy, orthogonalizer: Orthogonal
     """Let busy ranks lend matrices to idle ones, for as long as that relieves the busiest.
 
     Args:
-        weights: of all ranks, with their peers; without, a rank's own.
+        weights: the weights of all ranks, with their peers; those without peers stay with this rank.
         policy: mode, sizes and rates.
         orthogonalizer: knows what each shape costs.
 
@@ -95,7 +99,7 @@ def lend(weights: tuple[Weight, ...], policy: Policy, orthogonalizer: Orthogonal
 
 
 def _level(lots: list[_Lot], peers: Peers, policy: Policy, orthogonalizer: Orthogonalizer) -> _Levels:
-    """The best of what comes of splitting into at most 1, 2, 4, ... parts; the fewest where that is as good."""
+    """The best assignment with matrices split into at most 1, 2, 4, ... parts; with as few parts as are as good."""
     before = _Levels(lots, peers, policy, orthogonalizer)
     best, seconds = before, WORTHWHILE * before.busiest
     if peers.ranks == 1 or not before.busiest or policy.mode == BLOCKWISE:
@@ -115,9 +119,9 @@ class _Lot:
     """Matrices of one block of one weight.
 
     Attributes:
-        key: of them, at their holder.
-        item: all of them.
-        peers: of the weight.
+        key: the key that they have at their holder.
+        item: all the matrices of the block.
+        peers: the data-parallel ranks of the weight.
     """
 
     key: BatchKey
@@ -148,11 +152,11 @@ class _Levels:
     policy: Policy
     orthogonalizer: Orthogonalizer
     left: list[int] = field(init=False)
-    """Units of each lot that stay."""
+    """How many units of each block stay with their holder."""
     lent: list[dict[int, int]] = field(init=False)
-    """Of each lot the units that each rank gets: a data-parallel one for matrices that ranks hold whole."""
+    """For each block how many units each rank gets; data-parallel ranks count for matrices that ranks hold whole."""
     parts: list[list[tuple[int, ...]]] = field(init=False)
-    """Of each lot the data-parallel ranks among which each unit is split that is."""
+    """For each block, and each of its units that is split, the data-parallel ranks that share it."""
     loads: list[float] = field(init=False)
     """Seconds of each rank."""
     flops: list[float] = field(init=False)
@@ -173,16 +177,16 @@ class _Levels:
 
     @property
     def busiest(self) -> float:
-        """Seconds of the rank that needs most."""
+        """Seconds of the rank that has most to do."""
         return max(self.loads, default=0.0)
 
     @property
     def overhead(self) -> float:
-        """Seconds that messages take to be sent at all."""
+        """Seconds of latency of all messages."""
         return 2 * self.policy.machine.latency * sum(1 for _ in self.chunks())
 
     def split(self, most: int) -> None:
-        """Split matrices that need more than a fair share, into as few parts as do not, or ``most``."""
+        """Split matrices that alone exceed a fair share of the work: into as few parts as do not, at most ``most``."""
         fair = sum(self.loads) / len(self.loads)
         shares = [0] * self.peers.ranks
         large = [index for index, lot in enumerate(self.lots) if lot.key.mode == LOCAL and self._single(lot) > fair]
@@ -198,7 +202,7 @@ class _Levels:
                     shares[rank] += 1
 
     def even_out(self, most: int) -> None:
-        """Let the busiest rank lend to the idlest, or split a matrix with up to ``most``, as long as it relieves it."""
+        """Let the busiest rank lend matrices to the idlest, or split one into up to ``most`` parts, while it helps."""
         while self.busiest > (1.0 + CLOSE_ENOUGH) * sum(self.loads) / len(self.loads):
             rank = self.loads.index(self.busiest)
             move = min(self._moves(rank), default=None)
@@ -218,7 +222,7 @@ class _Levels:
             self._send(to, units * lot.numel * sizes.back, whole=lot.key.mode == LOCAL)
 
     def _moves(self, rank: int) -> Iterator[tuple[float, float, int, int, int]]:
-        """What ``rank`` may lend: (seconds of the busier of the two afterwards, elements, lot, to whom, units)."""
+        """What ``rank`` may lend: (seconds of the busier of the two afterwards, elements, block, to whom, units)."""
         place, busy, machine = rank // self.tensor, self.busiest, self.policy.machine
         fair = sum(self.loads) / len(self.loads)
         data = self._of_data_ranks()
@@ -245,10 +249,10 @@ class _Levels:
             yield max(busy - units * relief, free + units * burden), units * lot.numel, index, to, units
 
     def _cuts(self, rank: int, most: int) -> Iterator[tuple[float, int, int, tuple[int, ...]]]:
-        """What it may split: (seconds of the busiest of all that take part, ranks, lot, which ranks)."""
+        """What ``rank`` may split: (seconds of the busiest rank that takes part, number of ranks, block, the ranks)."""
         held = [index for index in self.held[rank // self.tensor] if self.left[index]]
         local = [index for index in held if self.lots[index].key.mode == LOCAL]
-        # The largest: it is what could not be lent.
+        # The largest one alone: it is what could not be lent.
         for index in sorted(local, key=lambda index: (-self._single(self.lots[index]), index))[:1]:
             lot, load = self.lots[index], self._without(index)
             idle = sorted(range(self.peers.ranks), key=lambda rank: (load[rank], rank))
@@ -257,14 +261,14 @@ class _Levels:
                 yield max(after, load[lot.peers.holder]), number, index, tuple(idle[:number])
 
     def _without(self, index: int) -> list[float]:
-        """Seconds of each data-parallel rank when a unit of a lot has been sent away."""
+        """Seconds of each data-parallel rank when a unit of a block has been sent away."""
         lot, load = self.lots[index], self._of_data_ranks()
         sent = lot.numel * self.policy.sizes.wire / self.policy.machine.bytes
         load[lot.peers.holder] -= lot.each * self._single(lot) - sent
         return load
 
     def _cut(self, index: int, members: Sequence[int]) -> None:
-        """Split a unit of a lot."""
+        """Split a unit of a block among data-parallel ranks."""
         lot = self.lots[index]
         self.left[index] -= 1
         self.parts[index].append(tuple(sorted(members)))
@@ -275,13 +279,13 @@ class _Levels:
             self._send(rank, lot.each * self._member_bytes(lot, len(members)))
 
     def kept(self) -> Iterator[tuple[BatchKey, MatrixSlice]]:
-        """What stays with its holder."""
+        """The matrices that their holder orthogonalizes itself."""
         for lot, left in zip(self.lots, self.left, strict=True):
             if left:
                 yield lot.key, _some(lot, 0, left)
 
     def chunks(self) -> Iterator[Chunk]:
-        """What does not."""
+        """The chunks of matrices that other ranks orthogonalize, whole or split."""
         rounds: dict[int, list[Batch]] = defaultdict(list)
         lent: dict[tuple[str, int], dict[tuple[BatchKey, int], list[tuple[int, MatrixSlice]]]] = defaultdict(dict)
         filled: dict[tuple[str, int], int] = defaultdict(int)
@@ -313,7 +317,7 @@ class _Levels:
             yield Chunk(LENT, group, tuple(_batch(key, items) for (key, _), items in found.items()))
 
     def _lent_kind(self, lot: _Lot) -> BatchKey:
-        """With parts on the holder's ranks alone."""
+        """The key of lent matrices: no rank but the holder's has parts of them."""
         key, holder = lot.key, lot.peers.holder
         if key.mode == LOCAL:
             parts = tuple(key.q * (rank == holder) for rank in range(self.peers.ranks))
@@ -323,7 +327,7 @@ class _Levels:
         return BatchKey(LENT, lot.peers.wide, key.m, key.n, key.dim, parts)
 
     def _widths(self, q: int, members: Sequence[int]) -> tuple[int, ...]:
-        """Columns of each rank."""
+        """How many columns of a split matrix each data-parallel rank gets."""
         step = COLUMNS if q % COLUMNS == 0 and q // COLUMNS >= len(members) else 1
         widths = [0] * self.peers.ranks
         for number, rank in enumerate(members):
@@ -331,11 +335,11 @@ class _Levels:
         return tuple(widths)
 
     def _whole(self, lot: _Lot) -> int:
-        """Operations of a unit."""
+        """Operations for one unit of a block."""
         return lot.each * self.orthogonalizer.flops(lot.key.m, lot.key.n)
 
     def _single(self, lot: _Lot) -> float:
-        """Seconds of one matrix."""
+        """Seconds of the products for one matrix."""
         return self.orthogonalizer.flops(lot.key.m, lot.key.n) / self.policy.machine.flops
 
     def _member(self, lot: _Lot, number: int) -> float:
@@ -344,7 +348,7 @@ class _Levels:
         return flops + self._member_bytes(lot, number) / self.policy.machine.bytes
 
     def _member_bytes(self, lot: _Lot, number: int) -> float:
-        """Sent by one of ``number`` ranks for one matrix: in each step rows of sums, and rows to all, twice."""
+        """Bytes that one of ``number`` ranks sends for one matrix: in each step rows of a sum, and twice all rows."""
         p, width = lot.key.p, lot.key.q / number
         moved = p * p * (4 + 2 * self.orthogonalizer.dtype.itemsize) * (number - 1) / number
         return len(self.orthogonalizer.coefficients) * moved + p * width * self.policy.sizes.back
@@ -364,7 +368,7 @@ class _Levels:
             self.loads[each] += size / self.policy.machine.bytes
 
     def _of_data_ranks(self) -> list[float]:
-        """Seconds of the busiest tensor-parallel rank of each."""
+        """Seconds of each data-parallel rank: those of its busiest tensor-parallel rank."""
         return [max(some) for some in itertools.batched(self.loads, self.tensor)]
 
 
@@ -380,7 +384,7 @@ def _some(lot: _Lot, first: int, units: int) -> MatrixSlice:
 
 
 def _batch(key: BatchKey, items: list[tuple[int, MatrixSlice]]) -> Batch:
-    """In the order of who orthogonalizes."""
+    """A batch of lent matrices, in the order of the ranks that orthogonalize them."""
     items.sort(key=lambda pair: pair[0])
     counts = [0] * len(key.parts)
     for rank, item in items:

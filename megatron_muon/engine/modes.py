@@ -29,10 +29,10 @@ from megatron_muon.choices import TP_MODES
 MODES = AUTO, OWNER, GRAM, DUPLICATED, DISTRIBUTED, BLOCKWISE = TP_MODES
 
 LOCAL = "local"
-"""What plans call matrices that a rank holds whole."""
+"""The mode of matrices that a rank holds whole: nothing is exchanged."""
 
 LENT, SPLIT = "lent", "split"
-"""What they call those that another data-parallel rank orthogonalizes, or several together."""
+"""The modes of matrices that another data-parallel rank orthogonalizes, or that several orthogonalize together."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Machine:
 
     Attributes:
         flops: operations a second of one rank.
-        bytes: a second that one rank sends.
+        bytes: bytes a second that one rank sends.
         latency: seconds of one collective.
     """
 
@@ -62,12 +62,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one element.
+    """Bytes of one element of what ranks send each other.
 
     Attributes:
-        wire: of what is sent to be orthogonalized.
-        back: of what comes back.
-        gram: of partial Gram matrices and polynomials.
+        wire: bytes of an element that is sent to be orthogonalized.
+        back: bytes of an orthogonalized element that is sent back.
+        gram: bytes of an element of partial Gram matrices and polynomials.
     """
 
     wire: int
@@ -82,7 +82,7 @@ class Cost:
     Attributes:
         flops: operations in matrix products.
         bytes: sent to other ranks; all-gathers and all-reduces by the ring algorithm.
-        collectives: how many.
+        collectives: number of collective operations.
     """
 
     flops: float = 0
@@ -93,5 +93,5 @@ class Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes, self.collectives + other.collectives)
 
     def seconds(self, machine: Machine) -> float:
-        """On a machine, nothing overlapped."""
+        """The time that it takes on a machine if nothing overlaps."""
         return self.flops / machine.flops + self.bytes / machine.bytes + self.collectives * machine.latency

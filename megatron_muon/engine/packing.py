@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 Shapes = Sequence[tuple[int, ...]]
-"""Of tensors that lie one after the other."""
+"""The shapes of tensors that lie one after the other in a buffer."""
 
 
 def numel(shape: tuple[int, ...]) -> int:
@@ -19,22 +19,22 @@ def numel(shape: tuple[int, ...]) -> int:
 
 
 def even_part(total: int, parts: int, number: int) -> int:
-    """Size of part ``number`` of so many, the first ones larger by one, as ``torch.tensor_split`` has it."""
+    """Size of part ``number`` of ``total`` cut into ``parts``: as in ``torch.tensor_split`` the first are larger."""
     return total // parts + (number < total % parts)
 
 
 def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All elements, one tensor after the other; a view where there is but one, contiguous tensor."""
+    """(elements,): one tensor after the other; a view if there is only one tensor, and it is contiguous."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
 
 
 def interleaved(pieces: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """All elements: of the first piece of each list, then of the second of each, and so on."""
+    """(elements,): the first tensor of each list, then the second of each, and so on."""
     return flat([piece for some in zip(*pieces, strict=True) for piece in some])
 
 
 def cut(buffer: torch.Tensor, shapes: Iterable[Shapes]) -> list[list[torch.Tensor]]:
-    """Views of a buffer with one tensor after the other, in lists as their shapes are."""
+    """Views of the tensors that lie one after the other in a buffer, in lists as their shapes are."""
     found, offset = [], 0
     for some in shapes:
         views = []

@@ -25,8 +25,8 @@ class Peers:
         group: its name.
         ranks: its size.
         holder: number of the rank that holds the weight.
-        wide: name of the group of the tensor-parallel ranks of all of them, numbered tensor first; empty if there is
-            none: then matrices that tensor parallelism divides stay with their holder.
+        wide: name of the group of all tensor-parallel ranks of these data-parallel ranks, numbered tensor first. Empty
+            if there is no such group: then matrices that tensor parallelism divides stay with their holder.
     """
 
     group: str
@@ -95,7 +95,7 @@ class MatrixSlice:
     columns: int
 
     def piece(self, weight: Weight, rank: int) -> BlockRange:
-        """Where its part lies in the shard of ``rank``."""
+        """Where the matrices lie in the shard of ``rank``, as far as that holds them."""
         first = rank * weight.shape[-2] if weight.dim == -2 else 0
         return BlockRange(weight.layout, self.block, self.start, self.stop, first)
 
@@ -110,7 +110,7 @@ class BatchKey:
         m: rows of a matrix.
         n: its columns.
         dim: the divided dimension, -2 or -1; 0 if they are whole.
-        parts: its size on each rank; of matrices that are lent, 0 on all but those that hold them.
+        parts: size of the divided dimension on each rank; for lent matrices 0 on all ranks but those that hold them.
     """
 
     mode: str
@@ -152,10 +152,10 @@ class Batch:
     """Matrices of one key in one chunk.
 
     Attributes:
-        key: of all of them.
-        items: in the order of the batch.
-        counts: how many each rank of the group owns, in the order of the batch; empty where nobody owns. In ``split``,
-            how much of the longer side of each matrix.
+        key: what they have in common.
+        items: the matrices, in the order in which they lie in the batch.
+        counts: how many of the matrices each rank of the group owns, in the order of the batch; empty in modes without
+            owners. In ``split``, how much of the longer side of each matrix each rank gets.
     """
 
     key: BatchKey
@@ -173,9 +173,9 @@ class Chunk:
     """Matrices that are exchanged together.
 
     Attributes:
-        mode: of all its batches.
-        group: name of the group.
-        batches: of one shape each.
+        mode: how all its batches are exchanged.
+        group: name of the group whose ranks exchange them; empty if they are whole on this rank.
+        batches: the matrices; each batch has one shape.
     """
 
     mode: str
@@ -188,19 +188,19 @@ class Plan:
     """The work of one step.
 
     Attributes:
-        weights: that it is for.
-        chunks: in the order in which they are done.
+        weights: the weights whose matrices are orthogonalized.
+        chunks: the chunks, in the order in which they are carried out.
     """
 
     weights: tuple[Weight, ...]
     chunks: tuple[Chunk, ...]
 
     def digest(self, group: str, numbers: str = "") -> bytes:
-        """32 bytes that the ranks of ``group`` compare: of all that concerns the group.
+        """32 bytes that the ranks of ``group`` compare: a hash of everything in the plan that concerns the group.
 
         Args:
-            group: its name.
-            numbers: what else must be the same: types of numbers, kernels.
+            group: name of the group.
+            numbers: text of what else must be the same on all ranks: dtypes, coefficients and kernels.
         """
         # Weights are counted within the group: ranks that share it may differ in the weights of another.
         mine = [chunk for chunk in self.chunks if chunk.group == group]
@@ -226,7 +226,10 @@ class Plan:
 
     @property
     def before_shared(self) -> set[MatrixSlice]:
-        """What is done before the last messages to data-parallel ranks are sent: the first chunk, if it is whole."""
+        """The matrices that are written before the last messages to data-parallel ranks are sent.
+
+        They are those of the first chunk, if that needs no exchange.
+        """
         chunk = next(iter(self.chunks), None)
         batches = chunk.batches if chunk is not None and chunk.mode == LOCAL else ()
         return {item for batch in batches for item in batch.items}

@@ -32,12 +32,12 @@ from megatron_muon.routing.blocks import block_rows_before, units_of
 from megatron_muon.routing.layout import SCALAR, Block
 
 Stages = Mapping[str, Mapping[int, int]]
-"""For a group's name (empty: matrices that are whole on the rank) the stage of each bucket."""
+"""The stage of each bucket, by the name of the group (empty for matrices that are whole on the rank)."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a plan is made by.
+    """The options and rates by which a step is planned.
 
     Attributes:
         mode: see :mod:`megatron_muon.engine.modes`.
@@ -64,13 +64,13 @@ def make_plan(
     """Plan a step.
 
     Args:
-        weights: of this rank; those of one group are the same on all its ranks.
+        weights: the weights of this rank; those of one group are the same on all its ranks.
         policy: mode and bounds.
         orthogonalizer: knows what each shape costs.
-        modes: of single groups, instead of the policy's.
-        stages: of single groups, which bucket is done in which stage; without, all are done together.
-        items: of these weights, if not all: :func:`items_of`.
-        shared: chunks of data-parallel groups, which come before what ranks do each for itself.
+        modes: the modes of some groups, in place of the policy's.
+        stages: for some groups, in which stage each bucket is done; the buckets of other groups are done together.
+        items: the matrices to plan, see :func:`items_of`; None: all matrices of the weights.
+        shared: chunks of data-parallel groups, which come before those that each rank does for itself.
 
     Raises:
         ConfigError: for a weight that the mode cannot treat.
@@ -178,7 +178,7 @@ def _divided_item(
 
 
 def _rows_on(weight: Weight, number: int, block: Block, start: int, rank: int) -> int:
-    """How many rows of a block's matrix lie on ``rank``; of matrix ``start`` if each is some rows of the block."""
+    """How many rows of a block's matrix lie on ``rank``; if the block has several, of matrix number ``start``."""
     rows = weight.shape[-2]
     low, high = (block_rows_before(weight.layout, number, edge * rows) for edge in (rank, rank + 1))
     if weight.layout.matrix_rows(number):
@@ -195,8 +195,9 @@ def _with_modes(
 ) -> list[tuple[BatchKey, list[MatrixSlice]]]:
     """Give matrices that must be exchanged their mode.
 
-    In ``auto`` even shares of one key are judged by themselves; what is left over of all keys of a group, less than one
-    matrix for each rank, together: one rank may take what is left of one key, and another that of the next.
+    In ``auto``, as many matrices of a key as give every rank the same number get the mode that is cheapest for that
+    key. The rests of all keys of a group, less than one matrix for each rank, are judged together: one rank may take
+    the rest of one key, and another that of the next.
     """
     chosen: list[tuple[BatchKey, list[MatrixSlice]]] = []
     rests: dict[str, list[tuple[BatchKey, list[MatrixSlice]]]] = defaultdict(list)
@@ -222,7 +223,7 @@ def _with_modes(
 def _spread(
     rests: list[tuple[BatchKey, list[MatrixSlice]]], policy: Policy, orthogonalizer: Orthogonalizer
 ) -> list[tuple[BatchKey, list[MatrixSlice]]]:
-    """Modes for less than a matrix a rank of each key: the costliest may be shared by all, the others get owners."""
+    """Modes for rests of keys, less than one matrix a rank: the costliest may be shared by all, others get owners."""
     rests = sorted(rests, key=lambda pair: (-_weight_of(pair[0]), repr(pair[0])))
     sizes, machine = policy.sizes, policy.machine
     ranks = len(rests[0][0].parts)
@@ -234,7 +235,7 @@ def _spread(
     sent = [cost_of(OWNER, *each, orthogonalizer, sizes).bytes / machine.bytes for each in counts]
 
     def seconds(number: int) -> float:
-        """With the first ``number`` shared by all ranks."""
+        """Time if all ranks share the matrices of the first ``number`` keys, and those of the others have owners."""
         loads = [0] * ranks
         for key, count in counts[number:]:
             for _ in range(count):
@@ -265,7 +266,7 @@ class _Chunks:
         self.chunk_load: dict[int, int] = {}
 
     def add(self, key: BatchKey, items: list[MatrixSlice], stage: int) -> None:
-        """Matrices of one key, all that there are in a stage."""
+        """Add all matrices of one key that are done in a stage."""
         if self.open and (self.open[0].key.mode, self.open[0].key.group, self.stage) != (
             key.mode,
             key.group,
@@ -326,7 +327,7 @@ class _Chunks:
 
 
 def _weight_of(key: BatchKey) -> int:
-    """About the operations of one matrix, to find the costliest."""
+    """Roughly the operations that one matrix takes, to sort keys by cost."""
     p, q = sorted((key.m, key.n))
     return p * p * (q + p)
 

@@ -13,7 +13,7 @@ from megatron_muon.engine.plan import Batch, Chunk, Plan
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 Choice = tuple[str, int, int]
-"""(mode, or :data:`megatron_muon.engine.modes.LOCAL`; rows and columns of a logical matrix)."""
+"""The mode of a chunk, and the rows and columns of a logical matrix."""
 
 
 def predict(
@@ -25,9 +25,9 @@ def predict(
     """What one rank does in a step: see :class:`megatron_muon.engine.exchange.Counters`.
 
     Args:
-        plan: of the rank's engine.
-        orthogonalizer: of the engine.
-        sizes: of the elements that the engine sends.
+        plan: the plan of the rank's engine.
+        orthogonalizer: the engine's iteration.
+        sizes: bytes of the elements that the engine sends.
         group_ranks: the rank's number in each group that the plan names.
 
     Returns:
@@ -71,7 +71,7 @@ class _Rank:
         self.gram_bytes = torch.promote_types(orthogonalizer.dtype, torch.float32).itemsize
 
     def cost(self, chunk: Chunk) -> Cost:
-        """Of one chunk."""
+        """What the rank does for one chunk."""
         accounts: dict[str, Callable[[tuple[Batch, ...]], Cost]] = {
             LOCAL: self._local,
             OWNER: self._owner,
@@ -93,7 +93,7 @@ class _Rank:
         return self._local(batches) + Cost(0, (ranks - 1) * longest * self.sizes.wire, 1)
 
     def _distributed(self, batches: tuple[Batch, ...]) -> Cost:
-        """The norms, and in each step the Gram matrices."""
+        """An all-reduce of the norms, and in each step one of the Gram matrices."""
         ranks, steps = len(batches[0].key.parts), len(self.orthogonalizer.coefficients)
         parts = [(batch.count, batch.key.p, batch.key.parts[self.number]) for batch in batches]
         flops = sum(count * self.orthogonalizer.standard_flops(p, part) for count, p, part in parts)
@@ -113,7 +113,11 @@ class _Rank:
         return Cost(flops, there * self.sizes.wire + back * self.sizes.back, 2)
 
     def _split(self, batches: tuple[Batch, ...]) -> Cost:
-        """All-to-all there and back; among members the norm, and in each step rows of sums, and rows to all, twice."""
+        """All-to-all there and back.
+
+        Ranks that share a matrix send each other its norm, and in each step the rows of the summed Gram matrix that
+        each is to have, and twice all rows.
+        """
         total = Cost(0, 0, 2)
         for batch in batches:
             key, own = batch.key, batch.counts[self.number]
@@ -134,7 +138,7 @@ class _Rank:
         return total
 
     def _gram(self, batches: tuple[Batch, ...]) -> Cost:
-        """The norms; in each segment triangles of Gram matrices to the owners, and an all-gather of polynomials."""
+        """An all-reduce of the norms; in each segment, triangles of Gram matrices to the owners and an all-gather."""
         orthogonalizer, ranks = self.orthogonalizer, len(batches[0].key.parts)
         segments = orthogonalizer.segment_count
         total = _reduced(ranks, sum(batch.count for batch in batches) * self.norm_bytes)
@@ -157,5 +161,5 @@ def _part(batch: Batch, rank: int) -> int:
 
 
 def _reduced(ranks: int, size: int) -> Cost:
-    """An all-reduce of so many bytes."""
+    """What a rank does in an all-reduce of ``size`` bytes."""
     return Cost(0, 2 * (ranks - 1) * size / ranks, 1)

@@ -1,4 +1,4 @@
-"""What the work on every chunk of a plan needs, and what of each chunk is this rank's."""
+"""What the work on every chunk of a plan needs, and which part of each chunk this rank has."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ computes), and equally often on all ranks of the chunk's group."""
 
 @dataclass(frozen=True)
 class Wire:
-    """In which form matrices travel and are computed.
+    """The dtypes in which ranks send each other matrices.
 
     Attributes:
-        dtype: in which they are sent to be orthogonalized, and in which matrices that stay are packed.
-        back: in which they come back.
-        gram: in which partial Gram matrices and polynomials are sent.
-        device: of everything.
+        dtype: of matrices that are sent to be orthogonalized.
+        back: of orthogonalized matrices that are sent back.
+        gram: of partial Gram matrices and polynomials.
+        device: where all buffers are.
     """
 
     dtype: torch.dtype
@@ -60,15 +60,15 @@ class Wire:
 
 @dataclass(frozen=True)
 class RankChunk:
-    """What of a chunk is this rank's: the same in every step.
+    """The part of a chunk that this rank has: the same in every step.
 
     Attributes:
-        chunk: of the plan.
+        chunk: the chunk of the plan.
         rank: number of this rank in the chunk's group; 0 without one.
-        held: the chunk's batches of which this rank holds a part: of what is lent, those of its own weights.
+        held: the chunk's batches of which this rank holds a part: of lent matrices, those of its own weights.
         batches: the same in the order in which they are packed. Where whole matrices are sent to ranks: what the first
             rank gets of each, then what the second gets of each, and so on.
-        in_order: whether that is so. It is not where a rank's first matrix lies within a unit of an item.
+        in_order: whether ``batches`` have that order. They have not where a rank's first matrix lies within a unit.
         slices: the matrices of each of :attr:`batches`.
         sum_group: name of the group whose ranks hold the other parts of these matrices; empty if this rank has all.
     """
@@ -85,8 +85,8 @@ class RankChunk:
     def of(cls, weights: Sequence[Weight], chunk: Chunk, rank: int) -> RankChunk:
         """
         Args:
-            weights: of the plan.
-            chunk: of the plan.
+            weights: the weights of the plan.
+            chunk: a chunk of the plan.
             rank: number of this rank in the chunk's group.
         """
         held, shard, sum_group = chunk.batches, rank, chunk.group
@@ -109,7 +109,7 @@ class RankChunk:
 
 
 def _by_rank(batches: Sequence[Batch]) -> tuple[Batch, ...]:
-    """What the first rank gets of each batch, then what the second gets, and so on; nothing if a unit would be cut."""
+    """Batches in the order of the ranks that get their matrices; none if one would begin within a unit."""
     rests, found = [list(batch.items) for batch in batches], []
     for rank in range(len(batches[0].counts)):
         for index, batch in enumerate(batches):
@@ -121,7 +121,7 @@ def _by_rank(batches: Sequence[Batch]) -> tuple[Batch, ...]:
 
 
 def _holder(weights: Sequence[Weight], batch: Batch) -> int:
-    """The data-parallel rank whose weights these are."""
+    """The data-parallel rank that holds the weights of a batch."""
     peers = weights[batch.items[0].weight].peers
     assert peers is not None
     return peers.holder
@@ -143,7 +143,7 @@ class Run:
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """A dimension for the tensors of each matrix that :attr:`solve` wants: they are packed next to one another."""
+        """Size of the dimension for several tensors of each matrix: :attr:`solve` gets them packed side by side."""
         return () if self.solve is None else (len(self.reads),)
 
     def exchange(self, mine: RankChunk) -> Exchange:
@@ -157,14 +157,14 @@ class Run:
         return batches
 
     def pack_together(self, mine: RankChunk, dtype: torch.dtype) -> torch.Tensor:
-        """The same in one buffer, (elements,), one batch after the other."""
+        """This rank's part of all batches in one buffer, (elements,), one batch after the other."""
         shapes = self._shapes(mine)
         buffer = torch.empty(sum(map(numel, shapes)), dtype=dtype, device=self.wire.device)
         self._read(mine, cut(buffer, [shapes])[0])
         return buffer
 
     def cut(self, mine: RankChunk, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """What comes back of each batch, from a buffer with one after the other."""
+        """The orthogonalized batches that lie one after the other in a buffer."""
         return cut(buffer, [[(batch.count, *batch.key.part(mine.rank)) for batch in mine.batches]])[0]
 
     def _shapes(self, mine: RankChunk) -> list[tuple[int, ...]]:
@@ -181,12 +181,12 @@ class Run:
             self.write(list(mine.slices), list(batches), exchange.sum if exchange else lambda tensor: tensor)
 
     def blanks(self, mine: RankChunk, dtype: torch.dtype) -> list[torch.Tensor]:
-        """What :meth:`unpack` takes in shape and dtype, without memory."""
+        """Tensors of the shapes that :meth:`unpack` takes, expanded from one element so that they take no memory."""
         element = torch.zeros((), dtype=dtype, device=self.wire.device)
         return [element.expand(batch.count, *batch.key.part(mine.rank)) for batch in mine.batches]
 
     def orthogonalize(self, given: list[torch.Tensor]) -> torch.Tensor:
-        """The last of these batches of whole matrices (matrices, p, q), which is taken out: its memory is used up."""
+        """Orthogonalize the last batch of a list, (matrices, m, n); it is taken out and its memory overwritten."""
         self.counters.flops += given[-1].size(0) * self.orthogonalizer.flops(*given[-1].shape[-2:])
         return self.orthogonalizer.use_up(given)
 

@@ -46,12 +46,12 @@ class Slices:
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
-        """The engine's numbers of the weights."""
+        """The index of each item's weight in the engine's plan."""
         return tuple(item.weight for item in self.items)
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """How many matrices of each."""
+        """The number of matrices of each item."""
         return tuple(item.count for item in self.items)
 
     @cached_property
@@ -85,12 +85,12 @@ class Slices:
         return theirs, [batch.as_strided(size, way, offset + at) for each in known for size, way, at in each.batch]
 
     def views(self, tensors: Sequence[torch.Tensor], batch: torch.Tensor) -> Tensors:
-        """Of tensors like the weights alone, the same as :meth:`pairs` gives."""
+        """The views of tensors like the weights that :meth:`pairs` gives, without those of a batch."""
         tensors = plain(tensors)
         return tensors if self._are_whole_weights else self._views(tensors, batch)[0]
 
     def _views(self, tensors: Tensors, batch: torch.Tensor) -> tuple[Tensors, list[_Views]]:
-        """Views of tensors, and what was worked out for tensors and a batch of these shapes and strides."""
+        """Views of tensors, and the sizes and strides of all views for tensors and a batch of these shapes."""
         key = (tensors[0].shape, tensors[0].stride(), batch.shape, batch.stride())
         if (known := self._worked_out.get(key)) is None:
             known = self._worked_out[key] = [

@@ -17,7 +17,7 @@ from megatron_muon.engine.prediction import predict
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 _MORE = 1.02
-"""A plan in stages may take so much longer, by prediction."""
+"""How many times as long a plan in stages may take, by prediction."""
 
 _BATCH = 1e-4
 """Seconds that the products of one batch take beside their operations: measured on a CPU; on GPUs some 15 kernels."""
@@ -31,9 +31,9 @@ def in_stages(
     Each group is judged by its own matrices, as in :func:`megatron_muon.engine.choose.choose_plan`.
 
     Args:
-        make: the plan with given stages.
-        weights: of the plan.
-        policy: its rates.
+        make: makes the plan with given stages.
+        weights: the weights of the plan.
+        policy: sizes of elements and rates of the machine.
         orthogonalizer: knows what each shape costs.
     """
     plan = make({})
@@ -62,7 +62,7 @@ def _work(plan: Plan, group: str, orthogonalizer: Orthogonalizer) -> list[tuple[
 
 
 def _cut(work: Sequence[tuple[int, int]], number: int) -> dict[int, int]:
-    """Of each bucket the stage, which is called by its last bucket: runs of about equal work."""
+    """The stage of each bucket. Stages are runs of buckets of about equal work, numbered by their last bucket."""
     total = sum(cost for _, cost in work)
     ends = itertools.accumulate(cost for _, cost in work)
     runs: dict[int, list[int]] = {}
@@ -73,7 +73,7 @@ def _cut(work: Sequence[tuple[int, int]], number: int) -> dict[int, int]:
 
 
 def _seconds(plan: Plan, group: str, policy: Policy, orthogonalizer: Orthogonalizer) -> float:
-    """Of all chunks of a group, one after another: in each the busiest rank counts."""
+    """Predicted time of all chunks of a group, one after another; each takes as long as its busiest rank."""
     total = 0.0
     for chunk in plan.chunks:
         if chunk.group != group:

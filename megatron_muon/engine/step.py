@@ -55,10 +55,10 @@ class StepEngine:
             groups: process group of each name in ``weights``.
             orthogonalizer: the iteration.
             mode: see :mod:`megatron_muon.engine.modes`.
-            dtype: of the weights' momentum.
-            wire_dtype: in which matrices are sent.
-            chunk_mb: bound, in MiB, of the float32 matrices that a rank holds whole at once; 0: by device.
-            device: of the weights.
+            dtype: of the weights' momentum, and of matrices that stay on their rank.
+            wire_dtype: dtype in which matrices are sent.
+            chunk_mb: bound, in MiB, of the float32 matrices that a rank holds whole at once; 0: :data:`CHUNK_MB`.
+            device: where the weights are.
 
         Raises:
             ConfigError: for what the mode cannot do.
@@ -92,7 +92,7 @@ class StepEngine:
             named = sorted({*named, *peers, *(weight.group for weight in weights if weight.group)})
         self._exchanges = {name: Exchange(groups[name], self.counters) for name in named}
         ranks = {"": 0} | {name: each.rank for name, each in self._exchanges.items()}
-        # By the chunk, of which portions of the plan have some.
+        # Keyed by the chunk itself: partial plans have the same chunks.
         self._mine = {
             id(chunk): RankChunk.of(self.plan.weights, chunk, ranks[chunk.group]) for chunk in self.plan.chunks
         }
@@ -113,7 +113,7 @@ class StepEngine:
         for chunk in self.plan.chunks:
             shapes = ((replace(batch, items=()), batch.count) for batch in chunk.batches)
             alike[chunk.mode, chunk.group, *shapes] = self._mine[id(chunk)]
-        # Whatever lies in memory.
+        # Batches keep what lies in memory: kernels are compiled for shapes and dtypes alone.
         run = replace(
             self._run,
             exchanges=exchanges,
@@ -154,15 +154,15 @@ class StepEngine:
         self._execute(replace(self._run, reads=(read,), write=write), portion)
 
     def solve(self, reads: Sequence[Read], solve: Solve, write: Write, flops: Flops) -> None:
-        """Compute something else of whole matrices, once: each at its owner, from several tensors.
+        """Compute something else from whole matrices: each at its owner, from several tensors.
 
-        They are sent and packed in the dtype of the matrices that stay, whatever the wire's is.
+        They are sent and packed in the dtype of the momentum.
 
         Args:
-            reads: fill batches with what is wanted of each matrix, one for each tensor.
+            reads: one for each tensor; each fills batches with it.
             solve: computes whole batches, see :data:`megatron_muon.engine.callbacks.Solve`.
             write: takes the result.
-            flops: what ``solve`` takes for one matrix, for the counters.
+            flops: operations of ``solve`` for one matrix, for the counters.
 
         Raises:
             ValueError: if the plan has matrices without an owner (modes other than ``owner`` and ``blockwise``).
@@ -179,7 +179,7 @@ class StepEngine:
 
         Args:
             look: called for each chunk with its slices, batches of their shapes without contents (they take no memory,
-                and cannot be written to), and the sum over the ranks of a part.
+                and cannot be written to), and a function that sums over the ranks.
             portion: one of :meth:`Plan.portions`, if not everything.
         """
         run = replace(self._run, write=look)

@@ -9,14 +9,14 @@ from megatron_muon.engine.run import Pause, RankChunk, Run, Work
 
 
 def local(run: Run, mine: RankChunk) -> Work:
-    """Matrices that this rank holds whole."""
-    yield Pause.EXCHANGE  # of the next chunk, which begins meanwhile
+    """Orthogonalize matrices that this rank holds whole."""
+    yield Pause.EXCHANGE  # the exchange of the next chunk begins meanwhile
     packed = run.pack(mine, run.local_dtype)[::-1]
     run.unpack(mine, [run.transform(batch, 0, packed) for batch in mine.batches])
 
 
 def duplicated(run: Run, mine: RankChunk) -> Work:
-    """All-gather; every rank computes everything."""
+    """Gather all shards on every rank, each of which orthogonalizes everything."""
     exchange, batches = run.exchange(mine), mine.batches
     shapes = [[(batch.count, *batch.key.part(rank)) for batch in batches] for rank in range(exchange.size)]
     longest = max(sum(map(numel, each)) for each in shapes)

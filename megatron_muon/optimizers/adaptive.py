@@ -14,7 +14,7 @@ from megatron_muon.optimizers.stages import Variant, init_rows
 
 
 class SecondMoment(Variant):
-    """What these variants share.
+    """Base of the variants that divide directions by a second moment.
 
     Args:
         beta2: decay of the second moment, 0 <= beta2 < 1.
@@ -25,7 +25,7 @@ class SecondMoment(Variant):
     flags: ClassVar[Mapping[str, str]] = {"beta2": "adaptive_muon_beta2", "eps": "adaptive_muon_eps"}
 
     state_name = "moment2_buffer"
-    """Of the second moment; another name where it means something else, so that none is taken for the other's."""
+    """Name of the second moment in the state: another one where it means something else, so that none is misread."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class SecondMoment(Variant):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See :class:`Variant`; the method is the variant's name."""
+        """See :class:`Variant`; ``--adaptive-muon-moment2-method`` is the variant's name."""
         return {**super().settings, "adaptive_muon_moment2_method": self.name}
 
     @property
@@ -46,7 +46,7 @@ class SecondMoment(Variant):
         return {"moment2_beta2": self.beta2, "moment2_eps": self.eps}
 
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
-        """One number for each row of the weight."""
+        """Create a second moment with one number for each row of the weight."""
         init_rows(param, state, self.state_name)
 
     def _average(self, update: Update, values: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ class AdaMuonEO(SecondMoment):
     name = "adamuon_eo"
 
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
-        """V, of the weight's shape."""
+        """Create V, of the weight's shape."""
         if self.state_name not in state:
             state[self.state_name] = torch.zeros_like(param)
 
@@ -86,12 +86,12 @@ class AdaMuon(AdaMuonEO):
     name = "adamuon"
 
     def transform(self, batches: Sequence[torch.Tensor]) -> None:
-        """The sign of the momentum."""
+        """Replace the momentum by its sign."""
         for batch in batches:
             signs_(batch)
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
-        """Divided, and brought to the norm sqrt(min(m, n)) that a semi-orthogonal matrix has."""
+        """Divide as ``adamuon_eo`` does, then scale to the norm sqrt(min(m, n)) of a semi-orthogonal matrix."""
         adapted = super().adapt(matrices)
         for update, norm in zip(matrices.updates, matrices.norms(adapted), strict=True):
             update.direction.mul_(min(update.rows, update.columns) ** 0.5 / norm.clamp_min_(self.eps))
@@ -105,7 +105,7 @@ class NorMuon(SecondMoment):
     state_name = "normuon_moment2"
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
-        """Rows of equal size, in the long run."""
+        """Divide each row by the root of its second moment, and keep the norm of the matrix."""
         updates = matrices.updates
         squares = matrices.row_squares([update.direction for update in updates])
         moments = [self._average(u, total / u.columns) for u, total in zip(updates, squares, strict=True)]
@@ -136,7 +136,7 @@ class NAMO(SecondMoment):
             )
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
-        """Scaled by how much of the gradient the momentum holds."""
+        """Scale each matrix by alpha, which is near 1 where gradients agree and small where they are mostly noise."""
         updates = matrices.updates
         mixes = [row_norms(update.mix(), wide=True) for update in updates]
         grads = [update.row_norms([weight.grad for weight in update.weights], wide=True) for update in updates]

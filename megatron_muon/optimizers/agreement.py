@@ -20,7 +20,7 @@ def unequal_gradients(weight: str, having: Sequence[int], lacking: Sequence[int]
         weight: its name.
         having: ranks with a gradient for it.
         lacking: ranks without.
-        of: which numbers of ranks these are.
+        of: follows the lists of ranks, to say of which group these are the numbers.
     """
     return (
         f"{weight} has a gradient on ranks {list(having)}{of} and none on ranks {list(lacking)}, which hold parts or "
@@ -36,23 +36,24 @@ def agree(
 
     A rank whose weights with gradients are those of the last step cannot know that another's are not, and would wait
     for it in another collective, or take one weight's shard for another's. So all of them meet here, in each step
-    unless ``engines.told``: an all-gather of 32 bytes in each group, at which the host waits for the device once. Not
-    later, beside the first messages: momentum would have changed by then, and those messages would never be answered.
+    unless ``engines.compared_elsewhere``: an all-gather of 32 bytes in each group, at which the host waits for the
+    device once. Beside the first messages of the step it would be too late: momentum would have changed by then, and
+    those messages would never be answered.
 
     Groups that exchange nothing meet in the first step alone: a rank cannot know whether another has something to send.
 
     Args:
         engines: of the optimizer.
         groups: its param groups.
-        directions: of its weights, in the order of their steps.
-        check: refuses the step on this rank; all ranks of its groups refuse it then.
+        directions: kinds of updates, in the order of the step.
+        check: raises what makes this rank refuse the step; all ranks of its groups refuse it then.
 
     Raises:
         RuntimeError: on all ranks of a group, if their gradients or plans differ.
         ConfigError: on all ranks of a group, if one of them cannot step.
     """
     names = [name for name, group in sorted(engines.groups.items()) if group.size() > 1]
-    if not names or engines.told:
+    if not names or engines.compared_elsewhere:
         check()
         return
     params = [param for group in groups for param in group["params"]]
@@ -63,7 +64,9 @@ def agree(
         sides = _sides(engines, params, directions)
     except ConfigError as error:
         failure = error
-    meeting = names if engines.meeting is None else engines.meeting if failure else sorted(sides.keys() & {*names})
+    meeting = names
+    if engines.compared_groups is not None:
+        meeting = engines.compared_groups if failure else sorted(sides.keys() & {*names})
     differ = []
     for name in meeting:
         group, (shared, plans) = engines.groups[name], sides.get(name, ([], b""))
@@ -77,7 +80,7 @@ def agree(
     wrong = torch.stack(differ).tolist() if differ else []
     told = sides if not any(wrong) or failure else _sides(engines, params, directions, complete=True)
     names_of = dict(zip(params, (name for group in groups for name in group.get("param_names", ())), strict=False))
-    # Of all groups before one is raised: a rank of two of them must not be missed in the second.
+    # The problems of all groups are found before one is raised: a rank of two groups must not be missed in the second.
     problems = [
         _problem(name, engines.groups[name], told.get(name, ([], b""))[0], names_of, str(failure or ""))
         for name, is_wrong in zip(meeting, wrong, strict=True)
@@ -85,15 +88,16 @@ def agree(
     ]
     if failure or problems:
         raise failure or problems[0]
-    engines.meeting = sorted(sides.keys() & {*names})
+    engines.compared_groups = sorted(sides.keys() & {*names})
 
 
 def _sides(
     engines: Engines, params: Sequence[torch.Tensor], directions: Sequence[str], complete: bool = False
 ) -> dict[str, tuple[list[torch.Tensor], bytes]]:
-    """For each group in which this rank exchanges something: of which weights, and the digests of this step's plans.
+    """For each group in which this rank exchanges something: the weights, and the digests of this step's plans.
 
-    Where all weights have a gradient they are listed only if ``complete``: no step has to know them.
+    Where all weights have a gradient, they are listed only if ``complete``: the comparison needs them only to explain
+    a difference.
     """
     found: dict[str, tuple[list[torch.Tensor], bytes]] = {}
     listed = complete or any(param.grad is None for param in params)

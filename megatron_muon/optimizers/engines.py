@@ -38,10 +38,10 @@ DATA, EXPERT_DATA, WIDE = "data-parallel", "expert data-parallel", "tensor x dat
 """Names of the groups whose ranks may orthogonalize for one another."""
 
 type Offers = dict[str, tuple[TorchProducts, float, str]]
-"""Kernels by the name of their backend, the best first; their seconds, and a line about them."""
+"""Usable kernels by the name of their backend, the best first: products, seconds of a trial, a line for the report."""
 
 _MOST_ENGINES = 8
-"""How many an optimizer keeps: weights with gradients may alternate. The one that was not used for longest goes."""
+"""How many engines an optimizer keeps, since the weights with gradients may alternate; the least recently used goes."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Sharing:
 def together(
     params: Sequence[torch.Tensor], directions: Sequence[str]
 ) -> dict[tuple[str, torch.dtype], list[torch.Tensor]]:
-    """Those that one engine has in a step: of one direction, and in one type of numbers. In the order of the step.
+    """The parameters of each engine, in the order of the step: those of one direction and one dtype of momentum.
 
     Args:
-        params: in any order.
-        directions: in the order of the step.
+        params: in any order, which each engine's parameters keep.
+        directions: kinds of updates, in the order of the step.
     """
     found: dict[tuple[str, torch.dtype], list[torch.Tensor]] = defaultdict(list)
     for param in params:
@@ -77,7 +77,7 @@ def together(
 
 
 class _Kept:
-    """An engine, and whose it is. Weights are known by object, but not kept alive."""
+    """An engine, with weak references to the parameters that it was planned for."""
 
     def __init__(self, engine: StepEngine, direction: str, params: Sequence[torch.Tensor]) -> None:
         self.engine, self._direction, self._device = engine, direction, params[0].device
@@ -100,13 +100,14 @@ class Engines:
     """Makes engines and keeps them: parameters with gradients may alternate between steps.
 
     Attributes:
-        elementwise_note: what is done by which kernels before and after the products; empty where there is no choice.
-        groups: that divide weights, by their names.
-        told: whether somebody else has all ranks of the model compare, before each step, which weights have gradients,
-            after they have compared the plans for all weights (:mod:`megatron_muon.plugin.nonfinite`).
-        meeting: groups whose ranks compare their plans; None before they have for the first time.
-        products: the kernels that multiply, by kind of device and type of the iteration.
-        sharing: with whom work may be shared; None: with nobody.
+        elementwise_note: a line for the report: by what elementwise passes are done; empty where there is no choice.
+        groups: the groups that divide weights, by their names.
+        compared_elsewhere: whether somebody else makes all ranks of the model compare, before each step, which weights
+            have gradients, after they have compared the plans for all weights
+            (:mod:`megatron_muon.plugin.nonfinite`).
+        compared_groups: names of the groups whose ranks compare their plans in each step; None before the first step.
+        products: the kernels that multiply, by kind of device and dtype of the iteration.
+        sharing: the weights of the data-parallel ranks that work may be shared with; None if there are none.
     """
 
     def __init__(
@@ -133,19 +134,19 @@ class Engines:
         self._kept: list[_Kept] = []  # the last used is the first
         self.elementwise_note = ""
         self.products: dict[tuple[str, torch.dtype], TorchProducts] = {}
-        self.told = False
+        self.compared_elsewhere = False
         self.sharing: Sharing | None = None
         self._shared: StepEngine | None = None
-        self.meeting: list[str] | None = None
+        self.compared_groups: list[str] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engines:
-        """With the same process groups; engines are of weights, and made anew."""
+        """A copy with the same process groups but no engines, which belong to the weights of the original."""
         copied = Engines(self.config, self._tp_group, self._expert_tp_group, damped=self._damped)
         copied.sharing, copied.products = self.sharing, dict(self.products)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle.
+        """How pickle makes it anew: from its options, without engines.
 
         Raises:
             ConfigError: if ranks share weights.
@@ -187,12 +188,12 @@ class Engines:
     def in_step(
         self, own: Sequence[torch.Tensor], params: Sequence[torch.Tensor], directions: Sequence[str]
     ) -> dict[tuple[str, torch.dtype], StepEngine]:
-        """What carries out the step of some parameters, in its order, by their direction and type of numbers.
+        """The engines of a step in its order, by the direction and dtype of their parameters.
 
         Args:
             own: all parameters of the optimizer.
-            params: of these, the ones in the step.
-            directions: in the order of the step.
+            params: those of them that are in the step.
+            directions: kinds of updates, in the order of the step.
         """
         engines: dict[tuple[str, torch.dtype], StepEngine] = {}
         shared = self.shared(own)
@@ -206,15 +207,15 @@ class Engines:
     def digests(
         self, own: Sequence[torch.Tensor], directions: Sequence[str]
     ) -> dict[tuple[str, tuple[int, ...]], bytes]:
-        """What the ranks of each group must have alike: their plans for all weights, by its name and its ranks.
+        """Digests of what the ranks of each group must plan alike for all weights, by the group's name and its ranks.
 
         Args:
             own: all parameters of the optimizer.
-            directions: in the order of the step.
+            directions: kinds of updates, in the order of the step.
         """
         planned, shared = [*self.in_step(own, own, directions).values()], self.shared(own)
         if shared is not None and shared not in planned:
-            planned.append(shared)  # on sharing nothing, too
+            planned.append(shared)  # ranks must agree that they share nothing, too
         groups = {**self.groups, **({} if self.sharing is None else self.sharing.groups)}
         found: dict[tuple[str, tuple[int, ...]], bytes] = {}
         for engine in planned:
@@ -226,7 +227,7 @@ class Engines:
     def shared(self, own: Sequence[torch.Tensor]) -> StepEngine | None:
         """The engine for the matrices of all ranks of the data-parallel groups; None if there are none.
 
-        It may come out that each rank does its own: then plans without the others' weights are as good.
+        Its plan may be that each rank orthogonalizes its own; then plans without the others' weights are as good.
 
         Args:
             own: all parameters of the optimizer.
@@ -244,7 +245,7 @@ class Engines:
         return self._shared
 
     def _mode_of(self, direction: str) -> str:
-        """Of tensor parallelism: for balls nothing but sums is exchanged, the manifold wants whole matrices."""
+        """The mode of tensor parallelism: balls exchange nothing but sums, the manifold needs whole matrices."""
         if direction == MSIGN or self.config.tp_mode == BLOCKWISE:
             return self.config.tp_mode
         return OWNER if direction == STIEFEL else DUPLICATED
@@ -288,11 +289,11 @@ class Engines:
         """The kernels that could multiply.
 
         Args:
-            weights: of the run.
+            weights: the weights of the run.
             device: where they are.
             dtype: of the iteration.
-            timed: whether the fastest comes first, or what is made for the device. Time differs from rank to rank, so
-                that copies of weights would drift apart, if the ranks did not take one choice for all.
+            timed: whether they are timed, so that the fastest comes first; otherwise the one made for the device does.
+                Time differs from rank to rank: copies of weights drift apart unless all ranks take the same choice.
         """
         trial = None
         if timed:
@@ -309,7 +310,7 @@ def trial_of(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Trial | None:
-    """What kernels are timed by: as many matrices as are iterated together, of the shape that takes most operations."""
+    """What kernels are timed with: as many matrices as are iterated together, of the shape that costs most in all."""
     counts: Counter[tuple[int, int]] = Counter()
     for weight in weights:
         for block in weight.layout.blocks(weight.whole_shape):

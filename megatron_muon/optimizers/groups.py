@@ -1,4 +1,4 @@
-"""Options of param groups: which there are, and what they come to in a step."""
+"""Options of param groups: their names, how they are checked, and their values in a step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 
 OPTIONAL = ("nesterov", "scale_mode", "extra_scale_factor", "weight_decay_method", "ball_radius")
-"""What a group may have of its own; without, the optimizer's holds. All other options that it may have are always in
-it (``torch.optim.Optimizer.defaults``)."""
+"""Options that a group may set for itself; otherwise the optimizer's value holds. All other options that a group may
+have are always in it (``torch.optim.Optimizer.defaults``)."""
 
 PER_GROUP = (
     "damping_depth",
@@ -41,9 +41,9 @@ def check_names(group: Collection[str], defaults: Collection[str], constructor: 
     """Refuse options that a param group cannot have.
 
     Args:
-        group: names of its entries.
-        defaults: of those that every group has.
-        constructor: of all options of the optimizer.
+        group: names of the group's entries.
+        defaults: names of the options that every group has.
+        constructor: names of all options of the optimizer.
 
     Raises:
         ConfigError: naming the option, and the way out.
@@ -64,7 +64,7 @@ def check_names(group: Collection[str], defaults: Collection[str], constructor: 
 
 
 def check_numbers(group: Mapping[str, Any]) -> None:
-    """Refuse wrong values of what every group has.
+    """Refuse wrong values of the options that every group has.
 
     Raises:
         ConfigError: naming option, value and way out.
@@ -82,19 +82,19 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """Those of a param group in one step. Equal ones are one key: tensors are told apart by object.
+    """The options of a param group in one step, which can be a key of a dictionary: tensors count by identity.
 
     Attributes:
         lr: learning rate; a tensor has no dimension.
         momentum: decay of the momentum.
         nesterov: weight of the momentum in its mix with the gradient; 1 if it is taken as it is.
-        kept: what is left of weights when they decay; None if they do not, or by another method.
-        l2: how much of weights is added to their gradients.
-        cautious: how much is taken away of the elements that the update makes smaller (as Dion's cautious decay); None
-            if they do not decay so.
-        scale_mode: of updates.
-        extra_scale_factor: of updates.
-        ball_radius: of updates in balls.
+        kept: factor on the weights by which they decay; None if they do not decay, or by another method.
+        l2: factor on the weights that are added to their gradients; 0 with other methods of decay.
+        cautious: factor on the weights that are subtracted where the update makes an element smaller (as Dion's
+            cautious decay); None with other methods.
+        scale_mode: see :func:`megatron_muon.orthogonalize.scale.scale_factor`.
+        extra_scale_factor: a further factor on updates.
+        ball_radius: factor on the updates of weights in balls.
         damping_depth: see :class:`megatron_muon.Muon`.
     """
 
@@ -117,7 +117,7 @@ def options_of(group: dict[str, Any], config: MuonConfig, decays: bool, first_lr
         group: the param group.
         config: of the optimizer.
         decays: False for variants that would undo weight decay.
-        first_lr: the rate that the group had at first: its peak, where no scheduler has noted one.
+        first_lr: the rate that the group had when it was added: the peak rate if no scheduler has noted one.
 
     Raises:
         ConfigError: if its weight decay needs a peak rate, and there is none.
@@ -145,14 +145,14 @@ def options_of(group: dict[str, Any], config: MuonConfig, decays: bool, first_lr
 
 
 def _with_weights(rate: Rate, group: dict[str, Any]) -> Rate:
-    """A tensor without dimensions where the group's weights are."""
+    """The rate; as a tensor it gets no dimensions, and the device of the group's weights."""
     if not isinstance(rate, torch.Tensor) or not group["params"]:
         return rate
     return rate.detach().reshape(()).to(group["params"][0].device, non_blocking=True)
 
 
 def _peak_lr(group: dict[str, Any], first_lr: Rate) -> Rate:
-    """Of the schedule, which Megatron-Core's and torch's schedulers note in the group; without, the first rate."""
+    """The peak rate, which Megatron-Core's and torch's schedulers note in the group; without one, the first rate."""
     for peak in (group.get("max_lr"), group.get("initial_lr"), first_lr):
         if isinstance(peak, torch.Tensor) or peak:
             return peak

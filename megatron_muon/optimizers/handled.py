@@ -11,14 +11,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from megatron_muon.errors import ConfigError, sizes
 
 STEP = "step"
-"""Name of the count of updates in state and in param groups: no tensor of a weight, and it stays on the host."""
+"""Name of the count of updates, in state and in param groups. It is no tensor like a weight, and stays on the host."""
 
 
 class Marks:
     """Tells which tensors somebody else has replaced or written to since they were marked.
 
-    By object and version, which are the same on all ranks that have been handled alike. What is written past autograd,
-    through ``.data``, is not noticed.
+    It compares identities and version counters, which come out the same on all ranks that have been handled alike.
+    Writes that bypass autograd, through ``.data``, are not noticed.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ def refuse_elsewhere(optimizer: Any, device: torch.device | None = None) -> None
 
     Args:
         optimizer: with its state.
-        device: where all of it must be, what is updated too; None for where that is.
+        device: where the weights that are updated and all their state must be; None: state where its weight is.
 
     Raises:
         ConfigError: naming the call that brings it back.

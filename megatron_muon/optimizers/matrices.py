@@ -28,8 +28,8 @@ class Update:
     """Matrices of one shape in a step, side by side: of one weight, or of several of one param group.
 
     Attributes:
-        weights: whose they are.
-        slices: which matrices of each, and where they lie in tensors of its shape.
+        weights: the weights that they belong to.
+        slices: which matrices of each weight they are, and where they lie in tensors of its shape.
         rows: m of each whole logical matrix.
         columns: n of each.
         divides_columns: whether tensor parallelism divides the columns of the matrices (their rows otherwise, or
@@ -50,7 +50,7 @@ class Update:
 
     @property
     def options(self) -> Options:
-        """Of the weights' param group, in this step."""
+        """The options of the weights' param group in this step."""
         return self.weights[0].options
 
     @property
@@ -201,12 +201,12 @@ class Matrices:
 
 
 def is_some(norm: torch.Tensor) -> torch.Tensor:
-    """Where a norm counts as one: not where the squares that it is the root of have lost digits, or vanished."""
+    """Where a norm is large enough to divide by: squares of smaller ones vanish or lose digits."""
     return ~(norm <= 10.0 * torch.finfo(norm.dtype).tiny ** 0.5)  # NaN counts: it must show
 
 
 def divide_(tensor: torch.Tensor, norm: torch.Tensor, size: float | torch.Tensor = 1.0) -> torch.Tensor:
-    """``tensor / norm * size`` in place, and zeros where there is next to no norm: nothing is blown up."""
+    """``tensor / norm * size`` in place, and zeros where the norm is next to 0, so that noise is not amplified."""
     return tensor.mul_(torch.where(is_some(norm), 1.0 / norm, 0.0) * size)
 
 
@@ -285,7 +285,7 @@ def _update(slices: Slices, weights: Sequence[ParamStep], direction: torch.Tenso
 
 
 def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In another dtype; what is but one element, however large it looks (``StepEngine.visit``), stays one."""
+    """A direction in another dtype; one that is expanded from a single element (``StepEngine.visit``) stays so."""
     if any(direction.stride()):
         return direction.to(dtype)
     return direction.new_zeros((), dtype=dtype).expand(direction.shape)

@@ -36,7 +36,7 @@ _ATTRIBUTES = "attributes of weights"
 """Key in the state of a copy (:meth:`Muon.__getstate__`): what the weights carry, such as their layout."""
 
 _OF_ONE = ("step", "finals", "is_complete", "starts", "marks")
-"""Attributes that copies have anew, or not at all: schedulers of torch set ``step``."""
+"""Attributes that are not copied: copies have new ones, and schedulers of torch set ``step``."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -124,19 +124,19 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def _start(self) -> None:
-        """What is of one optimizer alone, not of its copies."""
+        """Create what belongs to this object alone, and is not copied."""
         self.finals: list[Callable[[list[torch.Tensor]], None]] = []
         self.is_complete = False
         self.marks = Marks()
 
     @property
     def checkpoint_rule(self) -> str:
-        """What checkpoints call the rule of these weights."""
+        """The name that checkpoints have for the update rule."""
         return self.variant.name
 
     @property
     def checkpoint_options(self) -> dict[str, Any]:
-        """What checkpoints tell of the options, beside the numbers of param groups, so that changes can be told."""
+        """Options that checkpoints record, beside the numbers of param groups, so that changes can be detected."""
         names = ["nesterov", "coefficient_type", "num_ns_steps"]
         names += ["scale_mode", "extra_scale_factor"] if self.variant.scales else []
         names += ["weight_decay_method"] if self.variant.decays else []
@@ -220,7 +220,7 @@ class Muon(torch.optim.Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For ``copy.deepcopy`` and pickle: all but what hangs on this object, such as hooks and finals."""
+        """For ``copy.deepcopy`` and pickle: everything but what belongs to this object alone, such as hooks."""
         own = {name: value for name, value in vars(self).items() if name not in _OF_ONE}
         state = {name: value for name, value in own.items() if not name.startswith("_optimizer_")}
         plain = (bool, int, float, str, tuple, MatrixLayout)
@@ -247,7 +247,7 @@ class Muon(torch.optim.Optimizer):
                 group.setdefault(key, value)
 
     def forget(self) -> None:
-        """Take nothing for granted of what was found of the weights: others have come in their place."""
+        """Discard all that was derived from the weights, which have been replaced."""
         self.starts = WarmStarts()
         self.variant.forget()
         for state in self.state.values():

@@ -21,11 +21,11 @@ class ParamStep:
 
     Attributes:
         group: its parameter group.
-        options: of the group, in this step.
+        options: the options of the group in this step.
         param: the weight (this rank's shard).
-        layout: of the weight.
+        layout: the logical matrices of the weight.
         raw_grad: its gradient, in the dtype of its momentum.
-        state: of the weight.
+        state: the optimizer's state of the weight.
         buffer: the momentum, of the weight's shape.
     """
 
@@ -41,10 +41,10 @@ class ParamStep:
     def of(cls, group: dict[str, Any], options: Options, param: torch.Tensor, state: dict[str, Any]) -> ParamStep:
         """
         Args:
-            group: of the parameter.
-            options: of the group, in this step.
-            param: with a gradient.
-            state: of the parameter, with momentum.
+            group: the parameter's group.
+            options: the options of the group in this step.
+            param: a parameter with a gradient.
+            state: its state, with momentum.
         """
         buffer, grad = state["momentum_buffer"], param.grad
         assert grad is not None
@@ -74,7 +74,7 @@ class ParamStep:
 
 
 Weights = Mapping[int, ParamStep]
-"""By the number that the engine has for the weight."""
+"""The parameters of a step, by the index of the weight in the engine's plan."""
 
 
 def update_momentum(weights: Sequence[ParamStep]) -> None:
@@ -102,7 +102,7 @@ def pack(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Ten
         weights: of the step.
         slices: the matrices of each batch.
         batches: to be filled.
-        first: whether the momentum of these matrices is to take in their gradients before.
+        first: whether to update the momentum of these matrices before.
     """
     for run, mine, batch in alike(weights, slices, batches):
         options = mine[0].options
@@ -131,14 +131,14 @@ def add(
     factor: Callable[[ParamStep, MatrixSlice], float],
     key: Callable[[ParamStep], Hashable] | None = None,
 ) -> None:
-    """Let weights decay, and add directions to them, learning rate times a factor of each.
+    """Let weights decay, and add directions to them, times learning rate and a factor.
 
     Args:
         weights: of the step.
         slices: the matrices of each batch.
-        directions: batches of them; those of weights of 16 bits may be changed.
-        factor: of the directions of some matrices.
-        key: by what of a weight that factor differs, beside its param group.
+        directions: a batch for each; those of weights of 16 bits may be changed.
+        factor: gives the factor of the matrices of one item of a weight.
+        key: gives what that factor depends on, beside the param group and the shape.
     """
     for run, mine, batch in alike(weights, slices, directions, key):
         params, updates = run.pairs([weight.param for weight in mine], batch)
@@ -152,13 +152,13 @@ def alike(
     batches: Sequence[torch.Tensor],
     key: Callable[[ParamStep], Hashable] | None = None,
 ) -> Iterator[tuple[Slices, list[ParamStep], torch.Tensor]]:
-    """Batches, and parts of batches, whose weights are of one param group: with these weights.
+    """Cut batches where param groups change: yields (slices, weights, part of the batch) of one group each.
 
     Args:
         weights: of the step.
         slices: the matrices of each batch.
         batches: (matrices, rows, columns).
-        key: what else they have in common.
+        key: gives what else the weights of a part must have in common.
     """
     for each, batch in zip(slices, batches, strict=True):
         mine = [weights[number] for number in each.numbers]

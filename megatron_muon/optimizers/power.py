@@ -15,10 +15,10 @@ UPDATE_LEFT = "update_left_vector"
 """State of ``--muon-scale-mode spectral_norm``: the top left singular vector of the last update, a number a row."""
 
 _COLD_ITERATIONS = 64
-"""Where nothing is known of the singular vectors."""
+"""Power iterations where nothing is known of the singular vectors."""
 
 _LOOKS = 4
-"""So often a matrix of zeros is looked at again: experts may get no tokens for long."""
+"""In how many steps a matrix of zeros is looked at again: experts may get no tokens for long."""
 
 _BITS = 0xFFFFFFFF
 
@@ -124,13 +124,13 @@ def spectrally_normalize(matrices: Matrices, tensors: Sequence[torch.Tensor], st
 
 
 def store_vector(update: Update, name: str, left: torch.Tensor, size: torch.Tensor) -> None:
-    """Write left vectors, (matrices, rows on this rank, 1); those of zeros stay what they were."""
+    """Write left vectors, (matrices, rows on this rank, 1); matrices of size 0 keep the vectors that they have."""
     kept = update.gather(update.named(name)).to(left.dtype)
     update.store(update.named(name), torch.where(size > 0, left, kept))
 
 
 def _first_vectors(matrices: Matrices, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Unit vectors (columns on this rank, 1)."""
+    """Unit vectors to start from, (columns on this rank, 1)."""
     pairs = zip(matrices.updates, tensors, strict=True)
     return [_first_vector(each.columns, each.first_column, a.size(-1), a.device, a.dtype) for each, a in pairs]
 
@@ -146,7 +146,7 @@ def _first_vector(columns: int, first: int, size: int, device: torch.device, dty
 
 
 def _noise(count: int) -> torch.Tensor:
-    """Bits of whole numbers, mixed (Wang's hash), so that nothing depends on generators."""
+    """(count,): numbers from -1 to 1, Wang's hash of 0, 1, ..., so that nothing depends on random generators."""
     x = torch.arange(count, dtype=torch.int64, device="cpu")
     x = ((x ^ 61) ^ (x >> 16)) * 9 & _BITS
     x = ((x ^ (x >> 4)) * 0x27D4EB2D) & _BITS

@@ -1,4 +1,4 @@
-"""In which numbers a step is done: decided from the options and the weights alone, for the step and for its plan."""
+"""The dtypes of a step: they follow from the options and the weights alone, for the step and for its plan."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Precision:
-    """Types of the numbers in a step.
+    """The dtypes of a step.
 
     Attributes:
-        own: of the momentum, in which matrices that are not sent are packed.
-        iteration: of Newton-Schulz.
-        wire: in which tensor-parallel ranks send each other matrices.
+        own: dtype of the momentum, in which matrices that are not sent are packed.
+        iteration: dtype of Newton-Schulz.
+        wire: dtype in which tensor-parallel ranks send each other matrices.
     """
 
     own: torch.dtype
@@ -29,7 +29,7 @@ class Precision:
 
 @functools.cache
 def own_dtype(weights: torch.dtype) -> torch.dtype:
-    """In which matrices of weights of a dtype are packed."""
+    """The dtype in which matrices are packed whose weights have the dtype ``weights``."""
     return torch.promote_types(weights, torch.float32)
 
 

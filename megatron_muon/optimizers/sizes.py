@@ -13,7 +13,7 @@ from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.routing.blocks import BlockRange
 
 RADIUS = "radius"
-"""State of Hyperball."""
+"""Name of the state of Hyperball: R of each matrix."""
 
 
 def normalize(matrices: Matrices, directions: Sequence[torch.Tensor]) -> None:
@@ -33,8 +33,8 @@ class ZeroWeights:
     def __init__(self, what: str, way_out: str) -> None:
         """
         Args:
-            what: keeps norms, for the message.
-            way_out: beside another rule for the weight.
+            what: the option that keeps norms, for the message.
+            way_out: the option that the message advises.
         """
         self._what, self._way_out = what, way_out
         self._seen: set[tuple[torch.Tensor, BlockRange]] = set()
@@ -74,7 +74,7 @@ class PolarGrad(Variant):
     name = "polargrad"
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
-        """Scaled by the nuclear norm."""
+        """Multiply directions by the nuclear norm of the momentum."""
         products = [update.mix().mul_(update.direction) for update in matrices.updates]
         for update, norm in zip(matrices.updates, matrices.sums(products), strict=True):
             update.direction.mul_(norm)
@@ -94,11 +94,11 @@ class Hyperball(Variant):
         self._zeros = ZeroWeights("--muon-variant hyperball (which keeps the norm of each matrix)", "--optimizer muon")
 
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
-        """R of each matrix."""
+        """Create R of each matrix, which the first step measures."""
         init_rows(param, state, RADIUS)
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
-        """The direction with the norm of the weight's sphere."""
+        """Give directions the norm R of the weight."""
         updates = matrices.updates
         weights = [update.row_norms(update.params) for update in updates]
         norms = matrices.norms([*weights, *(update.direction for update in updates)])
@@ -111,7 +111,7 @@ class Hyperball(Variant):
         return super().adapt(matrices)
 
     def retract(self, matrices: Matrices) -> None:
-        """Back to the sphere."""
+        """Bring weights back to the norm R."""
         updates = matrices.updates
         norms = matrices.norms([update.row_norms(update.params) for update in updates])
         for update, norm in zip(updates, norms, strict=True):

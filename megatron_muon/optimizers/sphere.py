@@ -49,7 +49,7 @@ _FIRST_WIDTH = 0.05
 
 
 def evaluations(tolerance: float) -> int:
-    """Passes over all weights: two to enclose lambda, and one for each halving of what encloses it.
+    """The number of passes over all weights: two to enclose lambda, and one for each halving of the interval.
 
     Args:
         tolerance: 1 for a single one at lambda 0 (MuonSphere); otherwise between 0 and 1.
@@ -65,11 +65,11 @@ class _Solve:
         norm: |u|_F of the momentum.
         left: u of Theta, rows on this rank.
         right: v of Theta, columns on this rank.
-        size: of the weight, before it is brought back: its spectral norm.
+        size: spectral norm of the weight before it is brought back to R.
         radius: R.
         start: lambda of the step before.
         value: lambda, to be evaluated next.
-        sides: what is known below 0 and above: lambda, h, Phi, and whether it is known.
+        sides: the nearest evaluations with h below 0 and above.
     """
 
     norm: torch.Tensor
@@ -117,7 +117,7 @@ class _Solve:
 
 @dataclass
 class _Side:
-    """The nearest evaluation below or above 0."""
+    """The nearest evaluation with h below or above 0: lambda, h, Phi, and whether there has been one."""
 
     value: torch.Tensor
     h: torch.Tensor
@@ -133,7 +133,7 @@ class _Side:
 
 
 Solves = dict[MatrixSlice, list[_Solve]]
-"""Those of a chunk, by its first matrices."""
+"""The searches of each chunk, by the first item of the chunk."""
 
 
 class SpectralSphere(Variant):
@@ -165,7 +165,7 @@ class SpectralSphere(Variant):
 
     @property
     def checkpoint_options(self) -> dict[str, Any]:
-        """Radius and tolerance."""
+        """The radius and the tolerance."""
         return {"sphere_radius": self.radius, "sphere_tolerance": self.tolerance}
 
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ class SpectralSphere(Variant):
         init_rows(param, state, LEFT, RADIUS, MULTIPLIER)
 
     def update(self, work: Work) -> None:
-        """Several passes over some matrices after others, each of which evaluates h at one lambda."""
+        """Go over some chunks after others, in several passes that evaluate h at one lambda each."""
         if work.direction != MSIGN:
             work.run()
             return

@@ -33,7 +33,7 @@ from megatron_muon.routing.layout import BALLS, MSIGN
 
 
 def init_rows(param: torch.Tensor, state: dict[str, Any], *names: str) -> None:
-    """Create what is missing of state that has one number for each row of a weight; 0: not yet.
+    """Create missing state that has one number for each row of a weight; 0 means that it is not known yet.
 
     Numbers of a whole matrix are repeated in each of its rows, so that they are saved and resharded with them.
     """
@@ -50,16 +50,16 @@ class Work(Protocol):
     weights: Mapping[int, ParamStep]
 
     def run(self) -> None:
-        """As plain Muon does it, with the other hooks of the variant."""
+        """Update all matrices as plain Muon does, with the variant's other hooks."""
 
     def read(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
-        """See :data:`megatron_muon.engine.callbacks.Read`: packs u, after :meth:`Variant.transform`."""
+        """Pack u, after :meth:`Variant.transform`: a :data:`megatron_muon.engine.callbacks.Read`."""
 
     def matrices(self, slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> Matrices:
         """What variants see of a chunk, in a :data:`megatron_muon.engine.callbacks.Write`."""
 
     def iterations(self, matrices: Matrices, tensors: Sequence[torch.Tensor], state: str, usual: int) -> int:
-        """Of power iterations, see :meth:`megatron_muon.optimizers.power.WarmStarts.iterations`."""
+        """The number of power iterations, see :meth:`megatron_muon.optimizers.power.WarmStarts.iterations`."""
 
 
 class Variant:
@@ -69,7 +69,7 @@ class Variant:
     """
 
     name = "muon"
-    """In the registry, and in checkpoints: state of another variant is not taken for its own."""
+    """The name in the registry, and in checkpoints, where it tells the state of variants apart."""
 
     optimizer = "muon"
     """The value of Megatron's ``--optimizer`` that builds it."""
@@ -104,13 +104,13 @@ class Variant:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the command line would say: what does not go together is looked up by it."""
+        """The settings of a command line that asks for it: options that do not go together are refused by them."""
         own = {setting: getattr(self, option) for option, setting in self.flags.items()}
         return {"optimizer": self.optimizer, "muon_variant": self.name if self.name in VARIANTS else "none", **own}
 
     @property
     def checkpoint_options(self) -> dict[str, Any]:
-        """What checkpoints tell of its options, so that changes can be told."""
+        """Options that checkpoints record, so that changes can be detected."""
         return {}
 
     def check(self, config: MuonConfig) -> None:
@@ -125,7 +125,7 @@ class Variant:
         return []
 
     def forget(self) -> None:
-        """Take nothing for granted of what is kept beside the state: other weights, or other state, have come."""
+        """Discard what is kept beside the state, because weights or state have been replaced."""
 
     def begin_step(self) -> None:
         """Called before a step changes anything."""

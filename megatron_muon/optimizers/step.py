@@ -58,7 +58,7 @@ class Step:
     """One step, from gradients to weights.
 
     Attributes:
-        params: of the optimizer, all, in the order of its groups.
+        params: all parameters of the optimizer, in the order of its groups.
     """
 
     def __init__(self, optimizer: Stepped) -> None:
@@ -93,7 +93,7 @@ class Step:
             raise
 
     def _change(self) -> None:
-        """All of a step that changes weights and state."""
+        """The part of a step that changes weights and state."""
         self.optimizer.variant.begin_step()
         alike: dict[tuple[str, torch.dtype], list[ParamStep]] = defaultdict(list)
         for weights in self._groups:
@@ -115,7 +115,7 @@ class Step:
         self.optimizer.marks.leave(tensor for weight in self._watched for tensor in self._watched_in(weight.state))
 
     def tell(self, params: list[torch.Tensor]) -> None:
-        """Tell that weights are as the step leaves them; later, if others wait for messages first."""
+        """Report that weights are as the step leaves them; deferred while other ranks wait for messages."""
         if self._untold is not None:
             self._untold += params
             return
@@ -125,7 +125,7 @@ class Step:
             final(params)
 
     def tell_untold(self) -> None:
-        """Tell now, and from now on at once."""
+        """Report what has been deferred, and from now on report at once."""
         untold, self._untold = self._untold or [], None
         self.tell(untold)
 
@@ -149,9 +149,9 @@ class EngineStep:
     (:meth:`megatron_muon.optimizers.stages.Variant.update`).
 
     Attributes:
-        engine: goes over their matrices.
-        direction: of all of them.
-        weights: by the number that the engine has for each; those that this rank has a gradient for.
+        engine: plans and carries out the work on their matrices.
+        direction: how their updates are found.
+        weights: those that this rank has a gradient for, by their index in the engine's plan.
     """
 
     def __init__(self, step: Step, engine: StepEngine, direction: str, weights: Sequence[ParamStep]) -> None:
@@ -168,7 +168,7 @@ class EngineStep:
             self.weights = {number[weight.param]: weight for weight in weights}
 
     def run(self) -> None:
-        """As the optimizer does it: orthogonalized once, or in a ball of entries, rows or columns."""
+        """Update all matrices: each is orthogonalized once, or moved in a ball of entries, rows or columns."""
         if self.direction != MSIGN:
             self.engine.visit(self._update_in_balls)
             return
@@ -206,7 +206,7 @@ class EngineStep:
         damp(self.weights, slices, batches)
 
     def _update_with_others(self, first: bool) -> None:
-        """By a plan for the weights of all data-parallel ranks, whether they have gradients or not."""
+        """Update by a plan for the weights of all data-parallel ranks, whether they have gradients or not."""
 
         def cut(
             slices: Sequence[Slices], batches: Sequence[torch.Tensor]
@@ -234,7 +234,7 @@ class EngineStep:
         self.engine.run(read, self._telling(write))
 
     def _telling(self, write: Write) -> Write:
-        """Tells of each weight when all its matrices have been handed out."""
+        """A ``write`` that also reports each weight once all its matrices have been handed out."""
         left = self.engine.parts.copy()
 
         def writing(slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> None:

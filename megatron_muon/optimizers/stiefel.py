@@ -27,10 +27,10 @@ from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.routing.layout import STIEFEL, layout_of
 
 _OFF = 1e-3
-"""How far from the manifold a weight counts as one that comes from elsewhere: rounding leaves 1e-6."""
+"""A weight that is further from the manifold than this is brought onto it first: rounding alone leaves 1e-6."""
 
 _WORK = 8
-"""Tensors of the size of its matrices that a solver holds at once, about: so many times fewer matrices at a time."""
+"""How many tensors of the size of its matrices a solver holds at once, about: by that, fewer are solved at a time."""
 
 
 class StiefelMuon(Variant):
@@ -86,11 +86,11 @@ class StiefelMuon(Variant):
         return {"stiefel_solver": self.solver, "stiefel_iterations": self._number, "stiefel_radius": self.radius}
 
     def forget(self) -> None:
-        """Weights are looked at anew."""
+        """Check again whether weights are on the manifold."""
         self._placed = {}
 
     def begin_step(self) -> None:
-        """Nothing has been solved for."""
+        """Reset :attr:`tangency`, which is that of one step."""
         self.tangency = None
 
     def notes(self, params: Sequence[torch.Tensor]) -> list[str]:
@@ -122,7 +122,7 @@ class StiefelMuon(Variant):
 
 
 def _as_it_is(param: torch.Tensor) -> tuple[int, int]:
-    """Something else once somebody else has written to a weight, or replaced its memory."""
+    """What changes when somebody else writes to a weight, or replaces its memory."""
     return param._version, param.data_ptr()
 
 
@@ -130,7 +130,7 @@ class _Move:
     """One step of whole matrices on the manifold.
 
     Attributes:
-        tangency: the largest so far.
+        tangency: the largest residual so far, see :attr:`StiefelMuon.tangency`.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class _Move:
 
     @staticmethod
     def _rate(rates: list[Rate], like: torch.Tensor) -> Rate:
-        """One number, or one for each matrix: (matrices, 1, 1)."""
+        """The learning rate: one number, or a tensor with one for each matrix, (matrices, 1, 1)."""
         if len(set(rates)) == 1:
             return rates[0]
         if any(isinstance(rate, torch.Tensor) for rate in rates):
@@ -189,7 +189,7 @@ class _Move:
 
 
 def _weights_reader(weights: Weights) -> Read:
-    """Packs the weights."""
+    """A callback that packs the weights."""
 
     def read(slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
         for params, views in _pairs(weights, slices, batches):
@@ -199,7 +199,7 @@ def _weights_reader(weights: Weights) -> Read:
 
 
 def _weights_writer(weights: Weights) -> Write:
-    """Puts new weights in the place of the old ones."""
+    """A callback that puts new weights in the place of the old ones."""
 
     def write(slices: Sequence[Slices], results: Sequence[torch.Tensor], reduce: Reduce) -> None:
         for params, views in _pairs(weights, slices, results):

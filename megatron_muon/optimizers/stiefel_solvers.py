@@ -30,7 +30,8 @@ SIGN_STEPS = 10
 """Newton-Schulz steps of a matrix sign: singular values above 3e-4 of the Frobenius norm come to 1 in all digits."""
 
 PLACING_STEPS = 20
-"""The same for weights that come from elsewhere: above 3e-7. Square Gaussian ones reach down to 1e-6."""
+"""Newton-Schulz steps that bring a weight onto the manifold: singular values above 3e-7 of the Frobenius norm come to
+1. Square Gaussian matrices have some as small as 1e-6."""
 
 _FLOOR = 1e-18
 """Norms below are not divided by: their squares would vanish in float32."""
@@ -57,7 +58,7 @@ class Msign:
 
 
 msign = Msign()
-"""With torch's products."""
+"""The matrix sign with torch's products."""
 
 
 def admm(weight: torch.Tensor, gradient: torch.Tensor, iterations: int, msign: Msign = msign) -> torch.Tensor:
@@ -141,8 +142,8 @@ class Solver:
     """A way to solve the tangent problem.
 
     Attributes:
-        solve: as :func:`admm`.
-        iterations: its default.
+        solve: a function like :func:`admm`.
+        iterations: its default number of iterations.
         products: operations in its matrix products, for one m x n matrix and a number of iterations.
     """
 
@@ -166,7 +167,7 @@ SOLVERS = {
     "dual_ascent": Solver(dual_ascent, 100, _dual_ascent_flops),
     "fixed_point": Solver(fixed_point, 20, _fixed_point_flops),
 }
-"""By the names that ``--muon-stiefel-solver`` takes."""
+"""The solvers, by the names that ``--muon-stiefel-solver`` takes."""
 
 
 @without_autocast()

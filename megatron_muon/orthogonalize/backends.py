@@ -20,15 +20,15 @@ from megatron_muon.orthogonalize.switches import float32_is_exact
 _FLAG = "--muon-ns-backend"
 
 _CPU_BLOCK_ROWS = {torch.float32: 32, torch.float64: 32, torch.bfloat16: 256, torch.float16: 256}
-"""From as many rows on, four blocks take less time than the whole product (measured on one core)."""
+"""The fewest rows of a block with which four blocks take less time than the whole product (measured on one core)."""
 
 _KERNELS = {
     "gram_newton_schulz": ("vendor", "VendorProducts"),
     "triton": ("triton_symmetric", "TritonProducts"),
     "emerging": ("emerging", "EmergingProducts"),
 }
-"""By the name of the backend: its module in :mod:`megatron_muon.orthogonalize.kernels`, and its class there. Where
-nothing is timed the first is preferred: made for the device; for any device; and last emerging-optimizers'."""
+"""For each backend its module in :mod:`megatron_muon.orthogonalize.kernels` and its class there. Where nothing is timed
+the first that can be used is preferred: made for the device; then for any device; then emerging-optimizers'."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Candidate:
 def choose_products(
     backend: str, device: torch.device, dtype: torch.dtype, trial: Trial | None = None
 ) -> tuple[TorchProducts, str]:
-    """The first of :func:`candidates`, for those that share nothing with other ranks; and a line for the report."""
+    """The first of :func:`candidates` and a line for the report, for callers that share no weight with other ranks."""
     found = candidates(backend, device, dtype, trial)
     assert found[0].products is not None
     return found[0].products, report(found[0], found, device, dtype, trial)
@@ -70,9 +70,9 @@ def candidates(backend: str, device: torch.device, dtype: torch.dtype, trial: Tr
         backend: one of :data:`megatron_muon.choices.NS_BACKENDS`. ``auto`` is the fastest of all that pass; on CPUs
             torch, by blocks.
         device: where it will multiply.
-        dtype: in which. For float32, call this under the :func:`matmul_precision` of the step: what is best
+        dtype: of the matrices. For float32, call this under the :func:`matmul_precision` of the step: what is best
             depends on whether products may be TF32.
-        trial: what to time; without it, nothing is, and torch comes last.
+        trial: what to time; without it nothing is timed, and torch comes last.
 
     Raises:
         ConfigError: for an unknown backend, and for one that is asked for by name and is not there, does not support
@@ -127,7 +127,7 @@ def report(
 def _in_order(
     kernels: Sequence[Candidate], device: torch.device, dtype: torch.dtype, trial: Trial | None
 ) -> list[Candidate]:
-    """With torch, which is timed only if there is another to compare it with."""
+    """Kernels and torch, the fastest first; torch is timed only if there is another to compare it with."""
     found = [*kernels, Candidate("torch", TorchProducts(), "no check needed")]
     if trial is not None and any(each.products is not None for each in kernels):
         found = [_timed(each, device, dtype, trial) for each in found]

@@ -12,8 +12,8 @@ from megatron_muon.orthogonalize.switches import without_autocast
 
 EPS = 1e-15
 """Default of the lower bound of norms. Updates do not depend on the gradient's scale, and global clipping may bring
-that to 1e-9 and less where one weight's gradient is huge: 1e-7, which others use, would all but stop the others. What
-momentum is left after hundreds of steps without any gradient is to count for nothing all the same: 0.95^540 is 1e-12.
+that to 1e-9 and less where one weight's gradient is huge: 1e-7, which others use, would all but stop the other weights.
+Momentum that is left after hundreds of steps without any gradient still counts for nothing: 0.95^540 is 1e-12.
 """
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -71,7 +71,7 @@ def turned(x: torch.Tensor, tall: bool) -> torch.Tensor:
 
 
 def square_sums(x: torch.Tensor) -> torch.Tensor:
-    """(batch, 1, 1), float64: the squares of the norms. In float32, those of norm 2e19 and more would be infinite."""
+    """(batch, 1, 1), float64: the squares of the norms. In float32 the square of a norm of 2e19 would be infinite."""
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64).square_()
 
 

@@ -1,4 +1,4 @@
-"""Which iteration for which matrices, in which precision, with which kernels; and what each costs."""
+"""Chooses the iteration for each shape, applies it in a given precision by given kernels, and counts its operations."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Orthogonalizer:
     """
 
     batch_bytes: ClassVar[dict[str, int]] = {"cpu": 1 << 20, "cuda": 1 << 29}
-    """Matrices are iterated together up to so many bytes: on CPUs what a core's cache holds; on GPUs what keeps all
-    multiprocessors busy, and no more memory."""
+    """How many bytes of matrices are iterated together: on CPUs what a core's cache holds; on GPUs as few as keep all
+    multiprocessors busy."""
 
     def __init__(
         self,
@@ -91,12 +91,12 @@ class Orthogonalizer:
         return self.gram_flops(p, q) if self._gram_pays(p, q) else self.standard_flops(p, q)
 
     def standard_flops(self, p: int, q: int) -> int:
-        """The same, by standard Newton-Schulz on ``p x p`` Gram matrices; q may be a part of what they sum over."""
+        """Operations of standard Newton-Schulz on ``p x p`` Gram matrices of matrices, or parts of matrices, p x q."""
         symmetric = self.products.symmetric_flops
         return len(self.coefficients) * (symmetric(p, q) + symmetric(p, p) + 2 * p * p * q)
 
     def gram_flops(self, p: int, q: int) -> int:
-        """The same, by Gram Newton-Schulz, where p <= q."""
+        """Operations of Gram Newton-Schulz for one p x q matrix, p <= q."""
         assert self.restarts is not None
         return self.segment_count * self.rectangular_flops(p, q) + self.polynomial_flops(p)
 
@@ -106,11 +106,11 @@ class Orthogonalizer:
         return 1 + len(self.restarts or ())
 
     def rectangular_flops(self, p: int, q: int) -> int:
-        """Of one segment of Gram Newton-Schulz: ``X X^T`` and ``Q X`` for q columns."""
+        """Operations of ``X X^T`` and ``Q X`` for q columns, in one segment of Gram Newton-Schulz."""
         return self.products.symmetric_flops(p, q) + 2 * p * p * q
 
     def polynomial_flops(self, p: int) -> int:
-        """Of all segments: the products of p x p matrices."""
+        """Operations of the products of p x p matrices, in all segments of Gram Newton-Schulz."""
         # Each step squares R; each but the first of a segment multiplies Q, each but the last R twice.
         products = sum(1 + 4 * (len(segment) - 1) for segment in segments(self.coefficients, self.restarts or ()))
         return products * self.products.symmetric_flops(p, p)
@@ -127,7 +127,7 @@ class Orthogonalizer:
         return self._orthogonalized([x], False)
 
     def use_up(self, given: list[torch.Tensor]) -> torch.Tensor:
-        """The same of the last tensor of a list, contiguous, which is taken out: its memory is overwritten or free."""
+        """Orthogonalize the last tensor of a list, contiguous: it is taken out, and its memory overwritten or freed."""
         return self._orthogonalized(given, True)
 
     def _orthogonalized(self, given: list[torch.Tensor], overwrite: bool) -> torch.Tensor:
@@ -156,20 +156,20 @@ class Orthogonalizer:
         return turned(gram_iteration(start(), self.coefficients, restarts, self.products, scale), tall)
 
     def split(self, x: torch.Tensor, reduce: Reduce, scatter: Reduce, gather: Reduce, dim: int = -1) -> torch.Tensor:
-        """The same for this rank's part of each matrix: standard Newton-Schulz, the square products shared as well.
+        """Orthogonalize this rank's part of each matrix by standard Newton-Schulz that shares the square products, too.
 
         Args:
             x: (batch, m, n): this rank's rows or columns.
-            reduce: sums over the ranks.
-            scatter: this rank's rows of the sum.
-            gather: all rows, from those of each rank.
+            reduce: sums a tensor over the ranks.
+            scatter: gives this rank's rows of the sum.
+            gather: gives all rows, from the rows that each rank has.
             dim: the dimension that they share, -2 (rows) or -1 (columns); sums run along it, whichever is longer.
         """
         start = turned(self.normalized(x, squares=reduce(square_sums(x))), dim == -2)
         return turned(split_iteration(start, self.coefficients, self.products, scatter, gather), dim == -2)
 
     def member_flops(self, p: int, columns: float, rows: float) -> float:
-        """Operations of a rank that has so many columns of a matrix in :meth:`split`, and rows of its square."""
+        """Operations of a rank in :meth:`split` that has ``columns`` of a matrix and ``rows`` of its Gram matrix."""
         return len(self.coefficients) * (
             self.products.symmetric_flops(p, 1) * columns + 2 * p * p * rows + 2 * p * p * columns
         )
@@ -181,7 +181,7 @@ class Orthogonalizer:
         squares: torch.Tensor | None = None,
         overwrite: bool = False,
     ) -> torch.Tensor:
-        """Where the iteration starts: see :func:`megatron_muon.orthogonalize.newton_schulz.normalized`."""
+        """What the iteration starts from: see :func:`megatron_muon.orthogonalize.newton_schulz.normalized`."""
         return normalized(
             x, self.dtype, self.eps, scale=scale, squares=squares, damped=self.damped, overwrite=overwrite
         )

@@ -13,7 +13,7 @@ import torch
 from megatron_muon.orthogonalize.switches import float32_is_exact
 
 BLOCKS = 4
-"""Fewer save little, more hardly more: two do 3/4 of the work, four 5/8, eight 9/16."""
+"""How many blocks a symmetric product is cut into: two do 3/4 of the work, four 5/8, eight 9/16."""
 
 
 class TorchProducts:
@@ -27,7 +27,7 @@ class TorchProducts:
     """
 
     name = "torch"
-    """For the report."""
+    """Name in the report."""
 
     compiles = False
     """Whether products of a new shape compile or tune something, which must not happen inside a step."""

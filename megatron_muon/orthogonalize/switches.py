@@ -66,7 +66,10 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def _sum_switches() -> dict[str, Any]:
-    """Whether sums within products of 16 bits may be of 16 bits; with whether a product may be cut into sums."""
+    """torch's switches for 16-bit sums within products of 16 bits, with their values.
+
+    A value is a pair where a switch also tells whether a product may be cut into partial sums (split-k).
+    """
     matmul, found = torch.backends.cuda.matmul, {}
     reductions = [f"allow_{numbers}_reduced_precision_reduction" for numbers in ("fp16", "bf16")]
     for name in (*reductions, "allow_fp16_accumulation"):
@@ -77,7 +80,7 @@ def _sum_switches() -> dict[str, Any]:
 
 
 def _float32_switches() -> list[Any]:
-    """What has ``fp32_precision``, of matrix products; nothing before torch 2.9.
+    """The objects whose ``fp32_precision`` governs matrix products; none before torch 2.9.
 
     Where these have been set, torch's older functions raise; where the older ones have been, these can be read.
     """

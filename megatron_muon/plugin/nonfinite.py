@@ -82,7 +82,7 @@ def check_gradients(
     prepare = optimizer.prepare_grads
     for leaf, _ in leaves(optimizer):
         if isinstance(leaf.optimizer, Muon):
-            leaf.optimizer.engines.told = True
+            leaf.optimizer.engines.compared_elsewhere = True
     place = "" if experts is None or experts.size() == 1 else f" of expert-parallel rank {experts.rank()}"
     agreed: list[int] = []  # which weights lacked a gradient when the ranks last compared them
     skipped = SkippedSteps()

@@ -61,7 +61,7 @@ class View(NamedTuple):
     start: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The view."""
+        """The view of a tensor."""
         return tensor.as_strided(self.size, self.strides, tensor.storage_offset() + self.start)
 
 
@@ -103,7 +103,7 @@ class BlockRange:
         return found
 
     def views(self, weight: torch.Tensor, batch: torch.Tensor, first: int) -> tuple[list[View | None], list[View]]:
-        """What gives these views of the shard (None: the shard itself), and of a batch; alike but for columns.
+        """Sizes and strides of views of the shard (None: the shard itself) and of a batch; alike but for columns.
 
         Args:
             weight: as of :meth:`pairs`, or a tensor with other columns.
@@ -121,7 +121,7 @@ class BlockRange:
         return theirs, mine
 
     def _regions(self, experts: int, rows: int) -> Iterator[_Region]:
-        """The rows of this range in a shard of so many experts of the range, and rows of each."""
+        """The regions of this range in a shard that has ``experts`` of the range, and ``rows`` of each."""
         layout = self.layout
         if not layout.sections:
             found: Iterator[_Region] = iter([_Region((experts, rows), _across(self.start), _across(0))])
@@ -137,7 +137,7 @@ class BlockRange:
             )
 
     def _periods(self, experts: int, periods: int) -> Iterator[_Region]:
-        """Of a shard of whole periods."""
+        """The regions in a shard of whole periods."""
         layout, (sections, m) = self.layout, _sections(self.layout, self.block)
         first_expert, first_period = (self.start, 0) if layout.stacked else (0, self.start if m else 0)
         if m and not layout.stacked:
@@ -159,7 +159,7 @@ class BlockRange:
             before += section.rows
 
     def _broken(self, experts: int, rows: int) -> Iterator[_Region]:
-        """Of a shard that cuts through periods: its rows of the block, one run of them after the other."""
+        """The regions in a shard that cuts through periods: its rows of the block, one run of them after the other."""
         layout, (_, m) = self.layout, _sections(self.layout, self.block)
         low, high = (self.start * m, self.stop * m) if m and not layout.stacked else (0, 1 << 62)
         first_expert = self.start if layout.stacked else 0
@@ -173,7 +173,7 @@ class BlockRange:
 
 
 def _across(first: int, row: int = 0) -> _Steps:
-    """All experts, or matrices, from the first on, and all rows."""
+    """The steps through all experts (or matrices) from number ``first`` on, and through all rows from ``row`` on."""
     return _Steps((first, row), ((1, 0), (0, 1)))
 
 

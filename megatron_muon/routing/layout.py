@@ -55,7 +55,7 @@ class Section:
 
     Attributes:
         name: of the block (``q``, ``k``, ...). Sections of one name, in one period or in several, make one block.
-        rows: how many rows of it stand together.
+        rows: how many consecutive rows it has.
         rule: :data:`ORTHOGONALIZE`, or :data:`SCALAR` for rows that follow the scalar optimizer's rule.
         matrix_rows: 0 if the rows of the block, of all periods, are one matrix; otherwise each ``matrix_rows``
             consecutive rows are a matrix of their own (one attention head).
@@ -174,7 +174,7 @@ class MatrixLayout:
         return found
 
     def matrix_rows(self, block: int) -> int:
-        """Of the sections of a block, in the order of :meth:`blocks`; 0 for a weight that is one matrix."""
+        """``matrix_rows`` of the sections of block number ``block`` in :meth:`blocks`; 0 if the weight is one matrix."""
         return self.sections[self.indices[block][0]].matrix_rows if self.sections else 0
 
     def rows_by_rule(self, weight: torch.Tensor, rule: str) -> list[torch.Tensor]:

@@ -63,7 +63,9 @@ def steps_without_waiting() -> list[tuple[str, str]]:
             params, tp_group=group, tp_mode=mode, nesterov=True, chunk_mb=0.003, scalar_optimizer="lion", ns_dtype=dtype
         )
         optimizer.step()  # compares the plans
-        optimizer.engines.told = True  # as Megatron-Core's optimizers are, which compare gradients by themselves
+        optimizer.engines.compared_elsewhere = (
+            True  # as Megatron-Core's optimizers are, which compare gradients by themselves
+        )
         before = [param.detach().clone() for param in params]
         with no_reading(pytest.MonkeyPatch()):
             optimizer.step()
@@ -117,7 +119,7 @@ def step_without_waiting(name: str) -> bool:
         params.append(param)
     optimizer = Muon(params, lr=0.1, tp_group=dist.group.WORLD, nesterov=True, **options)
     optimizer.step()
-    optimizer.engines.told = True
+    optimizer.engines.compared_elsewhere = True
     before = [param.detach().clone() for param in params]
     with no_reading(pytest.MonkeyPatch()):
         optimizer.step()

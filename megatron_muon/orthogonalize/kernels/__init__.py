@@ -1,8 +1,8 @@
 """Kernels for GPUs: products with a symmetric result, and elementwise passes.
 
 Each module of products has a class, and a function ``obstacle(device, dtype)`` that tells why it cannot be used there.
-What they are made of may not be installed: :mod:`megatron_muon.orthogonalize.backends` imports them when it must. None
-of them sorts, or adds up in an order that changes from run to run (no atomic operations): their results are
+The packages that they need may not be installed: :mod:`megatron_muon.orthogonalize.backends` imports them on demand.
+None of them sorts, or adds up in an order that changes from run to run (no atomic operations): their results are
 deterministic.
 """
 

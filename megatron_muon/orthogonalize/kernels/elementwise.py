@@ -24,10 +24,10 @@ Rate = float | torch.Tensor
 _Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 
 _TRIAL = 1 << 26
-"""Elements of the trial by time: those of a chunk."""
+"""Elements in the trial by time: as many as a chunk has."""
 
 _taken: set[tuple[Any, ...]] = set()
-"""What is done by the kernels: device, name of the pass, and dtypes of its tensors."""
+"""The passes that the kernels do: device, name of the pass, and dtypes of its tensors."""
 
 
 def pack(momenta: _Tensors, grads: _Tensors, slots: _Tensors, momentum: float | None, nesterov: float) -> None:
@@ -40,7 +40,7 @@ def pack(momenta: _Tensors, grads: _Tensors, slots: _Tensors, momentum: float | 
         momenta: of some matrices, in any shapes and strides; changed in place.
         grads: of the same shapes, read only.
         slots: of the same shapes, in a batch; filled.
-        momentum: its decay; None if momentum has been updated.
+        momentum: decay of the momentum; None if it has been updated already.
         nesterov: weight of the momentum in its mix with the gradient; 1 if it is taken as it is.
     """
     if _is_taken("pack", momenta, grads, slots) and _kernels().pack(momenta, grads, slots, momentum, nesterov):
@@ -112,7 +112,7 @@ def add_(weights: _Tensors, updates: _Tensors, rate: Rate) -> None:
 def _add_and_round(
     weight: torch.Tensor, update: torch.Tensor, rate: Rate, kept: Rate | None, cautious: Rate | None
 ) -> None:
-    """In the memory of the update, if that has more bits: a table is one weight, however large it is."""
+    """Add in the memory of the update, if that has more bits: copies of a table, which is one weight, are large."""
     smaller = None if cautious is None else weight * (weight * update > 0)
     total = update.mul_(rate) if update.dtype.itemsize >= 4 else update.float().mul_(rate)
     if smaller is not None and cautious is not None:

@@ -52,7 +52,7 @@ class EmergingProducts(KernelProducts):
         return out
 
     def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
-        """Of torch: Z is not the transpose of R."""
+        """Multiply by torch, because Z is not the transpose of R."""
         return TorchProducts.commuting(self, r, z, a)
 
 

@@ -18,17 +18,17 @@ import torch
 from megatron_muon.orthogonalize.products import TorchProducts
 
 LIMIT = 4.0
-"""By how many times torch's error may be exceeded: both sum in float32 and round once."""
+"""How many times torch's error an error may be: both sum in float32 and round once."""
 
 
 _SUMS_IN_FLOAT32 = 4 * torch.finfo(torch.float32).eps
-"""By so much, relative to the largest element, sums of some hundred terms differ with their order. Errors of torch that
-are smaller are luck; in 16 bits they are far larger."""
+"""How much sums of some hundred terms differ with their order, relative to the largest element. Smaller errors of torch
+are luck; in 16 bits they are far larger."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a batch of test matrices X, p x q; ``tall``: X lies in memory column by column, as a tall matrix does."""
+    """Size of a batch of test matrices X, p x q; ``tall``: X lies in memory column by column, as a tall matrix does."""
 
     batch: int
     p: int
@@ -40,7 +40,7 @@ GPU_SIZES = (Size(1, 1160, 1288), Size(3, 264, 520, tall=True), Size(3, 321, 515
 """Multiples of 8 that are no multiples of a tile, enough rows for several groups of tiles, and odd sizes."""
 
 CPU_SIZES = (Size(1, 264, 296, tall=True), Size(3, 257, 259))
-"""The same as far as an interpreter can do it in seconds."""
+"""Sizes for CPUs, where Triton's interpreter multiplies: the same kinds, as far as it can do them in seconds."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Verdict:
         products: how many products were compared.
         error: the largest error of any of them, as a multiple of torch's, or, where torch's is smaller, of what the
             order of sums in float32 makes.
-        exactly_symmetric: whether every result was.
+        exactly_symmetric: whether every result was symmetric bit by bit.
     """
 
     failure: str | None
@@ -176,7 +176,7 @@ class Trial:
     iterate: Callable[[TorchProducts, torch.Tensor], object]
 
     def seconds(self, products: TorchProducts, device: torch.device, dtype: torch.dtype) -> float:
-        """Of one iteration over a batch of random matrices."""
+        """The time of one iteration over a batch of random matrices."""
         generator = torch.Generator(device).manual_seed(0)  # not the generator that initializes models
         x = torch.randn(self.shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
         return seconds(lambda: self.iterate(products, x), device)

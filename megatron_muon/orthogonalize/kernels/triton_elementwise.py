@@ -48,7 +48,7 @@ def _place(table, programs, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _start(entry, NUMBER: tl.constexpr, TYPES: tl.constexpr, ALIGNED: tl.constexpr):
-    """Of a tensor's elements in an entry."""
+    """The address of a tensor's elements in an entry of the table."""
     start = tl.load(entry + NUMBER).to(tl.pointer_type(TYPES[NUMBER]))
     return tl.multiple_of(start, 16) if ALIGNED else start
 
@@ -191,5 +191,5 @@ def _lerp(weight: float) -> tuple[float, bool]:
 
 
 def _bits(number: float) -> int:
-    """Of a float64: what Triton passes to a kernel as a float is a float32."""
+    """The bits of a float64: what Triton passes to a kernel as a float is a float32."""
     return int(struct.unpack("q", struct.pack("d", number))[0])
