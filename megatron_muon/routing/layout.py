@@ -174,7 +174,7 @@ class MatrixLayout:
         return found
 
     def matrix_rows(self, block: int) -> int:
-        """``matrix_rows`` of the sections of block number ``block`` in :meth:`blocks`; 0 if the weight is one matrix."""
+        """``matrix_rows`` of a block, numbered as in :meth:`blocks`; 0 for a weight that is one matrix."""
         return self.sections[self.indices[block][0]].matrix_rows if self.sections else 0
 
     def rows_by_rule(self, weight: torch.Tensor, rule: str) -> list[torch.Tensor]:
