@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from megatron_muon.engine.divided import distributed, gram
-from megatron_muon.engine.exchanged import lent, owner, split
+from megatron_muon.engine.all_to_all import lent, owner, split
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LENT, LOCAL, OWNER, SPLIT
-from megatron_muon.engine.run import Pause, RankChunk, Run, Work
+from megatron_muon.engine.run import ChunkWork, Pause, RankChunk, Run
+from megatron_muon.engine.sharded import distributed, gram
 from megatron_muon.engine.whole import duplicated, local
 
-_WORK: dict[str, Callable[[Run, RankChunk], Work]] = {
+_WORK: dict[str, Callable[[Run, RankChunk], ChunkWork]] = {
     LOCAL: local,
     OWNER: owner,
     GRAM: gram,
@@ -39,7 +39,7 @@ def execute(run: Run, chunks: Sequence[RankChunk]) -> None:
         chunks: in the order of the plan. Those of one group are the same on all its ranks; so is the order of chunks
             of several groups on ranks that share them.
     """
-    late: list[Work] = []
+    late: list[ChunkWork] = []
     groups = [mine.chunk.group for mine in chunks]
     turns = {group: _turns(run, [mine for mine in chunks if mine.chunk.group == group], late) for group in groups}
     begun: set[str] = set()
@@ -57,15 +57,15 @@ def execute(run: Run, chunks: Sequence[RankChunk]) -> None:
         next(work, None)
 
 
-def _turns(run: Run, chunks: Sequence[RankChunk], late: list[Work]) -> Iterator[None]:
+def _turns(run: Run, chunks: Sequence[RankChunk], late: list[ChunkWork]) -> Iterator[None]:
     """The work on the chunks of one group.
 
-    Yields when the first has begun, and when each is computed; after that the results of the last one are written. Work
-    that pauses with :attr:`Pause.LATE` is added to ``late``, and finished by the caller.
+    Yields when the first has begun, and when each is computed; after that the results of the last one are written. What
+    pauses with :attr:`Pause.LATE` is added to ``late``, and finished by the caller.
     """
     waiting = (_WORK[mine.chunk.mode](run, mine) for mine in chunks)
-    computing: deque[Work] = deque()
-    returning: list[Work] = []
+    computing: deque[ChunkWork] = deque()
+    returning: list[ChunkWork] = []
 
     def begin(most: int) -> None:
         while len(computing) < most and (work := next(waiting, None)) is not None:

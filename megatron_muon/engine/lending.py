@@ -79,7 +79,7 @@ def lend(weights: tuple[Weight, ...], policy: Policy, orthogonalizer: Orthogonal
         ConfigError: for a weight that the mode cannot treat.
     """
     kept: list[tuple[BatchKey, MatrixSlice]] = []
-    lots: dict[str, list[_Lot]] = defaultdict(list)
+    blocks: dict[str, list[_WeightBlock]] = defaultdict(list)
     peers: dict[str, Peers] = {}
     for key, item in items_of(weights, policy.mode):
         of = weights[item.weight].peers
@@ -87,25 +87,25 @@ def lend(weights: tuple[Weight, ...], policy: Policy, orthogonalizer: Orthogonal
             kept.append((key, item))
         else:
             peers.setdefault(of.group, of)
-            lots[of.group].append(_Lot(key, item, of))
+            blocks[of.group].append(_WeightBlock(key, item, of))
     chunks, flops = {}, {}
-    for group, its in lots.items():
-        levelled = _level(its, peers[group], policy, orthogonalizer)
-        kept += levelled.kept()
-        chunks[group] = tuple(levelled.chunks())
-        before = _Levels(its, peers[group], policy, orthogonalizer)
-        flops[group] = before.flops, levelled.flops
+    for group, its in blocks.items():
+        balanced = _balanced(its, peers[group], policy, orthogonalizer)
+        kept += balanced.kept()
+        chunks[group] = tuple(balanced.chunks())
+        before = _Workloads(its, peers[group], policy, orthogonalizer)
+        flops[group] = before.flops, balanced.flops
     return Lending(weights, tuple(kept), chunks, flops)
 
 
-def _level(lots: list[_Lot], peers: Peers, policy: Policy, orthogonalizer: Orthogonalizer) -> _Levels:
+def _balanced(blocks: list[_WeightBlock], peers: Peers, policy: Policy, orthogonalizer: Orthogonalizer) -> _Workloads:
     """The best assignment with matrices split into at most 1, 2, 4, ... parts; with as few parts as are as good."""
-    before = _Levels(lots, peers, policy, orthogonalizer)
+    before = _Workloads(blocks, peers, policy, orthogonalizer)
     best, seconds = before, WORTHWHILE * before.busiest
     if peers.ranks == 1 or not before.busiest or policy.mode == BLOCKWISE:
         return before
     for most in sorted({*(2**exponent for exponent in range(peers.ranks.bit_length())), peers.ranks}):
-        found = _Levels(lots, peers, policy, orthogonalizer)
+        found = _Workloads(blocks, peers, policy, orthogonalizer)
         found.split(most)
         found.even_out(most)
         needed = found.busiest + found.overhead
@@ -115,7 +115,7 @@ def _level(lots: list[_Lot], peers: Peers, policy: Policy, orthogonalizer: Ortho
 
 
 @dataclass(frozen=True)
-class _Lot:
+class _WeightBlock:
     """Matrices of one block of one weight.
 
     Attributes:
@@ -144,10 +144,10 @@ class _Lot:
 
 
 @dataclass
-class _Levels:
+class _Workloads:
     """What each rank of a group has to do, and what it does for others. Ranks are numbered tensor first."""
 
-    lots: list[_Lot]
+    blocks: list[_WeightBlock]
     peers: Peers
     policy: Policy
     orthogonalizer: Orthogonalizer
@@ -163,17 +163,17 @@ class _Levels:
     """Operations of each rank."""
 
     def __post_init__(self) -> None:
-        divided = [len(lot.key.parts) for lot in self.lots if lot.key.mode != LOCAL]
+        divided = [len(block.key.parts) for block in self.blocks if block.key.mode != LOCAL]
         self.tensor = max(divided, default=1)
         ranks = self.peers.ranks * self.tensor
-        self.left = [lot.units for lot in self.lots]
-        self.lent = [{} for _ in self.lots]
-        self.parts = [[] for _ in self.lots]
+        self.left = [block.units for block in self.blocks]
+        self.lent = [{} for _ in self.blocks]
+        self.parts = [[] for _ in self.blocks]
         self.loads, self.flops = [0.0] * ranks, [0.0] * ranks
         self.held: list[list[int]] = [[] for _ in range(self.peers.ranks)]
-        for index, lot in enumerate(self.lots):
-            self.held[lot.peers.holder].append(index)
-            self._work(lot.peers.holder, lot.units * self._whole(lot) / self._sharing(lot))
+        for index, block in enumerate(self.blocks):
+            self.held[block.peers.holder].append(index)
+            self._work(block.peers.holder, block.units * self._unit_flops(block) / self._ranks_sharing(block))
 
     @property
     def busiest(self) -> float:
@@ -189,12 +189,14 @@ class _Levels:
         """Split matrices that alone exceed a fair share of the work: into as few parts as do not, at most ``most``."""
         fair = sum(self.loads) / len(self.loads)
         shares = [0] * self.peers.ranks
-        large = [index for index, lot in enumerate(self.lots) if lot.key.mode == LOCAL and self._single(lot) > fair]
-        for index in sorted(large, key=lambda index: (-self._single(self.lots[index]), index)):
-            lot = self.lots[index]
-            most_of_it = min(most, lot.key.q // COLUMNS)
-            number = next((n for n in range(2, most_of_it) if self._member(lot, n) <= fair), most_of_it)
-            for _ in range(lot.units if number > 1 else 0):
+        local = [index for index, block in enumerate(self.blocks) if block.key.mode == LOCAL]
+        for index in self._largest_first(local):
+            block = self.blocks[index]
+            if self._matrix_seconds(block) <= fair:
+                break
+            most_of_it = min(most, block.key.q // COLUMNS)
+            number = next((n for n in range(2, most_of_it) if self._member_seconds(block, n) <= fair), most_of_it)
+            for _ in range(block.units if number > 1 else 0):
                 load = self._without(index)
                 members = sorted(range(self.peers.ranks), key=lambda rank: (shares[rank], load[rank], rank))[:number]
                 self._cut(index, members)
@@ -213,118 +215,119 @@ class _Levels:
                 self._cut(cut[2], cut[3])
                 continue
             _, _, index, to, units = move
-            lot, sizes = self.lots[index], self.policy.sizes
+            block, sizes = self.blocks[index], self.policy.sizes
             self.left[index] -= units
             self.lent[index][to] = self.lent[index].get(to, 0) + units
-            self._work(lot.peers.holder, -units * self._whole(lot) / self._sharing(lot))
-            self._send(lot.peers.holder, units * lot.numel * sizes.wire / self._sharing(lot))
-            self._work(to, units * self._whole(lot), whole=lot.key.mode == LOCAL)
-            self._send(to, units * lot.numel * sizes.back, whole=lot.key.mode == LOCAL)
+            self._work(block.peers.holder, -units * self._unit_flops(block) / self._ranks_sharing(block))
+            self._send(block.peers.holder, units * block.numel * sizes.wire / self._ranks_sharing(block))
+            self._work(to, units * self._unit_flops(block), whole=block.key.mode == LOCAL)
+            self._send(to, units * block.numel * sizes.back, whole=block.key.mode == LOCAL)
 
     def _moves(self, rank: int) -> Iterator[tuple[float, float, int, int, int]]:
         """What ``rank`` may lend: (seconds of the busier of the two afterwards, elements, block, to whom, units)."""
-        place, busy, machine = rank // self.tensor, self.busiest, self.policy.machine
+        place, busy, machine, sizes = rank // self.tensor, self.busiest, self.policy.machine, self.policy.sizes
         fair = sum(self.loads) / len(self.loads)
         data = self._of_data_ranks()
         idlest = data.index(min(data)), self.loads.index(min(self.loads))
         seen = set()
         for index in self.held[place]:
-            lot = self.lots[index]
-            local = lot.key.mode == LOCAL
+            block = self.blocks[index]
+            local = block.key.mode == LOCAL
             # Other modes were asked for by name: what they share out among tensor-parallel ranks stays there.
-            movable = local or (lot.peers.wide and self.policy.mode in (AUTO, OWNER))
-            if not self.left[index] or not movable or (lot.key, lot.each) in seen:
+            movable = local or (block.peers.wide and self.policy.mode in (AUTO, OWNER))
+            if not self.left[index] or not movable or (block.key, block.each) in seen:
                 continue
-            seen.add((lot.key, lot.each))
+            seen.add((block.key, block.each))
             to = idlest[not local]
             free = data[to] if local else self.loads[to]
             if (to if local else to // self.tensor) == place:
                 continue
-            cost = self._whole(lot) / machine.flops
-            sent, back = (lot.numel * size / machine.bytes for size in (self.policy.sizes.wire, self.policy.sizes.back))
-            relief, burden = (cost - sent) / self._sharing(lot), cost + back
+            cost = self._unit_flops(block) / machine.flops
+            sent, back = (block.numel * size / machine.bytes for size in (sizes.wire, sizes.back))
+            relief, burden = (cost - sent) / self._ranks_sharing(block), cost + back
             # What evens the two out, but no more than a fair share: what is lent is not lent on.
             units = int(min((busy - free) / max(relief + burden, burden), (fair - free) / burden))
             units = max(1, min(self.left[index], units))
-            yield max(busy - units * relief, free + units * burden), units * lot.numel, index, to, units
+            yield max(busy - units * relief, free + units * burden), units * block.numel, index, to, units
 
     def _cuts(self, rank: int, most: int) -> Iterator[tuple[float, int, int, tuple[int, ...]]]:
         """What ``rank`` may split: (seconds of the busiest rank that takes part, number of ranks, block, the ranks)."""
         held = [index for index in self.held[rank // self.tensor] if self.left[index]]
-        local = [index for index in held if self.lots[index].key.mode == LOCAL]
+        local = [index for index in held if self.blocks[index].key.mode == LOCAL]
         # The largest one alone: it is what could not be lent.
-        for index in sorted(local, key=lambda index: (-self._single(self.lots[index]), index))[:1]:
-            lot, load = self.lots[index], self._without(index)
+        for index in self._largest_first(local)[:1]:
+            block, load = self.blocks[index], self._without(index)
             idle = sorted(range(self.peers.ranks), key=lambda rank: (load[rank], rank))
-            for number in range(2, min(most, lot.key.q // COLUMNS) + 1):
-                after = load[idle[number - 1]] + lot.each * self._member(lot, number)
-                yield max(after, load[lot.peers.holder]), number, index, tuple(idle[:number])
+            for number in range(2, min(most, block.key.q // COLUMNS) + 1):
+                after = load[idle[number - 1]] + block.each * self._member_seconds(block, number)
+                yield max(after, load[block.peers.holder]), number, index, tuple(idle[:number])
 
     def _without(self, index: int) -> list[float]:
         """Seconds of each data-parallel rank when a unit of a block has been sent away."""
-        lot, load = self.lots[index], self._of_data_ranks()
-        sent = lot.numel * self.policy.sizes.wire / self.policy.machine.bytes
-        load[lot.peers.holder] -= lot.each * self._single(lot) - sent
+        block, load = self.blocks[index], self._of_data_ranks()
+        sent = block.numel * self.policy.sizes.wire / self.policy.machine.bytes
+        load[block.peers.holder] -= block.each * self._matrix_seconds(block) - sent
         return load
 
     def _cut(self, index: int, members: Sequence[int]) -> None:
         """Split a unit of a block among data-parallel ranks."""
-        lot = self.lots[index]
+        block = self.blocks[index]
         self.left[index] -= 1
         self.parts[index].append(tuple(sorted(members)))
-        self._work(lot.peers.holder, -self._whole(lot))
-        self._send(lot.peers.holder, lot.numel * self.policy.sizes.wire)
+        self._work(block.peers.holder, -self._unit_flops(block))
+        self._send(block.peers.holder, block.numel * self.policy.sizes.wire)
         for rank in members:
-            self._work(rank, lot.each * member_flops(self.orthogonalizer, lot.key, len(members)))
-            self._send(rank, lot.each * self._member_bytes(lot, len(members)))
+            self._work(rank, block.each * member_flops(self.orthogonalizer, block.key, len(members)))
+            self._send(rank, block.each * self._member_bytes(block, len(members)))
 
     def kept(self) -> Iterator[tuple[BatchKey, MatrixSlice]]:
         """The matrices that their holder orthogonalizes itself."""
-        for lot, left in zip(self.lots, self.left, strict=True):
+        for block, left in zip(self.blocks, self.left, strict=True):
             if left:
-                yield lot.key, _some(lot, 0, left)
+                yield block.key, _units_of(block, 0, left)
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks of matrices that other ranks orthogonalize, whole or split."""
         rounds: dict[int, list[Batch]] = defaultdict(list)
         lent: dict[tuple[str, int], dict[tuple[BatchKey, int], list[tuple[int, MatrixSlice]]]] = defaultdict(dict)
         filled: dict[tuple[str, int], int] = defaultdict(int)
-        giants = [0] * self.peers.ranks  # of each holder
-        for lot, left, lent_to, parts in zip(self.lots, self.left, self.lent, self.parts, strict=True):
-            holder = lot.peers.holder
-            key = self._lent_kind(lot)
+        splits = [0] * self.peers.ranks  # of each holder
+        for block, left, lent_to, parts in zip(self.blocks, self.left, self.lent, self.parts, strict=True):
+            holder = block.peers.holder
+            key = self._lent_key(block)
             for members in parts:
                 split = dataclasses.replace(key, mode=SPLIT)
-                rounds[giants[holder]].append(Batch(split, (_some(lot, left, 1),), self._widths(lot.key.q, members)))
-                giants[holder] += 1
+                widths = self._widths(block.key.q, members)
+                rounds[splits[holder]].append(Batch(split, (_units_of(block, left, 1),), widths))
+                splits[holder] += 1
                 left += 1
             for rank, units in sorted(lent_to.items()):
                 while units:
                     size = filled[key.group, rank]
                     number, rest = divmod(size, self.policy.chunk_bytes)
-                    fitting = (self.policy.chunk_bytes - rest) // (4 * lot.numel)
+                    fitting = (self.policy.chunk_bytes - rest) // (4 * block.numel)
                     take = min(units, fitting or int(not rest))
                     if not take:  # the rest of this round stays empty
                         filled[key.group, rank] += self.policy.chunk_bytes - rest
                         continue
-                    lent[key.group, number].setdefault((key, holder), []).append((rank, _some(lot, left, take)))
+                    lent[key.group, number].setdefault((key, holder), []).append((rank, _units_of(block, left, take)))
                     # A larger matrix than a round may hold is a round of its own.
-                    filled[key.group, rank] += max(4 * lot.numel * take, 0 if fitting else self.policy.chunk_bytes)
+                    filled[key.group, rank] += max(4 * block.numel * take, 0 if fitting else self.policy.chunk_bytes)
                     left, units = left + take, units - take
         for _, batches in sorted(rounds.items()):
             yield Chunk(SPLIT, self.peers.group, tuple(batches))
         for (group, _), found in sorted(lent.items()):
             yield Chunk(LENT, group, tuple(_batch(key, items) for (key, _), items in found.items()))
 
-    def _lent_kind(self, lot: _Lot) -> BatchKey:
+    def _lent_key(self, block: _WeightBlock) -> BatchKey:
         """The key of lent matrices: no rank but the holder's has parts of them."""
-        key, holder = lot.key, lot.peers.holder
+        key, holder = block.key, block.peers.holder
         if key.mode == LOCAL:
             parts = tuple(key.q * (rank == holder) for rank in range(self.peers.ranks))
             return BatchKey(LENT, self.peers.group, key.m, key.n, key.summed_dim, parts)
         before, after = holder * self.tensor, (self.peers.ranks - holder - 1) * self.tensor
         parts = (*[0] * before, *key.parts, *[0] * after)
-        return BatchKey(LENT, lot.peers.wide, key.m, key.n, key.dim, parts)
+        return BatchKey(LENT, block.peers.wide, key.m, key.n, key.dim, parts)
 
     def _widths(self, q: int, members: Sequence[int]) -> tuple[int, ...]:
         """How many columns of a split matrix each data-parallel rank gets."""
@@ -334,28 +337,32 @@ class _Levels:
             widths[rank] = step * even_part(q // step, len(members), number)
         return tuple(widths)
 
-    def _whole(self, lot: _Lot) -> int:
+    def _unit_flops(self, block: _WeightBlock) -> int:
         """Operations for one unit of a block."""
-        return lot.each * self.orthogonalizer.flops(lot.key.m, lot.key.n)
+        return block.each * self.orthogonalizer.flops(block.key.m, block.key.n)
 
-    def _single(self, lot: _Lot) -> float:
+    def _matrix_seconds(self, block: _WeightBlock) -> float:
         """Seconds of the products for one matrix."""
-        return self.orthogonalizer.flops(lot.key.m, lot.key.n) / self.policy.machine.flops
+        return self.orthogonalizer.flops(block.key.m, block.key.n) / self.policy.machine.flops
 
-    def _member(self, lot: _Lot, number: int) -> float:
+    def _largest_first(self, indices: Sequence[int]) -> list[int]:
+        """Indices of blocks, those whose matrices take longest first."""
+        return sorted(indices, key=lambda index: (-self._matrix_seconds(self.blocks[index]), index))
+
+    def _member_seconds(self, block: _WeightBlock, number: int) -> float:
         """Seconds of one of ``number`` ranks that split a matrix."""
-        flops = member_flops(self.orthogonalizer, lot.key, number) / self.policy.machine.flops
-        return flops + self._member_bytes(lot, number) / self.policy.machine.bytes
+        flops = member_flops(self.orthogonalizer, block.key, number) / self.policy.machine.flops
+        return flops + self._member_bytes(block, number) / self.policy.machine.bytes
 
-    def _member_bytes(self, lot: _Lot, number: int) -> float:
+    def _member_bytes(self, block: _WeightBlock, number: int) -> float:
         """Bytes that one of ``number`` ranks sends for one matrix: in each step rows of a sum, and twice all rows."""
-        p, width = lot.key.p, lot.key.q / number
+        p, width = block.key.p, block.key.q / number
         moved = p * p * (4 + 2 * self.orthogonalizer.dtype.itemsize) * (number - 1) / number
         return len(self.orthogonalizer.coefficients) * moved + p * width * self.policy.sizes.back
 
-    def _sharing(self, lot: _Lot) -> int:
+    def _ranks_sharing(self, block: _WeightBlock) -> int:
         """How many ranks of the holder share the work on one matrix."""
-        return 1 if lot.key.mode == LOCAL or self.policy.mode == DUPLICATED else self.tensor
+        return 1 if block.key.mode == LOCAL or self.policy.mode == DUPLICATED else self.tensor
 
     def _work(self, rank: int, flops: float, whole: bool = True) -> None:
         """Give a data-parallel rank, or one rank alone, more to do."""
@@ -378,9 +385,10 @@ def member_flops(orthogonalizer: Orthogonalizer, key: BatchKey, number: int) -> 
     return orthogonalizer.member_flops(p, width, p / number)
 
 
-def _some(lot: _Lot, first: int, units: int) -> MatrixSlice:
-    start = lot.item.start + first
-    return dataclasses.replace(lot.item, start=start, stop=start + units, count=units * lot.each)
+def _units_of(block: _WeightBlock, first: int, units: int) -> MatrixSlice:
+    """Some consecutive units of a block."""
+    start = block.item.start + first
+    return dataclasses.replace(block.item, start=start, stop=start + units, count=units * block.each)
 
 
 def _batch(key: BatchKey, items: list[tuple[int, MatrixSlice]]) -> Batch:

@@ -94,7 +94,7 @@ class MatrixSlice:
     rows: int
     columns: int
 
-    def piece(self, weight: Weight, rank: int) -> BlockRange:
+    def block_range(self, weight: Weight, rank: int) -> BlockRange:
         """Where the matrices lie in the shard of ``rank``, as far as that holds them."""
         first = rank * weight.shape[-2] if weight.dim == -2 else 0
         return BlockRange(weight.layout, self.block, self.start, self.stop, first)
@@ -238,7 +238,7 @@ class Plan:
         """Names of the groups that exchange something, in the order of first use."""
         return list(dict.fromkeys(chunk.group for chunk in self.chunks if chunk.group))
 
-    def portions(self, chunks: int) -> Iterator[Plan]:
+    def sub_plans(self, chunks: int) -> Iterator[Plan]:
         """Plans of at most ``chunks`` chunks, for work that must go over some matrices again before it takes others.
 
         Each is of one group, and groups come in the order of their names: the ranks of one may differ in the chunks of

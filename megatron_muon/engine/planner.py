@@ -81,7 +81,7 @@ def make_plan(
     chosen = _with_modes(groups, policy, orthogonalizer, modes or {})
     staged = [(stage, key, some) for key, mine in chosen for stage, some in _staged(key, mine, weights, stages)]
     # Costliest first: what comes later evens out the owners' loads.
-    staged.sort(key=lambda each: (each[1].mode, each[1].group, each[0], -_weight_of(each[1]), repr(each[1])))
+    staged.sort(key=lambda each: (each[1].mode, each[1].group, each[0], -_rough_flops(each[1]), repr(each[1])))
     maker = _Chunks(policy, orthogonalizer)
     for stage, key, some in staged:
         maker.add(key, some, stage)
@@ -224,7 +224,7 @@ def _spread(
     rests: list[tuple[BatchKey, list[MatrixSlice]]], policy: Policy, orthogonalizer: Orthogonalizer
 ) -> list[tuple[BatchKey, list[MatrixSlice]]]:
     """Modes for rests of keys, less than one matrix a rank: the costliest may be shared by all, others get owners."""
-    rests = sorted(rests, key=lambda pair: (-_weight_of(pair[0]), repr(pair[0])))
+    rests = sorted(rests, key=lambda pair: (-_rough_flops(pair[0]), repr(pair[0])))
     sizes, machine = policy.sizes, policy.machine
     ranks = len(rests[0][0].parts)
     counts = [(key, _count(items)) for key, items in rests]
@@ -326,7 +326,7 @@ class _Chunks:
         return tuple(counts)
 
 
-def _weight_of(key: BatchKey) -> int:
+def _rough_flops(key: BatchKey) -> int:
     """Roughly the operations that one matrix takes, to sort keys by cost."""
     p, q = sorted((key.m, key.n))
     return p * p * (q + p)

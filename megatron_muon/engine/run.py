@@ -36,13 +36,13 @@ class Pause(enum.Enum):
     LATE = enum.auto()
 
 
-Work = Iterator[Pause]
-"""The work on one chunk. It pauses first when its first message is under way (if it has one: in any case before it
-computes), and equally often on all ranks of the chunk's group."""
+ChunkWork = Iterator[Pause]
+"""The work on one chunk, a generator of pauses. The first comes when its first message is under way, and in any case
+before it computes anything; there are equally many on all ranks of the chunk's group."""
 
 
 @dataclass(frozen=True)
-class Wire:
+class WireDtypes:
     """The dtypes in which ranks send each other matrices.
 
     Attributes:
@@ -102,7 +102,7 @@ class RankChunk:
         batches = (_by_rank(held) if whole and len(held) > 1 else ()) or held
         in_order = whole and (len(held) < 2 or batches is not held)
         slices = tuple(
-            Slices(batch.items, tuple(item.piece(weights[item.weight], shard) for item in batch.items))
+            Slices(batch.items, tuple(item.block_range(weights[item.weight], shard) for item in batch.items))
             for batch in batches
         )
         return cls(chunk, rank, held, batches, in_order, slices, "" if chunk.mode == LOCAL else sum_group)
@@ -133,7 +133,7 @@ class Run:
 
     orthogonalizer: Orthogonalizer
     exchanges: Mapping[str, Exchange]
-    wire: Wire
+    wire: WireDtypes
     local_dtype: torch.dtype
     counters: Counters
     reads: tuple[Read, ...] = ()

@@ -17,7 +17,7 @@ from megatron_muon.engine.execute import execute
 from megatron_muon.engine.modes import GRAM, LENT, LOCAL, OWNER, SPLIT, Machine, Sizes
 from megatron_muon.engine.plan import Plan, Weight
 from megatron_muon.engine.planner import Policy
-from megatron_muon.engine.run import RankChunk, Run, Wire
+from megatron_muon.engine.run import RankChunk, Run, WireDtypes
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
@@ -70,7 +70,7 @@ class StepEngine:
             )
         iteration = orthogonalizer.dtype
         narrow = wire_dtype.itemsize < 4
-        self.wire = Wire(
+        self.wire = WireDtypes(
             dtype=wire_dtype,
             # What comes back has been rounded to the iteration's dtype already.
             back=iteration
@@ -143,15 +143,15 @@ class StepEngine:
             self._digests[group] = self.plan.digest(group, self._numbers)
         return self._digests[group]
 
-    def run(self, read: Read, write: Write, portion: Plan | None = None) -> None:
+    def run(self, read: Read, write: Write, sub_plan: Plan | None = None) -> None:
         """Orthogonalize everything once.
 
         Args:
             read: fills batches with what is to be orthogonalized, see :data:`megatron_muon.engine.callbacks.Read`.
             write: takes the result, see :data:`megatron_muon.engine.callbacks.Write`.
-            portion: one of :meth:`Plan.portions`, if not everything.
+            sub_plan: one of :meth:`Plan.sub_plans`, if not everything.
         """
-        self._execute(replace(self._run, reads=(read,), write=write), portion)
+        self._execute(replace(self._run, reads=(read,), write=write), sub_plan)
 
     def solve(self, reads: Sequence[Read], solve: Solve, write: Write, flops: Flops) -> None:
         """Compute something else from whole matrices: each at its owner, from several tensors.
@@ -174,21 +174,21 @@ class StepEngine:
         run = replace(self._run, wire=wire, reads=tuple(reads), write=write, solve=solve, solve_flops=flops)
         self._execute(run)
 
-    def visit(self, look: Write, portion: Plan | None = None) -> None:
+    def visit(self, look: Write, sub_plan: Plan | None = None) -> None:
         """Show all matrices, without orthogonalizing anything.
 
         Args:
             look: called for each chunk with its slices, batches of their shapes without contents (they take no memory,
                 and cannot be written to), and a function that sums over the ranks.
-            portion: one of :meth:`Plan.portions`, if not everything.
+            sub_plan: one of :meth:`Plan.sub_plans`, if not everything.
         """
         run = replace(self._run, write=look)
-        for mine in self._chunks(portion):
+        for mine in self._chunks(sub_plan):
             run.unpack(mine, run.blanks(mine, self.local_dtype))
 
-    def _execute(self, run: Run, portion: Plan | None = None) -> None:
-        execute(run, self._chunks(portion))
+    def _execute(self, run: Run, sub_plan: Plan | None = None) -> None:
+        execute(run, self._chunks(sub_plan))
         self.counters.steps += 1
 
-    def _chunks(self, portion: Plan | None) -> list[RankChunk]:
-        return [self._mine[id(chunk)] for chunk in (portion or self.plan).chunks]
+    def _chunks(self, sub_plan: Plan | None) -> list[RankChunk]:
+        return [self._mine[id(chunk)] for chunk in (sub_plan or self.plan).chunks]

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 
 from megatron_muon.engine.packing import cut, numel, padded
-from megatron_muon.engine.run import Pause, RankChunk, Run, Work
+from megatron_muon.engine.run import ChunkWork, Pause, RankChunk, Run
 
 
-def local(run: Run, mine: RankChunk) -> Work:
+def local(run: Run, mine: RankChunk) -> ChunkWork:
     """Orthogonalize matrices that this rank holds whole."""
     yield Pause.EXCHANGE  # the exchange of the next chunk begins meanwhile
     packed = run.pack(mine, run.local_dtype)[::-1]
     run.unpack(mine, [run.transform(batch, 0, packed) for batch in mine.batches])
 
 
-def duplicated(run: Run, mine: RankChunk) -> Work:
+def duplicated(run: Run, mine: RankChunk) -> ChunkWork:
     """Gather all shards on every rank, each of which orthogonalizes everything."""
     exchange, batches = run.exchange(mine), mine.batches
     shapes = [[(batch.count, *batch.key.part(rank)) for batch in batches] for rank in range(exchange.size)]

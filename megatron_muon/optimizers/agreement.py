@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.errors import ConfigError, sizes
-from megatron_muon.optimizers.engines import Engines, together
+from megatron_muon.optimizers.engines import Engines, grouped_by_engine
 
 
 def unequal_gradients(weight: str, having: Sequence[int], lacking: Sequence[int], of: str = "") -> str:
@@ -101,7 +101,7 @@ def _sides(
     """
     found: dict[str, tuple[list[torch.Tensor], bytes]] = {}
     listed = complete or any(param.grad is None for param in params)
-    for (direction, _), some in together(params, directions).items():
+    for (direction, _), some in grouped_by_engine(params, directions).items():
         whole, having = engines.of(some, direction), [param for param in some if param.grad is not None]
         engine = whole if len(having) == len(some) else engines.of(having, direction) if having else None
         for name in whole.plan.groups():

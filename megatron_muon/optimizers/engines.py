@@ -61,7 +61,7 @@ class Sharing:
     device: torch.device
 
 
-def together(
+def grouped_by_engine(
     params: Sequence[torch.Tensor], directions: Sequence[str]
 ) -> dict[tuple[str, torch.dtype], list[torch.Tensor]]:
     """The parameters of each engine, in the order of the step: those of one direction and one dtype of momentum.
@@ -76,7 +76,7 @@ def together(
     return {kind: found[kind] for kind in sorted(found, key=lambda kind: (directions.index(kind[0]), str(kind[1])))}
 
 
-class _Kept:
+class _CachedEngine:
     """An engine, with weak references to the parameters that it was planned for."""
 
     def __init__(self, engine: StepEngine, direction: str, params: Sequence[torch.Tensor]) -> None:
@@ -131,7 +131,7 @@ class Engines:
         self.groups = {name: group for name, group in groups.items() if group is not None}
         triples = tuple(map(parse_triple, config.custom_coefficients))
         self._coefficients = coefficients(config.coefficient_type, config.num_ns_steps, triples)
-        self._kept: list[_Kept] = []  # the last used is the first
+        self._kept: list[_CachedEngine] = []  # the last used is the first
         self.elementwise_note = ""
         self.products: dict[tuple[str, torch.dtype], TorchProducts] = {}
         self.compared_elsewhere = False
@@ -179,7 +179,7 @@ class Engines:
         if kept is None:
             first, weights = params[0], [self.weight(param) for param in params]
             engine = self._new(weights, {}, self._mode_of(direction), first.device, first.dtype)
-            kept = _Kept(engine, direction, params)
+            kept = _CachedEngine(engine, direction, params)
         else:
             self._kept.remove(kept)
         self._kept = [kept, *self._kept[: _MOST_ENGINES - 1]]
@@ -199,7 +199,7 @@ class Engines:
         shared = self.shared(own)
         if shared is not None and shared.shares:
             engines[MSIGN, shared.local_dtype] = shared
-        for kind, some in together(params, directions).items():
+        for kind, some in grouped_by_engine(params, directions).items():
             if kind not in engines:
                 engines[kind] = self.of(some, kind[0])
         return engines

@@ -12,9 +12,9 @@ from megatron_muon.engine.shards import Shard
 from megatron_muon.engine.slices import Slices, Tensors
 from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.handled import STEP
-from megatron_muon.optimizers.param_step import ParamStep, Weights, alike
+from megatron_muon.optimizers.param_step import ParamStep, Weights, by_param_group
 
-__all__ = ["Matrices", "Update", "divide_", "is_some", "matrices_of", "row_norms", "signs_"]
+__all__ = ["Matrices", "Update", "divide_", "is_nonzero", "matrices_of", "row_norms", "signs_"]
 
 ShardOf = Callable[[torch.Tensor], Shard | None]
 
@@ -200,14 +200,14 @@ class Matrices:
         return [chunk.view(part.shape) for chunk, part in zip(total.split(sizes), parts, strict=True)]
 
 
-def is_some(norm: torch.Tensor) -> torch.Tensor:
+def is_nonzero(norm: torch.Tensor) -> torch.Tensor:
     """Where a norm is large enough to divide by: squares of smaller ones vanish or lose digits."""
     return ~(norm <= 10.0 * torch.finfo(norm.dtype).tiny ** 0.5)  # NaN counts: it must show
 
 
 def divide_(tensor: torch.Tensor, norm: torch.Tensor, size: float | torch.Tensor = 1.0) -> torch.Tensor:
     """``tensor / norm * size`` in place, and zeros where the norm is next to 0, so that noise is not amplified."""
-    return tensor.mul_(torch.where(is_some(norm), 1.0 / norm, 0.0) * size)
+    return tensor.mul_(torch.where(is_nonzero(norm), 1.0 / norm, 0.0) * size)
 
 
 def signs_(tensor: torch.Tensor) -> torch.Tensor:
@@ -265,7 +265,7 @@ def matrices_of(
         reduce: sums over the ranks that hold parts of the same matrices.
         shard_of: tells which shard a weight is.
     """
-    runs = alike(weights, slices, directions)
+    runs = by_param_group(weights, slices, directions)
     return Matrices([_update(run, mine, batch, shard_of) for run, mine, batch in runs], reduce)
 
 

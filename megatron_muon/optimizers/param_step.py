@@ -104,7 +104,7 @@ def pack(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Ten
         batches: to be filled.
         first: whether to update the momentum of these matrices before.
     """
-    for run, mine, batch in alike(weights, slices, batches):
+    for run, mine, batch in by_param_group(weights, slices, batches):
         options = mine[0].options
         momenta, slots = run.pairs([weight.buffer for weight in mine], batch)
         grads = momenta
@@ -119,7 +119,7 @@ def pack(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Ten
 
 def damp(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
     """Scale u where eps is damping, so that the iteration adds eps sqrt(n / m) / depth to its norm, not eps."""
-    for run, mine, batch in alike(weights, slices, batches):
+    for run, mine, batch in by_param_group(weights, slices, batches):
         if depth := mine[0].options.damping_depth:
             batch.mul_(depth * (run.items[0].rows / run.items[0].columns) ** 0.5)
 
@@ -140,13 +140,13 @@ def add(
         factor: gives the factor of the matrices of one item of a weight.
         key: gives what that factor depends on, beside the param group and the shape.
     """
-    for run, mine, batch in alike(weights, slices, directions, key):
+    for run, mine, batch in by_param_group(weights, slices, directions, key):
         params, updates = run.pairs([weight.param for weight in mine], batch)
         factors, options = [factor(mine[0], run.items[0])] * len(params), mine[0].options
         elementwise.add(params, updates, factors, options.lr, options.kept, options.cautious)
 
 
-def alike(
+def by_param_group(
     weights: Weights,
     slices: Sequence[Slices],
     batches: Sequence[torch.Tensor],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_muon.optimizers.matrices import Matrices, Update, divide_, is_some
+from megatron_muon.optimizers.matrices import Matrices, Update, divide_, is_nonzero
 from megatron_muon.routing.blocks import BlockRange
 
 UPDATE_LEFT = "update_left_vector"
@@ -93,7 +93,9 @@ def top_singular(
         if number == 0:
             # Nothing stored, or what is stored is orthogonal to A.
             starts = _first_vectors(matrices, tensors)
-            right = [torch.where(is_some(norm), v, start) for norm, v, start in zip(norms, right, starts, strict=True)]
+            right = [
+                torch.where(is_nonzero(norm), v, start) for norm, v, start in zip(norms, right, starts, strict=True)
+            ]
         left = matrices.row_products(tensors, right)
         sizes = matrices.norms_over_rows(left)
         left = _unit(left, sizes)

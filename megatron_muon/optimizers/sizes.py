@@ -27,7 +27,7 @@ def normalize(matrices: Matrices, directions: Sequence[torch.Tensor]) -> None:
         divide_(x, norm, min(update.rows, update.columns) ** 0.5)
 
 
-class ZeroWeights:
+class ZeroWeightCheck:
     """Stops a run at a matrix of zeros whose norm is to be kept: it would never move."""
 
     def __init__(self, what: str, way_out: str) -> None:
@@ -91,7 +91,9 @@ class Hyperball(Variant):
     decays = False
 
     def __init__(self) -> None:
-        self._zeros = ZeroWeights("--muon-variant hyperball (which keeps the norm of each matrix)", "--optimizer muon")
+        self._zeros = ZeroWeightCheck(
+            "--muon-variant hyperball (which keeps the norm of each matrix)", "--optimizer muon"
+        )
 
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
         """Create R of each matrix, which the first step measures."""

@@ -25,10 +25,10 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Read, Reduce, Write
 from megatron_muon.engine.plan import MatrixSlice
 from megatron_muon.engine.slices import Slices
-from megatron_muon.optimizers.matrices import Update, is_some, row_norms
-from megatron_muon.optimizers.param_step import alike
+from megatron_muon.optimizers.matrices import Update, is_nonzero, row_norms
+from megatron_muon.optimizers.param_step import by_param_group
 from megatron_muon.optimizers.power import store_vector, top_singular
-from megatron_muon.optimizers.sizes import ZeroWeights
+from megatron_muon.optimizers.sizes import ZeroWeightCheck
 from megatron_muon.optimizers.stages import Variant, Work, init_rows
 from megatron_muon.orthogonalize.kernels.elementwise import add_
 from megatron_muon.routing.layout import MSIGN
@@ -58,7 +58,7 @@ def evaluations(tolerance: float) -> int:
 
 
 @dataclass
-class _Solve:
+class _LambdaSearch:
     """The search for lambda for a batch of matrices: tensors of shape (matrices, ., .).
 
     Attributes:
@@ -105,7 +105,7 @@ class _Solve:
     @property
     def has_problem(self) -> torch.Tensor:
         """Whether there is something to solve: a gradient, and a weight."""
-        return is_some(self.norm) & is_some(self.size)
+        return is_nonzero(self.norm) & is_nonzero(self.size)
 
     def result(self) -> torch.Tensor:
         """The combination of both sides that has h = 0; where there is one side only, that one."""
@@ -132,7 +132,7 @@ class _Side:
         self.known = self.known | mask
 
 
-Solves = dict[MatrixSlice, list[_Solve]]
+Searches = dict[MatrixSlice, list[_LambdaSearch]]
 """The searches of each chunk, by the first item of the chunk."""
 
 
@@ -159,7 +159,7 @@ class SpectralSphere(Variant):
         self, radius: float = MuonConfig.sphere_radius, tolerance: float = MuonConfig.sphere_tolerance
     ) -> None:
         self.radius, self.tolerance = radius, tolerance
-        self._zeros = ZeroWeights(
+        self._zeros = ZeroWeightCheck(
             "--muon-sphere-radius 0 (the norm that each matrix has at the start)", "--muon-sphere-radius 2"
         )
 
@@ -177,14 +177,14 @@ class SpectralSphere(Variant):
         if work.direction != MSIGN:
             work.run()
             return
-        for some in work.engine.plan.portions(_CHUNKS):
-            solves: Solves = {}
-            work.engine.visit(self._preparer(work, solves), some)
+        for some in work.engine.plan.sub_plans(_CHUNKS):
+            searches: Searches = {}
+            work.engine.visit(self._preparer(work, searches), some)
             for number in range(evaluations(self.tolerance)):
-                work.engine.run(_shifted(work, solves), self._evaluator(work, solves, number), some)
-            work.engine.visit(self._finisher(work, solves), some)
+                work.engine.run(_shifted(work, searches), self._evaluator(work, searches, number), some)
+            work.engine.visit(self._finisher(work, searches), some)
 
-    def _preparer(self, work: Work, solves: Solves) -> Write:
+    def _preparer(self, work: Work, searches: Searches) -> Write:
         def prepare(slices: Sequence[Slices], batches: Sequence[torch.Tensor], reduce: Reduce) -> None:
             matrices = work.matrices(slices, batches, reduce)
             updates = matrices.updates
@@ -192,15 +192,15 @@ class SpectralSphere(Variant):
             weights = [update.gather(update.params) for update in updates]
             iterations = work.iterations(matrices, weights, LEFT, _ITERATIONS)
             found = zip(updates, norms, *top_singular(matrices, weights, LEFT, iterations), strict=True)
-            solves[slices[0].items[0]] = [self._begin(*each) for each in found]
+            searches[slices[0].items[0]] = [self._begin(*each) for each in found]
             if not self.radius:
-                self._zeros.refuse(matrices, [solve.radius for solve in solves[slices[0].items[0]]])
+                self._zeros.refuse(matrices, [search.radius for search in searches[slices[0].items[0]]])
 
         return prepare
 
     def _begin(
         self, update: Update, norm: torch.Tensor, left: torch.Tensor, right: torch.Tensor, size: torch.Tensor
-    ) -> _Solve:
+    ) -> _LambdaSearch:
         """Bring weights back to their spheres, and take lambda from where the last step left it."""
         own = self.radius * math.sqrt(update.rows / update.columns)
         radius = update.gather(update.named(RADIUS))[:, :1]
@@ -210,22 +210,22 @@ class SpectralSphere(Variant):
         update.multiply(torch.where(size > 0, radius / size, 1.0))
         store_vector(update, LEFT, left, size)
         update.store(update.named(RADIUS), radius)
-        return _Solve(norm.to(size.dtype), left, right, size, radius, value, value)
+        return _LambdaSearch(norm.to(size.dtype), left, right, size, radius, value, value)
 
-    def _evaluator(self, work: Work, solves: Solves, number: int) -> Write:
+    def _evaluator(self, work: Work, searches: Searches, number: int) -> Write:
         def evaluate(slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> None:
             matrices = work.matrices(slices, directions, reduce)
-            found = list(zip(solves[slices[0].items[0]], matrices.updates, strict=True))
+            found = list(zip(searches[slices[0].items[0]], matrices.updates, strict=True))
             sums = matrices.sums([each.left * (update.direction @ each.right) for each, update in found])
             for (each, update), h in zip(found, sums, strict=True):
                 each.take(update.direction, h, number)
 
         return evaluate
 
-    def _finisher(self, work: Work, solves: Solves) -> Write:
+    def _finisher(self, work: Work, searches: Searches) -> Write:
         def finish(slices: Sequence[Slices], batches: Sequence[torch.Tensor], reduce: Reduce) -> None:
             updates = work.matrices(slices, batches, reduce).updates
-            for each, update in zip(solves[slices[0].items[0]], updates, strict=True):
+            for each, update in zip(searches[slices[0].items[0]], updates, strict=True):
                 weights, steps = update.pairs(update.params, each.result().mul_(each.radius))
                 if weights:
                     add_(weights, steps, -update.options.lr)
@@ -235,14 +235,14 @@ class SpectralSphere(Variant):
         return finish
 
 
-def _shifted(work: Work, solves: Solves) -> Read:
+def _shifted(work: Work, searches: Searches) -> Read:
     """Packs G + lambda Theta with |G|_F = 1. A gradient of zeros stays one: its weight does not move."""
 
     def shifted(slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
         work.read(slices, batches)
-        runs = alike(work.weights, slices, batches)
-        for each, (_, _, batch) in zip(solves[slices[0].items[0]], runs, strict=True):
-            there = is_some(each.norm)
+        runs = by_param_group(work.weights, slices, batches)
+        for each, (_, _, batch) in zip(searches[slices[0].items[0]], runs, strict=True):
+            there = is_nonzero(each.norm)
             batch.mul_(torch.where(there, 1.0 / each.norm, 0.0))
             batch.addcmul_(each.left * torch.where(there, each.value, 0.0), each.right.mT)
 

@@ -19,7 +19,7 @@ from megatron_muon.engine.callbacks import Read, Reduce, Write
 from megatron_muon.engine.slices import Slices, Tensors
 from megatron_muon.optimizers.param_step import Weights
 from megatron_muon.optimizers.stages import Variant, Work
-from megatron_muon.optimizers.stiefel_solvers import PLACING_STEPS, SOLVERS, Msign, defect, tangency, tangent
+from megatron_muon.optimizers.stiefel_solvers import PROJECTION_STEPS, SOLVERS, Msign, defect, tangency, tangent
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -73,7 +73,7 @@ class StiefelMuon(Variant):
     ) -> None:
         self.solver, self.iterations, self.radius = solver, iterations, radius
         self.tangency: torch.Tensor | None = None
-        self._placed: dict[torch.Tensor, tuple[int, int]] = {}
+        self._projected: dict[torch.Tensor, tuple[int, int]] = {}
 
     @property
     def _number(self) -> int:
@@ -87,7 +87,7 @@ class StiefelMuon(Variant):
 
     def forget(self) -> None:
         """Check again whether weights are on the manifold."""
-        self._placed = {}
+        self._projected = {}
 
     def begin_step(self) -> None:
         """Reset :attr:`tangency`, which is that of one step."""
@@ -109,11 +109,11 @@ class StiefelMuon(Variant):
         with matmul_precision("highest"):
             products, _ = choose_products("auto", params[0].device, work.engine.local_dtype)
             rates = [weight.options.lr for weight in work.weights.values()]
-            placing = any(self._placed.get(param) != _as_it_is(param) for param in params)
-            move = _Move(self.solver, self._number, self.radius, rates, placing, Msign(products))
+            projecting = any(self._projected.get(param) != _as_it_is(param) for param in params)
+            move = _Move(self.solver, self._number, self.radius, rates, projecting, Msign(products))
             reads = (work.read, _weights_reader(work.weights))
             work.engine.solve(reads, move, _weights_writer(work.weights), self._flops)
-        self._placed |= {param: _as_it_is(param) for param in params}
+        self._projected |= {param: _as_it_is(param) for param in params}
         if move.tangency is not None:
             self.tangency = move.tangency if self.tangency is None else torch.maximum(self.tangency, move.tangency)
 
@@ -134,7 +134,7 @@ class _Move:
     """
 
     def __init__(
-        self, solver: str, iterations: int, radius: float, rates: Sequence[Rate], placing: bool, msign: Msign
+        self, solver: str, iterations: int, radius: float, rates: Sequence[Rate], projecting: bool, msign: Msign
     ) -> None:
         """
         Args:
@@ -142,11 +142,11 @@ class _Move:
             iterations: of the solver.
             radius: R.
             rates: learning rate of each weight.
-            placing: whether there may be weights that are not on the manifold yet.
+            projecting: whether there may be weights that are not on the manifold yet.
             msign: the matrix sign.
         """
         self.solver, self.iterations, self.radius = solver, iterations, radius
-        self.rates, self.placing, self.msign = rates, placing, msign
+        self.rates, self.projecting, self.msign = rates, projecting, msign
         self.tangency: torch.Tensor | None = None
 
     def __call__(self, weights: list[int], batches: list[torch.Tensor]) -> torch.Tensor:
@@ -167,9 +167,9 @@ class _Move:
 
     def _moved(self, weight: torch.Tensor, momentum: torch.Tensor, rate: Rate) -> torch.Tensor:
         weight = weight / self.radius
-        if self.placing:
+        if self.projecting:
             # Those that are there already stay as they are, strides too, so that a resumed run goes on bit by bit.
-            weight = torch.where(defect(weight) > _OFF, self.msign(weight, PLACING_STEPS), weight).contiguous()
+            weight = torch.where(defect(weight) > _OFF, self.msign(weight, PROJECTION_STEPS), weight).contiguous()
         phi = tangent(weight, momentum, self.solver, self.iterations, self.msign)
         worst = tangency(weight, phi).amax()
         self.tangency = worst if self.tangency is None else torch.maximum(self.tangency, worst)

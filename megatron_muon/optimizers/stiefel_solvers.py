@@ -29,7 +29,7 @@ from megatron_muon.orthogonalize.switches import without_autocast
 SIGN_STEPS = 10
 """Newton-Schulz steps of a matrix sign: singular values above 3e-4 of the Frobenius norm come to 1 in all digits."""
 
-PLACING_STEPS = 20
+PROJECTION_STEPS = 20
 """Newton-Schulz steps that bring a weight onto the manifold: singular values above 3e-7 of the Frobenius norm come to
 1. Square Gaussian matrices have some as small as 1e-6."""
 

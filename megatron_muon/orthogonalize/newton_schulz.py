@@ -61,11 +61,11 @@ def newton_schulz(
     tall = x.size(-2) > x.size(-1) if shard_dim is None else shard_dim in (-2, x.dim() - 2)
     batch = x.reshape(-1, *x.shape[-2:])
     squares = None if reduce is None else reduce(square_sums(batch))
-    batch = turned(normalized(batch, dtype or x.dtype, eps, squares=squares), tall)
-    return turned(standard_iteration(batch, coefficients, products, reduce), tall).view(x.shape).to(x.dtype)
+    batch = transposed_if(normalized(batch, dtype or x.dtype, eps, squares=squares), tall)
+    return transposed_if(standard_iteration(batch, coefficients, products, reduce), tall).view(x.shape).to(x.dtype)
 
 
-def turned(x: torch.Tensor, tall: bool) -> torch.Tensor:
+def transposed_if(x: torch.Tensor, tall: bool) -> torch.Tensor:
     """Tall matrices as their transposes, which are wide, and back again: a view, nothing is turned in memory."""
     return x.mT if tall else x
 

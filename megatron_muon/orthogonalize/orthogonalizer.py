@@ -16,7 +16,7 @@ from megatron_muon.orthogonalize.newton_schulz import (
     split_iteration,
     square_sums,
     standard_iteration,
-    turned,
+    transposed_if,
 )
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.restarts import best_restarts
@@ -149,11 +149,11 @@ class Orthogonalizer:
 
         def start() -> torch.Tensor:
             # Neither this nor what it is made of has a name outside: their memory is free after the first step.
-            return turned(self.normalized(given.pop(), scale, overwrite=overwrite), tall)
+            return transposed_if(self.normalized(given.pop(), scale, overwrite=overwrite), tall)
 
         if restarts is None:
-            return turned(standard_iteration(start(), self.coefficients, self.products), tall)
-        return turned(gram_iteration(start(), self.coefficients, restarts, self.products, scale), tall)
+            return transposed_if(standard_iteration(start(), self.coefficients, self.products), tall)
+        return transposed_if(gram_iteration(start(), self.coefficients, restarts, self.products, scale), tall)
 
     def split(self, x: torch.Tensor, reduce: Reduce, scatter: Reduce, gather: Reduce, dim: int = -1) -> torch.Tensor:
         """Orthogonalize this rank's part of each matrix by standard Newton-Schulz that shares the square products, too.
@@ -165,8 +165,8 @@ class Orthogonalizer:
             gather: gives all rows, from the rows that each rank has.
             dim: the dimension that they share, -2 (rows) or -1 (columns); sums run along it, whichever is longer.
         """
-        start = turned(self.normalized(x, squares=reduce(square_sums(x))), dim == -2)
-        return turned(split_iteration(start, self.coefficients, self.products, scatter, gather), dim == -2)
+        start = transposed_if(self.normalized(x, squares=reduce(square_sums(x))), dim == -2)
+        return transposed_if(split_iteration(start, self.coefficients, self.products, scatter, gather), dim == -2)
 
     def member_flops(self, p: int, columns: float, rows: float) -> float:
         """Operations of a rank in :meth:`split` that has ``columns`` of a matrix and ``rows`` of its Gram matrix."""

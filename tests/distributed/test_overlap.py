@@ -15,7 +15,7 @@ from megatron_muon import Muon
 from megatron_muon.engine import execute as executing
 from megatron_muon.engine.exchange import Exchange, Pending
 from megatron_muon.engine.plan import Chunk
-from megatron_muon.engine.run import Pause, RankChunk, Run, Work
+from megatron_muon.engine.run import ChunkWork, Pause, RankChunk, Run
 from megatron_muon.orthogonalize.products import TorchProducts
 from tests.distributed.test_engine import EXACT, Given
 from tests.distributed.test_engine import random as gaussian
@@ -69,7 +69,7 @@ class Trace:
 
         return sent
 
-    def _labelled(self, work: Callable[[Run, RankChunk], Work]) -> Callable[[Run, RankChunk], Work]:
+    def _labelled(self, work: Callable[[Run, RankChunk], ChunkWork]) -> Callable[[Run, RankChunk], ChunkWork]:
         def labelled(run: Run, mine: RankChunk) -> Iterator[Pause]:
             steps, number = work(run, mine), self._numbers[id(mine.chunk)]
             while True:
@@ -183,8 +183,8 @@ def pauses(chunks: list[tuple[str, str]], kinds: dict[str, int]) -> list[tuple[s
     found: list[tuple[str, int, int]] = []
     numbers: dict[str, int] = {}
 
-    def work(kind: str) -> Callable[[Any, RankChunk], Work]:
-        def steps(run: Any, mine: RankChunk) -> Work:
+    def work(kind: str) -> Callable[[Any, RankChunk], ChunkWork]:
+        def steps(run: Any, mine: RankChunk) -> ChunkWork:
             turns = [Pause.EXCHANGE] * max(1, kinds[kind])
             turns += {"owner": [Pause.COMPUTED, Pause.RETURN], "late": [Pause.COMPUTED, Pause.LATE]}.get(kind, [])
             for turn, pause in enumerate(turns):

@@ -149,7 +149,7 @@ def test_pieces_of_all_ranks_are_the_logical_matrices_and_go_back(seed: int, ran
                 for rank in range(weight.ranks):
                     slot = torch.full((item.count, *batch.key.part(rank)), -2.0, dtype=torch.float64)
                     slots.append(slot)
-                    piece = item.piece(weight, rank)
+                    piece = item.block_range(weight, rank)
                     for source, target in piece.pairs(shards[item.weight][rank], slot):
                         target.copy_(source)
                     for target, source in piece.pairs(returned[item.weight][rank], slot):
@@ -271,25 +271,25 @@ def test_shards_that_cannot_be_treated_are_refused(mode: str, layout: MatrixLayo
 
 @pytest.mark.parametrize("number", [1, 3, 100])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_portions_are_all_chunks_group_by_group(seed: int, number: int) -> None:
-    """A rank with more chunks of its own has the same portions of a group that it shares."""
+def test_sub_plans_are_all_chunks_group_by_group(seed: int, number: int) -> None:
+    """A rank with more chunks of its own has the same sub_plans of a group that it shares."""
     weights = random_weights(seed, 2)
     plan = plan_of(weights, chunk_bytes=1 << 12)
-    portions = list(plan.portions(number))
-    assert all(1 <= len(portion.chunks) <= number for portion in portions)
-    assert all(len({chunk.group for chunk in portion.chunks}) == 1 for portion in portions)
-    groups = [portion.chunks[0].group for portion in portions]
+    sub_plans = list(plan.sub_plans(number))
+    assert all(1 <= len(sub_plan.chunks) <= number for sub_plan in sub_plans)
+    assert all(len({chunk.group for chunk in sub_plan.chunks}) == 1 for sub_plan in sub_plans)
+    groups = [sub_plan.chunks[0].group for sub_plan in sub_plans]
     assert groups == sorted(groups)
     for group in {*plan.groups(), ""}:
-        found = [chunk for portion in portions for chunk in portion.chunks if chunk.group == group]
+        found = [chunk for sub_plan in sub_plans for chunk in sub_plan.chunks if chunk.group == group]
         assert found == [chunk for chunk in plan.chunks if chunk.group == group]
     more = plan_of([*weights, *(Weight((8, 8), WHOLE) for _ in range(40))], chunk_bytes=1 << 12)
     for group in plan.groups():
         mine, theirs = (
             [
-                [batch.key for chunk in portion.chunks for batch in chunk.batches]
-                for portion in each.portions(number)
-                if portion.chunks[0].group == group
+                [batch.key for chunk in sub_plan.chunks for batch in chunk.batches]
+                for sub_plan in each.sub_plans(number)
+                if sub_plan.chunks[0].group == group
             ]
             for each in (plan, more)
         )

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_muon import Muon
 from megatron_muon.optimizers.stiefel import StiefelMuon
-from megatron_muon.optimizers.stiefel_solvers import PLACING_STEPS, SOLVERS, defect, msign, tangency, tangent
+from megatron_muon.optimizers.stiefel_solvers import PROJECTION_STEPS, SOLVERS, defect, msign, tangency, tangent
 from megatron_muon.routing.layout import STIEFEL, MatrixLayout
 from tests.pairwise import pairwise
 
@@ -163,7 +163,7 @@ def test_the_way_back_is_as_exact_as_the_numbers() -> None:
     for dtype, error in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
         weight = msign(on_manifold(48, 32, 15).to(dtype) + 0.1 * sample(48, 32, 16, dtype) / 16)
         assert defect(weight).max().item() < error
-    square = msign(sample(64, 64, 17), PLACING_STEPS)
+    square = msign(sample(64, 64, 17), PROJECTION_STEPS)
     assert defect(square).max().item() < 1e-12
 
 

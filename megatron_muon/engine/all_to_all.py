@@ -11,23 +11,23 @@ from megatron_muon.engine.exchange import Members
 from megatron_muon.engine.modes import SPLIT
 from megatron_muon.engine.packing import Shapes, cut, even_part, flat, interleaved
 from megatron_muon.engine.plan import Batch
-from megatron_muon.engine.run import Pause, RankChunk, Run, Work
+from megatron_muon.engine.run import ChunkWork, Pause, RankChunk, Run
 
 _Solver = Callable[[Batch, list[torch.Tensor]], torch.Tensor]
 """Computes a batch from the last tensor of a list, and takes that out of the list so that its memory can be freed."""
 
 
-def owner(run: Run, mine: RankChunk) -> Work:
+def owner(run: Run, mine: RankChunk) -> ChunkWork:
     """Send shards to the owners of matrices, which send orthogonalized shards back."""
     return _exchanged(run, mine, _whole(run, mine), Pause.RETURN)
 
 
-def lent(run: Run, mine: RankChunk) -> Work:
+def lent(run: Run, mine: RankChunk) -> ChunkWork:
     """Send matrices to other data-parallel ranks, which send them back orthogonalized."""
     return _exchanged(run, mine, _whole(run, mine), Pause.LATE)
 
 
-def split(run: Run, mine: RankChunk) -> Work:
+def split(run: Run, mine: RankChunk) -> ChunkWork:
     """Send several ranks a part of the longer side of each matrix; they iterate together and send their parts back."""
 
     def solve(batch: Batch, given: list[torch.Tensor]) -> torch.Tensor:
@@ -44,7 +44,7 @@ def _whole(run: Run, mine: RankChunk) -> _Solver:
     return lambda batch, given: run.transform(batch, sum(batch.counts[: mine.rank]), given)
 
 
-def _exchanged(run: Run, mine: RankChunk, solve: _Solver, last: Pause) -> Work:
+def _exchanged(run: Run, mine: RankChunk, solve: _Solver, last: Pause) -> ChunkWork:
     """Send pieces of matrices to the ranks that work on them, and results back, by one all-to-all each.
 
     Args:

@@ -17,13 +17,13 @@ from megatron_muon.engine.packing import (
     padded,
     triangle_numel,
 )
-from megatron_muon.engine.run import Pause, RankChunk, Run, Work
+from megatron_muon.engine.run import ChunkWork, Pause, RankChunk, Run
 from megatron_muon.orthogonalize.gram import prescale
-from megatron_muon.orthogonalize.newton_schulz import square_sums, turned
+from megatron_muon.orthogonalize.newton_schulz import square_sums, transposed_if
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 
-def distributed(run: Run, mine: RankChunk) -> Work:
+def distributed(run: Run, mine: RankChunk) -> ChunkWork:
     """Iterate on shards that stay where they are; Gram matrices are summed over the ranks in each step."""
     orthogonalizer, exchange = run.orthogonalizer, run.exchange(mine)
     shards = yield from _normalized(run, mine, [1.0] * len(mine.batches))
@@ -51,7 +51,7 @@ def _standard_step(
         shards[index] = products.multiply_add(x, products.quadratic(r, b, c), a)
 
 
-def gram(run: Run, mine: RankChunk) -> Work:
+def gram(run: Run, mine: RankChunk) -> ChunkWork:
     """Send partial Gram matrices to their owners, which send polynomials of the sums back."""
     orthogonalizer, exchange, batches = run.orthogonalizer, run.exchange(mine), mine.batches
     # The shapes of the triangles of Gram matrices that each rank owns.
@@ -124,9 +124,11 @@ def _normalized(run: Run, mine: RankChunk, scales: list[float]) -> Generator[Pau
     shards = []
     for batch, scale, total in zip(mine.batches, scales, totals, strict=True):
         shard = run.orthogonalizer.normalized(packed.pop(), scale, total, overwrite=True)
-        shards.append(turned(shard, batch.key.summed_dim == -2))
+        shards.append(transposed_if(shard, batch.key.summed_dim == -2))
     return shards
 
 
 def _unpack(run: Run, mine: RankChunk, shards: list[torch.Tensor]) -> None:
-    run.unpack(mine, [turned(x, batch.key.summed_dim == -2) for x, batch in zip(shards, mine.batches, strict=True)])
+    run.unpack(
+        mine, [transposed_if(x, batch.key.summed_dim == -2) for x, batch in zip(shards, mine.batches, strict=True)]
+    )
