@@ -88,9 +88,7 @@ class MuonConfig(UpdateKnobs):
         check=one_of("split", "whole"),
     )
     glu: str = knob(
-        "split",
-        "linear_fc1 of gated MLPs and experts: split gate and up; whole.",
-        check=one_of("split", "whole"),
+        "split", "linear_fc1 of gated MLPs and experts: split gate and up; whole.", check=one_of("split", "whole")
     )
     gdn_in_proj: str = knob(
         "adam",

@@ -8,15 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_muon.choices import NS_BACKENDS, SCALAR_OPTIMIZERS, SCALE_MODES, TP_MODES, WEIGHT_DECAY_METHODS
-from megatron_muon.knobs import (
-    coefficient_triples,
-    knob,
-    known_coefficients,
-    not_negative,
-    one_of,
-    positive,
-    whole,
-)
+from megatron_muon.knobs import coefficient_triples, knob, known_coefficients, not_negative, one_of, positive, whole
 from megatron_muon.orthogonalize.newton_schulz import EPS
 
 _SIZED = ("muon", "adaptive_muon", "stiefel_muon")

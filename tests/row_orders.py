@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron_muon.routing.blocks import split
 from megatron_muon.routing.layout import MatrixLayout
+from tools.splitting import split
 
 Label = tuple[str, int]
 """Name of a block, and which of its matrices a row belongs to (0 if it is one matrix)."""

@@ -168,9 +168,6 @@ PATCHES: list[Patch] = [
         copies_in=(),
     ),
     Patch(
-        "torch.cuda.random:set_rng_state",
-        replace_by(set_rng_state),
-        "the counterpart of get_rng_state",
-        copies_in=(),
+        "torch.cuda.random:set_rng_state", replace_by(set_rng_state), "the counterpart of get_rng_state", copies_in=()
     ),
 ]

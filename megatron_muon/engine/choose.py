@@ -18,10 +18,7 @@ WHOLE_PLANS = (AUTO, OWNER, GRAM)
 
 
 def choose_plan(
-    weights: Sequence[Weight],
-    policy: Policy,
-    orthogonalizer: Orthogonalizer,
-    places: Mapping[str, int] | None = None,
+    weights: Sequence[Weight], policy: Policy, orthogonalizer: Orthogonalizer, places: Mapping[str, int] | None = None
 ) -> Plan:
     """The plan; in ``auto``, for each group the quickest of: a mode for each shape, ``owner`` or ``gram`` for all.
 

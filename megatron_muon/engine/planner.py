@@ -15,16 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_muon.engine.costs import cheapest_mode, cost_of, divides_longer
-from megatron_muon.engine.modes import (
-    AUTO,
-    BLOCKWISE,
-    DISTRIBUTED,
-    GRAM,
-    LOCAL,
-    OWNER,
-    Machine,
-    Sizes,
-)
+from megatron_muon.engine.modes import AUTO, BLOCKWISE, DISTRIBUTED, GRAM, LOCAL, OWNER, Machine, Sizes
 from megatron_muon.engine.plan import Batch, BatchKey, Chunk, MatrixSlice, Plan, Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -267,11 +258,7 @@ class _Chunks:
 
     def add(self, key: BatchKey, items: list[MatrixSlice], stage: int) -> None:
         """Add all matrices of one key that are done in a stage."""
-        if self.open and (self.open[0].key.mode, self.open[0].key.group, self.stage) != (
-            key.mode,
-            key.group,
-            stage,
-        ):
+        if self.open and (self.open[0].key.mode, self.open[0].key.group, self.stage) != (key.mode, key.group, stage):
             self._close()
         self.stage = stage
         size = 4 * key.m * key.n

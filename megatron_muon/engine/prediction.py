@@ -16,12 +16,7 @@ Choice = tuple[str, int, int]
 """The mode of a chunk, and the rows and columns of a logical matrix."""
 
 
-def predict(
-    plan: Plan,
-    orthogonalizer: Orthogonalizer,
-    sizes: Sizes,
-    group_ranks: Mapping[str, int],
-) -> Cost:
+def predict(plan: Plan, orthogonalizer: Orthogonalizer, sizes: Sizes, group_ranks: Mapping[str, int]) -> Cost:
     """What one rank does in a step: see :class:`megatron_muon.engine.exchange.Counters`.
 
     Args:

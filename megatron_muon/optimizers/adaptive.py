@@ -28,9 +28,7 @@ class SecondMoment(Variant):
     """Name of the second moment in the state: another one where it means something else, so that none is misread."""
 
     def __init__(
-        self,
-        beta2: float = SECOND_MOMENT["adaptive_muon_beta2"][0],
-        eps: float = SECOND_MOMENT["adaptive_muon_eps"][0],
+        self, beta2: float = SECOND_MOMENT["adaptive_muon_beta2"][0], eps: float = SECOND_MOMENT["adaptive_muon_eps"][0]
     ) -> None:
         self.beta2 = beta2
         self.eps = eps

@@ -18,14 +18,7 @@ OPTIONAL = ("nesterov", "scale_mode", "extra_scale_factor", "weight_decay_method
 """Options that a group may set for itself; otherwise the optimizer's value holds. All other options that a group may
 have are always in it (``torch.optim.Optimizer.defaults``)."""
 
-PER_GROUP = (
-    "damping_depth",
-    "scalar_optimizer",
-    "scalar_betas",
-    "scalar_eps",
-    "scalar_lr_mult",
-    "scalar_wd_mult",
-)
+PER_GROUP = ("damping_depth", "scalar_optimizer", "scalar_betas", "scalar_eps", "scalar_lr_mult", "scalar_wd_mult")
 """Options of :class:`megatron_muon.MuonOptions` that every group has."""
 
 _OF_TORCH = ("params", "param_names", "initial_lr", "base_momentum", "max_momentum", "swa_lr", "name", "group_name")

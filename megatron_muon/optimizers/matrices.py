@@ -250,11 +250,7 @@ def _elements(tensor: torch.Tensor) -> int:
 
 
 def matrices_of(
-    weights: Weights,
-    slices: Sequence[Slices],
-    directions: Sequence[torch.Tensor],
-    reduce: Reduce,
-    shard_of: ShardOf,
+    weights: Weights, slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce, shard_of: ShardOf
 ) -> Matrices:
     """The updates of a chunk: its batches, cut where param groups change.
 

@@ -175,11 +175,7 @@ class Orthogonalizer:
         )
 
     def normalized(
-        self,
-        x: torch.Tensor,
-        scale: float = 1.0,
-        squares: torch.Tensor | None = None,
-        overwrite: bool = False,
+        self, x: torch.Tensor, scale: float = 1.0, squares: torch.Tensor | None = None, overwrite: bool = False
     ) -> torch.Tensor:
         """What the iteration starts from: see :func:`megatron_muon.orthogonalize.newton_schulz.normalized`."""
         return normalized(

@@ -61,10 +61,7 @@ def by_optimizer(routes: Iterable[Route], options: MuonConfig) -> dict[str, int]
 def over_ranks(loads: Sequence[RankLoad], value: Callable[[RankLoad], float]) -> dict[str, float]:
     """Mean and greatest of a value over all ranks."""
     ranks = sum(load.ranks for load in loads)
-    return {
-        "mean": sum(value(load) * load.ranks for load in loads) / ranks,
-        "max": max(value(load) for load in loads),
-    }
+    return {"mean": sum(value(load) * load.ranks for load in loads) / ranks, "max": max(value(load) for load in loads)}
 
 
 def work_in(mode: str, what: str = "flops") -> Callable[[RankLoad], float]:

@@ -51,14 +51,7 @@ def _with_resolution(
     "each rank reads a file of its own: where one cannot, the others would wait for it in what follows",
 )
 def _with_agreement(
-    original: Original,
-    folder: Any,
-    args: Any,
-    rank0: bool,
-    state: Any,
-    iteration: int,
-    *rest: Any,
-    **kwargs: Any,
+    original: Original, folder: Any, args: Any, rank0: bool, state: Any, iteration: int, *rest: Any, **kwargs: Any
 ) -> Any:
     def load() -> Any:
         return original(folder, args, rank0, state, iteration, *rest, **kwargs)

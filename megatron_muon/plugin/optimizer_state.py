@@ -75,11 +75,7 @@ def _whole(leaf: Any, owned: bool) -> Iterator[ParamState]:
                 yield ParamState(param, inner, group, param, None, owned=owned)
         return
     lists = zip(
-        inner.param_groups,
-        leaf.float16_groups,
-        leaf.fp32_from_float16_groups,
-        leaf.fp32_from_fp32_groups,
-        strict=True,
+        inner.param_groups, leaf.float16_groups, leaf.fp32_from_float16_groups, leaf.fp32_from_fp32_groups, strict=True
     )
     for group, params, masters, own in lists:
         for param, master in zip(params, masters, strict=True):

@@ -128,11 +128,7 @@ OPTIONS: tuple[Refusal, ...] = (
         "give a positive number (1e-8 is usual)",
     ),
     Refusal(
-        (
-            one_of("adaptive_muon_moment2_method", "namo"),
-            one_of("muon_scale_mode", *_MEASURED),
-            _ADAPTIVE,
-        ),
+        (one_of("adaptive_muon_moment2_method", "namo"), one_of("muon_scale_mode", *_MEASURED), _ADAPTIVE),
         "the mode divides out the number by which NAMO multiplies each update, so that nothing is left of it",
         "use a scale by shape, such as --muon-scale-mode spectral or moonlight, or --adaptive-muon-moment2-method "
         "normuon or adamuon",

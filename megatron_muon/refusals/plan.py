@@ -8,12 +8,7 @@ from megatron_muon.refusals.rule import Refusal, given, other_optimizer
 _PLAN = "in a plan"
 
 READ: tuple[Refusal, ...] = (
-    Refusal(
-        (given("use_checkpoint_args"),),
-        "it reads no checkpoint",
-        "give the flags of the model themselves",
-        _PLAN,
-    ),
+    Refusal((given("use_checkpoint_args"),), "it reads no checkpoint", "give the flags of the model themselves", _PLAN),
 )
 """Of whatever reads the flags of a run without running it."""
 

@@ -1,7 +1,7 @@
 """Where the matrices of a weight lie in its memory, and the same matrices in a batch.
 
 The rows of a block (:meth:`megatron_muon.routing.layout.MatrixLayout.blocks`) repeat with the layout's period. A
-:class:`BlockRange` names some of its matrices, as far as they lie in one rank's shard, and gives views of equal shapes
+:class:`BlockRange` names some of its matrices, as far as they lie in one rank's shard, and describes views of equal shapes
 of the shard and of a batch of these matrices, so that both can be copied, or added, without rearranging either. Sizes
 and strides are worked out once; the views are made each time: views that are kept would hold memory that frameworks
 free or move between steps.
@@ -60,10 +60,6 @@ class View(NamedTuple):
     strides: tuple[int, ...]
     start: int
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The view of a tensor."""
-        return tensor.as_strided(self.size, self.strides, tensor.storage_offset() + self.start)
-
 
 @dataclass(frozen=True)
 class BlockRange:
@@ -86,29 +82,14 @@ class BlockRange:
     stop: int
     first_row: int = 0
 
-    def pairs(self, weight: torch.Tensor, batch: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Views of equal shapes of a shard and of the batch that holds its matrices.
-
-        Args:
-            weight: (rows, columns), or (experts, rows, columns): the shard, with any strides.
-            batch: (matrices of this range, rows of each on this rank, columns), with any strides.
-        """
-        (weight,), offset = plain([weight]), batch.storage_offset()
-        found = []
-        for its, other in zip(*self.views(weight, batch, 0), strict=True):
-            view = (
-                weight if its is None else weight.as_strided(its.size, its.strides, weight.storage_offset() + its.start)
-            )
-            found.append((view, batch.as_strided(other.size, other.strides, offset + other.start)))
-        return found
-
     def views(self, weight: torch.Tensor, batch: torch.Tensor, first: int) -> tuple[list[View | None], list[View]]:
         """Sizes and strides of views of the shard (None: the shard itself) and of a batch; alike but for columns.
 
         Args:
-            weight: as of :meth:`pairs`, or a tensor with other columns.
-            batch: as of :meth:`pairs`, with other matrices too.
-            first: number of this range's first matrix in it.
+            weight: (rows, columns), or (experts, rows, columns): the shard, or a tensor with other columns, with any
+                strides.
+            batch: (matrices, rows of each on this rank, columns), with any strides, and with other matrices too.
+            first: number of this range's first matrix in the batch.
         """
         experts = self.stop - self.start if self.layout.stacked else 1
         theirs: list[View | None] = []
@@ -186,50 +167,6 @@ def plain(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def split(layout: MatrixLayout, weight: torch.Tensor) -> list[torch.Tensor]:
-    """The blocks of a weight, or of a shard of whole periods, in the order of :meth:`MatrixLayout.blocks`.
-
-    Args:
-        layout: of the weight.
-        weight: (rows, columns), or (experts, rows, columns) if stacked.
-
-    Returns:
-        For each block (rows of the block, columns), with leading dimensions for the experts of a stack and for the
-        heads of a section with ``matrix_rows``. Views where the strides allow it.
-
-    Raises:
-        ValueError: if the rows are not whole periods.
-    """
-    found = []
-    for number, block in enumerate(layout.blocks(weight.shape)):
-        heads = (-1,) if layout.matrix_rows(number) else ()
-        shape = (*weight.shape[:-2], *heads, block.rows, block.columns)
-        batch = weight.new_empty(block.count, block.rows, block.columns)
-        pairs = _all(layout, number, weight.shape).pairs(weight, batch)
-        if len(pairs) == 1:
-            found.append(pairs[0][0].reshape(shape))
-            continue
-        for rows, its in pairs:
-            its.copy_(rows)
-        found.append(batch.view(shape))
-    return found
-
-
-def merge(layout: MatrixLayout, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The inverse of :func:`split`, as a new tensor."""
-    rows = sum(block[0].numel() if layout.stacked else block.numel() for block in blocks) // blocks[0].size(-1)
-    weight = blocks[0].new_empty((*blocks[0].shape[: int(layout.stacked)], rows, blocks[0].size(-1)))
-    for number, (block, shape) in enumerate(zip(blocks, layout.blocks(weight.shape), strict=True)):
-        batch = block.reshape(shape.count, shape.rows, shape.columns)
-        for target, source in _all(layout, number, weight.shape).pairs(weight, batch):
-            target.copy_(source)
-    return weight
-
-
-def _all(layout: MatrixLayout, block: int, shape: tuple[int, ...]) -> BlockRange:
-    return BlockRange(layout, block, 0, units_of(layout, block, shape, False))
 
 
 @cache

@@ -149,11 +149,6 @@ class MatrixLayout:
         """Whether ``rows`` consecutive rows are whole periods."""
         return rows % self.period == 0
 
-    def needs_no_exchange(self, rows: int) -> bool:
-        """Whether a shard of ``rows`` rows holds all its matrices whole, so that it can be updated alone."""
-        each = all(section.matrix_rows or section.rule == SCALAR for section in self.sections)
-        return bool(self.sections) and each and self.fits(rows)
-
     def blocks(self, shape: torch.Size | tuple[int, ...]) -> list[Block]:
         """The blocks of a whole weight of shape (rows, columns), or (experts, rows, columns) if stacked.
 

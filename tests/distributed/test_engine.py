@@ -20,11 +20,11 @@ from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.gram import prescale
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
 from megatron_muon.orthogonalize.scale import scale_factor
-from megatron_muon.routing.blocks import merge, split
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 from tests.pool import RankPool
 from tests.reference import orthogonalized
 from tools.bench.observe import LiveBytes
+from tools.splitting import merge, split
 
 QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
 HEADS = MatrixLayout("qkv", (Section("q", 8, matrix_rows=4), Section("k", 4, matrix_rows=4), Section("v", 4)))

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from megatron_muon.routing.blocks import merge, split
 from megatron_muon.routing.layout import SCALAR
 from tests import row_orders
 from tests.megatron.fused_modules import (
@@ -52,6 +51,7 @@ from tests.megatron.fused_modules import (
 )
 from tests.pool import RankPool
 from tests.row_orders import Label
+from tools.splitting import merge, split
 
 
 class Case(NamedTuple):

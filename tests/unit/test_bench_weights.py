@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megatron_muon.errors import ConfigError
-from megatron_muon.routing.blocks import split
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tools.bench import memory
 from tools.bench.cases import Case, WeightSpec, cases_of_shapes, standard_cases
@@ -16,6 +15,7 @@ from tools.bench.command import main
 from tools.bench.forms import FORMS, FUSED, LOGICAL, UPSTREAM, Tensors, pieces_of
 from tools.bench.model import first_layers
 from tools.bench.ranks import Groups, choose_device
+from tools.splitting import split
 
 QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
 HEADS = MatrixLayout("q", (Section("q", 4, matrix_rows=2), Section("k", 4, matrix_rows=2)))

@@ -15,7 +15,6 @@ import torch
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LOCAL, OWNER
 from megatron_muon.engine.plan import MatrixSlice, Weight
 from megatron_muon.errors import ConfigError
-from megatron_muon.routing.blocks import split
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 from tests.random_weights import (
     EXACT,
@@ -29,6 +28,7 @@ from tests.random_weights import (
     random_plans,
     random_weights,
 )
+from tools.splitting import pairs, split
 
 
 def test_random_weights_are_of_all_kinds() -> None:
@@ -150,9 +150,9 @@ def test_pieces_of_all_ranks_are_the_logical_matrices_and_go_back(seed: int, ran
                     slot = torch.full((item.count, *batch.key.part(rank)), -2.0, dtype=torch.float64)
                     slots.append(slot)
                     piece = item.block_range(weight, rank)
-                    for source, target in piece.pairs(shards[item.weight][rank], slot):
+                    for source, target in pairs(piece, shards[item.weight][rank], slot):
                         target.copy_(source)
-                    for target, source in piece.pairs(returned[item.weight][rank], slot):
+                    for target, source in pairs(piece, returned[item.weight][rank], slot):
                         target.copy_(source)
                 first = first_matrix(item, weight, per_rank(weight, chunk))
                 if per_rank(weight, chunk):

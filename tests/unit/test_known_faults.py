@@ -69,12 +69,12 @@ from megatron_muon.optimizers.registry import VARIANTS
 from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing import _is_nonlinear_or_embedding
-from megatron_muon.routing.blocks import split
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tests.distributed.test_no_waiting import no_reading
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
+from tools.splitting import split
 
 POLAR = {"coefficient_type": "polar_express", "num_ns_steps": 16, "fp32_matmul_prec": "highest", "eps": 1e-30}
 QKV = MatrixLayout("qkv", (Section("q", 8), Section("k", 4), Section("v", 4)))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_muon.routing.blocks import merge, split
 from megatron_muon.routing.layout import ORTHOGONALIZE, SCALAR, WHOLE, Block, MatrixLayout, Section, layout_of
 from tests import row_orders
 from tests.row_orders import Label
+from tools.splitting import merge, split
 
 QKV = MatrixLayout("qkv", (Section("q", 6), Section("gate", 6), Section("k", 3), Section("v", 3)))
 PER_HEAD = MatrixLayout("qkv", tuple(Section(section.name, section.rows, matrix_rows=3) for section in QKV.sections))
@@ -146,15 +146,6 @@ def test_rows_by_rule_join_neighbours() -> None:
     assert [tuple(view.shape) for view in GATES.rows_by_rule(weight, SCALAR)] == [(2, 6, 5)]
     assert [tuple(view.shape) for view in GATE_BETWEEN.rows_by_rule(weight, ORTHOGONALIZE)] == [(2, 8, 5), (2, 7, 5)]
     assert QKV.rows_by_rule(weight, ORTHOGONALIZE)[0] is weight and QKV.rows_by_rule(weight, SCALAR) == []
-
-
-def test_shards_that_need_no_exchange_hold_all_their_matrices_whole() -> None:
-    assert PER_HEAD.needs_no_exchange(18) and PER_HEAD.needs_no_exchange(36)
-    assert not PER_HEAD.needs_no_exchange(9), "half a query group"
-    assert not QKV.needs_no_exchange(18) and not MIXED_HEADS.needs_no_exchange(8)
-    assert not WHOLE.needs_no_exchange(18)
-    with_gates = MatrixLayout("in_proj", (Section("q", 8, matrix_rows=4), Section("beta", 3, SCALAR)))
-    assert with_gates.needs_no_exchange(22), "rows under the scalar rule are matrices of nobody"
 
 
 def test_broken_periods_are_refused() -> None:

@@ -14,12 +14,12 @@ from megatron_muon import ConfigError, Muon, MuonConfig, param_groups
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.plugin.variants import check_adapters
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names
-from megatron_muon.routing.blocks import split
 from megatron_muon.routing.predicate import exclusion_reason
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
 from tests.unit.small_modules import ParallelLora, Wrapper, megatron_class, options, self_attention
+from tools.splitting import split
 
 # All singular values 1 within 5e-4.
 EXACT = {"coefficient_type": "deepseekv4", "num_ns_steps": 10, "fp32_matmul_prec": "highest"}

@@ -16,9 +16,9 @@ from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.optimizers.stiefel_solvers import SOLVERS, defect, tangent
 from megatron_muon.orthogonalize import Orthogonalizer, coefficients, newton_schulz
 from megatron_muon.orthogonalize.scale import scale_factor
-from megatron_muon.routing.blocks import merge, split
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tests.reference import orthogonalized
+from tools.splitting import merge, split
 
 QKV = MatrixLayout("qkv", (Section("q", 8), Section("k", 4), Section("v", 4)))
 

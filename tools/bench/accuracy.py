@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from megatron_muon.orthogonalize.coefficients import Coefficients, coefficients
 from megatron_muon.orthogonalize.scale import scale_factor
-from megatron_muon.routing.blocks import split
 from tools.bench.contestants import Contestant
 from tools.bench.forms import Entry, Matrices, Tensors
 from tools.bench.ranks import World
+from tools.splitting import split
 
 __all__ = ["BOUNDS", "Errors", "Reference", "WrongUpdateError", "check", "exact_update", "update_errors"]
 

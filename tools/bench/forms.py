@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_muon.errors import ConfigError
-from megatron_muon.routing.blocks import split
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, WHOLE, MatrixLayout
 from tools.bench.cases import Case, WeightSpec
 from tools.bench.ranks import Groups
+from tools.splitting import split
 
 __all__ = ["FORMS", "FUSED", "LOGICAL", "UPSTREAM", "Entry", "Matrices", "Piece", "Tensors", "pieces_of", "whole"]
 
