@@ -1,7 +1,7 @@
 """Where the matrices of a weight lie in its memory, and the same matrices in a batch.
 
 The rows of a block (:meth:`megatron_muon.routing.layout.MatrixLayout.blocks`) repeat with the layout's period. A
-:class:`BlockRange` names some of its matrices, as far as they lie in one rank's shard, and describes views of equal shapes
+:class:`BlockRange` is some of its matrices, as far as they lie in one rank's shard, and describes views of equal shape
 of the shard and of a batch of these matrices, so that both can be copied, or added, without rearranging either. Sizes
 and strides are worked out once; the views are made each time: views that are kept would hold memory that frameworks
 free or move between steps.
