@@ -6,6 +6,7 @@ weights in a layer-wise run). :mod:`megatron_muon.plugin.optimizer_state` finds 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.optimizers.handled import STEP
+from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, cut_second_moment, whole_second_moment
+from megatron_muon.routing.layout import layout_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ class ParamState:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """State by name, ``fp32_param`` for the master weight among it; of the slice's shape if there are slices."""
+        """State by name, ``fp32_param`` for the master weight among it, as the optimizer keeps it; of the slice's shape
+        if there are slices.
+        """
         if self.key is None:
             return {}
         found = {
@@ -91,6 +96,22 @@ class ParamState:
             if isinstance(value, torch.Tensor) and name != STEP
         }
         return found if self.master is None else {"fp32_param": self.master, **found}
+
+    @functools.cached_property
+    def saved(self) -> dict[str, torch.Tensor]:
+        """:attr:`tensors` as checkpoints have them: with a copy, of the weight's shape, of Muon's second moment."""
+        found = self.tensors
+        kept, key = found.get(SECOND_MOMENT), self.key
+        if kept is not None and key is not None and kept.shape != key.shape and layout_of(key).has_scalar_rows:
+            found[SECOND_MOMENT] = whole_second_moment(key, kept)
+        return found
+
+    def take(self) -> None:
+        """Make what was read into :attr:`saved` the state, and drop copies."""
+        read, kept = self.__dict__.pop("saved", {}), self.tensors.get(SECOND_MOMENT)
+        if self.key is not None and kept is not None and read.get(SECOND_MOMENT, kept).shape != kept.shape:
+            cut_second_moment(self.key, read)
+            kept.copy_(read[SECOND_MOMENT])
 
 
 _PIECE = 1 << 22

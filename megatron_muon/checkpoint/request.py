@@ -130,6 +130,8 @@ class Request(dict[str, Any]):
                     weight = each.param.data.reshape(-1)[slice(*each.span)] if each.span else each.param.data
                     each.tensors[choice.state].copy_(weight)
         self._check_contents()
+        for each in self.held:
+            each.take()
         self._estimate()
         self._set_steps(self.stored.step)
 

@@ -71,7 +71,7 @@ def described(
     Of a (state, key) in ``alone`` not all weights of a tensor have the state: it has a key of its own.
     """
     found = {}
-    for state, tensor in held.tensors.items():
+    for state, tensor in held.saved.items():
         mark = ALONE if (state, place.key) in alone else ""
         found[state] = place.sharded(f"{PREFIX}.{state}{mark}", tensor, replica_of(held, place), held.span)
     return found

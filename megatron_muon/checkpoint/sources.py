@@ -107,7 +107,7 @@ def choose(
     """
     if regrouped and state in _OF_MATRICES:
         return Choice(state, None)
-    tensor, wrong = held.tensors[state], ""
+    tensor, wrong = held.saved[state], ""
     for name, source in _sources(state, stored):
         parts = place.sharded(source, tensor, replica, held.span)
         if not all(part.key in stored.shapes for part in parts):

@@ -21,7 +21,7 @@ from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, check_names, ch
 from megatron_muon.optimizers.handled import STEP, Marks
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
 from megatron_muon.optimizers.registry import variant_of
-from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows
+from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, cut_second_moment
 from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.optimizers.step import Step
 from megatron_muon.options import MuonOptions, UpdateKnobs
@@ -55,9 +55,9 @@ class Muon(torch.optim.Optimizer):
     (Megatron's ``tensor_model_parallel``, ``partition_dim``, ``expert_tp``). The update is that of the whole logical
     matrices except in ``tp_mode="blockwise"``, where each shard counts as a weight of its own.
 
-    State: ``momentum_buffer``, of the parameter's shape and dtype; ``exp_avg_sq`` likewise for parameters with rows
-    under Adam's rule, and the ``step`` of these. Between steps it may be moved, replaced, zeroed or taken away, by name
-    or as a whole: nothing else is kept of it that would not be noticed to be out of date.
+    State: ``momentum_buffer``, of the parameter's shape and dtype; for parameters with rows under Adam's rule
+    ``exp_avg_sq`` of these rows, and their ``step``. Between steps it may be moved, replaced, zeroed or taken away, by
+    name or as a whole: nothing else is kept of it that would not be noticed to be out of date.
 
     Attributes:
         directions: the kinds of updates that it has, see :class:`megatron_muon.routing.layout.MatrixLayout`.
@@ -230,7 +230,8 @@ class Muon(torch.optim.Optimizer):
         return {**state, _ATTRIBUTES: attributes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As in ``torch.optim.Optimizer``; groups of older checkpoints get the entries that they lack.
+        """As in ``torch.optim.Optimizer``; groups of older checkpoints get the entries that they lack, second moments
+        of the weight's shape are cut down.
 
         A copy's weights get the attributes that ``copy.deepcopy`` of a parameter leaves behind: layout and division.
         """
@@ -245,6 +246,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        for param, each in self.state.items():
+            cut_second_moment(param, each)
 
     def forget(self) -> None:
         """Discard all that was derived from the weights, which have been replaced."""
@@ -321,9 +324,10 @@ class Muon(torch.optim.Optimizer):
             layout = layout_of(param)
             has_second = layout.has_scalar_rows and group["scalar_optimizer"] == "adam"
             if has_second and SECOND_MOMENT not in state:
-                state[SECOND_MOMENT], state[STEP] = torch.zeros_like(param), 0
+                state[SECOND_MOMENT], state[STEP] = param.new_zeros(()).expand_as(param), 0
             if has_second:  # state of older checkpoints: as many as the group has made
                 state.setdefault(STEP, group[STEP])
+                cut_second_moment(param, state)
             if layout.direction == MSIGN:
                 self.variant.init_state(param, state)
                 if self.variant.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:

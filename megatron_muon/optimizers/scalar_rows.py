@@ -2,11 +2,14 @@
 
 A fused weight may hold rows that are no matrix: the beta and alpha rows of GatedDeltaNet's ``in_proj``, the dt rows of
 Mamba's. They are updated as the scalar optimizer would update a weight that consists of these rows alone. The first
-moment lives in their rows of Muon's ``momentum_buffer`` (both are moving averages of the gradient).
+moment lives in their rows of Muon's ``momentum_buffer`` (both are moving averages of the gradient). The second moment
+is a tensor of these rows alone, in memory order. In checkpoints it has the weight's shape, so that it is saved and
+resharded as the weight is: with zeros in all other rows, which nobody reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +22,30 @@ from megatron_muon.orthogonalize.kernels.elementwise import Rate, add_
 from megatron_muon.routing.layout import SCALAR, layout_of
 
 SECOND_MOMENT = "exp_avg_sq"
-"""Name of the state that Adam's rows need; of the whole weight's shape, so that it is saved and resharded as it is."""
+"""State of the rows under Adam, in their order: (rows of the shard, columns); of a stack (experts, rows, columns)."""
+
+
+def cut_second_moment(param: torch.Tensor, state: dict[str, Any]) -> None:
+    """Replace a second moment of the weight's shape, as in checkpoints and older states, by its rows under Adam."""
+    whole, layout = state.get(SECOND_MOMENT), layout_of(param)
+    if whole is not None and whole.shape == param.shape and layout.has_scalar_rows:
+        rows = torch.cat(layout.rows_by_rule(whole, SCALAR), -2)
+        state[SECOND_MOMENT] = rows.flatten(param.dim() - 2, -2)  # of all periods
+
+
+def whole_second_moment(param: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Copy a second moment into a tensor of the weight's shape, which is zero in all other rows."""
+    whole = kept.new_zeros(param.shape)
+    rows = layout_of(param).rows_by_rule(whole, SCALAR)
+    torch._foreach_copy_(rows, _parts(kept, rows))
+    return whole
+
+
+def _parts(kept: torch.Tensor, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Views of a kept second moment, each of the shape of a view of the weight's rows under Adam."""
+    counts = [view.size(-2) for view in rows]
+    parts = kept.unflatten(-2, (-1, sum(counts))).split(counts, -2)
+    return [part.view_as(view) for part, view in zip(parts, rows, strict=True)]
 
 
 def check_scalar_rows(weight: Weight) -> None:
@@ -45,11 +71,8 @@ def restart_emptied(touched: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
     """
     # Waits for the device: for state that is not as the last step left it, and that has been counted before.
     counted = [(layout_of(param), state) for param, state in touched if state[STEP]]
-    sums = [
-        torch.stack([rows.any() for rows in layout.rows_by_rule(state[SECOND_MOMENT], SCALAR)])
-        for layout, state in counted
-    ]
-    for (layout, state), is_left in zip(counted, [any(each.tolist()) for each in sums], strict=True):
+    anything = [state[SECOND_MOMENT].any() for _, state in counted]
+    for (layout, state), is_left in zip(counted, anything, strict=True):
         if not is_left:
             state[STEP] = 0
             torch._foreach_zero_(layout.rows_by_rule(state["momentum_buffer"], SCALAR))
@@ -66,11 +89,12 @@ def step_scalar_rows(weights: list[ParamStep]) -> None:
         return
     group, layouts = mixed[0].group, [weight.layout for weight in mixed]
     tensors = [[weight.param for weight in mixed], [weight.buffer for weight in mixed]]
+    rows = [rows_of(some, layouts, SCALAR) for some in tensors]
     steps: list[int] = []
     if group["scalar_optimizer"] == "adam":
-        tensors.append([weight.state[SECOND_MOMENT] for weight in mixed])
-        steps = [weight.state[STEP] for weight in mixed for _ in weight.layout.rows_by_rule(weight.param, SCALAR)]
-    rows = [rows_of(some, layouts, SCALAR) for some in tensors]
+        pairs = [(weight.state, weight.layout.rows_by_rule(weight.param, SCALAR)) for weight in mixed]
+        rows.append([part for state, its_rows in pairs for part in _parts(state[SECOND_MOMENT], its_rows)])
+        steps = [state[STEP] for state, its_rows in pairs for _ in its_rows]
     # In float32 at least: what has 16 bits is rounded once, when all is done.
     wide = [_wide(views) for views in rows]
     grads = _wide(rows_of([weight.raw_grad for weight in mixed], layouts, SCALAR))

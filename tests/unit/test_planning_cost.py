@@ -230,7 +230,7 @@ def test_state_of_variants() -> None:
     ("optimizer", "options", "method", "layout", "extra"),
     [
         ("muon", {}, "adamuon", WHOLE, ""),
-        ("muon", {}, "adamuon", GATED, "full"),  # the second moment has the shape of the whole weight
+        ("muon", {}, "adamuon", GATED, "gates"),  # the second moment of 4 rows
         ("muon", {"scalar_optimizer": "lion"}, "adamuon", GATED, ""),
         ("muon", {"scale_mode": "spectral_norm"}, "adamuon", WHOLE, "row"),
         ("muon", {"scale_mode": "moonlight_hidden"}, "adamuon", WHOLE, ""),
@@ -248,11 +248,11 @@ def test_what_optimizers_keep(
     optimizer: str, options: dict[str, str], method: str, layout: MatrixLayout, extra: str
 ) -> None:
     counter = StateCounter(optimizer, MuonConfig(**options), method)
-    full, rows = 1 + extra.count("full"), extra.count("row")
-    assert counter.elements((20, 8), layout) == full * 160 + rows * 20
-    assert counter.elements((20, 8), layout, 4, -2) == full * 40 + rows * 5
+    full, rows, gates = 1 + extra.count("full"), extra.count("row"), 32 * extra.count("gates")
+    assert counter.elements((20, 8), layout) == full * 160 + rows * 20 + gates
+    assert counter.elements((20, 8), layout, 4, -2) == full * 40 + rows * 5 + gates // 4
     # Each of four ranks has a part of every row.
-    assert counter.elements((20, 8), layout, 4, -1) == full * 40 + rows * 20
+    assert counter.elements((20, 8), layout, 4, -1) == full * 40 + rows * 20 + gates // 4
 
 
 def test_plain_replicas_are_alike() -> None:

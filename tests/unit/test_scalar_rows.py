@@ -10,8 +10,9 @@ import pytest
 import torch
 from emerging_optimizers.scalar_optimizers import Lion
 
-from megatron_muon import Muon
-from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT
+from megatron_muon import Muon, state_bytes
+from megatron_muon.checkpoint.param_state import ParamState
+from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, cut_second_moment, whole_second_moment
 from megatron_muon.routing.layout import ORTHOGONALIZE, SCALAR, MatrixLayout, Section
 
 STEPS = 50
@@ -91,7 +92,7 @@ def test_equals_adamw_on_these_rows_alone(dtype: torch.dtype, tolerance: float) 
     torch.testing.assert_close(rows(param, SCALAR), alone.detach(), rtol=0, atol=tolerance)
     state, reference = optimizer.state[param], adam.state[alone]
     torch.testing.assert_close(rows(state["momentum_buffer"], SCALAR), reference["exp_avg"], rtol=0, atol=tolerance)
-    torch.testing.assert_close(rows(state[SECOND_MOMENT], SCALAR), reference["exp_avg_sq"], rtol=0, atol=tolerance)
+    torch.testing.assert_close(state[SECOND_MOMENT], reference["exp_avg_sq"], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype,tolerance", DTYPES)
@@ -179,8 +180,60 @@ def test_a_checkpoint_of_earlier_groups_loads() -> None:
     assert not torch.equal(loaded.param_groups[0]["params"][0], before)
 
 
-def test_state_has_the_shape_of_the_weight() -> None:
-    """Megatron-Core saves and reshards state by the parameter's shape, and creates it before it loads."""
+def test_a_state_of_the_whole_weight_is_cut_down() -> None:
+    """As older versions kept it, with numbers in rows that nobody reads: the run goes on bit for bit."""
+    grads = gradients(torch.float32, 6)
+    param, again = parameter(torch.float32), parameter(torch.float32)
+    optimizer, other = muon([param]), muon([again])
+    train(optimizer, param, grads[:3])
+    again.data.copy_(param)
+    old = copy.deepcopy(optimizer.state_dict())
+    second = torch.full_like(param, 7.0).detach()
+    second[[section.rule == SCALAR for section in LAYOUT.sections for _ in range(section.rows)] * PERIODS] = (
+        optimizer.state[param][SECOND_MOMENT].clone()
+    )
+    old["state"][0][SECOND_MOMENT] = second
+    other.load_state_dict(old)
+    assert torch.equal(other.state[again][SECOND_MOMENT], optimizer.state[param][SECOND_MOMENT])
+    assert other.state[again][SECOND_MOMENT].untyped_storage().nbytes() == 9 * COLUMNS * 4
+    train(optimizer, param, grads[3:])
+    train(other, again, grads[3:])
+    assert torch.equal(param, again)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_second_moment_in_the_shape_of_the_weight_and_back(stacked: bool) -> None:
+    """What checkpoints have: each row in its place, zeros elsewhere."""
+    param = parameter(torch.float32)
+    if stacked:
+        param = torch.nn.Parameter(torch.stack([param.detach(), -param.detach()]))
+        param.matrix_layout = LAYOUT.stack()
+    is_scalar = [section.rule == SCALAR for section in LAYOUT.sections for _ in range(section.rows)] * PERIODS
+    kept = param.detach()[..., is_scalar, :].clone()
+    whole = whole_second_moment(param, kept)
+    assert torch.equal(whole, param.detach() * torch.tensor(is_scalar).float()[:, None])
+    state = {SECOND_MOMENT: whole}
+    cut_second_moment(param, state)
+    assert torch.equal(state[SECOND_MOMENT], kept) and state[SECOND_MOMENT].is_contiguous()
+
+
+def test_a_checkpoint_is_read_in_the_shape_of_the_weight() -> None:
+    """Into a copy, of which the rows under Adam alone become state, in place: others may have been Adam's once."""
+    param = parameter(torch.float32)
+    optimizer = muon([param])
+    train(optimizer, param, gradients(torch.float32, 2))
+    held = ParamState(param, optimizer, optimizer.param_groups[0], param, None)
+    kept = optimizer.state[param][SECOND_MOMENT]
+    assert torch.equal(held.saved[SECOND_MOMENT], whole_second_moment(param, kept))
+    held.saved[SECOND_MOMENT].copy_(param.detach())
+    held.take()
+    assert torch.equal(kept, rows(param, SCALAR)) and optimizer.state[param][SECOND_MOMENT] is kept
+    assert torch.equal(held.saved[SECOND_MOMENT], whole_second_moment(param, kept))
+    assert held.saved["momentum_buffer"] is optimizer.state[param]["momentum_buffer"]
+
+
+def test_state_has_the_rows_alone() -> None:
+    """Megatron-Core creates it before it loads."""
     param = parameter(torch.float32)
     optimizer = muon([param])
     optimizer._init_group(optimizer.param_groups[0], skip_non_grad_params=False)
@@ -188,8 +241,10 @@ def test_state_has_the_shape_of_the_weight() -> None:
     assert state.pop("step") == 0, "a number, which Megatron-Core leaves out by its name"
     assert {name: tensor.shape for name, tensor in state.items()} == {
         "momentum_buffer": param.shape,
-        SECOND_MOMENT: param.shape,
+        SECOND_MOMENT: (PERIODS * 3, COLUMNS),
     }
+    counted = state_bytes(optimizer).on_device
+    assert counted == {"momentum_buffer": 4 * ROWS * COLUMNS, SECOND_MOMENT: 4 * PERIODS * 3 * COLUMNS}
 
 
 def test_stack_of_experts() -> None:
