@@ -83,6 +83,7 @@ def update_momentum(weights: Sequence[ParamStep]) -> None:
     Args:
         weights: of one parameter group.
     """
+    weights = [weight for weight in weights if weight.layout.has_matrices]
     if not weights:
         return
     layouts = [weight.layout for weight in weights]

@@ -131,6 +131,11 @@ class MatrixLayout:
         return any(section.rule == SCALAR for section in self.sections)
 
     @property
+    def has_matrices(self) -> bool:
+        """Whether some rows belong to matrices: all of them may follow the scalar optimizer's rule."""
+        return not self.sections or any(section.rule == ORTHOGONALIZE for section in self.sections)
+
+    @property
     def dims(self) -> int:
         """Number of dimensions of a weight of this layout."""
         return 3 if self.stacked else 2

@@ -79,6 +79,25 @@ def test_each_weight_has_a_step_in_its_own_numbers(layout: MatrixLayout, options
         torch.testing.assert_close(beside[seed], alone, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("direction", "options"),
+    [
+        ("sign", {}),
+        ("sign", {"weight_decay_method": "l2"}),
+        ("stiefel", {"variant": "stiefel"}),
+        ("msign", {"variant": "spectral_sphere"}),
+    ],
+)
+@pytest.mark.parametrize("beside", [False, True])
+def test_weights_may_have_rows_under_adam_alone(direction: str, options: dict[str, Any], beside: bool) -> None:
+    """They have no matrix, whose momentum could be updated: the step stopped after it had changed other weights."""
+    alone = MatrixLayout("gates", (Section("beta", 2, SCALAR), Section("alpha", 1, SCALAR)), direction=direction)
+    params = [parameter(3, 4, alone), *([parameter(6, 4, seed=1)] if beside else [])]
+    found = step(Muon(params, lr=0.1, **options))
+    expected = step(Muon([parameter(3, 4, replace(alone, direction="msign"))], lr=0.1))
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("size", [1e20, 1e30])
 @pytest.mark.parametrize(
     ("direction", "options"),
