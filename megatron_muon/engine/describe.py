@@ -28,11 +28,8 @@ def describe(plan: Plan, orthogonalizer: Orthogonalizer, ranks: Mapping[str, int
     shapes, lent = set(), 0
     for chunk in plan.chunks:
         for batch in chunk.batches:
-            key, count, way = (
-                batch.key,
-                batch.count,
-                _WAYS.get(chunk.mode, f"{chunk.mode} ({{}})").format(chunk.group),
-            )
+            key, count = batch.key, batch.count
+            way = _WAYS.get(chunk.mode, f"{chunk.mode} ({{}})").format(chunk.group)
             method = iteration_of(chunk.mode, orthogonalizer, key)
             if chunk.mode in (LENT, SPLIT):
                 place = ranks[chunk.group]

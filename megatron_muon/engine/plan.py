@@ -206,17 +206,11 @@ class Plan:
         mine = [chunk for chunk in self.chunks if chunk.group == group]
         used = {item.weight for chunk in mine for batch in chunk.batches for item in batch.items}
         places = {index: place for place, index in enumerate(sorted(used))}
-        concerned = [
-            [
-                (
-                    batch.key,
-                    batch.counts,
-                    [dataclasses.replace(item, weight=places[item.weight]) for item in batch.items],
-                )
-                for batch in chunk.batches
-            ]
-            for chunk in mine
-        ]
+
+        def renumbered(batch: Batch) -> list[MatrixSlice]:
+            return [dataclasses.replace(item, weight=places[item.weight]) for item in batch.items]
+
+        concerned = [[(batch.key, batch.counts, renumbered(batch)) for batch in chunk.batches] for chunk in mine]
         return hashlib.sha256(f"{numbers} {concerned}".encode()).digest()
 
     def exchanged(self, group: str) -> list[int]:

@@ -69,16 +69,10 @@ class StepEngine:
                 "coefficients. Use --muon-ns-dtype fp16 or fp32, or --muon-tp-mode auto."
             )
         iteration = orthogonalizer.dtype
-        narrow = wire_dtype.itemsize < 4
-        self.wire = WireDtypes(
-            dtype=wire_dtype,
-            # What comes back has been rounded to the iteration's dtype already.
-            back=iteration
-            if iteration.itemsize < wire_dtype.itemsize or (narrow and iteration.itemsize == 2)
-            else wire_dtype,
-            gram=iteration,
-            device=device,
-        )
+        # What comes back has been rounded to the iteration's dtype already.
+        is_rounded = iteration.itemsize < wire_dtype.itemsize or (wire_dtype.itemsize < 4 and iteration.itemsize == 2)
+        back = iteration if is_rounded else wire_dtype
+        self.wire = WireDtypes(dtype=wire_dtype, back=back, gram=iteration, device=device)
         sizes = Sizes(wire_dtype.itemsize, self.wire.back.itemsize, self.wire.gram.itemsize)
         policy = Policy(mode, sizes, int((chunk_mb or CHUNK_MB[device.type]) * MEBIBYTE), Machine.of(device.type))
         self.orthogonalizer = orthogonalizer

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Report", "Source", "Stepped", "report", "scalars"]
+__all__ = ["Report", "Source", "SteppedSources", "report", "scalars"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Source(Protocol):
         ...
 
 
-class Stepped:
+class SteppedSources:
     """The sources whose optimizer has stepped since they were taken last.
 
     An optimizer that is dropped takes its source along: nothing here keeps one alive.

@@ -29,7 +29,7 @@ from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.routing.layout import MSIGN, ORTHOGONALIZE, STIEFEL, layout_of
 
 BUCKET_ATTRIBUTE = "muon_bucket"
-"""Of parameters: :attr:`megatron_muon.engine.plan.Weight.bucket`."""
+"""Attribute of parameters with :attr:`megatron_muon.engine.plan.Weight.bucket`."""
 
 DENSE, EXPERT = "tensor-parallel", "expert tensor-parallel"
 """Names of the groups that divide weights."""

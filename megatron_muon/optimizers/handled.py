@@ -14,8 +14,8 @@ STEP = "step"
 """Name of the count of updates, in state and in param groups. It is no tensor like a weight, and stays on the host."""
 
 
-class Marks:
-    """Tells which tensors somebody else has replaced or written to since they were marked.
+class TensorVersions:
+    """Tells which tensors somebody else has replaced or written to since they were recorded.
 
     It compares identities and version counters, which come out the same on all ranks that have been handled alike.
     Writes that bypass autograd, through ``.data``, are not noticed.
@@ -24,13 +24,13 @@ class Marks:
     def __init__(self) -> None:
         self._versions = WeakTensorKeyDictionary()
 
-    def leave(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Mark tensors as they are now."""
+    def record(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Record tensors as they are now."""
         for tensor in tensors:
             self._versions[tensor] = tensor._version
 
-    def are_touched(self, tensors: Iterable[torch.Tensor]) -> bool:
-        """Whether any of them is not as it was left."""
+    def have_changed(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Whether any of them is not as it was recorded."""
         return any(self._versions.get(tensor) != tensor._version for tensor in tensors)
 
 

@@ -18,7 +18,7 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, check_names, check_numbers
-from megatron_muon.optimizers.handled import STEP, Marks
+from megatron_muon.optimizers.handled import STEP, TensorVersions
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
 from megatron_muon.optimizers.registry import variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, cut_second_moment
@@ -35,7 +35,7 @@ from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
 _ATTRIBUTES = "attributes of weights"
 """Key in the state of a copy (:meth:`Muon.__getstate__`): what the weights carry, such as their layout."""
 
-_OF_ONE = ("step", "finals", "is_complete", "starts", "marks")
+_OF_ONE = ("step", "finals", "is_complete", "starts", "versions")
 """Attributes that are not copied: copies have new ones, and schedulers of torch set ``step``."""
 
 
@@ -127,7 +127,7 @@ class Muon(torch.optim.Optimizer):
         """Create what belongs to this object alone, and is not copied."""
         self.finals: list[Callable[[list[torch.Tensor]], None]] = []
         self.is_complete = False
-        self.marks = Marks()
+        self.versions = TensorVersions()
 
     @property
     def checkpoint_rule(self) -> str:

@@ -18,7 +18,7 @@ from megatron_muon.optimizers.agreement import agree
 from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.groups import options_of
-from megatron_muon.optimizers.handled import STEP, Marks, refuse_elsewhere
+from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_elsewhere
 from megatron_muon.optimizers.matrices import Matrices, matrices_of
 from megatron_muon.optimizers.param_step import ParamStep, add, damp, pack, update_momentum
 from megatron_muon.optimizers.power import WarmStarts, spectrally_normalize
@@ -31,14 +31,14 @@ from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM, scale_
 from megatron_muon.routing.layout import MSIGN
 
 
-class Stepped(Protocol):
+class SteppingOptimizer(Protocol):
     """What a step needs of its optimizer, which is a ``torch.optim.Optimizer``: see :class:`megatron_muon.Muon`."""
 
     config: MuonConfig
     variant: Variant
     engines: Engines
     starts: WarmStarts
-    marks: Marks
+    versions: TensorVersions
     finals: list[Callable[[list[torch.Tensor]], None]]
     first_lrs: list[Rate]
     watched: tuple[str, ...]
@@ -61,13 +61,13 @@ class Step:
         params: all parameters of the optimizer, in the order of its groups.
     """
 
-    def __init__(self, optimizer: Stepped) -> None:
+    def __init__(self, optimizer: SteppingOptimizer) -> None:
         self.optimizer = optimizer
         self.params = [param for group in optimizer.param_groups for param in group["params"]]
         self._groups: list[list[ParamStep]] = []
         self._watched: list[ParamStep] = []  # with more state than momentum
         self._pending = dict.fromkeys(self.params)
-        self._untold: list[torch.Tensor] | None = None
+        self._deferred: list[torch.Tensor] | None = None
 
     def run(self) -> None:
         """Take the step; raises what :meth:`megatron_muon.Muon.step` raises."""
@@ -103,39 +103,39 @@ class Step:
                     weight.state[STEP] += 1
                 alike[weight.layout.direction, own_dtype(weight.param.dtype)].append(weight)
             step_scalar_rows(weights)
-        self._untold = [] if self.optimizer.sends else None
-        self.tell([param for param in self._pending if param.grad is None])
+        self._deferred = [] if self.optimizer.sends else None
+        self.report_final([param for param in self._pending if param.grad is None])
         # All matrices of one direction together, in the same order on all ranks.
         for (direction, dtype), engine in self._engines.items():
             work = EngineStep(self, engine, direction, alike[direction, dtype])
             self.optimizer.variant.update(work)
             work.update_momentum()  # of a variant that has not looked at it
-        self.tell_untold()
-        self.tell(list(self._pending))
-        self.optimizer.marks.leave(tensor for weight in self._watched for tensor in self._watched_in(weight.state))
+        self.report_deferred()
+        self.report_final(list(self._pending))
+        self.optimizer.versions.record(tensor for weight in self._watched for tensor in self._watched_in(weight.state))
 
-    def tell(self, params: list[torch.Tensor]) -> None:
+    def report_final(self, params: list[torch.Tensor]) -> None:
         """Report that weights are as the step leaves them; deferred while other ranks wait for messages."""
-        if self._untold is not None:
-            self._untold += params
+        if self._deferred is not None:
+            self._deferred += params
             return
         for param in params:
             del self._pending[param]
         for final in self.optimizer.finals if params else ():
             final(params)
 
-    def tell_untold(self) -> None:
+    def report_deferred(self) -> None:
         """Report what has been deferred, and from now on report at once."""
-        untold, self._untold = self._untold or [], None
-        self.tell(untold)
+        deferred, self._deferred = self._deferred or [], None
+        self.report_final(deferred)
 
     def _watched_in(self, state: dict[str, Any]) -> list[torch.Tensor]:
         return [state[name] for name in self.optimizer.watched if name in state]
 
     def _notice(self, weights: list[ParamStep]) -> None:
         """Find out what somebody else has made of the state since the last step."""
-        marks, watched = self.optimizer.marks, [weight for weight in weights if len(weight.state) > 1]
-        touched = [weight for weight in watched if marks.are_touched(self._watched_in(weight.state))]
+        versions, watched = self.optimizer.versions, [weight for weight in weights if len(weight.state) > 1]
+        touched = [weight for weight in watched if versions.have_changed(self._watched_in(weight.state))]
         for weight in touched:
             self.optimizer.starts.forget(weight.param)
         restart_emptied([(weight.param, weight.state) for weight in touched if STEP in weight.state])
@@ -177,7 +177,7 @@ class EngineStep:
         if self.engine.shares:
             self._update_with_others(first)
         else:
-            self.engine.run(lambda slices, batches: self._pack(slices, batches, first), self._telling(self._write))
+            self.engine.run(lambda slices, batches: self._pack(slices, batches, first), self._reporting(self._write))
 
     def read(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
         """Pack the momentum, or Nesterov's mix of gradient and momentum, after the variant's ``transform``."""
@@ -229,11 +229,11 @@ class EngineStep:
             if mine:
                 self._write([run for run, _ in mine], [batch for _, batch in mine], reduce)
             if slices[0].items[0] not in before:
-                self.step.tell_untold()
+                self.step.report_deferred()
 
-        self.engine.run(read, self._telling(write))
+        self.engine.run(read, self._reporting(write))
 
-    def _telling(self, write: Write) -> Write:
+    def _reporting(self, write: Write) -> Write:
         """A ``write`` that also reports each weight once all its matrices have been handed out."""
         left = self.engine.parts.copy()
 
@@ -244,7 +244,7 @@ class EngineStep:
                 left[number] -= 1
                 if not left[number] and number in self.weights:
                     done.append(self.weights[number].param)
-            self.step.tell(done)
+            self.step.report_final(done)
 
         return writing
 

@@ -8,13 +8,13 @@ coefficients; here they are computed with scalars.
 
 from __future__ import annotations
 
-import itertools
 from functools import cache
 from itertools import combinations
 
 import torch
 
 from megatron_muon.orthogonalize.coefficients import Coefficients
+from megatron_muon.orthogonalize.gram import segments
 
 PERTURBATION = 4e-4
 """By how much an eigenvalue of the float16 Gram matrix of a matrix of norm 1 can come out too small: the value of the
@@ -40,10 +40,9 @@ def condition(coefficients: Coefficients, restarts: tuple[int, ...], perturbatio
         At least 1; infinite if the iteration diverges.
     """
     s, worst = _GRID.clone(), 1.0
-    bounds = (0, *restarts, len(coefficients))
-    for start, stop in itertools.pairwise(bounds):
+    for segment in segments(coefficients, restarts):
         r, q = s.square() - perturbation, torch.ones_like(s)
-        for a, b, c in coefficients[start:stop]:
+        for a, b, c in segment:
             z = a + r * (b + r * c)
             q, r = q * z, r * z.square()
         q = q.abs()

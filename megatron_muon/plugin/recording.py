@@ -29,7 +29,7 @@ PATCHES = Patches()
 Optimizers are heard without the file, too.
 """
 
-_stepped = sources.Stepped()
+_stepped = sources.SteppedSources()
 
 
 def watch(optimizer: Any, source: sources.Source) -> None:

@@ -6,7 +6,7 @@ import gc
 import weakref
 from typing import Any
 
-from megatron_muon.monitor.sources import Report, Stepped, report, scalars
+from megatron_muon.monitor.sources import Report, SteppedSources, report, scalars
 
 
 class Optimizer:
@@ -27,14 +27,14 @@ class Temperature:
         return {"degrees": self.value + iteration}
 
 
-def watched(stepped: Stepped, *args: Any) -> Any:
+def watched(stepped: SteppedSources, *args: Any) -> Any:
     optimizer = Optimizer()
     stepped.watch(optimizer, Temperature(*args))
     return optimizer
 
 
 def test_those_that_have_stepped() -> None:
-    stepped = Stepped()
+    stepped = SteppedSources()
     actor, critic = watched(stepped, 1.0), watched(stepped, 2.0)
     assert stepped.take() == []
     assert critic.prepare_grads() == "prepared"
@@ -47,7 +47,7 @@ def test_those_that_have_stepped() -> None:
 
 
 def test_an_optimizer_that_is_dropped_is_forgotten() -> None:
-    stepped = Stepped()
+    stepped = SteppedSources()
     optimizer = watched(stepped, 1.0)
     gone = weakref.ref(optimizer)
     optimizer.prepare_grads()

@@ -275,7 +275,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _depth(dtype: torch.dtype) -> int:
-    """Of a tile along k: 128 bytes, one line of shared memory."""
+    """Number of elements of a tile along k: 128 bytes, one line of shared memory."""
     return 128 // dtype.itemsize
 
 
