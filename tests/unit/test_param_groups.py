@@ -185,6 +185,15 @@ def test_a_rate_may_be_a_tensor(layout: MatrixLayout, options: dict[str, Any]) -
         assert added[0] == added[1] > 0
 
 
+def test_a_tensor_rate_does_not_round_updates_of_16_bits() -> None:
+    """Times a rate they are added in the numbers of the weights."""
+    found = []
+    for rate in (0.1, torch.tensor(0.1)):
+        optimizer = Muon([parameter(0)], lr=rate, ns_dtype="bf16")
+        found.append(stepped(optimizer, 1)[0].float())
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)  # 1e-3 where the product is rounded to bfloat16
+
+
 def test_rates_of_several_groups_may_be_tensors_on_the_manifold() -> None:
     found = []
     for rates in ((0.125, 0.25), (torch.tensor(0.125, dtype=torch.float64), 0.25)):

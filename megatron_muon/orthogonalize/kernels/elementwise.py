@@ -102,11 +102,14 @@ def add(
 
 
 def add_(weights: _Tensors, updates: _Tensors, rate: Rate) -> None:
-    """``weights += rate updates``, in place."""
-    if isinstance(rate, torch.Tensor):
-        torch._foreach_add_(weights, torch._foreach_mul(updates, rate))
-    else:
+    """``weights += rate updates``, in place; the product is in the weights' dtype, whatever that of the updates is."""
+    if not isinstance(rate, torch.Tensor):
         torch._foreach_add_(weights, updates, alpha=rate)
+        return
+    products = [torch.empty_like(weight) for weight in weights]
+    torch._foreach_copy_(products, updates)
+    torch._foreach_mul_(products, rate)
+    torch._foreach_add_(weights, products)
 
 
 def _add_and_round(
