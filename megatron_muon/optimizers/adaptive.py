@@ -121,7 +121,7 @@ class NAMO(SecondMoment):
     """NAMO (arXiv 2602.17080): alpha O with alpha = |u| / (sqrt(v) + eps), v <- EMA(|G|^2), Frobenius norms."""
 
     name = "namo"
-    state_name = "namo_moment2"
+    state_name = "namo_root"  # of v, which would overflow in float32 for gradients of norm 1.8e19
 
     def check(self, config: MuonConfig) -> None:
         """Warn of a second moment that fades faster than the momentum."""
@@ -140,6 +140,8 @@ class NAMO(SecondMoment):
         grads = [update.row_norms([weight.grad for weight in update.weights], wide=True) for update in updates]
         norms = matrices.norms([*mixes, *grads], wide=True)
         for update, mix, grad in zip(updates, norms[: len(updates)], norms[len(updates) :], strict=True):
-            moment = self._average(update, grad.square_())
-            update.direction.mul_(moment.sqrt_().add_(self.eps).reciprocal_().mul_(mix))
+            root = update.gather(update.named(self.state_name)).double()
+            root = root.square_().lerp_(grad.square_().to(root.dtype).expand_as(root), 1.0 - self.beta2).sqrt_()
+            update.store(update.named(self.state_name), root)
+            update.direction.mul_(root.add_(self.eps).reciprocal_().mul_(mix).to(update.direction.dtype))
         return super().adapt(matrices)
