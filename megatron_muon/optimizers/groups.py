@@ -62,14 +62,16 @@ def check_numbers(group: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming option, value and way out.
     """
-    for name in (name for name in _NOT_NEGATIVE if not _is_number(group[name]) or not group[name] >= 0.0):
+    for name in (name for name in _NOT_NEGATIVE if not is_number(group[name]) or not group[name] >= 0.0):
         raise ConfigError(f"{name} {group[name]}: give a number of at least 0")
     betas = group["scalar_betas"]
-    if len(betas) != 2 or not all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
+    are_two = isinstance(betas, list | tuple) and len(betas) == 2
+    if not are_two or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
         raise ConfigError(f"scalar_betas {betas}: give two numbers from 0 to below 1")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, or a tensor of one element."""
     return isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
 
 

@@ -17,7 +17,7 @@ from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import Engines
-from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, check_names, check_numbers
+from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, check_names, check_numbers, is_number
 from megatron_muon.optimizers.handled import STEP, TensorVersions
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
 from megatron_muon.optimizers.registry import variant_of
@@ -99,14 +99,17 @@ class Muon(torch.optim.Optimizer):
         expert_tp_group: dist.ProcessGroup | None = None,
         **overrides: Any,
     ) -> None:
-        options = _with(options or MuonOptions(), overrides)
+        options = _with(MuonOptions() if options is None else options, overrides)
         self.variant = variant_of(variant)
         knobs = {field.name: getattr(options, field.name) for field in fields(UpdateKnobs)}
         its = {name: value for name, value in self.variant.settings.items() if name.startswith(PREFIX)}
         knobs |= {name.removeprefix(PREFIX): value for name, value in its.items()}
         self.config = MuonConfig(momentum=momentum, nesterov=nesterov, **knobs)
         self.refuse_options({})
-        if options.scale_mode == MOONLIGHT_HIDDEN and options.hidden_size < 1:
+        own = {name: getattr(options, name) for name in PER_GROUP}
+        defaults = {"lr": lr, STEP: 0, "momentum": momentum, "weight_decay": weight_decay, **own}
+        check_numbers(defaults)
+        if options.scale_mode == MOONLIGHT_HIDDEN and not (is_number(options.hidden_size) and options.hidden_size >= 1):
             raise ConfigError(
                 f"--muon-scale-mode {MOONLIGHT_HIDDEN} with hidden_size {options.hidden_size}: give the model's hidden "
                 "size, or use --muon-scale-mode moonlight."
@@ -118,9 +121,6 @@ class Muon(torch.optim.Optimizer):
         self.starts = WarmStarts()
         self.first_lrs: list[Rate] = []
         self._start()
-        own = {name: getattr(options, name) for name in PER_GROUP}
-        defaults = {"lr": lr, STEP: 0, "momentum": momentum, "weight_decay": weight_decay, **own}
-        check_numbers(defaults)
         super().__init__(params, defaults)
 
     def _start(self) -> None:
@@ -338,8 +338,10 @@ def _with(options: MuonOptions, overrides: dict[str, Any]) -> MuonOptions:
     """Options with some of them replaced.
 
     Raises:
-        TypeError: for one that there is not, naming those that may be meant.
+        TypeError: for one that there is not, naming those that may be meant; for options of another class.
     """
+    if not isinstance(options, MuonOptions):
+        raise TypeError(f"options {options!r}: give a MuonOptions, or options by name, as in Muon(params, eps=1e-7).")
     names = [field.name for field in fields(MuonOptions)]
     for name in overrides.keys() - names:
         near = difflib.get_close_matches(name, [*names, "momentum", "nesterov", "weight_decay", "variant"], 1)

@@ -48,7 +48,7 @@ def variant_of(variant: str | Variant) -> Variant:
     """
     if isinstance(variant, Variant):
         return variant
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         raise ConfigError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}, or give an object.")
     return VARIANTS[variant]()
 

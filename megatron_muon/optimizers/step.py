@@ -261,7 +261,7 @@ class EngineStep:
             add(self.weights, slices, directions, self._scale)
             return
         matrices = self.matrices(slices, directions, reduce)
-        batches = variant.adapt(matrices)
+        batches = _checked(variant, matrices, variant.adapt(matrices))
         for mode in (UPDATE_NORM, SPECTRAL_NORM):
             which = [index for index, update in enumerate(matrices.updates) if update.options.scale_mode == mode]
             if which:
@@ -285,3 +285,18 @@ class EngineStep:
     @staticmethod
     def _ball_factor(weight: ParamStep, item: MatrixSlice) -> float:
         return weight.layout.ball_factor(item.columns, weight.options.ball_radius)
+
+
+def _checked(variant: Variant, matrices: Matrices, batches: Any) -> list[torch.Tensor]:
+    """What :meth:`Variant.adapt` returned; other shapes would be stretched to those of the weights.
+
+    Raises:
+        TypeError: unless it is one tensor of its direction's shape for each update.
+    """
+    wanted = [update.direction.shape for update in matrices.updates]
+    if batches is None or [getattr(batch, "shape", None) for batch in batches] != wanted:
+        raise TypeError(
+            f"{type(variant).__name__}.adapt must return a list with one tensor of the shape of its direction for each "
+            f"of {len(wanted)} updates."
+        )
+    return list(batches)

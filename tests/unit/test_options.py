@@ -34,6 +34,24 @@ def test_an_object_and_keywords_say_the_same_and_keywords_count() -> None:
     assert options == MuonOptions(scale_mode="moonlight", scalar_betas=(0.8, 0.9), eps=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"options": {"eps": 1e-9}}, TypeError, r"^options {'eps': 1e-09}: give a MuonOptions"),
+        ({"options": MuonConfig()}, TypeError, r"^options MuonConfig\(.*\): give a MuonOptions"),
+        ({"options": {}}, TypeError, r"^options {}: give a MuonOptions"),
+        ({"scalar_betas": 0.9}, ConfigError, r"^scalar_betas 0.9: give two numbers"),
+        ({"damping_depth": "2"}, ConfigError, r"^damping_depth 2: give a number"),
+        ({"scale_mode": "moonlight_hidden", "hidden_size": "64"}, ConfigError, "hidden_size 64: give the model's"),
+        ({"variant": ["normuon"]}, ConfigError, r"^variant \['normuon'\]: choose one of"),
+    ],
+)
+def test_options_of_wrong_types_are_refused_by_name(wrong: dict[str, Any], error: type, message: str) -> None:
+    """They stopped at errors of Python that name no option, such as "object of type 'float' has no len()"."""
+    with pytest.raises(error, match=message):
+        made(**wrong)
+
+
 def test_defaults_are_those_of_the_flags() -> None:
     assert made().config == MuonConfig()
 
@@ -139,3 +157,17 @@ def test_tools_and_examples_import_what_there_is() -> None:
 
 def _is_module(package: str | None, name: str) -> bool:
     return importlib.util.find_spec(f"{package}.{name}") is not None
+
+
+@pytest.mark.parametrize("wrong", [None, [], [torch.ones(1, 1, 3)], [torch.ones(1, 3, 3)] * 2, [1.0]])
+def test_directions_of_another_shape_are_refused(wrong: Any) -> None:
+    """One row for all was added to every row of the weight."""
+
+    class Wrong(Variant):
+        def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
+            return wrong  # type: ignore[no-any-return]
+
+    optimizer = made(variant=Wrong())
+    optimizer.param_groups[0]["params"][0].grad = torch.eye(3)
+    with pytest.raises(TypeError, match=r"^Wrong.adapt must return a list with one tensor of the shape .* 1 updates"):
+        optimizer.step()
