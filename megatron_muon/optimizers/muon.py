@@ -324,7 +324,8 @@ class Muon(torch.optim.Optimizer):
             layout = layout_of(param)
             has_second = layout.has_scalar_rows and group["scalar_optimizer"] == "adam"
             if has_second and SECOND_MOMENT not in state:
-                state[SECOND_MOMENT], state[STEP] = param.new_zeros(()).expand_as(param), 0
+                empty = param.new_zeros(()).expand_as(param) if layout.has_matrices else torch.zeros_like(param)
+                state[SECOND_MOMENT], state[STEP] = empty, 0
             if has_second:  # state of older checkpoints: as many as the group has made
                 state.setdefault(STEP, group[STEP])
                 cut_second_moment(param, state)

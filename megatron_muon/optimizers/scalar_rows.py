@@ -28,7 +28,9 @@ SECOND_MOMENT = "exp_avg_sq"
 def cut_second_moment(param: torch.Tensor, state: dict[str, Any]) -> None:
     """Replace a second moment of the weight's shape, as in checkpoints and older states, by its rows under Adam."""
     whole, layout = state.get(SECOND_MOMENT), layout_of(param)
-    if whole is not None and whole.shape == param.shape and layout.has_scalar_rows:
+    if not (layout.has_scalar_rows and layout.has_matrices):
+        return  # all its rows are under Adam, or none
+    if whole is not None and whole.shape == param.shape and whole.numel():
         rows = torch.cat(layout.rows_by_rule(whole, SCALAR), -2)
         state[SECOND_MOMENT] = rows.flatten(param.dim() - 2, -2)  # of all periods
 
@@ -44,7 +46,8 @@ def whole_second_moment(param: torch.Tensor, kept: torch.Tensor) -> torch.Tensor
 def _parts(kept: torch.Tensor, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Views of a kept second moment, each of the shape of a view of the weight's rows under Adam."""
     counts = [view.size(-2) for view in rows]
-    parts = kept.unflatten(-2, (-1, sum(counts))).split(counts, -2)
+    periods = kept.size(-2) // max(1, sum(counts))  # a weight without rows has none
+    parts = kept.unflatten(-2, (periods, sum(counts))).split(counts, -2)
     return [part.view_as(view) for part, view in zip(parts, rows, strict=True)]
 
 

@@ -98,6 +98,20 @@ def test_weights_may_have_rows_under_adam_alone(direction: str, options: dict[st
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rows", [3, 0])
+@pytest.mark.parametrize("beside", [0, 2])
+def test_second_moments_are_kept_from_step_to_step(rows: int, beside: int) -> None:
+    """Those of weights that have the shape of their rows under Adam were copied in each step, and looked at."""
+    sections = (Section("beta", 3, SCALAR), *([Section("q", beside)] if beside else []))
+    param = parameter(rows + beside * bool(rows), 4, MatrixLayout("gates", sections))
+    optimizer = Muon([param])
+    step(optimizer, 1)
+    first = optimizer.state[param]["exp_avg_sq"]
+    step(optimizer, 2)
+    assert optimizer.state[param]["exp_avg_sq"] is first and optimizer.state[param]["step"] == 3
+    assert first.shape == (rows, 4)
+
+
 @pytest.mark.parametrize("size", [1e20, 1e30])
 @pytest.mark.parametrize(
     ("direction", "options"),
