@@ -30,7 +30,7 @@ def cut_second_moment(param: torch.Tensor, state: dict[str, Any]) -> None:
     whole, layout = state.get(SECOND_MOMENT), layout_of(param)
     if not (layout.has_scalar_rows and layout.has_matrices):
         return  # all its rows are under Adam, or none
-    if whole is not None and whole.shape == param.shape and whole.numel():
+    if whole is not None and whole.shape == param.shape and whole.size(-2):
         rows = torch.cat(layout.rows_by_rule(whole, SCALAR), -2)
         state[SECOND_MOMENT] = rows.flatten(param.dim() - 2, -2)  # of all periods
 

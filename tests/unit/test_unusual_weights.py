@@ -112,6 +112,19 @@ def test_second_moments_are_kept_from_step_to_step(rows: int, beside: int) -> No
     assert first.shape == (rows, 4)
 
 
+@pytest.mark.parametrize("shape", [(5, 0), (0, 5, 4)])
+def test_weights_without_elements_have_no_rows_under_adam(shape: tuple[int, ...]) -> None:
+    """Without columns, or stacks without experts."""
+    layout = MatrixLayout("gates", (Section("beta", 2, SCALAR), Section("q", 3)), stacked=len(shape) == 3)
+    param = torch.nn.Parameter(torch.zeros(shape))
+    param.matrix_layout = layout
+    optimizer = Muon([param])
+    for _ in range(2):
+        param.grad = torch.zeros(shape)
+        optimizer.step()
+    assert optimizer.state[param]["exp_avg_sq"].shape == (*shape[:-2], 2, shape[-1])
+
+
 @pytest.mark.parametrize("size", [1e20, 1e30])
 @pytest.mark.parametrize(
     ("direction", "options"),
