@@ -87,8 +87,9 @@ class UpdateKnobs:
         "auto",
         "How tensor-parallel ranks share the work: owner (each gets some matrices whole), gram (each gets some Gram "
         "matrices), duplicated (all get everything), distributed (Gram matrices are summed), auto (the cheapest of "
-        "these for each shape; all give the update of one device), blockwise (each shard by itself: another update, "
-        "which depends on the tensor-parallel size). Megatron's default is blockwise.",
+        "owner, gram and distributed for each shape); all of these give the update of one device. blockwise (each "
+        "shard by itself) is another update, which depends on the tensor-parallel size. Megatron's default is "
+        "blockwise.",
         check=one_of(*TP_MODES),
     )
     tp_wire_dtype: str = knob(

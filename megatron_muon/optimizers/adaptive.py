@@ -133,6 +133,12 @@ class NAMO(SecondMoment):
                 stacklevel=4,
             )
 
+    def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
+        """Create the root of v, from v itself where a ``state_dict()`` of older versions has it."""
+        if "namo_moment2" in state:
+            state[self.state_name] = state.pop("namo_moment2").sqrt()
+        super().init_state(param, state)
+
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Scale each matrix by alpha, which is near 1 where gradients agree and small where they are mostly noise."""
         updates = matrices.updates

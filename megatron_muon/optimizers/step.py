@@ -212,8 +212,8 @@ class EngineStep:
             slices: Sequence[Slices], batches: Sequence[torch.Tensor]
         ) -> Iterator[tuple[Slices, torch.Tensor, bool]]:
             for each, batch in zip(slices, batches, strict=True):
-                for run, first, stop in each.runs([number in self.weights for number in each.numbers]):
-                    yield run, batch[first:stop], run.numbers[0] in self.weights
+                for run, start, stop in each.runs([number in self.weights for number in each.numbers]):
+                    yield run, batch[start:stop], run.numbers[0] in self.weights
 
         def read(slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
             for run, batch, is_mine in cut(slices, batches):

@@ -68,3 +68,25 @@ def test_a_copy_goes_on_as_the_original(
     other.load_state_dict(copy.deepcopy(original.state_dict()))
     other.step(), original.step()
     assert all(map(torch.equal, params, copies))
+
+
+def test_namo_goes_on_from_a_second_moment_of_older_versions() -> None:
+    """They kept v itself. From a v of zero the next steps would be several times as large."""
+    weights = [torch.nn.Parameter(torch.eye(8, 4)) for _ in range(2)]
+    optimizers = [Muon([weight], lr=0.1, variant="namo", ns_dtype="fp32") for weight in weights]
+
+    def step(index: int, number: int) -> None:
+        weights[index].grad = torch.randn(8, 4, generator=torch.Generator().manual_seed(number))
+        optimizers[index].step()
+
+    for number in range(3):
+        step(0, number)
+    older = copy.deepcopy(optimizers[0].state_dict())
+    state = older["state"][0]
+    state["namo_moment2"] = state.pop("namo_root").square()
+    optimizers[1].load_state_dict(older)
+    weights[1].data.copy_(weights[0].data)
+    for index in range(2):
+        step(index, 3)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-6)
+    assert list(optimizers[1].state[weights[1]]) == list(optimizers[0].state[weights[0]])
