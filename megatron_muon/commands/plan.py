@@ -37,17 +37,20 @@ def _plan(args: argparse.Namespace, flags: Sequence[str]) -> None:
     from megatron_muon import cpu, plugin
     from megatron_muon.planning import document, survey, text
     from megatron_muon.planning.flags import read_flags
+    from megatron_muon.planning.rates import Rates
 
     if args.model is not None:
         file = read_flags(args.model)
         args = _with_options_of_file(args, file.plan_options)
         flags = [*file.flags, *flags]
+    rates = None if args.device is None else Rates.of(args.device)
     cpu.install()
     plugin.install()
     plan = survey.make_plan(flags, args.world_size, args.tokens)
-    print(text.render(plan))
+    durations = None if rates is None else document.Durations.of(plan, rates)
+    print(text.render(plan, durations))
     if args.json is not None:
-        write_json(args.json, {"model": args.model, "flags": list(flags), **document.to_document(plan)})
+        write_json(args.json, {"model": args.model, "flags": list(flags), **document.to_document(plan, durations)})
 
 
 def _with_options_of_file(args: argparse.Namespace, options: Sequence[str]) -> argparse.Namespace:
@@ -66,13 +69,16 @@ def _with_options_of_file(args: argparse.Namespace, options: Sequence[str]) -> a
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_muon plan",
-        usage="%(prog)s [--model FILE] [--json FILE] [--world-size N] [--tokens N] [ARGS ...]",
+        usage="%(prog)s [--model FILE] [--json FILE] [--device NAME] [--world-size N] [--tokens N] [ARGS ...]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--model", metavar="FILE", help="file of Megatron flags, one or more a line")
     parser.add_argument("--json", metavar="FILE", help="also write everything to this file")
+    parser.add_argument(
+        "--device", metavar="NAME", help="also tell milliseconds of a step on a100, h100, h200 or b200 GPUs"
+    )
     _add_options(parser)
     return parser
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from megatron_muon.engine import plan as engine
@@ -19,7 +19,9 @@ from megatron_muon.engine.plan import Peers
 from megatron_muon.engine.prediction import Choice
 from megatron_muon.optimizers.engines import DATA, DENSE, EXPERT, EXPERT_DATA, WIDE
 from megatron_muon.planning.flags import Layout
+from megatron_muon.planning.rates import Rates
 from megatron_muon.planning.steps import Step, StepPlanner
+from megatron_muon.planning.timing import Times
 from megatron_muon.routing.layout import MatrixLayout
 
 FLOAT32_BYTES = 4
@@ -114,6 +116,8 @@ class RankLoad:
         state_bytes: of its optimizer state.
         work: for each mode that can be, what it does for one step.
         lent_bytes: for each, what of it goes to data-parallel ranks, which orthogonalize for one another.
+        steps: those of the weights of dense layers and of experts.
+        group_ranks: the number of one such rank in each group of :mod:`megatron_muon.optimizers.engines`.
     """
 
     ranks: int
@@ -121,6 +125,15 @@ class RankLoad:
     state_bytes: int
     work: dict[str, Cost]
     lent_bytes: dict[str, float]
+    steps: tuple[Step, Step] = field(repr=False, compare=False)
+    group_ranks: dict[str, int] = field(repr=False, compare=False)
+
+    def times(self, mode: str, layout: Layout, rates: Rates) -> Times:
+        """How long its step takes on a device; see :meth:`megatron_muon.planning.steps.Step.times`."""
+        wide, experts = layout.data * layout.tensor, layout.expert_tensor * layout.expert * layout.expert_data
+        spans = {DENSE: layout.tensor, EXPERT: layout.expert_tensor, DATA: wide, EXPERT_DATA: experts, WIDE: wide}
+        # No group divides weights of both, so that planning them apart changes nothing.
+        return sum((step.times(mode, self.group_ranks, spans, rates) for step in self.steps), Times())
 
 
 def loads_of_stage(
@@ -134,6 +147,7 @@ def loads_of_stage(
     data = _holdings([w for w in weights if not w.by_expert_data], peers, scalar_optimizer, planner)
     experts = _holdings([w for w in weights if w.by_expert_data], expert_peers, scalar_optimizer, planner)
     found: Counter[tuple[int, tuple[Cost, ...], tuple[float, ...]]] = Counter()
+    examples: dict[tuple[int, tuple[Cost, ...], tuple[float, ...]], tuple[tuple[Step, Step], dict[str, int]]] = {}
     for position in map(layout.position, range(layout.ranks_of_stage)):
         (state, step), (expert_state, expert_step) = data[position.data], experts[position.expert_data]
         group_ranks = {
@@ -143,15 +157,21 @@ def loads_of_stage(
             EXPERT_DATA: position.expert_data,
             WIDE: position.data * layout.tensor + position.tensor,
         }
-        # No group divides weights of both, so that planning them apart changes nothing.
         work = tuple(step.cost(mode, group_ranks) + expert_step.cost(mode, group_ranks) for mode in modes)
         both = step, expert_step
         lent = tuple(sum(each.lent_bytes(mode, group_ranks) for each in both) for mode in modes)
-        found[state + expert_state, work, lent] += 1
+        key = state + expert_state, work, lent
+        found[key] += 1
+        examples.setdefault(key, (both, group_ranks))
     parameter_bytes = sum(weight.local_numel * weight.element_bytes for weight in weights)
     return [
         RankLoad(
-            ranks, parameter_bytes, state, dict(zip(modes, work, strict=True)), dict(zip(modes, lent, strict=True))
+            ranks,
+            parameter_bytes,
+            state,
+            dict(zip(modes, work, strict=True)),
+            dict(zip(modes, lent, strict=True)),
+            *examples[state, work, lent],
         )
         for (state, work, lent), ranks in found.items()
     ]

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine import MODES
+from megatron_muon.engine.modes import Machine
 from megatron_muon.engine.prediction import Choice
 from megatron_muon.planning.cost import RankLoad
+from megatron_muon.planning.rates import Rates
 from megatron_muon.planning.survey import Plan
+from megatron_muon.planning.timing import Times
 from megatron_muon.routing.layout import SCALAR
 from megatron_muon.routing.report import Route
 
 
-def to_document(plan: Plan) -> dict[str, Any]:
+def to_document(plan: Plan, durations: Durations | None = None) -> dict[str, Any]:
     """Everything in ``plan``, of types that JSON has; docs/plan.md explains each entry."""
     return {
+        "device": None if durations is None else _device(durations),
         "layout": {**asdict(plan.layout), "data": plan.layout.data, "expert_data": plan.layout.expert_data},
         "layer_wise": plan.layer_wise,
         "total_parameters": plan.total_parameters,
@@ -72,6 +76,41 @@ def work_in(mode: str, what: str = "flops") -> Callable[[RankLoad], float]:
         what: ``flops`` of Newton-Schulz, ``bytes`` that it sends to others, or ``collectives``.
     """
     return lambda load: getattr(load.work[mode], what)
+
+
+@dataclass(frozen=True)
+class Durations:
+    """How long a step takes on a device.
+
+    Attributes:
+        rates: of the device.
+        modes: for each mode of tensor parallelism the times of the rank that has most to do.
+    """
+
+    rates: Rates
+    modes: dict[str, Times]
+
+    @classmethod
+    def of(cls, plan: Plan, rates: Rates) -> Durations:
+        """Those of a plan. The busiest rank is found by :meth:`megatron_muon.engine.modes.Cost.seconds`."""
+        machine = Machine.of("cuda")
+        found = {}
+        for mode in possible_modes(plan):
+            busiest = max(plan.loads, key=lambda load: load.work[mode].seconds(machine))
+            found[mode] = busiest.times(mode, plan.layout, rates)
+        return cls(rates, found)
+
+
+def _device(durations: Durations) -> dict[str, Any]:
+    parts = ("seconds", "products", "passes", "within", "between", "launches")
+    return {
+        **durations.rates.entry(),
+        "milliseconds": {
+            mode: {("total" if part == "seconds" else part): 1e3 * getattr(times, part) for part in parts}
+            for mode, times in durations.modes.items()
+        },
+        "operations": {mode: times.operations for mode, times in durations.modes.items()},
+    }
 
 
 def possible_modes(plan: Plan) -> list[str]:

@@ -20,6 +20,9 @@ from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.optimizers.stiefel_solvers import SIGN_STEPS, SOLVERS
 from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
+from megatron_muon.orthogonalize.switches import matmul_precision
+from megatron_muon.planning.rates import Rates
+from megatron_muon.planning.timing import Elementwise, SymmetricKernel, Times, step_times
 from megatron_muon.routing.layout import MSIGN, STIEFEL
 
 _DEVICE = torch.device("cuda")
@@ -29,7 +32,7 @@ _DEVICE = torch.device("cuda")
 class StepPlanner:
     """Plans steps under the options of one run, each set of weights once.
 
-    Products are those of torch: kernels that use symmetry do up to half of their operations.
+    Products are those of torch, unless the options name kernels that compute symmetric results once.
 
     Attributes:
         precision: the types of numbers.
@@ -48,7 +51,8 @@ class StepPlanner:
         self.precision = precision_of(options, torch.float32)
         triples = tuple(map(parse_triple, options.custom_coefficients))
         steps = coefficients(options.coefficient_type, options.num_ns_steps, triples)
-        self.orthogonalizer = Orthogonalizer(steps, self.precision.iteration, options.eps)
+        kernels = None if options.ns_backend in ("auto", "torch") else SymmetricKernel()
+        self.orthogonalizer = Orthogonalizer(steps, self.precision.iteration, options.eps, kernels)
         self.manifold_work = _ManifoldWork(options)
         self._steps: dict[frozenset[tuple[Weight, int]], Step] = {}
         self._shared: dict[tuple[Weight, ...], list[Step]] = {}
@@ -170,6 +174,13 @@ class Step:
             once = predict(engine.plan, orthogonalizer, sizes, group_ranks)
             self._costs[key] = sum([once] * self.planner.passes, Cost())
         return self._costs[key]
+
+    def times(self, mode: str, group_ranks: Mapping[str, int], spans: Mapping[str, int], rates: Rates) -> Times:
+        """How long it takes on a device: see :func:`megatron_muon.planning.timing.step_times`."""
+        options, total = self.planner.options, Times()
+        with matmul_precision(options.fp32_matmul_prec):
+            once = step_times(self.engine(mode), rates, group_ranks, spans, Elementwise(nesterov=options.nesterov))
+        return sum([once] * self.planner.passes, total)
 
     def choices(self, mode: str) -> Counter[Choice]:
         """How many matrices of which shape the ranks of the groups together treat in which way."""

@@ -8,14 +8,15 @@ from megatron_muon.config import flag
 from megatron_muon.engine import MODES
 from megatron_muon.engine.modes import LOCAL
 from megatron_muon.errors import ranges
-from megatron_muon.planning.document import dtype_name, optimizer_share, over_ranks, possible_modes, work_in
+from megatron_muon.planning.document import Durations, dtype_name, optimizer_share, over_ranks, possible_modes, work_in
+from megatron_muon.planning.rates import KINDS
 from megatron_muon.planning.survey import Plan
 from megatron_muon.routing import report
 from megatron_muon.routing.report import Route, table
 
 
-def render(plan: Plan) -> str:
-    """The routing report, what each rank holds and does, and the optimizer's share of a step."""
+def render(plan: Plan, durations: Durations | None = None) -> str:
+    """The routing report, what each rank holds and does, the optimizer's share of a step, and how long that takes."""
 
     def routing(routes: Sequence[Route]) -> str:
         return report.render(routes, plan.options, optimizer=plan.optimizer)
@@ -26,6 +27,7 @@ def render(plan: Plan) -> str:
         parts += ["", "Multi-token prediction, besides:", routing(plan.mtp_routes)]
         parts += [f"{extra:,} parameters"]
     parts += ["", *_ranks(plan), "", *_modes(plan), "", *_step(plan)]
+    parts += [] if durations is None else ["", *_durations(plan, durations)]
     notes = list(plan.notes)
     if plan.left_out:
         notes.append(f"Not in the plan, since they change no weight: {', '.join(plan.left_out)}.")
@@ -162,6 +164,35 @@ def _step(plan: Plan) -> list[str]:
         f"forward and backward; {_tera(busiest)} of Newton-Schulz on the busiest rank. Its share of a step: "
         f"{optimizer_share(plan, mode):.2%},",
         "if both run at one rate of operations and nothing waits for communication.",
+    ]
+
+
+def _durations(plan: Plan, durations: Durations) -> list[str]:
+    """Milliseconds of each mode, and where the rates are from."""
+    rates = durations.rates
+    parts = ("seconds", "products", "passes", "within", "between", "launches")
+    rows = [
+        (
+            f"{mode} (chosen)" if mode == plan.options.tp_mode else mode,
+            *(f"{1e3 * getattr(times, part):.2f}" for part in parts),
+        )
+        for mode, times in durations.modes.items()
+    ]
+    header = (
+        "ms of the busiest rank",
+        "all",
+        "products",
+        "passes over memory",
+        "waiting in the node",
+        "for other nodes",
+        "for the host",
+    )
+    kernels = plan.planner.orthogonalizer.products.name
+    of_kind = {kind: [name for name, (its, _) in rates.sources.items() if its == kind] for kind in KINDS}
+    return [
+        *table(header, rows),
+        f"On {rates.name}; products by {kernels}, each elementwise pass by one kernel. Rates that are",
+        *(f"  {kind}: {', '.join(names)}" for kind, names in of_kind.items() if names),
     ]
 
 

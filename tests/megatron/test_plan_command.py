@@ -14,7 +14,7 @@ from tests.megatron.planner import GROUPS, MODELS, TINY, Planner
 def test_arguments_override_the_file(planner: Planner, tmp_path: Path) -> None:
     arguments = ["--num-layers", "4", "--tensor-model-parallel-size", "4", "--muon-no-split-qkv", "--tokens", "1000"]
     path = tmp_path / "plan.json"
-    file = ["--model", str(MODELS / "llama3_8b.args"), "--world-size", "8", "--json", str(path)]
+    file = ["--model", str(MODELS / "llama3_8b.args"), "--world-size", "8", "--json", str(path), "--device", "h200"]
     outcome = planner.command([*file, *arguments])
     assert outcome.code == 0, outcome.errors
     document = json.loads(path.read_text())
@@ -24,6 +24,20 @@ def test_arguments_override_the_file(planner: Planner, tmp_path: Path) -> None:
     qkv = next(entry for entry in document["classes"] if "linear_qkv" in entry["pattern"])
     assert [block["rows"] for block in qkv["blocks"]] == [6144]
     assert document["step"]["tokens"] == 1000
+    device = document["device"]
+    assert device["rates"]["memory"] == {
+        "value": 4.3e12,
+        "kind": "measured",
+        "source": "one H200, device-to-device copy, reading and writing, torch 2.11, CUDA 13",
+    }
+    possible = {mode for mode, its in document["tensor_parallel_modes"].items() if its is not None}
+    assert set(device["milliseconds"]) == set(device["operations"]) == possible
+    for mode, parts in device["milliseconds"].items():
+        total = parts.pop("total")
+        assert total == pytest.approx(sum(parts.values()))
+        # the greatest rank's operations at the rate of large products take no longer
+        assert total > 1e3 * document["tensor_parallel_modes"][mode]["newton_schulz_flops"]["max"] / 7.88e14
+    assert "ms of the busiest rank" in outcome.text and "H200 SXM 141 GB" in outcome.text
 
 
 def test_unknown_flag_ends_the_command(planner: Planner) -> None:
@@ -41,6 +55,7 @@ def test_unknown_flag_ends_the_command(planner: Planner) -> None:
         ("", ["--model"]),
         ("--model no/such.args", ["--model no/such.args", "No such file", "examples/models"]),
         ("--model {llama} --hidden-size many", ["--hidden-size", "many"]),
+        ("--model {llama} --device h300", ["--device h300", "a100, h100, h200, b200", "tools.rates"]),
         ("--model {llama} --world-size 6 --tensor-model-parallel-size 4", ["--world-size 6", "multiple of 4"]),
         ("--model {llama} --tensor-model-parallel-size 0", ["--tensor-model-parallel-size 0", "at least 1"]),
         ("--model {llama} --pipeline-model-parallel-size 3 --world-size 6", ["layers", "pipeline"]),

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_muon.orthogonalize.coefficients import coefficients
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.products import BlockProducts
+from megatron_muon.planning.rates import Rates
+from megatron_muon.planning.timing import Times
 from tools.bench import document, text
 from tools.bench.accuracy import Errors
 from tools.bench.cases import standard_cases
@@ -125,7 +127,9 @@ def entry_of(dtype: str, tp: int, seconds: float) -> dict[str, Any]:
         made.seconds = [first, 1.5 * first]
         found.append(made)
     world = World(0, tp, torch.device("cpu"), 2) if tp == 1 else _FakeWorld(0, tp, torch.device("cpu"), 2)
-    return document.of_case(case, dtype, world, found, Rate(2048, dtype, 10**12, [2.0, 2.0]), 60.0)
+    found[0].predicted = Times(products=seconds)
+    rates = Rates("a CPU", {"memory": 1e10}, {"memory": ("measured", "here")})
+    return document.of_case(case, dtype, world, found, Rate(2048, dtype, 10**12, [2.0, 2.0]), rates, 60.0)
 
 
 class _FakeWorld(World):
@@ -155,6 +159,9 @@ def test_ratios_of_the_document() -> None:
     assert set(entry["ratio_vs_upstream_spread"]) == {"p10", "p90"}
     ours = entry["contestants"][0]
     assert ours["seconds"]["median"] == 1.25
+    assert ours["predicted_seconds"]["total"] == ours["predicted_seconds"]["products"] == 1.0
+    assert {each["predicted_seconds"] for each in entry["contestants"][1:]} == {None}
+    assert entry["rates"]["rates"]["memory"] == {"value": 1e10, "kind": "measured", "source": "here"}
     # two ranks do 1e12 operations each in 1.25 s; the machine does 0.5e12 a second on each
     assert ours["share_of_gemm_rate"] == pytest.approx(1.6)
     assert ours["share_of_gemm_rate_needed"] == pytest.approx(0.96)

@@ -172,7 +172,7 @@ def _that_fit(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Cas
 def _settings(args: argparse.Namespace, device: str) -> Settings:
     dtypes = tuple(dict.fromkeys(args.dtype))
     if args.quick:
-        return Settings(dtypes, Plan(args.steps or 3), 256, args.threads)
+        return Settings(dtypes, Plan(args.steps or 3), 256, args.threads, 0.1)
     return Settings(dtypes, Plan(args.steps), 8192 if device == "cuda" else 2048, args.threads)
 
 

@@ -28,7 +28,7 @@ HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
 MOMENTUM: dict[str, Any] = {"momentum": 0.95, "nesterov": False}
 
 # float32 products as torch's setting has it: bfloat16 in Newton-Schulz for "medium".
-_PRECISIONS = {"fp32": "highest", "bf16": "medium", "fp16": "medium"}
+PRECISIONS = {"fp32": "highest", "bf16": "medium", "fp16": "medium"}
 
 Params = list[torch.nn.Parameter]
 
@@ -106,7 +106,7 @@ def _ours(dtype: str, mode: str) -> Contestant:
             params,
             **HYPERPARAMETERS,
             **MOMENTUM,
-            fp32_matmul_prec=_PRECISIONS[dtype],
+            fp32_matmul_prec=PRECISIONS[dtype],
             ns_dtype=dtype,
             tp_mode=mode,
             tp_group=groups.tp,
@@ -127,7 +127,7 @@ def _upstream(name: str, dtype: str, mode: str) -> Contestant:
             **MOMENTUM,
             split_qkv=True,
             is_qkv_fn=lambda param: hasattr(param, "is_qkv"),
-            fp32_matmul_prec=_PRECISIONS[dtype],
+            fp32_matmul_prec=PRECISIONS[dtype],
             pg_collection=collection,
             tp_mode=mode,
         )
@@ -142,7 +142,7 @@ def _upstream(name: str, dtype: str, mode: str) -> Contestant:
 def _emerging(dtype: str) -> Contestant:
     def make(params: Params, groups: Groups) -> torch.optim.Optimizer:
         optimizer_class = _import("emerging_optimizers.orthogonalized_optimizers").Muon
-        return optimizer_class(params, **HYPERPARAMETERS, **MOMENTUM, fp32_matmul_prec=_PRECISIONS[dtype])
+        return optimizer_class(params, **HYPERPARAMETERS, **MOMENTUM, fp32_matmul_prec=PRECISIONS[dtype])
 
     asked = "bf16" if dtype == "fp16" else dtype
     return Contestant("emerging_optimizers Muon", "emerging-optimizers", LOGICAL, make, "", asked, "quintic")

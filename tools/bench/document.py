@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_muon.planning.rates import Rates
 from megatron_muon.version import __version__
 from tools.bench.cases import Case
 from tools.bench.contestants import (
@@ -33,7 +34,7 @@ __all__ = ["load", "machine", "of_case", "settings", "versions"]
 
 
 def of_case(
-    case: Case, dtype: str, world: World, found: Sequence[Measured], rate: Rate, seconds: float
+    case: Case, dtype: str, world: World, found: Sequence[Measured], rate: Rate, rates: Rates, seconds: float
 ) -> dict[str, Any]:
     """The entry of one case in one dtype.
 
@@ -43,6 +44,7 @@ def of_case(
         world: the ranks.
         found: all contestants.
         rate: of the machine.
+        rates: of a rank, by which the times of our steps were predicted.
         seconds: that it all took.
     """
     times = {each.contestant.name: each.seconds for each in found}
@@ -67,6 +69,7 @@ def of_case(
             "flops_per_second_of_a_rank": rate.flops_per_second,
             "seconds": rate.seconds,
         },
+        "rates": rates.entry(),
         "contestants": [_contestant(each, times.get(UPSTREAM_DUPLICATED), rate) for each in found],
         "took_seconds": seconds,
     }
@@ -104,6 +107,9 @@ def _contestant(each: Measured, upstream: Sequence[float] | None, rate: Rate) ->
             "q3": quantile(each.seconds, 0.75),
             "rounds": each.seconds,
         },
+        "predicted_seconds": None
+        if each.predicted is None
+        else {"total": each.predicted.seconds, **vars(each.predicted)},
         "upstream_over_this": None if upstream is None else ratios(upstream, each.seconds),
         "error": None if each.errors is None else asdict(each.errors),
         "peak_bytes": max(rank.peak_bytes for rank in traffic),

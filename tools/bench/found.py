@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_muon.planning.timing import Times
 from tools.bench.accuracy import Errors
 from tools.bench.contestants import Contestant
 
@@ -45,6 +46,7 @@ class Measured:
         errors: of its update; None if it orthogonalizes nothing.
         traffic: of a step, by rank.
         seconds: of each round, those of the slowest rank.
+        predicted: how long our step takes by the rates of the device; None for others.
         method: what our engine does for which shapes; empty for others.
     """
 
@@ -53,6 +55,7 @@ class Measured:
     errors: Errors | None = None
     traffic: list[Traffic] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    predicted: Times | None = None
     method: dict[str, Any] = field(default_factory=dict)
 
 

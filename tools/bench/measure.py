@@ -10,13 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_muon.engine.describe import iteration_of
 from megatron_muon.engine.step import StepEngine
+from megatron_muon.optimizers.engines import DENSE, EXPERT
+from megatron_muon.orthogonalize.switches import matmul_precision
+from megatron_muon.planning.rates import Rates
+from megatron_muon.planning.timing import Elementwise, Times, step_times
 from tools.bench import document
 from tools.bench.accuracy import Reference, check, update_errors
+from tools.bench.calibrate import calibrate
 from tools.bench.cases import Case
-from tools.bench.contestants import Contestant, contestants, forms_of
+from tools.bench.contestants import MOMENTUM, PRECISIONS, Contestant, contestants, forms_of
 from tools.bench.forms import Tensors
 from tools.bench.found import Measured, Rate, Traffic
 from tools.bench.observe import Observer, counted_products
@@ -30,6 +36,11 @@ WARM_UP = 3
 
 GEMM = "GEMM"
 
+_DIGEST = 32
+"""Bytes of a rank in that message."""
+
+_NUMBERS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,12 +53,14 @@ class Settings:
         plan: how many rounds.
         gemm_size: rows of the square product that gives the machine's rate.
         threads: of torch in each process; None for its share of the cores.
+        calibration: how long the rates of the device may take to measure; 1 is a few seconds.
     """
 
     dtypes: tuple[str, ...]
     plan: Plan
     gemm_size: int
     threads: int | None = None
+    calibration: float = 1.0
 
 
 def measure(
@@ -121,15 +134,30 @@ class _Measurement:
         once = timed_rounds(world, steps, WARM_UP - 2)
         rounds = round_count(self.settings.plan, sum(seconds[-1] for seconds in once.values()))
         world.say(f"{case.label}, {self.dtype}: {rounds} rounds")
+        rates = calibrate(world, [_NUMBERS[self.dtype]], self.settings.calibration)
+        for runner in self.runners:
+            runner.predicted = self._predicted(runner, rates)
         times = timed_rounds(world, steps, rounds)
         for runner in self.runners:
             runner.seconds = times[runner.contestant.name]
         rate = Rate(self.settings.gemm_size, self.dtype, gemm.flops, times[GEMM])
-        return document.of_case(case, self.dtype, world, self.runners, rate, time.perf_counter() - begin)
+        return document.of_case(case, self.dtype, world, self.runners, rate, rates, time.perf_counter() - begin)
 
     def _build(self, contestant: Contestant) -> torch.optim.Optimizer:
         params = [entry.parameter() for entry in self.tensors.entries[contestant.form]]
         return contestant.make(params, self.tensors.groups)
+
+    def _predicted(self, runner: Measured, rates: Rates) -> Times | None:
+        """How long the slowest rank's step takes by the rates: ``plan``'s model, of the engine's plan alone."""
+        engine, world, place = _engine_of(runner.optimizer), self.world, self.tensors.groups.tp_rank
+        if engine is None:
+            return None
+        ranks, how = {DENSE: place, EXPERT: place}, Elementwise(MOMENTUM["nesterov"], fused=world.device.type == "cuda")
+        with matmul_precision(PRECISIONS[self.dtype]):
+            mine = step_times(engine, rates, ranks, dict.fromkeys(ranks, 1), how, world.device.type)
+        if self.tensors.groups.tp is not None:  # they compare first what they are about to do
+            mine.within += rates.message_seconds("within", _DIGEST)
+        return max(world.gather(mine), key=lambda times: times.seconds)
 
     def _observe(self, runner: Measured) -> Traffic:
         """One step under the observer; all ranks do it together."""
@@ -150,7 +178,7 @@ class _Measurement:
                 optimizer.step()
             flops, needed = engine.counters.flops, counted.needed
             runner.method = _method(engine)
-            _check_counters(engine, observer)
+            _check_counters(engine, observer, self.tensors.groups.tp is not None and bool(engine.groups))
         peak = observer.peak
         if world.device.type == "cuda":
             world.synchronize()
@@ -167,12 +195,18 @@ def _engine_of(optimizer: torch.optim.Optimizer) -> StepEngine | None:
     return engine if isinstance(engine, StepEngine) else None
 
 
-def _check_counters(engine: StepEngine, observer: Observer) -> None:
-    """Our own count of what is sent must be what is seen: the document shows one number for all optimizers."""
+def _check_counters(engine: StepEngine, observer: Observer, compares: bool) -> None:
+    """Our own count of what is sent must be what is seen: the document shows one number for all optimizers.
+
+    Outside Megatron-Core our step begins with a message that is not the engine's: ranks that divide weights compare
+    what they are about to do (:func:`megatron_muon.optimizers.agreement.agree`).
+    """
     counters = engine.counters
-    if (counters.collectives, round(counters.bytes)) != (observer.collectives, round(observer.bytes)):
+    collectives = counters.collectives + compares
+    sent = counters.bytes + compares * _DIGEST * (dist.get_world_size() - 1 if compares else 0)
+    if (collectives, round(sent)) != (observer.collectives, round(observer.bytes)):
         raise RuntimeError(
-            f"the engine counts {counters.collectives} collectives and {counters.bytes:.0f} bytes, but "
+            f"our step counts {collectives} collectives and {sent:.0f} bytes, but "
             f"{observer.collectives} and {observer.bytes:.0f} were seen: one of the counts is wrong"
         )
 

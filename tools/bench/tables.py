@@ -24,7 +24,9 @@ def main(path: str) -> None:
     print(f"{', '.join(machine['gpus']) or machine['cpu']}, {machine['cores']} cores.", end=" ")
     print(f"{', '.join(f'{name} {number}' for name, number in versions.items())}.\n")
     print(
-        "Times are medians, with quartiles; ratios are medians of the ratio in the same round, with p10 to p90. Error: "
+        "Times are medians, with quartiles; ratios are medians of the ratio in the same round, with p10 to p90. "
+        "Predicted: what the model of `plan --device` says of our step, by rates that are measured just before the "
+        "rounds (products of other shapes, passes over memory, messages), and its difference from the median. Error: "
         "relative, of an update against the exact polynomial in float64, worst matrix and mean. Bytes of the busiest "
         "rank, by the ring algorithm. More ranks than cores share these: compare lines of one table only.\n"
     )
@@ -54,6 +56,10 @@ def _spread(median: float, spread: Mapping[str, float]) -> str:
     return f"{median:.2f} ({spread['p10']:.2f}-{spread['p90']:.2f})"
 
 
+def _predicted(predicted: float, measured: float) -> str:
+    return f"{predicted * 1e3:.0f} ({predicted / measured - 1.0:+.0%})"
+
+
 def _table(case: Mapping[str, Any]) -> None:
     gemm = case["gemm"]
     matrices = sum(block["count"] for block in case["matrices_of_a_rank"])
@@ -62,17 +68,21 @@ def _table(case: Mapping[str, Any]) -> None:
         f"{case['parameters'] / 1e6:.1f} M weights, {matrices} matrices on a rank; {case['rounds']} rounds; a rank "
         f"does {gemm['flops_per_second_of_a_rank'] / 1e9:.0f} GFLOP/s in products of {gemm['size']} rows.\n"
     )
-    print("| | products | ms a step | x upstream | error | peak MiB | sent MiB | calls | of the GEMM rate (needed) |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| | products | ms a step | predicted | x upstream | error | peak MiB | sent MiB | calls "
+        "| of the GEMM rate (needed) |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for each in case["contestants"]:
         seconds, speed, error, share = (
             each[key] for key in ("seconds", "upstream_over_this", "error", "share_of_gemm_rate")
         )
-        needed = each["share_of_gemm_rate_needed"]
+        needed, predicted = each["share_of_gemm_rate_needed"], each["predicted_seconds"]
         cells = [
             each["name"].partition(",")[0],
             each["product_dtype"] or "",
             "{:.0f} ({:.0f}-{:.0f})".format(*(seconds[key] * 1e3 for key in ("median", "q1", "q3"))),
+            "" if predicted is None else _predicted(predicted["total"], seconds["median"]),
             "" if speed is None else _spread(speed["median"], speed),
             "" if error is None else f"{error['worst']:.1e}, {error['mean']:.1e}",
             f"{each['peak_bytes'] / MEBIBYTE:.1f}",

@@ -16,9 +16,10 @@ MEBIBYTE = 1 << 20
 NOTES = """\
 All optimizers of a case update the same weights with the same gradients, in turn, round after round; times are medians
 and quartiles, those of the slowest rank.
+predicted: of our step, by the model of ``plan --device`` from rates that are measured just before the rounds.
 x upstream: time of megatron-core duplicated over that of the line, median and p10 to p90 of the rounds.
 products: in what the matrix products were done, as seen.
-error: of the update of one matrix against the exact polynomial in float64, relative: the worst matrix, and the mean.
+error: of the update of one matrix against the exact polynomial in float64, relative: the worst matrix.
 peak: what a step allocates. sent, calls: bytes and collectives of the busiest rank in a step, by the ring algorithm: of
 what an all-gather of n ranks makes, a rank sends (n - 1) / n; of an all-reduce twice that.
 GEMM rate: operations of all ranks per second, over the rate of a large square product in the same rounds; needed: with
@@ -48,8 +49,8 @@ def render_case(entry: Mapping[str, Any]) -> str:
 
 
 _HEADER = (
-    ("", "products", "ms a step", "x upstream", "worst", "mean", "peak", "sent", "calls"),
-    ("", "", "(quartiles)", "(p10-p90)", "error", "error", "MiB", "MiB", ""),
+    ("", "products", "ms a step", "predicted", "x upstream", "worst", "peak", "sent", "calls"),
+    ("", "", "(quartiles)", "", "(p10-p90)", "error", "MiB", "MiB", ""),
 )
 
 
@@ -75,9 +76,9 @@ def _row(each: Mapping[str, Any], entry: Mapping[str, Any]) -> tuple[str, ...]:
         name,
         each["product_dtype"] or "",
         f"{_ms(seconds['median'])} ({_ms(seconds['q1'])}-{_ms(seconds['q3'])})",
+        "" if each["predicted_seconds"] is None else _ms(each["predicted_seconds"]["total"]),
         "" if speed is None else _spread(speed),
         "" if error is None else f"{error['worst']:.1e}",
-        "" if error is None else f"{error['mean']:.1e}",
         _mib(each["peak_bytes"]),
         "" if alone else _mib(each["bytes_of_busiest_rank"]),
         "" if alone else str(each["collectives"]),

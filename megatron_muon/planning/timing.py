@@ -1,0 +1,353 @@
+"""How long a step takes on a device: the step itself, on tensors without contents, with a clock in place of the device.
+
+Every operation of the engine's plan is carried out on torch's ``meta`` device, and adds to the clock what a table of
+rates says of its kind and size (:mod:`megatron_muon.planning.rates`). So what is counted is what a step does: its
+products, passes over memory, packing, messages and launches, in its order, with messages under way meanwhile.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_muon.engine.exchange import Counters, Exchange
+from megatron_muon.engine.execute import execute
+from megatron_muon.engine.run import RankChunk, Run
+from megatron_muon.engine.slices import Slices
+from megatron_muon.engine.step import StepEngine
+from megatron_muon.optimizers.groups import Options
+from megatron_muon.optimizers.param_step import ParamStep, add, pack
+from megatron_muon.orthogonalize.kernels import KernelProducts
+from megatron_muon.orthogonalize.switches import float32_is_exact
+from megatron_muon.planning.rates import Rates
+
+_META = torch.device("meta")
+
+_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+
+_OVERWRITE = ("copy_", "_foreach_copy_", "zero_", "fill_")
+"""Operations in place that do not read what they change."""
+
+
+@dataclass
+class Times:
+    """Seconds of one rank's step.
+
+    Attributes:
+        products: matrix products.
+        passes: elementwise passes, copies and norms.
+        within: waiting for messages of ranks of the same node.
+        between: waiting for messages of other nodes.
+        launches: of the host, as far as nothing else is done meanwhile.
+        operations: how many the host starts.
+    """
+
+    products: float = 0.0
+    passes: float = 0.0
+    within: float = 0.0
+    between: float = 0.0
+    launches: float = 0.0
+    operations: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Of all."""
+        return self.products + self.passes + self.within + self.between + self.launches
+
+    def __add__(self, other: Times) -> Times:
+        return Times(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+
+class SymmetricKernel(KernelProducts):
+    """Stands for any kernel that computes half of a symmetric result: a plan counts its operations."""
+
+    name = "a symmetric kernel"
+    clock: Clock | None = None
+
+    def symmetric(
+        self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0
+    ) -> torch.Tensor:
+        """See :class:`megatron_muon.orthogonalize.kernels.KernelProducts`; without contents."""
+        (batch, p, inner), n = a.shape, b.size(-1)
+        if self.clock is not None:
+            share = self.symmetric_flops(p, inner) / (2 * p * p * inner)
+            self.clock.product(a.dtype, batch, p, n, inner, share)
+        return a.new_empty(batch, p, n)
+
+
+class Clock(TorchDispatchMode):
+    """Adds up what operations take by a table of rates.
+
+    Attributes:
+        times: so far.
+    """
+
+    def __init__(self, rates: Rates) -> None:
+        super().__init__()
+        self.rates, self.times = rates, Times()
+        self._now = 0.0
+        self._free = {"within": 0.0, "between": 0.0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.times.operations += 1
+        self._operation(func.overloadpacket.__name__, args, kwargs or {}, result)
+        return result
+
+    def _operation(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        given, made = _tensors((args, kwargs)), _tensors(result)
+        if name in _PRODUCTS:
+            left, right = args[-2:]
+            batch = left.size(0) if left.dim() == 3 else 1
+            self.product(left.dtype, batch, left.size(-2), right.size(-1), left.size(-1))
+            if name in ("addmm", "baddbmm"):  # BLAS adds to its output: what is added is copied there
+                self.copied(2 * made[0].numel() * made[0].element_size())
+        elif name == "linalg_vector_norm":
+            self.copied(_bytes(given), "norm")
+        elif not name.startswith(("empty", "new_empty")) and not _is_view(given, made):
+            # What is changed in place, or given to be filled, is among both.
+            known = {id(tensor) for tensor in given}
+            size = _bytes(given) + _bytes(tensor for tensor in made if id(tensor) not in known)
+            is_changed = name.endswith("_") and name not in _OVERWRITE
+            self.copied(size + (_bytes(_tensors(args[0])) if is_changed else 0), _kind(name, given))
+
+    def product(self, dtype: torch.dtype, batch: int, m: int, n: int, k: int, share: float = 1.0) -> None:
+        """A product of matrices; see :meth:`Rates.product_seconds`."""
+        numbers = "tf32" if dtype == torch.float32 and not float32_is_exact() else str(dtype).removeprefix("torch.")
+        seconds = self.rates.product_seconds(numbers, batch, m, n, k, share)
+        self._now += seconds
+        self.times.products += seconds
+
+    def copied(self, size: float, what: str = "") -> None:
+        """A pass over memory; see :meth:`Rates.pass_seconds`."""
+        if size:
+            seconds = self.rates.pass_seconds(size, what)
+            self._now += seconds
+            self.times.passes += seconds
+
+    def sent(self, link: str, size: float) -> float:
+        """A message is under way; when it has arrived. Those of one link follow one another."""
+        done = max(self._now, self._free[link]) + self.rates.message_seconds(link, size)
+        self._free[link] = done
+        if not self.rates.overlaps:
+            self.wait(link, done)
+        return done
+
+    def wait(self, link: str, until: float) -> None:
+        """Until a message has arrived."""
+        waited = max(0.0, until - self._now)
+        self._now += waited
+        setattr(self.times, link, getattr(self.times, link) + waited)
+
+    def finish(self) -> Times:
+        """What it all took."""
+        host = self.times.operations * self.rates.numbers["launch"]
+        launches = max(0.0, host - self._now) if self.rates.overlaps else host
+        return replace(self.times, launches=launches)
+
+
+class _Messages(Exchange):
+    """Collectives of a group that only take their time."""
+
+    def __init__(self, group: dist.ProcessGroup, rank: int, clock: Clock, link: str) -> None:
+        super().__init__(group, Counters(), sends=False)
+        self.rank, self._clock, self._link = rank, clock, link
+        self._arrives: float | None = None
+
+    def count(self, sent: float) -> None:
+        """A message begins. One that nobody has waited for has arrived before: members of a split wait at once."""
+        if self._arrives is not None:
+            self._clock.wait(self._link, self._arrives)
+        self._arrives = self._clock.sent(self._link, sent)
+
+    def _start(self, collective: Callable[..., dist.Work | None], *args: Any) -> dist.Work | None:
+        arrives, self._arrives = self._arrives, None
+        assert arrives is not None, "counted before"
+        return cast(dist.Work, _Work(self._clock, self._link, arrives))
+
+
+@dataclass(frozen=True)
+class _Work:
+    clock: Clock
+    link: str
+    arrives: float
+
+    def wait(self) -> None:
+        self.clock.wait(self.link, self.arrives)
+
+
+class _OfSize:
+    """What :class:`Exchange` asks of a group."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """What is done to weights and momentum beside: numbers do not matter to the time, whether there are any does.
+
+    Attributes:
+        nesterov: whether gradient and momentum are mixed.
+        decays: whether weights decay.
+        fused: whether one kernel does each pass, as Triton's do on GPUs; otherwise torch's operations.
+    """
+
+    nesterov: bool = False
+    decays: bool = True
+    fused: bool = True
+
+
+@dataclass
+class _Passes:
+    """Fills batches and takes results, as an optimizer does."""
+
+    engine: StepEngine
+    clock: Clock
+    how: Elementwise
+    weights: dict[int, ParamStep] = field(default_factory=dict)
+
+    def read(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
+        if not self.how.fused:
+            pack(self._weights(slices), slices, batches, first=True)
+            return
+        for batch in batches:  # momentum and gradient are read, momentum and batch written
+            self.clock.times.operations += 1
+            self.clock.copied(batch.numel() * (3 * self.engine.local_dtype.itemsize + batch.element_size()))
+
+    def write(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor], reduce: object) -> None:
+        if not self.how.fused:
+            add(self._weights(slices), slices, batches, lambda weight, item: 1.0)
+            return
+        for batch in batches:  # weight and update are read, the weight is written
+            self.clock.times.operations += 1
+            self.clock.copied(batch.numel() * (2 * self.engine.local_dtype.itemsize + batch.element_size()))
+
+    def _weights(self, slices: Sequence[Slices]) -> Mapping[int, ParamStep]:
+        for number in {number for each in slices for number in each.numbers} - self.weights.keys():
+            weight, dtype = self.engine.plan.weights[number], self.engine.local_dtype
+            param, grad, buffer = (torch.empty(weight.shape, dtype=dtype, device=_META) for _ in range(3))
+            options = Options(
+                lr=1.0,
+                momentum=0.5,
+                nesterov=0.5 if self.how.nesterov else 1.0,
+                kept=0.5 if self.how.decays else None,
+                l2=0.0,
+                cautious=None,
+                scale_mode="none",
+                extra_scale_factor=1.0,
+                ball_radius=1.0,
+                damping_depth=0.0,
+            )
+            self.weights[number] = ParamStep(_GROUP, options, param, weight.layout, grad, {}, buffer)
+        return self.weights
+
+
+_GROUP: dict[str, Any] = {}
+
+
+def step_times(
+    engine: StepEngine,
+    rates: Rates,
+    group_ranks: Mapping[str, int],
+    spans: Mapping[str, int],
+    how: Elementwise = Elementwise(),
+    device: str = "cuda",
+) -> Times:
+    """How long a rank's step takes: momentum, Newton-Schulz with its messages, and the addition to the weights.
+
+    Call it under the step's precision of float32 products.
+
+    Args:
+        engine: of the rank; plan, types of numbers and products count.
+        rates: of the device.
+        group_ranks: the rank's number in each group of the plan.
+        spans: how many consecutive ranks of the run each group reaches over: within a node, or beyond.
+        how: elementwise passes.
+        device: kind of the device, whose batches are iterated.
+    """
+    clock, sizes = Clock(rates), _group_sizes(engine)
+    node = rates.numbers["node"]
+    exchanges = {
+        name: _Messages(
+            cast(dist.ProcessGroup, _OfSize(size)),
+            group_ranks[name],
+            clock,
+            "within" if spans[name] <= node else "between",
+        )
+        for name, size in sizes.items()
+    }
+    orthogonalizer = copy.copy(engine.orthogonalizer)
+    orthogonalizer.batch_bytes = {_META.type: orthogonalizer.batch_bytes[device]}  # type: ignore[misc]
+    if isinstance(orthogonalizer.products, SymmetricKernel):
+        orthogonalizer.products = SymmetricKernel(orthogonalizer.products.smallest)
+        orthogonalizer.products.clock = clock
+    passes = _Passes(engine, clock, how)
+    run = Run(
+        orthogonalizer,
+        exchanges,
+        replace(engine.wire, device=_META),
+        engine.local_dtype,
+        Counters(),
+        reads=(passes.read,),
+        write=passes.write,
+    )
+    plan = engine.plan
+    chunks = [
+        RankChunk.of(plan.weights, chunk, group_ranks[chunk.group] if chunk.group else 0) for chunk in plan.chunks
+    ]
+    with torch.no_grad(), clock:
+        execute(run, chunks)
+    return clock.finish()
+
+
+def _group_sizes(engine: StepEngine) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for chunk in engine.plan.chunks:
+        if chunk.group:
+            sizes[chunk.group] = len(chunk.batches[0].key.parts)
+    for weight in engine.plan.weights:
+        if weight.group:
+            sizes[weight.group] = weight.ranks
+    return sizes
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _kind(name: str, given: Sequence[torch.Tensor]) -> str:
+    """Of a pass, if it is none from memory to memory in the order of both."""
+    large = [tensor for tensor in given if tensor.dim() > 0]
+    if name == "copy_" and len({tensor.stride(-1) == 1 for tensor in large if tensor.numel()}) > 1:
+        return "turn"
+    return "cast" if len({tensor.dtype for tensor in large}) > 1 else ""
+
+
+def _is_view(given: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> bool:
+    """Whether an operation only looks at its first tensor in another way."""
+    return (
+        bool(given)
+        and bool(made)
+        and all(
+            tensor is not given[0] and tensor.untyped_storage()._cdata == given[0].untyped_storage()._cdata
+            for tensor in made
+        )
+    )
