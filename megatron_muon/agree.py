@@ -90,8 +90,15 @@ class Ranks:
                 with the rank in a note. A type that cannot be pickled becomes a ``RuntimeError`` that names it. What
                 these ranks have raised together within ``work`` passes through.
         """
+        return [value for _, value in self._numbered(work)]
+
+    def by_number[T](self, work: Callable[[], T]) -> dict[int, T]:
+        """The results of ``work`` on every rank, by the rank's number in the run; fails as :meth:`gather` does."""
+        return dict(self._numbered(work))
+
+    def _numbered[T](self, work: Callable[[], T]) -> list[tuple[int, T]]:
         if not self.groups:
-            return [work()]
+            return [(0, work())]
         own: BaseException | None = None
         try:
             mine = _Outcome(dist.get_rank(), value=pickle.dumps(work()))
@@ -110,11 +117,7 @@ class Ranks:
             dist.all_gather_object(gathered, outcomes, group=group)
             outcomes = [outcome for part in gathered for outcome in part]
         self._raise_first(outcomes, mine, own)
-        return [pickle.loads(outcome.value) for outcome in outcomes]
-
-    def by_number[T](self, work: Callable[[], T]) -> dict[int, T]:
-        """The results of ``work`` on every rank, by the rank's number in the run; fails as :meth:`gather` does."""
-        return dict(self.gather(lambda: (dist.get_rank() if self.groups else 0, work())))
+        return [(outcome.rank, pickle.loads(outcome.value)) for outcome in outcomes]
 
     def together[T](self, work: Callable[[], T]) -> T:
         """This rank's result of ``work``, which need not be picklable; fails as :meth:`gather` does."""
