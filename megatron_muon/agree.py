@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 _SHARED = "shared_by"
 
@@ -195,6 +196,14 @@ class Ranks:
         vars(error).setdefault("__notes__", []).append(f"on rank {first.rank}:\n{first.trace}")
         vars(error)[_SHARED] = shared
         raise error from own
+
+
+def kinds_of_devices(group: dist.ProcessGroup | None = None) -> frozenset[str]:
+    """Those between which a group's backends send (``nccl``: cuda; ``gloo`` and ``cpu:gloo,cuda:nccl``: cpu, too).
+
+    None is the group of the run.
+    """
+    return frozenset(BackendConfig(Backend(dist.get_backend(group))).get_device_backend_map())
 
 
 def ranks_with(error: BaseException) -> frozenset[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_muon.agree import kinds_of_devices
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import Engines, grouped_by_engine
 
@@ -71,7 +72,7 @@ def agree(
     for name in meeting:
         group, (shared, plans) = engines.groups[name], sides.get(name, ([], b""))
         digest = hashlib.sha256(repr((str(failure), _lacking(shared))).encode() + plans).digest()
-        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        device = "cpu" if "cpu" in kinds_of_devices(group) else "cuda"
         mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
         every = mine.new_empty(group.size(), mine.numel())
         dist.all_gather_into_tensor(every.view(-1), mine, group=group)

@@ -24,7 +24,7 @@ from megatron_muon.plugin import options
 from megatron_muon.plugin.early_gather import gather_early
 from megatron_muon.plugin.environment import agree_on_plans, agree_on_products, compare_environments
 from megatron_muon.plugin.expert_scalars import set_apart, sum_once
-from megatron_muon.plugin.groups import device_of, device_of_rank, groups_of_model, ranks_of
+from megatron_muon.plugin.groups import device_of, groups_of_model, ranks_of
 from megatron_muon.plugin.holding import check_entered
 from megatron_muon.plugin.logged import mark_parts
 from megatron_muon.plugin.nonfinite import check_gradients
@@ -262,7 +262,8 @@ def _check_partition(optimizer: Any, model_chunks: Sequence[torch.nn.Module], gr
             for name, param in chunk.named_parameters()
             if param.requires_grad and is_expert_parallel(param) == experts
         ]
-        counts = torch.tensor([held[param] for _, param in named], dtype=torch.int32, device=device_of_rank())
+        device = named[0][1].device if named else None
+        counts = torch.tensor([held[param] for _, param in named], dtype=torch.int32, device=device)
         parts.append((named, counts, getattr(groups, group_name, None)))
     ranks.together(lambda: None)  # whoever has failed so far must not be missed in what follows
     for named, counts, group in parts:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megatron_muon.agree import Ranks
+from megatron_muon.agree import Ranks, kinds_of_devices
 from megatron_muon.errors import ConfigError
 
 
@@ -48,13 +47,12 @@ def groups_of_model(pg_collection: Any, chunks: Sequence[Any]) -> Any:
 
 
 def device_of(chunks: Sequence[Any]) -> torch.device:
-    """Of a model on this rank, which may have no weights of it, as in an empty stage of a pipeline."""
-    return next((param.device for chunk in chunks for param in chunk.parameters()), device_of_rank())
-
-
-def device_of_rank() -> torch.device:
-    """On which this rank's collectives are."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    """Of a model on this rank. One without weights, an empty stage of a pipeline, is on the GPU that is in use."""
+    param = next((param for chunk in chunks for param in chunk.parameters()), None)
+    if param is not None:
+        return param.device
+    on_gpu = "cpu" not in kinds_of_devices() or torch.cuda.is_initialized()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def ranks_of(pg_collection: Any) -> Ranks:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron_muon.engine.plan import Peers, Weight
 from megatron_muon.optimizers.engines import DATA, EXPERT_DATA, WIDE, Engines, Sharing
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.plugin.groups import device_of_rank
 from megatron_muon.routing.layout import MSIGN, layout_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
@@ -49,7 +48,7 @@ def _sharing(layer_wise: Any, muon: Muon) -> Sharing | None:
         return None
     own = [param for group in muon.param_groups for param in group["params"]]
     _add([param for param in own if param not in number], None, muon.engines, weights, number)
-    return Sharing(weights, [number.get(param, -1) for param in own], groups, device_of_rank())
+    return Sharing(weights, [number.get(param, -1) for param in own], groups, next(iter(number)).device)
 
 
 def _add(

@@ -283,9 +283,8 @@ class Watch(TorchDispatchMode):
         while frame is not None:
             name = frame.f_code.co_filename
             if not name.startswith(_IGNORED) and not name.startswith("<"):
-                path = Path(name)
-                within = path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path.name
-                return f"{within}:{frame.f_code.co_name}"
+                *_, within = name.split("site-packages/")  # of an environment, wherever it is
+                return f"{within.removeprefix(f'{_ROOT}/')}:{frame.f_code.co_name}"
             frame = frame.f_back  # type: ignore[assignment]
         return "?"
 

@@ -1,0 +1,118 @@
+"""Checkpoints on fake CUDA: state is saved where it lies, and what is read goes to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from megatron_muon.plugin.optimizer_state import param_states
+from tests.fake_cuda.megatron import FIRST_STEP, GPU, STEP, Allowed, gpus, outcomes, start, step
+from tests.megatron import harness
+from tests.megatron.harness import CHECKPOINT_METADATA, Layout, Run
+from tests.pool import RankPool
+
+Case = tuple[Layout, dict[str, Any], dict[str, Any], dict[str, Any]]
+
+BF16 = {"bf16": True}
+SHARDED = {"layer_wise": True, "ddp_buffers": True}
+SPLIT = {"num_query_groups": 2, "attention_output_gate": True}
+ACCEPT = {"muon_ckpt_changes": "accept"}  # the first rank has heard of no weights but its own
+ADAM = {"muon_param_rule": ("*linear_proj.weight=adam",), **ACCEPT}
+
+CASES: dict[str, Case] = {
+    "plain": (Layout(tp=2), BF16, {}, {}),
+    "layer-wise": (Layout(tp=2, **SHARDED), BF16, {}, ACCEPT),
+    "lists": (Layout(tp=2, layer_wise=True), {**BF16, "param_layout": False}, {}, ACCEPT),
+    "second moments": (Layout(tp=2), {}, {"name": "adaptive_muon"}, {}),
+    "pipeline": (Layout(pp=2), BF16, {}, ACCEPT),
+    "from Muon to Adam": (Layout(tp=2), BF16, {}, ADAM),
+}
+"""Layout, model, options of the run that saves, and what the one that loads has in their place."""
+
+SUMS = Allowed("megatron_muon/checkpoint/fingerprint.py:fingerprints", "sums of bits, all at once, for the record", 0)
+OBJECTS = Allowed("megatron_muon/agree.py:to_first", "the record is put together on the first rank")
+TO_HOST = Allowed(
+    "megatron/core/dist_checkpointing/tensor_aware_state_dict.py:copy_tensors_to_cpu", "Megatron-Core's, not the save's"
+)
+
+
+def there_and_back(case: Case, rank: int, told: list[Any]) -> None:
+    layout, model, options, changes = case
+    with gpus(rank, ranks=4, told=told) as world:
+        run = start(layout, optimizer=options, early=True, **model)
+        step(run)
+        with world.refusing([SUMS, OBJECTS]):
+            state = _asked(run)
+        _check_in_place(run, state["optimizer"])
+        saved = _kept(state)
+        with world.refusing([TO_HOST]):
+            saved.copy_tensors_to_cpu()
+            saved.restore_tensor_device()
+        with world.refusing(STEP):
+            step(run)  # what is written behind it is a copy
+
+        run = start(layout, optimizer={**options, **changes}, early=True, **model)
+        dtypes = [tensor.dtype for tensor in _tensors(run)]
+        with world.refusing([SUMS, OBJECTS]):
+            state = _asked(run, is_loading=True)
+            loaded = saved.to_state_dict(state, algo="atomic")
+            for chunk in run.chunks:
+                harness.load_model(chunk, loaded["model"])
+            run.optimizer.load_state_dict(loaded["optimizer"])
+        found = list(_tensors(run))
+        assert all(tensor.device == GPU for tensor in found)
+        assert [tensor.dtype for tensor in found] == dtypes
+        with world.refusing(FIRST_STEP):
+            step(run)
+
+
+def _asked(run: Run, **how: Any) -> dict[str, Any]:
+    state = harness.model_state(run.chunks)
+    return {**state, "optimizer": run.optimizer.sharded_state_dict(state, metadata=CHECKPOINT_METADATA, **how)}
+
+
+def _kept(state: dict[str, Any]) -> Any:
+    """A local checkpoint, see :mod:`tests.megatron.test_local_checkpoints`: what is saved, by Megatron-Core's code."""
+    from megatron.core.dist_checkpointing import tensor_aware_state_dict as module
+
+    with patch.object(module, "HAVE_NVRX", True):
+        return module.MCoreTensorAwareStateDict.from_state_dict({**state, "iteration": 1}, algo="atomic")[0]
+
+
+def _check_in_place(run: Run, saved: Any) -> None:
+    """State is described where it lies: no second copy of it is on the device, none on the host."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    memory = {tensor.untyped_storage().data_ptr() for tensor in _tensors(run)}
+    parts = [part for part in nested_values(saved) if isinstance(part, ShardedTensor)]
+    assert parts and all(part.data.device == GPU and part.data.dtype == part.dtype for part in parts)
+    assert {part.data.untyped_storage().data_ptr() for part in parts if part.data.numel()} <= memory
+
+
+def _tensors(run: Run) -> Iterable[torch.Tensor]:
+    for held in param_states(run.optimizer, create=True):
+        yield from (tensor for _, tensor in sorted(held.tensors.items()))
+
+
+def _each() -> dict[str, str]:
+    def on_ranks(case: Case) -> None:
+        told: list[Any] = []
+        for rank in (0, 3):
+            there_and_back(case, rank, told)
+
+    return outcomes(CASES, on_ranks)
+
+
+@pytest.fixture(scope="module")
+def crossed(pool: RankPool) -> dict[str, str]:
+    return pool.run(_each, 1)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saved_and_loaded_on_the_device(crossed: dict[str, str], case: str) -> None:
+    assert not crossed[case], crossed[case]

@@ -1,0 +1,151 @@
+"""Steps of Megatron-Core's own optimizers on fake CUDA: layouts, gradients' checks, numbers that are logged, state."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_muon.errors import ConfigError
+from megatron_muon.monitor import sources
+from megatron_muon.monitor.recorder import Recorder
+from megatron_muon.plugin import recording
+from megatron_muon.plugin.groups import device_of
+from megatron_muon.plugin.state import reset, sleep, state_bytes, wake
+from tests.fake_cuda.megatron import FIRST_STEP, GPU, STEP, Allowed, forward, gpus, outcomes, start, step
+from tests.fake_cuda.world import World
+from tests.megatron.harness import Layout
+from tests.megatron.qk_clip import GQA
+from tests.pool import RankPool
+
+Case = tuple[Layout, dict[str, Any], dict[str, Any]]
+
+SHARDED = {"layer_wise": True, "ddp_buffers": True}
+BF16 = {"bf16": True}
+MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_grouped_gemm": False, "add_bias_linear": False}
+
+MANIFOLD = {"muon_param_rule": ("*linear_fc1.weight=stiefel",)}
+
+STEPS: dict[str, Case] = {
+    "plain": (Layout(tp=2), {}, {}),
+    "plain, bf16": (Layout(tp=2), {}, BF16),
+    "pipeline": (Layout(pp=2), {}, BF16),
+    "layer-wise": (Layout(tp=2, **SHARDED), {}, BF16),
+    "layer-wise, float32": (Layout(tp=2, **SHARDED), {}, {}),
+    "layer-wise without overlap": (Layout(tp=2, overlap=False, **SHARDED), {}, BF16),
+    "layer-wise, whole weights": (Layout(**SHARDED), {}, BF16),
+    "lists": (Layout(tp=2, layer_wise=True), {}, {**BF16, "param_layout": False}),
+    "lists without overlap": (Layout(tp=2, layer_wise=True, overlap=False), {}, {**BF16, "param_layout": False}),
+    "experts": (Layout(tp=2, ep=2, etp=1), {}, {**BF16, **MOE}),
+    "experts, layer-wise": (Layout(tp=2, ep=2, etp=1, **SHARDED), {}, {**BF16, **MOE}),
+    "nobody looks": (Layout(tp=2), {"muon_nonfinite": "propagate"}, {}),
+    "lion": (Layout(tp=2), {"muon_scalar_optimizer": "lion"}, BF16),
+    "manifold": (Layout(tp=2), {"name": "stiefel_muon", **MANIFOLD}, {}),
+    "layer-wise, gloo beside NCCL": (Layout(tp=2, **SHARDED), {}, {**BF16, "backend": "cpu:gloo,cuda:nccl"}),
+    "sphere, layer-wise": (Layout(tp=2, **SHARDED), {"name": "spectral_sphere"}, BF16),
+}
+LOG = (
+    Allowed("megatron_muon/qk_clip/clip.py:scalars", "in iterations that are logged", 0),
+    Allowed("megatron_muon/qk_clip/clip.py:by_layer", "likewise, every --muon-qk-log-layers", 0),
+    Allowed("megatron_muon/plugin/qk_clip.py:scalars", "likewise, for Megatron's writers", 0),
+    Allowed("megatron_muon/plugin/stiefel.py:report", "in iterations that are logged", 0),
+    Allowed("megatron_muon/plugin/stiefel.py:scalars", "likewise, for Megatron's writers", 0),
+    Allowed("megatron_muon/monitor/recorder.py:log", "losses of iterations that are logged", 1),
+)
+MOVES = (Allowed("megatron_muon/plugin/state.py:_move", "between steps, at the end of all copies"),)
+
+ON_ALL_RANKS = ("plain", "pipeline", "layer-wise", "lists", "experts", "experts, layer-wise")
+
+
+def two_steps(case: Case, rank: int) -> list[Any]:
+    """What a rank communicates in two steps, the second with no wait that is not listed."""
+    layout, optimizer, model = case
+    backend = model.get("backend", "nccl")
+    model = {name: value for name, value in model.items() if name != "backend"}
+    with gpus(rank, ranks=4) as world, patch.object(dist, "get_backend", lambda group=None: backend):
+        run = start(layout, optimizer=optimizer, early=True, **model)
+        first = len(world.calls)
+        with world.refusing(FIRST_STEP):
+            step(run)
+        with world.refusing(STEP[1:] if optimizer.get("muon_nonfinite") == "propagate" else STEP):
+            step(run)
+        for leaf in run.optimizer.chained_optimizers:
+            for state in getattr(getattr(leaf, "optimizer", None), "state", {}).values():
+                assert all(value.device == GPU for key, value in state.items() if key != "step")
+        return world.calls[first:]
+
+
+def _step_on_ranks() -> dict[str, str]:
+    def steps(name: str) -> None:
+        for rank in range(4) if name in ON_ALL_RANKS else (1,):
+            two_steps(STEPS[name], rank)
+
+    return outcomes({name: name for name in STEPS}, steps)
+
+
+@pytest.fixture(scope="module")
+def stepped(pool: RankPool) -> dict[str, str]:
+    return pool.run(_step_on_ranks, 1)[0]
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_steps_on_the_device(stepped: dict[str, str], case: str) -> None:
+    assert not stepped[case], stepped[case]
+
+
+def logged_and_moved() -> None:
+    """What is said of a run is read after its steps; state goes to the host and comes back.
+
+    There are no master weights: a fake tensor does not notice that its ``.data`` is on another device.
+    """
+    with gpus(rank=3, ranks=4) as world:
+        model = {"qk_clip": True, "qk_clip_threshold": 0.05, **GQA}
+        options = {"name": "stiefel_muon", **MANIFOLD, "muon_qk_log_layers": 1}
+        run = start(Layout(tp=2), optimizer=options, early=True, **model)
+        forward(run)
+        with world.refusing(FIRST_STEP):
+            step(run)
+        recorder = Recorder(Path(tempfile.mkdtemp()) / "log", 0, {})
+        with world.refusing():
+            recorder.stopwatch.start()
+            recorder.add({"lm loss": torch.zeros((), device=GPU)}, skipped=False)
+            recorder.add({"lm loss": torch.zeros(1, device=GPU)}, skipped=False)
+            recorder.stopwatch.stop()
+            said = recording._stepped.take()
+        assert {source.title for source in said} == {"Gradients", "QK-clip", "Stiefel manifold"}
+        with world.refusing(LOG):
+            lines, record = sources.report(said, 1)
+            recorder.log(1, 1.0, True, **record)
+            sources.scalars(said, 1)
+        assert lines and record["heads_clipped"] == 0
+
+        before = state_bytes(run.optimizer)
+        assert before.on_device and not before.elsewhere
+        with world.refusing(MOVES):
+            assert sleep(run.optimizer) == sum(before.on_device.values())
+        assert not state_bytes(run.optimizer).on_device
+        with world.refusing(STEP), pytest.raises(ConfigError, match="wake"):
+            step(run)
+        with world.refusing(MOVES):
+            wake(run.optimizer)
+        assert state_bytes(run.optimizer) == before
+        with world.refusing():
+            reset(run.optimizer)
+        with world.refusing(FIRST_STEP):
+            step(run)
+
+
+def test_what_is_logged_and_moved(pool: RankPool) -> None:
+    pool.run(logged_and_moved, 1)
+
+
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl", "undefined"])
+def test_an_empty_stage_is_on_the_gpu(backend: str) -> None:
+    """By whatever names the run's backends were asked for: the others' maxima and verdicts come by NCCL."""
+    with World(), patch.object(dist, "get_backend", lambda group=None: backend):
+        assert device_of([torch.nn.Module()]) == GPU
