@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_muon.errors import ConfigError, sizes
+from megatron_muon.orthogonalize.kernels import is_capturing
 
 STEP = "step"
 """Name of the count of updates, in state and in param groups. It is no tensor like a weight, and stays on the host."""
+
+
+class HostReads:
+    """What a step reads from the device on the host: what a CUDA graph of it cannot do.
+
+    Attributes:
+        count: so far, in this process.
+        forbidden: whether a step is being captured.
+    """
+
+    count: ClassVar[int] = 0
+    forbidden: ClassVar[bool] = False
+
+    @classmethod
+    def note(cls, what: str) -> None:
+        """Take note of one.
+
+        Raises:
+            RuntimeError: if a step is being captured.
+        """
+        cls.count += 1
+        if cls.forbidden:
+            raise RuntimeError(f"a captured step reads {what} on the host, which would be the same in every replay")
+
+    @classmethod
+    @contextlib.contextmanager
+    def none(cls) -> Iterator[None]:
+        """Within, nothing may be read."""
+        cls.forbidden = True
+        try:
+            yield
+        finally:
+            cls.forbidden = False
 
 
 class TensorVersions:
@@ -60,3 +95,18 @@ def _elsewhere(optimizer: Any, name: str, tensor: torch.Tensor, wanted: torch.de
         f"{type(optimizer).__name__} is to step on {wanted}, but the {name} of a weight, {sizes(tensor.shape)}, is on "
         f"{tensor.device}: call megatron_muon.wake(optimizer) before the step."
     )
+
+
+def refuse_capture(optimizer: Any) -> None:
+    """Refuse a step that others capture: its numbers would be those of this step for ever.
+
+    Raises:
+        ConfigError: naming the way out.
+    """
+    first = next((param for group in optimizer.param_groups for param in group["params"]), None)
+    if first is not None and is_capturing(first.device):
+        raise ConfigError(
+            f"{type(optimizer).__name__}.step() within a CUDA graph: learning rate, weight decay and count of steps "
+            "would be those of this step in all replays. Call megatron_muon.optimizers.graph.capture(optimizer), and "
+            "optimizer.step() outside of graphs."
+        )

@@ -11,7 +11,7 @@ from megatron_muon.engine.callbacks import Reduce
 from megatron_muon.engine.shards import Shard
 from megatron_muon.engine.slices import Slices, Tensors
 from megatron_muon.optimizers.groups import Options
-from megatron_muon.optimizers.handled import STEP
+from megatron_muon.optimizers.handled import STEP, HostReads
 from megatron_muon.optimizers.param_step import ParamStep, Weights, by_param_group
 
 __all__ = ["Matrices", "Update", "divide_", "is_nonzero", "matrices_of", "row_norms", "signs_"]
@@ -55,7 +55,8 @@ class Update:
 
     @property
     def step(self) -> int:
-        """Number of the step, from 1."""
+        """Number of the step, from 1: with a step that depends on it there is no CUDA graph of the step."""
+        HostReads.note("the number of the step")
         return int(self.weights[0].group[STEP])
 
     @property

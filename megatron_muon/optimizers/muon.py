@@ -18,12 +18,12 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, check_names, check_numbers, is_number
-from megatron_muon.optimizers.handled import STEP, TensorVersions
+from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_capture
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
 from megatron_muon.optimizers.registry import variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, cut_second_moment
 from megatron_muon.optimizers.stages import Variant, init_rows
-from megatron_muon.optimizers.step import Step
+from megatron_muon.optimizers.step import Graph, Step
 from megatron_muon.options import MuonOptions, UpdateKnobs
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM
@@ -35,7 +35,7 @@ from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
 _ATTRIBUTES = "attributes of weights"
 """Key in the state of a copy (:meth:`Muon.__getstate__`): what the weights carry, such as their layout."""
 
-_OF_ONE = ("step", "finals", "is_complete", "starts", "versions")
+_OF_ONE = ("step", "finals", "graph", "is_complete", "starts", "versions")
 """Attributes that are not copied: copies have new ones, and schedulers of torch set ``step``."""
 
 
@@ -64,6 +64,8 @@ class Muon(torch.optim.Optimizer):
         engines: plan and carry out its steps, see :class:`megatron_muon.optimizers.engines.Engines`.
         finals: called one after another, in each step once for each parameter, with those that are as the step leaves
             them: when their last matrix is written, or at the end of the step.
+        graph: its step as a CUDA graph, see :func:`megatron_muon.optimizers.graph.capture`; None: each step is taken
+            anew.
         is_complete: whether others rely on its weights being all that it will have.
 
     Args:
@@ -126,6 +128,7 @@ class Muon(torch.optim.Optimizer):
     def _start(self) -> None:
         """Create what belongs to this object alone, and is not copied."""
         self.finals: list[Callable[[list[torch.Tensor]], None]] = []
+        self.graph: Graph | None = None
         self.is_complete = False
         self.versions = TensorVersions()
 
@@ -287,7 +290,11 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with matmul_precision(self.config.fp32_matmul_prec):
-            Step(self).run()
+            if self.graph is None:
+                refuse_capture(self)
+                Step(self).run()
+            else:
+                self.graph.step()
         return loss
 
     @property

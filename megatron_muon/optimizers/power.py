@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_muon.optimizers.handled import STEP, HostReads
 from megatron_muon.optimizers.matrices import Matrices, Update, divide_, is_nonzero
 from megatron_muon.routing.blocks import BlockRange
 
@@ -62,6 +63,7 @@ class WarmStarts:
         are_missing = torch.cat([(size == 0) & (norm > 0) for size, norm in pairs]).split(counts)
         are_known = torch.cat([(size > 0) | (norm > 0) for size, norm in pairs]).split(counts)
         found_out = [torch.stack([each.any() for each in are_missing]), torch.stack([each.all() for each in are_known])]
+        HostReads.note("which matrices have singular vectors")
         # Waits for the device, once for each matrix until it is forgotten, and a few times for one of zeros.
         missing, known = torch.stack(found_out).tolist()
         for (found, piece), is_known in zip(looks, known, strict=True):
@@ -117,12 +119,17 @@ def spectrally_normalize(matrices: Matrices, tensors: Sequence[torch.Tensor], st
     Source:
         arXiv 2512.05620, appendix F.
     """
-    is_early = any(update.step <= _EARLY_STEPS for update in matrices.updates)
-    iterations = starts.iterations(matrices, tensors, UPDATE_LEFT, _EARLY_ITERATIONS if is_early else 1)
+    early = any(is_early(update.weights[0].group[STEP]) for update in matrices.updates)
+    iterations = starts.iterations(matrices, tensors, UPDATE_LEFT, _EARLY_ITERATIONS if early else 1)
     left, _, sizes = top_singular(matrices, tensors, UPDATE_LEFT, iterations)
     for update, a, u, size, norm in zip(matrices.updates, tensors, left, sizes, matrices.norms(tensors), strict=True):
         store_vector(update, UPDATE_LEFT, u, size)
         divide_(a, torch.maximum(size, norm / min(update.rows, update.columns) ** 0.5))
+
+
+def is_early(step: int) -> bool:
+    """Whether updates still change fast in a step of this number, from 1: more power iterations find their norms."""
+    return step <= _EARLY_STEPS
 
 
 def store_vector(update: Update, name: str, left: torch.Tensor, size: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ resharded as the weight is: with zeros in all other rows, which nobody reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,27 +82,76 @@ def restart_emptied(touched: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
             torch._foreach_zero_(layout.rows_by_rule(state["momentum_buffer"], SCALAR))
 
 
-def step_scalar_rows(weights: list[ParamStep]) -> None:
+@dataclass(frozen=True)
+class RowRates:
+    """What the scalar optimizer multiplies rows by in one step: those of one param group.
+
+    Learning rate and weight decay are the group's own times ``scalar_lr_mult`` and ``scalar_wd_mult``, so that they
+    follow its schedule.
+
+    Attributes:
+        lr: learning rate.
+        kept: what is left of rows when they decay; None if they do not.
+        mixed: which of the group's weights in the step have such rows.
+        counts: how many updates each of them had, with this one, since its second moment began. Empty for Lion.
+        firsts: for each of them the bias correction of the first moment.
+        roots: the root of that of the second.
+    """
+
+    lr: Rate
+    kept: Rate | None
+    mixed: tuple[int, ...]
+    counts: tuple[int, ...] = ()
+    firsts: tuple[Rate, ...] = ()
+    roots: tuple[Rate, ...] = ()
+
+
+def row_rates(
+    group: dict[str, Any], lr: Rate, params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]]
+) -> RowRates | None:
+    """The rates of the step that comes; None if no weight has such rows.
+
+    Args:
+        group: Muon's param group.
+        lr: its learning rate.
+        params: weights of the group that are in the step.
+        states: their state.
+    """
+    mixed = tuple(index for index, param in enumerate(params) if layout_of(param).has_scalar_rows)
+    if not mixed:
+        return None
+    lr = lr * group["scalar_lr_mult"]
+    decay = group["weight_decay"] * group["scalar_wd_mult"]
+    kept = 1.0 - lr * decay if decay else None
+    if group["scalar_optimizer"] != "adam":
+        return RowRates(lr, kept, mixed)
+    counts = tuple(states[index].get(STEP, 0) + 1 for index in mixed)
+    beta1, beta2 = group["scalar_betas"]
+    roots = tuple((1.0 - beta2**count) ** 0.5 for count in counts)
+    return RowRates(lr, kept, mixed, counts, tuple(1.0 - beta1**count for count in counts), roots)
+
+
+def step_scalar_rows(weights: list[ParamStep], rates: RowRates) -> None:
     """One step of the scalar optimizer on the rows that layouts give to it.
 
     Args:
         weights: of one param group; those without such rows are left alone.
+        rates: of this step.
     """
-    mixed = [weight for weight in weights if weight.layout.has_scalar_rows]
-    if not mixed:
-        return
+    mixed = [weights[index] for index in rates.mixed]
     group, layouts = mixed[0].group, [weight.layout for weight in mixed]
     tensors = [[weight.param for weight in mixed], [weight.buffer for weight in mixed]]
     rows = [rows_of(some, layouts, SCALAR) for some in tensors]
-    steps: list[int] = []
+    corrections: list[tuple[Rate, Rate]] = []
     if group["scalar_optimizer"] == "adam":
         pairs = [(weight.state, weight.layout.rows_by_rule(weight.param, SCALAR)) for weight in mixed]
         rows.append([part for state, its_rows in pairs for part in _parts(state[SECOND_MOMENT], its_rows)])
-        steps = [state[STEP] for state, its_rows in pairs for _ in its_rows]
+        each = zip(pairs, rates.firsts, rates.roots, strict=True)
+        corrections = [(first, root) for (_, its_rows), first, root in each for _ in its_rows]
     # In float32 at least: what has 16 bits is rounded once, when all is done.
     wide = [_wide(views) for views in rows]
     grads = _wide(rows_of([weight.raw_grad for weight in mixed], layouts, SCALAR))
-    _update_rows(group, mixed[0].options.lr, steps, grads, *wide)
+    _update_rows(group, rates, corrections, grads, *wide)
     for views, results in zip(rows, wide, strict=True):
         for view, result in zip(views, results, strict=True):
             if view is not result:
@@ -114,8 +164,8 @@ def _wide(views: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def _update_rows(
     group: dict[str, Any],
-    lr: Rate,
-    steps: list[int],
+    rates: RowRates,
+    corrections: list[tuple[Rate, Rate]],
     grads: list[torch.Tensor],
     params: list[torch.Tensor],
     first_moments: list[torch.Tensor],
@@ -124,11 +174,9 @@ def _update_rows(
     """One step of the scalar optimizer on views of rows, in place.
 
     Args:
-        group: Muon's param group. Learning rate and weight decay are its own times ``scalar_lr_mult`` and
-            ``scalar_wd_mult``, so that they follow its schedule; ``scalar_betas`` and ``scalar_eps`` are the scalar
-            optimizer's.
-        lr: learning rate of the group.
-        steps: how many updates each had, with this one, since its second moment began. Empty for Lion.
+        group: Muon's param group; ``scalar_betas`` and ``scalar_eps`` are the scalar optimizer's.
+        rates: of this step.
+        corrections: of the bias of each row's moments, see :class:`RowRates`. Empty for Lion.
         grads: of the rows.
         params: rows of the weights, float32 or wider; updated, as are their moments.
         first_moments: of the rows.
@@ -137,11 +185,9 @@ def _update_rows(
     Source:
         AdamW: Loshchilov and Hutter, arXiv 1711.05101; Lion: Chen et al., arXiv 2302.06675.
     """
-    lr = lr * group["scalar_lr_mult"]
-    decay = group["weight_decay"] * group["scalar_wd_mult"]
-    beta1, beta2 = group["scalar_betas"]
-    if decay:
-        torch._foreach_mul_(params, 1.0 - lr * decay)
+    lr, (beta1, beta2) = rates.lr, group["scalar_betas"]
+    if rates.kept is not None:
+        torch._foreach_mul_(params, rates.kept)
     if group["scalar_optimizer"] == "lion":
         signs = torch._foreach_lerp(first_moments, grads, 1.0 - beta1)
         torch._foreach_sign_(signs)
@@ -152,9 +198,11 @@ def _update_rows(
     torch._foreach_mul_(second_moments, beta2)
     torch._foreach_addcmul_(second_moments, grads, grads, value=1.0 - beta2)
     roots = torch._foreach_sqrt(second_moments)
-    torch._foreach_div_(roots, [(1.0 - beta2**step) ** 0.5 for step in steps])
+    firsts, bias_roots = [
+        list[Any](each) for each in zip(*corrections, strict=True)
+    ]  # numbers, or scalars on the device
+    torch._foreach_div_(roots, bias_roots)
     torch._foreach_add_(roots, group["scalar_eps"])
-    firsts = [1.0 - beta1**step for step in steps]
     if isinstance(lr, torch.Tensor):
         updates = torch._foreach_div(first_moments, roots)
         torch._foreach_div_(updates, firsts)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.handled import HostReads
 from megatron_muon.optimizers.matrices import Matrices, divide_
 from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.routing.blocks import BlockRange
@@ -53,6 +54,7 @@ class ZeroWeightCheck:
         if keys <= self._seen:
             return
         self._seen |= keys
+        HostReads.note("which weights are zero")
         # Waits for the device, once for each matrix in a process.
         zeros = torch.stack([(radius == 0).any() for radius in radii]).tolist()
         for update, is_zero in zip(matrices.updates, zeros, strict=True):

@@ -113,6 +113,15 @@ class Variant:
         """Options that checkpoints record, so that changes can be detected."""
         return {}
 
+    @property
+    def obstacle(self) -> str:
+        """Why there is no CUDA graph of its step; empty if nothing is known."""
+        return ""
+
+    def is_settled(self) -> bool:
+        """Whether the next step does what the last one did, as far as the variant decides it on the host."""
+        return True
+
     def check(self, config: MuonConfig) -> None:
         """Refuse options of the optimizer, or of one of its param groups, that do not go with it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,18 +18,28 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.agreement import agree
 from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.engines import Engines
-from megatron_muon.optimizers.groups import options_of
+from megatron_muon.optimizers.groups import Options, options_of
 from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_elsewhere
 from megatron_muon.optimizers.matrices import Matrices, matrices_of
 from megatron_muon.optimizers.param_step import ParamStep, add, damp, pack, update_momentum
 from megatron_muon.optimizers.power import WarmStarts, spectrally_normalize
 from megatron_muon.optimizers.precision import own_dtype
-from megatron_muon.optimizers.scalar_rows import restart_emptied, step_scalar_rows
+from megatron_muon.optimizers.scalar_rows import RowRates, restart_emptied, row_rates, step_scalar_rows
 from megatron_muon.optimizers.sizes import normalize
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM, scale_factor
 from megatron_muon.routing.layout import MSIGN
+
+
+class Graph(Protocol):
+    """An optimizer's step as a CUDA graph, see :class:`megatron_muon.optimizers.graph.StepGraph`."""
+
+    def step(self) -> None:
+        """Take a step, by the graph where that does what is to be done."""
+
+    def on_device(self, rates: Sequence[GroupRates]) -> list[GroupRates]:
+        """The same numbers, as scalars on the device where they change from step to step."""
 
 
 class SteppingOptimizer(Protocol):
@@ -41,6 +52,7 @@ class SteppingOptimizer(Protocol):
     versions: TensorVersions
     finals: list[Callable[[list[torch.Tensor]], None]]
     first_lrs: list[Rate]
+    graph: Graph | None
     watched: tuple[str, ...]
     directions: tuple[str, ...]
     hidden_size: int
@@ -54,35 +66,75 @@ class SteppingOptimizer(Protocol):
     def _init_group(self, group: dict[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
+class GroupRates:
+    """The numbers of one param group in one step.
+
+    Attributes:
+        group: the param group.
+        params: those of its weights that are in the step.
+        options: its options.
+        rows: what the scalar optimizer multiplies rows by; None if there are none.
+    """
+
+    group: dict[str, Any]
+    params: list[torch.Tensor]
+    options: Options
+    rows: RowRates | None
+
+
+def rates_of(optimizer: SteppingOptimizer) -> list[GroupRates]:
+    """The numbers of the step that comes, of each param group that has weights in it.
+
+    Raises:
+        ConfigError: from :func:`megatron_muon.optimizers.groups.options_of`.
+    """
+    found = []
+    for group, first_lr in zip(optimizer.param_groups, optimizer.first_lrs, strict=True):
+        if params := [param for param in group["params"] if param.grad is not None]:
+            options = options_of(group, optimizer.config, optimizer.variant.decays, first_lr)
+            states = [optimizer.state[param] for param in params]
+            found.append(GroupRates(group, params, options, row_rates(group, options.lr, params, states)))
+    return found
+
+
 class Step:
     """One step, from gradients to weights.
 
     Attributes:
         params: all parameters of the optimizer, in the order of its groups.
+        finals: who is told of weights that are as the step leaves them.
     """
 
     def __init__(self, optimizer: SteppingOptimizer) -> None:
         self.optimizer = optimizer
+        self.finals = optimizer.finals
         self.params = [param for group in optimizer.param_groups for param in group["params"]]
-        self._groups: list[list[ParamStep]] = []
-        self._watched: list[ParamStep] = []  # with more state than momentum
+        self._rates: list[GroupRates] = []
+        self._watched: list[dict[str, Any]] = []  # state of weights that have more than momentum
         self._pending = dict.fromkeys(self.params)
         self._deferred: list[torch.Tensor] | None = None
 
     def run(self) -> None:
         """Take the step; raises what :meth:`megatron_muon.Muon.step` raises."""
+        self.look()
+        self.change()
+
+    def look(self) -> None:
+        """What comes before anything changes, and is the host's: comparisons, plans, numbers, missing state."""
         optimizer = self.optimizer
         agree(optimizer.engines, optimizer.param_groups, optimizer.directions, lambda: refuse_elsewhere(optimizer))
         having = [param for param in self.params if param.grad is not None]
         self._engines = optimizer.engines.in_step(self.params, having, optimizer.directions)
-        for group, first_lr in zip(optimizer.param_groups, optimizer.first_lrs, strict=True):
-            params = [param for param in group["params"] if param.grad is not None]
-            if params:
-                options = options_of(group, optimizer.config, optimizer.variant.decays, first_lr)
-                optimizer._init_group(group)
-                weights = [ParamStep.of(group, options, param, optimizer.state[param]) for param in params]
-                self._notice(weights)
-                self._groups.append(weights)
+        for group in optimizer.param_groups:
+            optimizer._init_group(group)
+        self._notice(having)
+        self._rates = rates_of(optimizer)
+        if optimizer.graph is not None:
+            self._rates = optimizer.graph.on_device(self._rates)
+
+    def change(self) -> None:
+        """The part of a step that changes weights and state."""
         try:
             self._change()
         except Exception as error:
@@ -93,26 +145,30 @@ class Step:
             raise
 
     def _change(self) -> None:
-        """The part of a step that changes weights and state."""
-        self.optimizer.variant.begin_step()
+        optimizer = self.optimizer
+        optimizer.variant.begin_step()
         alike: dict[tuple[str, torch.dtype], list[ParamStep]] = defaultdict(list)
-        for weights in self._groups:
-            weights[0].group[STEP] += 1
+        for rates in self._rates:
+            weights = [
+                ParamStep.of(rates.group, rates.options, param, optimizer.state[param]) for param in rates.params
+            ]
+            rates.group[STEP] += 1
             for weight in weights:
                 if STEP in weight.state:
                     weight.state[STEP] += 1
                 alike[weight.layout.direction, own_dtype(weight.param.dtype)].append(weight)
-            step_scalar_rows(weights)
-        self._deferred = [] if self.optimizer.sends else None
+            if rates.rows is not None:
+                step_scalar_rows(weights, rates.rows)
+        self._deferred = [] if optimizer.sends else None
         self.report_final([param for param in self._pending if param.grad is None])
         # All matrices of one direction together, in the same order on all ranks.
         for (direction, dtype), engine in self._engines.items():
             work = EngineStep(self, engine, direction, alike[direction, dtype])
-            self.optimizer.variant.update(work)
+            optimizer.variant.update(work)
             work.update_momentum()  # of a variant that has not looked at it
         self.report_deferred()
         self.report_final(list(self._pending))
-        self.optimizer.versions.record(tensor for weight in self._watched for tensor in self._watched_in(weight.state))
+        optimizer.versions.record(self.watched)
 
     def report_final(self, params: list[torch.Tensor]) -> None:
         """Report that weights are as the step leaves them; deferred while other ranks wait for messages."""
@@ -121,7 +177,7 @@ class Step:
             return
         for param in params:
             del self._pending[param]
-        for final in self.optimizer.finals if params else ():
+        for final in self.finals if params else ():
             final(params)
 
     def report_deferred(self) -> None:
@@ -129,17 +185,23 @@ class Step:
         deferred, self._deferred = self._deferred or [], None
         self.report_final(deferred)
 
+    @property
+    def watched(self) -> list[torch.Tensor]:
+        """State of the weights in the step that nobody else should write to unnoticed."""
+        return [tensor for state in self._watched for tensor in self._watched_in(state)]
+
     def _watched_in(self, state: dict[str, Any]) -> list[torch.Tensor]:
         return [state[name] for name in self.optimizer.watched if name in state]
 
-    def _notice(self, weights: list[ParamStep]) -> None:
+    def _notice(self, params: Sequence[torch.Tensor]) -> None:
         """Find out what somebody else has made of the state since the last step."""
-        versions, watched = self.optimizer.versions, [weight for weight in weights if len(weight.state) > 1]
-        touched = [weight for weight in watched if versions.have_changed(self._watched_in(weight.state))]
-        for weight in touched:
-            self.optimizer.starts.forget(weight.param)
-        restart_emptied([(weight.param, weight.state) for weight in touched if STEP in weight.state])
-        self._watched += watched
+        versions, states = self.optimizer.versions, [(param, self.optimizer.state[param]) for param in params]
+        watched = [(param, state) for param, state in states if len(state) > 1]
+        touched = [(param, state) for param, state in watched if versions.have_changed(self._watched_in(state))]
+        for param, _ in touched:
+            self.optimizer.starts.forget(param)
+        restart_emptied([(param, state) for param, state in touched if STEP in state])
+        self._watched = [state for _, state in watched]
 
 
 class EngineStep:

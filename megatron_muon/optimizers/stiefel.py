@@ -89,6 +89,15 @@ class StiefelMuon(Variant):
         """Check again whether weights are on the manifold."""
         self._projected = {}
 
+    @property
+    def obstacle(self) -> str:
+        """See :class:`Variant`."""
+        return "the fixed_point solver computes eigenvalues, for which the host waits" * (self.solver == "fixed_point")
+
+    def is_settled(self) -> bool:
+        """Whether all weights are on the manifold, as the last step left them."""
+        return all(_as_it_is(param) == known for param, known in self._projected.items())
+
     def begin_step(self) -> None:
         """Reset :attr:`tangency`, which is that of one step."""
         self.tangency = None

@@ -32,6 +32,7 @@ from megatron_muon.plugin import (
     qk_clip,
     recording,
     registry,
+    step_graph,
     transfer,
     wrapping,
 )
@@ -49,6 +50,7 @@ def _all_patches() -> list[Patch]:
         registry,
         transfer,
         factory,
+        step_graph,
         layer_wise,
         expert_scalars,
         wrapping,

@@ -32,6 +32,7 @@ from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_our
 from megatron_muon.plugin.optimizer_state import leaves, param_states
 from megatron_muon.plugin.ownership import annotate_for_buffers, check_copies, is_in_layer_wise_buffer
 from megatron_muon.plugin.state import guard
+from megatron_muon.plugin.step_graph import adam_uncaptured, capture_steps
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
 from megatron_muon.plugin.transfer import group_overrides, scalar_numbers, transfer_of
 from megatron_muon.plugin.variants import blockwise, check_adapters, describe
@@ -76,7 +77,7 @@ def _with_checks_and_report(
         # A copy: Megatron adds its own entries to the caller's dictionary.
         others = {_asking_our_predicates(key): value for key, value in (config_overrides or {}).items()}
         overrides = {**others, **group_overrides(config, muon, model_chunks, others)}
-        with _aligning_among(ranks), set_apart() if by_layout else contextlib.nullcontext():
+        with _aligning_among(ranks), adam_uncaptured(config), set_apart() if by_layout else contextlib.nullcontext():
             optimizer = original(config, model_chunks, overrides, groups)
         numbers = scalar_numbers(config, muon, model_chunks, others)
         for each in _muons(optimizer):
@@ -92,6 +93,8 @@ def _with_checks_and_report(
         if config.optimizer.removeprefix("dist_") == "stiefel_muon":
             watch(optimizer, ranks, device)
         gather_early(optimizer, model_chunks)
+        if config.optimizer_cuda_graph:
+            capture_steps(optimizer, model_chunks, ranks)
         planned = [
             *devices,
             *_data_parallel(optimizer, groups),

@@ -39,6 +39,7 @@ class _Found:
     threshold: float
     alpha: float
     context: int
+    graphs: str
 
 
 def build_clip(
@@ -210,6 +211,7 @@ def _describe(layer: Attention) -> _Found:
         float(config.qk_clip_threshold),
         config.qk_clip_alpha,
         config.context_parallel_size,
+        getattr(config, "cuda_graph_impl", "none"),
     )
 
 
@@ -235,6 +237,7 @@ def _settings(found: Sequence[_Found], config: Any, muon: MuonConfig) -> ClipSet
         "qk_clip_threshold": found[0].threshold,
         "qk_clip_alpha": found[0].alpha,
         "context_parallel_size": found[0].context,
+        "cuda_graph_impl": found[0].graphs,
     }
     refuse(QK_CLIP, layers, config)
     return ClipSettings(

@@ -74,6 +74,7 @@ _REFUSED: tuple[tuple[Condition, str, str], ...] = (
     *((given(f"fp{bits}"), f"FP{bits} needs TransformerEngine and a GPU", "use --bf16 or fp32") for bits in (8, 4)),
     (given("enable_cuda_graph"), "CUDA graphs need a GPU", _LEAVE_OUT),
     (given("external_cuda_graph"), "CUDA graphs need a GPU", _LEAVE_OUT),
+    (given("optimizer_cuda_graph"), "CUDA graphs need a GPU", _LEAVE_OUT),
     (
         that("cuda_graph_impl", lambda value: value not in (None, "none"), "other than `none`"),
         "CUDA graphs need a GPU",

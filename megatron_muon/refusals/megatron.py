@@ -46,7 +46,6 @@ MEGATRON: tuple[Refusal, ...] = (
             ("fp8_param_gather", "Muon updates bfloat16 or float32 weights", "leave it off"),
             ("use_precision_aware_optimizer", "it exists for Adam only", "leave it off"),
             ("optimizer_cpu_offload", "Muon's state cannot be offloaded", "leave it off"),
-            ("optimizer_cuda_graph", "the step of Muon is not captured", "leave it off"),
         )
     ),
     Refusal(
@@ -65,6 +64,11 @@ MEGATRON: tuple[Refusal, ...] = (
             "add --enable-msc, with multi-storage-client installed",
         )
         for name in ("save", "load", "pretrained_checkpoint")
+    ),
+    Refusal(
+        (given("optimizer_cuda_graph"), one_of("muon_stiefel_solver", "fixed_point"), optimizer("stiefel_muon")),
+        "the solver computes eigenvalues, for which the host waits",
+        "use another solver, or leave --optimizer-cuda-graph off",
     ),
     Refusal(
         (given("freeze_all_layers"), _OURS),

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from megatron_muon.refusals.rule import Condition, Refusal, given, missing, one_of, other_than, quietly, that
+from megatron_muon.choices import OPTIMIZERS
+from megatron_muon.refusals.rule import (
+    Condition,
+    Refusal,
+    given,
+    missing,
+    one_of,
+    other_optimizer,
+    other_than,
+    quietly,
+    that,
+)
 
 _CLIP = given("qk_clip")
 
@@ -31,8 +42,20 @@ QK_CLIP: tuple[Refusal, ...] = (
         for name, because in (
             ("use_precision_aware_optimizer", "its master weights are out of reach"),
             ("optimizer_cpu_offload", "its master weights are out of reach"),
-            ("optimizer_cuda_graph", "the captured step would not clip"),
         )
+    ),
+    Refusal(
+        (given("optimizer_cuda_graph"), _CLIP, other_optimizer(*OPTIMIZERS)),
+        "Megatron-Core captures the whole step, which would not clip",
+        "leave one of the two off (with --optimizer muon both work)",
+    ),
+    Refusal(
+        (
+            that("cuda_graph_impl", lambda value: value not in (None, "none"), "other than `none`"),
+            that("muon_qk_logits_interval", lambda steps: steps > 1, "above 1"),
+        ),
+        "a captured forward pass measures in each step, or in none",
+        "use --muon-qk-logits-interval 1",
     ),
 )
 

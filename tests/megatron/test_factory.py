@@ -134,7 +134,11 @@ def refusal(layout: Layout, options: dict[str, Any]) -> str:
             {"use_distributed_optimizer": True},
             "OptimizerConfig.use_distributed_optimizer True with --optimizer muon, not layer-wise: ",
         ),
-        (Layout(), {"optimizer_cuda_graph": True}, "--optimizer-cuda-graph with --optimizer muon"),
+        (
+            Layout(),
+            {"optimizer_cuda_graph": True},
+            "(--optimizer-cuda-graph): its weights are on cpu",
+        ),
     ],
 )
 def test_refusals(pool: RankPool, layout: Layout, optimizer: dict[str, Any], message: str) -> None:

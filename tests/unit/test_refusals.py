@@ -43,6 +43,7 @@ ARGUMENTS: dict[str, Any] = {
     "ckpt_format": "torch_dist",
     "freeze_all_layers": False,
     "context_parallel_size": 1,
+    "cuda_graph_impl": "none",
     "ddp_average_in_collective": False,
     "ddp_reduce_scatter_with_fp32_accumulation": False,
     "decoupled_lr": None,
@@ -207,7 +208,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"fp8_param_gather": True}, "--fp8-param-gather with --optimizer muon: Muon updates bfloat16 or float32 weights"),
     ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer with --optimizer muon: it exists for A"),
     ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload with --optimizer muon: Muon's state cannot be offload"),
-    ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph with --optimizer muon: the step of Muon is not captured"),
+    (
+        {"optimizer": "stiefel_muon", "muon_stiefel_solver": "fixed_point", "optimizer_cuda_graph": True},
+        "--optimizer-cuda-graph with --muon-stiefel-solver fixed_point and --optimizer stiefel_muon: the solver",
+    ),
     ({"ckpt_format": "fsdp_dtensor"}, "--ckpt-format fsdp_dtensor with --optimizer muon: .*use torch_dist (or torch)."),
     *(
         (
@@ -264,7 +268,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "--use-precision-aware-optimizer with --qk-clip: its master weights are out of reach; leave one of the two",
     ),
     ({"optimizer": "adam", **CLIP, "optimizer_cpu_offload": True}, "--optimizer-cpu-offload with --qk-clip: its maste"),
-    ({"optimizer": "adam", **CLIP, "optimizer_cuda_graph": True}, "--optimizer-cuda-graph with --qk-clip: the captur"),
+    (
+        {"optimizer": "adam", **CLIP, "optimizer_cuda_graph": True},
+        "--optimizer-cuda-graph with --qk-clip and --optimizer adam: Megatron-Core captures the whole step",
+    ),
+    (
+        {**CLIP, "cuda_graph_impl": "local", "muon_qk_logits_interval": 4},
+        "--cuda-graph-impl local with --muon-qk-logits-interval 4: a captured forward pass measures in each step",
+    ),
     # Plans
     ({"use_checkpoint_args": True}, "--use-checkpoint-args in a plan: it reads no checkpoint; give the flags"),
 ]

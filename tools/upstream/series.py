@@ -78,7 +78,8 @@ FACTORY = Change(
     """\
 get_emerging_optimizers() is the registry with what plug-ins add to it; the
 factory can be wrapped for checks before the optimizer is built and a report
-after it, and muP's rates are those of the optimizer that there is.
+after it, muP's rates are those of the optimizer that there is, and one that
+reads on the host in its step is not captured whole in a CUDA graph.
 
 See NVIDIA/Megatron-LM#1822 and NVIDIA/Megatron-LM#3174.""",
     needs=(OWNERSHIP,),
@@ -87,6 +88,7 @@ See NVIDIA/Megatron-LM#1822 and NVIDIA/Megatron-LM#3174.""",
         f"{_OPTIMIZER}:_get_megatron_emerging_optimizer",
         f"{_OPTIMIZER}:_get_param_groups",
         f"{_OPTIMIZER}:get_mup_config_overrides",
+        f"{_OPTIMIZER}.optimizer_cuda_graph:OptimizerCudaGraphWrapper.__call__",
     ),
     edits=(
         Edit(

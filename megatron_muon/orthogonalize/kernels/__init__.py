@@ -78,6 +78,11 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device now becomes part of a CUDA graph, and does not run."""
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def bulk_copyable(x: torch.Tensor) -> bool:
     """Whether the copy engine of a GPU (TMA) can read the matrices of a batch.
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_muon.orthogonalize.kernels import is_capturing
 from megatron_muon.orthogonalize.kernels.gate import seconds
 
 Rate = float | torch.Tensor
@@ -95,7 +96,7 @@ def add(
     for factor, pairs in by_factor.items():
         wide, theirs = zip(*pairs, strict=True)
         if kept is not None:
-            torch._foreach_mul_(wide, kept)
+            torch._foreach_mul_(wide, _like(kept, wide))
         if cautious is not None:
             add_(wide, [weight * (weight * update > 0) for weight, update in pairs], -cautious)
         add_(wide, theirs, -lr * factor)
@@ -108,8 +109,13 @@ def add_(weights: _Tensors, updates: _Tensors, rate: Rate) -> None:
         return
     products = [torch.empty_like(weight) for weight in weights]
     torch._foreach_copy_(products, updates)
-    torch._foreach_mul_(products, rate)
+    torch._foreach_mul_(products, _like(rate, weights))
     torch._foreach_add_(weights, products)
+
+
+def _like(rate: Rate, tensors: _Tensors) -> Rate:
+    """A rate as a tensor in the dtype of those that it multiplies: of another, each would be multiplied by itself."""
+    return rate.to(tensors[0].dtype) if isinstance(rate, torch.Tensor) else rate
 
 
 def _add_and_round(
@@ -212,8 +218,8 @@ def _samples(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[
 
 def _is_taken(name: str, *tensors: _Tensors) -> bool:
     """Whether a pass over some tensors is the kernel's."""
-    if not _taken or not tensors[0]:
-        return False
+    if not _taken or not tensors[0] or is_capturing(tensors[0][0].device):
+        return False  # the kernel's tables are copied from the host, where a replay would find something else
     dtypes = tuple(some[0].dtype for some in tensors)
     is_uniform = all(tensor.dtype == dtype for some, dtype in zip(tensors, dtypes, strict=True) for tensor in some)
     return is_uniform and (tensors[0][0].device, name, dtypes) in _taken
