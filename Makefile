@@ -2,6 +2,7 @@
 # make train-hybrid   the same with a GatedDeltaNet hybrid
 # make test    set up, then run lint, type check and the whole test suite
 # make results   do the experiments of docs/results again, small trainings on the CPU (an hour or more)
+# make gpu-check   all that only a GPU can tell: checks and measurements on one, in nine minutes
 # make te      build TransformerEngine too (with a CUDA compiler, no GPU), for make test-te
 # make test-clients   the frameworks (Megatron-Bridge, ms-swift, verl), in an environment of their own, with make te
 # make help    all targets
@@ -17,11 +18,11 @@ STAMP := $(VENV)/.ready
 JOBS ?= 2
 export PYTHON TORCH
 
-.PHONY: help setup train train-hybrid test test-slow test-te te clients test-clients lint bench results clean
+.PHONY: help setup train train-hybrid test test-slow test-te te clients test-clients lint bench gpu-check results clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
-	@echo "Targets: setup train train-hybrid test test-slow test-te te clients test-clients lint bench results clean"
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
+	@echo "Targets: setup train train-hybrid test test-slow test-te te clients test-clients lint bench gpu-check results clean"
 
 setup: $(STAMP)
 
@@ -64,6 +65,11 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@$(RUN) -m tools.bench $(ARGS)
+
+# By the virtual environment if there is one, else by the python3 that finds torch: a machine with a GPU may have no way to
+# install anything.
+gpu-check:
+	@if [ -x $(RUN) ]; then $(RUN) -m tools.gpu_check $(ARGS); else $(or $(PYTHON),python3) -m tools.gpu_check $(ARGS); fi
 
 results: $(STAMP)
 	@$(RUN) -m tools.results $(ARGS)
