@@ -8,9 +8,9 @@ norm 1 along the manifold solves
 Its dual is min |G + 2 W L|_* over symmetric L, and Phi = msign(G + 2 W L) where that has full rank (Bernstein,
 https://thinkingmachines.ai/blog/modular-manifolds; Su, https://kexue.fm/archives/11221).
 
-Everything works on whole batches (matrices, m, n), float32 or wider, in fixed numbers of matrix products: nothing waits
-for the device. The matrix sign is the package's Newton-Schulz with coefficients that converge to 1, in the numbers
-given: 16 bits would leave errors of 1e-2, which add up over the steps.
+Everything works on whole batches (matrices, m, n), float32 or wider, in fixed numbers of matrix products: nothing but
+the eigenvectors of :func:`fixed_point` waits for the device. The matrix sign is the package's Newton-Schulz with
+coefficients that converge to 1, in the numbers given: 16 bits would leave errors of 1e-2, which add up over the steps.
 """
 
 from __future__ import annotations

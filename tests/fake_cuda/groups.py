@@ -31,6 +31,7 @@ class Call:
         dtype: of the numbers that are sent, also where their bytes are.
         peer: the other rank, or the root, by its number in the group; -1 if there is none.
         batch: number of the batch of messages that it belongs to; 0: none.
+        name: of the group: two of the same ranks are two all the same.
         where: file and function that asked for it.
     """
 
@@ -42,6 +43,7 @@ class Call:
     dtype: torch.dtype
     peer: int = -1
     batch: int = 0
+    name: str = ""
     where: str = field(default="", compare=False)
 
 
@@ -84,8 +86,9 @@ class RecordedGroup(dist.ProcessGroup):
 
     supports_coalescing = True
 
-    def __init__(self, rank: int, ranks: Sequence[int], backend: str, listener: Listener) -> None:
+    def __init__(self, rank: int, ranks: Sequence[int], name: str, backend: str, listener: Listener) -> None:
         super().__init__(rank, len(ranks))
+        self._name = name
         self._rank, self._ranks, self._backend, self._listener = rank, tuple(ranks), backend, listener
         self._batch: list[int] | None = None
         self._batches = 0
@@ -206,7 +209,7 @@ class RecordedGroup(dist.ProcessGroup):
         taken = (sum(map(_bytes, writes)),) if taken is None else taken
         dtype = next((self._listener.dtype_of(each) for each in (*reads, *writes)), torch.uint8)
         batch = self._batches if self._batch is not None else 0
-        call = Call(kind, self._ranks, self._rank, sent, taken, dtype, peer, batch, self._listener.place())
+        call = Call(kind, self._ranks, self._rank, sent, taken, dtype, peer, batch, self._name, self._listener.place())
         number = self._listener.started(call, reads, writes)
         if self._batch is not None:
             self._batch.append(number)
@@ -231,7 +234,7 @@ def recorded_groups(rank: int, ranks: int, listener: Listener) -> Iterator[None]
     def creator(backend: str) -> Callable[..., RecordedGroup]:
         def create(options: Any, _: Any) -> RecordedGroup:
             its = options.global_ranks_in_group or range(ranks)
-            return RecordedGroup(options.group_rank, its, backend, listener)
+            return RecordedGroup(options.group_rank, its, options.group_id, backend, listener)
 
         return create
 

@@ -40,7 +40,7 @@ _CHECKED_ON_HOST = {"_linalg_eigh", "_linalg_svd", "linalg_svd", "linalg_eig", "
 _READS = {"_local_scalar_dense", "equal", "is_nonzero", "item"}
 _NO_KERNEL = {
     *("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh", "detach", "set_"),
-    *("resize_", "device", "_unsafe_view", "record_stream"),
+    *("resize_", "_unsafe_view", "record_stream"),
 }
 
 
@@ -96,6 +96,7 @@ class Watch(TorchDispatchMode):
         waits: where the host has waited, by ``file.py:function``.
         kernels: how often each operation of the device was carried out that is no view: a ``_foreach`` counts once.
         live: bytes of tensors of the device that were made under the mode and are alive.
+        written: the storages (``untyped_storage()._cdata``) that operations have written to.
         peak: the most that ``live`` was; set it to ``live`` to begin anew.
     """
 
@@ -108,6 +109,7 @@ class Watch(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
         self.live = self.peak = 0
+        self.written: set[int] = set()
         self.seen: Callable[[Any, Any, Any], None] | None = None
         self._known: dict[int, torch.dtype] = {}
         self._pending: dict[int, tuple[Call, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]] = {}
@@ -116,6 +118,8 @@ class Watch(TorchDispatchMode):
     # What torch does.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         kwargs = kwargs or {}
         form, name = _form(func), func.overloadpacket.__name__
         tensors = list(_tensors(args)) + list(_tensors(kwargs.values()))
@@ -136,12 +140,13 @@ class Watch(TorchDispatchMode):
         if name in ("index", "index_put", "index_put_", "_index_put_impl_") and on_device:
             self._check_indices(func, args[1])
         self._check_host_memory(func, name, tensors, on_device, kwargs)
-        if self._held and not form.is_view and name != "device":
+        if self._held and not form.is_view:
             self._check_pending(func, form, args, kwargs, tensors)
         result = func(*args, **kwargs)
         found = [result] if isinstance(result, torch.Tensor) else list(_tensors((result,)))
         if not form.is_view and name not in _NO_KERNEL:
             changed = [args[number] for number in form.mutates if number < len(args)]
+            self.written.update(tensor.untyped_storage()._cdata for tensor in _tensors(changed))
             its = [tensor for tensor in (*found, *_tensors(changed)) if tensor.device.type == self._device]
             if its:
                 self.kernels[name] += 1
@@ -284,7 +289,8 @@ class Watch(TorchDispatchMode):
             name = frame.f_code.co_filename
             if not name.startswith(_IGNORED) and not name.startswith("<"):
                 *_, within = name.split("site-packages/")  # of an environment, wherever it is
-                return f"{within.removeprefix(f'{_ROOT}/')}:{frame.f_code.co_name}"
+                function = frame.f_code.co_qualname.partition(".<locals>")[0].rpartition(".")[2]
+                return f"{within.removeprefix(f'{_ROOT}/')}:{function}"
             frame = frame.f_back  # type: ignore[assignment]
         return "?"
 

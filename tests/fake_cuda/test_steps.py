@@ -1,0 +1,125 @@
+"""No step of any mode, type of numbers, rule or variant waits for the device, mixes devices, or sends what it must not.
+
+Each case takes two steps. The first has documented waits, of :data:`tests.fake_cuda.world.FIRST_STEP`; the second has
+none. This covers what a step does on CUDA, and not what it computes: numbers are compared on CPUs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_muon import Muon
+from megatron_muon.choices import TP_MODES
+from megatron_muon.engine.step import StepEngine
+from megatron_muon.routing.layout import MSIGN
+from tests.fake_cuda.cases import ELEMENTWISE, EVERYTHING, FEW, MEASURED, NUMBERS, SOLVED, Shards, weights
+from tests.fake_cuda.world import FIRST_STEP, Allowed, World
+from tests.pairwise import pairwise
+
+FITTING = tuple(each for each in EVERYTHING if each[0] != (20, 12))
+"""Those that ``blockwise`` takes: no shard cuts periods."""
+
+RATE = Allowed("megatron_muon/optimizers/groups.py:check_numbers", "a rate is checked when it is given: it is 0.1", 1)
+EIGH = Allowed("megatron_muon/optimizers/stiefel_solvers.py:fixed_point", "torch.linalg.eigh looks for its failure")
+
+
+def two_steps(
+    shards: Shards = EVERYTHING,
+    direction: str = MSIGN,
+    dtype: torch.dtype = torch.float32,
+    always: tuple[Allowed, ...] = (),
+    **options: Any,
+) -> World:
+    """Of one of two ranks; checks what has travelled."""
+    with World(1, 2) as world:
+        params = weights(world, shards, direction, dtype=dtype)
+        if "lr" in options:
+            options["lr"] = torch.full((), 0.1, device="cuda")
+            world.watch.allowed[RATE.where] = RATE
+        muon = Muon(params, tp_group=dist.group.WORLD, num_ns_steps=3, **options)
+        with world.refusing([*FIRST_STEP, *always]):
+            muon.step()
+        muon.engines.compared_elsewhere = True  # as Megatron-Core's optimizers are, which compare gradients themselves
+        first = len(world.calls)
+        world.watch.written.clear()
+        with world.refusing(always):
+            muon.step()
+        assert {param.untyped_storage()._cdata for param in params} <= world.watch.written, "not updated"
+        for state in muon.state.values():
+            assert all(value.is_cuda for value in state.values() if isinstance(value, torch.Tensor))
+        check_calls(world, first, [*muon.engines])
+    return world
+
+
+def check_calls(world: World, first: int, engines: list[StepEngine]) -> None:
+    """Ranks send the dtypes that their plans say, and sums in float32 at least; both steps send the same."""
+    planned = {
+        dtype
+        for engine in engines
+        for dtype in (engine.wire.dtype, engine.wire.back, engine.wire.gram, engine.local_dtype)
+    }
+    for call in world.calls[first:]:
+        if call.kind == "all_reduce":
+            assert call.dtype.itemsize >= 4, f"sums of {call.dtype}"
+        else:
+            assert call.dtype in planned, f"{call.kind} of {call.dtype}"
+
+
+@pytest.mark.parametrize(
+    "mode,numbers,chunk_mb,dtype", pairwise(TP_MODES, NUMBERS, (0.0, 1e-6), ("float32", "bfloat16"))
+)
+def test_modes_and_numbers(mode: str, numbers: tuple[str, str], chunk_mb: float, dtype: str) -> None:
+    ns_dtype, wire = numbers
+    if (mode, ns_dtype) == ("gram", "bf16"):
+        ns_dtype = "fp16"  # that is refused: it has not the bits
+    shards = FITTING if mode == "blockwise" else EVERYTHING
+    numbers_of = {"ns_dtype": ns_dtype, "tp_wire_dtype": wire}
+    world = two_steps(shards, tp_mode=mode, chunk_mb=chunk_mb, dtype=getattr(torch, dtype), **numbers_of)
+    assert (len(world.calls) > 1) == (mode != "blockwise")
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_rules(name: str) -> None:
+    two_steps(tp_mode="owner", **ELEMENTWISE[name])
+
+
+MODES_OF_MEASURED = ("owner", "duplicated", "gram", "distributed", "blockwise")
+
+
+@pytest.mark.parametrize(
+    "name,mode",
+    [
+        pytest.param(name, mode, marks=() if number % 3 == place % 3 else pytest.mark.slow)
+        for place, name in enumerate(MEASURED)
+        for number, mode in enumerate(MODES_OF_MEASURED)
+    ],
+)
+def test_measured_rules(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in one mode or two, with parts of matrices: the others are slow."""
+    direction, options = MEASURED[name]
+    shards = tuple(each for each in FEW if mode != "blockwise" or each in FITTING)
+    two_steps(shards, direction, tp_mode=mode, ns_dtype="fp16", **options)
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_manifolds(name: str) -> None:
+    direction, options = SOLVED[name]
+    two_steps(FEW, direction, always=(EIGH,) if name == "fixed_point" else (), **options)
+
+
+def test_the_first_steps_wait_where_they_are_said_to() -> None:
+    """No entry of the list is a dead one."""
+    waits = {where for name in ("hyperball", "spectral_norm") for where in waits_of(name)}
+    assert waits == {each.where for each in FIRST_STEP}
+
+
+def waits_of(name: str) -> list[str]:
+    direction, options = MEASURED[name]
+    from megatron_muon.optimizers import power
+
+    power._first_vector.cache_clear()
+    return list(two_steps(FEW, direction, **options).watch.waits)
