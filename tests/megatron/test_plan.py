@@ -102,6 +102,8 @@ def check_consistency(document: dict[str, Any]) -> None:
         if entry["optimizer"] == "muon":
             each = sum(block["count"] * block["rows"] * block["columns"] for block in entry["blocks"])
             assert each * entry["count"] == entry["parameters"], entry["pattern"]
+            # What the Triton kernels are compiled for in tests/unit/test_triton_compiled.py.
+            assert all(block["rows"] % 16 == block["columns"] % 16 == 0 for block in entry["blocks"])
             assert all(block["scale_factor"] > 0 for block in entry["blocks"] if block["rule"] == "orthogonalize")
         else:
             assert entry["reason"] and not entry["blocks"] and entry["rule"] == "scalar"

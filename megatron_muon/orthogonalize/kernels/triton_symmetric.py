@@ -10,41 +10,25 @@ the CPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from megatron_muon.orthogonalize.kernels import KernelProducts, current
+from megatron_muon.orthogonalize.kernels.triton_tuning import Tile, fastest
 from megatron_muon.orthogonalize.switches import float32_is_exact
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What the kernel multiplies."""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A way to cut the result into tiles.
-
-    Only what leaves the order of every sum over k as it is may differ between these: ranks that hold the same weight
-    tune apart, and must still compute the same bits. The depth of a tile is therefore not tuned (see :func:`_depth`).
-
-    Attributes:
-        size: rows and columns of a tile, a power of two.
-        warps: of each program.
-        stages: of the software pipeline over k.
-    """
-
-    size: int
-    warps: int
-    stages: int
-
-
 TILES = (Tile(64, 4, 4), Tile(128, 8, 3), Tile(128, 8, 4))
-"""What the autotuner chooses from: small tiles fill the GPU when there are few, large ones read less. (With 4 warps the
+"""What is chosen from by time: small tiles fill the GPU when there are few, large ones read less. (With 4 warps the
 large one does not fit into registers.)"""
+
+UNALIGNED = Tile(64, 8, 3)
+"""For operands that cannot be read 16 bytes at a time: each element has an address of its own, and with any of the
+others these do not fit into registers."""
 
 _GROUP = 8
 """Rows of tiles that are walked together, so that programs that run at the same time share their operands in L2."""
@@ -76,7 +60,7 @@ def _tile_of(index, tile_rows, GROUP: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize=["p_bucket", "k_bucket", "batch_bucket"])
+@triton.jit
 def _symmetric_kernel(
     a_ptr,
     b_ptr,
@@ -97,9 +81,6 @@ def _symmetric_kernel(
     c_column,
     out_batch,
     out_row,
-    p_bucket,  # read by the autotuner alone, like the next two
-    k_bucket,
-    batch_bucket,
     HAS_C: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -148,11 +129,6 @@ def _symmetric_kernel(
 INTERPRETED = not isinstance(_symmetric_kernel, triton.JITFunction)
 """Whether Triton's interpreter stands in for a GPU: ``TRITON_INTERPRET=1`` when Triton was first imported."""
 
-_tuned_kernel = triton.autotune(
-    configs=[triton.Config({"SIZE": tile.size}, num_warps=tile.warps, num_stages=tile.stages) for tile in TILES],
-    key=["p_bucket", "k_bucket", "batch_bucket"],
-)(_symmetric_kernel)
-
 
 def symmetric_product(
     a: torch.Tensor,
@@ -171,8 +147,9 @@ def symmetric_product(
         c: (batch, p, p), symmetric, any strides, the dtype of ``a``.
         alpha: factor of the product.
         beta: factor of ``c``; not used without it.
-        tile: how to cut the result; by default what the autotuner finds fastest on this GPU for products of about this
-            size, timed at the first of them. Under the interpreter the first of :data:`TILES`.
+        tile: how to cut the result; by default the fastest of :data:`TILES` on this GPU for products of about this
+            size, see :func:`~megatron_muon.orthogonalize.kernels.triton_tuning.fastest`, or :data:`UNALIGNED`. Under
+            the interpreter the first of :data:`TILES`.
 
     Returns:
         (batch, p, p), contiguous, exactly symmetric, in the dtype of ``a``. float32 is multiplied in TF32 unless
@@ -193,26 +170,11 @@ def symmetric_product(
     out = a.new_empty((batch, p, p))
     if out.numel() == 0:
         return out
-    options: dict[str, Any] = {
-        "HAS_C": c is not None,
-        "PRECISION": _precision(a.dtype),
-        "DEPTH": _depth(a.dtype),
-        "GROUP": _GROUP,
-        "enable_fp_fusion": True,  # Triton's default changes between versions
-    }
-    if tile is None and INTERPRETED:
-        tile = TILES[0]
-    kernel = _tuned_kernel if tile is None else _symmetric_kernel
-    if tile is not None:
-        options |= {"SIZE": tile.size, "num_warps": tile.warps, "num_stages": tile.stages}
-
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        tile_rows = -(-p // int(meta["SIZE"]))
-        return (batch * (tile_rows * (tile_rows + 1) // 2),)
-
     addend = out if c is None else c
-    with current(a.device):
-        kernel[grid](
+
+    def launch(tile: Tile) -> None:
+        tile_rows = -(-p // tile.size)
+        _symmetric_kernel[(batch * (tile_rows * (tile_rows + 1) // 2),)](
             a,
             b,
             addend,
@@ -225,9 +187,25 @@ def symmetric_product(
             *b.stride(),
             *addend.stride(),
             *out.stride()[:2],
-            *map(_bucket, (p, k, min(batch, 64))),
-            **options,
+            HAS_C=c is not None,
+            PRECISION=_precision(a.dtype),
+            DEPTH=_depth(a.dtype),
+            GROUP=_GROUP,
+            SIZE=tile.size,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,  # Triton's default changes between versions
         )
+
+    with current(a.device):
+        if tile is None and INTERPRETED:
+            tile = TILES[0]
+        elif tile is None and not all(map(_is_aligned, (a, b, addend, out))):
+            tile = UNALIGNED
+        elif tile is None:
+            kind = (str(a.dtype), *map(_bucket, (p, k, min(batch, 64))))
+            tile = fastest(_symmetric_kernel, TILES, kind, a.device, launch)
+        launch(tile)
     return out
 
 
@@ -279,6 +257,12 @@ def _depth(dtype: torch.dtype) -> int:
     return 128 // dtype.itemsize
 
 
+def _is_aligned(x: torch.Tensor) -> bool:
+    """Whether Triton knows that the elements of a row or column can be read 16 bytes at a time, masked or not."""
+    numbers = (x.data_ptr(), *x.shape[1:], *(stride for stride in x.stride() if stride != 1))
+    return 1 in x.stride()[1:] and all(number % 16 == 0 for number in numbers)
+
+
 def _bucket(size: int) -> int:
-    """The power of two that is at least ``size``: products in one bucket are tuned once."""
+    """The power of two that is at least ``size``: products in one bucket take the tile of the first."""
     return 1 << (size - 1).bit_length()
