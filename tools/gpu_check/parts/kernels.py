@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +61,7 @@ def items(setting: Setting) -> list[Item]:
         found.append(Item(f"auto {name}", _case(auto, dtype, device)))
     for name, dtype in DTYPES.items():
         found.append(Item(f"tiles {name}", _case(tiles, dtype, device)))
+    found.append(Item("tuning", _case(tuning, torch.bfloat16, device)))
     found += [Item(f"offsets of {which}", _case(offsets, which, device)) for which in OFFSETS]
     found += [Item(f"elementwise {name}", _case(passes, DTYPES[name], device)) for name in ("fp32", "bf16")]
     found.append(Item("elementwise rate", _case(elementwise_rate, device)))
@@ -171,19 +175,56 @@ def auto(dtype: torch.dtype, device: torch.device, found: Report) -> None:
 def tiles(dtype: torch.dtype, device: torch.device, found: Report) -> None:
     """All tiles give the same bits: ranks that hold the same weight tune apart; what they choose must not show."""
     products_of("triton", dtype, device)
-    from megatron_muon.orthogonalize.kernels.triton_symmetric import TILES, symmetric_product
+    from megatron_muon.orthogonalize.kernels.triton_symmetric import TILES, UNALIGNED, symmetric_product
 
-    x = random((2, 700, 900), device, dtype)
-    r = TorchProducts().gram(x)
-    r = r.tril() + r.tril(-1).mT
-    for operands in ((x, x.mT, None), (x.mT.contiguous().mT, x.mT, None), (r, r.mT, r)):
-        results = [symmetric_product(*operands, alpha=0.7, beta=-1.3, tile=tile) for tile in TILES]
-        same = [torch.equal(results[0], result) for result in results[1:]]
-        what = f"{sizes(operands[0].shape)}{', with a summand' if operands[2] is not None else ''}"
-        found.check(f"bits of {len(TILES)} tiles, {what}", all(same), f"equal to the first: {same}")
-        found.check(f"symmetric bits, {what}", torch.equal(results[0], results[0].mT))
-        own = symmetric_product(*operands, alpha=0.7, beta=-1.3)
-        found.check(f"bits of the tile that is chosen, {what}", torch.equal(own, results[0]))
+    all_tiles = (*TILES, UNALIGNED)
+    for shape in ((2, 704, 912), (2, 700, 901)):  # read 16 bytes at a time, and element by element
+        x = random(shape, device, dtype)
+        r = TorchProducts().gram(x)
+        r = r.tril() + r.tril(-1).mT
+        for operands in ((x, x.mT, None), (x.mT.contiguous().mT, x.mT, None), (r, r.mT, r)):
+            results = [symmetric_product(*operands, alpha=0.7, beta=-1.3, tile=tile) for tile in all_tiles]
+            same = [torch.equal(results[0], result) for result in results[1:]]
+            what = f"{sizes(operands[0].shape)}{', with a summand' if operands[2] is not None else ''}"
+            found.check(f"bits of {len(all_tiles)} tiles, {what}", all(same), f"equal to the first: {same}")
+            found.check(f"symmetric bits, {what}", torch.equal(results[0], results[0].mT))
+            own = symmetric_product(*operands, alpha=0.7, beta=-1.3)
+            found.check(f"bits of the tile that is chosen, {what}", torch.equal(own, results[0]))
+
+
+def tuning(dtype: torch.dtype, device: torch.device, found: Report) -> None:
+    """Tiles are tried in bounded time, and found on disk by a process that starts later."""
+    products_of("triton", dtype, device)
+    from megatron_muon.orthogonalize.kernels import triton_tuning
+    from megatron_muon.orthogonalize.kernels.triton_symmetric import symmetric_product
+
+    x = random((1, 2048, 4096), device, dtype)
+    known, before = dict(triton_tuning._known), os.environ.get("TRITON_CACHE_DIR")
+
+    def seconds() -> float:
+        triton_tuning._known.clear()
+        begin = time.perf_counter()
+        symmetric_product(x, x.mT)
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            compiled_s = seconds()  # compiles, too
+            files = list(Path(folder).glob("*/tile.json"))
+            found.check("one file", len(files) == 1, f"{len(files)} files")
+            for file in files:
+                file.unlink()
+            tried_s, read_s = seconds(), seconds()
+        finally:
+            os.environ.pop("TRITON_CACHE_DIR")
+            if before is not None:
+                os.environ["TRITON_CACHE_DIR"] = before
+            triton_tuning._known.update(known)
+    found.row("tuning", dtype=_name(dtype), compiled_s=compiled_s, tried_s=tried_s, read_s=read_s)
+    found.at_most("seconds of trials, once compiled", tried_s, 1.0)
+    found.at_most("seconds where the choice is read", read_s, tried_s / 2)
 
 
 OFFSETS = {"operands": (9, 256, 2**20), "result": (1, 47_000, 64)}
