@@ -15,6 +15,7 @@ from tests.megatron.test_routing import GDN
 from tests.pool import RankPool
 from tests.recorded import recorded
 
+CLIP = {"qk_clip": True, "qk_clip_threshold": 0.5, "init_method_std": 0.2}
 _PLUGIN = "megatron_muon.plugin.step_graph"
 
 
@@ -25,6 +26,7 @@ def trained(layout: Layout, model: dict[str, Any], options: dict[str, Any], warm
     from megatron_muon.optimizers import graph
     from megatron_muon.optimizers.muon import Muon
     from megatron_muon.plugin.optimizer_state import leaves
+    from megatron_muon.plugin.qk_clip import clip_of
 
     replays: list[int] = []
     capture = recorded(replays)
@@ -48,6 +50,8 @@ def trained(layout: Layout, model: dict[str, Any], options: dict[str, Any], warm
             skipped.append(not step_with(run, float("nan"), "linear_fc1.weight", 0))
     del run.optimizer.step
     assert skipped == [True, True]
+    clip = clip_of(run.chunks)
+    assert (clip is not None and bool(clip.heads_clipped)) is ("qk_clip" in model)
     return {"state": state_of(run), "losses": losses, "replays": len(replays), "muons": len(muons)}
 
 
@@ -64,10 +68,10 @@ def both(layout: Layout, model: dict[str, Any], options: dict[str, Any], steps: 
     ("layout", "model", "options"),
     [
         (Layout(tp=2), GDN, {}),
-        (Layout(tp=2), {"bf16": True}, {"muon_tp_mode": "distributed"}),
-        (Layout(layer_wise=True), {"bf16": True}, {}),
+        pytest.param(Layout(tp=2), {"bf16": True}, {"muon_tp_mode": "distributed"}, marks=pytest.mark.slow),
+        (Layout(layer_wise=True), {"bf16": True, **CLIP}, {}),
     ],
-    ids=["TP 2, GatedDeltaNet", "TP 2, bf16", "layer-wise"],
+    ids=["TP 2, GatedDeltaNet", "TP 2, bf16", "layer-wise, QK-clip"],
 )
 def test_training_is_that_without_a_graph(
     pool: RankPool, layout: Layout, model: dict[str, Any], options: dict[str, Any]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from megatron_muon.optimizers.stages import Variant
 from megatron_muon.optimizers.step import Step
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.routing.layout import COLUMN_NORM, SCALAR, SIGN, STIEFEL, MatrixLayout, Section
-from tests.recorded import recorded
+from tests.recorded import Recorder, recorded
 
 ROWS = MatrixLayout("in_proj", (Section("q", 4), Section("b", 1, SCALAR), Section("v", 6), Section("a", 2, SCALAR)))
 WARMUP, STEPS = 2, 8
@@ -204,6 +206,32 @@ def test_others_are_told_of_all_weights_after_the_launch() -> None:
     capture(optimizer, WARMUP, how=recorded(replays))
     train(optimizer, 4)
     assert told[-2:] == [(1, 2), (2, 2)]
+
+
+def test_the_host_writes_numbers_and_nothing_else() -> None:
+    """Of 320 weights, as many as one rank has of ``llama3_70b`` at TP 8: no operation for each, and few calls."""
+    params = parameters([None, ROWS] * 160)
+    optimizer = Muon([{"params": params[:160]}, {"params": params[160:]}])
+    capture(optimizer, WARMUP, how=lambda work: [work(), lambda: None][1])
+    train(optimizer, WARMUP + 1)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    calls = 0
+
+    def notice(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    with Recorder() as recorder:
+        sys.setprofile(notice)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+    # Rates and decay of two groups, of matrices and of rows; two bias corrections of each.
+    names = [func.overloadpacket.__name__ for func, *_ in recorder.calls]
+    assert [name for name in names if not name.startswith("_record_function")] == ["fill_"] * 12
+    assert calls <= 30 * len(params), calls / len(params)
 
 
 class Counting(Variant):
