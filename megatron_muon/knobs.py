@@ -45,7 +45,7 @@ def one_of(*values: str, hints: dict[str, str] | None = None) -> Callable[[Any],
             return None
         near = difflib.get_close_matches(str(value), values, 1)
         meant = f" (did you mean {near[0]}?)" if near else ""
-        return (hints or {}).get(value, f"choose one of {', '.join(values)}{meant}")
+        return (hints or {}).get(str(value), f"choose one of {', '.join(values)}{meant}")
 
     return check
 

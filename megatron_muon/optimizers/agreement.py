@@ -31,7 +31,11 @@ def unequal_gradients(weight: str, having: Sequence[int], lacking: Sequence[int]
 
 
 def agree(
-    engines: Engines, groups: Sequence[dict[str, Any]], directions: Sequence[str], check: Callable[[], None]
+    engines: Engines,
+    groups: Sequence[dict[str, Any]],
+    directions: Sequence[str],
+    check: Callable[[], None],
+    options: Callable[[], Mapping[str, Any]],
 ) -> None:
     """Have the ranks of each group that divides weights compare their plans of a step, before it.
 
@@ -48,9 +52,10 @@ def agree(
         groups: its param groups.
         directions: kinds of updates, in the order of the step.
         check: raises what makes this rank refuse the step; all ranks of its groups refuse it then.
+        options: gives the optimizer's options by their names.
 
     Raises:
-        RuntimeError: on all ranks of a group, if their gradients or plans differ.
+        RuntimeError: on all ranks of a group, if their gradients, options or plans differ.
         ConfigError: on all ranks of a group, if one of them cannot step.
     """
     names = [name for name, group in sorted(engines.groups.items()) if group.size() > 1]
@@ -60,8 +65,10 @@ def agree(
     params = [param for group in groups for param in group["params"]]
     failure: ConfigError | None = None
     sides: dict[str, tuple[list[torch.Tensor], bytes]] = {}
+    said: Mapping[str, Any] = {}
     try:
         check()
+        said = options()
         sides = _sides(engines, params, directions)
     except ConfigError as error:
         failure = error
@@ -71,7 +78,7 @@ def agree(
     differ = []
     for name in meeting:
         group, (shared, plans) = engines.groups[name], sides.get(name, ([], b""))
-        digest = hashlib.sha256(repr((str(failure), _lacking(shared))).encode() + plans).digest()
+        digest = hashlib.sha256(repr((str(failure), said, _lacking(shared))).encode() + plans).digest()
         device = "cpu" if "cpu" in kinds_of_devices(group) else "cuda"
         mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
         every = mine.new_empty(group.size(), mine.numel())
@@ -83,7 +90,7 @@ def agree(
     names_of = dict(zip(params, (name for group in groups for name in group.get("param_names", ())), strict=False))
     # The problems of all groups are found before one is raised: a rank of two groups must not be missed in the second.
     problems = [
-        _problem(name, engines.groups[name], told.get(name, ([], b""))[0], names_of, str(failure or ""))
+        _problem(name, engines.groups[name], told.get(name, ([], b""))[0], names_of, said, str(failure or ""))
         for name, is_wrong in zip(meeting, wrong, strict=True)
         if is_wrong
     ]
@@ -119,18 +126,30 @@ def _lacking(shared: Sequence[torch.Tensor]) -> list[int]:
 
 
 def _problem(
-    name: str, group: dist.ProcessGroup, shared: Sequence[torch.Tensor], names: Mapping[Any, str], failure: str
+    name: str,
+    group: dist.ProcessGroup,
+    shared: Sequence[torch.Tensor],
+    names: Mapping[Any, str],
+    said: Mapping[str, Any],
+    failure: str,
 ) -> Exception:
     """Why the ranks of a group cannot step together; all of them call this, and find the same."""
     gathered: list[Any] = [None] * group.size()
-    dist.all_gather_object(gathered, (failure, len(shared), _lacking(shared)), group=group)
+    dist.all_gather_object(gathered, (failure, len(shared), _lacking(shared), dict(said)), group=group)
     if failures := [f"on rank {rank} of the {name} group: {its[0]}" for rank, its in enumerate(gathered) if its[0]]:
         return ConfigError(failures[0])
     for index, param in enumerate(shared):
         having, without = ([r for r, its in enumerate(gathered) if (index in its[2]) == no] for no in (False, True))
-        if having and without and len({count for _, count, _ in gathered}) == 1:
+        if having and without and len({count for _, count, *_ in gathered}) == 1:
             what = names.get(param, f"a weight of {sizes(param.shape)} on this rank")
             return RuntimeError(f"Muon: {unequal_gradients(what, having, without, f' of the {name} group')}")
+    for option in dict.fromkeys(option for *_, its in gathered for option in its):
+        values: dict[str, list[int]] = {}
+        for rank, (*_, its) in enumerate(gathered):
+            values.setdefault(str(its.get(option)), []).append(rank)
+        if len(values) > 1:
+            found = " and ".join(f"{value} on ranks {ranks}" for value, ranks in values.items())
+            return RuntimeError(f"Muon: {option} is {found} of the {name} group, which divides weights: give all one.")
     return RuntimeError(
         f"Muon: the ranks of the {name} group plan different steps (rank {group.rank()} has {len(shared)} weights to "
         "exchange): their weights, shapes, options, or the kernels that their devices have (--muon-ns-backend) differ. "

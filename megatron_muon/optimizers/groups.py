@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -12,6 +14,8 @@ import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.handled import STEP
+from megatron_muon.options import UpdateKnobs
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 
 OPTIONAL = ("nesterov", "scale_mode", "extra_scale_factor", "weight_decay_method", "ball_radius")
@@ -56,18 +60,37 @@ def check_names(group: Collection[str], defaults: Collection[str], constructor: 
         )
 
 
-def check_numbers(group: Mapping[str, Any]) -> None:
+def check_numbers(group: Mapping[str, Any], *, read: bool = True) -> None:
     """Refuse wrong values of the options that every group has.
+
+    Args:
+        group: the options.
+        read: whether to look at what tensors hold, for which the host waits.
 
     Raises:
         ConfigError: naming option, value and way out.
     """
-    for name in (name for name in _NOT_NEGATIVE if not is_number(group[name]) or not group[name] >= 0.0):
-        raise ConfigError(f"{name} {group[name]}: give a number of at least 0")
-    betas = group["scalar_betas"]
+    for name in _NOT_NEGATIVE:
+        value: Any = group.get(name)
+        unseen = isinstance(value, torch.Tensor) and not read
+        if not is_number(value) or not (unseen or 0.0 <= value < math.inf):
+            raise ConfigError(f"{name} {value}: give a finite number of at least 0")
+    betas: Any = group.get("scalar_betas")
     are_two = isinstance(betas, list | tuple) and len(betas) == 2
     if not are_two or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
         raise ConfigError(f"scalar_betas {betas}: give two numbers from 0 to below 1")
+
+
+def all_options(optimizer: Any) -> dict[str, Any]:
+    """Every option of a :class:`megatron_muon.Muon` by its name, for ranks to compare; tensors are left out, unread."""
+    variant, config = optimizer.variant, optimizer.config
+    found = {field.name: getattr(config, field.name) for field in dataclasses.fields(UpdateKnobs)}
+    found |= {"nesterov": config.nesterov, "hidden_size": optimizer.hidden_size, "variant": variant.name}
+    found |= {name: getattr(variant, name) for name in variant.flags}
+    for number, group in enumerate(optimizer.param_groups):
+        own = {name: value for name, value in group.items() if name not in _OF_OTHERS and name != STEP}
+        found |= {f"{name} of param group {number}": own[name] for name in own if not torch.is_tensor(own[name])}
+    return found
 
 
 def is_number(value: Any) -> bool:

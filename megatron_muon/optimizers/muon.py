@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import weakref
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -18,7 +19,7 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, check_names, check_numbers, is_number
-from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_capture
+from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_capture, refuse_elsewhere
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
 from megatron_muon.optimizers.registry import variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, cut_second_moment
@@ -30,6 +31,7 @@ from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.refusals import MUON, refuse
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
+from megatron_muon.routing.blocks import no_numbers_of_its_own
 from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
 
 _ATTRIBUTES = "attributes of weights"
@@ -37,6 +39,10 @@ _ATTRIBUTES = "attributes of weights"
 
 _OF_ONE = ("step", "finals", "graph", "is_complete", "starts", "versions")
 """Attributes that are not copied: copies have new ones, and schedulers of torch set ``step``."""
+
+
+_SERVED: weakref.WeakValueDictionary[int, Muon] = weakref.WeakValueDictionary()
+"""The optimizer of each variant, by the variant's identity."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -103,6 +109,12 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         options = _with(MuonOptions() if options is None else options, overrides)
         self.variant = variant_of(variant)
+        served = _SERVED.get(id(self.variant))
+        if served is not None and served.variant is self.variant:
+            raise ConfigError(
+                f"a {type(self.variant).__name__} that is another optimizer's, too: it keeps what it knows of weights. "
+                "Make one for each optimizer."
+            )
         knobs = {field.name: getattr(options, field.name) for field in fields(UpdateKnobs)}
         its = {name: value for name, value in self.variant.settings.items() if name.startswith(PREFIX)}
         knobs |= {name.removeprefix(PREFIX): value for name, value in its.items()}
@@ -122,8 +134,10 @@ class Muon(torch.optim.Optimizer):
         self.watched = (SECOND_MOMENT, UPDATE_LEFT, *self.variant.watched)
         self.starts = WarmStarts()
         self.first_lrs: list[Rate] = []
+        self._accepted: list[dict[str, Any]] = []  # options of groups, other than the optimizer's
         self._start()
         super().__init__(params, defaults)
+        _SERVED[id(self.variant)] = self
 
     def _start(self) -> None:
         """Create what belongs to this object alone, and is not copied."""
@@ -177,16 +191,10 @@ class Muon(torch.optim.Optimizer):
         constructors = (Muon, MuonOptions, type(self.variant))
         constructor = {name for cls in constructors for name in inspect.signature(cls).parameters}
         check_names(given, self.defaults, constructor)
-        check_numbers(group)
-        if group["damping_depth"] and not self.defaults["damping_depth"]:
-            raise ConfigError(
-                f"damping_depth {group['damping_depth']} in a param group of an optimizer without: give the "
-                "constructor one, too."
-            )
-        own = {name: group[name] for name in (*OPTIONAL, "momentum", "scalar_optimizer") if name in group}
-        if any(value != getattr(self.config, name) for name, value in own.items()):
-            self.refuse_options(own)
+        self._check_values(group)
         for param in group["params"]:
+            if problem := no_numbers_of_its_own(param):
+                raise ConfigError(f"a weight of {sizes(param.shape)} is {problem}: give it to another optimizer.")
             layout = layout_of(param)
             if param.dim() != layout.dims:
                 raise ValueError(
@@ -196,6 +204,37 @@ class Muon(torch.optim.Optimizer):
             weight = self.engines.weight(param)
             check_weight(weight, self.config.tp_mode)
             check_scalar_rows(weight)
+
+    def _check_values(self, group: dict[str, Any], *, read: bool = True) -> None:
+        """Refuse values of a param group; see :func:`megatron_muon.optimizers.groups.check_numbers`."""
+        check_numbers(group, read=read)
+        if group["damping_depth"] and not self.defaults["damping_depth"]:
+            raise ConfigError(
+                f"damping_depth {group['damping_depth']} in a param group of an optimizer without: give the "
+                "constructor one, too."
+            )
+        own = {name: group[name] for name in (*OPTIONAL, "momentum", "scalar_optimizer") if name in group}
+        if own not in self._accepted and any(value != getattr(self.config, name) for name, value in own.items()):
+            self.refuse_options(own)
+            self._accepted.append(own)
+
+    def refuse_step(self, device: torch.device | None = None) -> None:
+        """Refuse a step that could not be done to its end; param groups may have been edited since they were added.
+
+        Args:
+            device: see :func:`megatron_muon.optimizers.handled.refuse_elsewhere`.
+
+        Raises:
+            ConfigError: naming what is wrong and the way out.
+        """
+        if torch.is_inference_mode_enabled():
+            raise ConfigError(
+                "step() within torch.inference_mode(), which leaves state that no later step may change: "
+                "use torch.no_grad(), or neither."
+            )
+        for group in self.param_groups:
+            self._check_values(group, read=False)
+        refuse_elsewhere(self, device)
 
     def refuse_options(self, options: dict[str, Any]) -> None:
         """Refuse wrong values of a param group's own options, and what does not go with the optimizer's.

@@ -29,8 +29,13 @@ def register_variant[V: type[Variant]](cls: V) -> V:
         cls: with a ``name`` of its own, which checkpoints have, too; made without arguments where its name is given.
 
     Raises:
-        ConfigError: if another class has the name.
+        ConfigError: if another class has the name, or it has none.
+        TypeError: for what is no such class.
     """
+    if not (isinstance(cls, type) and issubclass(cls, Variant)):
+        raise TypeError(f"register_variant({cls!r}): give it a subclass of Variant; its name is its attribute name.")
+    if not isinstance(cls.name, str) or not cls.name:
+        raise ConfigError(f"{cls.__name__}.name {cls.name!r}: give the class a name, a string.")
     known = VARIANTS.get(cls.name, cls)
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ConfigError(f"{cls.__name__}: {known.__name__} has the name {cls.name!r}. Give it another.")

@@ -18,8 +18,8 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.agreement import agree
 from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.engines import Engines
-from megatron_muon.optimizers.groups import Options, options_of
-from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_elsewhere
+from megatron_muon.optimizers.groups import Options, all_options, options_of
+from megatron_muon.optimizers.handled import STEP, TensorVersions
 from megatron_muon.optimizers.matrices import Matrices, matrices_of
 from megatron_muon.optimizers.param_step import ParamStep, add, damp, pack, update_momentum
 from megatron_muon.optimizers.power import WarmStarts, spectrally_normalize
@@ -62,6 +62,9 @@ class SteppingOptimizer(Protocol):
     @property
     def sends(self) -> bool:
         """Whether the step sends messages to data-parallel ranks."""
+
+    def refuse_step(self) -> None:
+        """Raise what makes this rank refuse the step."""
 
     def _init_group(self, group: dict[str, Any]) -> None: ...
 
@@ -123,7 +126,13 @@ class Step:
     def look(self) -> None:
         """What comes before anything changes, and is the host's: comparisons, plans, numbers, missing state."""
         optimizer = self.optimizer
-        agree(optimizer.engines, optimizer.param_groups, optimizer.directions, lambda: refuse_elsewhere(optimizer))
+        agree(
+            optimizer.engines,
+            optimizer.param_groups,
+            optimizer.directions,
+            optimizer.refuse_step,
+            lambda: all_options(optimizer),
+        )
         having = [param for param in self.params if param.grad is not None]
         self._engines = optimizer.engines.in_step(self.params, having, optimizer.directions)
         for group in optimizer.param_groups:
@@ -220,7 +229,7 @@ class EngineStep:
         self.step, self.engine, self.direction = step, engine, direction
         self.weights: Mapping[int, ParamStep] = dict(enumerate(weights))
         self._optimizer = step.optimizer
-        self._has_momentum = False
+        self._has_momentum = self._has_run = False
         modes = {weight.options.scale_mode for weight in weights}
         self._measures = not modes.isdisjoint((UPDATE_NORM, SPECTRAL_NORM))
         if direction == MSIGN and engine.shares:
@@ -230,7 +239,17 @@ class EngineStep:
             self.weights = {number[weight.param]: weight for weight in weights}
 
     def run(self) -> None:
-        """Update all matrices: each is orthogonalized once, or moved in a ball of entries, rows or columns."""
+        """Update all matrices: each is orthogonalized once, or moved in a ball of entries, rows or columns.
+
+        Raises:
+            RuntimeError: when it is called again.
+        """
+        if self._has_run:
+            raise RuntimeError(
+                f"{type(self._optimizer.variant).__name__}.update calls work.run() again, but a step updates each "
+                "matrix once: work.engine.run() goes over matrices as often as you like."
+            )
+        self._has_run = True
         if self.direction != MSIGN:
             self.engine.visit(self._update_in_balls)
             return

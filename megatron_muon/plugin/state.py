@@ -133,7 +133,10 @@ def guard(optimizer: Any, chunks: Sequence[torch.nn.Module], device: torch.devic
     def check() -> None:
         _check_buffers(chunks)
         for leaf in parts:
-            refuse_elsewhere(leaf.optimizer, device)
+            if isinstance(leaf.optimizer, Muon):
+                leaf.optimizer.refuse_step(device)
+            else:
+                refuse_elsewhere(leaf.optimizer, device)
 
     return check
 

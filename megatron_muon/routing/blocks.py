@@ -167,6 +167,21 @@ def plain(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a class that stands for numbers which other tensors in it, of 8 bits or less, encode."""
+    return type(tensor).dequantize is not torch.Tensor.dequantize or getattr(tensor, "quantizer", None) is not None
+
+
+def no_numbers_of_its_own(weight: torch.Tensor) -> str:
+    """Why a weight cannot be updated in its own memory, to follow "is"; empty if it can."""
+    if is_quantized(weight):
+        return f"quantized ({type(weight).__name__}), and its updates would be lost in rounding"
+    if any(cls.__name__ == "DTensor" for cls in type(weight).__mro__):
+        return "a DTensor, of which each rank has rows that are no matrices"
+    return "" if weight.dtype in _DTYPES else f"of {weight.dtype}, and Muon updates real numbers of 16 bits and more"
 
 
 @cache

@@ -134,12 +134,14 @@ def step_apart() -> list[tuple[str, str, bool]]:
     """What each rank hears where one cannot step, or has nothing to exchange; whether a step before changes nothing."""
     group, rank = dist.group.WORLD, dist.get_rank()
     found = []
-    for case in ("whole on one", "state elsewhere"):
+    for case in ("whole on one", "state elsewhere", "momentum", "scale_mode"):
         params = [torch.nn.Parameter(random((16, 24), index)) for index in range(2)]
         for param in params:
             param.tensor_model_parallel, param.partition_dim = case != "whole on one" or rank == 0, 0
             param.grad = torch.ones_like(param)
-        optimizer = Muon(params, tp_group=group, lr=0.1)
+        options: dict[str, Any] = {"momentum": (0.9, 0.95)[rank], "scale_mode": ("spectral", "moonlight")[rank]}
+        own = {name: value for name, value in options.items() if name == case}
+        optimizer = Muon(params, tp_group=group, lr=0.1, **own)
         if case == "state elsewhere":
             optimizer.step()
         if case == "state elsewhere" and rank == 1:
@@ -153,9 +155,12 @@ def step_apart() -> list[tuple[str, str, bool]]:
 
 
 def test_ranks_that_cannot_step_together_say_so(pool: RankPool) -> None:
-    """One rank has nothing to exchange, or its state is away: the other would wait for it."""
-    (first, mine), (second, own) = pool.run(step_apart, 2, timeout=60)
+    """One rank has nothing to exchange, or its state is away: the other would wait for it. Or options differ."""
+    (first, mine, *one), (second, own, *other) = pool.run(step_apart, 2, timeout=60)
     assert "plan different steps (rank 0 has 2 weights to exchange)" in first[1]
     assert "plan different steps (rank 1 has 0 weights to exchange)" in second[1] and first[2] and second[2]
     assert own[1].startswith("Muon is to step on cpu, but the momentum_buffer") and own[2] and mine[2]
     assert mine[1] == f"on rank 1 of the tensor-parallel group: {own[1]}"
+    assert one == other and all(same for _, _, same in one)
+    assert "momentum of param group 0 is 0.9 on ranks [0] and 0.95 on ranks [1] of the tensor-parallel" in one[0][1]
+    assert "scale_mode is spectral on ranks [0] and moonlight on ranks [1]" in one[1][1]

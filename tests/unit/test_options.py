@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib.util
 import sys
 from dataclasses import fields
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_muon import ConfigError, Muon, MuonConfig, MuonOptions, Variant, choices, register_variant
+from megatron_muon import ConfigError, Muon, MuonConfig, MuonOptions, NorMuon, Variant, choices, register_variant
 from megatron_muon.optimizers.matrices import Matrices
 from megatron_muon.optimizers.registry import VARIANTS, variant_asked_for
+from megatron_muon.optimizers.stages import Work
 
 PACKAGE = Path(__file__).parents[2] / "megatron_muon"
 
@@ -41,7 +43,7 @@ def test_an_object_and_keywords_say_the_same_and_keywords_count() -> None:
         ({"options": MuonConfig()}, TypeError, r"^options MuonConfig\(.*\): give a MuonOptions"),
         ({"options": {}}, TypeError, r"^options {}: give a MuonOptions"),
         ({"scalar_betas": 0.9}, ConfigError, r"^scalar_betas 0.9: give two numbers"),
-        ({"damping_depth": "2"}, ConfigError, r"^damping_depth 2: give a number"),
+        ({"damping_depth": "2"}, ConfigError, r"^damping_depth 2: give a finite number"),
         ({"scale_mode": "moonlight_hidden", "hidden_size": "64"}, ConfigError, "hidden_size 64: give the model's"),
         ({"variant": ["normuon"]}, ConfigError, r"^variant \['normuon'\]: choose one of"),
     ],
@@ -112,6 +114,40 @@ def test_variants_of_users_are_known_by_name(registry: None) -> None:
         torch.testing.assert_close(half, moved[0] / 2)
     with pytest.raises(ConfigError, match="Other: NorMuon has the name"):
         register_variant(type("Other", (Variant,), {"name": "normuon"}))
+    with pytest.raises(ConfigError, match=r"Nameless.name '': give the class a name"):
+        register_variant(type("Nameless", (Variant,), {"name": ""}))
+    for misused in ("halved", Halved(), None, int):
+        with pytest.raises(TypeError, match="give it a subclass of Variant"):
+            register_variant(misused)  # type: ignore[type-var]
+
+
+def test_a_variant_serves_one_optimizer() -> None:
+    """It keeps vectors and radii of its optimizer's weights; one that was refused, or is gone, has none."""
+    variant = NorMuon()
+    with pytest.raises(ValueError, match="lr -1"):
+        made(variant=variant, lr=-1.0)
+    optimizer = made(variant=variant)
+    with pytest.raises(ConfigError, match=r"^a NorMuon that is another optimizer's, too"):
+        made(variant=variant)
+    del optimizer
+    gc.collect()
+    made(variant=variant)
+
+
+def test_a_second_run_of_a_step_is_refused() -> None:
+    class Twice(Variant):
+        def update(self, work: Work) -> None:
+            work.run()
+            work.run()
+
+    once, twice = made(lr=1.0), made(variant=Twice(), lr=1.0)
+    for optimizer in (once, twice):
+        optimizer.param_groups[0]["params"][0].grad = torch.eye(3)
+    once.step()
+    with pytest.raises(RuntimeError, match=r"^Twice.update calls work.run\(\) again") as error:
+        twice.step()
+    assert "the step had begun" in error.value.__notes__[0]
+    assert torch.equal(*(optimizer.param_groups[0]["params"][0] for optimizer in (once, twice)))
 
 
 def texts_in(node: ast.AST) -> list[str]:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_muon import ConfigError, Muon
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
+from tests.unit.test_checkpoint_sums import Quantized
 
 GATED = MatrixLayout("in_proj", (Section("q", 8), Section("beta", 2, SCALAR)))
 SIGN = replace(WHOLE, direction="sign")
@@ -72,11 +73,11 @@ REFUSED = [
     ("none", {"variant": "hyperball"}, "^variant in a param group: it is an option of the whole"),
     ("namo", {"beta2": 0.5}, "^beta2 in a param group: it is an option of the whole"),
     ("none", {"momentum": 1.5}, "momentum 1.5"),
-    ("none", {"lr": -1.0}, "^lr -1.0: give a number of at least 0"),
+    ("none", {"lr": -1.0}, "^lr -1.0: give a finite number of at least 0"),
     ("none", {"lr": float("nan")}, "^lr nan"),
     ("none", {"lr": torch.tensor(-1.0)}, "^lr -1"),
     ("none", {"lr": torch.ones(2)}, "^lr tensor"),
-    ("none", {"weight_decay": "0.1"}, "^weight_decay 0.1: give a number"),
+    ("none", {"weight_decay": "0.1"}, "^weight_decay 0.1: give a finite number"),
     ("none", {"scalar_betas": (0.9, 1.0)}, "^scalar_betas"),
     ("none", {"scalar_optimizer": "sgd"}, "scalar-optimizer sgd"),
     ("none", {"nesterov": 1}, "nesterov"),
@@ -118,6 +119,50 @@ def test_weights_that_are_refused_leave_nothing() -> None:
     optimizer.is_complete = True
     with pytest.raises(ConfigError, match="get_megatron_optimizer has built"):
         optimizer.add_param_group({"params": [parameter(2)]})
+
+
+@pytest.mark.parametrize(
+    ("edited", "message"),
+    [
+        ({"scale_mode": "spectrum"}, "scale-mode spectrum: .*did you mean spectral"),
+        ({"scale_mode": ["spectral"]}, "scale-mode"),
+        ({"weight_decay": float("inf")}, "^weight_decay inf: give a finite number"),
+        ({"lr": None}, "^lr None"),
+        ({"scalar_betas": 0.9}, "^scalar_betas"),
+        ({"momentum": 1.0}, "momentum 1.0"),
+        ({"damping_depth": 2.0}, "^damping_depth 2.0 in a param group of an optimizer without"),
+    ],
+)
+def test_groups_edited_between_steps_are_refused_before_anything_changes(edited: dict[str, Any], message: str) -> None:
+    """The second of two groups: the first was written, and then the step raised."""
+    optimizer, expected = (Muon([{"params": [parameter(seed)]} for seed in (0, 1)]) for _ in range(2))
+    before = dict(optimizer.param_groups[1])
+    optimizer.param_groups[1].update(edited)
+    with pytest.raises(ValueError, match=message):
+        stepped(optimizer)
+    optimizer.param_groups[1].update(before)
+    for name in edited.keys() - before.keys():
+        del optimizer.param_groups[1][name]
+    for mine, others in zip(stepped(optimizer), stepped(expected), strict=True):
+        assert torch.equal(mine, others)
+
+
+def test_a_step_in_inference_mode_is_refused() -> None:
+    optimizer = Muon([parameter(0)])
+    with torch.inference_mode(), pytest.raises(ConfigError, match=r"within torch.inference_mode\(\)"):
+        stepped(optimizer)
+    assert not optimizer.state and len(stepped(optimizer)) == 1
+
+
+def test_weights_without_numbers_of_their_own_are_refused() -> None:
+    quantized = torch.nn.Parameter(Quantized(torch.ones(4, 6, dtype=torch.int8), 0.5))
+    for weight, message in (
+        (quantized, r"4 x 6 is quantized \(Quantized\)"),
+        (torch.nn.Parameter(torch.ones(4, 6).to(torch.float8_e4m3fn)), "4 x 6 is of torch.float8_e4m3fn"),
+        (torch.nn.Parameter(torch.ones(4, 6, dtype=torch.complex64)), "4 x 6 is of torch.complex64"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Muon([weight])
 
 
 def test_what_others_write_to_groups_passes() -> None:
