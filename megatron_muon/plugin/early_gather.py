@@ -28,6 +28,8 @@ from megatron_muon.routing.wrappers import unwrapped
 
 def gather_early(optimizer: Any, chunks: Sequence[Any]) -> None:
     """Let the gathers of a layer-wise run on the parameter layout start inside its step."""
+    if any(getattr(chunk.config, "cuda_graph_impl", "none") == "full_iteration" for chunk in chunks):
+        return  # those that a captured forward pass starts are a part of the graph, and repeated with it
     parts = (optimizer, *getattr(optimizer, "chained_optimizers", ()))
     if any(getattr(part, "use_buffer_param_sync", False) for part in parts):
         _UNDER_WAY.add(_EarlyGathers(optimizer, parts, chunks))

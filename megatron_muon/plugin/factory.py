@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
@@ -39,6 +39,7 @@ from megatron_muon.plugin.variants import blockwise, check_adapters, describe
 from megatron_muon.plugin.wrapping import check_bucket_groups
 from megatron_muon.refusals import MUON, refuse
 from megatron_muon.routing import annotate, global_names, report
+from megatron_muon.routing.blocks import no_numbers_of_its_own
 from megatron_muon.routing.numbers import describe_numbers, numbers_of
 from megatron_muon.routing.partition import refuse_uneven, refuse_unmatched
 from megatron_muon.routing.predicate import is_expert_parallel
@@ -189,6 +190,7 @@ def _route(config: Any, model_chunks: Sequence[torch.nn.Module], muon: MuonConfi
         matched = set().union(*(annotate(chunk, muon) for chunk in model_chunks))
         for chunk in model_chunks:
             check_adapters(global_names(chunk), config, muon)
+            _check_numbers(global_names(chunk))
         trained = any(param.requires_grad for chunk in model_chunks for param in chunk.parameters())
         return matched, any(map(has_stiefel, model_chunks)), trained
 
@@ -200,6 +202,15 @@ def _route(config: Any, model_chunks: Sequence[torch.nn.Module], muon: MuonConfi
         )
     refuse_unmatched(muon, set().union(*(rules for rules, _, _ in gathered)))
     check_stiefel(config.optimizer, any(found for _, found, _ in gathered))
+
+
+def _check_numbers(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+    for name, param in named_parameters:
+        if param.requires_grad and (problem := no_numbers_of_its_own(param)):
+            raise ConfigError(
+                f"{name} is {problem}. Build the model with bfloat16 or float32 weights (no fp8_param and fp4_param in "
+                "its config or in --te-precision-config-file): FP8 computation goes on with them."
+            )
 
 
 def _check_groups(groups: Any) -> None:

@@ -102,6 +102,8 @@ def _fill(
     clip: QKClip, found: Sequence[_Found], layers: Sequence[Attention], muon: MuonConfig, optimizer: Any, kept: str
 ) -> tuple[list[str], list[str]]:
     """Connect this rank's layers and optimizer to the clip; what there is to say, and the layers that are clipped."""
+    from megatron.core.transformer.cuda_graphs import is_graph_warmup
+
     number = {each.name: index for index, each in enumerate(found)}
     first = list(itertools.accumulate((each.heads for each in found), initial=0))
     notes: list[str] = []
@@ -112,7 +114,7 @@ def _fill(
         cp = layer.module.pg_collection.cp
         mine = clip.maxima_of(first[index] + layer.mine.start, layer.mine.stop - layer.mine.start)
         source = source_of(core, muon.qk_logits, layer.name)
-        gauge = Gauge(layer.name, mine, cp if cp is not None and cp.size() > 1 else None, source)
+        gauge = Gauge(layer.name, mine, cp if cp is not None and cp.size() > 1 else None, source, True, is_graph_warmup)
         attach(core, gauge)
         clip.gauges.append(gauge)
         notes.append(f"logits from {_SOURCES[source]} ({type(core).__name__})")
@@ -238,6 +240,7 @@ def _settings(found: Sequence[_Found], config: Any, muon: MuonConfig) -> ClipSet
         "qk_clip_alpha": found[0].alpha,
         "context_parallel_size": found[0].context,
         "cuda_graph_impl": found[0].graphs,
+        "muon_qk_logits_interval": muon.qk_logits_interval,
     }
     refuse(QK_CLIP, layers, config)
     return ClipSettings(

@@ -43,6 +43,8 @@ class Gauge:
         cp_group: the context-parallel group; None without.
         source: from :func:`source_of`.
         active: whether this step is measured.
+        rehearses: whether the forward pass under way is no step's: Megatron-Core warms up what it will capture in a
+            CUDA graph, on whatever the memory of its inputs holds.
     """
 
     name: str
@@ -50,6 +52,11 @@ class Gauge:
     cp_group: dist.ProcessGroup | None = None
     source: str = "own"
     active: bool = True
+    rehearses: Callable[[], bool] = lambda: False
+
+    def counts(self, module: torch.nn.Module) -> bool:
+        """Whether a forward pass of a module is to be measured."""
+        return self.active and module.training and not self.rehearses()
 
     @torch.no_grad()
     def take(self, values: torch.Tensor) -> None:
@@ -90,7 +97,7 @@ def record(core_attention: torch.nn.Module, values: torch.Tensor) -> None:
             bound such as the largest log-sum-exp of its rows.
     """
     for gauge in _GAUGES.get(core_attention, ()):
-        if gauge.active and core_attention.training and gauge.source in ("own", "te"):
+        if gauge.counts(core_attention) and gauge.source in ("own", "te"):
             gauge.take(values)
 
 
@@ -149,7 +156,7 @@ def _before(
     @torch.no_grad()
     def hook(module: Any, args: Any, kwargs: Any) -> None:
         gauge = reference()
-        if gauge is not None and gauge.active and module.training and mine() is module:
+        if gauge is not None and gauge.counts(module) and mine() is module:
             gauge.take(measure(module, signature.bind(*args, **kwargs).arguments, gauge))
 
     return hook

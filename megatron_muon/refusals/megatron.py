@@ -43,7 +43,10 @@ MEGATRON: tuple[Refusal, ...] = (
             ("fp16", "Muon needs no loss scale", "use --bf16 or float32"),
             ("use_torch_fsdp2", *_FSDP),
             ("use_megatron_fsdp", *_FSDP),
-            ("fp8_param_gather", "Muon updates bfloat16 or float32 weights", "leave it off"),
+            *(
+                (f"fp{bits}_param_gather", "Muon updates bfloat16 or float32 weights", "leave it off")
+                for bits in (8, 4)
+            ),
             ("use_precision_aware_optimizer", "it exists for Adam only", "leave it off"),
             ("optimizer_cpu_offload", "Muon's state cannot be offloaded", "leave it off"),
         )

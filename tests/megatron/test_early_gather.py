@@ -242,6 +242,33 @@ def test_what_is_loaded_meanwhile_stays(pool: RankPool, tmp_path: Path) -> None:
         assert loaded == saved
 
 
+def under_way(captured: bool) -> tuple[bool, str]:
+    """Whether gathers are under way after a step; with one CUDA graph of forward and backward pass, of which they are a
+    part: those from before it would neither be waited for in it nor repeated with it."""
+    wrap = harness.wrap
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        chunks = wrap(*args, **kwargs)
+        for chunk in chunks if captured else ():
+            chunk.config.cuda_graph_impl = "full_iteration"
+        return chunks
+
+    harness.wrap = wrapped
+    try:
+        run = start(Layout(layer_wise=True), {}, True, 6000)
+    finally:
+        harness.wrap = wrap
+    run._one_step()
+    found = any(group.param_gather_handle is not None for chunk in run.chunks for group in chunk.bucket_groups)
+    run.losses(1)
+    return found, digest(run)
+
+
+def test_gathers_of_a_captured_forward_pass_do_not_start_before_it(pool: RankPool) -> None:
+    (early, bits), (late, same) = pool.run(under_way, 2, False)[0], pool.run(under_way, 2, True)[0]
+    assert early and not late and bits == same
+
+
 def without_adam() -> tuple[int, int]:
     """Runs on a rank, with nothing to train but Muon's matrices: the gathers of a step, and the bucket groups."""
     build_model = harness.build_model

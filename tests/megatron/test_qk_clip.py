@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin.qk_clip import clip_of
+from megatron_muon.plugin.qk_clip_build import _Found, _settings
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.qk_clip import GQA, connect, forward, plain_optimizer, small_run
@@ -39,19 +42,26 @@ def test_skipped_steps_clip_nothing_and_forget_the_maxima(pool: RankPool) -> Non
 
 
 def evaluation() -> list[float]:
+    from megatron.core.transformer import cuda_graphs
+
     run = small_run()
     run.chunks[0].eval()
     run.losses(0)
     forward(run.chunks[0])
     seen = [clip_of(run.chunks)._maxima.max().item()]
     run.chunks[0].train()
+    cuda_graphs._set_warmup_start()
+    forward(run.chunks[0])
+    cuda_graphs._set_warmup_end()
+    seen.append(clip_of(run.chunks)._maxima.max().item())
     forward(run.chunks[0])
     return [*seen, clip_of(run.chunks)._maxima.max().item()]
 
 
-def test_evaluation_does_not_count(pool: RankPool) -> None:
-    asleep, awake = pool.run(evaluation, 1)[0]
-    assert asleep == -torch.inf and awake > 0
+def test_evaluation_and_the_warmup_of_cuda_graphs_do_not_count(pool: RankPool) -> None:
+    """Before it captures a layer, Megatron-Core runs it on memory that holds no activations of a step."""
+    *asleep, awake = pool.run(evaluation, 1)[0]
+    assert asleep == [-torch.inf] * 2 and awake > 0
 
 
 def count_work(clip: bool) -> tuple[int, int, int]:
@@ -263,6 +273,14 @@ def refusals() -> list[str]:
 def test_refusals(pool: RankPool) -> None:
     for message, (*_, expected) in zip(pool.run(refusals, 1)[0], REFUSED, strict=True):
         assert expected in message
+
+
+def test_steps_that_a_captured_forward_pass_cannot_leave_out_are_refused() -> None:
+    """In configs too; the CPU runtime refuses graphs, so that no model is built here."""
+    found = [_Found("layers.0", 2, 2, True, 100.0, 0.5, 1, "local")]
+    with pytest.raises(ConfigError, match="--cuda-graph-impl local with --muon-qk-logits-interval 3: a captured"):
+        _settings(found, object(), MuonConfig(qk_logits_interval=3))
+    assert _settings(found, object(), MuonConfig()).clip
 
 
 def bound_with_context() -> str:

@@ -12,6 +12,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_muon.checkpoint import fingerprint
 from megatron_muon.checkpoint.fingerprint import added, fingerprints, fits
 from megatron_muon.checkpoint.weights import _comparable, described, is_plain, sums_of
+from megatron_muon.errors import ConfigError
+from megatron_muon.plugin.factory import _check_numbers
 
 Offset = tuple[int, ...]
 
@@ -164,6 +166,16 @@ def test_quantized_weights_are_compared_by_what_they_stand_for() -> None:
     assert same == again and len({same, other, scaled}) == 3
     assert _comparable(Foreign(numbers, 1.0)).numel() == 0
     assert not is_plain(torch.nn.Parameter(Quantized(numbers, 0.5)))
+
+
+def test_quantized_weights_that_are_trained_are_refused_by_name() -> None:
+    """Frozen ones, under adapters, stay as they are."""
+    weight = torch.nn.Parameter(Quantized(torch.ones(2, 3, dtype=torch.int8), 0.5))
+    with pytest.raises(
+        ConfigError, match=r"^layers.0.weight is quantized \(Quantized\).* \(no fp8_param and fp4_param"
+    ):
+        _check_numbers([("layers.0.weight", weight)])
+    _check_numbers([("layers.0.weight", weight.requires_grad_(False)), ("other", Special(torch.ones(2, 3)))])
 
 
 class Special(torch.nn.Parameter):

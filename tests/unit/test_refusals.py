@@ -49,6 +49,7 @@ ARGUMENTS: dict[str, Any] = {
     "decoupled_lr": None,
     "enable_msc": False,
     "fp16": False,
+    "fp4_param_gather": False,
     "fp8_param_gather": False,
     "init_method_xavier_uniform": False,
     "load": None,
@@ -206,6 +207,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 with --optimizer muon: FSDP shards cannot be orthogonalized; use -"),
     ({"use_megatron_fsdp": True}, "--use-megatron-fsdp with --optimizer muon: FSDP shards cannot be orthogonalized"),
     ({"fp8_param_gather": True}, "--fp8-param-gather with --optimizer muon: Muon updates bfloat16 or float32 weights"),
+    ({"fp4_param_gather": True}, "--fp4-param-gather with --optimizer muon: Muon updates bfloat16 or float32 weights"),
     ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer with --optimizer muon: it exists for A"),
     ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload with --optimizer muon: Muon's state cannot be offload"),
     (
