@@ -20,10 +20,9 @@ import torch
 
 from megatron_muon.agree import Ranks
 from megatron_muon.errors import ConfigError
-from megatron_muon.optimizers.agreement import agree
 from megatron_muon.optimizers.handled import STEP, HostReads
 from megatron_muon.optimizers.power import is_early
-from megatron_muon.optimizers.step import GroupRates, Step, SteppingOptimizer, rates_of
+from megatron_muon.optimizers.step import GroupRates, Step, SteppingOptimizer, compare, rates_of
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM
 from megatron_muon.routing.layout import layout_of
@@ -182,7 +181,7 @@ class StepGraph:
     def _replay_step(self, rates: Sequence[GroupRates]) -> None:
         optimizer = self.optimizer
         if not optimizer.engines.compared_elsewhere:
-            agree(optimizer.engines, optimizer.param_groups, optimizer.directions, lambda: None)
+            compare(optimizer)
         self.on_device(rates)
         for each in rates:
             each.group[STEP] += 1

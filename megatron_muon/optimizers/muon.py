@@ -21,7 +21,7 @@ from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, check_names, check_numbers, is_number
 from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_capture, refuse_elsewhere
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
-from megatron_muon.optimizers.registry import variant_of
+from megatron_muon.optimizers.registry import made_anew, variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, cut_second_moment
 from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.optimizers.step import Graph, Step
@@ -111,10 +111,7 @@ class Muon(torch.optim.Optimizer):
         self.variant = variant_of(variant)
         served = _SERVED.get(id(self.variant))
         if served is not None and served.variant is self.variant:
-            raise ConfigError(
-                f"a {type(self.variant).__name__} that is another optimizer's, too: it keeps what it knows of weights. "
-                "Make one for each optimizer."
-            )
+            self.variant = made_anew(self.variant)
         knobs = {field.name: getattr(options, field.name) for field in fields(UpdateKnobs)}
         its = {name: value for name, value in self.variant.settings.items() if name.startswith(PREFIX)}
         knobs |= {name.removeprefix(PREFIX): value for name, value in its.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from megatron_muon import choices
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.adaptive import NAMO, AdaMuon, AdaMuonEO, NorMuon
@@ -56,6 +58,21 @@ def variant_of(variant: str | Variant) -> Variant:
     if not isinstance(variant, str) or variant not in VARIANTS:
         raise ConfigError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}, or give an object.")
     return VARIANTS[variant]()
+
+
+def made_anew(variant: Variant) -> Variant:
+    """A variant of the same options, for another optimizer: each keeps what it has found of its own weights.
+
+    Raises:
+        ConfigError: if its class does not keep its options as attributes of their names.
+    """
+    names = inspect.signature(type(variant)).parameters
+    if missing := [name for name in names if not hasattr(variant, name)]:
+        raise ConfigError(
+            f"a {type(variant).__name__} that another optimizer has, too, and that does not keep its {missing[0]} as "
+            "an attribute: make one for each optimizer."
+        )
+    return type(variant)(**{name: getattr(variant, name) for name in names})
 
 
 def variant_asked_for(*sources: object) -> Variant:

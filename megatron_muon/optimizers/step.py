@@ -101,6 +101,12 @@ def rates_of(optimizer: SteppingOptimizer) -> list[GroupRates]:
     return found
 
 
+def compare(optimizer: SteppingOptimizer) -> None:
+    """Before a step, see :func:`megatron_muon.optimizers.agreement.agree`."""
+    engines, groups, directions = optimizer.engines, optimizer.param_groups, optimizer.directions
+    agree(engines, groups, directions, optimizer.refuse_step, lambda: all_options(optimizer))
+
+
 class Step:
     """One step, from gradients to weights.
 
@@ -126,13 +132,7 @@ class Step:
     def look(self) -> None:
         """What comes before anything changes, and is the host's: comparisons, plans, numbers, missing state."""
         optimizer = self.optimizer
-        agree(
-            optimizer.engines,
-            optimizer.param_groups,
-            optimizer.directions,
-            optimizer.refuse_step,
-            lambda: all_options(optimizer),
-        )
+        compare(optimizer)
         having = [param for param in self.params if param.grad is not None]
         self._engines = optimizer.engines.in_step(self.params, having, optimizer.directions)
         for group in optimizer.param_groups:

@@ -67,6 +67,7 @@ def step(
         param.main_grad.copy_(gradient)
     success, norm, _ = run.optimizer.step()
     assert success
+    run.gather()
     harness.save_weights(chunks, str(Path(folder) / result))
     if save:
         harness.save_run(run, str(Path(folder) / save))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import gc
 import importlib.util
 import sys
 from dataclasses import fields
@@ -122,16 +121,25 @@ def test_variants_of_users_are_known_by_name(registry: None) -> None:
 
 
 def test_a_variant_serves_one_optimizer() -> None:
-    """It keeps vectors and radii of its optimizer's weights; one that was refused, or is gone, has none."""
-    variant = NorMuon()
+    """It keeps vectors and radii of its optimizer's weights: a second one gets another of the same options."""
+
+    class Odd(Variant):
+        def __init__(self, factor: float = 2.0) -> None:
+            self.times = factor
+
+    variant = NorMuon(beta2=0.5)
     with pytest.raises(ValueError, match="lr -1"):
         made(variant=variant, lr=-1.0)
-    optimizer = made(variant=variant)
-    with pytest.raises(ConfigError, match=r"^a NorMuon that is another optimizer's, too"):
-        made(variant=variant)
-    del optimizer
-    gc.collect()
-    made(variant=variant)
+    first, second = made(variant=variant), made(variant=variant)
+    assert first.variant is variant is not second.variant
+    assert isinstance(second.variant, NorMuon) and second.variant.beta2 == 0.5
+    odd = Odd()
+    kept = made(variant=odd)
+    with pytest.raises(
+        ConfigError, match=r"^a Odd that another optimizer has, too, .* keep its factor as an attribute"
+    ):
+        made(variant=odd)
+    del kept
 
 
 def test_a_second_run_of_a_step_is_refused() -> None:
