@@ -154,14 +154,14 @@ class Members:
             for number, (piece, shape) in enumerate(zip(sent, shapes, strict=True))
         ]
         operations = []
-        for number, rank in enumerate(self.ranks):
+        for number, rank in enumerate(self.ranks if self._exchange.sends else ()):
             if number != self._own:
                 peer = dist.get_global_rank(self._exchange.group, rank)
                 for function, tensor in ((dist.isend, sent[number]), (dist.irecv, received[number])):
                     if tensor.numel():
                         bytes_ = tensor.view(-1).view(torch.uint8)
                         operations.append(dist.P2POp(function, bytes_, peer, self._exchange.group))
-        for work in dist.batch_isend_irecv(operations) if operations and self._exchange.sends else ():
+        for work in dist.batch_isend_irecv(operations) if operations else ():
             work.wait()
         others = (tensor for number, tensor in enumerate(sent) if number != self._own)
         self._exchange.count(sum(tensor.numel() * tensor.element_size() for tensor in others))

@@ -22,7 +22,7 @@ from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.planning.rates import Rates
-from megatron_muon.planning.timing import Elementwise, SymmetricKernel, Times, step_times
+from megatron_muon.planning.timing import Group, SymmetricKernel, Times, step_times
 from megatron_muon.routing.layout import MSIGN, STIEFEL
 
 _DEVICE = torch.device("cuda")
@@ -179,7 +179,7 @@ class Step:
         """How long it takes on a device: see :func:`megatron_muon.planning.timing.step_times`."""
         options, total = self.planner.options, Times()
         with matmul_precision(options.fp32_matmul_prec):
-            once = step_times(self.engine(mode), rates, group_ranks, spans, Elementwise(nesterov=options.nesterov))
+            once = step_times(self.engine(mode), rates, group_ranks, spans, nesterov=options.nesterov)
         return sum([once] * self.planner.passes, total)
 
     def choices(self, mode: str) -> Counter[Choice]:
@@ -188,12 +188,12 @@ class Step:
 
     def _new_engine(self, weights: tuple[Weight, ...], mode: str) -> StepEngine:
         options, precision = self.planner.options, self.planner.precision
-        groups = {weight.group: _Group(weight.ranks) for weight in weights if weight.dim}
+        groups = {weight.group: Group(weight.ranks) for weight in weights if weight.dim}
         tensor = max((weight.ranks for weight in weights), default=1)
         for peers in {weight.peers for weight in weights if weight.peers is not None}:
-            groups[peers.group] = _Group(peers.ranks, self._place)
+            groups[peers.group] = Group(peers.ranks, self._place)
             if peers.wide:
-                groups[peers.wide] = _Group(peers.ranks * tensor)
+                groups[peers.wide] = Group(peers.ranks * tensor)
         return StepEngine(
             weights,
             {name: cast(dist.ProcessGroup, group) for name, group in groups.items()},
@@ -216,16 +216,3 @@ class _ManifoldWork(Orthogonalizer):
     def flops(self, p: int, q: int) -> int:
         """Multiplications and additions that one p x q matrix takes."""
         return self._solver.flops(p, q, self._iterations)
-
-
-class _Group:
-    """What an engine asks of a process group before it sends anything."""
-
-    def __init__(self, size: int, rank: int = 0) -> None:
-        self._size, self._rank = size, rank
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size

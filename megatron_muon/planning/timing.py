@@ -156,9 +156,9 @@ class Clock(TorchDispatchMode):
 class _Messages(Exchange):
     """Collectives of a group that only take their time."""
 
-    def __init__(self, group: dist.ProcessGroup, rank: int, clock: Clock, link: str) -> None:
-        super().__init__(group, Counters(), sends=False)
-        self.rank, self._clock, self._link = rank, clock, link
+    def __init__(self, group: Group, clock: Clock, link: str) -> None:
+        super().__init__(cast(dist.ProcessGroup, group), Counters(), sends=False)
+        self._clock, self._link = clock, link
         self._arrives: float | None = None
 
     def count(self, sent: float) -> None:
@@ -183,45 +183,33 @@ class _Work:
         self.clock.wait(self.link, self.arrives)
 
 
-class _OfSize:
-    """What :class:`Exchange` asks of a group."""
+class Group:
+    """What an engine asks of a process group before it sends anything."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def size(self) -> int:
-        return self._size
+    def __init__(self, size: int, rank: int = 0) -> None:
+        self._size, self._rank = size, rank
 
     def rank(self) -> int:
-        return 0
+        """This rank's number."""
+        return self._rank
 
-
-@dataclass(frozen=True)
-class Elementwise:
-    """What is done to weights and momentum beside: numbers do not matter to the time, whether there are any does.
-
-    Attributes:
-        nesterov: whether gradient and momentum are mixed.
-        decays: whether weights decay.
-        fused: whether one kernel does each pass, as Triton's do on GPUs; otherwise torch's operations.
-    """
-
-    nesterov: bool = False
-    decays: bool = True
-    fused: bool = True
+    def size(self) -> int:
+        """How many ranks."""
+        return self._size
 
 
 @dataclass
 class _Passes:
-    """Fills batches and takes results, as an optimizer does."""
+    """Fills batches and takes results, as an optimizer does: on GPUs by one kernel for each pass, as Triton's do."""
 
     engine: StepEngine
     clock: Clock
-    how: Elementwise
+    fused: bool
+    nesterov: bool
     weights: dict[int, ParamStep] = field(default_factory=dict)
 
     def read(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
-        if not self.how.fused:
+        if not self.fused:
             pack(self._weights(slices), slices, batches, first=True)
             return
         for batch in batches:  # momentum and gradient are read, momentum and batch written
@@ -229,7 +217,7 @@ class _Passes:
             self.clock.copied(batch.numel() * (3 * self.engine.local_dtype.itemsize + batch.element_size()))
 
     def write(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor], reduce: object) -> None:
-        if not self.how.fused:
+        if not self.fused:
             add(self._weights(slices), slices, batches, lambda weight, item: 1.0)
             return
         for batch in batches:  # weight and update are read, the weight is written
@@ -243,8 +231,8 @@ class _Passes:
             options = Options(
                 lr=1.0,
                 momentum=0.5,
-                nesterov=0.5 if self.how.nesterov else 1.0,
-                kept=0.5 if self.how.decays else None,
+                nesterov=0.5 if self.nesterov else 1.0,
+                kept=0.5,
                 l2=0.0,
                 cautious=None,
                 scale_mode="none",
@@ -264,7 +252,8 @@ def step_times(
     rates: Rates,
     group_ranks: Mapping[str, int],
     spans: Mapping[str, int],
-    how: Elementwise = Elementwise(),
+    *,
+    nesterov: bool,
     device: str = "cuda",
 ) -> Times:
     """How long a rank's step takes: momentum, Newton-Schulz with its messages, and the addition to the weights.
@@ -276,18 +265,13 @@ def step_times(
         rates: of the device.
         group_ranks: the rank's number in each group of the plan.
         spans: how many consecutive ranks of the run each group reaches over: within a node, or beyond.
-        how: elementwise passes.
-        device: kind of the device, whose batches are iterated.
+        nesterov: whether gradient and momentum are mixed; weights decay.
+        device: kind of the device.
     """
     clock, sizes = Clock(rates), _group_sizes(engine)
     node = rates.numbers["node"]
     exchanges = {
-        name: _Messages(
-            cast(dist.ProcessGroup, _OfSize(size)),
-            group_ranks[name],
-            clock,
-            "within" if spans[name] <= node else "between",
-        )
+        name: _Messages(Group(size, group_ranks[name]), clock, "within" if spans[name] <= node else "between")
         for name, size in sizes.items()
     }
     orthogonalizer = copy.copy(engine.orthogonalizer)
@@ -295,7 +279,7 @@ def step_times(
     if isinstance(orthogonalizer.products, SymmetricKernel):
         orthogonalizer.products = SymmetricKernel(orthogonalizer.products.smallest)
         orthogonalizer.products.clock = clock
-    passes = _Passes(engine, clock, how)
+    passes = _Passes(engine, clock, device == "cuda", nesterov)
     run = Run(
         orthogonalizer,
         exchanges,

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from megatron_muon import Muon, MuonConfig
+from megatron_muon.engine.modes import LENT, LOCAL, SPLIT
 from megatron_muon.engine.plan import Peers, Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.engines import DATA, DENSE, WIDE
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.planning.rates import KINDS, Rates, devices
 from megatron_muon.planning.steps import StepPlanner
-from megatron_muon.planning.timing import Clock, Elementwise, Times, step_times
+from megatron_muon.planning.timing import Clock, Times, step_times
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tools.rates import merged
 
@@ -97,7 +98,7 @@ def seen_and_told(ns_dtype: str, rates: Rates) -> tuple[Times, Times, Muon]:
     with clock:
         optimizer.step()
     with matmul_precision(optimizer.config.fp32_matmul_prec):
-        told = step_times(engine, rates, {}, {}, Elementwise(nesterov=True, fused=False), "cpu")
+        told = step_times(engine, rates, {}, {}, nesterov=True, device="cpu")
     return clock.finish(), told, optimizer
 
 
@@ -165,16 +166,19 @@ def test_kernels_that_are_named_compute_symmetric_results_once() -> None:
     assert kernel == pytest.approx(5 * (2 * n * (n + 1) * n + 2 * n**3))
 
 
-def test_ranks_that_orthogonalize_for_one_another() -> None:
-    """One rank holds all: both compute, and the messages between them are waited for."""
+@pytest.mark.parametrize("count", [8, 1])
+def test_ranks_that_orthogonalize_for_one_another(count: int) -> None:
+    """One rank holds all: both compute, and wait for messages between them; a single matrix is split among them."""
     peers = Peers(DATA, 2, 0, WIDE)
-    weights = [Weight((1024, 1024), WHOLE, peers=peers)] * 8
+    weights = [Weight((8192, 8192), WHOLE, peers=peers)] * count
     steps = StepPlanner(MuonConfig(fp32_matmul_prec="medium")).steps(weights, 2)
     spans = dict.fromkeys((DENSE, DATA, WIDE), 16)
     rates = rates_of(bfloat16_flops=1e12, between_latency=1e-3)
     found = [step.times("auto", {DENSE: 0, DATA: rank, WIDE: rank}, spans, rates) for rank, step in enumerate(steps)]
-    assert sum(times.products for times in found) == pytest.approx(8 * 5 * 6 * 1024**3 / 1e12)
-    assert all(times.products > 0 and times.between > 0 for times in found)
+    modes = {chunk.mode for chunk in steps[0].engine("auto").plan.chunks}
+    assert modes == ({LENT, LOCAL} if count > 1 else {SPLIT})
+    assert all(times.products > 0 and times.between >= 2e-3 for times in found)
+    assert sum(times.products for times in found) == pytest.approx(count * 5 * 6 * 8192**3 / 1e12)
 
 
 def test_what_a_machine_cannot_measure_stays_as_it_was() -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.planning.rates import Rates
-from megatron_muon.planning.timing import Elementwise, step_times
+from megatron_muon.planning.timing import step_times
 from tools.bench.ranks import World
 
 __all__ = ["NUMBERS", "calibrate"]
@@ -178,8 +178,7 @@ def _launch(clock: _Clock) -> float:
     engine = optimizer.prepare()
     assert engine is not None, "it has matrices"
     free = Rates("", _NOTHING, {})
-    fused = Elementwise(decays=True, fused=world.device.type == "cuda")
-    operations = step_times(engine, free, {}, {}, fused, world.device.type).operations
+    operations = step_times(engine, free, {}, {}, nesterov=True, device=world.device.type).operations
     for _ in range(3):
         optimizer.step()
     found = []

@@ -17,7 +17,7 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.engines import DENSE, EXPERT
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.planning.rates import Rates
-from megatron_muon.planning.timing import Elementwise, Times, step_times
+from megatron_muon.planning.timing import Times, step_times
 from tools.bench import document
 from tools.bench.accuracy import Reference, check, update_errors
 from tools.bench.calibrate import calibrate
@@ -32,7 +32,8 @@ from tools.bench.rounds import Gemm, Plan, round_count, timed_rounds
 __all__ = ["WARM_UP", "Settings", "measure"]
 
 WARM_UP = 3
-"""Steps before the timed ones: one whose update is checked, one that is observed, and a plain one."""
+"""Steps before the timed ones: one whose update is checked, one that is observed, and a plain one that tells how many
+rounds there is time for, if their number is not given."""
 
 GEMM = "GEMM"
 
@@ -131,8 +132,10 @@ class _Measurement:
         gemm = Gemm(world, _DTYPES[self.dtype], self.settings.gemm_size)
         steps: dict[str, Callable[[], object]] = {GEMM: gemm}
         steps |= {runner.contestant.name: runner.optimizer.step for runner in self.runners}
-        once = timed_rounds(world, steps, WARM_UP - 2)
-        rounds = round_count(self.settings.plan, sum(seconds[-1] for seconds in once.values()))
+        rounds = self.settings.plan.steps
+        if rounds is None:
+            once = timed_rounds(world, steps, WARM_UP - 2)
+            rounds = round_count(self.settings.plan, sum(seconds[-1] for seconds in once.values()))
         world.say(f"{case.label}, {self.dtype}: {rounds} rounds")
         rates = calibrate(world, [_NUMBERS[self.dtype]], self.settings.calibration)
         for runner in self.runners:
@@ -152,9 +155,10 @@ class _Measurement:
         engine, world, place = _engine_of(runner.optimizer), self.world, self.tensors.groups.tp_rank
         if engine is None:
             return None
-        ranks, how = {DENSE: place, EXPERT: place}, Elementwise(MOMENTUM["nesterov"], fused=world.device.type == "cuda")
+        ranks, nesterov = {DENSE: place, EXPERT: place}, MOMENTUM["nesterov"]
         with matmul_precision(PRECISIONS[self.dtype]):
-            mine = step_times(engine, rates, ranks, dict.fromkeys(ranks, 1), how, world.device.type)
+            spans, kind = dict.fromkeys(ranks, 1), world.device.type
+            mine = step_times(engine, rates, ranks, spans, nesterov=nesterov, device=kind)
         if self.tensors.groups.tp is not None:  # they compare first what they are about to do
             mine.within += rates.message_seconds("within", _DIGEST)
         return max(world.gather(mine), key=lambda times: times.seconds)
