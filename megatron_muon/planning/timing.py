@@ -69,16 +69,25 @@ class SymmetricKernel(KernelProducts):
     """Stands for any kernel that computes half of a symmetric result: a plan counts its operations."""
 
     name = "a symmetric kernel"
-    clock: Clock | None = None
+
+    def __init__(self, kernel: KernelProducts | None = None, clock: Clock | None = None) -> None:
+        """
+        Args:
+            kernel: whose sizes it takes.
+            clock: to be told of products.
+        """
+        kernel = kernel or KernelProducts()
+        super().__init__(kernel.smallest)
+        self.multiple, self._clock = kernel.multiple, clock
 
     def symmetric(
         self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0
     ) -> torch.Tensor:
         """See :class:`megatron_muon.orthogonalize.kernels.KernelProducts`; without contents."""
         (batch, p, inner), n = a.shape, b.size(-1)
-        if self.clock is not None:
+        if self._clock is not None:
             share = self.symmetric_flops(p, inner) / (2 * p * p * inner)
-            self.clock.product(a.dtype, batch, p, n, inner, share)
+            self._clock.product(a.dtype, batch, p, n, inner, share)
         return a.new_empty(batch, p, n)
 
 
@@ -276,9 +285,8 @@ def step_times(
     }
     orthogonalizer = copy.copy(engine.orthogonalizer)
     orthogonalizer.batch_bytes = {_META.type: orthogonalizer.batch_bytes[device]}  # type: ignore[misc]
-    if isinstance(orthogonalizer.products, SymmetricKernel):
-        orthogonalizer.products = SymmetricKernel(orthogonalizer.products.smallest)
-        orthogonalizer.products.clock = clock
+    if isinstance(orthogonalizer.products, KernelProducts):
+        orthogonalizer.products = SymmetricKernel(orthogonalizer.products, clock)
     passes = _Passes(engine, clock, device == "cuda", nesterov)
     run = Run(
         orthogonalizer,

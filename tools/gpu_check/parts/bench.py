@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
 import torch
 
 from megatron_muon.engine.step import StepEngine
+from megatron_muon.optimizers.engines import DENSE, EXPERT
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.orthogonalize import coefficients
 from megatron_muon.orthogonalize.kernels import emerging
+from megatron_muon.orthogonalize.switches import matmul_precision
+from megatron_muon.planning.rates import Rates
+from megatron_muon.planning.timing import step_times
 from tools.bench import contestants as known
 from tools.bench.accuracy import Reference, update_errors
+from tools.bench.calibrate import NUMBERS, calibrate
 from tools.bench.contestants import (
     ADAMW,
     HYPERPARAMETERS,
@@ -240,6 +246,22 @@ def _rounds(setting: Setting, runners: list[_Runner], device: torch.device) -> N
                 runner.device_s.append(runner.host_s[-1])
 
 
+@cache
+def _rates(device: torch.device) -> Rates:
+    """Of the device, as ``tools.rates`` measures them; messages take no time, as there are no others."""
+    world = World(0, 1, device, torch.get_num_threads())
+    found = calibrate(world, [*NUMBERS] if device.type == "cuda" else ["float32", "bfloat16"])
+    return dataclasses.replace(found, numbers={**found.numbers, "within.bytes": math.inf, "within.latency": 0.0})
+
+
+def _planned(optimizer: Muon, engine: StepEngine, device: torch.device) -> float:
+    """Seconds of a step by the model of ``plan --device``."""
+    alone, spans = dict.fromkeys((DENSE, EXPERT), 0), dict.fromkeys((DENSE, EXPERT), 1)
+    with matmul_precision(optimizer.config.fp32_matmul_prec):
+        nesterov = MOMENTUM["nesterov"]
+        return step_times(engine, _rates(device), alone, spans, nesterov=nesterov, device=device.type).seconds
+
+
 _GEMM = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -261,6 +283,8 @@ def _say(
             dtype = _iteration_dtype(engine)
             rate = product_rate(device, 8192 if setting.is_gpu else 256, dtype)
             columns |= {"numbers": _GEMM[dtype], "of_cublas": runner.needed / runner.seconds / rate}
+            assert isinstance(runner.optimizer, Muon)
+            columns["plan_ms"] = 1e3 * _planned(runner.optimizer, engine, device)
         if runner.kernels is not None:
             columns["kernels"] = runner.kernels
         if setting.is_gpu:
@@ -268,6 +292,7 @@ def _say(
         report.row(f"steps of a rank, {elements / 1e6:.0f} M elements of {model} at TP {tp}", **columns)
         if setting.is_gpu and name == OURS:
             report.target("rate", columns["of_cublas"], of)
+            report.target("plan time", abs(columns["plan_ms"] / columns["ms"] - 1.0), of)
     own = runners[0]
     if upstream is None:
         report.check("both were timed", all(each.seconds > 0 for each in runners))
