@@ -85,10 +85,12 @@ class Durations:
     Attributes:
         rates: of the device.
         modes: for each mode of tensor parallelism the times of the rank that has most to do.
+        left_out: what of the step is not timed.
     """
 
     rates: Rates
     modes: dict[str, Times]
+    left_out: list[str]
 
     @classmethod
     def of(cls, plan: Plan, rates: Rates) -> Durations:
@@ -98,7 +100,8 @@ class Durations:
         for mode in possible_modes(plan):
             busiest = max(plan.loads, key=lambda load: load.work[mode].seconds(machine))
             found[mode] = busiest.times(mode, plan.layout, rates)
-        return cls(rates, found)
+        varies = plan.optimizer.removeprefix("dist_") != "muon" or plan.options.variant != "none"
+        return cls(rates, found, ["what the variant adds to plain Muon"] if varies else [])
 
 
 def _device(durations: Durations) -> dict[str, Any]:
@@ -109,6 +112,7 @@ def _device(durations: Durations) -> dict[str, Any]:
             mode: {("total" if part == "seconds" else part): 1e3 * getattr(times, part) for part in parts}
             for mode, times in durations.modes.items()
         },
+        "left_out": durations.left_out,
         "operations": {mode: times.operations for mode, times in durations.modes.items()},
     }
 

@@ -145,14 +145,14 @@ class Step:
         Raises:
             ConfigError: for what the mode cannot do.
         """
-        found = self._cost(mode, group_ranks)
-        if not self.manifold:
-            return found
-        planner, engine = self.planner, self.manifold_engine(mode)
+        return self._cost(mode, group_ranks) + self._manifold_cost(mode, group_ranks)
+
+    def _manifold_cost(self, mode: str, group_ranks: Mapping[str, int]) -> Cost:
+        engine = self.manifold_engine(mode)
         own = engine.local_dtype.itemsize
         # Momentum and weights to the owners, the new weights back, as they are.
         sizes = Sizes(2 * own, own, own)
-        return found + predict(engine.plan, planner.manifold_work, sizes, group_ranks)
+        return predict(engine.plan, self.planner.manifold_work, sizes, group_ranks)
 
     def lent_bytes(self, mode: str, group_ranks: Mapping[str, int]) -> float:
         """What of it a rank sends to data-parallel ranks, which orthogonalize for one another."""
@@ -176,11 +176,19 @@ class Step:
         return self._costs[key]
 
     def times(self, mode: str, group_ranks: Mapping[str, int], spans: Mapping[str, int], rates: Rates) -> Times:
-        """How long it takes on a device: see :func:`megatron_muon.planning.timing.step_times`."""
-        options, total = self.planner.options, Times()
+        """How long it takes on a device: see :func:`megatron_muon.planning.timing.step_times`.
+
+        Solvers on the Stiefel manifold are taken for large float32 products and messages, one after the other.
+        """
+        options, cost = self.planner.options, self._manifold_cost(mode, group_ranks)
         with matmul_precision(options.fp32_matmul_prec):
             once = step_times(self.engine(mode), rates, group_ranks, spans, nesterov=options.nesterov)
-        return sum([once] * self.planner.passes, total)
+        far = any(spans[name] > rates.numbers["node"] for name in self.manifold_engine(mode).plan.groups())
+        manifold = Times(products=cost.flops / rates.numbers["float32.flops"])
+        if cost.collectives:
+            link, each = "between" if far else "within", cost.bytes / cost.collectives
+            setattr(manifold, link, cost.collectives * rates.message_seconds(link, each))
+        return sum([once] * self.planner.passes, manifold)
 
     def choices(self, mode: str) -> Counter[Choice]:
         """How many matrices of which shape the ranks of the groups together treat in which way."""

@@ -191,6 +191,7 @@ def _durations(plan: Plan, durations: Durations) -> list[str]:
     of_kind = {kind: [name for name, (its, _) in rates.sources.items() if its == kind] for kind in KINDS}
     return [
         *table(header, rows),
+        *(f"Not timed: {what}." for what in durations.left_out),
         f"On {rates.name}; products by {kernels}, each elementwise pass by one kernel. Rates that are",
         *(f"  {kind}: {', '.join(names)}" for kind, names in of_kind.items() if names),
     ]

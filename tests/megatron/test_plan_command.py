@@ -31,6 +31,7 @@ def test_arguments_override_the_file(planner: Planner, tmp_path: Path) -> None:
         "source": "one H200, device-to-device copy, reading and writing, torch 2.11, CUDA 13",
     }
     possible = {mode for mode, its in document["tensor_parallel_modes"].items() if its is not None}
+    assert device["left_out"] == []
     assert set(device["milliseconds"]) == set(device["operations"]) == possible
     for mode, parts in device["milliseconds"].items():
         total = parts.pop("total")

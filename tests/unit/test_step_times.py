@@ -16,7 +16,7 @@ from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.planning.rates import KINDS, Rates, devices
 from megatron_muon.planning.steps import StepPlanner
 from megatron_muon.planning.timing import Clock, Times, step_times
-from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
+from megatron_muon.routing.layout import STIEFEL, WHOLE, MatrixLayout, Section
 from tools.rates import merged
 
 FREE = {"memory": math.inf, "kernel": 0.0, "launch": 0.0, "node": 8.0, "overlaps": 0.0}
@@ -164,6 +164,17 @@ def test_kernels_that_are_named_compute_symmetric_results_once() -> None:
     n = 1024
     assert torch_s == 5 * 6 * n**3
     assert kernel == pytest.approx(5 * (2 * n * (n + 1) * n + 2 * n**3))
+
+
+def test_solvers_on_the_manifold_are_products_and_messages() -> None:
+    weights = [Weight((64, 32), MatrixLayout("stiefel", direction=STIEFEL), -1, DENSE, 2)]
+    planner = StepPlanner(MuonConfig())
+    step, ranks = planner.step(weights), {DENSE: 0}
+    cost = step.cost("auto", ranks)
+    assert cost.flops > 0 and cost.collectives == 2
+    rates = rates_of(float32_flops=2.0, within_latency=1.0, within_bytes=4.0)
+    times = step.times("auto", ranks, {DENSE: 2}, rates)
+    assert (times.products, times.within) == (cost.flops / 2.0, pytest.approx(2.0 + cost.bytes / 4.0))
 
 
 @pytest.mark.parametrize("count", [8, 1])
