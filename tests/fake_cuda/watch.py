@@ -287,9 +287,11 @@ class Watch(TorchDispatchMode):
         frame = sys._getframe(1)
         while frame is not None:
             name = frame.f_code.co_filename
-            if not name.startswith(_IGNORED) and not name.startswith("<"):
+            if not name.startswith((*_IGNORED, "<")):
                 *_, within = name.split("site-packages/")  # of an environment, wherever it is
-                function = frame.f_code.co_qualname.partition(".<locals>")[0].rpartition(".")[2]
+                # Of a generator or lambda the function that it is in.
+                names = [each for each in frame.f_code.co_qualname.split(".") if not each.startswith("<")]
+                function = names[-1] if names else "<module>"
                 return f"{within.removeprefix(f'{_ROOT}/')}:{function}"
             frame = frame.f_back  # type: ignore[assignment]
         return "?"
