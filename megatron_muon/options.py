@@ -72,9 +72,9 @@ class UpdateKnobs:
     )
     ns_dtype: str = knob(
         "auto",
-        "Type of numbers in Newton-Schulz: fp32, bf16, fp16 (Gram Newton-Schulz; more exact than bf16 and faster where "
-        "the device has fast fp16), or auto: by --muon-fp32-matmul-prec, bf16 for medium and otherwise the weight's "
-        "own.",
+        "Type of numbers in Newton-Schulz: fp32, bf16, fp16 (Gram Newton-Schulz: fewer operations than bf16 and more "
+        "exact, but rows and columns a millionth of the largest are lost), or auto: by --muon-fp32-matmul-prec, bf16 "
+        "for medium and otherwise the weight's own.",
         check=one_of("auto", "fp32", "bf16", "fp16"),
     )
     ns_backend: str = knob(
