@@ -82,14 +82,14 @@ def gram_slice(side: int, rows: int, scale: float) -> tuple[torch.Tensor, torch.
     return TorchProducts().gram(x)[0][off_diagonal].double(), exact[0][off_diagonal]
 
 
-def test_range_of_float16_at_8192() -> None:
+@pytest.mark.parametrize(("side", "scale"), [(8192, 16.0), (16384, 32.0)])
+def test_range_of_float16(side: int, scale: float) -> None:
     """Entries of size 1 / (8192 sqrt(8192)) = 1.3e-6 are subnormal, with steps of 6e-8; those times 16^2 are not."""
-    side = 8192
-    assert prescale(torch.float16, side) == 16.0
+    assert prescale(torch.float16, side) == scale
     plain, exact = gram_slice(side, 128, 1.0)
     assert (plain.abs() < HALF_NORMAL).all()
     assert error(plain, exact) > 1e-2
-    scaled, exact = gram_slice(side, 128, prescale(torch.float16, side))
+    scaled, exact = gram_slice(side, 128, scale)
     # |z| < 6.1e-5 / 3.5e-4 = 0.18 standard deviations: 14 %.
     assert (scaled.abs() < HALF_NORMAL).double().mean() < 0.16
     assert error(scaled, exact) < 2.0**-11
