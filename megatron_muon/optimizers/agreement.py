@@ -80,7 +80,7 @@ def agree(
         group, (shared, plans) = engines.groups[name], sides.get(name, ([], b""))
         digest = hashlib.sha256(repr((str(failure), said, _lacking(shared))).encode() + plans).digest()
         device = "cpu" if "cpu" in kinds_of_devices(group) else "cuda"
-        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device, non_blocking=True)
         every = mine.new_empty(group.size(), mine.numel())
         dist.all_gather_into_tensor(every.view(-1), mine, group=group)
         differ.append((every != mine).any())

@@ -190,9 +190,8 @@ class _Move:
         if len(set(rates)) == 1:
             return rates[0]
         if any(isinstance(rate, torch.Tensor) for rate in rates):
-            return torch.stack([torch.as_tensor(rate, dtype=like.dtype, device=like.device) for rate in rates]).view(
-                -1, 1, 1
-            )
+            one = like.new_ones(())  # numbers by kernels: the host would wait for a copy of each
+            return torch.stack([one * rate for rate in rates]).to(like.dtype).view(-1, 1, 1)
         found = torch.tensor(rates, dtype=like.dtype).view(-1, 1, 1)
         return found.to(like.device, non_blocking=True)  # otherwise the host would wait for the device
 

@@ -17,12 +17,22 @@ def check_meeting(sequences: Mapping[int, Sequence[Call]]) -> None:
 
     So it asks for more than NCCL, which runs the collectives of different groups side by side.
 
+    Messages between two ranks of a group come after a collective of all its ranks, as NCCL wants them to
+    (``torch.distributed.batch_isend_irecv``).
+
     Args:
         sequences: of each rank of the world.
 
     Raises:
         AssertionError: if ranks wait for one another, or what they send is not what the others expect.
     """
+    for rank, calls in sequences.items():
+        begun: set[str] = set()
+        for call in calls:
+            if call.kind not in _MESSAGES:
+                begun.add(call.name)
+            elif call.name not in begun:
+                raise AssertionError(f"rank {rank}: the first communication of a group is between two ranks:\n{call}")
     at = dict.fromkeys(sequences, 0)
     mail = _Mail()
     progress = True

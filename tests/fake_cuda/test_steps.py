@@ -15,9 +15,10 @@ import torch.distributed as dist
 from megatron_muon import Muon
 from megatron_muon.choices import TP_MODES
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.routing.layout import MSIGN
+from megatron_muon.optimizers.stiefel import StiefelMuon
+from megatron_muon.routing.layout import MSIGN, STIEFEL, WHOLE
 from tests.fake_cuda.cases import ELEMENTWISE, EVERYTHING, FEW, MEASURED, NUMBERS, SOLVED, Shards, weights
-from tests.fake_cuda.world import FIRST_STEP, Allowed, World
+from tests.fake_cuda.world import COMPARISON, FIRST_STEP, Allowed, World
 from tests.pairwise import pairwise
 
 FITTING = tuple(each for each in EVERYTHING if each[0] != (20, 12))
@@ -109,6 +110,30 @@ def test_measured_rules(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -
 def test_manifolds(name: str) -> None:
     direction, options = SOLVED[name]
     two_steps(FEW, direction, always=(EIGH,) if name == "fixed_point" else (), **options)
+
+
+def test_rates_of_both_kinds_on_manifolds() -> None:
+    """Numbers and tensors in one batch: a number that is made a tensor on the device by a copy would wait for it."""
+    with World() as world:
+        world.watch.allowed[RATE.where] = RATE
+        params = weights(world, (((16, 12), None, WHOLE),) * 3, STIEFEL)
+        rates: list[float | torch.Tensor] = [0.1, 0.2, torch.full((), 0.1, device="cuda")]
+        groups = [{"params": [param], "lr": rate} for param, rate in zip(params, rates, strict=True)]
+        muon = Muon(groups, variant=StiefelMuon("admm", 1))
+        with world.refusing():
+            muon.step()
+
+
+def test_the_comparison_of_plans_waits_once() -> None:
+    """However many groups there are: for what they have gathered, and not for the digests that each sends."""
+    with World(0, 4) as world:
+        pair = world.own_group([(0, 1), (2, 3)])
+        params = [world.parameter(16, 12, dim=1), world.parameter(16, 12, dim=1, expert=True)]
+        muon = Muon(params, tp_group=dist.group.WORLD, expert_tp_group=pair)
+        with world.refusing(COMPARISON):
+            muon.step()
+    # One number of each group: real tensors copy them together.
+    assert sum(world.watch.waits.values()) == 2
 
 
 def test_the_first_steps_wait_where_they_are_said_to() -> None:
