@@ -11,7 +11,6 @@ import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine import MODES
-from megatron_muon.engine.modes import Machine
 from megatron_muon.engine.prediction import Choice
 from megatron_muon.planning.cost import RankLoad
 from megatron_muon.planning.rates import Rates
@@ -94,12 +93,17 @@ class Durations:
 
     @classmethod
     def of(cls, plan: Plan, rates: Rates) -> Durations:
-        """Those of a plan. The busiest rank is found by :meth:`megatron_muon.engine.modes.Cost.seconds`."""
-        machine = Machine.of("cuda")
+        """Those of a plan. The busiest rank is found by its operations and bytes alone."""
+        flops = rates.numbers["bfloat16.flops"]  # how much more of one than of the other: types of numbers matter less
+        near, far = (rates.numbers[f"{link}.bytes"] for link in ("within", "between"))
+
+        def rough(load: RankLoad, mode: str) -> float:
+            lent, work = load.lent_bytes[mode], load.work[mode]
+            return work.flops / flops + (work.bytes - lent) / near + lent / far
+
         found = {}
         for mode in possible_modes(plan):
-            busiest = max(plan.loads, key=lambda load: load.work[mode].seconds(machine))
-            found[mode] = busiest.times(mode, plan.layout, rates)
+            found[mode] = max(plan.loads, key=lambda load: rough(load, mode)).times(mode, plan.layout, rates)
         varies = plan.optimizer.removeprefix("dist_") != "muon" or plan.options.variant != "none"
         return cls(rates, found, ["what the variant adds to plain Muon"] if varies else [])
 
