@@ -168,13 +168,15 @@ def check_copies(ranks: Ranks, chunks: Iterable[torch.nn.Module], held: Sequence
 def _comparable(tensor: torch.Tensor) -> torch.Tensor:
     """What is compared.
 
-    A quantized weight is a class that has other tensors in it, some of them caches: the numbers that it stands for. Of
-    any other class, such as the shards of a ``DTensor``, nothing: whether ranks have the same is not known.
+    A quantized weight is a class that has other tensors in it, some of them caches: the numbers that it stands for.
+    Those of TransformerEngine's ``GroupedTensor`` of experts are the result of any operation. Of any other class, such
+    as the shards of a ``DTensor``, nothing: whether ranks have the same is not known.
     """
     if is_plain(tensor):
         return tensor
-    stands_for = type(tensor).dequantize is not torch.Tensor.dequantize
-    return tensor.dequantize() if stands_for else torch.empty(0)
+    if type(tensor).dequantize is not torch.Tensor.dequantize:
+        return tensor.dequantize()
+    return tensor + 0 if type(tensor).__name__ == "GroupedTensor" else torch.empty(0)
 
 
 def _different(names: Sequence[str], values: list[int], copies: Ranks) -> list[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_muon.routing.blocks import plain
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
-from tests.te import needs_transformer_engine, steps
+from tests.te import models, needs_transformer_engine, steps
 from tests.te.test_steps import TOLERANCE
 
 pytestmark = needs_transformer_engine
@@ -41,6 +43,26 @@ def test_experts_on_other_ranks(pool: RankPool, tmp_path: Path, layout: Layout) 
     pool.run(steps.step, 1, Layout(), folder, MODEL, "back", {}, load="run_of_two")
     for expected, result in [("one", "two"), ("second", "from_one"), ("second", "from_two"), ("second", "back")]:
         _check(pool, folder, expected, result)
+
+
+def fingerprints_of_experts() -> list[int]:
+    """Of the experts' weight, as copies on data-parallel ranks are compared: as it is, again, and changed."""
+    from megatron_muon.checkpoint.fingerprint import fingerprints
+    from megatron_muon.checkpoint.weights import _comparable
+
+    layout = Layout()
+    layout.initialize()
+    weight = next(param for param in models.build_model(layout, MODEL).parameters() if hasattr(param, "quantizer"))
+    found = [*fingerprints([_comparable(weight.data)]), *fingerprints([_comparable(weight.data)])]
+    with torch.no_grad():
+        plain([weight])[0][-1, -1, -1] += 1.0
+    return [*found, *fingerprints([_comparable(weight.data)])]
+
+
+def test_copies_are_compared(pool: RankPool) -> None:
+    """Nothing was: copies of experts could differ after loading without a word."""
+    before, again, after = pool.run(fingerprints_of_experts, 1)[0]
+    assert before == again != after
 
 
 def _start(pool: RankPool, folder: str) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from megatron_muon.qk_clip.measure import Gauge
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
 from tests.te import models, needs_transformer_engine
@@ -64,3 +67,30 @@ def refusal() -> str:
 
 def test_float32_has_no_maxima(pool: RankPool) -> None:
     assert "TransformerEngine 2.9 or later and bfloat16 or float16. Use auto or exact." in pool.run(refusal, 2)[0]
+
+
+def divided_heads() -> tuple[list[float], list[float], list[float]]:
+    """Of each rank, by TransformerEngine's own messages: the heads that it attends to, and all their maxima."""
+    from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
+
+    group, ranks, heads = dist.group.WORLD, dist.get_world_size(), 8
+    numbers = torch.arange(float(heads))
+    q, k, v = (numbers.view(1, 1, heads, 1).expand(4, 2, heads, 2).contiguous() for _ in range(3))
+    order = context_parallel.get_seq_chunk_ids_for_reordering_before_attn(ranks, q.device)
+    stream = torch.cuda.current_stream()
+    inputs = context_parallel.flash_attn_a2a_communicate(
+        [q, k, v], order, 0, ranks, group, stream, True, qkv_format="sbhd", a2a_input_names=["q", "k", "v"]
+    )
+    mine = inputs[0].amax(dim=(0, 1, 3))
+    whole = context_parallel.flash_attn_a2a_communicate_softmax_offset(mine, 0, ranks, group, stream, False)
+    gauges = [Gauge("layer", torch.full((heads,), -torch.inf), group) for _ in range(2)]
+    for gauge, values in zip(gauges, (whole, mine), strict=True):  # all maxima, and those of its heads alone
+        gauge.take(values)
+    dist.all_reduce(gauges[1].maxima, dist.ReduceOp.MAX)
+    return numbers.tolist(), *(gauge.maxima.tolist() for gauge in gauges)
+
+
+def test_heads_that_all_to_all_divides_keep_their_numbers(pool: RankPool) -> None:
+    """With ``cp_comm_type`` a2a each rank has all tokens of some heads: its maxima must be those of these heads."""
+    for expected, whole, reduced in pool.run(divided_heads, 2):
+        assert expected == whole == reduced
