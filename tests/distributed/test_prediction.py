@@ -195,7 +195,7 @@ def test_counters_are_as_predicted(pool: RankPool, world_size: int, names: list[
             check_rank(result, f"{name}, rank {rank}")
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_blockwise(pool: RankPool, world_size: int) -> None:
     """Without the weight whose sections four ranks cut."""
     given = tuple(each for each in DENSE if each.layout != QKV)

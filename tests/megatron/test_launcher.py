@@ -83,7 +83,7 @@ def test_a_dry_run_ends_when_all_is_built(tmp_path: Path, run: Any) -> None:
     "parallelism",
     [
         "--tensor-model-parallel-size 2",
-        "--pipeline-model-parallel-size 2",
+        pytest.param("--pipeline-model-parallel-size 2", marks=pytest.mark.slow),
         "--use-distributed-optimizer --bf16",
     ],
 )

@@ -80,7 +80,9 @@ def mark_experts_undivided(name: str, param: torch.nn.Parameter) -> None:
 
 
 @pytest.mark.parametrize(
-    "param_layout,undivided", [(True, False), (True, True), (False, True)], ids=["buckets", "buckets_te", "older_te"]
+    "param_layout,undivided",
+    [(True, False), pytest.param(True, True, marks=pytest.mark.slow), (False, True)],
+    ids=["buckets", "buckets_te", "older_te"],
 )
 def test_gradient_norm_of_layer_wise_dp_cp_1_with_expert_dp_2(
     pool: RankPool, param_layout: bool, undivided: bool
