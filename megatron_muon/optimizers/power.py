@@ -144,7 +144,7 @@ def _first_vectors(matrices: Matrices, tensors: Sequence[torch.Tensor]) -> list[
     return [_first_vector(each.columns, each.first_column, a.size(-1), a.device, a.dtype) for each, a in pairs]
 
 
-@functools.lru_cache(256)
+@functools.cache  # never freed: a captured step reads it where it lies
 def _first_vector(columns: int, first: int, size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Noise by the number of the column in the whole matrix, the same on all devices: it is made on the host, once.
 

@@ -196,6 +196,7 @@ REFUSED = {
     "--fp8-format hybrid": "--fp8-format hybrid on the CPU",
     "--attention-backend flash": "use --attention-backend auto or unfused",
     "--cuda-graph-impl local": "--cuda-graph-impl none",
+    "--optimizer-cuda-graph": "CUDA graphs need a GPU; leave the flag out",
     "--moe-token-dispatcher-type flex": "alltoall or allgather",
     "--position-embedding-type relative": "--position-embedding-type rope",
 }

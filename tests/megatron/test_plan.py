@@ -168,10 +168,12 @@ def test_settings_of_gpus_do_not_matter(planner: Planner) -> None:
         "flash",
         "--cuda-graph-impl",
         "local",
+        "--optimizer-cuda-graph",
     ]
     document = planner.document([*flags, "--context-parallel-size", "2"], 4)
     assert document["left_out"] == [
         "--fp8-format hybrid",
+        "--optimizer-cuda-graph",
         "--cuda-graph-impl local",
         "--attention-backend flash",
     ]
