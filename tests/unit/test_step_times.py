@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -81,40 +82,56 @@ def test_an_unknown_device_is_refused_by_name() -> None:
         rates_of().product_seconds("float64", 1, 2, 2, 2)
 
 
-def seen_and_told(ns_dtype: str, rates: Rates) -> tuple[Times, Times, Muon]:
-    """Of a real step on the CPU under the clock, and of its rehearsal without contents."""
-    torch.manual_seed(0)
+def test_bytes_of_passes() -> None:
+    """Worked out by hand: what is read and what is written, each once; looking at a tensor in another way is free."""
+    x, y, half = torch.zeros(2, 8, 8), torch.zeros(2, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bfloat16)
+    size = 2 * 8 * 8 * 4
+    works: list[tuple[Callable[[], object], float, float]] = [  # bytes, of them those of a kind of their own
+        (lambda: x.mul_(2.0), 2 * size, 0.0),
+        (lambda: x * 2.0, 2 * size, 0.0),
+        (lambda: torch.mul(x, 2.0, out=y), 2 * size, 0.0),
+        (lambda: y.copy_(x), 2 * size, 0.0),
+        (lambda: y.lerp_(x, 0.5), 3 * size, 0.0),
+        (lambda: torch._foreach_lerp_([x, x], [y, y], 0.5), 6 * size, 0.0),
+        (lambda: torch._foreach_copy_([x], [y]), 2 * size, 0.0),
+        (lambda: (x.mT[:, 1:].view_as(x.mT[:, 1:]), x.split(1), x.new_empty(9)), 0.0, 0.0),
+        (lambda: torch.baddbmm(x, y, y), 2 * size, 0.0),  # the product apart
+        (lambda: y.copy_(x.mT), 0.0, 2 * size),
+        (lambda: y.copy_(half), 0.0, 1.5 * size),
+        (lambda: torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64), 0.0, size),
+    ]
+    for number, (work, plain, special) in enumerate(works):
+        clock = Clock(rates_of(memory=1.0, norm=1e3, turn=1e3, cast=1e3))
+        with clock:
+            work()
+        products = 6 * size / 2 if number == 8 else 0.0  # their bytes, at the same rate
+        assert clock.finish().seconds == pytest.approx(plain + special / 1e3 + products), number
+
+
+@pytest.mark.parametrize("ns_dtype", ["fp32", "bf16"])
+def test_what_is_counted_is_what_a_step_does(ns_dtype: str) -> None:
+    """Operations, number of products, bytes of passes: of a real step under the clock, and of its rehearsal."""
+    numbers = {"fp32": "float32", "bf16": "bfloat16"}[ns_dtype]
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(64, 96)] * 3 + [(320, 256), (16, 32), (64, 32)]]
     params[-1].matrix_layout = QKV  # type: ignore[attr-defined]
     for param in params:
         param.grad = torch.randn_like(param)
     optimizer = Muon(params, ns_dtype=ns_dtype, nesterov=True)
-    for _ in range(2):
-        optimizer.step()
+    optimizer.step()
     engine = optimizer.prepare()
     assert engine is not None
-    engine.counters.reset()
-    clock = Clock(rates)
-    with clock:
-        optimizer.step()
-    with matmul_precision(optimizer.config.fp32_matmul_prec):
-        told = step_times(engine, rates, {}, {}, nesterov=True, device="cpu")
-    return clock.finish(), told, optimizer
-
-
-@pytest.mark.parametrize("ns_dtype", ["fp32", "bf16"])
-def test_what_is_counted_is_what_a_step_does(ns_dtype: str) -> None:
-    """Operations, numbers of products and bytes of passes, one by one, of a real step and of its rehearsal."""
-    numbers = {"fp32": "float32", "bf16": "bfloat16"}[ns_dtype]
-    for kind in ("flops", "start", "memory", "norm", "turn"):
-        what = {"flops": f"{numbers}_flops", "start": f"{numbers}_start"}.get(kind, kind)
-        seen, told, optimizer = seen_and_told(ns_dtype, rates_of(**{what: 1.0}))
-        engine = optimizer.prepare()
-        assert engine is not None
+    for kind in (f"{numbers}_flops", f"{numbers}_start", "memory", "norm", "turn"):
+        clock = Clock(rates_of(**{kind: 1.0}))
+        engine.counters.reset()
+        with clock:
+            optimizer.step()
+        seen = clock.finish()
+        with matmul_precision(optimizer.config.fp32_matmul_prec):
+            told = step_times(engine, clock.rates, {}, {}, nesterov=True, device="cpu")
         assert told.seconds == seen.seconds, kind
         # copies that turn matrices: symmetric products by blocks, of float32 on CPUs
         assert (told.seconds > 0) == (kind != "turn" or ns_dtype == "fp32")
-        if kind == "flops":
+        if kind == f"{numbers}_flops":
             assert told.products == told.seconds == engine.counters.flops
         assert told.operations == pytest.approx(seen.operations, rel=0.1)
 
