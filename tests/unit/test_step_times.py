@@ -216,3 +216,11 @@ def test_what_a_machine_cannot_measure_stays_as_it_was() -> None:
     assert (entry.numbers["memory"], entry.sources["memory"]) == (5.0, ("measured", "here"))
     assert entry.numbers["node"] == 8.0
     assert entry.numbers["between.bytes"] == known.numbers["between.bytes"]
+
+
+def test_messages_of_one_link_follow_one_another() -> None:
+    clock = Clock(rates_of(within_bytes=1.0, between_bytes=1.0, overlaps=1.0))
+    assert [clock.sent(link, 5.0) for link in ("within", "within", "between")] == [5.0, 10.0, 5.0]
+    clock.wait("within", 10.0)
+    clock.wait("between", 5.0)
+    assert (clock.times.within, clock.times.between) == (10.0, 0.0)
