@@ -38,14 +38,14 @@ MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
     **{mode: (MSIGN, {"scale_mode": mode}) for mode in (UPDATE_NORM, SPECTRAL_NORM)},
     **{method: (MSIGN, {"variant": method}) for method in SECOND_MOMENTS},
     **{variant: (MSIGN, {"variant": variant, "scale_mode": "none"}) for variant in ("polargrad", "hyperball")},
-    "sphere": (MSIGN, {"variant": "spectral_sphere"}),
+    "sphere": (MSIGN, {"variant": SpectralSphere(tolerance=0.5)}),
     "MuonSphere": (MSIGN, {"variant": SpectralSphere(tolerance=1.0)}),
     **{direction: (direction, {}) for direction in BALLS},
 }
 """Direction and options of what measures whole matrices, of which ranks have parts."""
 
 SOLVED: dict[str, tuple[str, dict[str, Any]]] = {
-    solver: (STIEFEL, {"variant": StiefelMuon(solver, 2)}) for solver in SOLVERS
+    solver: (STIEFEL, {"variant": StiefelMuon(solver, 2 if solver == "fixed_point" else 1)}) for solver in SOLVERS
 }
 """Direction and options of weights on the manifold."""
 

@@ -41,7 +41,7 @@ def two_steps(
         if "lr" in options:
             options["lr"] = torch.full((), 0.1, device="cuda")
             world.watch.allowed[RATE.where] = RATE
-        muon = Muon(params, tp_group=dist.group.WORLD, num_ns_steps=3, **options)
+        muon = Muon(params, tp_group=dist.group.WORLD, num_ns_steps=2, **options)
         with world.refusing([*FIRST_STEP, *always]):
             muon.step()
         muon.engines.compared_elsewhere = True  # as Megatron-Core's optimizers are, which compare gradients themselves
@@ -109,7 +109,7 @@ def test_measured_rules(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("name", SOLVED)
 def test_manifolds(name: str) -> None:
     direction, options = SOLVED[name]
-    two_steps(FEW, direction, always=(EIGH,) if name == "fixed_point" else (), **options)
+    two_steps(FEW[1:], direction, always=(EIGH,) if name == "fixed_point" else (), **options)
 
 
 def test_rates_of_both_kinds_on_manifolds() -> None:
