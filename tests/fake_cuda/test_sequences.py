@@ -47,27 +47,18 @@ def meeting(ranks: int, of_rank: Callable[[int], Iterator[list[Call]]]) -> list[
     found = [dict(enumerate(calls)) for calls in zip(*each, strict=True)]
     for calls in found:
         check_meeting(calls)
-        assert not first_messages(calls)
     return found
-
-
-def first_messages(calls: dict[int, list[Call]]) -> list[Call]:
-    """Messages between some ranks that are the first communication of their group on one of them.
-
-    NCCL connects the ranks of a group in its first communication, which all of them must take part in: messages among
-    some before that wait for the others for ever (``torch.distributed.batch_isend_irecv``).
-    """
-    firsts = [call for own in calls.values() for call in {each.name or each.group: each for each in own[::-1]}.values()]
-    return [call for call in firsts if call.kind in ("send", "recv")]
 
 
 def test_messages_before_a_collective_are_noticed() -> None:
     """On the rank that has no other first, too."""
-    send = Call("send", (0, 1, 2), 0, (4, 0, 0), (0, 0, 0), torch.float32, 1, 1, "data")
-    gather = dataclasses.replace(send, kind="all_gather", peer=-1, batch=0)
-    other = dataclasses.replace(gather, name="tp")
-    assert first_messages({0: [gather, send], 1: [other, send, gather]}) == [send]
-    assert not first_messages({0: [gather, send], 1: [other, gather, send]})
+    send = Call("send", (0, 1), 0, (4,), (0,), torch.float32, 1, 1, "data")
+    receive = dataclasses.replace(send, kind="recv", rank=1, peer=0, sent=(0,), taken=(4,))
+    first = [Call("all_gather", (0, 1), rank, (4,), (8,), torch.float32, name="data") for rank in range(2)]
+    other = [dataclasses.replace(call, name="tp") for call in first]
+    check_meeting({0: [other[0], first[0], send], 1: [other[1], first[1], receive]})
+    with pytest.raises(AssertionError, match="rank 1: the first communication of a group"):
+        check_meeting({0: [first[0], send], 1: [other[1], receive, first[1]]})
 
 
 MODES = (AUTO, OWNER, GRAM, DUPLICATED, DISTRIBUTED)
