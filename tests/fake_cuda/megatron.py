@@ -62,20 +62,30 @@ def gpus(rank: int, ranks: int, told: list[Any] | None = None) -> Iterator[World
 
     What only the first rank finds, others take from ``told``, which it has left there, in the order of its tellings.
     """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_cpu())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        entered = stack.enter_context(World(rank, ranks))
+        values = [] if told is None else told
+        for target, name, value in (*_stubs(), (Ranks, "from_first", _from_first(iter(values), values))):
+            stack.enter_context(patch.object(target, name, value))
+        stack.callback(_forget_groups)
+        yield entered
+
+
+@contextlib.contextmanager
+def _without_cpu() -> Iterator[None]:
+    """The redirects to the CPU are put aside, but for those of what torch.compile would make."""
+    if not cpu.is_installed():  # already
+        yield
+        return
     dist.destroy_process_group()
-    cpu._REDIRECTS.revert()  # those of what torch.compile would make stay
+    cpu._REDIRECTS.revert()
     kept = PatchSet("fake", [each for subject in _IN_PLACE for each in subject.PATCHES])
     kept.apply()
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            entered = stack.enter_context(World(rank, ranks))
-            values = [] if told is None else told
-            for target, name, value in (*_stubs(), (Ranks, "from_first", _from_first(iter(values), values))):
-                stack.enter_context(patch.object(target, name, value))
-            stack.callback(_forget_groups)
-            yield entered
+        yield
     finally:
         kept.revert()
         cpu._REDIRECTS.apply()
@@ -84,13 +94,13 @@ def gpus(rank: int, ranks: int, told: list[Any] | None = None) -> Iterator[World
 
 def outcomes[T](cases: Mapping[str, T], run: Callable[[T], None]) -> dict[str, str]:
     """What each case has failed with, on a rank of the pool; empty if it has not."""
-    found = {}
-    for name, case in cases.items():
-        try:
-            run(case)
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
+    found = dict.fromkeys(cases, "")
+    with _without_cpu():
+        for name, case in cases.items():
+            try:
+                run(case)
+            except Exception:
+                found[name] = traceback.format_exc()
     return found
 
 
@@ -163,11 +173,18 @@ def _all_gather_object(found: list[Any], mine: Any, group: Any = None) -> None:
     found[:] = map(of, dist.get_process_group_ranks(group))
 
 
-def start(layout: Layout, *, cores: Callable[[Any], None] = lambda core: None, **changes: Any) -> Run:
-    """A run ready to step, see :func:`tests.megatron.harness.start`.
+def start(
+    layout: Layout,
+    *,
+    optimizer: dict[str, Any] | None = None,
+    cores: Callable[[Any], None] = lambda core: None,
+    **changes: Any,
+) -> Run:
+    """A run ready to step, see :func:`tests.megatron.harness.start`, of two layers and one step of Newton-Schulz.
 
     Args:
         layout: as there.
+        optimizer: as there.
         cores: is told of each core attention, before the optimizer is built.
         changes: as there.
     """
@@ -182,7 +199,7 @@ def start(layout: Layout, *, cores: Callable[[Any], None] = lambda core: None, *
         return chunks
 
     with patch.object(harness, "build_model", build_model):
-        return harness.start(layout, replicas=False, **changes)
+        return harness.start(layout, optimizer={"muon_num_ns_steps": 1, **(optimizer or {})}, replicas=False, **changes)
 
 
 def forward(run: Run, length: int = 16) -> None:
