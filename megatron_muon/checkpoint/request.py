@@ -161,7 +161,8 @@ class Request(dict[str, Any]):
             for each, first, mean in zip(self.held, firsts, mean_squares(self.held, firsts), strict=True):
                 if first is not None:
                     second = each.tensors[ESTIMATED]  # zero where there was none
-                    second.masked_fill_(second == 0, mean * gradients_to_average(self.stored.momentum))
+                    estimate = (mean * gradients_to_average(self.stored.momentum)).to(second.dtype)
+                    second.copy_(torch.where(second == 0, estimate, second))  # masked_fill_() would wait for the number
 
     def _buckets(self, stored: Stored) -> Mapping[torch.nn.Parameter, Bucket]:
         """Where the distributed optimizer had each weight: this run's, in a layer-wise one, or that of Adam alone."""
@@ -273,12 +274,15 @@ class Request(dict[str, Any]):
                 continue
             state = each.inner.state[each.key]
             if _counts_in_state(each.inner):
-                state[STEP] = torch.tensor(float(step))
+                on_device = each.group.get("capturable") or each.group.get("fused")  # torch's rule
+                state[STEP] = torch.tensor(float(step), device=each.key.device if on_device else "cpu")
             elif STEP in state:  # of Muon's rows under Adam
                 state[STEP] = step
         for inner in {id(each.inner): each.inner for each in self.held}.values():
             for group in inner.param_groups if not _counts_in_state(inner) else ():
-                if step or STEP in inner.defaults:
+                if step and group["params"] and getattr(inner, "capturable", False):  # a graph counts on the device
+                    group[STEP] = torch.tensor([step], dtype=torch.int32, device=group["params"][0].device)
+                elif step or STEP in inner.defaults:
                     group[STEP] = step
                 else:  # fused Adam has none before its first step
                     group.pop(STEP, None)

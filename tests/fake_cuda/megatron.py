@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ import torch.distributed as dist
 from megatron_muon import cpu
 from megatron_muon._patching import PatchSet
 from megatron_muon.agree import Ranks, _Outcome
-from megatron_muon.plugin import factory
+from megatron_muon.plugin import factory, nonfinite
 from tests.fake_cuda import world
 from tests.fake_cuda.world import Allowed, World
 from tests.megatron import harness
@@ -43,8 +44,18 @@ parallelism, and an Adam that counts steps in its groups."""
 
 _OPTIMIZER = "megatron/core/optimizer/optimizer.py"
 
+
+def _verdict(tensor: torch.Tensor) -> float:
+    """What the ranks find: nothing, unless this one has failed."""
+    frame = sys._getframe()
+    while frame.f_code.co_name != "prepare_grads" or "failure" not in frame.f_locals:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return 0.0 if frame.f_locals["failure"] is None else nonfinite._FAILED
+
+
 STEP = (
-    Allowed("megatron_muon/plugin/nonfinite.py:prepare_grads", "whether to step, before the first write", 0),
+    Allowed("megatron_muon/plugin/nonfinite.py:check_gradients", "whether to step, before the first write", _verdict),
     Allowed(f"{_OPTIMIZER}:get_grad_norm", "Megatron-Core adds up the norms of a chain's parts on the host", 1),
 )
 """What waits in each step."""

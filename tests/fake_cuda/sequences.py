@@ -99,6 +99,9 @@ def _check_collective(calls: Sequence[Call]) -> None:
                     )
     elif calls[0].kind in ("gather", "scatter"):  # only the root has the parts of all
         alike("sizes", [call.sent if call.kind == "gather" else call.taken for call in calls])
+    elif calls[0].kind == "all_gather uneven":
+        alike("sizes", [call.taken for call in calls])
+        assert all(call.sent == (call.taken[call.rank],) for call in calls), calls
     elif calls[0].kind == "broadcast":
         alike("sizes", [call.sent for call in calls])
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,9 +19,11 @@ from megatron_muon.plugin import recording
 from megatron_muon.plugin.groups import device_of
 from megatron_muon.plugin.state import reset, sleep, state_bytes, wake
 from tests.fake_cuda.megatron import FIRST_STEP, GPU, STEP, Allowed, forward, gpus, outcomes, start, step
+from tests.fake_cuda.sequences import check_meeting
 from tests.fake_cuda.world import World
 from tests.megatron.harness import Layout
 from tests.megatron.qk_clip import GQA
+from tests.megatron.test_layer_wise_sharing import UNEVEN, free_messages, shared
 from tests.pool import RankPool
 
 Case = tuple[Layout, dict[str, Any], dict[str, Any]]
@@ -46,7 +49,8 @@ STEPS: dict[str, Case] = {
     "nobody looks": (Layout(tp=2), {"muon_nonfinite": "propagate"}, {}),
     "lion": (Layout(tp=2), {"muon_scalar_optimizer": "lion"}, BF16),
     "manifold": (Layout(tp=2), {"name": "stiefel_muon", **MANIFOLD}, {}),
-    "layer-wise, gloo beside NCCL": (Layout(tp=2, **SHARDED), {}, {**BF16, "backend": "cpu:gloo,cuda:nccl"}),
+    "layer-wise, lent": (Layout(**SHARDED), {}, {**BF16, **UNEVEN}),
+    "layer-wise, lent, gloo beside NCCL": (Layout(**SHARDED), {}, {**UNEVEN, "backend": "cpu:gloo,cuda:nccl"}),
     "sphere, layer-wise": (Layout(tp=2, **SHARDED), {"name": "spectral_sphere"}, BF16),
 }
 LOG = (
@@ -59,7 +63,7 @@ LOG = (
 )
 MOVES = (Allowed("megatron_muon/plugin/state.py:_move", "between steps, at the end of all copies"),)
 
-ON_ALL_RANKS = ("plain", "pipeline", "layer-wise", "lists", "experts", "experts, layer-wise")
+ON_ALL_RANKS = ("plain", "pipeline", "layer-wise", "lists", "layer-wise, lent", "experts, layer-wise")
 
 
 def two_steps(case: Case, rank: int) -> list[Any]:
@@ -67,8 +71,13 @@ def two_steps(case: Case, rank: int) -> list[Any]:
     layout, optimizer, model = case
     backend = model.get("backend", "nccl")
     model = {name: value for name, value in model.items() if name != "backend"}
-    with gpus(rank, ranks=4) as world, patch.object(dist, "get_backend", lambda group=None: backend):
+    with (
+        gpus(rank, ranks=4) as world,
+        patch.object(dist, "get_backend", lambda group=None: backend),
+        free_messages() if model.keys() >= UNEVEN.keys() else nullcontext(),
+    ):
         run = start(layout, optimizer=optimizer, early=True, **model)
+        assert not model.keys() >= UNEVEN.keys() or shared(run), "nothing is lent"
         first = len(world.calls)
         with world.refusing(FIRST_STEP):
             step(run)
@@ -82,8 +91,10 @@ def two_steps(case: Case, rank: int) -> list[Any]:
 
 def _step_on_ranks() -> dict[str, str]:
     def steps(name: str) -> None:
-        for rank in range(4) if name in ON_ALL_RANKS else (1,):
-            two_steps(STEPS[name], rank)
+        if name in ON_ALL_RANKS:
+            check_meeting({rank: two_steps(STEPS[name], rank) for rank in range(4)})
+        else:
+            two_steps(STEPS[name], rank=1)
 
     return outcomes({name: name for name in STEPS}, steps)
 

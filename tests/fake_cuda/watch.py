@@ -137,6 +137,8 @@ class Watch(TorchDispatchMode):
                 return _as(answer, on_device[0].dtype)
             if name in _READS:
                 return bool(answer)
+        if name in ("masked_fill", "masked_fill_") and isinstance(args[2], torch.Tensor):
+            self._host(func, args[2])  # CUDA's kernel takes a number
         if name in ("index", "index_put", "index_put_", "_index_put_impl_") and on_device:
             self._check_indices(func, args[1])
         self._check_host_memory(func, name, tensors, on_device, kwargs)

@@ -64,50 +64,6 @@ def test_evaluation_and_the_warmup_of_cuda_graphs_do_not_count(pool: RankPool) -
     assert asleep == [-torch.inf] * 2 and awake > 0
 
 
-def count_work(clip: bool) -> tuple[int, int, int]:
-    """All-reduces in a step, those for a maximum, and waits for the device inside the optimizer's step."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Waits(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
-            return function(*args, **(kwargs or {}))
-
-    run = small_run(qk_clip=clip)
-    run.losses(2)
-    reduced: list[Any] = []
-    original, step, waits = dist.all_reduce, run.optimizer.step, Waits()
-
-    def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, *args: Any, **kwargs: Any) -> Any:
-        reduced.append(op)
-        return original(tensor, op, *args, **kwargs)
-
-    def watched() -> Any:
-        with waits:
-            return step()
-
-    run.optimizer.step = watched
-    dist.all_reduce = all_reduce
-    try:
-        run.losses(1)
-    finally:
-        dist.all_reduce = original
-    return len(reduced), sum(op == dist.ReduceOp.MAX for op in reduced), waits.count
-
-
-def count_both() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    return count_work(True), count_work(False)
-
-
-def test_one_collective_and_no_wait_a_step(pool: RankPool) -> None:
-    """Four layers, two ranks."""
-    with_clip, without = pool.run(count_both, 2)[0]
-    assert with_clip[0] == without[0] + 1 and with_clip[1] == without[1] + 1
-    assert with_clip[2] == without[2]
-
-
 def intervals() -> list[tuple[float, bool]]:
     options = {"muon_qk_logits_interval": 3}
     run = harness.start(Layout(), optimizer=options, qk_clip=True, qk_clip_threshold=0.05, **GQA)
