@@ -55,7 +55,7 @@ def _verdict(tensor: torch.Tensor) -> float:
 
 
 STEP = (
-    Allowed("megatron_muon/plugin/nonfinite.py:check_gradients", "whether to step, before the first write", _verdict),
+    Allowed("megatron_muon/plugin/nonfinite.py:prepare_grads", "whether to step, before the first write", _verdict),
     Allowed(f"{_OPTIMIZER}:get_grad_norm", "Megatron-Core adds up the norms of a chain's parts on the host", 1),
 )
 """What waits in each step."""

@@ -30,7 +30,6 @@ ADAM = {"muon_param_rule": ("*linear_proj.weight=adam",), **ACCEPT}
 CASES: dict[str, Case] = {
     "plain": (Layout(tp=2), BF16, {}, {}),
     "layer-wise": (Layout(tp=2, **SHARDED), BF16, {}, ACCEPT),
-    "lists": (Layout(tp=2, layer_wise=True), {**BF16, "param_layout": False}, {}, ACCEPT),
     "second moments": (Layout(tp=2), {}, {"name": "adaptive_muon"}, {}),
     "pipeline": (Layout(pp=2), BF16, {}, ACCEPT),
     "from Muon to Adam": (Layout(tp=2), BF16, {}, ADAM),

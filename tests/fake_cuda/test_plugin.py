@@ -36,12 +36,10 @@ MANIFOLD = {"muon_param_rule": ("*linear_fc1.weight=stiefel",)}
 
 STEPS: dict[str, Case] = {
     "plain": (Layout(tp=2), {}, {}),
-    "plain, bf16": (Layout(tp=2), {}, BF16),
     "pipeline": (Layout(pp=2), {}, BF16),
     "layer-wise": (Layout(tp=2, **SHARDED), {}, BF16),
     "layer-wise, float32": (Layout(tp=2, **SHARDED), {}, {}),
     "layer-wise without overlap": (Layout(tp=2, overlap=False, **SHARDED), {}, BF16),
-    "layer-wise, whole weights": (Layout(**SHARDED), {}, BF16),
     "lists": (Layout(tp=2, layer_wise=True), {}, {**BF16, "param_layout": False}),
     "lists without overlap": (Layout(tp=2, layer_wise=True, overlap=False), {}, {**BF16, "param_layout": False}),
     "experts": (Layout(tp=2, ep=2, etp=1), {}, {**BF16, **MOE}),
@@ -63,7 +61,7 @@ LOG = (
 )
 MOVES = (Allowed("megatron_muon/plugin/state.py:_move", "between steps, at the end of all copies"),)
 
-ON_ALL_RANKS = ("plain", "pipeline", "layer-wise", "lists", "layer-wise, lent", "experts, layer-wise")
+ON_ALL_RANKS = ("layer-wise", "lists", "layer-wise, lent", "experts, layer-wise")
 
 
 def two_steps(case: Case, rank: int) -> list[Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,32 +171,3 @@ def beside_an_empty_stage(value: float) -> bool:
 def test_a_stage_without_weights_takes_part(pool: RankPool) -> None:
     assert pool.run(beside_an_empty_stage, 2, 1e-3) == [True, True]
     assert pool.run(beside_an_empty_stage, 2, NAN) == [False, False]
-
-
-def waits_in_a_step(layout: Layout, optimizer: dict[str, Any]) -> list[str]:
-    """Where this package reads a value of a tensor in a step by Megatron-Core's wrappers, after the first."""
-    run = harness.start(layout, optimizer=optimizer, early=True, bf16=True, qk_clip=True)
-    run.losses(1)
-    found = []
-
-    def noting(read: Any) -> Any:
-        def note(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            caller = sys._getframe(1).f_code
-            if "/megatron_muon/" in caller.co_filename and "/cpu/" not in caller.co_filename:
-                found.append(f"{Path(caller.co_filename).stem}.{caller.co_name}")
-            return read(self, *args, **kwargs)
-
-        return note
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
-            patch.setattr(torch.Tensor, name, noting(getattr(torch.Tensor, name)))
-        step_with(run, 1e-3, WEIGHTS["muon"], 0)
-    return found
-
-
-def test_the_check_is_all_that_waits_for_the_device(pool: RankPool) -> None:
-    options = {"muon_scale_mode": "spectral_norm"}
-    for choice, where in (("skip", ["nonfinite.prepare_grads"]), ("propagate", [])):
-        found = pool.run(waits_in_a_step, 2, Layout(layer_wise=True), {**options, "muon_nonfinite": choice})
-        assert found == [where] * 2
