@@ -27,6 +27,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
+import megatron_muon
 from megatron_muon import cpu
 from megatron_muon._patching import PatchSet
 from megatron_muon.agree import Ranks, _Outcome
@@ -98,6 +99,7 @@ def _without_cpu() -> Iterator[None]:
     try:
         yield
     finally:
+        megatron_muon.uninstall()  # in the reverse order
         kept.revert()
         cpu._REDIRECTS.apply()
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
