@@ -48,6 +48,7 @@ PARTS = {
     "kernels": Part("Kernels against float64", 120),
     "steps": Part("A step of every optimizer against float64 on the CPU", 120),
     "bench": Part("Steps on the shapes of six models", 240),
+    "ranks": Part("Several ranks", 200),
     "demo": Part("The demo, trained", 150),
 }
 """In the order in which they are run: first what tells most."""
