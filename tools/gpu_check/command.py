@@ -49,7 +49,9 @@ PARTS = {
     "steps": Part("A step of every optimizer against float64 on the CPU", 120),
     "bench": Part("Steps on the shapes of six models", 240),
     "ranks": Part("Several ranks", 200),
+    "graph": Part("CUDA graph of the step", 60),
     "demo": Part("The demo, trained", 150),
+    "te": Part("TransformerEngine", 150),
 }
 """In the order in which they are run: first what tells most."""
 
@@ -162,7 +164,8 @@ def _run(name: str, part: Part, document: dict[str, Any], end: float, args: argp
 
 def _line(item: str, result: Mapping[str, Any]) -> str:
     seconds = f" ({result['seconds']:.1f} s)" if "seconds" in result else ""
-    lines = [f"  {result['state']:10} {item}{seconds}{': ' + result['reason'] if 'reason' in result else ''}"]
+    reason = f": {' '.join(result['reason'].split())[:400]}" if "reason" in result else ""
+    lines = [f"  {result['state']:10} {item}{seconds}{reason}"]
     lines += [f"FAILED: {reason}" for reason in reasons_of(result)]
     lines += [note for note in result.get("notes", ()) if note != f"not run: {result.get('reason')}"]
     return ("\n" + 13 * " ").join(lines)
@@ -174,6 +177,7 @@ def _conclude(document: Mapping[str, Any], chosen: Sequence[str], out: Path) -> 
     for name in chosen:
         for item, result in document["parts"][name]["items"].items():
             reasons = [*([result["reason"]] if "reason" in result else []), *reasons_of(result)]
+            reasons = [" ".join(reason.split())[:400] for reason in reasons]
             by_state[result["state"]].append(": ".join([name, item, *(["; ".join(reasons)] if reasons else [])]))
     print(f"\n{len(by_state[PASSED])} items passed. {out / JSON}, {out / PAGE}, {out / LOG}")
     for state, title in ((NOT_RUN, "Not run"), (UNFINISHED, "Left for another call"), (FAILED, "FAILED")):

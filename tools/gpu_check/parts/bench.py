@@ -305,7 +305,7 @@ def _say(
         if errors is not None and errors.bound is not None:
             report.at_most(f"error of {runner.contestant.name}", errors.worst, errors.bound)
     if setting.is_gpu:  # small matrices on a CPU tell nothing of it
-        report.target("error", own.errors.worst / upstream.errors.worst, of)
+        report.target("error", own.errors.mean / upstream.errors.mean, of)
         report.target("upstream", own.seconds / upstream.seconds, of)
 
 

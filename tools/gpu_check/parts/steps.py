@@ -151,6 +151,18 @@ def _gradients(given: Shapes, step: int) -> list[torch.Tensor]:
     ]
 
 
+def parameters(given: Shapes, direction: str, device: torch.device, dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    """The same weights each time, without gradients."""
+    params: list[torch.nn.Parameter] = []
+    weights = _weights(given)
+    if direction == STIEFEL:
+        weights = [_orthonormal(weight) for weight in weights]
+    for weight, (_, layout) in zip(weights, given, strict=True):
+        params.append(torch.nn.Parameter(weight.to(device, dtype)))
+        setattr(params[-1], LAYOUT_ATTRIBUTE, dataclasses.replace(layout, direction=direction))
+    return params
+
+
 def _two_steps(
     report: Report,
     given: Shapes,
@@ -161,13 +173,7 @@ def _two_steps(
     wrap: Callable[[float, torch.device], Any],
 ) -> list[torch.Tensor]:
     """The weights after two steps, on the CPU."""
-    params = []
-    weights = _weights(given)
-    if direction == STIEFEL:
-        weights = [_orthonormal(weight) for weight in weights]
-    for weight, (_, layout) in zip(weights, given, strict=True):
-        params.append(torch.nn.Parameter(weight.to(device, dtype)))
-        setattr(params[-1], LAYOUT_ATTRIBUTE, dataclasses.replace(layout, direction=direction))
+    params = parameters(given, direction, device, dtype)
     options = {"nesterov": False, **options}
     optimizer = Muon(params, lr=wrap(LR, device), momentum=0.9, weight_decay=0.1, **options)
     for step in range(2):
