@@ -42,7 +42,7 @@ from tools.gpu_check.clock import device_of, synchronize
 from tools.gpu_check.loopback import loopback
 from tools.gpu_check.models import LAYERS, SIZES, case_of
 from tools.gpu_check.parts.rates import product_rate
-from tools.gpu_check.report import Item, NotRunError, Report, Setting, need
+from tools.gpu_check.report import Item, NotRunError, Report, Setting, is_there, need
 
 PEERS = ("emerging symmetric", "gram-newton-schulz")
 """Measured by themselves: they compile and tune for each shape, or may not be there."""
@@ -171,6 +171,7 @@ def _measure(setting: Setting, model: str, tp: int, each: list[Contestant], repo
             _look(runner, device)
         _rounds(setting, runners, device)
         _say(setting, report, model, tp, runners, device, case.local_elements)
+        _foretold(setting, report, f"{model}, TP {tp}", runners[0], device)
     del runners, tensors, world, groups, group
     gc.collect()
 
@@ -283,8 +284,6 @@ def _say(
             dtype = _iteration_dtype(engine)
             rate = product_rate(device, 8192 if setting.is_gpu else 256, dtype)
             columns |= {"numbers": _GEMM[dtype], "of_cublas": runner.needed / runner.seconds / rate}
-            assert isinstance(runner.optimizer, Muon)
-            columns["plan_ms"] = 1e3 * _planned(runner.optimizer, engine, device)
         if runner.kernels is not None:
             columns["kernels"] = runner.kernels
         if setting.is_gpu:
@@ -292,7 +291,6 @@ def _say(
         report.row(f"steps of a rank, {elements / 1e6:.0f} M elements of {model} at TP {tp}", **columns)
         if setting.is_gpu and name == OURS:
             report.target("rate", columns["of_cublas"], of)
-            report.target("plan time", abs(columns["plan_ms"] / columns["ms"] - 1.0), of)
     own = runners[0]
     if upstream is None:
         report.check("both were timed", all(each.seconds > 0 for each in runners))
@@ -307,6 +305,31 @@ def _say(
     if setting.is_gpu:  # small matrices on a CPU tell nothing of it
         report.target("error", own.errors.mean / upstream.errors.mean, of)
         report.target("upstream", own.seconds / upstream.seconds, of)
+
+
+def _foretold(setting: Setting, report: Report, of: str, runner: _Runner, device: torch.device) -> None:
+    """What the plan says of the time and the memory of a step; after all else, which is kept if this fails."""
+    optimizer, engine = runner.optimizer, _engine_of(runner.optimizer)
+    if engine is None:
+        return
+    assert isinstance(optimizer, Muon)
+    planned = _planned(optimizer, engine, device)
+    columns = {"of": of, "ms": 1e3 * runner.seconds, "plan_ms": 1e3 * planned}
+    if is_there(_MEMORY):
+        ranks = dict.fromkeys((DENSE, EXPERT), 0)
+        work = (engine.plan, engine.orthogonalizer, engine.wire, engine.local_dtype, ranks, MOMENTUM["nesterov"])
+        peak = import_module(_MEMORY).peak_bytes(*work)
+        columns |= {"peak_mib": runner.peak / 2**20, "plan_mib": peak / 2**20}
+        if setting.is_gpu:
+            report.target("plan memory", abs(peak / runner.peak - 1.0), of)
+    else:
+        report.left_out("memory of a step", "the plan does not tell it yet")
+    report.row("what the plan says of a step", **columns)
+    if setting.is_gpu:
+        report.target("plan time", abs(planned / runner.seconds - 1.0), of)
+
+
+_MEMORY = "megatron_muon.engine.memory"
 
 
 def _quartiles(values: list[float]) -> tuple[float, float]:
