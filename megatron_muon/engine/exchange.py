@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_muon.engine.packing import Shapes, numel
+from megatron_muon.engine.packing import Shapes, even_part, numel
 
 
 @dataclass
@@ -142,8 +142,9 @@ class Members:
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """All rows of square matrices, from the rows that each rank has."""
-        whole = rows.new_empty(rows.size(0), rows.size(-1), rows.size(-1))
-        shapes = [piece.shape for piece in whole.tensor_split(len(self.ranks), dim=-2)]
+        batch, _, p = rows.shape
+        count = len(self.ranks)
+        shapes = [torch.Size((batch, even_part(p, count, number), p)) for number in range(count)]
         return torch.cat(self._trade([rows] * len(self.ranks), shapes), dim=-2)
 
     def _trade(self, pieces: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> list[torch.Tensor]:

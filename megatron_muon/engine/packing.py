@@ -25,7 +25,11 @@ def even_part(total: int, parts: int, number: int) -> int:
 
 def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """(elements,): one tensor after the other; a view if there is only one tensor, and it is contiguous."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
+    if len(tensors) == 1 or all(tensor.is_contiguous() for tensor in tensors):
+        return torch.cat([tensor.view(-1) for tensor in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
+    buffer = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+    torch._foreach_copy_(cut(buffer, [[tuple(tensor.shape) for tensor in tensors]])[0], list(tensors))
+    return buffer
 
 
 def interleaved(pieces: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:

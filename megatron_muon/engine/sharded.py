@@ -46,9 +46,10 @@ def _standard_step(
     """``a X + (b A + c A A) X`` in place of each X of the list, from the triangles of all A."""
     (a, b, c), products = coefficients, orthogonalizer.products
     triangles = cut(grams, [[(x.size(0), triangle_numel(x.size(-2))) for x in shards]])[0]
-    for index, (x, triangle) in enumerate(zip(shards, triangles, strict=True)):
-        r = from_triangle(triangle.to(orthogonalizer.dtype), x.size(-2))
-        shards[index] = products.multiply_add(x, products.quadratic(r, b, c), a)
+    for index, triangle in enumerate(triangles):  # with zip in it, enumerate keeps what came first
+        x = shards[index]
+        z = products.quadratic(from_triangle(triangle.to(orthogonalizer.dtype), x.size(-2)), b, c)
+        shards[index] = products.multiply_add(x, z, a)
 
 
 def gram(run: Run, mine: RankChunk) -> ChunkWork:

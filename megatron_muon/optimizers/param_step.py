@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_muon.engine.plan import MatrixSlice
-from megatron_muon.engine.slices import Slices
+from megatron_muon.engine.slices import Slices, Tensors
 from megatron_muon.optimizers.groups import Options
 from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.routing.layout import ORTHOGONALIZE, STIEFEL, MatrixLayout, layout_of
@@ -105,6 +106,7 @@ def pack(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Ten
         batches: to be filled.
         first: whether to update the momentum of these matrices before.
     """
+    together: dict[Options, tuple[Tensors, Tensors, Tensors]] = defaultdict(lambda: ([], [], []))
     for run, mine, batch in by_param_group(weights, slices, batches):
         options = mine[0].options
         momenta, slots = run.pairs([weight.buffer for weight in mine], batch)
@@ -115,7 +117,13 @@ def pack(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Ten
             if mine[0].l2 and grads:
                 params = run.views([weight.param for weight in mine], batch)
                 grads = list(torch._foreach_add(grads, params, alpha=mine[0].l2))
-        elementwise.pack(momenta, grads, slots, options.momentum if first else None, options.nesterov)
+        if batch.is_cuda and not mine[0].l2:  # kernels take all batches at once
+            for some, more in zip(together[options], (momenta, grads, slots), strict=True):
+                some.extend(more)
+        else:  # while it is in a CPU's cache, or its gradients are copies
+            elementwise.pack(momenta, grads, slots, options.momentum if first else None, options.nesterov)
+    for options, views in together.items():
+        elementwise.pack(*views, options.momentum if first else None, options.nesterov)
 
 
 def damp(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
@@ -141,10 +149,19 @@ def add(
         factor: gives the factor of the matrices of one item of a weight.
         key: gives what that factor depends on, beside the param group and the shape.
     """
+    together: dict[Options, tuple[Tensors, Tensors, list[float]]] = defaultdict(lambda: ([], [], []))
     for run, mine, batch in by_param_group(weights, slices, directions, key):
         params, updates = run.pairs([weight.param for weight in mine], batch)
         factors, options = [factor(mine[0], run.items[0])] * len(params), mine[0].options
-        elementwise.add(params, updates, factors, options.lr, options.kept, options.cautious)
+        if batch.is_cuda:  # as in pack
+            its = together[options]
+            its[0].extend(params)
+            its[1].extend(updates)
+            its[2].extend(factors)
+        else:
+            elementwise.add(params, updates, factors, options.lr, options.kept, options.cautious)
+    for options, each in together.items():
+        elementwise.add(*each, options.lr, options.kept, options.cautious)
 
 
 def by_param_group(

@@ -72,7 +72,13 @@ def transposed_if(x: torch.Tensor, tall: bool) -> torch.Tensor:
 
 def square_sums(x: torch.Tensor) -> torch.Tensor:
     """(batch, 1, 1), float64: the squares of the norms. In float32 the square of a norm of 2e19 would be infinite."""
-    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64).square_()
+    return _norms(x).square_()
+
+
+def _norms(x: torch.Tensor) -> torch.Tensor:
+    if x.is_cuda and x.size(0):  # vector_norm converts all of x first, which takes up to four times its memory
+        return torch.stack(torch._foreach_norm(x.unbind(0), 2, torch.float64)).view(-1, 1, 1)
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
 
 
 def normalized(
@@ -98,11 +104,14 @@ def normalized(
         overwrite: write the result over ``x`` if that has its dtype.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    norm = (square_sums(x) if squares is None else squares).sqrt_()
-    norm = norm.add_(eps) if damped else norm.clamp_min_(eps)
+    norm = _norms(x) if squares is None else squares.sqrt_()
+    factor = (norm.add_(eps) if damped else norm.clamp_min_(eps)).reciprocal_()
+    if scale != 1.0:
+        factor.mul_(scale)
+    if eps * torch.finfo(wide).max < scale:
+        factor.clamp_max_(torch.finfo(wide).max)
     out = x if overwrite and x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device)
-    factor = (scale / norm).clamp_max_(torch.finfo(wide).max).to(wide)
-    return torch.mul(x, factor, out=out)  # in ``wide``, rounded once
+    return torch.mul(x, factor.to(wide), out=out)  # in ``wide``, rounded once
 
 
 def standard_iteration(
@@ -119,10 +128,11 @@ def standard_iteration(
     """
     with without_autocast():
         for a, b, c in coefficients:
-            gram = products.gram(x)
+            z = products.gram(x)
             if reduce is not None:  # partial sums are added in float32: bfloat16 loses bits
-                gram = reduce(gram.to(torch.promote_types(gram.dtype, torch.float32))).to(gram.dtype)
-            x = products.multiply_add(x, products.quadratic(gram, b, c), a)
+                z = reduce(z.to(torch.promote_types(z.dtype, torch.float32))).to(z.dtype)
+            z = products.quadratic(z, b, c)  # the Gram matrix is gone before there is another X
+            x = products.multiply_add(x, z, a)
     return x
 
 
@@ -140,8 +150,7 @@ def split_iteration(
     """
     with without_autocast():
         for a, b, c in coefficients:
-            partial = products.gram(x)
-            rows = scatter(partial.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+            rows = scatter(products.gram(x).to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
             polynomial = torch.baddbmm(rows, rows, gather(rows), beta=b, alpha=c)
             x = products.multiply_add(x, gather(polynomial), a)
     return x

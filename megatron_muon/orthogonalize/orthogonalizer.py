@@ -159,14 +159,15 @@ class Orthogonalizer:
         """Orthogonalize this rank's part of each matrix by standard Newton-Schulz that shares the square products, too.
 
         Args:
-            x: (batch, m, n): this rank's rows or columns.
+            x: (batch, m, n): this rank's rows or columns; may be overwritten.
             reduce: sums a tensor over the ranks.
             scatter: gives this rank's rows of the sum.
             gather: gives all rows, from the rows that each rank has.
             dim: the dimension that they share, -2 (rows) or -1 (columns); sums run along it, whichever is longer.
         """
-        start = transposed_if(self.normalized(x, squares=reduce(square_sums(x))), dim == -2)
-        return transposed_if(split_iteration(start, self.coefficients, self.products, scatter, gather), dim == -2)
+        start = self.normalized(x, squares=reduce(square_sums(x)), overwrite=True)
+        turned = transposed_if(start, dim == -2)
+        return transposed_if(split_iteration(turned, self.coefficients, self.products, scatter, gather), dim == -2)
 
     def member_flops(self, p: int, columns: float, rows: float) -> float:
         """Operations of a rank in :meth:`split` that has ``columns`` of a matrix and ``rows`` of its Gram matrix."""

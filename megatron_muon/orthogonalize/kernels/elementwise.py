@@ -27,6 +27,12 @@ _Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 _TRIAL = 1 << 26
 """Elements in the trial by time: as many as a chunk has."""
 
+_COPIED = 320 << 16
+"""Elements of which copies are made at a time: as many as one launch of torch's kernels for lists of tensors takes."""
+
+_SMALL = 1 << 20
+"""Elements that a GPU adds in about the time that it takes to launch a kernel."""
+
 _taken: set[tuple[Any, ...]] = set()
 """The passes that the kernels do: device, name of the pass, and dtypes of its tensors."""
 
@@ -54,8 +60,12 @@ def pack(momenta: _Tensors, grads: _Tensors, slots: _Tensors, momentum: float | 
         torch._foreach_lerp_(momenta, grads, 1.0 - momentum)
     if nesterov == 1.0:
         torch._foreach_copy_(slots, momenta)
+    elif momenta[0].is_cuda and all(slot.dtype == own.dtype for slot, own in zip(slots, momenta, strict=True)):
+        torch._foreach_copy_(slots, grads)
+        torch._foreach_lerp_(slots, momenta, nesterov)
     elif momenta[0].is_cuda:
-        torch._foreach_copy_(slots, torch._foreach_lerp(grads, momenta, nesterov))
+        for owns, some, into in _pieces(momenta, grads, slots):
+            torch._foreach_copy_(into, torch._foreach_lerp(some, owns, nesterov))
     else:  # without a copy of all of them
         for own, grad, slot in zip(momenta, grads, slots, strict=True):
             if slot.dtype == own.dtype:
@@ -93,24 +103,69 @@ def add(
             _add_and_round(weight, update, -lr * factor, kept, cautious)
         else:
             by_factor[factor].append((weight, update))
+    if kept is not None and by_factor:
+        every = [weight for pairs in by_factor.values() for weight, _ in pairs]
+        torch._foreach_mul_(every, _like(kept, every))
     for factor, pairs in by_factor.items():
         wide, theirs = zip(*pairs, strict=True)
-        if kept is not None:
-            torch._foreach_mul_(wide, _like(kept, wide))
         if cautious is not None:
-            add_(wide, [weight * (weight * update > 0) for weight, update in pairs], -cautious)
+            _take_from_smaller(wide, theirs, cautious)
         add_(wide, theirs, -lr * factor)
+
+
+def _take_from_smaller(weights: _Tensors, updates: _Tensors, cautious: Rate) -> None:
+    """``weights -= cautious weights`` where the update has their sign, so that it makes them smaller."""
+    for some, theirs in _pieces(weights, updates):
+        smaller = [torch.empty_like(weight) for weight in some]
+        torch._foreach_copy_(smaller, theirs)
+        torch._foreach_mul_(smaller, some)
+        torch._foreach_sign_(smaller)  # a comparison would be a kernel for each
+        torch._foreach_clamp_min_(smaller, 0.0)
+        torch._foreach_mul_(smaller, some)
+        add_(some, smaller, -cautious)
 
 
 def add_(weights: _Tensors, updates: _Tensors, rate: Rate) -> None:
     """``weights += rate updates``, in place; the product is in the weights' dtype, whatever that of the updates is."""
-    if not isinstance(rate, torch.Tensor):
+    if not isinstance(rate, torch.Tensor) and not _are_many(weights, updates):
         torch._foreach_add_(weights, updates, alpha=rate)
         return
-    products = [torch.empty_like(weight) for weight in weights]
-    torch._foreach_copy_(products, updates)
-    torch._foreach_mul_(products, _like(rate, weights))
-    torch._foreach_add_(weights, products)
+    for some, theirs in _pieces(weights, updates):
+        products = [torch.empty_like(weight) for weight in some]
+        torch._foreach_copy_(products, theirs)
+        if isinstance(rate, torch.Tensor):
+            torch._foreach_mul_(products, _like(rate, some))
+        torch._foreach_add_(some, products, alpha=1.0 if isinstance(rate, torch.Tensor) else rate)
+
+
+def _are_many(weights: _Tensors, updates: _Tensors) -> bool:
+    """Whether converting updates first is faster: a kernel for each weight would take longer than what it does."""
+    is_other = weights[0].is_cuda and weights[0].dtype != updates[0].dtype
+    return is_other and are_small([weight.numel() for weight in weights])
+
+
+def are_small(sizes: Sequence[int]) -> bool:
+    """Whether updates of another dtype are converted together, before they are added to weights of so many elements."""
+    return sum(sizes) < len(sizes) * _SMALL
+
+
+def _pieces(*tensors: _Tensors) -> Iterator[list[_Tensors]]:
+    """Cut lists of tensors of the same shapes where copies of what is worked on at once would take much memory."""
+    sizes = [tensor.numel() for tensor in tensors[0]]
+    for start, stop in pieces(sizes):
+        yield [some[start:stop] for some in tensors]
+
+
+def pieces(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last (not included) of tensors of which copies are made at a time, by their numbers of elements."""
+    start = total = 0
+    for index, size in enumerate(sizes):
+        if index > start and total + size > _COPIED:
+            yield start, index
+            start, total = index, 0
+        total += size
+    if sizes:
+        yield start, len(sizes)
 
 
 def _like(rate: Rate, tensors: _Tensors) -> Rate:
