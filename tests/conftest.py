@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_muon import cpu
+from tests.megatron.planner import Planner
 from tests.pool import RankPool
 
 # Matrices of tests are tiny: threads would only wait for one another, for seconds where a core has other work.
@@ -20,6 +21,14 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def planner() -> Iterator[Planner]:
+    """A process that plans."""
+    made = Planner()
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)

@@ -39,9 +39,21 @@ def execute(run: Run, chunks: Sequence[RankChunk]) -> None:
         chunks: in the order of the plan. Those of one group are the same on all its ranks; so is the order of chunks
             of several groups on ranks that share them.
     """
+    take_turns(chunks, lambda mine: _WORK[mine.chunk.mode](run, mine))
+
+
+def take_turns(chunks: Sequence[RankChunk], work_on: Callable[[RankChunk], ChunkWork]) -> None:
+    """Do the work on some chunks, in the order of :func:`execute`.
+
+    Args:
+        chunks: as of :func:`execute`.
+        work_on: gives the work on a chunk.
+    """
     late: list[ChunkWork] = []
     groups = [mine.chunk.group for mine in chunks]
-    turns = {group: _turns(run, [mine for mine in chunks if mine.chunk.group == group], late) for group in groups}
+    turns = {
+        group: _turns(map(work_on, [mine for mine in chunks if mine.chunk.group == group]), late) for group in groups
+    }
     begun: set[str] = set()
     for index, group in enumerate(groups):
         for each in groups[index : index + 2]:  # the first message of the next group is sent early, too
@@ -57,13 +69,12 @@ def execute(run: Run, chunks: Sequence[RankChunk]) -> None:
         next(work, None)
 
 
-def _turns(run: Run, chunks: Sequence[RankChunk], late: list[ChunkWork]) -> Iterator[None]:
+def _turns(waiting: Iterator[ChunkWork], late: list[ChunkWork]) -> Iterator[None]:
     """The work on the chunks of one group.
 
     Yields when the first has begun, and when each is computed; after that the results of the last one are written. What
     pauses with :attr:`Pause.LATE` is added to ``late``, and finished by the caller.
     """
-    waiting = (_WORK[mine.chunk.mode](run, mine) for mine in chunks)
     computing: deque[ChunkWork] = deque()
     returning: list[ChunkWork] = []
 

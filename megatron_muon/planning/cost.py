@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -111,18 +111,22 @@ class RankLoad:
     """What one rank of a pipeline stage holds and does.
 
     Attributes:
+        rank: number within the stage of the first rank with this load.
         ranks: number of ranks with this load.
         parameter_bytes: of its shard of the model.
         state_bytes: of its optimizer state.
+        step_bytes: that its step takes beside parameters, gradients and state; 0 in a mode that cannot be.
         work: for each mode that can be, what it does for one step.
         lent_bytes: for each, what of it goes to data-parallel ranks, which orthogonalize for one another.
         steps: those of the weights of dense layers and of experts.
-        group_ranks: the number of one such rank in each group of :mod:`megatron_muon.optimizers.engines`.
+        group_ranks: the number of this rank in each group of :mod:`megatron_muon.optimizers.engines`.
     """
 
+    rank: int
     ranks: int
     parameter_bytes: int
     state_bytes: int
+    step_bytes: int
     work: dict[str, Cost]
     lent_bytes: dict[str, float]
     steps: tuple[Step, Step] = field(repr=False, compare=False)
@@ -146,9 +150,10 @@ def loads_of_stage(
     peers, expert_peers = Peers(DATA, layout.data, 0, wide), Peers(EXPERT_DATA, layout.expert_data, 0)
     data = _holdings([w for w in weights if not w.by_expert_data], peers, scalar_optimizer, planner)
     experts = _holdings([w for w in weights if w.by_expert_data], expert_peers, scalar_optimizer, planner)
-    found: Counter[tuple[int, tuple[Cost, ...], tuple[float, ...]]] = Counter()
-    examples: dict[tuple[int, tuple[Cost, ...], tuple[float, ...]], tuple[tuple[Step, Step], dict[str, int]]] = {}
-    for position in map(layout.position, range(layout.ranks_of_stage)):
+    found: dict[tuple[int, int, tuple[Cost, ...], tuple[float, ...]], list[int]] = defaultdict(list)
+    examples: list[tuple[tuple[Step, Step], dict[str, int]]] = []
+    for rank in range(layout.ranks_of_stage):
+        position = layout.position(rank)
         (state, step), (expert_state, expert_step) = data[position.data], experts[position.expert_data]
         group_ranks = {
             DENSE: position.tensor,
@@ -160,20 +165,19 @@ def loads_of_stage(
         work = tuple(step.cost(mode, group_ranks) + expert_step.cost(mode, group_ranks) for mode in modes)
         both = step, expert_step
         lent = tuple(sum(each.lent_bytes(mode, group_ranks) for each in both) for mode in modes)
-        key = state + expert_state, work, lent
-        found[key] += 1
-        examples.setdefault(key, (both, group_ranks))
+        is_possible = planner.options.tp_mode not in refused
+        peak = planner.together(*both).peak_bytes(group_ranks) if is_possible else 0
+        found[state + expert_state, peak, work, lent].append(rank)
+        examples.append((both, group_ranks))
     parameter_bytes = sum(weight.local_numel * weight.element_bytes for weight in weights)
     return [
         RankLoad(
-            ranks,
-            parameter_bytes,
-            state,
+            *(ranks[0], len(ranks), parameter_bytes, state, peak),
             dict(zip(modes, work, strict=True)),
             dict(zip(modes, lent, strict=True)),
-            *examples[state, work, lent],
+            *examples[ranks[0]],
         )
-        for (state, work, lent), ranks in found.items()
+        for (state, peak, work, lent), ranks in found.items()
     ]
 
 

@@ -139,6 +139,7 @@ def _figures(loads: Sequence[RankLoad], mode: str) -> dict[str, Any]:
         "ranks": sum(load.ranks for load in loads),
         "parameter_bytes": over_ranks(loads, lambda load: load.parameter_bytes),
         "optimizer_state_bytes": over_ranks(loads, lambda load: load.state_bytes),
+        "step_bytes": over_ranks(loads, lambda load: load.step_bytes),
         "newton_schulz_flops": flops,
         "lent_bytes": over_ranks(loads, lambda load: load.lent_bytes[mode]),
         "imbalance": flops["max"] / flops["mean"] if flops["mean"] else 1.0,

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.config import MuonConfig
+from megatron_muon.engine.memory import peak_bytes
 from megatron_muon.engine.modes import AUTO, BLOCKWISE, LENT, MODES, OWNER, SPLIT, Cost, Sizes
 from megatron_muon.engine.plan import Weight
 from megatron_muon.engine.prediction import Choice, matrices_by_mode, predict
@@ -56,6 +57,7 @@ class StepPlanner:
         self.manifold_work = _ManifoldWork(options)
         self._steps: dict[frozenset[tuple[Weight, int]], Step] = {}
         self._shared: dict[tuple[Weight, ...], list[Step]] = {}
+        self._together: dict[tuple[Step, ...], Step] = {}
 
     def step(self, weights: Sequence[Weight]) -> Step:
         """The step of a rank that updates these weights; their order does not matter to what it costs."""
@@ -77,11 +79,24 @@ class StepPlanner:
             for weight in weights:
                 if weight.peers is not None:
                     held[weight.peers.holder].append(dataclasses.replace(weight, peers=None))
-            steps = [Step(self, mine, weights, rank) for rank, mine in enumerate(held)]
+            group = next((weight.peers.group for weight in weights if weight.peers is not None), "")
+            steps = [Step(self, mine, weights, {group: rank}) for rank, mine in enumerate(held)]
             # The spectral sphere goes over its matrices again and again: each rank over its own.
             shares = self.passes == 1 and steps[0].engine(self.options.tp_mode).shares
             self._shared[key] = steps if shares else [self.step(mine) for mine in held]
         return self._shared[key]
+
+    def together(self, *steps: Step) -> Step:
+        """The steps of several sets of weights of a rank as one."""
+        busy = tuple(step for step in steps if step.planned)
+        if len(busy) < 2:
+            return (*busy, *steps)[0]
+        if busy not in self._together:
+            weights = [weight for step in busy for weight in step.weights]
+            planned = [weight for step in busy for weight in step.planned]
+            places = {name: place for step in busy for name, place in step.places.items()}
+            self._together[busy] = Step(self, weights, planned, places)
+        return self._together[busy]
 
     def refusals(self, weights: Iterable[Weight]) -> dict[str, str]:
         """The modes of tensor parallelism in which some weight cannot be updated, with the engine's message."""
@@ -99,24 +114,29 @@ class Step:
     """One step of a rank, in any mode of tensor parallelism; made by :class:`StepPlanner`."""
 
     def __init__(
-        self, planner: StepPlanner, weights: Sequence[Weight], shared: Sequence[Weight] = (), place: int = 0
+        self,
+        planner: StepPlanner,
+        weights: Sequence[Weight],
+        shared: Sequence[Weight] = (),
+        places: Mapping[str, int] | None = None,
     ) -> None:
         """
         Args:
             planner: knows the options.
             weights: of the rank.
             shared: those of all ranks of its data-parallel group, if they orthogonalize for one another.
-            place: its number there.
+            places: its number there.
         """
         # Updates in balls of entries, rows or columns cost next to nothing.
         self.planner = planner
         self.weights = tuple(weight for weight in weights if weight.layout.direction == MSIGN)
         self.manifold = tuple(weight for weight in weights if weight.layout.direction == STIEFEL)
-        self._planned = tuple(weight for weight in shared if weight.layout.direction == MSIGN) or self.weights
-        self._place = place
+        self.planned = tuple(weight for weight in shared if weight.layout.direction == MSIGN) or self.weights
+        self.places = places or {}
         self._engines: dict[str, StepEngine] = {}
         self._manifold_engines: dict[str, StepEngine] = {}
         self._costs: dict[tuple[str, ...], Cost] = {}
+        self._peaks: dict[tuple[int, ...], int] = {}
 
     def engine(self, mode: str) -> StepEngine:
         """The engine that a run would make; it can tell its plan, and nothing else.
@@ -125,7 +145,7 @@ class Step:
             ConfigError: for what the mode cannot do.
         """
         if mode not in self._engines:
-            self._engines[mode] = self._new_engine(self._planned, mode)
+            self._engines[mode] = self._new_engine(self.planned, mode)
         return self._engines[mode]
 
     def manifold_engine(self, mode: str) -> StepEngine:
@@ -154,6 +174,17 @@ class Step:
         sizes = Sizes(2 * own, own, own)
         return predict(engine.plan, self.planner.manifold_work, sizes, group_ranks)
 
+    def peak_bytes(self, group_ranks: Mapping[str, int]) -> int:
+        """What it holds at once beside weights, gradients and state: :func:`megatron_muon.engine.memory.peak_bytes`."""
+        options = self.planner.options
+        engine = self.engine(options.tp_mode)
+        key = tuple(group_ranks[name] for name in engine.plan.groups())
+        if key not in self._peaks:
+            numbers = engine.orthogonalizer, engine.wire, engine.local_dtype
+            with matmul_precision(options.fp32_matmul_prec):
+                self._peaks[key] = peak_bytes(engine.plan, *numbers, group_ranks, options.nesterov)
+        return self._peaks[key]
+
     def lent_bytes(self, mode: str, group_ranks: Mapping[str, int]) -> float:
         """What of it a rank sends to data-parallel ranks, which orthogonalize for one another."""
         engine = self.engine(mode)
@@ -164,7 +195,7 @@ class Step:
 
     def _cost(self, mode: str, group_ranks: Mapping[str, int]) -> Cost:
         """Of the weights that are orthogonalized."""
-        if not any(weight.dim for weight in self._planned):
+        if not any(weight.dim for weight in self.planned):
             mode = AUTO  # nothing is exchanged, so that all modes are one
         engine = self.engine(mode)
         key = (mode, *(f"{name} {group_ranks[name]}" for name in engine.plan.groups()))
@@ -199,7 +230,7 @@ class Step:
         groups = {weight.group: Group(weight.ranks) for weight in weights if weight.dim}
         tensor = max((weight.ranks for weight in weights), default=1)
         for peers in {weight.peers for weight in weights if weight.peers is not None}:
-            groups[peers.group] = Group(peers.ranks, self._place)
+            groups[peers.group] = Group(peers.ranks, self.places.get(peers.group, 0))
             if peers.wide:
                 groups[peers.wide] = Group(peers.ranks * tensor)
         return StepEngine(

@@ -43,9 +43,14 @@ class StagePlan:
     """One pipeline stage."""
 
     number: int  # of the stage, from 0
-    parameters: int  # on one rank
+    weights: list[Weight]  # of a rank
     loads: list[RankLoad]  # of its ranks
     choices: Counter[Choice]  # how many of its matrices mode ``auto`` treats in which way
+
+    @property
+    def parameters(self) -> int:
+        """On one rank."""
+        return sum(weight.local_numel for weight in self.weights)
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ class _Survey:
         self.refusals = {**refusals_of_stage(weights, self.planner), **self.refusals}
         loads = loads_of_stage(weights, self.layout, self.options.scalar_optimizer, self.planner)
         choices = choices_of_stage(weights, self.layout, self.planner)
-        self.stages.append(StagePlan(stage.number, sum(weight.local_numel for weight in weights), loads, choices))
+        self.stages.append(StagePlan(stage.number, weights, loads, choices))
 
     def _count(self, weight: Weight, route: Route) -> None:
         if not weight.replica:

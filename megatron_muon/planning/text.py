@@ -64,6 +64,7 @@ def _ranks(plan: Plan) -> list[str]:
             _gib(stage.loads[0].parameter_bytes),
             _gib(state["mean"]),
             _gib(state["max"]),
+            _gib(over_ranks(stage.loads, lambda load: load.step_bytes)["max"]),
             _tera(flops["mean"]),
             _tera(flops["max"]),
         )
@@ -76,6 +77,7 @@ def _ranks(plan: Plan) -> list[str]:
         "their bytes",
         "optimizer state, mean",
         "greatest",
+        "a step besides, greatest",
         "Newton-Schulz, mean",
         "greatest",
     )

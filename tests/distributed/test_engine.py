@@ -23,7 +23,6 @@ from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 from tests.pool import RankPool
 from tests.reference import orthogonalized
-from tools.bench.observe import LiveBytes
 from tools.splitting import merge, split
 
 QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
@@ -380,82 +379,6 @@ def test_ranks_without_parameters_or_gradients_do_nothing(pool: RankPool) -> Non
 NUMBERS_AND_MODES = [
     (dtype, mode) for dtype in ("fp32", "bf16", "fp16") for mode in MODES if (dtype, mode) != ("bf16", "gram")
 ]
-
-# Memory.
-
-
-SIDE = 64
-MATRIX = 4 * SIDE * SIDE
-
-
-def peaks_of_steps(numbers: dict[str, list[int]], matrices: int) -> dict[tuple[str, str], list[tuple[int, int]]]:
-    """In each mode and type of numbers."""
-    return {
-        (mode, dtype): peak_of_step(mode, dtype, numbers[dtype], matrices)
-        for dtype, mode in NUMBERS_AND_MODES
-        if dtype in numbers
-    }
-
-
-def peak_of_step(mode: str, dtype: str, numbers: list[int], matrices: int) -> list[tuple[int, int]]:
-    """Peak of steps after the first, in bytes, and what is left after them; with ``numbers`` of weights.
-
-    Args:
-        mode: of tensor parallelism.
-        dtype: of the iteration.
-        numbers: of SIDE x SIDE weights, one run for each.
-        matrices: that fit into the bound of a chunk.
-    """
-    group, found = dist.group.WORLD, []
-    for number in numbers:
-        params = [
-            Given((SIDE, SIDE), 1).parameter(group, random((SIDE, SIDE), 1, torch.float32)) for _ in range(number)
-        ]
-        for param in params:
-            param.grad = param.detach().clone()
-        optimizer = Muon(
-            params, tp_group=group, tp_mode=mode, ns_dtype=dtype, nesterov=True, chunk_mb=matrices * MATRIX / 2**20
-        )
-        optimizer.step()
-        steps = [live_bytes(optimizer.step) for _ in range(4)]
-        found.append((min(peak for peak, _ in steps), max(left for _, left in steps)))
-    return found
-
-
-def live_bytes(step: Callable[[], Any]) -> tuple[int, int]:
-    """The most that there were, and what is left.
-
-    gloo's threads let go of a message when they get the processor, which may be after the wait for it has ended. So
-    what is left is looked at when they had time, and the least of several peaks counts.
-    """
-    dist.barrier()
-    with LiveBytes() as seen:
-        step()
-    deadline = time.monotonic() + 10.0
-    while seen.live and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return seen.peak, seen.live
-
-
-# Multiples of the bound of a chunk in float32, as measured, and one more: gloo's threads may hold a message. For square
-# matrices, whose Gram matrices are as large as they are, and twice as large as a shard.
-MOST_BOUNDS = {
-    "fp32": {"auto": 9, "owner": 9, "gram": 12, "duplicated": 6.5, "distributed": 10.5, "blockwise": 4},
-    "bf16": {"auto": 4.5, "owner": 4.5, "duplicated": 3.5, "distributed": 6.75, "blockwise": 2.25},
-}
-
-
-def test_memory_is_bounded_by_the_chunk_and_not_by_the_weights(pool: RankPool) -> None:
-    matrices = 4
-    for rank in pool.run(peaks_of_steps, 2, {"fp32": [16, 96], "bf16": [16]}, matrices):
-        for (mode, dtype), found in rank.items():
-            peaks = [peak / (matrices * MATRIX) for peak, _ in found]
-            assert all(left == 0 for _, left in found), mode
-            assert (1 if dtype == "fp32" else 0.5) <= peaks[0], mode
-            assert max(peaks) <= MOST_BOUNDS[dtype][mode], (mode, dtype, peaks)
-            # On one core gloo's threads may hold what was sent of one more chunk, of both ranks, in every try.
-            assert peaks[-1] <= peaks[0] + 2, mode
-
 
 # Replicas.
 

@@ -14,7 +14,6 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.power import _noise
 from megatron_muon.optimizers.sphere import SpectralSphere, evaluations
 from tests.distributed.test_adaptive import CASES, HEADS, QKV, WHOLE, grad, rows_of, trained_shards, weight
-from tests.distributed.test_engine import live_bytes
 from tests.pool import RankPool
 
 # Ten steps that bring every singular value to 1 within 5e-4 (variants of lesser reach would blur h).
@@ -223,39 +222,6 @@ def test_sphere_of_a_weight_that_another_optimizer_has_trained(radius: float) ->
     norm = torch.linalg.matrix_norm(start, 2).item() if radius == 0 else other
     assert optimizer.state[param]["sphere_radius"].max().item() == pytest.approx(norm, rel=5e-3)
     assert torch.linalg.matrix_norm(param.detach(), 2).item() == pytest.approx(norm, rel=5e-3)
-
-
-SIDE = 32
-MATRIX = 4 * SIDE * SIDE
-
-
-def peaks(numbers: list[int]) -> list[int]:
-    """The most bytes that a step takes, with so many divided weights, four of which fit into a chunk of each rank."""
-    found, group = [], dist.group.WORLD
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    for number in numbers:
-        params = [torch.nn.Parameter(weight(SIDE, SIDE, seed).float().chunk(ranks)[rank]) for seed in range(number)]
-        for param in params:
-            param.tensor_model_parallel, param.partition_dim = True, 0
-            param.grad = param.detach().clone()
-        optimizer = Muon(
-            params,
-            variant=SpectralSphere(tolerance=0.5),
-            tp_group=group,
-            tp_mode="owner",
-            ns_dtype="fp32",
-            chunk_mb=4 * MATRIX / 2**20,
-        )
-        optimizer.step()
-        found.append(min(live_bytes(optimizer.step)[0] for _ in range(2)))
-    return found
-
-
-def test_memory_does_not_grow_with_the_model(pool: RankPool) -> None:
-    """Directions are kept of four chunks, which are 32 matrices here, 16 on each rank: not of all weights."""
-    for few, many in pool.run(peaks, 2, [40, 72]):
-        assert few > 16 * MATRIX
-        assert many <= 1.15 * few
 
 
 def test_number_of_evaluations() -> None:

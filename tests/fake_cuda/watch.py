@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_muon
 from tests.fake_cuda.groups import Call
+from tests.fake_cuda.launches import hidden_bytes, launches
 
 __all__ = ["Allowed", "DeviceError", "Watch"]
 
@@ -95,9 +96,10 @@ class Watch(TorchDispatchMode):
         calls: what the rank has communicated.
         waits: where the host has waited, by ``file.py:function``.
         kernels: how often each operation of the device was carried out that is no view: a ``_foreach`` counts once.
+        launches: kernels that these were on a GPU, see :func:`tests.fake_cuda.launches.launches`.
         live: bytes of tensors of the device that were made under the mode and are alive.
         written: the storages (``untyped_storage()._cdata``) that operations have written to.
-        peak: the most that ``live`` was; set it to ``live`` to begin anew.
+        peak: the most that ``live`` was, with what operations took for themselves; set it to ``live`` to begin anew.
     """
 
     def __init__(self, mode: FakeTensorMode, device: str = "cuda") -> None:
@@ -108,6 +110,7 @@ class Watch(TorchDispatchMode):
         self.calls: list[Call] = []
         self.waits: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
         self.live = self.peak = 0
         self.written: set[int] = set()
         self.seen: Callable[[Any, Any, Any], None] | None = None
@@ -144,6 +147,7 @@ class Watch(TorchDispatchMode):
         self._check_host_memory(func, name, tensors, on_device, kwargs)
         if self._held and not form.is_view:
             self._check_pending(func, form, args, kwargs, tensors)
+        self.peak = max(self.peak, self.live + (hidden_bytes(name, args, kwargs) if on_device else 0))
         result = func(*args, **kwargs)
         found = [result] if isinstance(result, torch.Tensor) else list(_tensors((result,)))
         if not form.is_view and name not in _NO_KERNEL:
@@ -152,6 +156,7 @@ class Watch(TorchDispatchMode):
             its = [tensor for tensor in (*found, *_tensors(changed)) if tensor.device.type == self._device]
             if its:
                 self.kernels[name] += 1
+                self.launches[name] += launches(name, args, result)
         for tensor in found:
             if tensor.device.type == self._device:
                 self._meet(tensor)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 pytest.register_assert_rewrite("tests.megatron.crossing")
 
 from tests.megatron.crossing import Crossing  # noqa: E402
-from tests.megatron.planner import Planner  # noqa: E402
 from tests.pool import RankPool  # noqa: E402
 
 
@@ -17,11 +14,3 @@ from tests.pool import RankPool  # noqa: E402
 def crossing(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Crossing:
     """Checkpoints of every layout, loaded at every layout."""
     return Crossing(pool, tmp_path_factory.mktemp("crossing"))
-
-
-@pytest.fixture(scope="session")
-def planner() -> Iterator[Planner]:
-    """A process that plans."""
-    made = Planner()
-    yield made
-    made.close()

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import shlex
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
+
+from megatron_muon.config import MuonConfig
+from megatron_muon.engine.plan import Weight
+from megatron_muon.planning.flags import Layout
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 
@@ -41,9 +48,34 @@ class Planner:
         """``python -m megatron_muon plan``, but for the start of a process."""
         return self._executor.submit(_command, arguments).result()
 
+    def ranks(self, model: str, stage: int, without: list[str]) -> list[PlannedRank]:
+        """Ranks of a pipeline stage of a file of ``examples/models``, one of each kind.
+
+        Args:
+            model: name of the file.
+            stage: number of the stage; the others are not built.
+            without: flags of the file that are left out.
+        """
+        return self._executor.submit(_ranks, model, stage, without).result()
+
     def close(self) -> None:
         """End the process."""
         self._executor.shutdown()
+
+
+class PlannedRank(NamedTuple):
+    """What the plan tells of a rank of a pipeline stage."""
+
+    layout: Layout
+    options: MuonConfig
+    rank: int  # within the stage
+    state_bytes: int
+    step_bytes: int
+    weights: tuple[Weight, ...]  # Muon's, of this rank
+    planned: tuple[Weight, ...]  # those that its engine plans for
+    places: tuple[tuple[str, int], ...]  # data-parallel groups, and its number there
+    has_main_copies: bool
+    scalars: int  # elements whose state it holds for Adam
 
 
 class Outcome(NamedTuple):
@@ -65,6 +97,43 @@ def _command(arguments: list[str]) -> Outcome:
         except SystemExit as end:
             code = end.code
     return Outcome(code, stdout.getvalue(), stderr.getvalue())
+
+
+def _ranks(model: str, stage: int, without: list[str]) -> list[PlannedRank]:
+    from megatron_muon import cpu, plugin
+    from megatron_muon.commands.plan import _with_options_of_file
+    from megatron_muon.planning import survey
+    from megatron_muon.planning.flags import read_flags
+
+    cpu.install()
+    plugin.install()
+    file = read_flags(MODELS / f"{model}.args")
+    own = _with_options_of_file(Namespace(model=model, world_size=None, tokens=None), file.plan_options)
+    flags = [flag for flag in file.flags if flag not in without]
+    build = survey.build_stages
+    with mock.patch.object(survey, "build_stages", lambda args: itertools.islice(build(args), stage, stage + 1)):
+        plan = survey.make_plan(flags, own.world_size)
+    weights = plan.stages[0].weights
+    pairs = [(load, plan.planner.together(*load.steps)) for load in plan.stages[0].loads]
+    return [
+        PlannedRank(
+            *(plan.layout, plan.options, load.rank, load.state_bytes, load.step_bytes),
+            *(step.weights, step.planned, tuple(step.places.items())),
+            has_main_copies=all(weight.element_bytes == 2 for weight in weights),
+            scalars=sum(_scalars(weight, plan.layout.position(load.rank)) for weight in weights),
+        )
+        for load, step in pairs
+    ]
+
+
+def _scalars(weight: Any, position: Any) -> int:
+    """Elements of a weight under Adam whose state a rank holds."""
+    if weight.layout is not None:
+        return 0
+    if weight.owners is None:
+        return int(weight.local_numel)
+    place = position.expert_data if weight.by_expert_data else position.data
+    return sum(elements for rank, elements in weight.owners if rank == place)
 
 
 def _document(flags: list[str], world: int) -> dict[str, Any]:

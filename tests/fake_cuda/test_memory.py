@@ -1,0 +1,113 @@
+"""What a step holds at once, on fake GPUs, is what the plan says."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+import pytest
+
+from megatron_muon import Muon
+from megatron_muon.engine.memory import peak_bytes
+from megatron_muon.engine.plan import Weight
+from megatron_muon.optimizers.sphere import SpectralSphere
+from tests.fake_cuda.models import taken
+from tests.fake_cuda.world import FIRST_STEP, World
+from tests.megatron.planner import Planner
+
+SIDE, MATRICES = 512, 2
+BOUND = 4 * MATRICES * SIDE * SIDE
+
+MOST_BOUNDS = {
+    ("fp32", "owner"): (7.0, 6.2),
+    ("fp32", "gram"): (10.6, 3.7),
+    ("fp32", "duplicated"): (4.5, 3.7),
+    ("fp32", "distributed"): (8.1, 3.6),
+    ("fp32", "blockwise"): (3.6, 2.3),
+    ("bf16", "owner"): (3.5, 3.5),
+    ("bf16", "duplicated"): (2.3, 1.9),
+    ("bf16", "distributed"): (5.1, 2.6),
+    ("bf16", "blockwise"): (1.6, 1.6),
+    ("fp16", "gram"): (5.8, 2.6),
+}
+"""Multiples of the bound of a chunk as the documentation has them, for matrices of 1 : 1 and of 1 : 8."""
+
+
+def step(
+    mode: str, dtype: str, rank: int, shapes: list[tuple[tuple[int, int], int]], **options: Any
+) -> tuple[int, int]:
+    """Bytes that a step after the first held at once, and what is said of one of plain Muon.
+
+    Args:
+        mode: of tensor parallelism, on two ranks.
+        dtype: of the iteration.
+        rank: which one.
+        shapes: of its shards, and the dimensions that are divided.
+        options: of Muon.
+    """
+    with World(rank, 2) as world:
+        params = [world.parameter(*shape, dim=dim) for shape, dim in shapes]
+        group = world.own_group([(0, 1)])
+        options = {"nesterov": True, "chunk_mb": BOUND / 2**20, **options}
+        muon = Muon(params, tp_group=group, tp_mode=mode, ns_dtype=dtype, **options)
+        muon.engines.compared_elsewhere = True
+        with world.refusing(FIRST_STEP):
+            muon.step()
+        before = world.watch.peak = world.watch.live
+        muon.step()
+        assert world.watch.live == before
+        engine = next(iter(muon.engines))
+        numbers = engine.orthogonalizer, engine.wire, engine.local_dtype
+        ranks = dict.fromkeys(engine.plan.groups(), rank)
+        return world.watch.peak - before, peak_bytes(engine.plan, *numbers, ranks, nesterov=True)
+
+
+@pytest.mark.parametrize(("dtype", "mode"), MOST_BOUNDS)
+def test_a_step_is_bounded_by_its_chunks(dtype: str, mode: str) -> None:
+    """And takes what is said, whatever the number of weights."""
+    square, wide = ((SIDE, SIDE // 2), 1), ((SIDE // 4, SIDE), 1)
+    peaks = []
+    for shapes in ([square] * 12, [square] * 20, [wide] * 32):
+        peak, said = step(mode, dtype, 0, shapes)
+        assert peak == pytest.approx(said, rel=1e-3)
+        peaks.append(peak / BOUND)
+    assert peaks[1] <= 1.001 * peaks[0]
+    assert (peaks[1] <= MOST_BOUNDS[dtype, mode][0], peaks[2] <= MOST_BOUNDS[dtype, mode][1]) == (True, True), peaks
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode", "rank"), [(*pair, rank) for pair in MOST_BOUNDS for rank in (0, 1) if pair[0] != "bf16"]
+)
+def test_several_shapes_and_uneven_shares(dtype: str, mode: str, rank: int) -> None:
+    """Batches of a chunk follow one another, and ranks own different numbers of matrices."""
+    peak, said = step(mode, dtype, rank, [((SIDE, SIDE // 4), 0)] * 3 + [((SIDE // 4, SIDE // 2), 1)] * 5)
+    assert peak == pytest.approx(said, rel=1e-2)
+
+
+def test_the_spectral_sphere_keeps_directions_of_four_chunks() -> None:
+    """Of 32 matrices, 16 on each rank: not of all weights."""
+    matrix, shard = 4 * 32 * 32, ((16, 32), 0)
+    options: dict[str, Any] = {"variant": SpectralSphere(tolerance=0.5), "chunk_mb": 4 * matrix / 2**20}
+    few, many = (step("owner", "fp32", 0, [shard] * count, **options)[0] for count in (40, 72))
+    assert 16 * matrix < few
+    assert many <= 1.05 * few
+
+
+@pytest.mark.parametrize(("model", "stage"), [("llama3_70b", 1), ("deepseek_v3", 0)])
+def test_ranks_of_models(planner: Planner, model: str, stage: int) -> None:
+    """State to the byte and the peak of a step, for the ranks of a stage that have most, or least, of either."""
+    ranks = planner.ranks(model, stage, [])
+    kinds = [sorted(ranks, key=attrgetter(what, "rank")) for what in ("state_bytes", "step_bytes")]
+    chosen = {rank.rank: rank for ordered in kinds for rank in (ordered[0], ordered[-1])}
+    for rank in chosen.values():
+        found = taken(rank)
+        assert found.state_bytes == rank.state_bytes
+        assert found.peak == pytest.approx(rank.step_bytes, rel=1e-3), rank.rank
+        # The bound of a chunk, or its largest matrix.
+        largest = max(4 * m * n for weight in rank.planned for m, n in matrices(weight))
+        assert found.peak <= MOST_BOUNDS["bf16", "owner"][1] * max(largest, 1 << 28)
+
+
+def matrices(weight: Weight) -> list[tuple[int, int]]:
+    """Rows and columns of the logical matrices of a weight."""
+    return [(block.rows, block.columns) for block in weight.layout.blocks(weight.whole_shape)]
