@@ -258,11 +258,14 @@ def _tried(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], sha
 
 
 def _samples(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[list[list[torch.Tensor]]]:
-    """Two tensors of each dtype: aligned; from an odd address on; and with rows that lie apart. The same each time."""
+    """Two tensors of each dtype: aligned; from an odd address on; and with rows that lie apart. The same each time.
+
+    None ends where a block of the kernels does.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(dtype: torch.dtype, matrices: int) -> torch.Tensor:
-        values = torch.randn(matrices, 8, 1024, generator=generator)
+        values = torch.randn(matrices, 8, 1040, generator=generator)
         magnitudes = torch.empty_like(values).uniform_(-42.0, 3.0, generator=generator)  # the smallest numbers, too
         return (values * 10.0**magnitudes).to(device, dtype)
 
