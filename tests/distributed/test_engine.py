@@ -268,6 +268,12 @@ def error_of_different_plans(difference: str) -> tuple[str, float]:
     return str(error.value), seconds
 
 
+_OPTIONS = {
+    "mode": "tp_mode is owner on ranks [0] and duplicated on ranks [1] of the tensor-parallel group",
+    "coefficients": "num_ns_steps is 5 on ranks [0] and 6 on ranks [1] of the tensor-parallel group",
+}
+
+
 def test_ranks_with_different_plans_stop_at_once(pool: RankPool) -> None:
     for rank, results in enumerate(pool.run(errors_of_different_plans, 2)):
         for difference, (message, seconds) in zip(DIFFERENCES, results, strict=True):
@@ -276,6 +282,8 @@ def test_ranks_with_different_plans_stop_at_once(pool: RankPool) -> None:
                     "a weight of 16 x 12 on this rank has a gradient on ranks [0] of the tensor-parallel group and"
                 )
                 assert expected in message and "none on ranks [1]" in message
+            elif difference in _OPTIONS:
+                assert _OPTIONS[difference] in message
             else:
                 expected = f"the ranks of the tensor-parallel group plan different steps (rank {rank} has"
                 assert expected in message and "--muon-ns-backend" in message, difference
