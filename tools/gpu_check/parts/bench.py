@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_muon.engine.memory import peak_bytes
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.engines import DENSE, EXPERT
 from megatron_muon.optimizers.muon import Muon
@@ -42,7 +43,7 @@ from tools.gpu_check.clock import device_of, synchronize
 from tools.gpu_check.loopback import loopback
 from tools.gpu_check.models import LAYERS, SIZES, case_of
 from tools.gpu_check.parts.rates import product_rate
-from tools.gpu_check.report import Item, NotRunError, Report, Setting, is_there, need
+from tools.gpu_check.report import Item, NotRunError, Report, Setting, need
 
 PEERS = ("emerging symmetric", "gram-newton-schulz")
 """Measured by themselves: they compile and tune for each shape, or may not be there."""
@@ -315,21 +316,14 @@ def _foretold(setting: Setting, report: Report, of: str, runner: _Runner, device
     assert isinstance(optimizer, Muon)
     planned = _planned(optimizer, engine, device)
     columns = {"of": of, "ms": 1e3 * runner.seconds, "plan_ms": 1e3 * planned}
-    if is_there(_MEMORY):
-        ranks = dict.fromkeys((DENSE, EXPERT), 0)
-        work = (engine.plan, engine.orthogonalizer, engine.wire, engine.local_dtype, ranks, MOMENTUM["nesterov"])
-        peak = import_module(_MEMORY).peak_bytes(*work)
-        columns |= {"peak_mib": runner.peak / 2**20, "plan_mib": peak / 2**20}
-        if setting.is_gpu:
-            report.target("plan memory", abs(peak / runner.peak - 1.0), of)
-    else:
-        report.left_out("memory of a step", "the plan does not tell it yet")
+    ranks = dict.fromkeys((DENSE, EXPERT), 0)
+    work = (engine.plan, engine.orthogonalizer, engine.wire, engine.local_dtype)
+    peak = peak_bytes(*work, ranks, MOMENTUM["nesterov"])
+    columns |= {"peak_mib": runner.peak / 2**20, "plan_mib": peak / 2**20}
     report.row("what the plan says of a step", **columns)
     if setting.is_gpu:
+        report.target("plan memory", abs(peak / runner.peak - 1.0), of)
         report.target("plan time", abs(planned / runner.seconds - 1.0), of)
-
-
-_MEMORY = "megatron_muon.engine.memory"
 
 
 def _quartiles(values: list[float]) -> tuple[float, float]:
