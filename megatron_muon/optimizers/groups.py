@@ -33,6 +33,9 @@ _OF_OTHERS = {*_OF_TORCH, *_OF_MEGATRON, "is_decoupled_lr", "default_config", "p
 _MEANT = {"wd": "weight_decay", "learning_rate": "lr", "beta": "momentum", "mu": "momentum"}
 _NOT_NEGATIVE = ("lr", "weight_decay", "damping_depth", "scalar_eps", "scalar_lr_mult", "scalar_wd_mult")
 
+_ROUNDING = 1e-12
+"""How far below 0 a rate may be: schedules that end at 0 miss it, as torch's ``LinearLR`` by 1e-17 of the peak."""
+
 
 def check_names(group: Collection[str], defaults: Collection[str], constructor: Collection[str]) -> None:
     """Refuse options that a param group cannot have.
@@ -73,7 +76,7 @@ def check_numbers(group: Mapping[str, Any], *, read: bool = True) -> None:
     for name in _NOT_NEGATIVE:
         value: Any = group.get(name)
         unseen = isinstance(value, torch.Tensor) and not read
-        if not is_number(value) or not (unseen or 0.0 <= value < math.inf):
+        if not is_number(value) or not (unseen or -_ROUNDING <= value < math.inf):
             raise ConfigError(f"{name} {value}: give a finite number of at least 0")
     betas: Any = group.get("scalar_betas")
     are_two = isinstance(betas, list | tuple) and len(betas) == 2

@@ -178,6 +178,15 @@ def test_what_others_write_to_groups_passes() -> None:
     assert len(stepped(optimizer)) == 2
 
 
+def test_schedules_that_end_a_rounding_below_0_pass() -> None:
+    optimizer = Muon([parameter(0)], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 0.0, total_iters=7)
+    for _ in range(8):
+        stepped(optimizer)
+        schedule.step()
+    assert -1e-17 < optimizer.param_groups[0]["lr"] < 0.0
+
+
 class Calls(TorchDispatchMode):
     """Counts operations; tells what has been read by the host."""
 
