@@ -12,6 +12,7 @@ launched, or after it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -59,14 +60,13 @@ class _DeviceScalars:
 
     def hold(self, place: Hashable, number: Rate, device: torch.device) -> torch.Tensor:
         """The scalar of a place, with this number: always the same memory."""
-        assert not isinstance(number, torch.Tensor)
-        known = self._held.get(place)
-        if known is None:
-            known = number, torch.full((), number, dtype=torch.float64, device=device)
-        elif known[0] != number:
-            known = number, known[1].fill_(number)  # a kernel that takes the number along: nobody waits
-        self._held[place] = known
-        return known[1]
+        known, scalar = self._held.get(place) or (math.nan, torch.empty((), dtype=torch.float64, device=device))
+        if isinstance(number, torch.Tensor):
+            known, scalar = math.nan, scalar.copy_(number.reshape(()))  # which others may write to at any time
+        elif known != number:
+            known, scalar = number, scalar.fill_(number)  # a kernel that takes the number along: nobody waits
+        self._held[place] = known, scalar
+        return scalar
 
 
 class StepGraph:
@@ -93,7 +93,6 @@ class StepGraph:
         self._last: tuple[Any, ...] = ()
         self._has_read = False
         self._wanted = False
-        self._watched: list[torch.Tensor] = []
         _refuse(optimizer, _obstacles(optimizer))
 
     @property
@@ -112,16 +111,24 @@ class StepGraph:
         """Capture the next step; the ranks that it communicates with must do so in the same step."""
         self._wanted = True
 
+    def release(self) -> None:
+        """See :class:`megatron_muon.optimizers.step.Graph`."""
+        self._replay, self._captured = None, ()
+
     def step(self) -> None:
         """See :class:`megatron_muon.optimizers.step.Graph`."""
         for each in self.before:
             each()
         optimizer, reads = self.optimizer, HostReads.count
-        rates = rates_of(optimizer)
+        try:
+            rates = rates_of(optimizer)
+        except Exception:
+            compare(optimizer)  # refuses what is no number, on all ranks
+            raise
         self._last, wanted, self._wanted = self._pattern(rates), self._wanted, False
         if wanted:
-            self._capture_step()
-        elif self._replay is None or self._last != self._captured or self._is_touched():
+            self._capture_step(rates)
+        elif self._replay is None or self._last != self._captured or self._is_touched(rates):
             Step(optimizer).run()
             self._last = self._pattern(rates_of(optimizer))  # with state that was missing
         else:
@@ -163,11 +170,17 @@ class StepGraph:
                 memory += (value.data_ptr() for value in state if isinstance(value, torch.Tensor))
         return (*(_fixed(each) for each in rates), *memory)
 
-    def _is_touched(self) -> bool:
-        """Whether somebody else has written to what a step looks at on the host if that has been written to."""
-        return self.optimizer.versions.have_changed(self._watched) or not self.optimizer.variant.is_settled()
+    def _watched(self, rates: Sequence[GroupRates]) -> Iterator[torch.Tensor]:
+        """What a step looks at on the host if somebody else has written to it; not kept, as it may be moved away."""
+        state, names = self.optimizer.state, self.optimizer.watched
+        states = (state[param] for each in rates for param in each.params)
+        return (its[name] for its in states for name in names if name in its)
 
-    def _capture_step(self) -> None:
+    def _is_touched(self, rates: Sequence[GroupRates]) -> bool:
+        """Whether somebody else has written to it."""
+        return self.optimizer.versions.have_changed(self._watched(rates)) or not self.optimizer.variant.is_settled()
+
+    def _capture_step(self, rates: Sequence[GroupRates]) -> None:
         step = Step(self.optimizer)
         step.finals = []  # told after the launch: what they do is the host's
         step.look()
@@ -175,8 +188,7 @@ class StepGraph:
         with HostReads.none():
             self._replay = self._capture(step.change)
         self._captured = self._last
-        self._watched = step.watched
-        self._launch()
+        self._launch(rates)
 
     def _replay_step(self, rates: Sequence[GroupRates]) -> None:
         optimizer = self.optimizer
@@ -189,16 +201,16 @@ class StepGraph:
                 state = optimizer.state[param]
                 if STEP in state:
                     state[STEP] += 1
-        self._launch()
+        self._launch(rates)
 
-    def _launch(self) -> None:
+    def _launch(self, rates: Sequence[GroupRates]) -> None:
         optimizer = self.optimizer
         assert self._replay is not None
         self._replay()
         params = [param for group in optimizer.param_groups for param in group["params"]]
         for final in optimizer.finals if params else ():
             final(params)
-        optimizer.versions.record(self._watched)
+        optimizer.versions.record(self._watched(rates))
 
 
 def _fixed(rates: GroupRates) -> tuple[Any, ...]:
@@ -225,8 +237,6 @@ def _classes(counts: Sequence[int]) -> tuple[int, ...]:
 
 def _obstacles(optimizer: SteppingOptimizer) -> Iterator[str]:
     """Why its step cannot be captured."""
-    if any(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups):
-        yield "a learning rate is a tensor; give a number, which is copied to the device before each step"
     if optimizer.variant.obstacle:
         yield optimizer.variant.obstacle
 
@@ -284,10 +294,14 @@ class Captures:
         self._steps += 1
 
     def _attempt(self) -> None:
-        graphs = [each for each in self._graphs if not each.is_captured]
-        reasons = [each.reason for each in self._graphs]
-        found = self._ranks.by_number(lambda: (len(graphs), next(filter(None, reasons), "")))
-        if not any(missing for missing, _ in found.values()):
+        def look() -> tuple[bool, str]:
+            for each in self._graphs:
+                each.optimizer.refuse_step()
+            reasons = [each.reason for each in self._graphs]
+            return all(each.is_captured for each in self._graphs), next(filter(None, reasons), "")
+
+        found = self._ranks.by_number(look)
+        if all(is_captured for is_captured, _ in found.values()):
             return
         told = f"megatron_muon: step {self._steps + 1} of the optimizer is captured in a CUDA graph"
         if refused := {rank: reason for rank, (_, reason) in found.items() if reason}:

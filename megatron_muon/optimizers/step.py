@@ -38,6 +38,9 @@ class Graph(Protocol):
     def step(self) -> None:
         """Take a step, by the graph where that does what is to be done."""
 
+    def release(self) -> None:
+        """Give back the memory that the graph keeps between steps; those that come are taken without it."""
+
     def on_device(self, rates: Sequence[GroupRates]) -> list[GroupRates]:
         """The same numbers, as scalars on the device where they change from step to step."""
 

@@ -97,6 +97,10 @@ def sleep(optimizer: Any) -> int:
     Returns:
         bytes that were moved from this rank's device.
     """
+    for leaf in _wrapped(optimizer):
+        graph = getattr(leaf if leaf is optimizer else leaf.optimizer, "graph", None)
+        if graph is not None:
+            graph.release()
     return _move([(entry, torch.device("cpu")) for entry in _entries(optimizer) if entry.is_home])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -21,6 +22,7 @@ from megatron_muon.optimizers.graph import StepGraph, capture
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.optimizers.step import Step
 from megatron_muon.optimizers.stiefel import StiefelMuon
+from megatron_muon.plugin.state import sleep
 from megatron_muon.routing.layout import COLUMN_NORM, SCALAR, SIGN, STIEFEL, MatrixLayout, Section
 from tests.recorded import Recorder, recorded
 
@@ -200,6 +202,45 @@ def test_what_is_not_as_captured_is_stepped_anew(name: str, event: Callable[[Muo
     assert len(replays) > before + 4 and graph.is_captured and same(captured, anew)
 
 
+@pytest.mark.parametrize("name", ["plain", "rows under Adam", "cautious"])
+def test_rates_may_become_tensors(name: str) -> None:
+    """As when a checkpoint has them; somebody may write to them before each step."""
+    replays: list[int] = []
+    captured, anew = built(name), built(name)
+    graph = capture(captured, WARMUP, how=recorded(replays))
+    capture(anew, NEVER, how=recorded())
+    for optimizer in (captured, anew):
+        train(optimizer, 4)
+        rates = [torch.tensor(0.0) for _ in optimizer.param_groups]
+        for number in range(3):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate.fill_(0.1 + number)
+            optimizer.step()
+    assert len(replays) == 5 and graph.is_captured and same(captured, anew)
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_what_is_no_number_is_refused_with_its_name(steps: int) -> None:
+    """Where a graph is launched, and where one is to be captured."""
+    optimizer = built("plain")
+    capture(optimizer, WARMUP, how=recorded())
+    train(optimizer, steps)
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(ConfigError, match=r"^lr None: give a finite number"):
+        optimizer.step()
+
+
+def test_sleep_leaves_nothing_behind() -> None:
+    optimizer = built("rows under Adam")
+    graph = capture(optimizer, WARMUP, how=lambda work: [work(), lambda: None][1])
+    train(optimizer, WARMUP + 1)
+    assert graph.is_captured
+    moments = [weakref.ref(state["exp_avg_sq"]) for state in optimizer.state.values() if "exp_avg_sq" in state]
+    sleep(optimizer)
+    assert len(moments) == 2 and not any(moment() is not None for moment in moments) and not graph.is_captured
+    assert graph._replay is None  # whose memory is the chunks'
+
+
 def test_others_are_told_of_all_weights_after_the_launch() -> None:
     optimizer, replays, told = built("plain"), list[int](), list[tuple[int, int]]()
     optimizer.finals.append(lambda params: told.append((len(replays), len(params))))
@@ -257,8 +298,6 @@ def test_what_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         capture(built("plain"))
     with pytest.raises(ConfigError, match="fixed_point solver computes eigenvalues"):
         capture(Muon(parameters([None]), variant=StiefelMuon("fixed_point")), how=recorded())
-    with pytest.raises(ConfigError, match="a learning rate is a tensor; give a number"):
-        capture(Muon(parameters([None]), lr=torch.tensor(0.1)), how=recorded())
     monkeypatch.setattr("megatron_muon.optimizers.handled.is_capturing", lambda device: True)
     with pytest.raises(ConfigError, match=r"Muon.step\(\) within a CUDA graph: .*graph.capture"):
         train(built("plain"))
