@@ -2,7 +2,7 @@
 # make train-hybrid   the same with a GatedDeltaNet hybrid
 # make test    set up, then run lint, type check and the whole test suite
 # make results   do the experiments of docs/results again, small trainings on the CPU (an hour or more)
-# make gpu-check   all that only a GPU can tell: checks and measurements on one, in nine minutes
+# make gpu-check   all that only a GPU can tell: checks and measurements on one, nine minutes a call at most
 # make te      build TransformerEngine too (with a CUDA compiler, no GPU), for make test-te
 # make test-clients   the frameworks (Megatron-Bridge, ms-swift, verl), in an environment of their own, with make te
 # make help    all targets

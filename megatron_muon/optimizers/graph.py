@@ -244,7 +244,8 @@ def _obstacles(optimizer: SteppingOptimizer) -> Iterator[str]:
 def _refuse(optimizer: SteppingOptimizer, obstacles: Iterator[str]) -> None:
     if reason := next(obstacles, ""):
         raise ConfigError(
-            f"{type(optimizer).__name__} in a CUDA graph (--optimizer-cuda-graph): {reason}. Leave it uncaptured."
+            f"{type(optimizer).__name__} in a CUDA graph (--optimizer-cuda-graph): {reason}. Leave the flag, or "
+            "the call of capture(), out."
         )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from megatron_muon.errors import ConfigError
 
 KINDS = ("measured", "published", "assumed")
-"""Where a rate is from: measured by us; measured by others, who published it; neither, as its source says why."""
+"""Where a rate is from: measured by us, of torch or by ``tools.rates``; measured by others, who published it;
+neither, as its source says why."""
 
 _TABLE = "devices.json"
 

@@ -24,7 +24,7 @@ HEAD = """\
 
 NEVER = """\
 **Nothing of this package has been run on a GPU yet.** All results in this repository are of CPUs. The command above
-checks and measures on one GPU, in nine minutes, what only a GPU can tell, and writes this page.
+checks and measures on one GPU, nine minutes a call at most, what only a GPU can tell; its page takes this one's place.
 """
 
 ON_CPU = """\
