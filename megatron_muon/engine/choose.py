@@ -51,7 +51,7 @@ def choose_plan(
             plan = make_plan(weights, dataclasses.replace(policy, mode=mode), orthogonalizer, items=mine)
             ranks = range(len(mine[0][0].parts))
             costs = (predict(plan, orthogonalizer, policy.sizes, {group: rank}) for rank in ranks)
-            return max(cost.seconds(policy.machine) for cost in costs)
+            return max(cost.seconds(policy.machine.over(len(ranks))) for cost in costs)
 
         modes[group] = min(candidates, key=seconds)
     return _made(weights, policy, orthogonalizer, modes, items, shared)

@@ -90,10 +90,11 @@ def lend(weights: tuple[Weight, ...], policy: Policy, orthogonalizer: Orthogonal
             blocks[of.group].append(_WeightBlock(key, item, of))
     chunks, flops = {}, {}
     for group, its in blocks.items():
-        balanced = _balanced(its, peers[group], policy, orthogonalizer)
+        rated = dataclasses.replace(policy, machine=policy.machine.over(peers[group].span))
+        balanced = _balanced(its, peers[group], rated, orthogonalizer)
         kept += balanced.kept()
         chunks[group] = tuple(balanced.chunks())
-        before = _Workloads(its, peers[group], policy, orthogonalizer)
+        before = _Workloads(its, peers[group], rated, orthogonalizer)
         flops[group] = before.flops, balanced.flops
     return Lending(weights, tuple(kept), chunks, flops)
 

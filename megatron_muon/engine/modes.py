@@ -35,6 +35,10 @@ LENT, SPLIT = "lent", "split"
 """The modes of matrices that another data-parallel rank orthogonalizes, or that several orthogonalize together."""
 
 
+NODE = 8
+"""Ranks that reach one another at the rates within a node. A constant: all ranks must know the same."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """Rates that turn operations and bytes into seconds, to compare modes.
@@ -46,18 +50,24 @@ class Machine:
         flops: operations a second of one rank.
         bytes: bytes a second that one rank sends.
         latency: seconds of one collective.
+        between: the same two, bytes and latency, of groups that reach beyond a node; None: they are no others.
     """
 
     flops: float
     bytes: float
     latency: float
+    between: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, device_type: str) -> Machine:
-        """Rates of a current accelerator with NVLink, or of one CPU core with shared memory."""
+        """Rates of a current accelerator, with NVLink and 400 Gb/s between nodes, or of a CPU core and its memory."""
         if device_type == "cuda":
-            return cls(flops=5e14, bytes=3e11, latency=2e-5)
+            return cls(flops=5e14, bytes=3e11, latency=2e-5, between=(4.3e10, 1.2e-4))
         return cls(flops=1e11, bytes=1e9, latency=3e-4)
+
+    def over(self, span: int) -> Machine:
+        """Its rates in a group that reaches over ``span`` consecutive ranks."""
+        return self if span <= NODE or self.between is None else Machine(self.flops, *self.between)
 
 
 @dataclass(frozen=True)

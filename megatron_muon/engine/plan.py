@@ -27,12 +27,14 @@ class Peers:
         holder: number of the rank that holds the weight.
         wide: name of the group of all tensor-parallel ranks of these data-parallel ranks, numbered tensor first. Empty
             if there is no such group: then matrices that tensor parallelism divides stay with their holder.
+        span: how many consecutive ranks of the run they reach over: a node, or more.
     """
 
     group: str
     ranks: int
     holder: int
     wide: str = ""
+    span: int = 1
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,8 @@ def _with_modes(
             count = _count(items)
             even, rest = cut_items(items, count - count % len(key.parts))
             if even:
-                mode = cheapest_mode(key, _count(even), orthogonalizer, policy.sizes, policy.machine)
+                machine = policy.machine.over(len(key.parts))
+                mode = cheapest_mode(key, _count(even), orthogonalizer, policy.sizes, machine)
                 chosen.append((_in_mode(key, mode), even))
             if rest:
                 rests[key.group].append((key, rest))
@@ -216,8 +217,8 @@ def _spread(
 ) -> list[tuple[BatchKey, list[MatrixSlice]]]:
     """Modes for rests of keys, less than one matrix a rank: the costliest may be shared by all, others get owners."""
     rests = sorted(rests, key=lambda pair: (-_rough_flops(pair[0]), repr(pair[0])))
-    sizes, machine = policy.sizes, policy.machine
     ranks = len(rests[0][0].parts)
+    sizes, machine = policy.sizes, policy.machine.over(ranks)
     counts = [(key, _count(items)) for key, items in rests]
     split = [cheapest_mode(*each, orthogonalizer, sizes, machine, without=OWNER) for each in counts]
     of_split = [

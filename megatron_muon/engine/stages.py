@@ -81,5 +81,5 @@ def _seconds(plan: Plan, group: str, policy: Policy, orthogonalizer: Orthogonali
         alone = dataclasses.replace(plan, chunks=(chunk,))
         ranks = range(max(1, len(chunk.batches[0].key.parts)))
         costs = (predict(alone, orthogonalizer, policy.sizes, {group: rank} if group else {}) for rank in ranks)
-        total += max(cost.seconds(policy.machine) for cost in costs) + len(chunk.batches) * _BATCH
+        total += max(cost.seconds(policy.machine.over(len(ranks))) for cost in costs) + len(chunk.batches) * _BATCH
     return total

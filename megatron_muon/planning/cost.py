@@ -134,8 +134,9 @@ class RankLoad:
 
     def times(self, mode: str, layout: Layout, rates: Rates) -> Times:
         """How long its step takes on a device; see :meth:`megatron_muon.planning.steps.Step.times`."""
-        wide, experts = layout.data * layout.tensor, layout.expert_tensor * layout.expert * layout.expert_data
-        spans = {DENSE: layout.tensor, EXPERT: layout.expert_tensor, DATA: wide, EXPERT_DATA: experts, WIDE: wide}
+        # A stage has consecutive ranks, and its data-parallel groups reach over all of them.
+        spans = dict.fromkeys((DATA, EXPERT_DATA, WIDE), layout.ranks_of_stage)
+        spans |= {DENSE: layout.tensor, EXPERT: layout.expert_tensor}
         # No group divides weights of both, so that planning them apart changes nothing.
         return sum((step.times(mode, self.group_ranks, spans, rates) for step in self.steps), Times())
 
@@ -147,7 +148,8 @@ def loads_of_stage(
     refused = refusals_of_stage(weights, planner)
     modes = [mode for mode in MODES if mode not in refused]
     wide = WIDE if layout.tensor > 1 else ""
-    peers, expert_peers = Peers(DATA, layout.data, 0, wide), Peers(EXPERT_DATA, layout.expert_data, 0)
+    span = layout.ranks_of_stage
+    peers, expert_peers = Peers(DATA, layout.data, 0, wide, span), Peers(EXPERT_DATA, layout.expert_data, 0, "", span)
     data = _holdings([w for w in weights if not w.by_expert_data], peers, scalar_optimizer, planner)
     experts = _holdings([w for w in weights if w.by_expert_data], expert_peers, scalar_optimizer, planner)
     found: dict[tuple[int, int, tuple[Cost, ...], tuple[float, ...]], list[int]] = defaultdict(list)

@@ -93,7 +93,7 @@ class Durations:
 
     @classmethod
     def of(cls, plan: Plan, rates: Rates) -> Durations:
-        """Those of a plan. The busiest rank is found by its operations and bytes alone."""
+        """Those of a plan. The busiest rank is the one with most operations, or with most operations and bytes."""
         flops = rates.numbers["bfloat16.flops"]  # how much more of one than of the other: types of numbers matter less
         near, far = (rates.numbers[f"{link}.bytes"] for link in ("within", "between"))
 
@@ -103,7 +103,10 @@ class Durations:
 
         found = {}
         for mode in possible_modes(plan):
-            found[mode] = max(plan.loads, key=lambda load: rough(load, mode)).times(mode, plan.layout, rates)
+            computes = max(plan.loads, key=lambda load: load.work[mode].flops)
+            sends = max(plan.loads, key=lambda load: rough(load, mode))
+            busy = [computes] if computes is sends else [computes, sends]
+            found[mode] = max((load.times(mode, plan.layout, rates) for load in busy), key=lambda times: times.seconds)
         varies = plan.optimizer.removeprefix("dist_") != "muon" or plan.options.variant != "none"
         return cls(rates, found, ["what the variant adds to plain Muon"] if varies else [])
 

@@ -41,8 +41,11 @@ def _sharing(layer_wise: Any, muon: Muon) -> Sharing | None:
         if lists is None:
             continue
         groups[name] = group
+        members = dist.get_process_group_ranks(group)
+        # Of ranks at equal distances: the same for all groups that are spread alike, wherever they begin.
+        span = len(members) * (max(members) - min(members)) // max(1, len(members) - 1)
         for holder, params in enumerate(lists):
-            peers = Peers(name, len(lists), holder, WIDE if name == DATA and wide is not None else "")
+            peers = Peers(name, len(lists), holder, WIDE if name == DATA and wide is not None else "", span)
             _add(params, peers, muon.engines, weights, number)
     if not number:
         return None

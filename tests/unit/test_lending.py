@@ -127,3 +127,10 @@ def test_what_is_sent_counts() -> None:
     given = tuple(Weight((1024, 4096), WHOLE, peers=Peers("data", 2, 0)) for _ in range(2))
     slow = dataclasses.replace(POLICY, machine=dataclasses.replace(POLICY.machine, bytes=1e9))
     assert lend(given, POLICY, ITERATION).chunks["data"] and not lend(given, slow, ITERATION).chunks["data"]
+
+
+@pytest.mark.parametrize(("span", "is_split"), [(8, True), (9, False)])
+def test_a_matrix_is_split_within_a_node_alone(span: int, is_split: bool) -> None:
+    """Members of a split send Gram matrices in every step: between nodes that takes longer than it saves."""
+    given = (Weight((7168, 16384), WHOLE, peers=Peers("data", 8, 0, span=span)),)
+    assert {chunk.mode for chunk in lend(given, POLICY, ITERATION).chunks["data"]} == ({SPLIT} if is_split else set())
