@@ -76,6 +76,18 @@ def items(setting):
 
 BROKEN = "import no_such_module\n"
 
+GROWS = (
+    GOOD.partition("def items")[0]
+    + """
+def wrong(report):
+    count("wrong")
+    report.check("two is three", False)
+
+def items(setting):
+    return [Item("wrong", wrong), *([Item("passes", passes)] if COUNTS.exists() else [])]
+"""
+)
+
 SLOW = """
 import time
 from tools.gpu_check.report import Item
@@ -168,6 +180,18 @@ def test_a_part_over_its_limit_has_failed_and_over_the_budget_is_left(run: Calla
     assert time.monotonic() - begin < 8
     assert code == 3 and states(found, "slow") == {"quick": "passed", "slow": "unfinished", "after": "unfinished"}
     assert states(found, "good") == {START: "unfinished"} and "Left for another call, 3" in text
+
+
+def test_what_was_never_run_comes_before_what_failed(run: Callable[..., Any], tmp_path: Path) -> None:
+    assert run({"grows": GROWS, "good": GOOD}, "--part", "grows")[0] == 1
+    assert run({"grows": GROWS, "good": GOOD})[0] == 1
+    assert counts(tmp_path) == ["wrong", "passes", "reaches", "passes", "wrong"]
+
+
+@pytest.mark.parametrize(("seconds", "state"), [(2.0, "unfinished"), (6.0, "failed")])
+def test_an_item_that_came_last_has_not_failed(seconds: float, state: str, tmp_path: Path) -> None:
+    part = process.PartRun("", "cpu", 10.0, False, 1.0, tmp_path / "log", lambda item, result: None)
+    assert part._late(seconds)["state"] == state
 
 
 def test_results_of_another_machine_are_put_aside(run: Callable[..., Any], tmp_path: Path) -> None:

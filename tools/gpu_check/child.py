@@ -17,12 +17,13 @@ FAULT = 70
 """Exit code after a fault of the device, which ends this process: the items that are left need another."""
 
 
-def run_items(items: Sequence[Item], done: Sequence[str], setting: Setting, out: IO[str]) -> int:
+def run_items(items: Sequence[Item], done: Sequence[str], later: Sequence[str], setting: Setting, out: IO[str]) -> int:
     """Run what is not yet done.
 
     Args:
         items: of the part.
         done: names of those to be left alone.
+        later: names of those that come after all others.
         setting: of the part.
         out: gets a JSON line for each event: ``items`` (all names), ``begin``, and ``end`` with the result.
 
@@ -35,7 +36,7 @@ def run_items(items: Sequence[Item], done: Sequence[str], setting: Setting, out:
         out.flush()
 
     say(event="items", names=[item.name for item in items])
-    for item in items:
+    for item in sorted(items, key=lambda item: item.name in later):
         if item.name in done:
             continue
         if time.time() >= setting.deadline:
@@ -81,12 +82,12 @@ def _is_broken() -> bool:
 
 
 def main(path: str) -> int:
-    """Run the job of a file, ``{"part", "device", "deadline", "folder", "done", "lines"}``."""
+    """Run the job of a file, ``{"part", "device", "deadline", "folder", "done", "later", "lines"}``."""
     job = json.loads(Path(path).read_text())
     setting = Setting(job["device"], job["deadline"], Path(job["folder"]))
     with Path(job["lines"]).open("a", encoding="utf-8") as out:
         module = import_module(job["module"])
-        return run_items(module.items(setting), job["done"], setting, out)
+        return run_items(module.items(setting), job["done"], job["later"], setting, out)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None, parts: Mapping[str, Part] = PARTS) -
     if args.again:
         for name in chosen:
             document["parts"].pop(name, None)
-    for name in chosen:
+    # What was never run comes before what failed.
+    for name in sorted(chosen, key=lambda name: not _is_left(document, name)):
         _run(name, parts[name], document, end, args, out)
     _write(out, document)
     return _conclude(document, chosen, out)
@@ -128,13 +129,19 @@ def _begin(out: Path, device: str) -> dict[str, Any]:
     return fresh
 
 
+def _is_left(document: Mapping[str, Any], name: str) -> bool:
+    """Whether something of a part has not been run."""
+    items = document["parts"].get(name, {}).get("items")
+    return not items or any(result["state"] == UNFINISHED for result in items.values())
+
+
 def _run(name: str, part: Part, document: dict[str, Any], end: float, args: argparse.Namespace, out: Path) -> None:
     """Run what is left of a part."""
     entry = document["parts"].setdefault(name, {"items": {}, "seconds": 0.0})
     entry["title"] = part.title
     items, source = entry["items"], source_hash()
     items.pop(START, None)
-    done = [item for item, result in items.items() if result["state"] == PASSED]
+    done, failed = ([item for item, its in items.items() if its["state"] == state] for state in (PASSED, FAILED))
     left = end - time.time()
     if left < LEAST_S:
         if not items:
@@ -155,7 +162,7 @@ def _run(name: str, part: Part, document: dict[str, Any], end: float, args: argp
     patience = CPU_PATIENCE if args.device == "cpu" else 1.0
     limit, module = patience * part.limit, part.module or f"tools.gpu_check.parts.{name}"
     run = PartRun(module, args.device, min(limit, left), left < limit, patience, out / LOG, found)
-    run.run(done)
+    run.run(done, failed)
     for item in [item for item in items if item not in run.names and item != START and run.names]:
         del items[item]  # of an earlier state of the source
     if done and len(done) == len(run.names):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -51,11 +52,12 @@ class PartRun:
     log: Path
     found: Callable[[str, dict[str, Any]], None]
     done: list[str] = field(default_factory=list)
+    later: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
-    def run(self, done: Sequence[str]) -> None:
-        """Run the items that are not done; each of them, whatever happens, gets a result."""
-        self.done = list(done)
+    def run(self, done: Sequence[str], later: Sequence[str] = ()) -> None:
+        """Run the items that are not done, some after all others; each, whatever happens, gets a result."""
+        self.done, self.later = list(done), list(later)
         deadline = time.time() + self.seconds
         with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
             folder = Path(name)
@@ -76,8 +78,9 @@ class PartRun:
         self.done.append(item)
         self.found(item, result)
 
-    def _late(self) -> dict[str, Any]:
-        if self.by_budget:
+    def _late(self, seconds: float = math.inf) -> dict[str, Any]:
+        """Of what was under way for so long: it has failed if it took most of the part's time, not what came last."""
+        if self.by_budget or seconds < self.seconds / 2:
             return {"state": UNFINISHED, "reason": "no time was left"}
         return _failed(f"the part was still at it after its {self.seconds:.0f} s")
 
@@ -86,7 +89,7 @@ class PartRun:
         job, lines = folder / "job.json", folder / "lines"
         lines.write_text("")
         content = {"module": self.module, "device": self.device, "deadline": deadline - MARGIN_S}
-        content |= {"folder": str(folder), "done": self.done, "lines": str(lines)}
+        content |= {"folder": str(folder), "done": self.done, "later": self.later, "lines": str(lines)}
         job.write_text(json.dumps(content))
         with self.log.open("ab") as output:
             process = subprocess.Popen(
@@ -111,7 +114,7 @@ class PartRun:
         self._take(reader)
         if reader.current:
             if code is None and late:
-                result = self._late()
+                result = self._late(reader.elapsed)
             elif code is None:
                 result = _failed(f"still at it after its {reader.limit:.0f} s: {self._tail()}")
             else:
@@ -144,9 +147,14 @@ class _Lines:
         self.current, self.limit = "", 0.0
 
     @property
+    def elapsed(self) -> float:
+        """Seconds since the item was begun."""
+        return time.time() - self._begin
+
+    @property
     def is_over_limit(self) -> bool:
         """Whether the item takes longer than it may."""
-        return bool(self.current) and time.time() - self._begin > self.limit
+        return bool(self.current) and self.elapsed > self.limit
 
     def new(self) -> list[dict[str, Any]]:
         """Whole lines, as objects."""

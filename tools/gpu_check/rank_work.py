@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from megatron_muon.engine.exchange import Members
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, WHOLE, MatrixLayout, Section
 
 LR = 0.02
+
+_MESSAGE_S = 20
+"""After which a message that a backend cannot send is given up: long before its item is."""
 
 MODES = ("auto", "owner", "gram", "duplicated", "distributed")
 
@@ -101,7 +105,7 @@ def point_to_point(device: str) -> bool:
     from megatron_muon.engine.exchange import Counters, Exchange
 
     where, rank, ranks = _device(device), dist.get_rank(), dist.get_world_size()
-    group = dist.new_group(list(range(ranks)))
+    group = dist.new_group(list(range(ranks)), timeout=timedelta(seconds=_MESSAGE_S))
     assert isinstance(group, dist.ProcessGroup)
     members = Members(Exchange(group, Counters()), list(range(ranks)))
     given = [torch.full((2, 3, 5), float(each + 1), device=where) for each in range(ranks)]
