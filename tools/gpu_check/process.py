@@ -71,7 +71,7 @@ class PartRun:
                 if late or not left or len(self.done) == known:
                     break
         for each in left:
-            why = "no time was left" if late else "its process ended before"
+            why = "no time was left" if late else f"its process ended with {_code(code)} before: {self._tail()}"
             self._end(each, {"state": UNFINISHED if late else FAILED, "reason": why})
 
     def _end(self, item: str, result: dict[str, Any]) -> None:
