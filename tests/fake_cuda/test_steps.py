@@ -81,6 +81,11 @@ def test_modes_and_numbers(mode: str, numbers: tuple[str, str], chunk_mb: float,
     numbers_of = {"ns_dtype": ns_dtype, "tp_wire_dtype": wire}
     world = two_steps(shards, tp_mode=mode, chunk_mb=chunk_mb, dtype=getattr(torch, dtype), **numbers_of)
     assert (len(world.calls) > 1) == (mode != "blockwise")
+    # Whatever the plan says: results come back, and polynomials travel, no wider than the iteration has rounded them.
+    if mode in ("owner", "gram"):
+        kind, which = ("all_to_all", min) if mode == "owner" else ("all_gather", max)
+        sizes = {call.dtype.itemsize for call in world.calls if call.kind == kind}
+        assert which(sizes) <= (4 if ns_dtype == "fp32" else 2), sizes
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
