@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from megatron_muon.choices import OPTIMIZERS, PARAM_CHOICES, VARIANTS, parse_param_rule, parse_transfer
@@ -60,7 +61,7 @@ def number(holds: Callable[[float], bool], wanted: str) -> Callable[[Any], str |
     """Only finite numbers for which ``holds`` is true; ``wanted`` describes them."""
 
     def check(value: Any) -> str | None:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)  # numpy's, too
         return None if is_number and math.isfinite(value) and holds(value) else f"give a {wanted}"
 
     return check

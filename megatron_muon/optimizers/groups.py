@@ -141,11 +141,11 @@ def options_of(group: dict[str, Any], config: MuonConfig, decays: bool, first_lr
         first_lr: the rate that the group had when it was added: the peak rate if no scheduler has noted one.
 
     Raises:
-        ConfigError: if its weight decay needs a peak rate, and there is none.
+        ConfigError: if its weight decay needs a peak rate, and there is none, or a number, and is a tensor.
     """
     own = {name: group.get(name, getattr(config, name)) for name in OPTIONAL}
-    momentum, decay = group["momentum"], group["weight_decay"] if decays else 0.0
-    lr = _with_weights(group["lr"], group)
+    lr, decay = (_with_weights(group[name], group) for name in ("lr", "weight_decay"))
+    momentum, decay = float(group["momentum"]), decay if decays else 0.0
     method, kept = own.pop("weight_decay_method"), None
     if decay and method == "decoupled":
         kept = 1.0 - lr * decay
@@ -153,12 +153,15 @@ def options_of(group: dict[str, Any], config: MuonConfig, decays: bool, first_lr
         kept = 1.0 - decay
     elif decay and method == "independent_scheduled":
         kept = 1.0 - decay * lr / _with_weights(_peak_lr(group, first_lr), group)
+    l2 = decay if method == "l2" else 0.0
+    if isinstance(l2, torch.Tensor):
+        raise ConfigError("weight_decay as a tensor with weight_decay_method l2: give a number")
     return Options(
         lr=lr,
         momentum=momentum,
         nesterov=momentum if own.pop("nesterov") else 1.0,
         kept=kept,
-        l2=decay if method == "l2" else 0.0,
+        l2=l2,
         cautious=lr * decay if decay and method == "cautious" else None,
         damping_depth=group["damping_depth"],
         **own,
@@ -166,8 +169,10 @@ def options_of(group: dict[str, Any], config: MuonConfig, decays: bool, first_lr
 
 
 def _with_weights(rate: Rate, group: dict[str, Any]) -> Rate:
-    """The rate; as a tensor it gets no dimensions, and the device of the group's weights."""
-    if not isinstance(rate, torch.Tensor) or not group["params"]:
+    """The rate with all its bits; as a tensor it gets no dimensions, and the device of the group's weights."""
+    if not isinstance(rate, torch.Tensor):
+        return float(rate)
+    if not group["params"]:
         return rate
     return rate.detach().reshape(()).to(group["params"][0].device, non_blocking=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,6 +95,14 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_numbers_of_numpy_are_numbers(kind: type[np.floating[Any]]) -> None:
+    numbers = {"lr": 0.25, "momentum": 0.5, "weight_decay": 0.125}
+    optimizer, expected = Muon([parameter(0)]), Muon([parameter(0)], **numbers)
+    optimizer.param_groups[0].update({name: kind(number) for name, number in numbers.items()})
+    assert torch.equal(stepped(optimizer)[0], stepped(expected)[0])
+
+
 @pytest.mark.parametrize(("variant", "own", "message"), REFUSED)
 def test_what_a_group_cannot_have_is_refused_and_leaves_nothing(
     variant: str, own: dict[str, Any], message: str
@@ -127,6 +136,10 @@ def test_weights_that_are_refused_leave_nothing() -> None:
         ({"scale_mode": "spectrum"}, "scale-mode spectrum: .*did you mean spectral"),
         ({"scale_mode": ["spectral"]}, "scale-mode"),
         ({"weight_decay": float("inf")}, "^weight_decay inf: give a finite number"),
+        (
+            {"weight_decay": torch.tensor([0.1]), "weight_decay_method": "l2"},
+            "^weight_decay as a tensor with weight_decay_method l2",
+        ),
         ({"lr": None}, "^lr None"),
         ({"scalar_betas": 0.9}, "^scalar_betas"),
         ({"momentum": 1.0}, "momentum 1.0"),

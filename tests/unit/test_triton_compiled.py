@@ -262,6 +262,9 @@ def tuned_once(cache: Path) -> None:
         file.write_text(text)
         assert sorted(tried == [] for tried, *_ in tuned(*shapes, anew=True)) == [False, True], text
         assert tuned(*shapes, anew=True) == [alike, alike]
+    with pytest.MonkeyPatch.context() as patch:  # no folder can be made here: tiles are tried, and not remembered
+        patch.setenv("TRITON_CACHE_DIR", str(file / "cache"))
+        assert tuned(*shapes, anew=True) == [first, other]
 
 
 def test_sizes_alike_are_tuned_once_and_known_to_later_processes(compiler: Process) -> None:

@@ -89,14 +89,14 @@ def _remembered(
 ) -> Tile:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     content = repr((triton.__version__, kernel.cache_key, name, tiles, kind))
-    cache = get_cache_manager(hashlib.sha256(content.encode()).hexdigest())
+    place = hashlib.sha256(content.encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, TypeError):  # broken, or not ours: it is written anew
-        path = cache.get_file(_FILE)
-        if path is not None and (found := Tile(**json.loads(Path(path).read_text()))) in tiles:
-            return found
+        path = get_cache_manager(place).get_file(_FILE)
+        if path is not None:
+            return tiles[tiles.index(Tile(**json.loads(Path(path).read_text())))]
     found = _tried(tiles, launch)
-    with contextlib.suppress(OSError):  # a full disk: the next process tries again
-        cache.put(json.dumps(asdict(found)), _FILE, binary=False)
+    with contextlib.suppress(OSError):  # a full disk, or one that is only read: the next process tries again
+        get_cache_manager(place).put(json.dumps(asdict(found)), _FILE, binary=False)
     return found
 
 
