@@ -4,7 +4,8 @@
     python -m tools.rates --add h200        # put them into the table, in place of what it has for this device
     torchrun --nproc-per-node 8 -m tools.rates --add h200       # with messages between the GPUs of a node
 
-A minute at most. What cannot be measured here (messages of one rank) stays as the table has it.
+It is made for GPUs; on CPUs it takes some minutes, and says nothing until its end. What cannot be measured here
+(messages of one rank) stays as the table has it.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Rates:
         if device not in devices():
             raise ConfigError(
                 f"--device {device}: the table of rates has {', '.join(devices())}. Choose one of these, or add the "
-                "device that torch finds here: python -m tools.rates --add NAME."
+                "device that torch finds here, in a clone of this repository: python -m tools.rates --add NAME."
             )
         return cls.read(devices()[device])
 
@@ -113,7 +113,8 @@ class Rates:
     def _number(self, name: str, dtype: str) -> float:
         if name not in self.numbers:
             raise ConfigError(
-                f"--device {self.name}: its rates have no products of {dtype}. Measure them: tools.rates."
+                f"--device {self.name}: its rates have no products of {dtype}. Measure them, in a clone of this "
+                f"repository: python -m tools.rates --add {self.name}."
             )
         return self.numbers[name]
 
