@@ -21,7 +21,7 @@ import dataclasses
 import math
 import pickle
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -198,12 +198,12 @@ class Ranks:
         raise error from own
 
 
-def kinds_of_devices(group: dist.ProcessGroup | None = None) -> frozenset[str]:
-    """Those between which a group's backends send (``nccl``: cuda; ``gloo`` and ``cpu:gloo,cuda:nccl``: cpu, too).
+def backends_of(group: dist.ProcessGroup | None = None) -> Mapping[str, str]:
+    """The backends of a group by the kinds of devices between which they send; None is the group of the run.
 
-    None is the group of the run.
+    Of ``nccl`` this is cuda alone; of ``gloo`` and ``cpu:gloo,cuda:nccl`` it is cpu, too.
     """
-    return frozenset(BackendConfig(Backend(dist.get_backend(group))).get_device_backend_map())
+    return BackendConfig(Backend(dist.get_backend(group))).get_device_backend_map()
 
 
 def ranks_with(error: BaseException) -> frozenset[int]:

@@ -209,7 +209,7 @@ def _exchanged(account: _Account, mine: RankChunk) -> ChunkWork:
             account.hold(-elements * account.item)
         results += elements * back.itemsize
     yield Pause.COMPUTED
-    returned = sum(batch.count * _part(batch, rank) for batch in mine.batches) * back.itemsize
+    returned = sum(batch.count * batch.key.part_numel(rank) for batch in mine.batches) * back.itemsize
     is_view = len(borrowed) == 1 and len([part for part in borrowed[0].key.parts if part]) == 1
     account.hold(0 if is_view else results)
     account.hold(returned)
@@ -244,7 +244,9 @@ def _split(account: _Account, batch: Batch, elements: int, rank: int) -> None:
 def _duplicated(account: _Account, mine: RankChunk) -> ChunkWork:
     batches, wire = mine.batches, account.wire.dtype
     ranks = len(batches[0].key.parts)
-    longest = max(sum(batch.count * _part(batch, rank) for batch in batches) for rank in range(ranks)) * wire.itemsize
+    longest = (
+        max(sum(batch.count * batch.key.part_numel(rank) for batch in batches) for rank in range(ranks)) * wire.itemsize
+    )
     sent = account.pack(mine, wire)
     if sent < longest:
         account.cat(sent, longest)
@@ -265,12 +267,12 @@ def _normalized(account: _Account, mine: RankChunk) -> Iterator[Pause]:
     account.pack(mine, account.dtype)
     yield Pause.EXCHANGE
     for batch in mine.batches:
-        elements = batch.count * _part(batch, mine.rank)
+        elements = batch.count * batch.key.part_numel(mine.rank)
         account.start(elements * account.dtype.itemsize, elements * account.item, account.dtype)
 
 
 def _shards(account: _Account, mine: RankChunk) -> list[int]:
-    return [batch.count * _part(batch, mine.rank) * account.item for batch in mine.batches]
+    return [batch.count * batch.key.part_numel(mine.rank) * account.item for batch in mine.batches]
 
 
 def _distributed(account: _Account, mine: RankChunk) -> ChunkWork:
@@ -361,18 +363,12 @@ def _untriangle(account: _Account, count: int, p: int, beside: int) -> None:
 
 def _sizes(batches: Iterable[Batch], rank: int) -> list[int]:
     """Elements of a rank's part of each item of some batches."""
-    return [item.count * _part(batch, rank) for batch in batches for item in batch.items]
+    return [item.count * batch.key.part_numel(rank) for batch in batches for item in batch.items]
 
 
 def _at_once(sizes: Sequence[int]) -> int:
     """Elements of which elementwise passes make copies at a time."""
     return max((sum(sizes[start:stop]) for start, stop in pieces(sizes)), default=0)
-
-
-def _part(batch: Batch, rank: int) -> int:
-    """Elements of one matrix on a rank."""
-    rows, columns = batch.key.part(rank)
-    return rows * columns
 
 
 def _taken(batch: Batch, rank: int) -> tuple[int, int, int]:

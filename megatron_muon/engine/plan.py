@@ -128,6 +128,11 @@ class BatchKey:
             return self.m, self.n
         return (self.parts[rank], self.n) if self.dim == -2 else (self.m, self.parts[rank])
 
+    def part_numel(self, rank: int) -> int:
+        """Elements of what ``rank`` holds of one matrix."""
+        rows, columns = self.part(rank)
+        return rows * columns
+
     @property
     def summed_dim(self) -> int:
         """The dimension that Gram matrices are sums over: the longer one, but where ranks add up their parts of them.

@@ -84,7 +84,7 @@ class _Rank:
     def _duplicated(self, batches: tuple[Batch, ...]) -> Cost:
         """One all-gather, of buffers as long as the longest."""
         ranks = len(batches[0].key.parts)
-        longest = max(sum(batch.count * _part(batch, rank) for batch in batches) for rank in range(ranks))
+        longest = max(sum(batch.count * batch.key.part_numel(rank) for batch in batches) for rank in range(ranks))
         return self._local(batches) + Cost(0, (ranks - 1) * longest * self.sizes.wire, 1)
 
     def _distributed(self, batches: tuple[Batch, ...]) -> Cost:
@@ -101,7 +101,7 @@ class _Rank:
         there, back, flops = 0, 0, 0
         for batch in batches:
             own, key = batch.counts[self.number], batch.key
-            mine = _part(batch, self.number)
+            mine = batch.key.part_numel(self.number)
             there += (batch.count - own) * mine
             back += own * (key.m * key.n - mine)
             flops += own * self.orthogonalizer.flops(key.m, key.n)
@@ -147,12 +147,6 @@ class _Rank:
         there = sum(owned) - owned[self.number]
         sent = there + (ranks - 1) * max(owned)
         return total + Cost(0, segments * sent * self.sizes.gram, 2 * segments)
-
-
-def _part(batch: Batch, rank: int) -> int:
-    """Elements of one matrix on a rank."""
-    rows, columns = batch.key.part(rank)
-    return rows * columns
 
 
 def _reduced(ranks: int, size: int) -> Cost:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_muon.agree import kinds_of_devices
+from megatron_muon.agree import backends_of
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import Engines, grouped_by_engine
 
@@ -79,7 +79,7 @@ def agree(
     for name in meeting:
         group, (shared, plans) = engines.groups[name], sides.get(name, ([], b""))
         digest = hashlib.sha256(repr((str(failure), said, _lacking(shared))).encode() + plans).digest()
-        device = "cpu" if "cpu" in kinds_of_devices(group) else "cuda"
+        device = "cpu" if "cpu" in backends_of(group) else "cuda"
         mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device, non_blocking=True)
         every = mine.new_empty(group.size(), mine.numel())
         dist.all_gather_into_tensor(every.view(-1), mine, group=group)

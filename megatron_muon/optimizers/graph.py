@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon.agree import Ranks
+from megatron_muon.agree import Ranks, backends_of
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.handled import STEP, HostReads
 from megatron_muon.optimizers.power import is_early
@@ -267,7 +267,7 @@ def _obstacles_of_device(optimizer: SteppingOptimizer) -> Iterator[str]:
         return
     sharing = optimizer.engines.sharing
     for name, group in {**optimizer.engines.groups, **({} if sharing is None else sharing.groups)}.items():
-        if group.size() > 1 and (backend := group._get_backend(device).name()) != "nccl":
+        if group.size() > 1 and (backend := backends_of(group).get("cuda")) != "nccl":
             yield f"its {name} group has the backend {backend}, and only NCCL's messages can be captured"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -40,6 +41,9 @@ _ATTRIBUTES = "attributes of weights"
 _OF_ONE = ("step", "finals", "graph", "is_complete", "starts", "versions")
 """Attributes that are not copied: copies have new ones, and schedulers of torch set ``step``."""
 
+
+_ACCEPTED = 32
+"""How many sets of options of param groups, other than the optimizer's, are right: schedules change them."""
 
 _SERVED: weakref.WeakValueDictionary[int, Muon] = weakref.WeakValueDictionary()
 """The optimizer of each variant, by the variant's identity."""
@@ -131,7 +135,7 @@ class Muon(torch.optim.Optimizer):
         self.watched = (SECOND_MOMENT, UPDATE_LEFT, *self.variant.watched)
         self.starts = WarmStarts()
         self.first_lrs: list[Rate] = []
-        self._accepted: list[dict[str, Any]] = []  # options of groups, other than the optimizer's
+        self._accepted: deque[dict[str, Any]] = deque(maxlen=_ACCEPTED)  # the last is the first
         self._start()
         super().__init__(params, defaults)
         _SERVED[id(self.variant)] = self
@@ -213,7 +217,7 @@ class Muon(torch.optim.Optimizer):
         own = {name: group[name] for name in (*OPTIONAL, "momentum", "scalar_optimizer") if name in group}
         if own not in self._accepted and any(value != getattr(self.config, name) for name, value in own.items()):
             self.refuse_options(own)
-            self._accepted.append(own)
+            self._accepted.appendleft(own)
 
     def refuse_step(self, device: torch.device | None = None) -> None:
         """Refuse a step that could not be done to its end; param groups may have been edited since they were added.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon.agree import Ranks, kinds_of_devices
+from megatron_muon.agree import Ranks, backends_of
 from megatron_muon.errors import ConfigError
 
 
@@ -51,7 +51,7 @@ def device_of(chunks: Sequence[Any]) -> torch.device:
     param = next((param for chunk in chunks for param in chunk.parameters()), None)
     if param is not None:
         return param.device
-    on_gpu = "cpu" not in kinds_of_devices() or torch.cuda.is_initialized()
+    on_gpu = "cpu" not in backends_of() or torch.cuda.is_initialized()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 

@@ -160,6 +160,17 @@ def test_groups_edited_between_steps_are_refused_before_anything_changes(edited:
         assert torch.equal(mine, others)
 
 
+def test_a_schedule_of_an_option_is_not_kept_for_ever() -> None:
+    optimizer = Muon([parameter(0)])
+    for number in range(40):
+        optimizer.param_groups[0]["momentum"] = 0.5 + 0.01 * number
+        optimizer.refuse_step()
+    assert len(optimizer._accepted) == 32
+    optimizer.param_groups[0]["momentum"] = 1.0
+    with pytest.raises(ConfigError, match=r"momentum 1\.0"):
+        optimizer.refuse_step()
+
+
 def test_a_step_in_inference_mode_is_refused() -> None:
     optimizer = Muon([parameter(0)])
     with torch.inference_mode(), pytest.raises(ConfigError, match=r"within torch.inference_mode\(\)"):

@@ -54,7 +54,7 @@ def fastest(
     tiles: tuple[Tile, ...],
     kind: tuple[Hashable, ...],
     device: torch.device,
-    launch: Callable[[Tile], Any],
+    launch: _Launch,
 ) -> Tile:
     """The tile with which a kernel takes the least time.
 
@@ -85,7 +85,7 @@ def _remembered(
     tiles: tuple[Tile, ...],
     kind: tuple[Hashable, ...],
     device: torch.device,
-    launch: Callable[[Tile], Any],
+    launch: _Launch,
 ) -> Tile:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     content = repr((triton.__version__, kernel.cache_key, name, tiles, kind))
