@@ -19,7 +19,7 @@ from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.options import MuonOptions
-from megatron_muon.orthogonalize import coefficients, newton_schulz
+from megatron_muon.orthogonalize import Iteration, iteration, newton_schulz
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.plugin import install, is_installed, uninstall
 from megatron_muon.plugin.state import StateBytes, reset, sleep, state_bytes, wake
@@ -32,6 +32,7 @@ __all__ = [
     "AdaMuonEO",
     "ConfigError",
     "Hyperball",
+    "Iteration",
     "Muon",
     "MuonConfig",
     "MuonOptions",
@@ -44,9 +45,9 @@ __all__ = [
     "Variant",
     "__version__",
     "check_partition",
-    "coefficients",
     "install",
     "is_installed",
+    "iteration",
     "newton_schulz",
     "param_groups",
     "register_variant",

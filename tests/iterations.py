@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_muon.orthogonalize.coefficients import CUSTOM, Coefficients, coefficient_types, coefficients
+from megatron_muon.orthogonalize.coefficients import CUSTOM, Coefficients, coefficient_types, iteration
 from megatron_muon.orthogonalize.gram import gram_iteration, prescale
 from megatron_muon.orthogonalize.newton_schulz import normalized, standard_iteration
 from megatron_muon.orthogonalize.products import TorchProducts
@@ -20,7 +20,7 @@ HALF_NORMAL = 2.0**-14
 
 
 def set_of(name: str, steps: int) -> Coefficients:
-    return coefficients(name, steps, TRIPLES if name == CUSTOM else ())
+    return iteration(name, steps, TRIPLES if name == CUSTOM else ()).coefficients
 
 
 def gaussian(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -10,13 +10,13 @@ import torch
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LOCAL, MODES, OWNER, Machine, Sizes
 from megatron_muon.engine.plan import Batch, Chunk, Plan, Weight
 from megatron_muon.engine.planner import Policy, make_plan
-from megatron_muon.orthogonalize.coefficients import coefficients
+from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.products import BlockProducts
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 
-FLOAT32 = Orthogonalizer(coefficients("quintic", 5), torch.float32, products=BlockProducts(8))
-BFLOAT16 = Orthogonalizer(coefficients("quintic", 5), torch.bfloat16)
+FLOAT32 = Orthogonalizer(iteration("quintic", 5), torch.float32, products=BlockProducts(8))
+BFLOAT16 = Orthogonalizer(iteration("quintic", 5), torch.bfloat16)
 SIZES = Sizes(4, 4, 4)
 CPU = Machine.of("cpu")
 EXACT = (OWNER, GRAM, DUPLICATED, DISTRIBUTED)

@@ -79,7 +79,7 @@ class StepEngine:
         self.local_dtype = dtype
         peers = {weight.peers.group: weight.peers.span for weight in weights if weight.peers is not None}
         self.plan: Plan = choose_plan(weights, policy, orthogonalizer, {name: groups[name].rank() for name in peers})
-        self._numbers = f"{orthogonalizer.coefficients} {iteration} {orthogonalizer.products.name} {self.wire} {peers}"
+        self._numbers = f"{orthogonalizer.iteration} {iteration} {orthogonalizer.products.name} {self.wire} {peers}"
         self.counters = Counters()
         named = self.plan.groups()
         if peers:  # whether matrices are lent is compared too, and what is lent may be divided

@@ -20,7 +20,7 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.precision import own_dtype, precision_of
 from megatron_muon.orthogonalize.backends import candidates, report
-from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
+from megatron_muon.orthogonalize.coefficients import iteration, parse_triple
 from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.orthogonalize.kernels.gate import Trial
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -130,7 +130,7 @@ class Engines:
         groups = {DENSE: tp_group, EXPERT: expert_tp_group}
         self.groups = {name: group for name, group in groups.items() if group is not None}
         triples = tuple(map(parse_triple, config.custom_coefficients))
-        self._coefficients = coefficients(config.coefficient_type, config.num_ns_steps, triples)
+        self._iteration = iteration(config.coefficient_type, config.num_ns_steps, triples)
         self._kept: list[_CachedEngine] = []  # the last used is the first
         self.elementwise_note = ""
         self.products: dict[tuple[str, torch.dtype], TorchProducts] = {}
@@ -283,7 +283,7 @@ class Engines:
         return engine
 
     def _orthogonalizer(self, dtype: torch.dtype, products: TorchProducts) -> Orthogonalizer:
-        return Orthogonalizer(self._coefficients, dtype, self.config.eps, products, damped=self._damped)
+        return Orthogonalizer(self._iteration, dtype, self.config.eps, products, damped=self._damped)
 
     def offers(self, weights: Sequence[Weight], device: torch.device, dtype: torch.dtype, timed: bool) -> Offers:
         """The kernels that could multiply.

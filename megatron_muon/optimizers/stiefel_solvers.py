@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_muon.optimizers.matrices import divide_
-from megatron_muon.orthogonalize.coefficients import coefficients
+from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.orthogonalize.newton_schulz import newton_schulz
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.switches import without_autocast
@@ -54,7 +54,7 @@ class Msign:
             x: (matrices, m, n), float32 or wider.
             steps: of Newton-Schulz.
         """
-        return newton_schulz(x, coefficients("polar_express", steps), eps=_FLOOR, products=self._products)
+        return newton_schulz(x, iteration("polar_express", steps), eps=_FLOOR, products=self._products)
 
 
 msign = Msign()

@@ -7,6 +7,7 @@ only the rule for running more steps than a set has entries.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 from typing import get_args
 
@@ -15,6 +16,18 @@ CUSTOM = "custom"
 
 Coefficients = tuple[tuple[float, float, float], ...]
 """One ``(a, b, c)`` for each step of ``X <- a X + (b A + c A A) X`` with ``A = X X^T``."""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What Newton-Schulz does to a matrix of norm 1.
+
+    Attributes:
+        coefficients: one (a, b, c) for each step.
+    """
+
+    coefficients: Coefficients
+
 
 # Sets that converge: their last entry is the one to go on with. The others are cycles.
 _REPEAT_LAST = ("polar_express", "cans", "deepseekv4")
@@ -44,8 +57,8 @@ def parse_triple(text: str) -> tuple[float, float, float]:
 
 
 @cache
-def coefficients(coefficient_type: str, num_steps: int, custom: Coefficients = ()) -> Coefficients:
-    """The coefficients of ``num_steps`` steps.
+def iteration(coefficient_type: str, num_steps: int, custom: Coefficients = ()) -> Iteration:
+    """The iteration of ``num_steps`` steps.
 
     Args:
         coefficient_type: one of :func:`coefficient_types`, or :data:`CUSTOM`.
@@ -66,4 +79,4 @@ def coefficients(coefficient_type: str, num_steps: int, custom: Coefficients = (
         raise ValueError(f"num_steps {num_steps}: give at least 1")
     table = list(custom) if coefficient_type == CUSTOM else muon_utils._COEFFICIENT_SETS[coefficient_type]
     mode: muon_utils.CoeffIterMode = "repeat_last" if coefficient_type in _REPEAT_LAST else "cycle"
-    return tuple(muon_utils.get_coefficient_iterator(num_steps, table, mode))
+    return Iteration(tuple(muon_utils.get_coefficient_iterator(num_steps, table, mode)))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_muon.orthogonalize.coefficients import Coefficients
+from megatron_muon.orthogonalize.coefficients import Coefficients, Iteration
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.switches import without_autocast
 
@@ -24,7 +24,7 @@ _TORCH = TorchProducts()
 
 def newton_schulz(
     x: torch.Tensor,
-    coefficients: Coefficients,
+    iteration: Iteration,
     *,
     dtype: torch.dtype | None = None,
     eps: float = EPS,
@@ -39,7 +39,7 @@ def newton_schulz(
 
     Args:
         x: (..., m, n), floating point. A zero matrix gives zeros.
-        coefficients: one (a, b, c) for each step, see :func:`megatron_muon.orthogonalize.coefficients`.
+        iteration: what is done to the matrices, see :func:`megatron_muon.orthogonalize.iteration`.
         dtype: of the iteration; that of ``x`` by default. The norm is always taken in float64.
         eps: lower bound of the norm that a matrix is divided by.
         shard_dim: the rows (-2) or columns (-1), also counted from the front, if ``x`` is this rank's shard of a
@@ -62,7 +62,8 @@ def newton_schulz(
     batch = x.reshape(-1, *x.shape[-2:])
     squares = None if reduce is None else reduce(square_sums(batch))
     batch = transposed_if(normalized(batch, dtype or x.dtype, eps, squares=squares), tall)
-    return transposed_if(standard_iteration(batch, coefficients, products, reduce), tall).view(x.shape).to(x.dtype)
+    batch = standard_iteration(batch, iteration.coefficients, products, reduce)
+    return transposed_if(batch, tall).view(x.shape).to(x.dtype)
 
 
 def transposed_if(x: torch.Tensor, tall: bool) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from megatron_muon.orthogonalize.coefficients import Coefficients
+from megatron_muon.orthogonalize.coefficients import Iteration
 from megatron_muon.orthogonalize.gram import gram_iteration, polynomial_of_gram, prescale, segments
 from megatron_muon.orthogonalize.newton_schulz import (
     EPS,
@@ -55,7 +55,7 @@ class Orthogonalizer:
 
     def __init__(
         self,
-        coefficients: Coefficients,
+        iteration: Iteration,
         dtype: torch.dtype,
         eps: float = EPS,
         products: TorchProducts | None = None,
@@ -64,18 +64,19 @@ class Orthogonalizer:
     ) -> None:
         """
         Args:
-            coefficients: one (a, b, c) for each step.
+            iteration: what is done to matrices of norm 1.
             dtype: of the iteration: float64, float32, bfloat16 or float16.
             eps: lower bound of the norm that a matrix is divided by.
             products: how to multiply; torch's by default.
             damped: whether ``eps`` is added to the norm, rather than a lower bound of it.
         """
-        self.coefficients = coefficients
+        self.iteration = iteration
+        self.coefficients = iteration.coefficients
         self.dtype = dtype
         self.eps = eps
         self.damped = damped
         self.products = products or TorchProducts()
-        self.restarts = best_restarts(coefficients, dtype)
+        self.restarts = best_restarts(self.coefficients, dtype)
 
     def method(self, m: int, n: int) -> Method:
         """The cheapest iteration for m x n matrices that is accurate in this dtype."""

@@ -19,7 +19,7 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.optimizers.stiefel_solvers import SIGN_STEPS, SOLVERS
-from megatron_muon.orthogonalize.coefficients import coefficients, parse_triple
+from megatron_muon.orthogonalize.coefficients import iteration, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.planning.rates import Rates
@@ -51,7 +51,7 @@ class StepPlanner:
         # Megatron's optimizers update float32 weights: main copies, or the model's own.
         self.precision = precision_of(options, torch.float32)
         triples = tuple(map(parse_triple, options.custom_coefficients))
-        steps = coefficients(options.coefficient_type, options.num_ns_steps, triples)
+        steps = iteration(options.coefficient_type, options.num_ns_steps, triples)
         kernels = None if options.ns_backend in ("auto", "torch") else SymmetricKernel()
         self.orthogonalizer = Orthogonalizer(steps, self.precision.iteration, options.eps, kernels)
         self.manifold_work = _ManifoldWork(options)
@@ -249,7 +249,7 @@ class _ManifoldWork(Orthogonalizer):
     """Tells what an update of a matrix on the Stiefel manifold takes."""
 
     def __init__(self, options: MuonConfig) -> None:
-        super().__init__(coefficients("polar_express", SIGN_STEPS), torch.float32)
+        super().__init__(iteration("polar_express", SIGN_STEPS), torch.float32)
         self._solver, self._iterations = SOLVERS[options.stiefel_solver], options.stiefel_iterations
 
     def flops(self, p: int, q: int) -> int:

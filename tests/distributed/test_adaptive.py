@@ -14,7 +14,7 @@ from megatron_muon.choices import SECOND_MOMENTS
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.adaptive import AdaMuon, NorMuon
 from megatron_muon.optimizers.registry import VARIANTS
-from megatron_muon.orthogonalize import coefficients
+from megatron_muon.orthogonalize import iteration
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tests.pairwise import covering, pairwise
@@ -44,7 +44,7 @@ def written_out(method: str, scale_mode: str, nesterov: bool, start: torch.Tenso
     """One matrix, by the rules of variants' papers (AdaMuon 2507.11005, NorMuon 2510.05491, NAMO 2602.17080)."""
     w, (m, n) = start.clone(), start.shape
     momentum, second = torch.zeros_like(w), 0.0
-    steps = coefficients("quintic", 5)
+    steps = iteration("quintic", 5).coefficients
     for g in grads:
         momentum = MOMENTUM * momentum + (1 - MOMENTUM) * g
         u = MOMENTUM * momentum + (1 - MOMENTUM) * g if nesterov else momentum

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_muon import ConfigError, Muon
 from megatron_muon.engine.modes import MODES
-from megatron_muon.orthogonalize import coefficients
+from megatron_muon.orthogonalize import iteration
 from megatron_muon.orthogonalize.gram import prescale
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
 from megatron_muon.orthogonalize.scale import scale_factor
@@ -217,7 +217,7 @@ def errors_in_float16(shape: tuple[int, int]) -> dict[str, float]:
     """Relative errors of the update of one matrix, on this rank, by mode."""
     group, found = dist.group.WORLD, {}
     gradient = random(shape, 1, torch.float32)
-    exact = Given(shape, 1).cut(orthogonalized(gradient, coefficients("quintic", 5)), group)
+    exact = Given(shape, 1).cut(orthogonalized(gradient, iteration("quintic", 5).coefficients), group)
     for mode in EXACT:
         param = Given(shape, 1).parameter(group, torch.zeros(shape))
         param.grad = Given(shape, 1).cut(gradient, group)
@@ -344,7 +344,7 @@ def direction(layout: MatrixLayout, u: torch.Tensor) -> torch.Tensor:
     """Scaled and orthogonalized by singular values, matrix by matrix."""
     if layout.stacked:
         return torch.stack([direction(WHOLE, each) for each in u])
-    steps = coefficients("quintic", 5)
+    steps = iteration("quintic", 5).coefficients
     blocks = [orthogonalized(block, steps) * scale_factor("spectral", *block.shape) for block in split(layout, u)]
     return merge(layout, blocks)
 

@@ -22,7 +22,7 @@ from megatron_muon.engine.plan import Weight
 from megatron_muon.engine.planner import check_weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.scalar_rows import check_scalar_rows
-from megatron_muon.orthogonalize import coefficients
+from megatron_muon.orthogonalize import iteration
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.routing.layout import SCALAR, MatrixLayout, Section
 from tests import row_orders
@@ -241,7 +241,7 @@ def muon(weight: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:
     buffer = torch.zeros_like(weight)
     for grad in grads:
         buffer = MOMENTUM * buffer + (1 - MOMENTUM) * grad
-        direction = orthogonalized(MOMENTUM * buffer + (1 - MOMENTUM) * grad, coefficients("quintic", 5))
+        direction = orthogonalized(MOMENTUM * buffer + (1 - MOMENTUM) * grad, iteration("quintic", 5).coefficients)
         weight = (1 - LR * DECAY) * weight - LR * EXTRA * scale_factor("spectral", *weight.shape) * direction
     return weight
 

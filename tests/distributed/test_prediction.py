@@ -17,7 +17,7 @@ from megatron_muon.engine.plan import Weight
 from megatron_muon.engine.planner import Policy, make_plan
 from megatron_muon.engine.prediction import matrices_by_mode, predict
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.orthogonalize.coefficients import coefficients
+from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
 from tests.pool import RankPool
@@ -251,29 +251,29 @@ def test_products_by_blocks(pool: RankPool) -> None:
 
 def test_ranks_differ() -> None:
     """Three matrices on four ranks: one rank owns none; each sends what it does not keep."""
-    iteration = Orthogonalizer(coefficients("quintic", 5), torch.bfloat16)
-    plan = plan_of([Weight((8, 6), WHOLE, -1, "tp", 4)] * 3, "owner", iteration)
-    costs = [predict(plan, iteration, Sizes(4, 2, 2), {"tp": rank}) for rank in range(4)]
+    orthogonalizer = Orthogonalizer(iteration("quintic", 5), torch.bfloat16)
+    plan = plan_of([Weight((8, 6), WHOLE, -1, "tp", 4)] * 3, "owner", orthogonalizer)
+    costs = [predict(plan, orthogonalizer, Sizes(4, 2, 2), {"tp": rank}) for rank in range(4)]
     # Of each matrix 48 elements a rank, at 4 bytes there; an owner keeps its own part, and sends 3 x 48 x 2 back.
-    owner, idle = Cost(iteration.flops(8, 24), 2 * 48 * 4 + 3 * 48 * 2, 2), Cost(0, 3 * 48 * 4, 2)
+    owner, idle = Cost(orthogonalizer.flops(8, 24), 2 * 48 * 4 + 3 * 48 * 2, 2), Cost(0, 3 * 48 * 4, 2)
     assert sorted(costs, key=lambda cost: -cost.flops) == [owner, owner, owner, idle]
 
 
 def test_a_group_without_a_number_is_refused() -> None:
-    iteration = Orthogonalizer(coefficients("quintic", 5), torch.bfloat16)
-    plan = plan_of([Weight((8, 6), WHOLE, -1, "tp", 4)], "owner", iteration)
+    orthogonalizer = Orthogonalizer(iteration("quintic", 5), torch.bfloat16)
+    plan = plan_of([Weight((8, 6), WHOLE, -1, "tp", 4)], "owner", orthogonalizer)
     with pytest.raises(KeyError, match="tp"):
-        predict(plan, iteration, Sizes(4, 2, 2), {"expert tp": 0})
+        predict(plan, orthogonalizer, Sizes(4, 2, 2), {"expert tp": 0})
 
 
-def plan_of(weights: list[Weight], mode: str, iteration: Orthogonalizer, chunk_bytes: int = 1 << 28) -> Any:
-    return make_plan(weights, Policy(mode, Sizes(4, 2, 2), chunk_bytes, Machine.of("cuda")), iteration)
+def plan_of(weights: list[Weight], mode: str, orthogonalizer: Orthogonalizer, chunk_bytes: int = 1 << 28) -> Any:
+    return make_plan(weights, Policy(mode, Sizes(4, 2, 2), chunk_bytes, Machine.of("cuda")), orthogonalizer)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_order_of_weights_costs_nothing(mode: str) -> None:
     """Plans of equal sets of weights cost the same: planning relies on it."""
-    iteration = Orthogonalizer(coefficients("quintic", 5), torch.float32)
+    orthogonalizer = Orthogonalizer(iteration("quintic", 5), torch.float32)
     weights = [
         *[Weight((64, 32), WHOLE, -1, "tp", 4)] * 5,
         *[Weight((32, 64), WHOLE, -2, "tp", 4)] * 6,
@@ -284,8 +284,8 @@ def test_the_order_of_weights_costs_nothing(mode: str) -> None:
     ]
 
     def costs() -> list[Cost]:
-        plan = plan_of(weights, mode, iteration, 20_000)
-        return [predict(plan, iteration, Sizes(4, 4, 4), {"tp": rank, "expert tp": rank % 2}) for rank in range(4)]
+        plan = plan_of(weights, mode, orthogonalizer, 20_000)
+        return [predict(plan, orthogonalizer, Sizes(4, 4, 4), {"tp": rank, "expert tp": rank % 2}) for rank in range(4)]
 
     expected, shuffle = costs(), random.Random(0)
     for _ in range(5):
@@ -295,7 +295,7 @@ def test_the_order_of_weights_costs_nothing(mode: str) -> None:
 
 def test_matrices_count_once() -> None:
     """Six heads on each of two ranks, a divided matrix, one that both hold, and two stacks of three."""
-    iteration = Orthogonalizer(coefficients("quintic", 5), torch.bfloat16)
+    orthogonalizer = Orthogonalizer(iteration("quintic", 5), torch.bfloat16)
     heads = MatrixLayout("qkv", (Section("q", 4, matrix_rows=2), Section("k", 2, matrix_rows=2)))
     weights = [
         Weight((24, 8), heads, -2, "tp", 2),
@@ -303,13 +303,13 @@ def test_matrices_count_once() -> None:
         Weight((8, 6), WHOLE),
         *[Weight((3, 8, 6), STACK, -2, "tp", 2)] * 2,
     ]
-    assert matrices_by_mode(plan_of(weights, "owner", iteration)) == {
+    assert matrices_by_mode(plan_of(weights, "owner", orthogonalizer)) == {
         ("local", 2, 8): 2 * 12,
         ("owner", 8, 12): 1,
         ("local", 8, 6): 1,
         ("owner", 16, 6): 6,
     }
-    assert matrices_by_mode(plan_of(weights, "blockwise", iteration)) == {
+    assert matrices_by_mode(plan_of(weights, "blockwise", orthogonalizer)) == {
         ("local", 2, 8): 2 * 12,
         ("local", 8, 6): 2 + 1 + 2 * 6,
     }

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import ConfigError, Muon
-from megatron_muon.orthogonalize import coefficients
+from megatron_muon.orthogonalize import iteration
 from megatron_muon.routing.layout import MatrixLayout
 from tests.distributed.test_adaptive import CASES, EXACT, HEADS, QKV, WHOLE, grad, rows_of, trained_shards, weight
 from tests.pairwise import covering
@@ -29,7 +29,7 @@ def written_out(variant: str, start: torch.Tensor, grads: list[torch.Tensor]) ->
     for g in grads:
         momentum = MOMENTUM * momentum + (1 - MOMENTUM) * g
         u = MOMENTUM * momentum + (1 - MOMENTUM) * g
-        o = orthogonalized(u, coefficients("quintic", 5))
+        o = orthogonalized(u, iteration("quintic", 5).coefficients)
         if variant == "polargrad":
             w = w * (1 - LR * DECAY) - LR * (o * u).sum() * o
         else:
@@ -160,7 +160,7 @@ def test_weight_decay(method: str) -> None:
         optimizer.step()
         g = grad((8, 6), step) + (0.3 * w if method == "l2" else 0)
         momentum = 0.8 * momentum + 0.2 * g
-        w = DECAYS[method](w, orthogonalized(momentum, coefficients("quintic", 5)), lr)
+        w = DECAYS[method](w, orthogonalized(momentum, iteration("quintic", 5).coefficients), lr)
         assert torch.equal(param.grad, grad((8, 6), step)), "the gradient is left as it is"
     torch.testing.assert_close(param.detach(), w, rtol=0, atol=1e-9)
 
@@ -201,6 +201,6 @@ def example_of_the_docs(dim: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_example_of_the_docs(pool: RankPool, dim: int) -> None:
-    o = orthogonalized(0.05 * grad((32, 12), 0), coefficients("quintic", 5))
+    o = orthogonalized(0.05 * grad((32, 12), 0), iteration("quintic", 5).coefficients)
     expected = o / o.square().mean(dim=1, keepdim=True).sqrt()
     torch.testing.assert_close(pool.run(example_of_the_docs, 2, dim)[0], expected, rtol=0, atol=TOLERANCE)

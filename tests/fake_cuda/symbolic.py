@@ -14,7 +14,7 @@ from megatron_muon.engine.modes import Machine
 from megatron_muon.engine.packing import triangle_numel
 from megatron_muon.engine.plan import Weight
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.orthogonalize.coefficients import coefficients
+from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.products import TorchProducts
 from tests.fake_cuda.groups import Call, recorded_groups
@@ -69,7 +69,7 @@ class _Shapes(Orthogonalizer):
         return torch.empty_like(gram)
 
 
-ITERATION = _Shapes(coefficients("quintic", 2), torch.float16, products=_Products())
+ITERATION = _Shapes(iteration("quintic", 2), torch.float16, products=_Products())
 
 
 class Recorder:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from megatron_muon.orthogonalize import coefficients
+from megatron_muon.orthogonalize import iteration
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.test_routing import GDN
@@ -89,7 +89,7 @@ def muon(weight: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
     buffer = torch.zeros_like(weight)
     for gradient in gradients:
         buffer = MOMENTUM * buffer + (1 - MOMENTUM) * gradient
-        direction = orthogonalized(buffer, coefficients("quintic", 5)) * max(weight.shape) ** 0.5
+        direction = orthogonalized(buffer, iteration("quintic", 5).coefficients) * max(weight.shape) ** 0.5
         weight = (1 - LR * DECAY) * weight - LR * EXTRA * direction
     return weight
 

@@ -14,13 +14,13 @@ from megatron_muon.engine.modes import AUTO, DISTRIBUTED, DUPLICATED, GRAM, OWNE
 from megatron_muon.engine.plan import Plan, Weight
 from megatron_muon.engine.planner import Policy, make_plan
 from megatron_muon.engine.prediction import predict
-from megatron_muon.orthogonalize.coefficients import coefficients
+from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import WHOLE
 
 GPU = Machine.of("cuda")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-ITERATIONS = {dtype: Orthogonalizer(coefficients("quintic", 5), dtype) for dtype in (FP32, BF16, FP16)}
+ITERATIONS = {dtype: Orthogonalizer(iteration("quintic", 5), dtype) for dtype in (FP32, BF16, FP16)}
 
 # (m, n) of the logical matrices of one layer, and the dimension that tensor parallelism divides.
 MODELS = {

@@ -207,12 +207,12 @@ sys.modules.update({"triton": None, "triton.language": None, "quack": None})
 import torch
 import megatron_muon
 from megatron_muon.errors import ConfigError
-from megatron_muon.orthogonalize import newton_schulz
+from megatron_muon.orthogonalize import Iteration, newton_schulz
 from megatron_muon.orthogonalize.backends import choose_products
 
 products, line = choose_products("auto", torch.device("cpu"), torch.float32)
 print(line)
-print(newton_schulz(torch.eye(2), ((1.5, -0.5, 0.0),)).tolist())
+print(newton_schulz(torch.eye(2), Iteration(((1.5, -0.5, 0.0),))).tolist())
 try:
     choose_products("triton", torch.device("cpu"), torch.float32)
 except ConfigError as error:

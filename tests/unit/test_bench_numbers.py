@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_muon.orthogonalize.coefficients import coefficients
+from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.products import BlockProducts
 from megatron_muon.planning.rates import Rates
@@ -61,7 +61,7 @@ def test_products_are_counted_by_dtype() -> None:
 @pytest.mark.parametrize("p,q", [(40, 40), (40, 400)])
 def test_needed_operations(dtype: torch.dtype, p: int, q: int) -> None:
     """What is done is what torch is seen to multiply, whichever iteration is chosen; what is needed is less."""
-    orthogonalizer = Orthogonalizer(coefficients("quintic", 5), dtype)
+    orthogonalizer = Orthogonalizer(iteration("quintic", 5), dtype)
     plain = orthogonalizer(x := torch.randn(3, p, q))
     counted = CountedProducts(orthogonalizer.products)
     orthogonalizer.products = counted  # type: ignore[assignment]
@@ -74,7 +74,7 @@ def test_needed_operations(dtype: torch.dtype, p: int, q: int) -> None:
 
 
 def test_products_by_blocks_are_counted_by_blocks() -> None:
-    orthogonalizer = Orthogonalizer(coefficients("quintic", 5), torch.bfloat16, products=BlockProducts(10))
+    orthogonalizer = Orthogonalizer(iteration("quintic", 5), torch.bfloat16, products=BlockProducts(10))
     counted = CountedProducts(orthogonalizer.products)
     orthogonalizer.products = counted  # type: ignore[assignment]
     with FlopCounterMode(display=False) as seen:

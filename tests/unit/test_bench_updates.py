@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megatron_muon.orthogonalize.coefficients import coefficients
+from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tests.reference import orthogonalized
 from tools.bench.accuracy import Errors, Reference, WrongUpdateError, check, exact_update, update_errors
@@ -23,7 +23,7 @@ ALONE = World(0, 1, torch.device("cpu"), 1)
 @pytest.mark.parametrize("shape", [(2, 5, 9), (2, 9, 5), (1, 1, 7), (3, 6, 6)])
 @pytest.mark.parametrize("name", ["quintic", "simple"])
 def test_reference_is_the_polynomial_of_singular_values(name: str, shape: tuple[int, ...]) -> None:
-    steps = coefficients(name, 5)
+    steps = iteration(name, 5).coefficients
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = torch.stack([orthogonalized(matrix, steps) for matrix in x])
     assert torch.allclose(exact_update(x, steps), expected, rtol=0, atol=1e-11)

@@ -21,7 +21,7 @@ from megatron_muon.engine.plan import Weight
 from megatron_muon.engine.planner import Policy, make_plan
 from megatron_muon.optimizers.adaptive import NAMO, AdaMuonEO, NorMuon
 from megatron_muon.optimizers.sphere import MULTIPLIER, SpectralSphere
-from megatron_muon.orthogonalize import coefficients
+from megatron_muon.orthogonalize import iteration
 from megatron_muon.orthogonalize.newton_schulz import standard_iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.scale import scale_factor
@@ -68,7 +68,7 @@ RANGES = [
 
 def mapped(s: torch.Tensor, name: str, steps: int) -> torch.Tensor:
     """Where the iteration takes singular values: matrices of one element are their own."""
-    return standard_iteration(s.double().view(-1, 1, 1), coefficients(name, steps)).flatten()
+    return standard_iteration(s.double().view(-1, 1, 1), iteration(name, steps).coefficients).flatten()
 
 
 @pytest.mark.parametrize(("name", "steps", "slope", "start", "least", "most"), RANGES)
@@ -162,9 +162,9 @@ SHARDS = {-2: (512, 1024), -1: (4096, 128)}
 @pytest.mark.parametrize("tp_mode", ["auto", "owner", "gram", "duplicated", "distributed"])
 @pytest.mark.parametrize("dim", SHARDS)
 def test_matrices_of_the_plan_have_the_whole_shape(dim: int, tp_mode: str) -> None:
-    iteration = Orthogonalizer(coefficients("quintic", 5), torch.float32)
+    orthogonalizer = Orthogonalizer(iteration("quintic", 5), torch.float32)
     policy = Policy(tp_mode, Sizes(4, 4, 4), 1 << 28, Machine.of("cpu"))
-    plan = make_plan([Weight(SHARDS[dim], WHOLE, dim, "tensor-parallel", 8)], policy, iteration)
+    plan = make_plan([Weight(SHARDS[dim], WHOLE, dim, "tensor-parallel", 8)], policy, orthogonalizer)
     shapes = {(item.rows, item.columns) for chunk in plan.chunks for batch in chunk.batches for item in batch.items}
     assert shapes == {(4096, 1024)}
 

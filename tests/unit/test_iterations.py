@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from megatron_muon.orthogonalize.coefficients import Iteration
 from megatron_muon.orthogonalize.gram import gram_iteration, prescale, segments
 from megatron_muon.orthogonalize.newton_schulz import normalized, square_sums
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -110,7 +111,7 @@ def test_a_matrix_of_rank_one_does_not_overflow_where_it_is_scaled(p: int) -> No
     """All of the norm in one direction: the largest entries that scaled Gram matrices can have."""
     column = torch.ones(1, p, 1)
     column[:, 1:] *= 1e-3
-    out = Orthogonalizer(set_of("quintic", 5), torch.float16)(column @ torch.ones(1, 1, 4 * p))
+    out = Orthogonalizer(Iteration(set_of("quintic", 5)), torch.float16)(column @ torch.ones(1, 1, 4 * p))
     assert prescale(torch.float16, p) > 1.0
     assert torch.isfinite(out).all()
     # Singular vector times p(1): the first row holds nearly all of it.

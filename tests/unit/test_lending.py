@@ -15,12 +15,12 @@ from megatron_muon.engine.modes import AUTO, LENT, LOCAL, SPLIT, Machine, Sizes
 from megatron_muon.engine.plan import Peers, Plan, Weight
 from megatron_muon.engine.planner import Policy, items_of
 from megatron_muon.engine.prediction import predict
-from megatron_muon.orthogonalize.coefficients import coefficients
+from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tests.random_weights import random_weights
 
-ITERATION = Orthogonalizer(coefficients("quintic", 5), torch.bfloat16)
+ITERATION = Orthogonalizer(iteration("quintic", 5), torch.bfloat16)
 SIZES = Sizes(2, 2, 2)
 POLICY = Policy(AUTO, SIZES, 1 << 28, Machine.of("cuda"))
 FREE = dataclasses.replace(POLICY, machine=Machine(5e14, 1e20, 0.0), chunk_bytes=1 << 14)

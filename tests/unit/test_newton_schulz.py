@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_muon.orthogonalize import coefficient_types, coefficients, newton_schulz
+from megatron_muon.orthogonalize import coefficient_types, iteration, newton_schulz
 from megatron_muon.orthogonalize.newton_schulz import normalized, square_sums
 from tests.reference import polynomial, singular_value_decomposition, with_singular_values
 
@@ -13,10 +13,10 @@ from tests.reference import polynomial, singular_value_decomposition, with_singu
 @pytest.mark.parametrize("coefficient_type", coefficient_types())
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (1, 8), (8, 1)])
 def test_singular_values_follow_the_polynomial(coefficient_type: str, shape: tuple[int, int]) -> None:
-    steps = coefficients(coefficient_type, 6)
+    steps = iteration(coefficient_type, 6)
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     u, s, v = singular_value_decomposition(x)
-    expected = u @ torch.diag(polynomial(s / s.norm(), steps)) @ v
+    expected = u @ torch.diag(polynomial(s / s.norm(), steps.coefficients)) @ v
     torch.testing.assert_close(newton_schulz(x, steps), expected, rtol=0, atol=1e-11)
 
 
@@ -24,20 +24,20 @@ def test_values_at_one_are_the_published_ones() -> None:
     one = torch.ones(1, 1, dtype=torch.float64)
     golden = [("simple", 5, 0.6964364), ("quintic", 5, 0.9783456), ("polar_express", 5, 1.0272973)]
     for name, steps, value in [*golden, ("polar_express", 8, 1.0)]:
-        assert newton_schulz(one, coefficients(name, steps)).item() == pytest.approx(value, abs=5e-7)
+        assert newton_schulz(one, iteration(name, steps)).item() == pytest.approx(value, abs=5e-7)
 
 
 def test_converging_set_gives_the_polar_factor() -> None:
     x = with_singular_values(torch.logspace(0, -2, 12, dtype=torch.float64), 12, 30)
     u, _, v = singular_value_decomposition(x)
-    torch.testing.assert_close(newton_schulz(x, coefficients("polar_express", 12)), u @ v, rtol=0, atol=1e-9)
+    torch.testing.assert_close(newton_schulz(x, iteration("polar_express", 12)), u @ v, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 6e-2)])
 def test_low_precision_stays_near_float64(dtype: torch.dtype, tolerance: float) -> None:
     """Relative to the largest singular value, 1: float32 rounding, and the error that bfloat16 is known for."""
     x = torch.randn(64, 160, generator=torch.Generator().manual_seed(2))
-    steps = coefficients("quintic", 5)
+    steps = iteration("quintic", 5)
     exact = newton_schulz(x.double(), steps)
     error = torch.linalg.matrix_norm(newton_schulz(x, steps, dtype=dtype).double() - exact, ord=2)
     assert error < tolerance
@@ -49,20 +49,20 @@ def test_agrees_with_emerging_optimizers() -> None:
     """Same formula, other order of operations in float32: rounding (6e-8) times the slope of seven steps at 0."""
     x = torch.randn(48, 96, generator=torch.Generator().manual_seed(3))
     for name in coefficient_types():
-        ours = newton_schulz(x, coefficients(name, 7))
+        ours = newton_schulz(x, iteration(name, 7))
         torch.testing.assert_close(ours, reference(x, 7, name), rtol=0, atol=2e-5)
 
 
 def test_batch_is_each_matrix_by_itself() -> None:
     x = torch.randn(2, 3, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    steps = coefficients("quintic", 5)
+    steps = iteration("quintic", 5)
     each = torch.stack([newton_schulz(matrix, steps) for matrix in x.flatten(0, 1)]).view_as(x)
     torch.testing.assert_close(newton_schulz(x, steps), each, rtol=0, atol=1e-12)
     torch.testing.assert_close(newton_schulz(x.flatten(0, 1), steps).view_as(x), each, rtol=0, atol=1e-12)
 
 
 def test_zero_matrix_and_zero_rows_stay_zero() -> None:
-    steps = coefficients("quintic", 5)
+    steps = iteration("quintic", 5)
     assert torch.equal(newton_schulz(torch.zeros(4, 6), steps), torch.zeros(4, 6))
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
     x[2] = 0
@@ -71,13 +71,13 @@ def test_zero_matrix_and_zero_rows_stay_zero() -> None:
 
 def test_scale_of_the_input_does_not_matter() -> None:
     x = torch.randn(8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
-    steps = coefficients("quintic", 5)
+    steps = iteration("quintic", 5)
     torch.testing.assert_close(newton_schulz(x * 1e6, steps), newton_schulz(x, steps), rtol=0, atol=1e-12)
 
 
 def test_root_mean_square_of_an_orthogonal_matrix() -> None:
     """The lemma that scale modes rest on: RMS(U V^T) = sqrt(rank / (m n))."""
-    steps = coefficients("polar_express", 14)
+    steps = iteration("polar_express", 14)
     for m, n, rank, expected in [(8, 8, 8, 0.353553), (12, 5, 5, 0.288675), (5, 12, 5, 0.288675), (12, 5, 3, 0.223607)]:
         values = torch.zeros(min(m, n), dtype=torch.float64)
         values[:rank] = torch.linspace(1.0, 0.5, rank, dtype=torch.float64)
@@ -88,11 +88,11 @@ def test_root_mean_square_of_an_orthogonal_matrix() -> None:
 
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="no_such_set"):
-        coefficients("no_such_set", 5)
+        iteration("no_such_set", 5)
     with pytest.raises(ValueError, match="num_steps 0"):
-        coefficients("quintic", 0)
+        iteration("quintic", 0)
     with pytest.raises(ValueError, match="belong together"):
-        newton_schulz(torch.ones(2, 2), coefficients("quintic", 1), shard_dim=0)
+        newton_schulz(torch.ones(2, 2), iteration("quintic", 1), shard_dim=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_muon import Muon
 from megatron_muon.orthogonalize.backends import choose_products
-from megatron_muon.orthogonalize.coefficients import CUSTOM
+from megatron_muon.orthogonalize.coefficients import CUSTOM, Iteration
 from megatron_muon.orthogonalize.newton_schulz import newton_schulz
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
@@ -24,7 +24,7 @@ from tests.reference import orthogonalized, polynomial, with_singular_values
 @pytest.mark.parametrize("name", EVERY_SET)
 def test_the_class_takes_the_same_path_for_each_shape(name: str) -> None:
     """Square: standard; wide and tall: Gram. Both against singular values."""
-    iteration = Orthogonalizer(set_of(name, 5), torch.float64)
+    iteration = Orthogonalizer(Iteration(set_of(name, 5)), torch.float64)
     assert iteration.method(12, 12).restarts is None
     assert iteration.method(8, 40).restarts == iteration.method(40, 8).restarts == (2, 4)
     for m, n in [(12, 12), (8, 40), (40, 8), (1, 5), (5, 1)]:
@@ -64,7 +64,7 @@ def test_float16_gram_errs_less_than_bfloat16(name: str, steps: int, spectrum: s
     triples, s = set_of(name, steps), SPECTRA[spectrum]
     x = gaussian(96, 384) if s is None else with_singular_values(s, 96, 384)
     exact = orthogonalized(x, triples)[None]
-    half, brain = (Orthogonalizer(triples, dtype) for dtype in (torch.float16, torch.bfloat16))
+    half, brain = (Orthogonalizer(Iteration(triples), dtype) for dtype in (torch.float16, torch.bfloat16))
     assert half.method(96, 384).restarts is not None
     assert error(half(x[None].float()), exact) < error(brain(x[None].float()), exact)
 
@@ -82,13 +82,13 @@ def test_errs_no_more_than_upstream(dtype: torch.dtype, batch: int) -> None:
     products, _ = choose_products("auto", CPU, dtype)
     for m, n in UPSTREAM_SHAPES:
         x = gaussian(batch, m, n, dtype=torch.float32)
-        exact = newton_schulz(x.double(), triples)
+        exact = newton_schulz(x.double(), Iteration(triples))
         try:
             torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "medium")
             theirs = upstream(x, 5, "quintic")
         finally:
             torch.set_float32_matmul_precision("highest")
-        found = Orthogonalizer(triples, dtype, products=products)(x)
+        found = Orthogonalizer(Iteration(triples), dtype, products=products)(x)
         assert error(found, exact) <= 1.1 * error(theirs, exact) + torch.finfo(dtype).eps, (m, n)
 
 
@@ -101,14 +101,14 @@ def test_float32_errs_like_standard(p: int, q: int, backend: str) -> None:
     triples, x = set_of("quintic", 5), gaussian(1, p, q, dtype=torch.float32)
     exact = standard(x.double(), triples)
     products, _ = choose_products(backend, CPU, torch.float32)
-    chosen = Orthogonalizer(triples, torch.float32, products=products)
+    chosen = Orthogonalizer(Iteration(triples), torch.float32, products=products)
     assert error(chosen(x), exact) <= 1.2 * error(standard(x, triples, torch.float32), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(6, 6), (4, 24), (1, 9)])
 def test_zero_matrices_give_zeros_and_leave_the_others_alone(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    iteration = Orthogonalizer(set_of("quintic", 5), dtype)
+    iteration = Orthogonalizer(Iteration(set_of("quintic", 5)), dtype)
     x = gaussian(3, *shape, dtype=torch.float32)
     expected = iteration(x)
     x[1] = 0
@@ -126,7 +126,7 @@ def test_one_row(dtype: torch.dtype, tolerance: float) -> None:
     """The row, divided by its norm, times p(1). Some roundings of each step; the slope of this set at 1 is 1.3."""
     triples, x = set_of("quintic", 5), gaussian(4, 1, 50)
     expected = torch.nn.functional.normalize(x, dim=-1) * polynomial(torch.ones((), dtype=torch.float64), triples)
-    found = Orthogonalizer(triples, dtype)(x if dtype == torch.float64 else x.float())
+    found = Orthogonalizer(Iteration(triples), dtype)(x if dtype == torch.float64 else x.float())
     assert found.shape == x.shape and found.dtype == dtype
     assert error(found, expected) < tolerance
 
@@ -135,7 +135,7 @@ def test_one_row(dtype: torch.dtype, tolerance: float) -> None:
 def test_bfloat16_is_always_standard(name: str) -> None:
     triples = set_of(name, 5)
     assert best_restarts(triples, torch.bfloat16) is None
-    iteration = Orthogonalizer(triples, torch.bfloat16)
+    iteration = Orthogonalizer(Iteration(triples), torch.bfloat16)
     assert [iteration.method(8, q).restarts for q in (8, 16, 4000)] == [None] * 3
 
 
@@ -150,7 +150,7 @@ def test_bfloat16_is_always_standard(name: str) -> None:
 )
 def test_a_batch_is_each_matrix_by_itself(size: tuple[int, int], dtype: torch.dtype, products: TorchProducts) -> None:
     """Bitwise where the library multiplies batches like single matrices, which it does not promise."""
-    iteration = Orthogonalizer(set_of("quintic", 5), dtype, products=products)
+    iteration = Orthogonalizer(Iteration(set_of("quintic", 5)), dtype, products=products)
     x = gaussian(5, *size, dtype=dtype)
     each = torch.cat([iteration(matrix[None]) for matrix in x])
     torch.testing.assert_close(iteration(x), each, rtol=0, atol=1e-13 if dtype == torch.float64 else 1e-6)
@@ -158,7 +158,7 @@ def test_a_batch_is_each_matrix_by_itself(size: tuple[int, int], dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_batch_of_16_bits_differs_by_less_than_it_errs(dtype: torch.dtype) -> None:
-    iteration = Orthogonalizer(set_of("quintic", 5), dtype, products=BlockProducts(8))
+    iteration = Orthogonalizer(Iteration(set_of("quintic", 5)), dtype, products=BlockProducts(8))
     x = gaussian(5, 24, 40, dtype=torch.float32)
     together = iteration(x).double()
     each = torch.cat([iteration(matrix[None]) for matrix in x])
@@ -183,7 +183,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_parts_of_a_batch_give_the_same(small_batches: list[int], dtype: torch.dtype) -> None:
-    iteration = Orthogonalizer(set_of("quintic", 5), dtype)
+    iteration = Orthogonalizer(Iteration(set_of("quintic", 5)), dtype)
     x = gaussian(8, 16, 40, dtype=torch.promote_types(dtype, torch.float32))
     found = iteration(x)
     expected = {torch.float64: [1] * 8, torch.float32: [3, 3, 2], torch.bfloat16: [6, 2], torch.float16: [6, 2]}
@@ -196,13 +196,13 @@ def test_parts_of_a_batch_give_the_same(small_batches: list[int], dtype: torch.d
 
 
 def test_a_matrix_larger_than_the_bound_is_a_batch(small_batches: list[int]) -> None:
-    Orthogonalizer(set_of("quintic", 5), torch.float32)(gaussian(2, 60, 80, dtype=torch.float32))
+    Orthogonalizer(Iteration(set_of("quintic", 5)), torch.float32)(gaussian(2, 60, 80, dtype=torch.float32))
     assert small_batches == [1, 1]
 
 
 def test_the_argument_is_not_changed() -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        iteration, x = Orthogonalizer(set_of("quintic", 5), dtype), gaussian(2, 6, 30, dtype=dtype)
+        iteration, x = Orthogonalizer(Iteration(set_of("quintic", 5)), dtype), gaussian(2, 6, 30, dtype=dtype)
         before = x.clone()
         iteration(x)
         assert torch.equal(x, before)
@@ -219,7 +219,7 @@ def test_the_argument_is_not_changed() -> None:
 def test_operations_are_those_that_torch_counts(
     steps: tuple[str, int], dtype: torch.dtype, products: TorchProducts
 ) -> None:
-    iteration = Orthogonalizer(set_of(*steps), dtype, products=products)
+    iteration = Orthogonalizer(Iteration(set_of(*steps)), dtype, products=products)
     for p, q in [(16, 16), (20, 33), (16, 200), (1, 7), (37, 37)]:
         for m, n in ((p, q), (q, p)):
             with FlopCounterMode(display=False) as counter:
@@ -232,7 +232,7 @@ def test_operations_are_those_that_torch_counts(
 def test_a_tall_matrix_is_its_transpose_in_its_own_memory_order(dtype: torch.dtype, products: TorchProducts) -> None:
     """Of the products, too, those as large as the matrix lie as it does. Sums have another order: roundings, times
     the slope of the polynomial, which is 3.4^5 at the smallest singular values and about 1 at most."""
-    iteration, orders = Orthogonalizer(set_of("quintic", 5), dtype, products=products), []
+    iteration, orders = Orthogonalizer(Iteration(set_of("quintic", 5)), dtype, products=products), []
 
     class Noting(type(products)):  # type: ignore[misc]
         def gram(self, x: torch.Tensor) -> torch.Tensor:
@@ -246,14 +246,14 @@ def test_a_tall_matrix_is_its_transpose_in_its_own_memory_order(dtype: torch.dty
         assert orders and all(orders) and found.is_contiguous()
         expected = iteration(wide)
         assert error(found.mT, expected.double()) < 64 * torch.finfo(dtype).eps
-        tall, there = newton_schulz(wide.mT, iteration.coefficients), newton_schulz(wide, iteration.coefficients)
+        tall, there = newton_schulz(wide.mT, iteration.iteration), newton_schulz(wide, iteration.iteration)
         assert error(tall.mT, there.double()) < 64 * torch.finfo(wide.dtype).eps
         orders.clear()
 
 
 @pytest.mark.parametrize("products", [TorchProducts(), BlockProducts(8)], ids=lambda products: products.name)
 def test_the_cheaper_iteration_is_taken(products: TorchProducts) -> None:
-    iteration = Orthogonalizer(set_of("quintic", 5), torch.float32, products=products)
+    iteration = Orthogonalizer(Iteration(set_of("quintic", 5)), torch.float32, products=products)
     for p, q in itertools.product([1, 8, 32, 48], [48, 64, 100, 400]):
         flops = (iteration.gram_flops(p, q), iteration.standard_flops(p, q))
         assert iteration.flops(p, q) == min(flops)
@@ -267,9 +267,9 @@ def test_blocks_do_part_of_the_work() -> None:
 
 
 def test_names_for_reports() -> None:
-    quintic, bf16 = set_of("quintic", 5), torch.bfloat16
+    quintic, bf16 = Iteration(set_of("quintic", 5)), torch.bfloat16
     assert str(Orthogonalizer(quintic, torch.float16).method(8, 80)) == "Gram Newton-Schulz, float16, restarts 2"
     assert str(Orthogonalizer(quintic, bf16).method(8, 80)) == "standard Newton-Schulz, bfloat16"
-    once = Orthogonalizer(quintic[:2], torch.float32)
+    once = Orthogonalizer(Iteration(quintic.coefficients[:2]), torch.float32)
     assert once.method(8, 80).restarts == ()
     assert str(once.method(8, 80)) == "Gram Newton-Schulz, float32, restarts none"

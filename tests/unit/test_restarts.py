@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_muon.orthogonalize.coefficients import CUSTOM
+from megatron_muon.orthogonalize.coefficients import CUSTOM, Iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.restarts import CONDITION_LIMIT, best_restarts, condition
 from tests.iterations import EVERY_SET, set_of
@@ -66,7 +66,7 @@ def test_sets_without_a_choice_have_none_at_all(name: str, steps: int) -> None:
     for count in range(steps):
         for restarts in itertools.combinations(range(1, steps), count):
             assert condition(triples, restarts) > CONDITION_LIMIT, restarts
-    assert Orthogonalizer(triples, torch.float16).method(8, 400).restarts is None
+    assert Orthogonalizer(Iteration(triples), torch.float16).method(8, 400).restarts is None
 
 
 def test_a_diverging_iteration_has_no_condition() -> None:

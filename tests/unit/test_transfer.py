@@ -10,7 +10,7 @@ import torch
 
 from megatron_muon import Muon, MuonConfig
 from megatron_muon.errors import ConfigError
-from megatron_muon.orthogonalize import coefficients
+from megatron_muon.orthogonalize import iteration
 from megatron_muon.routing.layout import TABLE as TABLE_KIND
 from megatron_muon.routing.layout import MatrixLayout
 from megatron_muon.transfer import MATRIX, READOUT, SELECTOR, TABLE, VECTOR, Role, Transfer, roles, scale_initialization
@@ -50,13 +50,13 @@ def test_eps_is_added_with_its_factors(m: int, n: int, depth: float) -> None:
     damped = gradient / (gradient.norm() + eps * (n / m) ** 0.5 / depth)
     # The reference divides by the norm; to start it from a smaller matrix, its steps are written out.
     x = damped if m <= n else damped.mT
-    for a, b, c in coefficients("quintic", 5):
+    for a, b, c in iteration("quintic", 5).coefficients:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     expected = (x if m <= n else x.mT) * (m / n) ** 0.5
     found = one_step(gradient, depth, scale_mode="unit_rms_norm", eps=eps)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    undamped = orthogonalized(gradient, coefficients("quintic", 5)) * (m / n) ** 0.5
+    undamped = orthogonalized(gradient, iteration("quintic", 5).coefficients) * (m / n) ** 0.5
     assert (found - undamped).norm() > 0.05 * undamped.norm()
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_muon import Muon
-from megatron_muon.orthogonalize import coefficients
+from megatron_muon.orthogonalize import iteration
 from megatron_muon.orthogonalize.gram import gram_iteration, prescale
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, WHOLE, MatrixLayout, Section
@@ -223,7 +223,7 @@ def error(y: torch.Tensor, exact: torch.Tensor) -> float:
 
 def iterations(name: str, gram: bool, dtype: torch.dtype) -> dict[str, float]:
     """Errors of both implementations of the products after the whole iteration."""
-    steps = coefficients(name, 5)
+    steps = iteration(name, 5).coefficients
     restarts = {"quintic": (2,), "polar_express": (1, 2)}[name]
     scale = prescale(dtype, 96) if gram else 1.0
     x = torch.randn(2, 96, 160, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

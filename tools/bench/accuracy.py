@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_muon.orthogonalize.coefficients import Coefficients, coefficients
+from megatron_muon.orthogonalize.coefficients import Coefficients, iteration
 from megatron_muon.orthogonalize.scale import scale_factor
 from tools.bench.contestants import Contestant
 from tools.bench.forms import Entry, Matrices, Tensors
@@ -88,7 +88,7 @@ class Reference:
             matrices: of it.
         """
         if (spec, polynomial) not in self._known:
-            layout, steps = self.tensors.case.weights[spec].layout, coefficients(polynomial, STEPS)
+            layout, steps = self.tensors.case.weights[spec].layout, iteration(polynomial, STEPS).coefficients
             blocks = split(layout, self.tensors.whole(spec, "gradient"))
             self._known[spec, polynomial] = [
                 exact_update(block.reshape(-1, *block.shape[-2:]), steps) for block in blocks

@@ -18,7 +18,7 @@ from megatron_muon.engine.memory import peak_bytes
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.engines import DENSE, EXPERT
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.orthogonalize import coefficients
+from megatron_muon.orthogonalize import iteration
 from megatron_muon.orthogonalize.kernels import emerging
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.planning.rates import Rates
@@ -128,7 +128,7 @@ def _emerging_symmetric() -> Contestant:
 def _gram_newton_schulz() -> Contestant:
     def make(params: list[torch.nn.Parameter], groups: Groups) -> torch.optim.Optimizer:
         theirs = import_module("gram_newton_schulz.muon.muon").Muon
-        steps = [list(each) for each in coefficients("quintic", 5)]
+        steps = [list(each) for each in iteration("quintic", 5).coefficients]
         return theirs(params, **HYPERPARAMETERS, **MOMENTUM, adjust_lr=None, ns_coefficients=steps)
 
     note = "not scaled"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_muon.errors import sizes
-from megatron_muon.orthogonalize import coefficients
+from megatron_muon.orthogonalize import iteration
 from megatron_muon.orthogonalize.backends import _CPU_BLOCK_ROWS, _KERNELS, candidates, choose_products, report
 from megatron_muon.orthogonalize.gram import gram_iteration, prescale
 from megatron_muon.orthogonalize.kernels import elementwise
@@ -136,7 +136,7 @@ def iteration_errors(
     own: TorchProducts, shape: tuple[int, ...], gram: bool, dtype: torch.dtype, device: torch.device
 ) -> list[float]:
     """Relative errors of an iteration by torch and by ``own``, against float64."""
-    steps = coefficients("quintic", 5)
+    steps = iteration("quintic", 5).coefficients
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
     x = x / x.norm(dim=(-2, -1), keepdim=True)
     exact = standard(x, steps, TorchProducts())
