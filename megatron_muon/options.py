@@ -92,6 +92,26 @@ class UpdateKnobs:
         "blockwise.",
         check=one_of(*TP_MODES),
     )
+    blockwise_period: int = knob(
+        1,
+        "P: tensor-parallel shards are orthogonalized each by itself, as in mode blockwise and without messages, but "
+        "in every P-th step whole matrices, in the mode of --muon-tp-mode (MuonBP, arXiv 2510.16981; 5 there). For "
+        "slow links: another update, which depends on the tensor-parallel size. 1: whole matrices in every step.",
+        check=whole(1, "5"),
+        readers=("muon",),
+        reasons=dict.fromkeys(
+            ("adaptive_muon", "spectral_sphere", "stiefel_muon"),
+            "what it keeps of a matrix is of the whole one, which block steps do not see",
+        ),
+    )
+    blockwise_lr_mult: float = knob(
+        1.0,
+        "Learning rate of the shards in steps that orthogonalize them each by itself, as a multiple of the group's, "
+        "with --muon-blockwise-period. Scale factors are by the shard's own shape there, so that 1 matches the RMS of "
+        "updates; weight decay stays.",
+        check=positive,
+        readers=("muon",),
+    )
     tp_wire_dtype: str = knob(
         "auto",
         "Type of numbers in which tensor-parallel ranks send each other matrices: fp32 (as they are), bf16, or auto: "

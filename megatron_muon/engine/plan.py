@@ -73,6 +73,10 @@ class Weight:
         """Whether the shards cut through periods of the layout."""
         return self.dim == -2 and not self.layout.fits(self.shape[-2])
 
+    def cuts(self, block: int) -> bool:
+        """Whether each rank has parts of a block's matrices, and not some of them whole, such as heads."""
+        return self.dim == -1 or (self.dim == -2 and (self.is_broken or not self.layout.matrix_rows(block)))
+
 
 @dataclass(frozen=True)
 class MatrixSlice:

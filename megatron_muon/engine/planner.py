@@ -20,7 +20,7 @@ from megatron_muon.engine.plan import Batch, BatchKey, Chunk, MatrixSlice, Plan,
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.blocks import block_rows_before, units_of
-from megatron_muon.routing.layout import SCALAR, Block
+from megatron_muon.routing.layout import MSIGN, SCALAR, Block
 
 Stages = Mapping[str, Mapping[int, int]]
 """The stage of each bucket, by the name of the group (empty for matrices that are whole on the rank)."""
@@ -110,8 +110,13 @@ def items_of(weights: Sequence[Weight], mode: str) -> list[tuple[BatchKey, Matri
     return found
 
 
-def check_weight(weight: Weight, mode: str) -> None:
+def check_weight(weight: Weight, mode: str, period: int = 1) -> None:
     """Refuse what cannot be planned.
+
+    Args:
+        weight: to be orthogonalized.
+        mode: of tensor parallelism.
+        period: of steps, of which but one take each shard by itself.
 
     Raises:
         ValueError: if the layout does not fit the weight.
@@ -122,12 +127,16 @@ def check_weight(weight: Weight, mode: str) -> None:
     if not weight.is_broken:
         return
     heads = any(section.matrix_rows for section in layout.sections)
-    if mode == BLOCKWISE or (layout.stacked and heads):
-        raise ConfigError(
-            f"--muon-tp-mode {mode}: a {layout.kind} weight with {weight.shape[-2]} rows on each of {weight.ranks} "
-            f"tensor-parallel ranks does not hold whole sections (periods of {layout.period} rows). Use --muon-tp-mode "
-            "auto, or treat the weight as one matrix (--muon-param-rule 'NAME=whole')."
-        )
+    asked, way_out = f"--muon-tp-mode {mode}", "Use --muon-tp-mode auto"
+    if period > 1 and layout.direction == MSIGN:
+        asked, way_out = f"--muon-blockwise-period {period}", "Leave it away"
+    elif mode != BLOCKWISE and not (layout.stacked and heads):
+        return
+    raise ConfigError(
+        f"{asked}: a {layout.kind} weight with {weight.shape[-2]} rows on each of {weight.ranks} tensor-parallel ranks "
+        f"does not hold whole sections (periods of {layout.period} rows). {way_out}, or treat the weight as one matrix "
+        "(--muon-param-rule 'NAME=whole')."
+    )
 
 
 def _items(index: int, weight: Weight, mode: str) -> Iterator[tuple[BatchKey, MatrixSlice]]:
@@ -138,7 +147,7 @@ def _items(index: int, weight: Weight, mode: str) -> Iterator[tuple[BatchKey, Ma
         if block.rule == SCALAR or not block.numel:
             continue
         heads = weight.layout.matrix_rows(number) > 0
-        if weight.dim == 0 or mode == BLOCKWISE or (weight.dim == -2 and heads and not broken):
+        if mode == BLOCKWISE or not weight.cuts(number):
             yield _whole_item(index, number, weight)
         elif broken and heads:
             for head in range(block.count):

@@ -79,13 +79,13 @@ def grouped_by_engine(
 class _CachedEngine:
     """An engine, with weak references to the parameters that it was planned for."""
 
-    def __init__(self, engine: StepEngine, direction: str, params: Sequence[torch.Tensor]) -> None:
-        self.engine, self._direction, self._device = engine, direction, params[0].device
+    def __init__(self, engine: StepEngine, kind: tuple[str, str], params: Sequence[torch.Tensor]) -> None:
+        self.engine, self._kind, self._device = engine, kind, params[0].device
         self._params = [weakref.ref(param) for param in params]
 
-    def is_for(self, direction: str, params: Sequence[torch.Tensor]) -> bool:
+    def is_for(self, kind: tuple[str, str], params: Sequence[torch.Tensor]) -> bool:
         """Whether it is the engine for these parameters, in this order, as they are now."""
-        if direction != self._direction or len(params) != len(self._params) or params[0].device != self._device:
+        if kind != self._kind or len(params) != len(self._params) or params[0].device != self._device:
             return False
         # Shapes and layouts, too: memory may have been replaced, and weights been annotated anew.
         return all(
@@ -173,20 +173,31 @@ class Engines:
         name = EXPERT if getattr(param, "expert_tp", False) else DENSE
         return Weight(tuple(param.shape), layout, shard.dim, name, shard.size, bucket, peers)
 
-    def of(self, params: Sequence[torch.Tensor], direction: str = MSIGN) -> StepEngine:
-        """The engine for these parameters, in this order, all of one direction."""
-        kept = next((kept for kept in self._kept if kept.is_for(direction, params)), None)
+    def of(self, params: Sequence[torch.Tensor], direction: str = MSIGN, *, in_blocks: bool = False) -> StepEngine:
+        """The engine for these parameters, in this order, all of one direction.
+
+        Args:
+            params: of one dtype of momentum.
+            direction: how their updates are found.
+            in_blocks: whether it is that of steps that orthogonalize each shard by itself (``blockwise_period``).
+        """
+        kind = direction, self._mode_of(direction, in_blocks)
+        kept = next((kept for kept in self._kept if kept.is_for(kind, params)), None)
         if kept is None:
             first, weights = params[0], [self.weight(param) for param in params]
-            engine = self._new(weights, {}, self._mode_of(direction), first.device, first.dtype)
-            kept = _CachedEngine(engine, direction, params)
+            kept = _CachedEngine(self._new(weights, {}, kind[1], first.device, first.dtype), kind, params)
         else:
             self._kept.remove(kept)
         self._kept = [kept, *self._kept[: _MOST_ENGINES - 1]]
         return kept.engine
 
     def in_step(
-        self, own: Sequence[torch.Tensor], params: Sequence[torch.Tensor], directions: Sequence[str]
+        self,
+        own: Sequence[torch.Tensor],
+        params: Sequence[torch.Tensor],
+        directions: Sequence[str],
+        *,
+        in_blocks: bool = False,
     ) -> dict[tuple[str, torch.dtype], StepEngine]:
         """The engines of a step in its order, by the direction and dtype of their parameters.
 
@@ -194,6 +205,7 @@ class Engines:
             own: all parameters of the optimizer.
             params: those of them that are in the step.
             directions: kinds of updates, in the order of the step.
+            in_blocks: as of :meth:`of`.
         """
         engines: dict[tuple[str, torch.dtype], StepEngine] = {}
         shared = self.shared(own)
@@ -201,7 +213,7 @@ class Engines:
             engines[MSIGN, shared.local_dtype] = shared
         for kind, some in grouped_by_engine(params, directions).items():
             if kind not in engines:
-                engines[kind] = self.of(some, kind[0])
+                engines[kind] = self.of(some, kind[0], in_blocks=in_blocks)
         return engines
 
     def digests(
@@ -244,10 +256,10 @@ class Engines:
             self._shared = self._new(weights, sharing.groups, mode, sharing.device, torch.float32)
         return self._shared
 
-    def _mode_of(self, direction: str) -> str:
+    def _mode_of(self, direction: str, in_blocks: bool) -> str:
         """The mode of tensor parallelism: balls exchange nothing but sums, the manifold needs whole matrices."""
         if direction == MSIGN or self.config.tp_mode == BLOCKWISE:
-            return self.config.tp_mode
+            return BLOCKWISE if in_blocks else self.config.tp_mode
         return OWNER if direction == STIEFEL else DUPLICATED
 
     def _new(

@@ -239,6 +239,9 @@ def _obstacles(optimizer: SteppingOptimizer) -> Iterator[str]:
     """Why its step cannot be captured."""
     if optimizer.variant.obstacle:
         yield optimizer.variant.obstacle
+    period = optimizer.config.blockwise_period
+    if period > 1 and any(group.size() > 1 for group in optimizer.engines.groups.values()):
+        yield f"with --muon-blockwise-period {period} one step in {period} is not like the others"
 
 
 def _refuse(optimizer: SteppingOptimizer, obstacles: Iterator[str]) -> None:

@@ -88,6 +88,8 @@ def all_options(optimizer: Any) -> dict[str, Any]:
     """Every option of a :class:`megatron_muon.Muon` by its name, for ranks to compare; tensors are left out, unread."""
     variant, config = optimizer.variant, optimizer.config
     found = {field.name: getattr(config, field.name) for field in dataclasses.fields(UpdateKnobs)}
+    if config.blockwise_period > 1:  # ranks of which one steps in blocks would wait for each other
+        found["this step is one of blocks"] = optimizer.steps_in_blocks
     found |= {"nesterov": config.nesterov, "hidden_size": optimizer.hidden_size, "variant": variant.name}
     found |= {name: getattr(variant, name) for name in variant.flags}
     for number, group in enumerate(optimizer.param_groups):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from megatron_muon.config import PREFIX, UNREAD, MuonConfig
+from megatron_muon.engine.modes import BLOCKWISE
 from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
@@ -63,7 +64,8 @@ class Muon(torch.optim.Optimizer):
     A parameter may hold several logical matrices, and rows that follow the scalar optimizer's rule (attribute
     ``matrix_layout``, see :mod:`megatron_muon.routing`); it may be a 3-D stack of such weights, and one rank's shard
     (Megatron's ``tensor_model_parallel``, ``partition_dim``, ``expert_tp``). The update is that of the whole logical
-    matrices except in ``tp_mode="blockwise"``, where each shard counts as a weight of its own.
+    matrices except in ``tp_mode="blockwise"``, and in the steps between those that ``blockwise_period`` counts off,
+    where each shard counts as a weight of its own.
 
     State: ``momentum_buffer``, of the parameter's shape and dtype; for parameters with rows under Adam's rule
     ``exp_avg_sq`` of these rows, and their ``step``. Between steps it may be moved, replaced, zeroed or taken away, by
@@ -159,6 +161,10 @@ class Muon(torch.optim.Optimizer):
         names += ["scale_mode", "extra_scale_factor"] if self.variant.scales else []
         names += ["weight_decay_method"] if self.variant.decays else []
         own = {name: getattr(self.config, name) for name in names}
+        if (period := self.config.blockwise_period) > 1:
+            own["blockwise_lr_mult"] = self.config.blockwise_lr_mult
+        every = "every step" if self.config.tp_mode == BLOCKWISE else "no step"
+        own["blockwise"] = f"all but every {period}. step" if period > 1 else every
         return {"newton_schulz_eps": self.config.eps, **own, **self.variant.checkpoint_options}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -203,7 +209,7 @@ class Muon(torch.optim.Optimizer):
                 )
             self._check_direction(param, layout)
             weight = self.engines.weight(param)
-            check_weight(weight, self.config.tp_mode)
+            check_weight(weight, self.config.tp_mode, self.config.blockwise_period)
             check_scalar_rows(weight)
 
     def _check_values(self, group: dict[str, Any], *, read: bool = True) -> None:
@@ -348,6 +354,16 @@ class Muon(torch.optim.Optimizer):
         return shared is not None and shared.shares
 
     @property
+    def steps_in_blocks(self) -> bool:
+        """Whether its next step orthogonalizes each shard by itself: all but every P-th one, as its groups count them.
+
+        Of groups that have stepped less often than others, as weights without gradients, the others' count is taken:
+        it is what checkpoints have for all. Where data-parallel ranks orthogonalize for one another, no weight is cut.
+        """
+        count: int = max((group[STEP] for group in self.param_groups), default=0)
+        return self.engines.sharing is None and (count + 1) % self.config.blockwise_period > 0
+
+    @property
     def _own(self) -> list[torch.Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
@@ -355,9 +371,11 @@ class Muon(torch.optim.Optimizer):
         """Plan the step for all parameters, without communication; the step makes up for it if this is not called.
 
         Returns:
-            the engine, which has the plan; None if this rank has no parameters to orthogonalize.
+            the engine, which has the plan, of steps with whole matrices if there are others; None if this rank has no
+            parameters to orthogonalize.
         """
-        engines = self.engines.in_step(self._own, self._own, self.directions)
+        for in_blocks in {self.config.blockwise_period > 1, False}:
+            engines = self.engines.in_step(self._own, self._own, self.directions, in_blocks=in_blocks)
         return next((engine for (direction, _), engine in engines.items() if direction == MSIGN), None)
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:

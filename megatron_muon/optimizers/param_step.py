@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def add(
     slices: Sequence[Slices],
     directions: Sequence[torch.Tensor],
     factor: Callable[[ParamStep, MatrixSlice], float],
-    key: Callable[[ParamStep], Hashable] | None = None,
+    key: Callable[[ParamStep, MatrixSlice], Hashable] | None = None,
 ) -> None:
     """Let weights decay, and add directions to them, times learning rate and a factor.
 
@@ -168,7 +169,7 @@ def by_param_group(
     weights: Weights,
     slices: Sequence[Slices],
     batches: Sequence[torch.Tensor],
-    key: Callable[[ParamStep], Hashable] | None = None,
+    key: Callable[[ParamStep, MatrixSlice], Hashable] | None = None,
 ) -> Iterator[tuple[Slices, list[ParamStep], torch.Tensor]]:
     """Cut batches where param groups change: yields (slices, weights, part of the batch) of one group each.
 
@@ -176,11 +177,13 @@ def by_param_group(
         weights: of the step.
         slices: the matrices of each batch.
         batches: (matrices, rows, columns).
-        key: gives what else the weights of a part must have in common.
+        key: gives what else the weights of a part, and their matrices, must have in common.
     """
     for each, batch in zip(slices, batches, strict=True):
         mine = [weights[number] for number in each.numbers]
-        keys: list[Hashable] = [id(weight.group) if key is None else (id(weight.group), key(weight)) for weight in mine]
+        keys: list[Hashable] = [id(weight.group) for weight in mine]
+        if key is not None:
+            keys = [*zip(keys, itertools.starmap(key, zip(mine, each.items, strict=True)), strict=True)]
         for run, first, stop in each.runs(keys):
             if run is each:
                 yield run, mine, batch

@@ -63,6 +63,10 @@ class SteppingOptimizer(Protocol):
     state: Any
 
     @property
+    def steps_in_blocks(self) -> bool:
+        """Whether the next step orthogonalizes each shard by itself, although others do not."""
+
+    @property
     def sends(self) -> bool:
         """Whether the step sends messages to data-parallel ranks."""
 
@@ -116,12 +120,14 @@ class Step:
     Attributes:
         params: all parameters of the optimizer, in the order of its groups.
         finals: who is told of weights that are as the step leaves them.
+        in_blocks: whether it orthogonalizes each shard by itself, although other steps do not.
     """
 
     def __init__(self, optimizer: SteppingOptimizer) -> None:
         self.optimizer = optimizer
         self.finals = optimizer.finals
         self.params = [param for group in optimizer.param_groups for param in group["params"]]
+        self.in_blocks = False
         self._rates: list[GroupRates] = []
         self._watched: list[dict[str, Any]] = []  # state of weights that have more than momentum
         self._pending = dict.fromkeys(self.params)
@@ -137,7 +143,8 @@ class Step:
         optimizer = self.optimizer
         compare(optimizer)
         having = [param for param in self.params if param.grad is not None]
-        self._engines = optimizer.engines.in_step(self.params, having, optimizer.directions)
+        self.in_blocks = optimizer.steps_in_blocks
+        self._engines = optimizer.engines.in_step(self.params, having, optimizer.directions, in_blocks=self.in_blocks)
         for group in optimizer.param_groups:
             optimizer._init_group(group)
         self._notice(having)
@@ -336,13 +343,14 @@ class EngineStep:
         matrices = self.matrices(slices, blanks, reduce)
         slices = [update.slices for update in matrices.updates]
         directions = ball_directions(matrices, self.direction)
-        add(self.weights, slices, directions, self._ball_factor, lambda weight: weight.layout.kind)
+        add(self.weights, slices, directions, self._ball_factor, lambda weight, _: weight.layout.kind)
 
     def _write(self, slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> None:
         """Apply orthogonalized directions to the weights."""
         variant = self._optimizer.variant
+        its_own = self._is_block if self.step.in_blocks else None
         if not (variant.adapts or variant.retracts or self._measures):
-            add(self.weights, slices, directions, self._scale)
+            add(self.weights, slices, directions, self._scale, its_own)
             return
         matrices = self.matrices(slices, directions, reduce)
         batches = _checked(variant, matrices, variant.adapt(matrices))
@@ -351,7 +359,7 @@ class EngineStep:
             if which:
                 some = Matrices([matrices.updates[index] for index in which], reduce)
                 self._measure(mode, some, [batches[index] for index in which])
-        add(self.weights, [update.slices for update in matrices.updates], batches, self._scale)
+        add(self.weights, [update.slices for update in matrices.updates], batches, self._scale, its_own)
         if variant.retracts:
             variant.retract(matrices)
 
@@ -364,7 +372,12 @@ class EngineStep:
 
     def _scale(self, weight: ParamStep, item: MatrixSlice) -> float:
         factor = scale_factor(weight.options.scale_mode, item.rows, item.columns, self._optimizer.hidden_size)
+        factor *= self._optimizer.config.blockwise_lr_mult if self._is_block(weight, item) else 1.0
         return factor * weight.options.extra_scale_factor
+
+    def _is_block(self, _: ParamStep, item: MatrixSlice) -> bool:
+        """Whether it is a part of a matrix that is orthogonalized as a matrix, in this step and not in others."""
+        return self.step.in_blocks and self.engine.plan.weights[item.weight].cuts(item.block)
 
     @staticmethod
     def _ball_factor(weight: ParamStep, item: MatrixSlice) -> float:

@@ -11,6 +11,7 @@ import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine import MODES
+from megatron_muon.engine.modes import BLOCKWISE
 from megatron_muon.engine.prediction import Choice
 from megatron_muon.planning.cost import RankLoad
 from megatron_muon.planning.rates import Rates
@@ -40,6 +41,7 @@ def to_document(plan: Plan, durations: Durations | None = None) -> dict[str, Any
         "all_ranks": _figures(plan.loads, plan.options.tp_mode),
         "newton_schulz": _iteration(plan),
         "tensor_parallel_modes": {mode: _mode(plan, mode) for mode in MODES},
+        "blockwise_period": _period(plan),
         "modes_not_possible": plan.refusals,
         "auto": [_choice(choice, count) for choice, count in sorted(plan.choices.items())],
         "step": {
@@ -158,6 +160,20 @@ def _mode(plan: Plan, mode: str) -> dict[str, Any] | None:
         "collectives": over_ranks(plan.loads, work_in(mode, "collectives")),
         "optimizer_share": optimizer_share(plan, mode),
     }
+
+
+def of_period(options: MuonConfig, what: str) -> Callable[[RankLoad], float]:
+    """As :func:`work_in`, on average over the steps of ``--muon-blockwise-period``."""
+    period, whole, block = options.blockwise_period, work_in(options.tp_mode, what), work_in(BLOCKWISE, what)
+    return lambda load: (whole(load) + (period - 1) * block(load)) / period
+
+
+def _period(plan: Plan) -> dict[str, Any] | None:
+    if plan.options.blockwise_period == 1:
+        return None
+    named = {"newton_schulz_flops": "flops", "exchanged_bytes": "bytes", "collectives": "collectives"}
+    means = {name: over_ranks(plan.loads, of_period(plan.options, what)) for name, what in named.items()}
+    return {"steps": plan.options.blockwise_period, **means}
 
 
 def _iteration(plan: Plan) -> dict[str, Any]:

@@ -81,8 +81,10 @@ class StepPlanner:
                     held[weight.peers.holder].append(dataclasses.replace(weight, peers=None))
             group = next((weight.peers.group for weight in weights if weight.peers is not None), "")
             steps = [Step(self, mine, weights, {group: rank}) for rank, mine in enumerate(held)]
-            # The spectral sphere goes over its matrices again and again: each rank over its own.
-            shares = self.passes == 1 and steps[0].engine(self.options.tp_mode).shares
+            # The spectral sphere goes over its matrices again and again, and steps in blocks take shards as they are:
+            # each rank goes over its own.
+            alone = self.passes > 1 or (self.options.blockwise_period > 1 and any(weight.dim for weight in weights))
+            shares = not alone and steps[0].engine(self.options.tp_mode).shares
             self._shared[key] = steps if shares else [self.step(mine) for mine in held]
         return self._shared[key]
 
@@ -177,12 +179,12 @@ class Step:
     def peak_bytes(self, group_ranks: Mapping[str, int]) -> int:
         """What it holds at once beside weights, gradients and state: :func:`megatron_muon.engine.memory.peak_bytes`."""
         options = self.planner.options
-        engine = self.engine(options.tp_mode)
-        key = tuple(group_ranks[name] for name in engine.plan.groups())
+        engines = [self.engine(options.tp_mode), *([self.engine(BLOCKWISE)] if options.blockwise_period > 1 else [])]
+        key = tuple(group_ranks[name] for name in engines[0].plan.groups())
         if key not in self._peaks:
-            numbers = engine.orthogonalizer, engine.wire, engine.local_dtype
+            numbers = [(each.plan, each.orthogonalizer, each.wire, each.local_dtype) for each in engines]
             with matmul_precision(options.fp32_matmul_prec):
-                self._peaks[key] = peak_bytes(engine.plan, *numbers, group_ranks, options.nesterov)
+                self._peaks[key] = max(peak_bytes(*each, group_ranks, options.nesterov) for each in numbers)
         return self._peaks[key]
 
     def lent_bytes(self, mode: str, group_ranks: Mapping[str, int]) -> float:

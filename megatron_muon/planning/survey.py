@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from megatron_muon.config import MuonConfig
+from megatron_muon.engine.modes import BLOCKWISE
+from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.prediction import Choice
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.sphere import evaluations
@@ -194,6 +196,8 @@ class _Survey:
             for name, param in global_names(chunk):
                 if param.requires_grad:
                     weight, route = self._weight(name, param, owners), self._route(name, param)
+                    if (each := weight.engine_weight) is not None and self.options.blockwise_period > 1:
+                        check_weight(each, BLOCKWISE, self.options.blockwise_period)
                     weights.append(weight)
                     self._count(weight, route)
         self.weights += weights

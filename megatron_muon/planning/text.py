@@ -8,7 +8,15 @@ from megatron_muon.config import flag
 from megatron_muon.engine import MODES
 from megatron_muon.engine.modes import LOCAL
 from megatron_muon.errors import ranges
-from megatron_muon.planning.document import Durations, dtype_name, optimizer_share, over_ranks, possible_modes, work_in
+from megatron_muon.planning.document import (
+    Durations,
+    dtype_name,
+    of_period,
+    optimizer_share,
+    over_ranks,
+    possible_modes,
+    work_in,
+)
 from megatron_muon.planning.rates import KINDS
 from megatron_muon.planning.survey import Plan
 from megatron_muon.routing import report
@@ -116,7 +124,13 @@ def _modes(plan: Plan) -> list[str]:
         "share of a step",
     )
     lines = table(header, rows)
-    precision = plan.planner.precision
+    precision, period = plan.planner.precision, plan.options.blockwise_period
+    if period > 1:
+        means = {what: over_ranks(plan.loads, of_period(plan.options, what))["mean"] for what in ("flops", "bytes")}
+        lines.append(
+            f"{flag('blockwise_period')} {period}: one step in {period} as {plan.options.tp_mode}, the others as "
+            f"blockwise; on average {_tera(means['flops'])} and {_gib(means['bytes'])} sent."
+        )
     return [
         *lines,
         *plan.refusals.values(),

@@ -29,7 +29,7 @@ def share_work(layer_wise: Any, optimizers: Sequence[Any]) -> None:
 
 
 def _sharing(layer_wise: Any, muon: Muon) -> Sharing | None:
-    """None where each weight has one copy."""
+    """None where each weight has one copy, and where some steps take each tensor-parallel shard by itself."""
     wide = _wide_group(layer_wise)
     groups: dict[str, dist.ProcessGroup] = {} if wide is None else {WIDE: wide}
     weights: list[Weight] = []
@@ -47,8 +47,8 @@ def _sharing(layer_wise: Any, muon: Muon) -> Sharing | None:
         for holder, params in enumerate(lists):
             peers = Peers(name, len(lists), holder, WIDE if name == DATA and wide is not None else "", span)
             _add(params, peers, muon.engines, weights, number)
-    if not number:
-        return None
+    if not number or (muon.config.blockwise_period > 1 and any(weight.dim for weight in weights)):
+        return None  # ranks without weights do not count the steps of a period
     own = [param for group in muon.param_groups for param in group["params"]]
     _add([param for param in own if param not in number], None, muon.engines, weights, number)
     return Sharing(weights, [number.get(param, -1) for param in own], groups, next(iter(number)).device)

@@ -47,19 +47,24 @@ def blockwise(muon: MuonConfig, tp_size: int) -> str:
     A framework's recipe that has it by default looks like a user's choice in a config. What was said on the command
     line or to ``install()`` is a choice for certain.
     """
-    if muon.tp_mode != "blockwise":
+    period, of_mode = muon.blockwise_period, muon.tp_mode == "blockwise"
+    if not of_mode and period == 1:
         return ""
+    asked, steps, rate, way_out = "muon_tp_mode blockwise", "", "", "auto gives"
+    if not of_mode:
+        asked, steps = f"muon_blockwise_period {period}", f" in all but every {period}. step"
+        rate, way_out = f", at {muon.blockwise_lr_mult:g} x the learning rate", "Leave it away for"
     lines = [
-        "muon_tp_mode blockwise is another optimizer than Muon on one device: each tensor-parallel shard is",
-        f"orthogonalized by itself, so that it changes with the tensor-parallel size (now {tp_size}), and scale",
-        "factors are those of the shards. auto gives the same update at every size.",
+        f"{asked} is another optimizer than Muon on one device: each tensor-parallel shard is",
+        f"orthogonalized by itself{steps}, so that it changes with the tensor-parallel size (now {tp_size}), and scale",
+        f"factors are those of the shards{rate}. {way_out} the same update at every size.",
     ]
     if tp_size == 1:
         lines = [
-            "muon_tp_mode blockwise: the same as auto while the tensor-parallel size is 1. Resumed at another size,",
-            "this run would go on with another optimizer. auto gives the same update at every size.",
+            f"{asked}: plain Muon while the tensor-parallel size is 1. Resumed at another size,",
+            f"this run would go on with another optimizer. {way_out} the same update at every size.",
         ]
-    if options.current().tp_mode != "blockwise":
+    if of_mode and options.current().tp_mode != "blockwise":
         lines += [
             "Neither the command line nor install() asks for it: the OptimizerConfig has it. Recipes and argument",
             "classes of Megatron-Bridge, ms-swift and verl set it by default. There, set muon_tp_mode to auto.",

@@ -74,6 +74,11 @@ MEGATRON: tuple[Refusal, ...] = (
         "use another solver, or leave --optimizer-cuda-graph off",
     ),
     Refusal(
+        (given("optimizer_cuda_graph"), other_than("muon_blockwise_period", 1), ours()),
+        "one step of a period is not like the others, and a graph is of one step",
+        "leave one of the two away",
+    ),
+    Refusal(
         (given("freeze_all_layers"), _OURS),
         "Muon has nothing to train, and Megatron-Core reads the learning rate of an optimizer that is not there",
         "use --optimizer adam for a run that only measures",

@@ -84,6 +84,27 @@ OPTIONS: tuple[Refusal, ...] = (
             (one_of("muon_ns_dtype", "auto"), one_of("muon_fp32_matmul_prec", "medium")),
         )
     ),
+    *(
+        Refusal((other_than("muon_blockwise_period", 1), other), because, instead)
+        for other, because, instead in (
+            (one_of("muon_tp_mode", "blockwise"), "no step would take whole matrices", "use --muon-tp-mode auto"),
+            (
+                other_than("muon_variant", "none"),
+                "what it measures of a matrix is of the whole one, which block steps do not see",
+                "leave one of the two away",
+            ),
+            (
+                one_of("muon_scale_mode", "spectral_norm"),
+                "its vectors are of whole matrices, which block steps do not see",
+                "use a scale by shape, such as --muon-scale-mode spectral",
+            ),
+        )
+    ),
+    Refusal(
+        (other_than("muon_blockwise_lr_mult", 1.0), one_of("muon_blockwise_period", 1)),
+        "there are no steps that it is for",
+        "add --muon-blockwise-period 5, or leave it away",
+    ),
     Refusal(
         (_HYPERBALL, other_than("muon_scale_mode", "none")),
         "the radius of the weight decides about the size of its updates",

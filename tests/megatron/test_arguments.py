@@ -113,8 +113,9 @@ def test_every_flag_arrives(pool: RankPool) -> None:
     assert read == {**dataclasses.asdict(expected), "layer_wise": False, "optimizer": "muon"}
     for field in dataclasses.fields(MuonConfig):
         exercised = getattr(expected, field.name) != field.default
-        # Those of other optimizers, and of transfer, which goes with few others, are exercised below.
-        assert exercised or field.name.startswith(("transfer", "sphere", "stiefel")), f"{field.name} is not exercised"
+        # Those of other optimizers, and those that go with few others, are exercised below.
+        below = ("transfer", "sphere", "stiefel", "blockwise")
+        assert exercised or field.name.startswith(below), f"{field.name} is not exercised"
 
 
 def test_flags_of_other_optimizers_arrive(pool: RankPool) -> None:
@@ -123,6 +124,8 @@ def test_flags_of_other_optimizers_arrive(pool: RankPool) -> None:
     flags = "--muon-stiefel-solver fixed_point --muon-stiefel-iterations 12 --muon-stiefel-radius 1.5"
     read = pool.run(parse, 1, f"--optimizer stiefel_muon --muon-param-rule *.linear_qkv.weight=stiefel {flags}")[0]
     assert [read[f"stiefel_{name}"] for name in ("solver", "iterations", "radius")] == ["fixed_point", 12, 1.5]
+    read = pool.run(parse, 1, "--optimizer muon --muon-blockwise-period 5 --muon-blockwise-lr-mult 0.5")[0]
+    assert (read["blockwise_period"], read["blockwise_lr_mult"]) == (5, 0.5)
 
 
 TRANSFER = (

@@ -190,28 +190,41 @@ def test_default_of_a_config_built_in_code(pool: RankPool) -> None:
 
 
 def said_of_blockwise(layout: Layout) -> list[str]:
-    """The first words of a run whose config has blockwise, by whether the user has said it to this package."""
+    """The first words of a run whose config has blockwise, by whether the user has said it to this package.
+
+    Of one with a period, too.
+    """
     import megatron_muon
 
     found = []
-    for installed in (None, megatron_muon.MuonConfig(tp_mode="blockwise")):
+    blockwise = {"muon_tp_mode": "blockwise"}
+    for installed, asked in (
+        (None, {"muon_blockwise_period": 5}),
+        (None, blockwise),
+        (megatron_muon.MuonConfig(tp_mode="blockwise"), blockwise),
+    ):
         megatron_muon.install(installed)
         with contextlib.redirect_stdout(io.StringIO()) as text:
-            harness.start(layout, optimizer={"muon_tp_mode": "blockwise"}, num_layers=1)
+            harness.start(layout, optimizer=asked, num_layers=1)
         found.append(text.getvalue().partition("weight  ")[0])
     return found
 
 
 def test_blockwise_is_said_before_all_else(pool: RankPool) -> None:
     """A framework's recipe that has it is told apart from a choice on the command line or of install()."""
-    recipes, chosen = pool.run(said_of_blockwise, 2, Layout(tp=2))[0]
+    period, recipes, chosen = pool.run(said_of_blockwise, 2, Layout(tp=2))[0]
+    assert "WARNING muon_blockwise_period 5 is another optimizer than Muon on one device" in period
+    assert "orthogonalized by itself in all but every 5. step, so that it changes" in period
+    assert "factors are those of the shards, at 1 x the learning rate. Leave it away for the same update" in period
     for text in (recipes, chosen):
         assert text.splitlines()[1].startswith("*****")
         assert "WARNING muon_tp_mode blockwise is another optimizer than Muon on one device" in text
         assert "(now 2)" in text
     assert "Neither the command line nor install() asks for it" in recipes and "Neither" not in chosen
-    recipes, chosen = pool.run(said_of_blockwise, 1, Layout())[0]
-    assert "the same as auto while the tensor-parallel size is 1" in recipes and "another size" in chosen
+    period, recipes, chosen = pool.run(said_of_blockwise, 1, Layout())[0]
+    for text, asked in ((recipes, "muon_tp_mode blockwise"), (period, "muon_blockwise_period 5")):
+        assert f"{asked}: plain Muon while the tensor-parallel size is 1" in text
+    assert "another size" in chosen
 
 
 def knobs_in_the_optimizer() -> Any:

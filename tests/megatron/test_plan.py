@@ -233,6 +233,8 @@ def test_modes_that_cannot_be(planner: Planner) -> None:
     assert all(reason in lines for reason in reasons.values())
     exact = planner.document([*flags, "--muon-ns-dtype", "fp32"], 4)
     assert set(exact["modes_not_possible"]) == {"blockwise"}
+    with pytest.raises(ConfigError, match=r"^--muon-blockwise-period 5: a qkv weight .*\. Leave it away, or"):
+        planner.document([*flags, "--muon-blockwise-period", "5"], 4)
 
 
 def test_modes_of_large_matrices(planner: Planner) -> None:
@@ -247,7 +249,14 @@ def test_modes_of_large_matrices(planner: Planner) -> None:
             assert chosen[name] == auto[name]
         busiest = chosen["all_ranks"]["newton_schulz_flops"]
         assert busiest == auto["tensor_parallel_modes"][mode]["newton_schulz_flops"]
-    text = planner.text(flags, 2)
+    periodic = planner.document([*flags, "--muon-blockwise-period", "4"], 2)
+    modes, period = periodic["tensor_parallel_modes"], periodic["blockwise_period"]
+    assert modes == auto["tensor_parallel_modes"] and auto["blockwise_period"] is None and period["steps"] == 4
+    for name in ("newton_schulz_flops", "exchanged_bytes", "collectives"):
+        whole, block = (modes[mode][name]["mean"] for mode in ("auto", "blockwise"))
+        assert period[name]["mean"] == pytest.approx((whole + 3 * block) / 4, rel=1e-12)
+    text = planner.text([*flags, "--muon-blockwise-period", "4"], 2)
+    assert "--muon-blockwise-period 4: one step in 4 as auto, the others as blockwise; on average" in text
     for choice in auto["auto"]:
         assert f"{choice['matrices']:,} of {choice['rows']} x {choice['columns']}" in text
     assert "auto (chosen)" in text and "Newton-Schulz in bfloat16, matrices sent in bfloat16" in text

@@ -118,6 +118,26 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"muon_tp_mode": "gram", "muon_fp32_matmul_prec": "high", "muon_ns_dtype": "bf16"},
         "--muon-tp-mode gram with --muon-ns-dtype bf16: Gram",
     ),
+    (
+        {"muon_blockwise_period": 5, "muon_tp_mode": "blockwise"},
+        "--muon-blockwise-period 5 with --muon-tp-mode blockwise: no step would take whole matrices; use --muon-",
+    ),
+    (
+        {"muon_blockwise_period": 5, "muon_variant": "polargrad", "muon_scale_mode": "none"},
+        "--muon-blockwise-period 5 with --muon-variant polargrad: .*leave one",
+    ),
+    (
+        {"muon_blockwise_period": 5, "muon_scale_mode": "spectral_norm"},
+        "--muon-blockwise-period 5 with --muon-scale-mode spectral_norm: .*such as --muon-scale-mode spectral",
+    ),
+    (
+        {"muon_blockwise_period": 5, "optimizer": "stiefel_muon"},
+        "--muon-blockwise-period 5 with --optimizer stiefel_muon: what it keeps of a matrix is of the whole one",
+    ),
+    (
+        {"muon_blockwise_lr_mult": 0.5},
+        "--muon-blockwise-lr-mult 0.5 with --muon-blockwise-period 1: there are no .*add --muon-blockwise-period 5",
+    ),
     ({**HYPERBALL, "muon_scale_mode": "spectral"}, "--muon-variant hyperball with --muon-scale-mode spectral: the rad"),
     (
         {**HYPERBALL, "muon_extra_scale_factor": 0.2},
@@ -210,6 +230,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"fp4_param_gather": True}, "--fp4-param-gather with --optimizer muon: Muon updates bfloat16 or float32 weights"),
     ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer with --optimizer muon: it exists for A"),
     ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload with --optimizer muon: Muon's state cannot be offload"),
+    (
+        {"muon_blockwise_period": 5, "optimizer_cuda_graph": True},
+        "--optimizer-cuda-graph with --muon-blockwise-period 5: one step of a period is not .*leave one of the two",
+    ),
     (
         {"optimizer": "stiefel_muon", "muon_stiefel_solver": "fixed_point", "optimizer_cuda_graph": True},
         "--optimizer-cuda-graph with --muon-stiefel-solver fixed_point and --optimizer stiefel_muon: the solver",
