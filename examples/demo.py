@@ -112,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--optimizers", default="muon,adam", help="which runs to do")
     for name, value in LEARNING_RATES.items():
         parser.add_argument(f"--lr-{name}", type=float, default=value, help=f"peak learning rate of {name}")
+    parser.add_argument("--muon-flags", default="", help="further flags of Muon's run: '--muon-blockwise-period 5'")
     parser.add_argument("--fresh", action="store_true", help="delete earlier runs in the folder first")
     arguments = parser.parse_args()
     arguments.optimizers = arguments.optimizers.split(",")
@@ -133,7 +134,8 @@ def main() -> int:
     """Do the runs and compare them; the exit status."""
     arguments = parse_arguments()
     data = prepare(arguments.data)
-    base = Settings(arguments.steps, 0.0, arguments.seed, arguments.device, arguments.tp, arguments.model)
+    common = arguments.seed, arguments.device, arguments.tp, arguments.model, arguments.muon_flags
+    base = Settings(arguments.steps, 0.0, *common)
     settings = {name: replace(base, learning_rate=getattr(arguments, f"lr_{name}")) for name in arguments.optimizers}
     try:
         for name, value in settings.items():

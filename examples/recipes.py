@@ -92,6 +92,7 @@ class Settings:
         device: ``"cpu"`` or ``"cuda"``.
         tp: number of tensor-parallel processes.
         model: key of :data:`MODELS`.
+        muon_flags: further flags of a run with Muon.
     """
 
     steps: int
@@ -100,6 +101,7 @@ class Settings:
     device: str
     tp: int
     model: str = "gpt"
+    muon_flags: str = ""
 
 
 def flags(optimizer: str, settings: Settings, data: PreparedData) -> list[str]:
@@ -111,7 +113,8 @@ def flags(optimizer: str, settings: Settings, data: PreparedData) -> list[str]:
     )
     parallelism = f"--tensor-model-parallel-size {settings.tp}" + (" --bf16" if settings.device == "cuda" else "")
     model = f"{DECODER} {MODELS[settings.model].flags}"
-    words = shlex.split(" ".join([model, TRAINING, OPTIMIZERS[optimizer], schedule, parallelism, PORTABLE]))
+    ours = f"{OPTIMIZERS[optimizer]} {settings.muon_flags if optimizer == 'muon' else ''}"
+    words = shlex.split(" ".join([model, TRAINING, ours, schedule, parallelism, PORTABLE]))
     return [
         *words,
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", data.tokenizer),
