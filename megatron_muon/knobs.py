@@ -87,7 +87,7 @@ def known_coefficients(value: Any) -> str | None:
     from megatron_muon.orthogonalize.coefficients import CUSTOM, coefficient_types
 
     names = (*coefficient_types(), CUSTOM)
-    return None if value in names else f"choose one of {', '.join(names)} (as emerging-optimizers names them)"
+    return None if value in names else f"choose one of {', '.join(names)}"
 
 
 def known_variant(value: Any) -> str | None:

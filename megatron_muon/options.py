@@ -42,8 +42,9 @@ class UpdateKnobs:
     )
     coefficient_type: str = knob(
         "quintic",
-        "Coefficient set of the Newton-Schulz iteration, as named by emerging-optimizers; custom: those of "
-        "--muon-custom-coefficients.",
+        "Coefficient set of the Newton-Schulz iteration: one of emerging-optimizers'; cubic5, ten products in five "
+        "steps instead of fifteen (arXiv 2606.00371); turbo_muon, balanced rows and then four steps, so give "
+        "--muon-num-ns-steps 4 (arXiv 2512.04632); custom: those of --muon-custom-coefficients.",
         check=known_coefficients,
     )
     custom_coefficients: tuple[str, ...] = knob(

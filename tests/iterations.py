@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from megatron_muon.orthogonalize.coefficients import CUSTOM, Coefficients, coefficient_types, iteration
+from megatron_muon.orthogonalize.coefficients import (
+    CUSTOM,
+    TURBO,
+    Coefficients,
+    Iteration,
+    coefficient_types,
+    iteration,
+)
 from megatron_muon.orthogonalize.gram import gram_iteration, prescale
 from megatron_muon.orthogonalize.newton_schulz import normalized, standard_iteration
 from megatron_muon.orthogonalize.products import TorchProducts
@@ -12,7 +19,7 @@ from megatron_muon.orthogonalize.restarts import best_restarts
 from tests.reference import polynomial
 
 TRIPLES = ((3.4, -4.7, 2.0), (2.0, -1.5, 0.5))
-EVERY_SET = (*coefficient_types(), CUSTOM)
+EVERY_SET = (*(name for name in coefficient_types() if name != TURBO), CUSTOM)
 EPS = 1e-7
 CPU = torch.device("cpu")
 HALF_NORMAL = 2.0**-14
@@ -28,14 +35,14 @@ def gaussian(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> 
 
 
 def standard(x: torch.Tensor, steps: Coefficients, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return standard_iteration(normalized(x, dtype, EPS), steps)
+    return standard_iteration(normalized(x, dtype, EPS), Iteration(steps))
 
 
 def gram(x: torch.Tensor, steps: Coefficients, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     restarts = best_restarts(steps, dtype)
     assert restarts is not None
     scale = prescale(dtype, x.size(-2))
-    return gram_iteration(normalized(x, dtype, EPS, scale=scale), steps, restarts, TorchProducts(), scale)
+    return gram_iteration(normalized(x, dtype, EPS, scale=scale), Iteration(steps), restarts, TorchProducts(), scale)
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

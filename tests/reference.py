@@ -27,7 +27,14 @@ def with_singular_values(s: torch.Tensor, m: int, n: int, seed: int = 0) -> torc
     return u @ torch.diag(s) @ v.T
 
 
-def orthogonalized(x: torch.Tensor, steps: Coefficients) -> torch.Tensor:
-    """What Newton-Schulz gives for ``x``, by singular values in float64."""
-    u, s, v = singular_value_decomposition(x.double())
-    return u @ torch.diag(polynomial(s / s.norm(), steps)) @ v
+def orthogonalized(x: torch.Tensor, steps: Coefficients, balanced: bool = False) -> torch.Tensor:
+    """What Newton-Schulz gives for ``x``, by singular values in float64.
+
+    Turbo-Muon scales the rows of ``x``, or the columns of a tall one, instead of the whole.
+    """
+    x = x.double()
+    if balanced and x.size(0) > x.size(1):
+        return orthogonalized(x.mT, steps, True).mT
+    scales = (x @ x.mT).abs().sum(1, keepdim=True).rsqrt() if balanced else 1 / x.norm()
+    u, s, v = singular_value_decomposition((x * scales).nan_to_num(0.0))
+    return u @ torch.diag(polynomial(s, steps)) @ v

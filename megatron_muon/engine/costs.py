@@ -15,9 +15,16 @@ _NORM = 8
 """Bytes of the square of a norm."""
 
 
-def divides_longer(key: BatchKey) -> bool:
-    """Whether matrices are divided along their longer side, or either side of a square."""
-    return key.m == key.n or key.dim == (-2 if key.m > key.n else -1)
+def can_share(mode: str, key: BatchKey, orthogonalizer: Orthogonalizer) -> bool:
+    """Whether ranks can have a part of each matrix in a mode: for others each matrix needs a rank that has it whole.
+
+    In ``gram`` they divide the longer side, or either side of a square: rows of a Gram matrix need each other. If rows
+    are balanced, it is so in ``distributed`` too, and of squares the rows are balanced, as where they are whole.
+    """
+    longer = key.dim == (-2 if key.m > key.n else -1)
+    if orthogonalizer.iteration.balanced:
+        return longer or mode not in (GRAM, DISTRIBUTED)
+    return longer or key.m == key.n or mode != GRAM
 
 
 def cost_of(mode: str, key: BatchKey, count: int, orthogonalizer: Orthogonalizer, sizes: Sizes) -> Cost:
@@ -46,6 +53,7 @@ def cost_of(mode: str, key: BatchKey, count: int, orthogonalizer: Orthogonalizer
         return Cost(count * orthogonalizer.standard_flops(whole, part), reduced, steps + 1)
     triangle, runs = triangle_numel(p) * sizes.gram, orthogonalizer.segment_count
     sent = 2 * others / ranks * count * _NORM + runs * (count / ranks + most) * others * triangle
+    sent += orthogonalizer.iteration.balanced * most * others * p * sizes.gram
     flops = runs * count * orthogonalizer.rectangular_flops(p, q // ranks) + most * orthogonalizer.polynomial_flops(p)
     return Cost(flops, sent, 1 + 2 * runs)
 
@@ -63,6 +71,7 @@ def cheapest_mode(
         machine: rates that turn operations and bytes into seconds.
         without: a mode that is not to be chosen.
     """
-    has_gram = divides_longer(key) and len(set(key.parts)) == 1 and orthogonalizer.restarts is not None
+    has_gram = len(set(key.parts)) == 1 and orthogonalizer.restarts is not None
     candidates = [mode for mode in ALTERNATIVES if mode != without and (has_gram or mode != GRAM)]
+    candidates = [mode for mode in candidates if can_share(mode, key, orthogonalizer)] or [OWNER]
     return min(candidates, key=lambda mode: cost_of(mode, key, count, orthogonalizer, sizes).seconds(machine))

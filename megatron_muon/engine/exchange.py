@@ -140,6 +140,10 @@ class Members:
         pieces = list(tensor.tensor_split(len(self.ranks), dim=-2))
         return sum_of(self._trade(pieces, [pieces[self._own].shape] * len(pieces)))
 
+    def own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of what all ranks have."""
+        return tensor.tensor_split(len(self.ranks), dim=-2)[self._own]
+
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """All rows of square matrices, from the rows that each rank has."""
         batch, _, p = rows.shape

@@ -356,10 +356,14 @@ class _Workloads:
         return flops + self._member_bytes(block, number) / self.policy.machine.bytes
 
     def _member_bytes(self, block: _WeightBlock, number: int) -> float:
-        """Bytes that one of ``number`` ranks sends for one matrix: in each step rows of a sum, and twice all rows."""
+        """Bytes that one of ``number`` ranks sends for one matrix.
+
+        In each step rows of a sum, and all rows, twice with a square.
+        """
         p, width = block.key.p, block.key.q / number
-        moved = p * p * (4 + 2 * self.orthogonalizer.dtype.itemsize) * (number - 1) / number
-        return len(self.orthogonalizer.coefficients) * moved + p * width * self.policy.sizes.back
+        rows, steps = p * p * (number - 1) / number, len(self.orthogonalizer.coefficients)
+        moved = 4 * steps + (steps + self.orthogonalizer.squares) * self.orthogonalizer.dtype.itemsize
+        return moved * rows + p * width * self.policy.sizes.back
 
     def _ranks_sharing(self, block: _WeightBlock) -> int:
         """How many ranks of the holder share the work on one matrix."""

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_muon.engine.costs import cheapest_mode, cost_of, divides_longer
+from megatron_muon.engine.costs import can_share, cheapest_mode, cost_of
 from megatron_muon.engine.modes import AUTO, BLOCKWISE, DISTRIBUTED, GRAM, LOCAL, OWNER, Machine, Sizes
 from megatron_muon.engine.plan import Batch, BatchKey, Chunk, MatrixSlice, Plan, Weight
 from megatron_muon.errors import ConfigError
@@ -206,14 +206,14 @@ def _with_modes(
         if key.mode == LOCAL:
             chosen.append((key, items))
         elif mode != AUTO:
-            chosen.append((_in_mode(key, mode), items))
+            chosen.append((_in_mode(key, mode, orthogonalizer), items))
         else:
             count = _count(items)
             even, rest = cut_items(items, count - count % len(key.parts))
             if even:
                 machine = policy.machine.over(len(key.parts))
                 mode = cheapest_mode(key, _count(even), orthogonalizer, policy.sizes, machine)
-                chosen.append((_in_mode(key, mode), even))
+                chosen.append((_in_mode(key, mode, orthogonalizer), even))
             if rest:
                 rests[key.group].append((key, rest))
     for group in rests.values():
@@ -246,12 +246,12 @@ def _spread(
 
     number = min(range(len(rests) + 1), key=seconds)
     modes = [*split[:number], *[OWNER] * (len(rests) - number)]
-    return [(_in_mode(key, mode), items) for (key, items), mode in zip(rests, modes, strict=True)]
+    return [(_in_mode(key, mode, orthogonalizer), items) for (key, items), mode in zip(rests, modes, strict=True)]
 
 
-def _in_mode(key: BatchKey, mode: str) -> BatchKey:
-    """The key in a mode; what ``gram`` cannot do has owners, because the rows of a Gram matrix need each other."""
-    return dataclasses.replace(key, mode=OWNER if mode == GRAM and not divides_longer(key) else mode)
+def _in_mode(key: BatchKey, mode: str, orthogonalizer: Orthogonalizer) -> BatchKey:
+    """The key in a mode; what ranks cannot share in it has owners."""
+    return dataclasses.replace(key, mode=mode if can_share(mode, key, orthogonalizer) else OWNER)
 
 
 class _Chunks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from operator import add
 
 import torch
 
@@ -111,7 +112,7 @@ class _Rank:
         """All-to-all there and back.
 
         Ranks that share a matrix send each other its norm, and in each step the rows of the summed Gram matrix that
-        each is to have, and twice all rows.
+        each is to have, and all rows, twice with a square.
         """
         total = Cost(0, 0, 2)
         for batch in batches:
@@ -128,8 +129,9 @@ class _Rank:
             summed = (key.p - rows) * key.p * self.gram_bytes
             gathered = others * rows * key.p * self.orthogonalizer.dtype.itemsize
             flops = int(self.orthogonalizer.member_flops(key.p, own, rows))
-            sent = others * self.norm_bytes + steps * (summed + 2 * gathered)
-            total += Cost(batch.count * flops, batch.count * sent, 1 + 3 * steps)
+            gathers = steps + self.orthogonalizer.squares
+            sent = others * self.norm_bytes + steps * summed + gathers * gathered
+            total += Cost(batch.count * flops, batch.count * sent, 1 + steps + gathers)
         return total
 
     def _gram(self, batches: tuple[Batch, ...]) -> Cost:
@@ -137,16 +139,17 @@ class _Rank:
         orthogonalizer, ranks = self.orthogonalizer, len(batches[0].key.parts)
         segments = orthogonalizer.segment_count
         total = _reduced(ranks, sum(batch.count for batch in batches) * self.norm_bytes)
-        owned = [0] * ranks  # elements in the triangles of each rank
+        owned, factors = [0] * ranks, [0] * ranks  # elements in the triangles of each rank, and in the diagonals of S
         for batch in batches:
             p, part = batch.key.p, batch.key.parts[self.number]
             total += Cost(segments * batch.count * orthogonalizer.rectangular_flops(p, part))
             total += Cost(batch.counts[self.number] * orthogonalizer.polynomial_flops(p))
             for rank, count in enumerate(batch.counts):
                 owned[rank] += count * triangle_numel(p)
+                factors[rank] += count * p * orthogonalizer.iteration.balanced
         there = sum(owned) - owned[self.number]
-        sent = there + (ranks - 1) * max(owned)
-        return total + Cost(0, segments * sent * self.sizes.gram, 2 * segments)
+        sent = segments * there + (ranks - 1) * ((segments - 1) * max(owned) + max(map(add, owned, factors)))
+        return total + Cost(0, sent * self.sizes.gram, 2 * segments)
 
 
 def _reduced(ranks: int, size: int) -> Cost:

@@ -19,7 +19,7 @@ from megatron_muon.engine.packing import (
 )
 from megatron_muon.engine.run import ChunkWork, Pause, RankChunk, Run
 from megatron_muon.orthogonalize.gram import prescale
-from megatron_muon.orthogonalize.newton_schulz import square_sums, transposed_if
+from megatron_muon.orthogonalize.newton_schulz import balance_, square_sums, standard_step, transposed_if
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 
@@ -29,27 +29,26 @@ def distributed(run: Run, mine: RankChunk) -> ChunkWork:
     shards = yield from _normalized(run, mine, [1.0] * len(mine.batches))
     # Partial sums are added in float32: bfloat16 loses bits.
     wide = torch.promote_types(orthogonalizer.dtype, torch.float32)
-    for coefficients in orthogonalizer.coefficients:
+    for step in range(len(orthogonalizer.coefficients)):
         partial = [lower_triangle(orthogonalizer.products.gram(x)).to(wide) for x in shards]
         pending = exchange.all_reduce(flat(partial))
         del partial
         yield Pause.EXCHANGE
-        _standard_step(orthogonalizer, shards, pending.wait(), coefficients)
+        _standard_step(orthogonalizer, shards, pending.wait(), step)
     for x in shards:
         run.counters.flops += x.size(0) * orthogonalizer.standard_flops(*x.shape[-2:])
     _unpack(run, mine, shards)
 
 
-def _standard_step(
-    orthogonalizer: Orthogonalizer, shards: list[torch.Tensor], grams: torch.Tensor, coefficients: Sequence[float]
-) -> None:
+def _standard_step(orthogonalizer: Orthogonalizer, shards: list[torch.Tensor], grams: torch.Tensor, step: int) -> None:
     """``a X + (b A + c A A) X`` in place of each X of the list, from the triangles of all A."""
-    (a, b, c), products = coefficients, orthogonalizer.products
     triangles = cut(grams, [[(x.size(0), triangle_numel(x.size(-2))) for x in shards]])[0]
     for index, triangle in enumerate(triangles):  # with zip in it, enumerate keeps what came first
         x = shards[index]
-        z = products.quadratic(from_triangle(triangle.to(orthogonalizer.dtype), x.size(-2)), b, c)
-        shards[index] = products.multiply_add(x, z, a)
+        z = from_triangle(triangle.to(orthogonalizer.dtype), x.size(-2))
+        if step == 0 and orthogonalizer.iteration.balanced:
+            x.mul_(balance_(z))
+        shards[index] = standard_step(x, z, orthogonalizer.coefficients[step], orthogonalizer.products)
 
 
 def gram(run: Run, mine: RankChunk) -> ChunkWork:
@@ -59,7 +58,11 @@ def gram(run: Run, mine: RankChunk) -> ChunkWork:
     triangles = [
         [(batch.counts[rank], triangle_numel(batch.key.p)) for batch in batches] for rank in range(exchange.size)
     ]
-    longest = max(sum(map(numel, each)) for each in triangles)
+    balanced = orthogonalizer.iteration.balanced  # then the diagonal of S is sent after the first polynomial
+    first = [
+        [(count, size + batch.key.p * balanced) for (count, size), batch in zip(each, batches, strict=True)]
+        for each in triangles
+    ]
     scales = [prescale(orthogonalizer.dtype, batch.key.p) for batch in batches]
     shards = yield from _normalized(run, mine, scales)
     for segment in range(orthogonalizer.segment_count):
@@ -70,10 +73,11 @@ def gram(run: Run, mine: RankChunk) -> ChunkWork:
         del send
         yield Pause.EXCHANGE
         polynomials = _polynomials(run, mine, pending.wait().view(exchange.size, -1), segment, scales)
-        pending = exchange.all_gather(padded(polynomials, longest))
+        back = triangles if segment else first
+        pending = exchange.all_gather(padded(polynomials, max(sum(map(numel, each)) for each in back)))
         del polynomials
         yield Pause.EXCHANGE
-        _multiply(run, mine, shards, pending.wait(), triangles, scales)
+        _multiply(run, mine, shards, pending.wait(), back, scales)
         scales = [1.0] * len(batches)
     for x, batch in zip(shards, batches, strict=True):
         run.counters.flops += orthogonalizer.segment_count * x.size(0) * orthogonalizer.rectangular_flops(*x.shape[-2:])
@@ -91,9 +95,11 @@ def _polynomials(
     own = [(batch.counts[mine.rank], triangle_numel(batch.key.p)) for batch in mine.batches]
     found = []
     for triangle, batch, scale in zip(cut(total, [own])[0], mine.batches, scales, strict=True):
-        r = from_triangle(triangle, batch.key.p)
-        found.append(lower_triangle(run.orthogonalizer.polynomials(r, segment, scale) if r.size(0) else r))
-    return flat(found).to(run.wire.gram)
+        if not triangle.size(0):
+            continue
+        q, factors = run.orthogonalizer.polynomials(from_triangle(triangle, batch.key.p), segment, scale)
+        found.append(lower_triangle(q) if factors is None else torch.cat([lower_triangle(q), factors[..., 0]], dim=1))
+    return flat(found).to(run.wire.gram) if found else total[:0].to(run.wire.gram)
 
 
 def _multiply(
@@ -107,7 +113,11 @@ def _multiply(
     """Multiply the shards of each batch by the polynomials from all ranks; the products replace them in the list."""
     received = [cut(buffer, [each])[0] for buffer, each in zip(gathered, triangles, strict=True)]
     for index, pieces in enumerate(zip(*received, strict=True)):
-        q = from_triangle(torch.cat(pieces), mine.batches[index].key.p).to(run.orthogonalizer.dtype)
+        p, piece = mine.batches[index].key.p, torch.cat(pieces)
+        triangle, factors = piece.split([triangle_numel(p), piece.size(1) - triangle_numel(p)], dim=1)
+        q = from_triangle(triangle, p).to(run.orthogonalizer.dtype)
+        if factors.numel():
+            q.mul_(factors.unsqueeze(1))
         shards[index] = run.orthogonalizer.products.apply(q, shards[index], 1.0 / scales[index])
 
 

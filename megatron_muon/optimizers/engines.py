@@ -295,7 +295,8 @@ class Engines:
         return engine
 
     def _orthogonalizer(self, dtype: torch.dtype, products: TorchProducts) -> Orthogonalizer:
-        return Orthogonalizer(self._iteration, dtype, self.config.eps, products, damped=self._damped)
+        tf32 = self.config.fp32_matmul_prec == "high"
+        return Orthogonalizer(self._iteration, dtype, self.config.eps, products, damped=self._damped, tf32=tf32)
 
     def offers(self, weights: Sequence[Weight], device: torch.device, dtype: torch.dtype, timed: bool) -> Offers:
         """The kernels that could multiply.

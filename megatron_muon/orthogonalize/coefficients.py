@@ -1,7 +1,6 @@
 """Coefficient sets of the Newton-Schulz iteration.
 
-The sets are emerging-optimizers' own: whichever the installed version has can be used by its name. This package adds
-only the rule for running more steps than a set has entries.
+Sets of emerging-optimizers, whichever the installed version has, and two that the oldest supported one lacks.
 """
 
 from __future__ import annotations
@@ -23,11 +22,32 @@ class Iteration:
     """What Newton-Schulz does to a matrix of norm 1.
 
     Attributes:
-        coefficients: one (a, b, c) for each step.
+        coefficients: one (a, b, c) for each step; ``A A`` is not formed where c is 0.
+        balanced: whether rows of X (columns of a tall matrix) are first divided by the square roots of the sums of the
+            rows of ``|X X^T|``, which bounds singular values by 1 much closer than the norm does
+            (:func:`megatron_muon.orthogonalize.newton_schulz.balance_`). It changes the polar factor.
     """
 
     coefficients: Coefficients
+    balanced: bool = False
 
+
+TURBO = "turbo_muon"
+"""Balanced, with coefficients of ``quintic``: Turbo-Muon, arXiv 2512.04632, whose four steps are the last four."""
+
+_CUBIC5 = "cubic5"
+_OWN_SETS = {
+    # arXiv 2606.00371, as emerging-optimizers 0.4 rounds it: each step maps [0, 1.3] into itself
+    _CUBIC5: (
+        (3.3656576, -3.3420992, 0.0),
+        (2.5744352, -1.4957376, 0.0),
+        (2.5368962, -1.4312570, 0.0),
+        (2.4418906, -1.2764040, 0.0),
+        (2.2230472, -0.9630650, 0.0),
+    )
+}
+MADE_FOR = {_CUBIC5: 5, TURBO: 4}
+"""The number of steps that the authors of a set give, where it is one."""
 
 # Sets that converge: their last entry is the one to go on with. The others are cycles.
 _REPEAT_LAST = ("polar_express", "cans", "deepseekv4")
@@ -35,13 +55,13 @@ _REPEAT_LAST = ("polar_express", "cans", "deepseekv4")
 
 @cache
 def coefficient_types() -> tuple[str, ...]:
-    """Names of the coefficient sets in the installed emerging-optimizers, in its order.
+    """Names of the coefficient sets: those of the installed emerging-optimizers, in its order, and this package's.
 
     :data:`CUSTOM` is left out: it stands for coefficients that the user gives.
     """
     from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
 
-    return tuple(name for name in get_args(NSCoeffT) if name != CUSTOM)
+    return tuple(name for name in dict.fromkeys((*get_args(NSCoeffT), *MADE_FOR)) if name != CUSTOM)
 
 
 def parse_triple(text: str) -> tuple[float, float, float]:
@@ -63,7 +83,9 @@ def iteration(coefficient_type: str, num_steps: int, custom: Coefficients = ()) 
     Args:
         coefficient_type: one of :func:`coefficient_types`, or :data:`CUSTOM`.
         num_steps: at least 1. A set that is shorter is continued as emerging-optimizers does: ``polar_express``,
-            ``cans`` and ``deepseekv4`` repeat their last entry, the others (custom ones too) start again.
+            ``cans`` and ``deepseekv4`` repeat their last entry, the others (custom ones too) start again. Of ``cubic5``
+            and ``turbo_muon`` fewer steps are the last ones, whose results stay near 1, and more repeat the last one.
+            (emerging-optimizers refuses ``cubic5`` with any number but 5.)
         custom: the set that :data:`CUSTOM` stands for.
 
     Raises:
@@ -77,6 +99,10 @@ def iteration(coefficient_type: str, num_steps: int, custom: Coefficients = ()) 
         raise ValueError(f"coefficient_type {coefficient_type!r}: choose one of {', '.join(coefficient_types())}")
     if num_steps < 1:
         raise ValueError(f"num_steps {num_steps}: give at least 1")
-    table = list(custom) if coefficient_type == CUSTOM else muon_utils._COEFFICIENT_SETS[coefficient_type]
-    mode: muon_utils.CoeffIterMode = "repeat_last" if coefficient_type in _REPEAT_LAST else "cycle"
-    return Iteration(tuple(muon_utils.get_coefficient_iterator(num_steps, table, mode)))
+    tables = {**_OWN_SETS, **muon_utils._COEFFICIENT_SETS, CUSTOM: custom}
+    table = list(tables["quintic" if coefficient_type == TURBO else coefficient_type])
+    if coefficient_type in MADE_FOR:
+        table = table[-num_steps:]
+    repeats = coefficient_type in _REPEAT_LAST or coefficient_type in MADE_FOR
+    steps = muon_utils.get_coefficient_iterator(num_steps, table, "repeat_last" if repeats else "cycle")
+    return Iteration(tuple(steps), balanced=coefficient_type == TURBO)

@@ -11,7 +11,8 @@ import itertools
 
 import torch
 
-from megatron_muon.orthogonalize.coefficients import Coefficients
+from megatron_muon.orthogonalize.coefficients import Coefficients, Iteration
+from megatron_muon.orthogonalize.newton_schulz import balance_
 from megatron_muon.orthogonalize.products import TorchProducts, is_exact, shifted_
 from megatron_muon.orthogonalize.switches import without_autocast
 
@@ -23,13 +24,13 @@ def segments(coefficients: Coefficients, restarts: tuple[int, ...]) -> list[Coef
 
 
 def gram_iteration(
-    x: torch.Tensor, coefficients: Coefficients, restarts: tuple[int, ...], products: TorchProducts, scale: float = 1.0
+    x: torch.Tensor, iteration: Iteration, restarts: tuple[int, ...], products: TorchProducts, scale: float = 1.0
 ) -> torch.Tensor:
     """Apply the iteration to matrices of Frobenius norm at most 1.
 
     Args:
         x: (batch, p, q) with p <= q, in the dtype of the iteration, multiplied by ``scale``.
-        coefficients: one (a, b, c) for each step.
+        iteration: the steps.
         restarts: before which steps the Gram matrix is formed anew.
         products: how to multiply.
         scale: see :func:`prescale`.
@@ -39,42 +40,60 @@ def gram_iteration(
 
     Source:
         Gram Newton-Schulz, Dao-AILab, https://github.com/Dao-AILab/gram-newton-schulz. The power-of-two scale of the
-        first segment, which keeps float16 Gram matrices of large p in range, is this package's.
+        first segment, which keeps float16 Gram matrices of large p in range, and steps without a square are this
+        package's.
     """
     with without_autocast():
-        for segment in segments(coefficients, restarts):
-            q = polynomial_of_gram(products.gram(x), segment, products, scale)
+        for number, segment in enumerate(segments(iteration.coefficients, restarts)):
+            balanced = number == 0 and iteration.balanced
+            q, factors = polynomial_of_gram(products.gram(x), segment, products, scale, balanced)
+            q = q if factors is None else q.mul_(factors.mT)
             x = products.apply(q, x, 1.0 / scale)
             scale = 1.0
     return x
 
 
 def polynomial_of_gram(
-    r: torch.Tensor, coefficients: Coefficients, products: TorchProducts, scale: float = 1.0
-) -> torch.Tensor:
-    """The ``Q`` of one segment, such that the segment maps ``X`` to ``Q X``.
+    r: torch.Tensor,
+    coefficients: Coefficients,
+    products: TorchProducts,
+    scale: float = 1.0,
+    balanced: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The ``Q`` of one segment, such that the segment maps ``X`` to ``Q X``, or to ``Q S X`` if it is balanced.
 
     Args:
-        r: (batch, p, p), ``scale**2 X X^T``.
+        r: (batch, p, p), ``scale**2 X X^T``; overwritten if it is balanced.
         coefficients: of the segment's steps.
         products: how to multiply.
         scale: of the ``X`` that ``r`` was formed of, a power of two.
+        balanced: whether ``X`` becomes ``S X`` first.
+
+    Returns:
+        Q, and the diagonal of S, (batch, p, 1), if it is balanced: see
+        :func:`megatron_muon.orthogonalize.newton_schulz.balance_`.
     """
     q: torch.Tensor | None = None
+    factors = balance_(r) if balanced else None
     square = scale * scale
     with without_autocast():
         for step, (a, b, c) in enumerate(coefficients):
-            z = products.quadratic(r, b / square, c / (square * square))  # b R + c R R, of the unscaled R
-            y, shift = (shifted_(z, a), 0.0) if is_exact(r.dtype) else (z, a)  # below, y + shift stands for Z + a
-            q = _summed(y, shift) if q is None else products.commuting(q, y, shift)
+            b, c = b / square, c / (square * square)  # of the unscaled R
+            # Below, alpha Y + shift stands for b R + c R R + a.
+            if c:
+                y, alpha = products.quadratic(r, b, c), 1.0
+            else:
+                y, alpha = (r * b, 1.0) if is_exact(r.dtype) else (r, b)
+            y, shift = (shifted_(y, a), 0.0) if is_exact(r.dtype) else (y, a)
+            q = _summed(y, alpha, shift) if q is None else products.commuting(q, y, shift, alpha)
             if step + 1 < len(coefficients):
-                r = products.commuting(products.commuting(r, y, shift), y, shift)  # R (Z + a) (Z + a)
+                r = products.commuting(products.commuting(r, y, shift, alpha), y, shift, alpha)
     assert q is not None, "a segment has at least one step"
-    return q
+    return q, factors
 
 
-def _summed(y: torch.Tensor, shift: float) -> torch.Tensor:
-    return shifted_(y.clone(), shift) if shift else y
+def _summed(y: torch.Tensor, alpha: float, shift: float) -> torch.Tensor:
+    return shifted_(y * alpha, shift) if shift or alpha != 1.0 else y
 
 
 def prescale(dtype: torch.dtype, p: int) -> float:

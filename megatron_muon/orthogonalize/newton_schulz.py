@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_muon.orthogonalize.coefficients import Coefficients, Iteration
+from megatron_muon.orthogonalize.coefficients import Iteration
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.switches import without_autocast
 
@@ -45,7 +45,7 @@ def newton_schulz(
         shard_dim: the rows (-2) or columns (-1), also counted from the front, if ``x`` is this rank's shard of a
             matrix that is divided along them; the contraction then runs along that dimension and ``reduce`` sums what
             the ranks hold.
-        reduce: required with ``shard_dim``.
+        reduce: required with ``shard_dim``. Both are refused where rows are balanced.
         products: how to multiply.
 
     Returns:
@@ -57,12 +57,14 @@ def newton_schulz(
     """
     if (shard_dim is None) != (reduce is None):
         raise ValueError("shard_dim and reduce belong together")
+    if iteration.balanced and shard_dim is not None:
+        raise ValueError("a shard does not tell which side of a matrix is the shorter, whose rows are balanced")
     # The Gram matrix of the shorter side is the smallest; a shard contracts along the dimension it is cut in.
     tall = x.size(-2) > x.size(-1) if shard_dim is None else shard_dim in (-2, x.dim() - 2)
     batch = x.reshape(-1, *x.shape[-2:])
     squares = None if reduce is None else reduce(square_sums(batch))
     batch = transposed_if(normalized(batch, dtype or x.dtype, eps, squares=squares), tall)
-    batch = standard_iteration(batch, iteration.coefficients, products, reduce)
+    batch = standard_iteration(batch, iteration, products, reduce)
     return transposed_if(batch, tall).view(x.shape).to(x.dtype)
 
 
@@ -115,43 +117,84 @@ def normalized(
     return torch.mul(x, factor.to(wide), out=out)  # in ``wide``, rounded once
 
 
+def balance_(gram: torch.Tensor) -> torch.Tensor:
+    """``S A S`` in place of Gram matrices A, with the diagonal S that bounds its eigenvalues by the trace of A.
+
+    Args:
+        gram: (batch, p, p), ``X X^T``.
+
+    Returns:
+        (batch, p, 1): S; ``S X`` has the Gram matrix ``S A S``. S is the norm of X (1, but where the norm is below its
+        lower bound), divided by the root of the sums of the rows of ``|A|``. Zeros stay zeros.
+
+    Source:
+        Almost-orthogonal layers, arXiv 2208.03160; before Newton-Schulz: Turbo-Muon, arXiv 2512.04632, which does not
+        multiply by the norm, so that the smallest gradients get updates of full size.
+    """
+    rows = torch.linalg.vector_norm(gram, 1, dim=-1, keepdim=True, dtype=torch.promote_types(gram.dtype, torch.float32))
+    norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=rows.dtype).sqrt_().view(-1, 1, 1)
+    factors = rows.clamp_min_(torch.finfo(gram.dtype).tiny).rsqrt_().mul_(norm).to(gram.dtype)
+    gram.mul_(factors).mul_(factors.mT)
+    return factors
+
+
 def standard_iteration(
-    x: torch.Tensor, coefficients: Coefficients, products: TorchProducts = _TORCH, reduce: Reduce | None = None
+    x: torch.Tensor, iteration: Iteration, products: TorchProducts = _TORCH, reduce: Reduce | None = None
 ) -> torch.Tensor:
     """``X <- a X + (b A + c A A) X`` with ``A = X X^T``, once for each (a, b, c).
 
     Args:
         x: (batch, p, q) of Frobenius norm at most 1, in the dtype of the iteration; the result lies in memory as it
-            does, see :class:`megatron_muon.orthogonalize.products.TorchProducts`.
-        coefficients: one (a, b, c) for each step.
+            does, see :class:`megatron_muon.orthogonalize.products.TorchProducts`. Overwritten if it is balanced.
+        iteration: the steps.
         products: how to multiply.
         reduce: sums A over the ranks, if ``x`` is this rank's columns of each matrix.
     """
     with without_autocast():
-        for a, b, c in coefficients:
+        for number, triple in enumerate(iteration.coefficients):
             z = products.gram(x)
             if reduce is not None:  # partial sums are added in float32: bfloat16 loses bits
                 z = reduce(z.to(torch.promote_types(z.dtype, torch.float32))).to(z.dtype)
-            z = products.quadratic(z, b, c)  # the Gram matrix is gone before there is another X
-            x = products.multiply_add(x, z, a)
+            if number == 0 and iteration.balanced:
+                x.mul_(balance_(z))
+            x = standard_step(x, z, triple, products)
+            del z  # the Gram matrix is gone before there is another X
     return x
 
 
+def standard_step(
+    x: torch.Tensor, gram: torch.Tensor, triple: tuple[float, float, float], products: TorchProducts
+) -> torch.Tensor:
+    """``a X + (b A + c A A) X``, from A."""
+    a, b, c = triple
+    if c == 0.0:
+        return products.multiply_add(x, gram, a, b)
+    gram = products.quadratic(gram, b, c)
+    return products.multiply_add(x, gram, a)
+
+
 def split_iteration(
-    x: torch.Tensor, coefficients: Coefficients, products: TorchProducts, scatter: Reduce, gather: Reduce
+    x: torch.Tensor, iteration: Iteration, products: TorchProducts, scatter: Reduce, gather: Reduce, own: Reduce
 ) -> torch.Tensor:
     """:func:`standard_iteration` of a matrix whose columns several ranks have: each computes some rows of ``A A`` too.
 
     Args:
-        x: (batch, p, columns of this rank) of whole matrices of Frobenius norm at most 1.
-        coefficients: one (a, b, c) for each step.
+        x: (batch, p, columns of this rank) of whole matrices of Frobenius norm at most 1; may be overwritten.
+        iteration: the steps.
         products: how to multiply.
         scatter: this rank's rows of the sum over the ranks.
         gather: all rows, from those of each rank.
+        own: this rank's rows, from all.
     """
     with without_autocast():
-        for a, b, c in coefficients:
+        for number, (a, b, c) in enumerate(iteration.coefficients):
             rows = scatter(products.gram(x).to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-            polynomial = torch.baddbmm(rows, rows, gather(rows), beta=b, alpha=c)
-            x = products.multiply_add(x, gather(polynomial), a)
+            whole = gather(rows)
+            if number == 0 and iteration.balanced:
+                x.mul_(balance_(whole))
+                rows = own(whole)
+            if c == 0.0:
+                x = products.multiply_add(x, whole, a, b)
+            else:
+                x = products.multiply_add(x, gather(torch.baddbmm(rows, rows, whole, beta=b, alpha=c)), a)
     return x

@@ -61,6 +61,7 @@ class Orthogonalizer:
         products: TorchProducts | None = None,
         *,
         damped: bool = False,
+        tf32: bool = False,
     ) -> None:
         """
         Args:
@@ -69,6 +70,7 @@ class Orthogonalizer:
             eps: lower bound of the norm that a matrix is divided by.
             products: how to multiply; torch's by default.
             damped: whether ``eps`` is added to the norm, rather than a lower bound of it.
+            tf32: whether products of float32 may be TF32.
         """
         self.iteration = iteration
         self.coefficients = iteration.coefficients
@@ -76,7 +78,7 @@ class Orthogonalizer:
         self.eps = eps
         self.damped = damped
         self.products = products or TorchProducts()
-        self.restarts = best_restarts(self.coefficients, dtype)
+        self.restarts = best_restarts(self.coefficients, dtype, tf32=tf32)
 
     def method(self, m: int, n: int) -> Method:
         """The cheapest iteration for m x n matrices that is accurate in this dtype."""
@@ -94,12 +96,17 @@ class Orthogonalizer:
     def standard_flops(self, p: int, q: int) -> int:
         """Operations of standard Newton-Schulz on ``p x p`` Gram matrices of matrices, or parts of matrices, p x q."""
         symmetric = self.products.symmetric_flops
-        return len(self.coefficients) * (symmetric(p, q) + symmetric(p, p) + 2 * p * p * q)
+        return len(self.coefficients) * (symmetric(p, q) + 2 * p * p * q) + self.squares * symmetric(p, p)
 
     def gram_flops(self, p: int, q: int) -> int:
         """Operations of Gram Newton-Schulz for one p x q matrix, p <= q."""
         assert self.restarts is not None
         return self.segment_count * self.rectangular_flops(p, q) + self.polynomial_flops(p)
+
+    @property
+    def squares(self) -> int:
+        """In how many steps the Gram matrix is squared."""
+        return sum(c != 0.0 for _, _, c in self.coefficients)
 
     @property
     def segment_count(self) -> int:
@@ -112,8 +119,8 @@ class Orthogonalizer:
 
     def polynomial_flops(self, p: int) -> int:
         """Operations of the products of p x p matrices, in all segments of Gram Newton-Schulz."""
-        # Each step squares R; each but the first of a segment multiplies Q, each but the last R twice.
-        products = sum(1 + 4 * (len(segment) - 1) for segment in segments(self.coefficients, self.restarts or ()))
+        # Each step but the first of a segment multiplies Q, each but the last R twice; some square R.
+        products = self.squares + 3 * (len(self.coefficients) - self.segment_count)
         return products * self.products.symmetric_flops(p, p)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -153,10 +160,12 @@ class Orthogonalizer:
             return transposed_if(self.normalized(given.pop(), scale, overwrite=overwrite), tall)
 
         if restarts is None:
-            return transposed_if(standard_iteration(start(), self.coefficients, self.products), tall)
-        return transposed_if(gram_iteration(start(), self.coefficients, restarts, self.products, scale), tall)
+            return transposed_if(standard_iteration(start(), self.iteration, self.products), tall)
+        return transposed_if(gram_iteration(start(), self.iteration, restarts, self.products, scale), tall)
 
-    def split(self, x: torch.Tensor, reduce: Reduce, scatter: Reduce, gather: Reduce, dim: int = -1) -> torch.Tensor:
+    def split(
+        self, x: torch.Tensor, reduce: Reduce, scatter: Reduce, gather: Reduce, own: Reduce, dim: int = -1
+    ) -> torch.Tensor:
         """Orthogonalize this rank's part of each matrix by standard Newton-Schulz that shares the square products, too.
 
         Args:
@@ -164,17 +173,18 @@ class Orthogonalizer:
             reduce: sums a tensor over the ranks.
             scatter: gives this rank's rows of the sum.
             gather: gives all rows, from the rows that each rank has.
+            own: gives this rank's rows, from all.
             dim: the dimension that they share, -2 (rows) or -1 (columns); sums run along it, whichever is longer.
         """
         start = self.normalized(x, squares=reduce(square_sums(x)), overwrite=True)
         turned = transposed_if(start, dim == -2)
-        return transposed_if(split_iteration(turned, self.coefficients, self.products, scatter, gather), dim == -2)
+        found = split_iteration(turned, self.iteration, self.products, scatter, gather, own)
+        return transposed_if(found, dim == -2)
 
     def member_flops(self, p: int, columns: float, rows: float) -> float:
         """Operations of a rank in :meth:`split` that has ``columns`` of a matrix and ``rows`` of its Gram matrix."""
-        return len(self.coefficients) * (
-            self.products.symmetric_flops(p, 1) * columns + 2 * p * p * rows + 2 * p * p * columns
-        )
+        each = (self.products.symmetric_flops(p, 1) + 2 * p * p) * columns
+        return len(self.coefficients) * each + self.squares * 2 * p * p * rows
 
     def normalized(
         self, x: torch.Tensor, scale: float = 1.0, squares: torch.Tensor | None = None, overwrite: bool = False
@@ -184,16 +194,19 @@ class Orthogonalizer:
             x, self.dtype, self.eps, scale=scale, squares=squares, damped=self.damped, overwrite=overwrite
         )
 
-    def polynomials(self, gram: torch.Tensor, segment: int, scale: float = 1.0) -> torch.Tensor:
-        """``Q`` of one segment from the Gram matrices of whole matrices.
+    def polynomials(
+        self, gram: torch.Tensor, segment: int, scale: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``Q`` of one segment from Gram matrices of whole matrices, and the diagonal of S where X becomes S X first.
 
         Args:
-            gram: (batch, p, p) of X, which has norm 1 before the first segment.
+            gram: (batch, p, p) of X, which has norm 1 before the first segment; may be overwritten.
             segment: its number.
             scale: of the X that it was formed of, see :func:`megatron_muon.orthogonalize.gram.prescale`.
         """
         assert self.restarts is not None
-        return polynomial_of_gram(gram, segments(self.coefficients, self.restarts)[segment], self.products, scale)
+        steps = segments(self.coefficients, self.restarts)[segment]
+        return polynomial_of_gram(gram, steps, self.products, scale, self.iteration.balanced and segment == 0)
 
     def _gram_pays(self, m: int, n: int) -> bool:
         p, q = sorted((m, n))

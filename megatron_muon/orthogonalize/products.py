@@ -40,18 +40,18 @@ class TorchProducts:
         """``b R + c R R``."""
         return _product(r, r, r, b, c)
 
-    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
-        """``a R + R Z``, for R and Z that commute."""
-        return _product(r, z, r if a else None, a)
+    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float, b: float = 1.0) -> torch.Tensor:
+        """``a R + b R Z``, for R and Z that commute."""
+        return _product(r, z, r if a else None, a, b)
 
     def apply(self, q: torch.Tensor, x: torch.Tensor, alpha: float) -> torch.Tensor:
         """``alpha Q X``, in the memory order of X."""
         product = _product(x.mT, q.mT).mT if _by_columns(x) else _product(q, x)
         return product if alpha == 1.0 else product.mul_(alpha)
 
-    def multiply_add(self, x: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
-        """``a X + Z X``, in the memory order of X."""
-        return _product(x.mT, z.mT, x.mT, a).mT if _by_columns(x) else _product(z, x, x, a)
+    def multiply_add(self, x: torch.Tensor, z: torch.Tensor, a: float, b: float = 1.0) -> torch.Tensor:
+        """``a X + b Z X``, in the memory order of X."""
+        return _product(x.mT, z.mT, x.mT, a, b).mT if _by_columns(x) else _product(z, x, x, a, b)
 
     def symmetric_flops(self, p: int, inner: int) -> int:
         """Operations of a product of a p x ``inner`` with an ``inner`` x p matrix whose result is symmetric."""
@@ -82,9 +82,9 @@ class BlockProducts(TorchProducts):
         """See :class:`TorchProducts`."""
         return self._symmetric(r, r, r, b, c)
 
-    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
+    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float, b: float = 1.0) -> torch.Tensor:
         """See :class:`TorchProducts`."""
-        return self._symmetric(r, z, r if a else None, a, 1.0)
+        return self._symmetric(r, z, r if a else None, a, b)
 
     def symmetric_flops(self, p: int, inner: int) -> int:
         """See :class:`TorchProducts`."""

@@ -17,19 +17,22 @@ from megatron_muon.orthogonalize.coefficients import Coefficients
 from megatron_muon.orthogonalize.gram import segments
 
 PERTURBATION = 4e-4
-"""By how much an eigenvalue of the float16 Gram matrix of a matrix of norm 1 can come out too small: the value of the
-authors of Gram Newton-Schulz (products are summed in float32 and rounded once)."""
+"""By how much an eigenvalue of the Gram matrix of a matrix of norm 1 can come out too small in float16 or TF32, of 11
+bits: the value of the authors of Gram Newton-Schulz (products are summed in float32 and rounded once)."""
 
-CONDITION_LIMIT = 100.0
-"""Enough restarts are made to bring :func:`condition` below this. Measured on float16 (docs/parallelism-and-cost.md):
-choices below it err less than standard bfloat16 Newton-Schulz on every spectrum tried, ``polar_express`` with its best
-single restart (631) does not."""
+EXACT_PERTURBATION = PERTURBATION * 2.0**-13
+"""The same of float32, of 24 bits; float64 takes the choices of float32."""
+
+GAIN_LIMIT = 125.0
+"""How large an eigenvalue of ``Q`` may be in any segment. Measured (docs/parallelism-and-cost.md): choices below it err
+less than standard bfloat16 Newton-Schulz in float16 where rows and columns are of like size, whatever the spectrum; in
+float32 by 2e-4 at most, or as the standard iteration does where that errs more."""
 
 _GRID = torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-6, 0, 2000, dtype=torch.float64)])
 
 
-def condition(coefficients: Coefficients, restarts: tuple[int, ...], perturbation: float = PERTURBATION) -> float:
-    """The largest ratio of eigenvalues of ``Q`` in any segment: by so much rounding errors in ``Q`` may grow.
+def gain(coefficients: Coefficients, restarts: tuple[int, ...], perturbation: float = PERTURBATION) -> float:
+    """The largest eigenvalue of ``Q`` in any segment: by so much, and its square, rounding errors in ``R`` may grow.
 
     Args:
         coefficients: one (a, b, c) for each step.
@@ -37,9 +40,9 @@ def condition(coefficients: Coefficients, restarts: tuple[int, ...], perturbatio
         perturbation: by how much each eigenvalue of a Gram matrix is too small.
 
     Returns:
-        At least 1; infinite if the iteration diverges.
+        Infinite if the iteration diverges.
     """
-    s, worst = _GRID.clone(), 1.0
+    s, worst = _GRID.clone(), 0.0
     for segment in segments(coefficients, restarts):
         r, q = s.square() - perturbation, torch.ones_like(s)
         for a, b, c in segment:
@@ -48,22 +51,23 @@ def condition(coefficients: Coefficients, restarts: tuple[int, ...], perturbatio
         q = q.abs()
         if not bool(torch.isfinite(q).all()):
             return float("inf")
-        worst = max(worst, float(q.max() / q.min().clamp_min(1e-300)))
+        worst = max(worst, float(q.max()))
         s = s * q
     return worst
 
 
 @cache
-def best_restarts(coefficients: Coefficients, dtype: torch.dtype) -> tuple[int, ...] | None:
-    """Before which steps to form the Gram matrix anew.
+def best_restarts(coefficients: Coefficients, dtype: torch.dtype, *, tf32: bool = False) -> tuple[int, ...] | None:
+    """Before which steps to form the Gram matrix anew: the fewest restarts that keep :func:`gain` below the limit.
 
-    float32 and wider: before every second step. Pairs of steps keep the error of float32 at that of standard
-    Newton-Schulz (within a factor of two on badly conditioned matrices); longer segments do not. float16: the fewest
-    restarts that keep :func:`condition` below the limit, at their best positions.
+    Operations are linear in the number of segments, and with one for each step they are those of the standard
+    iteration: so where Gram Newton-Schulz pays at all, the fewest segments pay most. Of several choices that with the
+    least gain is taken, of those equal in that the last.
 
     Args:
         coefficients: one (a, b, c) for each step.
         dtype: of the iteration.
+        tf32: whether products of float32 may be TF32.
 
     Returns:
         Increasing positions; None if Gram Newton-Schulz is not accurate enough: in bfloat16, whose 8 bits are too few
@@ -73,13 +77,12 @@ def best_restarts(coefficients: Coefficients, dtype: torch.dtype) -> tuple[int, 
         Gram Newton-Schulz (Dao-AILab, https://github.com/Dao-AILab/gram-newton-schulz), extended to the number of
         restarts.
     """
-    steps = len(coefficients)
     if dtype == torch.bfloat16:
         return None
-    if dtype in (torch.float32, torch.float64):
-        return tuple(range(2, steps, 2))
-    for count in range(steps):
-        found = min((condition(coefficients, chosen), chosen) for chosen in combinations(range(1, steps), count))
-        if found[0] <= CONDITION_LIMIT:
-            return found[1]
+    perturbation = PERTURBATION if dtype == torch.float16 or tf32 else EXACT_PERTURBATION
+    for count in range(len(coefficients)):
+        choices = list(combinations(range(1, len(coefficients)), count))[::-1]
+        gains = [gain(coefficients, choice, perturbation) for choice in choices]
+        if min(gains) <= GAIN_LIMIT:
+            return choices[gains.index(min(gains))]
     return None

@@ -53,7 +53,8 @@ class StepPlanner:
         triples = tuple(map(parse_triple, options.custom_coefficients))
         steps = iteration(options.coefficient_type, options.num_ns_steps, triples)
         kernels = None if options.ns_backend in ("auto", "torch") else SymmetricKernel()
-        self.orthogonalizer = Orthogonalizer(steps, self.precision.iteration, options.eps, kernels)
+        tf32 = options.fp32_matmul_prec == "high"
+        self.orthogonalizer = Orthogonalizer(steps, self.precision.iteration, options.eps, kernels, tf32=tf32)
         self.manifold_work = _ManifoldWork(options)
         self._steps: dict[frozenset[tuple[Weight, int]], Step] = {}
         self._shared: dict[tuple[Weight, ...], list[Step]] = {}

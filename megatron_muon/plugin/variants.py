@@ -11,6 +11,7 @@ from megatron_muon.config import SECOND_MOMENT, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.registry import variant_asked_for
 from megatron_muon.optimizers.sphere import evaluations
+from megatron_muon.orthogonalize.coefficients import MADE_FOR
 from megatron_muon.plugin import options
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 from megatron_muon.routing.rules.linear import LORA_FACTOR
@@ -82,8 +83,10 @@ def describe(settings: Any, muon: MuonConfig) -> list[str]:
     """
     name = settings.optimizer.removeprefix("dist_")
     decays = variant_asked_for(muon.as_settings(), settings).decays
+    made_for = MADE_FOR.get(muon.coefficient_type, muon.num_ns_steps)
+    note = "" if made_for == muon.num_ns_steps else f" (the set is made for {made_for})"
     lines = [
-        f"Newton-Schulz: {muon.num_ns_steps} steps, {muon.coefficient_type} coefficients; {_size(name, muon)}",
+        f"Newton-Schulz: {muon.num_ns_steps} steps{note}, {muon.coefficient_type} coefficients; {_size(name, muon)}",
         f"momentum {muon.momentum:g}{', Nesterov' if muon.nesterov else ''}; "
         + (f"weight decay {muon.weight_decay_method}" if decays else "no weight decay of what keeps its norm"),
     ]

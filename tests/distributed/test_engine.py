@@ -28,6 +28,7 @@ from tools.splitting import merge, split
 QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
 HEADS = MatrixLayout("qkv", (Section("q", 8, matrix_rows=4), Section("k", 4, matrix_rows=4), Section("v", 4)))
 GATED = MatrixLayout("gdn", (Section("q", 6), Section("beta", 2, SCALAR)))
+SETS = ("quintic", "cubic5", "turbo_muon")
 EXACT = [mode for mode in MODES if mode != "blockwise"]
 PLAIN = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "scale_mode": "none"}
 """With these and weights of zero, minus the weight is the orthogonalized gradient."""
@@ -141,9 +142,9 @@ class Counted(TorchProducts):
 
     standard = gram_iteration = 0
 
-    def multiply_add(self, x: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
+    def multiply_add(self, x: torch.Tensor, z: torch.Tensor, a: float, b: float = 1.0) -> torch.Tensor:
         self.standard += x.size(0)
-        return super().multiply_add(x, z, a)
+        return super().multiply_add(x, z, a, b)
 
     def apply(self, q: torch.Tensor, x: torch.Tensor, alpha: float) -> torch.Tensor:
         self.gram_iteration += x.size(0)
@@ -158,11 +159,11 @@ def reported_and_done() -> dict[str, tuple[str, int, int]]:
         params += [Given((16, 16), 1).parameter(group, random((16, 16), 2)) for _ in range(2)]
         for param in params:
             param.grad = param.detach().clone()
-        optimizer = Muon(params, tp_group=group, tp_mode=mode, ns_dtype="fp32", num_ns_steps=4)
+        optimizer = Muon(params, tp_group=group, tp_mode=mode, ns_dtype="fp32")
         engine, products = optimizer.prepare(), Counted()
         engine.orthogonalizer.products = products
         optimizer.step()
-        found[mode] = engine.describe()[1], products.standard // 4, products.gram_iteration // 2
+        found[mode] = engine.describe()[1], products.standard // 5, products.gram_iteration // 2
     return found
 
 
@@ -294,14 +295,14 @@ def test_ranks_with_different_plans_stop_at_once(pool: RankPool) -> None:
 
 
 def errors_of_mixed_groups() -> dict[tuple[str, bool], float]:
-    """In each mode, with and without Nesterov momentum."""
+    """In each mode, with and without Nesterov momentum, squares and balanced rows."""
     experts = [dist.new_group([0, 1]), dist.new_group([2, 3])][dist.get_rank() // 2]
-    return {key: error_of_mixed_groups(*key, experts) for key in itertools.product(EXACT, (False, True))}
+    return {key: error_of_mixed_groups(*key, experts) for key in itertools.product(EXACT, SETS)}
 
 
-def error_of_mixed_groups(mode: str, nesterov: bool, expert_group: dist.ProcessGroup) -> float:
+def error_of_mixed_groups(mode: str, name: str, expert_group: dist.ProcessGroup) -> float:
     """The largest difference from the formula, applied to whole weights in float64."""
-    group = dist.group.WORLD
+    group, nesterov = dist.group.WORLD, name != "quintic"
     given = (
         *MIXED,
         *[Given((16, 12), 1, expert=True)] * 3,
@@ -320,7 +321,7 @@ def error_of_mixed_groups(mode: str, nesterov: bool, expert_group: dist.ProcessG
     ]
     optimizer = Muon(
         param_groups, nesterov=nesterov, fp32_matmul_prec="highest", tp_mode=mode, tp_group=group,
-        expert_tp_group=expert_group,
+        expert_tp_group=expert_group, coefficient_type=name,
     )  # fmt: skip
     for step in range(3):
         for index, each in enumerate(given):
@@ -331,7 +332,7 @@ def error_of_mixed_groups(mode: str, nesterov: bool, expert_group: dist.ProcessG
             lr, momentum, decay = settings[index % 2]
             buffers[index] = momentum * buffers[index] + (1 - momentum) * gradient
             u = momentum * buffers[index] + (1 - momentum) * gradient if nesterov else buffers[index]
-            wholes[index] = (1 - lr * decay) * wholes[index] - lr * direction(each.layout, u)
+            wholes[index] = (1 - lr * decay) * wholes[index] - lr * direction(each.layout, u, name)
         optimizer.step()
     errors = [
         (param.detach() - each.cut(whole, its)).abs().max()
@@ -340,19 +341,22 @@ def error_of_mixed_groups(mode: str, nesterov: bool, expert_group: dist.ProcessG
     return torch.stack(errors).max().item()  # NaN, if there is one: Python's max may pass over it
 
 
-def direction(layout: MatrixLayout, u: torch.Tensor) -> torch.Tensor:
+def direction(layout: MatrixLayout, u: torch.Tensor, name: str) -> torch.Tensor:
     """Scaled and orthogonalized by singular values, matrix by matrix."""
     if layout.stacked:
-        return torch.stack([direction(WHOLE, each) for each in u])
-    steps = iteration("quintic", 5).coefficients
-    blocks = [orthogonalized(block, steps) * scale_factor("spectral", *block.shape) for block in split(layout, u)]
+        return torch.stack([direction(WHOLE, each, name) for each in u])
+    steps = iteration(name, 5)
+    blocks = [
+        orthogonalized(block, steps.coefficients, steps.balanced) * scale_factor("spectral", *block.shape)
+        for block in split(layout, u)
+    ]
     return merge(layout, blocks)
 
 
 def test_groups_of_parameters_and_of_ranks_together(pool: RankPool) -> None:
     """Dense over four ranks, experts over pairs, two parameter groups, and a parameter without a gradient at first."""
     for errors in pool.run(errors_of_mixed_groups, 4):
-        assert len(errors) == 2 * len(EXACT)
+        assert len(errors) == len(SETS) * len(EXACT)
         assert all(error < TOLERANCE for error in errors.values()), errors
 
 

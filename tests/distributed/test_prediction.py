@@ -170,11 +170,11 @@ def check_rank(by_mode: dict[str, list[Measured]], what: str) -> None:
 EXACT = [mode for mode in MODES if mode != "blockwise"]
 NUMBERS = {
     "fp32": {"ns_dtype": "fp32"},
-    "fp32, sent as bf16": {"ns_dtype": "fp32", "tp_wire_dtype": "bf16"},
-    "bf16": {"ns_dtype": "bf16"},
+    "fp32, sent as bf16": {"ns_dtype": "fp32", "tp_wire_dtype": "bf16", "coefficient_type": "cubic5"},
+    "bf16": {"ns_dtype": "bf16", "coefficient_type": "turbo_muon"},
     "bf16, sent as fp32": {"ns_dtype": "bf16", "tp_wire_dtype": "fp32"},
     "fp16": {"ns_dtype": "fp16", "coefficient_type": "polar_express"},
-    "fp16, sent as fp32": {"ns_dtype": "fp16", "tp_wire_dtype": "fp32", "coefficient_type": "polar_express"},
+    "fp16, sent as fp32": {"ns_dtype": "fp16", "tp_wire_dtype": "fp32", "coefficient_type": "turbo_muon"},
 }
 
 

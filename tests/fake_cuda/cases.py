@@ -38,6 +38,7 @@ MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
     **{mode: (MSIGN, {"scale_mode": mode}) for mode in (UPDATE_NORM, SPECTRAL_NORM)},
     **{method: (MSIGN, {"variant": method}) for method in SECOND_MOMENTS},
     **{variant: (MSIGN, {"variant": variant, "scale_mode": "none"}) for variant in ("polargrad", "hyperball")},
+    **{name: (MSIGN, {"coefficient_type": name}) for name in ("cubic5", "turbo_muon")},
     "sphere": (MSIGN, {"variant": SpectralSphere(tolerance=0.5)}),
     "MuonSphere": (MSIGN, {"variant": SpectralSphere(tolerance=1.0)}),
     **{direction: (direction, {}) for direction in BALLS},

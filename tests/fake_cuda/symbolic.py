@@ -44,13 +44,13 @@ class _Products(TorchProducts):
     def quadratic(self, r: torch.Tensor, b: float, c: float) -> torch.Tensor:
         return torch.empty_like(r)
 
-    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
+    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float, b: float = 1.0) -> torch.Tensor:
         return torch.empty_like(r)
 
     def apply(self, q: torch.Tensor, x: torch.Tensor, alpha: float) -> torch.Tensor:
         return torch.empty_like(x)
 
-    def multiply_add(self, x: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
+    def multiply_add(self, x: torch.Tensor, z: torch.Tensor, a: float, b: float = 1.0) -> torch.Tensor:
         return torch.empty_like(x)
 
 
@@ -65,8 +65,8 @@ class _Shapes(Orthogonalizer):
     ) -> torch.Tensor:
         return _empty(x.shape, self.dtype)
 
-    def polynomials(self, gram: torch.Tensor, segment: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.empty_like(gram)
+    def polynomials(self, gram: torch.Tensor, segment: int, scale: float = 1.0) -> tuple[torch.Tensor, None]:
+        return torch.empty_like(gram), None
 
 
 ITERATION = _Shapes(iteration("quintic", 2), torch.float16, products=_Products())

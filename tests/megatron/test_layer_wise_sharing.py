@@ -82,9 +82,19 @@ DATA, EXPERTS, GRID = "data-parallel", "expert data-parallel", "tensor x data-pa
 THREE_EXPERTS = {**MOE, "num_moe_experts": 3}
 ONE_DENSE = {**MOE, "num_layers": 4, "moe_layer_freq": [0, 1, 1, 1]}
 
+
+def with_set(name: str) -> dict[str, Any]:
+    return {**PER_HEAD, "muon_coefficient_type": name}
+
+
 CASES = {
-    "two": (2, Layout(layer_wise=True), {}, [f"lent {DATA}", f"split {DATA}"]),
-    "older": (2, Layout(layer_wise=True), {"param_layout": False}, [f"lent {DATA}", f"split {DATA}"]),
+    "two": (2, Layout(layer_wise=True), {"optimizer": with_set("turbo_muon")}, [f"lent {DATA}", f"split {DATA}"]),
+    "older": (
+        2,
+        Layout(layer_wise=True),
+        {"param_layout": False, "optimizer": with_set("cubic5")},
+        [f"lent {DATA}", f"split {DATA}"],
+    ),
     "four": (4, Layout(layer_wise=True), {}, [f"lent {DATA}"]),
     "tensor": (4, Layout(tp=2, layer_wise=True), HEADS, [f"lent {DATA}"]),
     "heads cut": (4, Layout(tp=2, layer_wise=True), {**HEADS, "num_query_groups": 1}, [f"lent {GRID}"]),
@@ -97,11 +107,11 @@ SLOW = ("older", "four", "experts")
 @pytest.mark.parametrize("case", with_slow(CASES, *SLOW))
 def test_training_equals_that_of_one_process(pool: RankPool, tmp_path: Path, case: str) -> None:
     world, layout, options, ways = CASES[case]
-    options = {**UNEVEN, **options, "optimizer": PER_HEAD}
+    options = {**UNEVEN, "optimizer": PER_HEAD, **options}
     model = {key: value for key, value in options.items() if key not in ("param_layout", "optimizer")}
     folder = str(tmp_path / "initial")
     pool.run(harness.save_initial_weights, 1, folder, **model)
-    expected, _ = pool.run(train, 1, Layout(), {**model, "optimizer": PER_HEAD, "weights": folder})[0]
+    expected, _ = pool.run(train, 1, Layout(), {**model, "optimizer": options["optimizer"], "weights": folder})[0]
     ranks = pool.run(train, world, layout, {**options, "weights": folder})
     assert sorted(ranks[0][1]) == ways
     assert all(losses == ranks[0][0] for losses, _ in ranks)

@@ -83,9 +83,13 @@ def test_costs_of_a_worked_example() -> None:
     assert cost_of(DUPLICATED, *args) == Cost(8 * orthogonalizer.flops(4, 16), 128 * 3 * 4, 1)
     # Five triangles of Gram matrices and a norm of each matrix, all-reduced: 2 x 3/4 of the elements.
     assert cost_of(DISTRIBUTED, *args) == Cost(8 * orthogonalizer.standard_flops(4, 4), 1.5 * 8 * (5 * 10 * 4 + 8), 6)
-    # Norms; three times triangles of 10: those of six matrices to their owners, those of two to three ranks.
-    flops = 3 * 8 * orthogonalizer.rectangular_flops(4, 4) + 2 * orthogonalizer.polynomial_flops(4)
-    assert cost_of(GRAM, *args) == Cost(flops, 1.5 * 8 * 8 + 3 * (6 + 6) * 10 * 4, 7)
+    # Norms; twice triangles of 10: those of six matrices to their owners, those of two to three ranks.
+    flops = 2 * 8 * orthogonalizer.rectangular_flops(4, 4) + 2 * orthogonalizer.polynomial_flops(4)
+    assert cost_of(GRAM, *args) == Cost(flops, 1.5 * 8 * 8 + 2 * (6 + 6) * 10 * 4, 5)
+    # Without restarts once.
+    cubic = Orthogonalizer(iteration("cubic5", 5), torch.float32)
+    flops = 8 * cubic.rectangular_flops(4, 4) + 2 * cubic.polynomial_flops(4)
+    assert cost_of(GRAM, args[0], 8, cubic, SIZES) == Cost(flops, 1.5 * 8 * 8 + (6 + 6) * 10 * 4, 3)
 
 
 @pytest.mark.parametrize(

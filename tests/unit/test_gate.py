@@ -34,8 +34,8 @@ class Altered(TorchProducts):
     def quadratic(self, r: torch.Tensor, b: float, c: float) -> torch.Tensor:
         return self._altered("quadratic", super().quadratic(r, b, c), r)
 
-    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
-        return self._altered("commuting", super().commuting(r, z, a), r)
+    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float, b: float = 1.0) -> torch.Tensor:
+        return self._altered("commuting", super().commuting(r, z, a, b), r)
 
 
 def not_a_number(result: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:

@@ -43,11 +43,11 @@ def test_gram_equals_standard(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY_SET)
 def test_restarts_anywhere_change_nothing_but_rounding(name: str) -> None:
     """Without any, small directions lose digits in float64 too: hence not 1e-12."""
-    triples, x = set_of(name, 5), gaussian(2, 8, 20)
-    expected, batch = standard(x, triples), normalized(x, torch.float64, EPS)
+    steps, x = Iteration(set_of(name, 5)), gaussian(2, 8, 20)
+    expected, batch = standard(x, steps.coefficients), normalized(x, torch.float64, EPS)
     for count in range(5):
         for restarts in itertools.combinations(range(1, 5), count):
-            assert error(gram_iteration(batch, triples, restarts, TorchProducts()), expected) < 1e-10, restarts
+            assert error(gram_iteration(batch, steps, restarts, TorchProducts()), expected) < 1e-10, restarts
 
 
 def test_segments_are_all_steps_in_order() -> None:
@@ -63,9 +63,9 @@ def test_a_power_of_two_before_the_gram_matrix_changes_no_bit(dtype: torch.dtype
     """Where nothing leaves the range of the numbers, the scale must cancel exactly."""
     triples = set_of("quintic", 5)
     batch = normalized(gaussian(2, 8, 20), dtype, EPS)
-    expected = gram_iteration(batch, triples, (2,), TorchProducts())
+    expected = gram_iteration(batch, Iteration(triples), (2,), TorchProducts())
     for scale in (2.0, 16.0):
-        assert torch.equal(gram_iteration(batch * scale, triples, (2,), TorchProducts(), scale), expected)
+        assert torch.equal(gram_iteration(batch * scale, Iteration(triples), (2,), TorchProducts(), scale), expected)
 
 
 # Ranges and precision.

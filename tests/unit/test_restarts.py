@@ -9,72 +9,71 @@ import torch
 
 from megatron_muon.orthogonalize.coefficients import CUSTOM, Iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
-from megatron_muon.orthogonalize.restarts import CONDITION_LIMIT, best_restarts, condition
-from tests.iterations import EVERY_SET, set_of
+from megatron_muon.orthogonalize.restarts import EXACT_PERTURBATION, GAIN_LIMIT, PERTURBATION, best_restarts, gain
+from tests.iterations import set_of
 
-# Condition of the best choice by the table in the notes on Gram Newton-Schulz: (set, steps) -> positions, condition.
-TABLE = [
-    ("quintic", 5, (2,), 53),
-    ("simple", 5, (3,), 63),
-    ("polar_express", 5, (1,), 631),
-    ("polar_express", 5, (1, 2), 69),
-    ("deepseekv4", 10, (2, 4, 6), 73),
+Restarts = tuple[int, ...] | None
+
+# (set, steps) -> restarts in float16 and in float32.
+CHOICES: list[tuple[str, int, Restarts, Restarts]] = [
+    ("quintic", 1, (), ()),
+    ("quintic", 5, (2,), (2,)),
+    ("quintic", 8, (2, 5), (3, 6)),
+    ("simple", 5, (3,), (3,)),
+    ("polar_express", 5, (1, 3), (2,)),
+    ("polar_express", 8, (1, 4), (2, 5)),
+    ("deepseekv4", 10, (2, 4, 7), (3, 6)),
+    ("cans", 5, None, (2,)),
+    ("aol", 5, (2,), (2,)),
+    ("cubic5", 5, (2,), ()),
+    ("cubic5", 7, (3,), (3,)),
+    (CUSTOM, 4, (), ()),
 ]
-CHOSEN = [("quintic", 5), ("simple", 5), ("polar_express", 5), ("polar_express", 8), ("deepseekv4", 10), (CUSTOM, 4)]
 
 
-@pytest.mark.parametrize(("name", "steps", "restarts", "expected"), TABLE)
-def test_conditions_of_the_table(name: str, steps: int, restarts: tuple[int, ...], expected: int) -> None:
-    assert round(condition(set_of(name, steps), restarts)) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "steps", "expected"),
-    [
-        ("quintic", 5, (2,)),
-        ("simple", 5, (3,)),
-        ("polar_express", 5, (1, 2)),
-        ("deepseekv4", 10, (2, 4, 6)),
-        ("cans", 5, None),
-        ("aol", 5, None),
-        ("quintic", 1, ()),
-    ],
-)
-def test_choice_for_float16(name: str, steps: int, expected: tuple[int, ...] | None) -> None:
-    assert best_restarts(set_of(name, steps), torch.float16) == expected
-
-
-@pytest.mark.parametrize(("name", "steps"), CHOSEN)
-def test_no_other_choice_is_better_and_fewer_restarts_are_not_enough(name: str, steps: int) -> None:
+@pytest.mark.parametrize(("name", "steps", "half", "single"), CHOICES)
+def test_choices(name: str, steps: int, half: Restarts, single: Restarts) -> None:
     triples = set_of(name, steps)
-    chosen = best_restarts(triples, torch.float16)
-    assert chosen is not None
-    found = condition(triples, chosen)
-    assert 1 <= found <= CONDITION_LIMIT
-    positions = range(1, steps)
-    for other in itertools.combinations(positions, len(chosen)):
-        assert condition(triples, other) >= found, other
-    for count in range(len(chosen)):
-        for fewer in itertools.combinations(positions, count):
-            assert condition(triples, fewer) > CONDITION_LIMIT, fewer
+    assert best_restarts(triples, torch.float16) == best_restarts(triples, torch.float32, tf32=True) == half
+    assert best_restarts(triples, torch.float32) == best_restarts(triples, torch.float64) == single
+    assert best_restarts(triples, torch.bfloat16) is None
 
 
-@pytest.mark.parametrize(("name", "steps"), [("cans", 5), ("aol", 5), ("quintic", 8)])
-def test_sets_without_a_choice_have_none_at_all(name: str, steps: int) -> None:
-    triples = set_of(name, steps)
-    assert best_restarts(triples, torch.float16) is None
-    for count in range(steps):
-        for restarts in itertools.combinations(range(1, steps), count):
-            assert condition(triples, restarts) > CONDITION_LIMIT, restarts
-    assert Orthogonalizer(Iteration(triples), torch.float16).method(8, 400).restarts is None
+@pytest.mark.parametrize(("name", "steps", "half", "single"), CHOICES)
+def test_no_other_choice_is_better_and_fewer_restarts_are_not_enough(
+    name: str, steps: int, half: Restarts, single: Restarts
+) -> None:
+    triples, positions = set_of(name, steps), range(1, steps)
+    for chosen, perturbation in ((half, PERTURBATION), (single, EXACT_PERTURBATION)):
+        fewer = range(steps if chosen is None else len(chosen))
+        for restarts in itertools.chain(*(itertools.combinations(positions, count) for count in fewer)):
+            assert gain(triples, restarts, perturbation) > GAIN_LIMIT, restarts
+        if chosen is not None:
+            least = min(gain(triples, each, perturbation) for each in itertools.combinations(positions, len(chosen)))
+            assert gain(triples, chosen, perturbation) == least <= GAIN_LIMIT
 
 
-def test_a_diverging_iteration_has_no_condition() -> None:
-    assert condition(((1e200, 1e200, 1e200),) * 3, ()) == float("inf")
+def test_without_rounding_the_gain_is_that_of_the_polynomial_at_0() -> None:
+    triples = set_of("cubic5", 5)
+    assert round(gain(triples, (), 0.0), 1) == 119.3
+    assert gain(triples, (2,), 0.0) == pytest.approx(2.5368962 * 2.4418906 * 2.2230472)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wide_types_restart_before_every_second_step(dtype: torch.dtype) -> None:
-    expected = {1: (), 2: (), 3: (2,), 4: (2,), 5: (2, 4), 6: (2, 4), 8: (2, 4, 6)}
-    for name in EVERY_SET:
-        assert {steps: best_restarts(set_of(name, steps), dtype) for steps in expected} == expected
+def test_a_set_without_a_choice_is_iterated_by_the_standard_form() -> None:
+    assert Orthogonalizer(Iteration(set_of("cans", 5)), torch.float16).method(8, 400).restarts is None
+
+
+def test_operations_are_least_with_fewest_segments_or_with_all() -> None:
+    """They are linear in the number of segments, and standard Newton-Schulz is one of as many as steps."""
+    for name, p, q in itertools.product(("quintic", "cubic5"), (8,), (8, 12, 16, 40)):
+        iteration = Orthogonalizer(Iteration(set_of(name, 5)), torch.float64)
+        found = []
+        for count in range(5):
+            iteration.restarts = tuple(range(1, 1 + count))
+            found.append(iteration.gram_flops(p, q))
+        assert found[4] == iteration.standard_flops(p, q)
+        assert {after - before for before, after in itertools.pairwise(found)} == {found[1] - found[0]}
+
+
+def test_a_diverging_iteration_has_no_gain() -> None:
+    assert gain(((1e200, 1e200, 1e200),) * 3, ()) == float("inf")

@@ -223,14 +223,14 @@ def error(y: torch.Tensor, exact: torch.Tensor) -> float:
 
 def iterations(name: str, gram: bool, dtype: torch.dtype) -> dict[str, float]:
     """Errors of both implementations of the products after the whole iteration."""
-    steps = iteration(name, 5).coefficients
+    steps = iteration(name, 5)
     restarts = {"quintic": (2,), "polar_express": (1, 2)}[name]
     scale = prescale(dtype, 96) if gram else 1.0
     x = torch.randn(2, 96, 160, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = x / x.norm(dim=(-2, -1), keepdim=True)
 
     def standard(y: torch.Tensor, products: TorchProducts) -> torch.Tensor:
-        for a, b, c in steps:
+        for a, b, c in steps.coefficients:
             y = products.multiply_add(y, products.quadratic(products.gram(y), b, c), a)
         return y
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_muon.orthogonalize.coefficients import Coefficients, iteration
+from megatron_muon.orthogonalize.coefficients import Iteration, iteration
 from megatron_muon.orthogonalize.scale import scale_factor
-from tools.bench.contestants import Contestant
+from tools.bench.contestants import Contestant, steps_of
 from tools.bench.forms import Entry, Matrices, Tensors
 from tools.bench.ranks import World
 from tools.splitting import split
@@ -21,7 +21,6 @@ BOUNDS = {"fp32": 1e-4, "bf16": 6e-2, "fp16": 1e-2}
 """Greatest relative error of any matrix, by the type of the products: several times what rounding does to random ones,
 far below what a wrong split, scale or coefficient does."""
 
-STEPS = 5
 EPS = 1e-7
 
 
@@ -44,12 +43,12 @@ class Errors:
     bound: float | None
 
 
-def exact_update(x: torch.Tensor, steps: Coefficients) -> torch.Tensor:
+def exact_update(x: torch.Tensor, steps: Iteration) -> torch.Tensor:
     """Newton-Schulz in float64, by the definition alone.
 
     Args:
         x: (batch, m, n).
-        steps: (a, b, c) of each.
+        steps: of the set.
 
     Returns:
         (batch, m, n), float64.
@@ -58,7 +57,9 @@ def exact_update(x: torch.Tensor, steps: Coefficients) -> torch.Tensor:
     y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp_min(EPS)
     turned = y.size(-2) > y.size(-1)
     y = y.mT if turned else y
-    for a, b, c in steps:
+    if steps.balanced:
+        y = y / (y @ y.mT).abs().sum(-1, keepdim=True).sqrt()
+    for a, b, c in steps.coefficients:
         gram = y @ y.mT
         y = a * y + (b * gram + c * (gram @ gram)) @ y
     return y.mT if turned else y
@@ -88,7 +89,7 @@ class Reference:
             matrices: of it.
         """
         if (spec, polynomial) not in self._known:
-            layout, steps = self.tensors.case.weights[spec].layout, iteration(polynomial, STEPS).coefficients
+            layout, steps = self.tensors.case.weights[spec].layout, iteration(polynomial, steps_of(polynomial))
             blocks = split(layout, self.tensors.whole(spec, "gradient"))
             self._known[spec, polynomial] = [
                 exact_update(block.reshape(-1, *block.shape[-2:]), steps) for block in blocks

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_muon.errors import ConfigError
+from megatron_muon.orthogonalize import coefficient_types
 from tools.bench import document, text
 from tools.bench.accuracy import WrongUpdateError
 from tools.bench.cases import Case, cases_of_shapes, standard_cases
@@ -80,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, metavar="N", help="only so many layers of the model or the cases")
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
     parser.add_argument(
+        "--coefficients", nargs="+", metavar="SET", default=[], choices=coefficient_types(),
+        help="measure ours with these sets too, beside quintic: " + ", ".join(coefficient_types()),
+    )  # fmt: skip
+    parser.add_argument(
         "--steps", type=int, metavar="N", help="timed rounds; default: at least 7, about 15 s of each case"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of torch on a rank; default: cores // ranks")
@@ -95,7 +100,7 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> None:
     cases, left_out = _that_fit(cases, args)
     device = choose_device(args.device, max(case.ranks for case in cases))
     for case in cases:
-        refuse_too_large(case, args.dtype, torch.device(device))
+        refuse_too_large(case, args.dtype, torch.device(device), args.coefficients)
     begin = time.time()
     whole: dict[str, Any] = {
         "command": ["python", "-m", "tools.bench", *argv],
@@ -172,8 +177,9 @@ def _that_fit(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Cas
 def _settings(args: argparse.Namespace, device: str) -> Settings:
     dtypes = tuple(dict.fromkeys(args.dtype))
     if args.quick:
-        return Settings(dtypes, Plan(args.steps or 3), 256, args.threads, 0.1)
-    return Settings(dtypes, Plan(args.steps), 8192 if device == "cuda" else 2048, args.threads)
+        return Settings(dtypes, Plan(args.steps or 3), 256, args.threads, 0.1, tuple(args.coefficients))
+    size = 8192 if device == "cuda" else 2048
+    return Settings(dtypes, Plan(args.steps), size, args.threads, coefficients=tuple(args.coefficients))
 
 
 def _measure(cases: Sequence[Case], settings: Settings, device: str, done: Callable[[dict[str, Any]], None]) -> None:

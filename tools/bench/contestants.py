@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_muon.orthogonalize.coefficients import MADE_FOR
 from tools.bench.forms import FUSED, LOGICAL, UPSTREAM
 from tools.bench.ranks import Groups
 
@@ -64,14 +65,16 @@ class Contestant:
     note: str = ""
 
 
-def contestants(dtype: str, tp: int) -> list[Contestant]:
+def contestants(dtype: str, tp: int, coefficients: Iterable[str] = ()) -> list[Contestant]:
     """All for one case, ours first.
 
     Args:
         dtype: as ``--dtype`` says it.
         tp: tensor-parallel size. With 1 all modes of an optimizer do the same, and one of them stands for all.
+        coefficients: further sets that ours is measured with.
     """
     found = [_ours(dtype, mode) for mode in _our_modes(dtype, tp)]
+    found += [_ours(dtype, "auto", name) for name in coefficients if name != "quintic"]
     found += [_upstream(f"megatron-core {mode}", dtype, mode) for mode in _upstream_modes(tp)]
     if tp == 1:
         if dtype != "fp32":
@@ -98,7 +101,7 @@ def _upstream_modes(tp: int) -> tuple[str, ...]:
     return ("duplicated",) if tp == 1 else ("duplicated", "distributed", "blockwise")
 
 
-def _ours(dtype: str, mode: str) -> Contestant:
+def _ours(dtype: str, mode: str, coefficients: str = "quintic") -> Contestant:
     def make(params: Params, groups: Groups) -> torch.optim.Optimizer:
         from megatron_muon.optimizers.muon import Muon
 
@@ -108,12 +111,20 @@ def _ours(dtype: str, mode: str) -> Contestant:
             **MOMENTUM,
             fp32_matmul_prec=PRECISIONS[dtype],
             ns_dtype=dtype,
+            coefficient_type=coefficients,
+            num_ns_steps=steps_of(coefficients),
             tp_mode=mode,
             tp_group=groups.tp,
             expert_tp_group=groups.expert_tp,
         )
 
-    return Contestant(f"megatron_muon {mode}", "megatron-muon", FUSED, make, mode, dtype, "quintic")
+    name = f"megatron_muon {mode}" + (f", {coefficients}" if coefficients != "quintic" else "")
+    return Contestant(name, "megatron-muon", FUSED, make, mode, dtype, coefficients)
+
+
+def steps_of(coefficients: str) -> int:
+    """How many steps of a set are measured: as many as it is made for, or five."""
+    return MADE_FOR.get(coefficients, 5)
 
 
 def _upstream(name: str, dtype: str, mode: str) -> Contestant:

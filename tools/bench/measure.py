@@ -54,6 +54,7 @@ class Settings:
         plan: how many rounds.
         gemm_size: rows of the square product that gives the machine's rate.
         threads: of torch in each process; None for its share of the cores.
+        coefficients: further sets that ours is measured with.
         calibration: how long the rates of the device may take to measure; 1 is a few seconds.
     """
 
@@ -62,6 +63,7 @@ class Settings:
     gemm_size: int
     threads: int | None = None
     calibration: float = 1.0
+    coefficients: tuple[str, ...] = ()
 
 
 def measure(
@@ -91,7 +93,7 @@ def _measure_case(
     case: Case, settings: Settings, world: World, done: Callable[[dict[str, Any]], None]
 ) -> list[dict[str, Any]]:
     """All dtypes of a case, on the same tensors, which are gone before the next case has its own."""
-    lists = {dtype: contestants(dtype, case.tp) for dtype in settings.dtypes}
+    lists = {dtype: contestants(dtype, case.tp, settings.coefficients) for dtype in settings.dtypes}
     tensors = Tensors(case, groups_of(world, case.tp, case.ep), world.device, forms_of(lists.values()))
     reference = Reference(tensors)
     found = []

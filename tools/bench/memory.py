@@ -50,18 +50,19 @@ def free_bytes(device: torch.device) -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in names else None
 
 
-def refuse_too_large(case: Case, dtypes: Sequence[str], device: torch.device) -> None:
+def refuse_too_large(case: Case, dtypes: Sequence[str], device: torch.device, coefficients: Sequence[str] = ()) -> None:
     """Refuse what would end in the middle for want of memory.
 
     Args:
         case: the weights; on CPUs all ranks share the memory.
         dtypes: as ``--dtype`` says them.
         device: of the ranks.
+        coefficients: further sets that ours is measured with.
 
     Raises:
         ConfigError: with the sizes and the way out.
     """
-    lists = [contestants(dtype, case.tp) for dtype in dtypes]
+    lists = [contestants(dtype, case.tp, coefficients) for dtype in dtypes]
     optimizers = max(map(len, lists))
     needed = needed_bytes(case, forms_of(lists), optimizers) * (case.ranks if device.type == "cpu" else 1)
     free = free_bytes(device)

@@ -172,20 +172,20 @@ class CountedProducts:
         self._symmetric(r)
         return self._products.quadratic(r, b, c)
 
-    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
+    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float, b: float = 1.0) -> torch.Tensor:
         """``a R + R Z``."""
         self._symmetric(r)
-        return self._products.commuting(r, z, a)
+        return self._products.commuting(r, z, a, b)
 
     def apply(self, q: torch.Tensor, x: torch.Tensor, alpha: float) -> torch.Tensor:
         """``alpha Q X``."""
         self._plain(x)
         return self._products.apply(q, x, alpha)
 
-    def multiply_add(self, x: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
+    def multiply_add(self, x: torch.Tensor, z: torch.Tensor, a: float, b: float = 1.0) -> torch.Tensor:
         """``a X + Z X``."""
         self._plain(x)
-        return self._products.multiply_add(x, z, a)
+        return self._products.multiply_add(x, z, a, b)
 
     def _symmetric(self, x: torch.Tensor) -> None:
         count, (p, inner) = math.prod(x.shape[:-2]), x.shape[-2:]

@@ -62,11 +62,11 @@ class KernelProducts(TorchProducts):
         """See :class:`~megatron_muon.orthogonalize.products.TorchProducts`."""
         return self.symmetric(r, r.mT, r, alpha=c, beta=b) if self.takes(r) else super().quadratic(r, b, c)
 
-    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
+    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float, b: float = 1.0) -> torch.Tensor:
         """See :class:`~megatron_muon.orthogonalize.products.TorchProducts`."""
         if not (self.takes(r) and self.takes(z)):
-            return super().commuting(r, z, a)
-        return self.symmetric(r, z.mT, r, beta=a)  # Z is symmetric
+            return super().commuting(r, z, a, b)
+        return self.symmetric(r, z.mT, r, alpha=b, beta=a)  # Z is symmetric
 
     def symmetric_flops(self, p: int, inner: int) -> int:
         """The operations that are really needed: those of the diagonal and below, without the rest of its tiles."""

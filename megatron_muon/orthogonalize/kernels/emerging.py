@@ -51,9 +51,9 @@ class EmergingProducts(KernelProducts):
                     out[index] = kernels.tsyrk_ex(a[index], addend, float(alpha), float(beta))
         return out
 
-    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float) -> torch.Tensor:
+    def commuting(self, r: torch.Tensor, z: torch.Tensor, a: float, b: float = 1.0) -> torch.Tensor:
         """Multiply by torch, because Z is not the transpose of R."""
-        return TorchProducts.commuting(self, r, z, a)
+        return TorchProducts.commuting(self, r, z, a, b)
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -156,7 +156,7 @@ def _products(
     a = 3.4445
     z = _symmetric_part(exact_z).to(dtype)
     # Rounding keeps R and Z from commuting exactly: no half of the product is more right than the other.
-    yield "commuting", (r, z, a), _symmetric_part(a * r.double() + r.double() @ z.double())
+    yield "commuting", (r, z, a, b), _symmetric_part(a * r.double() + b * (r.double() @ z.double()))
 
 
 def _symmetric_part(x: torch.Tensor) -> torch.Tensor:

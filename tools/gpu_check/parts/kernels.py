@@ -21,6 +21,7 @@ from megatron_muon.orthogonalize.backends import _CPU_BLOCK_ROWS, _KERNELS, cand
 from megatron_muon.orthogonalize.gram import gram_iteration, prescale
 from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.orthogonalize.kernels.gate import Size, Trial, examine
+from megatron_muon.orthogonalize.newton_schulz import standard_iteration
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
 from tools.gpu_check.clock import copies, device_of, random, timed
 from tools.gpu_check.parts.rates import copy_rate, product_rate
@@ -136,24 +137,21 @@ def iteration_errors(
     own: TorchProducts, shape: tuple[int, ...], gram: bool, dtype: torch.dtype, device: torch.device
 ) -> list[float]:
     """Relative errors of an iteration by torch and by ``own``, against float64."""
-    steps = iteration("quintic", 5).coefficients
+    steps = iteration("quintic", 5)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
     x = x / x.norm(dim=(-2, -1), keepdim=True)
-    exact = standard(x, steps, TorchProducts())
+    exact = standard_iteration(x, steps)
     scale = prescale(dtype, shape[1]) if gram else 1.0
     errors = []
     for implementation in (TorchProducts(), own):
         y = (x * scale).to(dtype)
-        y = gram_iteration(y, steps, (2,), implementation, scale) if gram else standard(y, steps, implementation)
+        y = (
+            gram_iteration(y, steps, (2,), implementation, scale)
+            if gram
+            else standard_iteration(y, steps, implementation)
+        )
         errors.append(float((y.double() - exact).norm() / exact.norm()))
     return errors
-
-
-def standard(x: torch.Tensor, steps: Any, products: TorchProducts) -> torch.Tensor:
-    """Newton-Schulz, by its definition."""
-    for a, b, c in steps:
-        x = products.multiply_add(x, products.quadratic(products.gram(x), b, c), a)
-    return x
 
 
 def auto(dtype: torch.dtype, device: torch.device, found: Report) -> None:
