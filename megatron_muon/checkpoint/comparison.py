@@ -16,6 +16,7 @@ from megatron_muon.checkpoint.pieces import Box, pieces
 from megatron_muon.checkpoint.reading import Chunk, Index
 from megatron_muon.checkpoint.record import WEIGHT
 from megatron_muon.checkpoint.stored import Stored
+from megatron_muon.optimizers.fading import PEAK
 
 _PIECE = 1 << 20
 """Elements of each that are compared at once."""
@@ -110,6 +111,8 @@ def compare(
     lines: dict[tuple[str, str], _Line] = {}
     skipped = 0
     for kind, key in sorted({**named[0], **named[1]}):
+        if kind == PEAK and not all((kind, key) in each for each in named):
+            continue  # what others do without is no difference
         sides = [_parts(index, each.get((kind, key), {})) for index, each in zip(indices, named, strict=True)]
         depth = _depth([*sides[0], *sides[1]])
         groups: dict[tuple[int, ...], list[list[_Part]]] = defaultdict(lambda: [[], []])

@@ -20,6 +20,7 @@ from megatron_muon.checkpoint.reading import COMMON, Index
 from megatron_muon.checkpoint.record import Record, Rule
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.checkpoint.writing import Content, Plan
+from megatron_muon.optimizers.fading import PEAK
 
 MUON, ADAM = "megatron-muon", "megatron-adam"
 TARGETS = (MUON, ADAM)
@@ -124,7 +125,7 @@ class _Tensors:
         self._lost: dict[str, list[str]] = defaultdict(list)
 
     def write(self) -> None:
-        used = {*_MASTERS, "momentum_buffer", "exp_avg", "exp_avg_sq"}
+        used = {*_MASTERS, "momentum_buffer", "exp_avg", "exp_avg_sq", PEAK}  # which is no loss
         for key in self._index.metadata.state_dict_metadata:
             state = parse_state(key)
             if state is None and key != COMMON and not key.startswith(RECORD_KEY):

@@ -22,6 +22,7 @@ from megatron_muon.checkpoint.sharding import Place
 from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, gradients_to_average
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.checkpoint.weights import compare, sums_of_parts
+from megatron_muon.optimizers.fading import PEAK
 from megatron_muon.optimizers.handled import STEP
 
 Change = tuple[torch.nn.Parameter, Rule | None, Rule]
@@ -199,7 +200,7 @@ class Request(dict[str, Any]):
         changed: set[str] = set()
         for each, place, choices in zip(self.held, self.places, self.choices, strict=True):
             for choice in choices:
-                if choice.stored_as not in (choice.state, "param"):
+                if choice.stored_as not in (choice.state, "param") and choice.state != PEAK:
                     carried[f"{choice.state} {choice.origin}"] += 1
             now = dict(numbers_of(each.numbers))
             for name, value in self._numbers_before(each, place).items():
@@ -276,7 +277,7 @@ class Request(dict[str, Any]):
             if _counts_in_state(each.inner):
                 on_device = each.group.get("capturable") or each.group.get("fused")  # torch's rule
                 state[STEP] = torch.tensor(float(step), device=each.key.device if on_device else "cpu")
-            elif STEP in state:  # of Muon's rows under Adam
+            elif STEP in state:  # Muon counts a weight's own, too
                 state[STEP] = step
         for inner in {id(each.inner): each.inner for each in self.held}.values():
             for group in inner.param_groups if not _counts_in_state(inner) else ():

@@ -136,6 +136,5 @@ def _step(held: Sequence[ParamState]) -> int:
     found = [0]
     for each in held:
         if each.key is not None:
-            step = each.inner.state[each.key].get(STEP, each.group.get(STEP, 0))
-            found.append(int(step))
+            found += [int(its.get(STEP, 0)) for its in (each.inner.state[each.key], each.group)]
     return max(found)

@@ -20,6 +20,7 @@ from megatron_muon.checkpoint.sharding import Place
 from megatron_muon.checkpoint.shards import Replica
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.optimizers.adaptive import NAMO
+from megatron_muon.optimizers.fading import PEAK
 from megatron_muon.optimizers.power import UPDATE_LEFT
 from megatron_muon.optimizers.sizes import RADIUS as BALL_RADIUS
 from megatron_muon.optimizers.sphere import LEFT, MULTIPLIER, RADIUS
@@ -71,8 +72,8 @@ class Choice:
 
     @property
     def is_same(self) -> bool:
-        """Whether it was this state of this rule."""
-        return self.stored_as in _SAME.get(self.state, (self.state,))
+        """Whether it was this state of this rule; Megatron-Core's Muon, and older versions, have no peaks."""
+        return self.state == PEAK or self.stored_as in _SAME.get(self.state, (self.state,))
 
     @property
     def origin(self) -> str:
@@ -125,7 +126,7 @@ def choose(
         return wrong
     if state == MASTER:
         return Choice(state, MODEL)
-    if state == ESTIMATED or state in _WARM_STARTS or (fresh and state not in _ALTERNATIVES):
+    if state in (ESTIMATED, PEAK, *_WARM_STARTS) or (fresh and state not in _ALTERNATIVES):
         return Choice(state, None)
     return f"{place.name}: there is no {state}"
 

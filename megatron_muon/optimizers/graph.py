@@ -23,7 +23,7 @@ from megatron_muon.agree import Ranks, backends_of
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.handled import STEP, HostReads
 from megatron_muon.optimizers.power import is_early
-from megatron_muon.optimizers.step import GroupRates, Step, SteppingOptimizer, compare, rates_of
+from megatron_muon.optimizers.step import GroupRates, Step, SteppingOptimizer, compare, forget, rates_of
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM
 from megatron_muon.routing.layout import layout_of
@@ -194,6 +194,7 @@ class StepGraph:
         optimizer = self.optimizer
         if not optimizer.engines.compared_elsewhere:
             compare(optimizer)
+        forget(optimizer, rates)
         self.on_device(rates)
         for each in rates:
             each.group[STEP] += 1

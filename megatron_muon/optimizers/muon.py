@@ -20,6 +20,7 @@ from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import Engines
+from megatron_muon.optimizers.fading import PEAK
 from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, check_names, check_numbers, is_number
 from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_capture, refuse_elsewhere
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
@@ -67,9 +68,10 @@ class Muon(torch.optim.Optimizer):
     matrices except in ``tp_mode="blockwise"``, and in the steps between those that ``blockwise_period`` counts off,
     where each shard counts as a weight of its own.
 
-    State: ``momentum_buffer``, of the parameter's shape and dtype; for parameters with rows under Adam's rule
-    ``exp_avg_sq`` of these rows, and their ``step``. Between steps it may be moved, replaced, zeroed or taken away, by
-    name or as a whole: nothing else is kept of it that would not be noticed to be out of date.
+    State: ``momentum_buffer``, of the parameter's shape and dtype; ``momentum_peak``, a number for each of its rows
+    (:mod:`megatron_muon.optimizers.fading`); ``step``, the count of its own updates; for parameters with rows under
+    Adam's rule ``exp_avg_sq`` of these rows. Between steps it may be moved, replaced, zeroed or taken away, by name or
+    as a whole: nothing else is kept of it that would not be noticed to be out of date.
 
     Attributes:
         directions: the kinds of updates that it has, see :class:`megatron_muon.routing.layout.MatrixLayout`.
@@ -394,6 +396,9 @@ class Muon(torch.optim.Optimizer):
             if has_second:  # state of older checkpoints: as many as the group has made
                 state.setdefault(STEP, group[STEP])
                 cut_second_moment(param, state)
+            if (PEAK not in state or STEP not in state) and layout.has_matrices:
+                init_rows(param, state, PEAK)
+                state.setdefault(STEP, 0)
             if layout.direction == MSIGN:
                 self.variant.init_state(param, state)
                 if self.variant.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:

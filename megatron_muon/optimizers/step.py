@@ -18,13 +18,14 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.agreement import agree
 from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.engines import Engines
+from megatron_muon.optimizers.fading import forget_faded
 from megatron_muon.optimizers.groups import Options, all_options, options_of
 from megatron_muon.optimizers.handled import STEP, TensorVersions
 from megatron_muon.optimizers.matrices import Matrices, matrices_of
 from megatron_muon.optimizers.param_step import ParamStep, add, damp, pack, update_momentum
 from megatron_muon.optimizers.power import WarmStarts, spectrally_normalize
 from megatron_muon.optimizers.precision import own_dtype
-from megatron_muon.optimizers.scalar_rows import RowRates, restart_emptied, row_rates, step_scalar_rows
+from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, RowRates, restart_emptied, row_rates, step_scalar_rows
 from megatron_muon.optimizers.sizes import normalize
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
@@ -108,6 +109,13 @@ def rates_of(optimizer: SteppingOptimizer) -> list[GroupRates]:
     return found
 
 
+def forget(optimizer: SteppingOptimizer, rates: Sequence[GroupRates]) -> None:
+    """Before a step: forget momentum that has only faded."""
+    for each in rates:
+        states = [(param, optimizer.state[param]) for param in each.params]
+        forget_faded(states, each.options.momentum, optimizer.engines.shard)
+
+
 def compare(optimizer: SteppingOptimizer) -> None:
     """Before a step, see :func:`megatron_muon.optimizers.agreement.agree`."""
     engines, groups, directions = optimizer.engines, optimizer.param_groups, optimizer.directions
@@ -129,7 +137,7 @@ class Step:
         self.params = [param for group in optimizer.param_groups for param in group["params"]]
         self.in_blocks = False
         self._rates: list[GroupRates] = []
-        self._watched: list[dict[str, Any]] = []  # state of weights that have more than momentum
+        self._watched: list[dict[str, Any]] = []  # state of weights that have any that is watched
         self._pending = dict.fromkeys(self.params)
         self._deferred: list[torch.Tensor] | None = None
 
@@ -149,6 +157,7 @@ class Step:
             optimizer._init_group(group)
         self._notice(having)
         self._rates = rates_of(optimizer)
+        forget(optimizer, self._rates)
         if optimizer.graph is not None:
             self._rates = optimizer.graph.on_device(self._rates)
 
@@ -214,12 +223,13 @@ class Step:
 
     def _notice(self, params: Sequence[torch.Tensor]) -> None:
         """Find out what somebody else has made of the state since the last step."""
-        versions, states = self.optimizer.versions, [(param, self.optimizer.state[param]) for param in params]
-        watched = [(param, state) for param, state in states if len(state) > 1]
+        versions, names = self.optimizer.versions, set(self.optimizer.watched)
+        states = [(param, self.optimizer.state[param]) for param in params]
+        watched = [(param, state) for param, state in states if not names.isdisjoint(state)]
         touched = [(param, state) for param, state in watched if versions.have_changed(self._watched_in(state))]
         for param, _ in touched:
             self.optimizer.starts.forget(param)
-        restart_emptied([(param, state) for param, state in touched if STEP in state])
+        restart_emptied([(param, state) for param, state in touched if SECOND_MOMENT in state])
         self._watched = [state for _, state in watched]
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_muon import Muon
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.fading import PEAK
 from megatron_muon.routing.layout import WHOLE
 from tests.distributed.test_engine import GATED, QKV, TOLERANCE, Given, random
 from tests.pool import RankPool
@@ -90,6 +91,42 @@ def test_patterns_of_gradients_give_the_weights_of_one_process(pool: RankPool, r
         assert list(errors) == list(OPTIONS)
         # How often the sphere iterates for singular vectors depends on what else is in a chunk: up to 6e-5 measured.
         assert all(error < (2e-4 if name == "sphere" else TOLERANCE) for name, error in errors.items()), errors
+
+
+def starve(steps: int) -> list[bool]:
+    """For each weight, whether momentum and its peaks are those of one process, to the bit; and what is left."""
+    group = dist.group.WORLD
+    wholes = [random(each.shape, index) for index, each in enumerate(STARVED)]
+    params = [each.parameter(group, whole) for each, whole in zip(STARVED, wholes, strict=True)]
+    ones = [torch.nn.Parameter(whole.clone()) for whole in wholes]
+    for param, one in zip(params, ones, strict=True):
+        one.matrix_layout = param.matrix_layout
+    muon, reference = Muon(params, momentum=0.5, tp_group=group, expert_tp_group=group), Muon(ones, momentum=0.5)
+    for step in range(steps):
+        for index, (each, param, one) in enumerate(zip(STARVED, params, ones, strict=True)):
+            one.grad = random(each.shape, 100 * step + index)
+            if step >= 10:
+                one.grad[..., : 8 if index == HALF else None] = 0.0
+            param.grad = each.cut(one.grad, group)
+        muon.step()
+        reference.step()
+    found = []
+    for each, param, one in zip(STARVED, params, ones, strict=True):
+        momentum, peak = (reference.state[one][name] for name in ("momentum_buffer", PEAK))
+        peak = peak if each.dim == 1 else each.cut(peak, group)
+        mine = [muon.state[param][name] for name in ("momentum_buffer", PEAK)]
+        found += [torch.equal(mine[0], each.cut(momentum, group)) and torch.equal(mine[1], peak), bool(momentum.any())]
+    return found
+
+
+STARVED = (Given((8, 16), 0), Given((8, 16), 1), Given((8, 16), 1), Given((4, 6, 8), 1, WHOLE.stack(), expert=True))
+HALF = 2
+"""There the columns of one rank alone have no gradient: these are rows of which something is left."""
+
+
+def test_shards_forget_what_the_whole_forgets(pool: RankPool) -> None:
+    for found in pool.run(starve, 2, 140):
+        assert all(found[::2]) and found[1::2] == [index == HALF for index in range(len(STARVED))]
 
 
 def stop(steps: int) -> list[tuple[str, bool]]:

@@ -69,7 +69,7 @@ def test_one_process(name: str, nesterov: bool) -> None:
     param = stiefel(shape, layout)
     optimizer = train(param, lambda step: grad(shape, step), nesterov=nesterov)
     torch.testing.assert_close(param.detach(), written_out(shape, layout, nesterov), rtol=0, atol=1e-12)
-    assert set(optimizer.state[param]) == {"momentum_buffer"}
+    assert set(optimizer.state[param]) == {"momentum_buffer", "momentum_peak", "step"}
     assert optimizer.variant.tangency is not None and 0 < optimizer.variant.tangency.item() < 0.05
 
 

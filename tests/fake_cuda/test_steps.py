@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_muon import Muon
 from megatron_muon.choices import TP_MODES
 from megatron_muon.engine.step import StepEngine
+from megatron_muon.optimizers.fading import EVERY
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.routing.layout import MSIGN, STIEFEL, WHOLE
 from tests.fake_cuda.cases import ELEMENTWISE, EVERYTHING, FEW, MEASURED, NUMBERS, SOLVED, Shards, weights
@@ -68,6 +69,24 @@ def check_calls(world: World, first: int, engines: list[StepEngine]) -> None:
             assert call.dtype.itemsize >= 4, f"sums of {call.dtype}"
         else:
             assert call.dtype in planned, f"{call.kind} of {call.dtype}"
+
+
+def test_momentum_that_may_have_faded() -> None:
+    """Looked at every 64 updates: by one more message, of those that have parts of rows, and nothing for the host."""
+    with World(1, 2) as world:
+        muon = Muon(weights(world, EVERYTHING, MSIGN), tp_group=dist.group.WORLD, num_ns_steps=2)
+        with world.refusing(FIRST_STEP):
+            muon.step()
+        muon.engines.compared_elsewhere = True
+        before = [len(world.calls)]
+        for updates in (EVERY - 1, EVERY):
+            for state in muon.state.values():
+                state["step"] = updates
+            with world.refusing(()):
+                muon.step()
+            before.append(len(world.calls))
+    first, usual, looked = before
+    assert looked - usual == usual - first + 1 and world.calls[usual].kind == "all_reduce"
 
 
 @pytest.mark.parametrize(

@@ -275,8 +275,9 @@ def test_upstream_muon(pool: RankPool, tmp_path: Path, source: Layout, metadata:
     assert_same_model(pool.run(resume, 2, to, {}, a, metadata, b)[0], following, source, to)
     before, after = contents(a), contents(b)
     for key, value in after.items():
-        old = next(name for name in before if name.endswith(key) or name.endswith(key.replace("fp32_param", "param")))
-        assert torch.equal(value, before[old]), key
+        if ".momentum_peak." not in key:  # which Megatron-Core has not
+            old = next(old for old in before if old.endswith(key) or old.endswith(key.replace("fp32_param", "param")))
+            assert torch.equal(value, before[old]), key
 
 
 def test_upstream_layer_wise_with_buckets(pool: RankPool, tmp_path: Path) -> None:

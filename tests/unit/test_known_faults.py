@@ -263,10 +263,9 @@ def momentum_types(layer_wise: bool, optimizer: dict[str, Any]) -> set[tuple[tor
     run.losses(1)
     weights = {param.dtype for param in run.chunks[0].parameters() if not _is_nonlinear_or_embedding(param)}
     inner = [part.optimizer for part in run.optimizer.chained_optimizers]
-    states = [
-        tensor for part in inner if isinstance(part, Muon) for state in part.state.values() for tensor in state.values()
-    ]
-    return {(dtype, tensor.dtype) for dtype in weights for tensor in states}
+    states = [state for part in inner if isinstance(part, Muon) for state in part.state.values()]
+    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    return {(dtype, tensor.dtype) for dtype in weights for tensor in tensors}
 
 
 @pytest.mark.parametrize(("name", "layer_wise"), [("muon", False), ("muon", True), ("spectral_sphere", False)])

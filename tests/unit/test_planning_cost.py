@@ -248,7 +248,7 @@ def test_what_optimizers_keep(
     optimizer: str, options: dict[str, str], method: str, layout: MatrixLayout, extra: str
 ) -> None:
     counter = StateCounter(optimizer, MuonConfig(**options), method)
-    full, rows, gates = 1 + extra.count("full"), extra.count("row"), 32 * extra.count("gates")
+    full, rows, gates = 1 + extra.count("full"), 1 + extra.count("row"), 32 * extra.count("gates")
     assert counter.elements((20, 8), layout) == full * 160 + rows * 20 + gates
     assert counter.elements((20, 8), layout, 4, -2) == full * 40 + rows * 5 + gates // 4
     # Each of four ranks has a part of every row.
