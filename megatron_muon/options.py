@@ -57,7 +57,8 @@ class UpdateKnobs:
     eps: float = knob(
         EPS,
         "Lower bound of the Frobenius norm that a matrix is divided by before the Newton-Schulz iteration: matrices of "
-        "smaller norm get smaller updates.",
+        "smaller norm get smaller updates. The default keeps float32's range, so that updates do not depend on the "
+        "scale of gradients; Megatron-Core's is 1e-7.",
         check=positive,
     )
     fp32_matmul_prec: str = knob(

@@ -13,14 +13,13 @@ from megatron_muon.orthogonalize.coefficients import (
     iteration,
 )
 from megatron_muon.orthogonalize.gram import gram_iteration, prescale
-from megatron_muon.orthogonalize.newton_schulz import normalized, standard_iteration
+from megatron_muon.orthogonalize.newton_schulz import EPS, normalized, standard_iteration
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.restarts import best_restarts
 from tests.reference import polynomial
 
 TRIPLES = ((3.4, -4.7, 2.0), (2.0, -1.5, 0.5))
 EVERY_SET = (*(name for name in coefficient_types() if name != TURBO), CUSTOM)
-EPS = 1e-7
 CPU = torch.device("cpu")
 HALF_NORMAL = 2.0**-14
 """The smallest normal number of float16."""

@@ -118,7 +118,10 @@ class NorMuon(SecondMoment):
 
 
 class NAMO(SecondMoment):
-    """NAMO (arXiv 2602.17080): alpha O with alpha = |u| / (sqrt(v) + eps), v <- EMA(|G|^2), Frobenius norms."""
+    """NAMO (arXiv 2602.17080): alpha O with alpha = |u| / (sqrt(v) + eps), v <- EMA(|G|^2), Frobenius norms.
+
+    eps is in units of |u|, so that alpha, too, does not depend on the scale of gradients; it is 1 / eps at most.
+    """
 
     name = "namo"
     state_name = "namo_root"  # of v, which would overflow in float32 for gradients of norm 1.8e19
@@ -149,5 +152,6 @@ class NAMO(SecondMoment):
             root = update.gather(update.named(self.state_name)).double()
             root = root.square_().lerp_(grad.square_().to(root.dtype).expand_as(root), 1.0 - self.beta2).sqrt_()
             update.store(update.named(self.state_name), root)
-            update.direction.mul_(root.add_(self.eps).reciprocal_().mul_(mix).to(update.direction.dtype))
+            root.add_(mix, alpha=self.eps)  # 0 where O is
+            update.direction.mul_(torch.where(root > 0, mix / root, 0.0).to(update.direction.dtype))
         return super().adapt(matrices)

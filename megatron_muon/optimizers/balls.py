@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from megatron_muon.optimizers.matrices import Matrices, signs_
+from megatron_muon.orthogonalize.newton_schulz import EPS
 from megatron_muon.routing.layout import COLUMN_NORM, ROW_NORM
 
 
@@ -41,6 +42,5 @@ def ball_directions(matrices: Matrices, direction: str) -> list[torch.Tensor]:
 
 
 def _divided(mix: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
-    # A row of zeros, or of momentum that has all but faded away, has no direction.
-    is_there = mean_square >= torch.finfo(torch.float32).tiny
+    is_there = mean_square >= EPS**2  # a row of zeros has no direction
     return mix.mul_(torch.where(is_there, mean_square.rsqrt(), torch.zeros_like(mean_square)).to(mix.dtype))

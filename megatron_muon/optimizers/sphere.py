@@ -31,6 +31,7 @@ from megatron_muon.optimizers.power import store_vector, top_singular
 from megatron_muon.optimizers.sizes import ZeroWeightCheck
 from megatron_muon.optimizers.stages import Variant, Work, init_rows
 from megatron_muon.orthogonalize.kernels.elementwise import add_
+from megatron_muon.orthogonalize.newton_schulz import EPS, normalized
 from megatron_muon.routing.layout import MSIGN
 
 LEFT = "left_singular_vector"
@@ -62,7 +63,7 @@ class _LambdaSearch:
     """The search for lambda for a batch of matrices: tensors of shape (matrices, ., .).
 
     Attributes:
-        norm: |u|_F of the momentum.
+        norm: |u|_F of the momentum, in float64.
         left: u of Theta, rows on this rank.
         right: v of Theta, columns on this rank.
         size: spectral norm of the weight before it is brought back to R.
@@ -105,7 +106,7 @@ class _LambdaSearch:
     @property
     def has_problem(self) -> torch.Tensor:
         """Whether there is something to solve: a gradient, and a weight."""
-        return is_nonzero(self.norm) & is_nonzero(self.size)
+        return (self.norm >= EPS) & is_nonzero(self.size)
 
     def result(self) -> torch.Tensor:
         """The combination of both sides that has h = 0; where there is one side only, that one."""
@@ -210,7 +211,7 @@ class SpectralSphere(Variant):
         update.multiply(torch.where(size > 0, radius / size, 1.0))
         store_vector(update, LEFT, left, size)
         update.store(update.named(RADIUS), radius)
-        return _LambdaSearch(norm.to(size.dtype), left, right, size, radius, value, value)
+        return _LambdaSearch(norm, left, right, size, radius, value, value)
 
     def _evaluator(self, work: Work, searches: Searches, number: int) -> Write:
         def evaluate(slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> None:
@@ -242,8 +243,7 @@ def _shifted(work: Work, searches: Searches) -> Read:
         work.read(slices, batches)
         runs = by_param_group(work.weights, slices, batches)
         for each, (_, _, batch) in zip(searches[slices[0].items[0]], runs, strict=True):
-            there = is_nonzero(each.norm)
-            batch.mul_(torch.where(there, 1.0 / each.norm, 0.0))
-            batch.addcmul_(each.left * torch.where(there, each.value, 0.0), each.right.mT)
+            normalized(batch, batch.dtype, EPS, squares=each.norm.square(), overwrite=True)
+            batch.addcmul_(each.left * torch.where(each.norm >= EPS, each.value, 0.0), each.right.mT)
 
     return shifted

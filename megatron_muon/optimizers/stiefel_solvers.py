@@ -20,9 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_muon.optimizers.matrices import divide_
 from megatron_muon.orthogonalize.coefficients import iteration
-from megatron_muon.orthogonalize.newton_schulz import newton_schulz
+from megatron_muon.orthogonalize.newton_schulz import EPS, newton_schulz, normalized
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.switches import without_autocast
 
@@ -32,9 +31,6 @@ SIGN_STEPS = 10
 PROJECTION_STEPS = 20
 """Newton-Schulz steps that bring a weight onto the manifold: singular values above 3e-7 of the Frobenius norm come to
 1. Square Gaussian matrices have some as small as 1e-6."""
-
-_FLOOR = 1e-18
-"""Norms below are not divided by: their squares would vanish in float32."""
 
 
 class Msign:
@@ -54,7 +50,7 @@ class Msign:
             x: (matrices, m, n), float32 or wider.
             steps: of Newton-Schulz.
         """
-        return newton_schulz(x, iteration("polar_express", steps), eps=_FLOOR, products=self._products)
+        return newton_schulz(x, iteration("polar_express", steps), products=self._products)
 
 
 msign = Msign()
@@ -187,10 +183,8 @@ def tangent(
         Phi, (matrices, m, n): zeros for a gradient of zeros. How nearly it is tangent, :func:`tangency` says.
     """
     way = SOLVERS[solver]
-    # Squares of gradients of 1e20 have no place in float32.
-    norms = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True, dtype=torch.float64).to(gradient.dtype)
     # Always of norm 1: the direction does not depend on the gradient's scale, but the solvers' step sizes do.
-    return way.solve(weight, divide_(gradient.clone(), norms), iterations or way.iterations, msign)
+    return way.solve(weight, normalized(gradient, gradient.dtype, EPS), iterations or way.iterations, msign)
 
 
 @without_autocast()

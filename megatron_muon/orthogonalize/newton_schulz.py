@@ -10,10 +10,11 @@ from megatron_muon.orthogonalize.coefficients import Iteration
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.switches import without_autocast
 
-EPS = 1e-15
-"""Default of the lower bound of norms. Updates do not depend on the gradient's scale, and global clipping may bring
-that to 1e-9 and less where one weight's gradient is huge: 1e-7, which others use, would all but stop the other weights.
-Momentum that is left after hundreds of steps without any gradient still counts for nothing: 0.95^540 is 1e-12.
+EPS = 1e-36
+"""Default of the lower bound of norms: so small that updates do not depend on the gradient's scale, which global
+clipping may bring to 1e-9 and less where one weight's gradient is huge. It is the smallest power of ten by which powers
+of two up to 2^8, the scales of float16, can be divided in float32; entries of matrices of such norms have lost bits.
+That momentum fades away where gradients stop is not its matter: optimizers see to it.
 """
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]

@@ -95,13 +95,23 @@ def test_momentum_that_fades_away_blows_nothing_up(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_nan_shows(name: str) -> None:
-    """A weight that would stay as it is, with momentum that is NaN for ever, is worse than one that shows it."""
-    param, optimizer = made(name, on_manifold(name, random(1)).clone())
-    param.grad = random(2)
-    param.grad[3, 5] = float("nan")
-    optimizer.step()
-    assert param.isnan().any()
+def test_nan_shows_where_it_is(name: str) -> None:
+    """A weight that would stay as it is, with momentum that is NaN for ever, is worse than one that shows it.
+
+    Others of its shape, which are computed with it, keep their bits.
+    """
+    found = []
+    for value in (1.0, float("nan")):
+        param, optimizer = made(name, on_manifold(name, random(1)).clone())
+        beside, _ = made(name, on_manifold(name, random(3)).clone())
+        optimizer.add_param_group({"params": [beside]})
+        for _ in range(2):
+            param.grad, beside.grad = random(2), random(4)
+            param.grad[3, 5] = value
+            optimizer.step()
+        assert param.isnan().any() == (value != 1.0)
+        found.append(beside.detach())
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
