@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from megatron_muon.engine.all_to_all import lent, owner, split
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LENT, LOCAL, OWNER, SPLIT
@@ -39,16 +40,16 @@ def execute(run: Run, chunks: Sequence[RankChunk]) -> None:
         chunks: in the order of the plan. Those of one group are the same on all its ranks; so is the order of chunks
             of several groups on ranks that share them.
     """
-    take_turns(chunks, lambda mine: _WORK[mine.chunk.mode](run, mine))
+    take_turns(chunks, partial(work_on, run))
+
+
+def work_on(run: Run, mine: RankChunk) -> ChunkWork:
+    """The work on one chunk."""
+    return _WORK[mine.chunk.mode](run, mine)
 
 
 def take_turns(chunks: Sequence[RankChunk], work_on: Callable[[RankChunk], ChunkWork]) -> None:
-    """Do the work on some chunks, in the order of :func:`execute`.
-
-    Args:
-        chunks: as of :func:`execute`.
-        work_on: gives the work on a chunk.
-    """
+    """Do the work on some chunks, which ``work_on`` gives, in the order of :func:`execute`."""
     late: list[ChunkWork] = []
     groups = [mine.chunk.group for mine in chunks]
     turns = {

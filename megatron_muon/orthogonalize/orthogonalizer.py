@@ -140,7 +140,7 @@ class Orthogonalizer:
 
     def _orthogonalized(self, given: list[torch.Tensor], overwrite: bool) -> torch.Tensor:
         m, n = given[-1].shape[-2:]
-        each = max(1, self.batch_bytes[given[-1].device.type] // (m * n * self.dtype.itemsize))
+        each = max(1, self.batch_bytes["cuda" if given[-1].is_cuda else "cpu"] // (m * n * self.dtype.itemsize))
         if given[-1].size(0) <= each:
             return self._iterated(given, overwrite)
         x = given.pop()

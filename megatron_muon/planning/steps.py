@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.engine.memory import peak_bytes
 from megatron_muon.engine.modes import AUTO, BLOCKWISE, LENT, MODES, OWNER, SPLIT, Cost, Sizes
 from megatron_muon.engine.plan import Weight
 from megatron_muon.engine.prediction import Choice, matrices_by_mode, predict
@@ -22,8 +20,10 @@ from megatron_muon.optimizers.stiefel_solvers import SIGN_STEPS, SOLVERS
 from megatron_muon.orthogonalize.coefficients import iteration, parse_triple
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.switches import matmul_precision
+from megatron_muon.planning.memory import Part, peak_bytes
 from megatron_muon.planning.rates import Rates
-from megatron_muon.planning.timing import Group, SymmetricKernel, Times, step_times
+from megatron_muon.planning.rehearsal import Group, SymmetricKernel
+from megatron_muon.planning.timing import Times, step_times
 from megatron_muon.routing.layout import MSIGN, STIEFEL
 
 _DEVICE = torch.device("cuda")
@@ -59,6 +59,7 @@ class StepPlanner:
         self._steps: dict[frozenset[tuple[Weight, int]], Step] = {}
         self._shared: dict[tuple[Weight, ...], list[Step]] = {}
         self._together: dict[tuple[Step, ...], Step] = {}
+        self.parts: dict[Any, list[Part]] = {}
 
     def step(self, weights: Sequence[Weight]) -> Step:
         """The step of a rank that updates these weights; their order does not matter to what it costs."""
@@ -178,14 +179,16 @@ class Step:
         return predict(engine.plan, self.planner.manifold_work, sizes, group_ranks)
 
     def peak_bytes(self, group_ranks: Mapping[str, int]) -> int:
-        """What it holds at once beside weights, gradients and state: :func:`megatron_muon.engine.memory.peak_bytes`."""
+        """What it holds at once, see :func:`megatron_muon.planning.memory.peak_bytes`."""
         options = self.planner.options
         engines = [self.engine(options.tp_mode), *([self.engine(BLOCKWISE)] if options.blockwise_period > 1 else [])]
         key = tuple(group_ranks[name] for name in engines[0].plan.groups())
         if key not in self._peaks:
-            numbers = [(each.plan, each.orthogonalizer, each.wire, each.local_dtype) for each in engines]
             with matmul_precision(options.fp32_matmul_prec):
-                self._peaks[key] = max(peak_bytes(*each, group_ranks, options.nesterov) for each in numbers)
+                self._peaks[key] = max(
+                    peak_bytes(each, group_ranks, nesterov=options.nesterov, known=self.planner.parts)
+                    for each in engines
+                )
         return self._peaks[key]
 
     def lent_bytes(self, mode: str, group_ranks: Mapping[str, int]) -> float:
@@ -230,15 +233,15 @@ class Step:
 
     def _new_engine(self, weights: tuple[Weight, ...], mode: str) -> StepEngine:
         options, precision = self.planner.options, self.planner.precision
-        groups = {weight.group: Group(weight.ranks) for weight in weights if weight.dim}
+        groups = {weight.group: Group.of(weight.ranks) for weight in weights if weight.dim}
         tensor = max((weight.ranks for weight in weights), default=1)
         for peers in {weight.peers for weight in weights if weight.peers is not None}:
-            groups[peers.group] = Group(peers.ranks, self.places.get(peers.group, 0))
+            groups[peers.group] = Group.of(peers.ranks, self.places.get(peers.group, 0))
             if peers.wide:
-                groups[peers.wide] = Group(peers.ranks * tensor)
+                groups[peers.wide] = Group.of(peers.ranks * tensor)
         return StepEngine(
             weights,
-            {name: cast(dist.ProcessGroup, group) for name, group in groups.items()},
+            groups,
             self.planner.orthogonalizer,
             mode=mode,
             dtype=precision.own,

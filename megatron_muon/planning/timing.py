@@ -7,28 +7,21 @@ products, passes over memory, packing, messages and launches, in its order, with
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_muon.engine.exchange import Counters, Exchange
 from megatron_muon.engine.execute import execute
-from megatron_muon.engine.run import RankChunk, Run
 from megatron_muon.engine.slices import Slices
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.optimizers.groups import Options
-from megatron_muon.optimizers.param_step import ParamStep, add, pack
-from megatron_muon.orthogonalize.kernels import KernelProducts
 from megatron_muon.orthogonalize.switches import float32_is_exact
 from megatron_muon.planning.rates import Rates
-
-_META = torch.device("meta")
+from megatron_muon.planning.rehearsal import Rehearsal, TorchPasses, tensors
 
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 
@@ -65,32 +58,6 @@ class Times:
         return Times(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
-class SymmetricKernel(KernelProducts):
-    """Stands for any kernel that computes half of a symmetric result: a plan counts its operations."""
-
-    name = "a symmetric kernel"
-
-    def __init__(self, kernel: KernelProducts | None = None, clock: Clock | None = None) -> None:
-        """
-        Args:
-            kernel: whose sizes it takes.
-            clock: to be told of products.
-        """
-        kernel = kernel or KernelProducts()
-        super().__init__(kernel.smallest)
-        self.multiple, self._clock = kernel.multiple, clock
-
-    def symmetric(
-        self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0
-    ) -> torch.Tensor:
-        """See :class:`megatron_muon.orthogonalize.kernels.KernelProducts`; without contents."""
-        (batch, p, inner), n = a.shape, b.size(-1)
-        if self._clock is not None:
-            share = self.symmetric_flops(p, inner) / (2 * p * p * inner)
-            self._clock.product(a.dtype, batch, p, n, inner, share)
-        return a.new_empty(batch, p, n)
-
-
 class Clock(TorchDispatchMode):
     """Adds up what operations take by a table of rates.
 
@@ -111,21 +78,21 @@ class Clock(TorchDispatchMode):
         return result
 
     def _operation(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
-        given, made = _tensors((args, kwargs)), _tensors(result)
+        given, made = tensors((args, kwargs)), tensors(result)
         if name in _PRODUCTS:
             left, right = args[-2:]
             batch = left.size(0) if left.dim() == 3 else 1
             self.product(left.dtype, batch, left.size(-2), right.size(-1), left.size(-1))
             if name in ("addmm", "baddbmm"):  # BLAS adds to its output: what is added is copied there
                 self.copied(2 * made[0].numel() * made[0].element_size())
-        elif name == "linalg_vector_norm":
+        elif name in ("linalg_vector_norm", "_foreach_norm"):
             self.copied(_bytes(given), "norm")
         elif not name.startswith(("empty", "new_empty")) and not _is_view(given, made):
             # What is changed in place, or given to be filled, is among both.
             known = {id(tensor) for tensor in given}
             size = _bytes(given) + _bytes(tensor for tensor in made if id(tensor) not in known)
             is_changed = name.endswith("_") and name not in _OVERWRITE
-            self.copied(size + (_bytes(_tensors(args[0])) if is_changed else 0), _kind(name, given))
+            self.copied(size + (_bytes(tensors(args[0])) if is_changed else 0), _kind(name, given))
 
     def product(self, dtype: torch.dtype, batch: int, m: int, n: int, k: int, share: float = 1.0) -> None:
         """A product of matrices; see :meth:`Rates.product_seconds`."""
@@ -133,6 +100,11 @@ class Clock(TorchDispatchMode):
         seconds = self.rates.product_seconds(numbers, batch, m, n, k, share)
         self._now += seconds
         self.times.products += seconds
+
+    def symmetric(self, x: torch.Tensor, columns: int, share: float) -> None:
+        """A product with a symmetric result, by a kernel that does a share of its operations."""
+        batch, p, inner = x.shape
+        self.product(x.dtype, batch, p, columns, inner, share)
 
     def copied(self, size: float, what: str = "") -> None:
         """A pass over memory; see :meth:`Rates.pass_seconds`."""
@@ -165,8 +137,8 @@ class Clock(TorchDispatchMode):
 class _Messages(Exchange):
     """Collectives of a group that only take their time."""
 
-    def __init__(self, group: Group, clock: Clock, link: str) -> None:
-        super().__init__(cast(dist.ProcessGroup, group), Counters(), sends=False)
+    def __init__(self, group: dist.ProcessGroup, clock: Clock, link: str) -> None:
+        super().__init__(group, Counters(), sends=False)
         self._clock, self._link = clock, link
         self._arrives: float | None = None
 
@@ -192,68 +164,23 @@ class _Work:
         self.clock.wait(self.link, self.arrives)
 
 
-class Group:
-    """What an engine asks of a process group before it sends anything."""
-
-    def __init__(self, size: int, rank: int = 0) -> None:
-        self._size, self._rank = size, rank
-
-    def rank(self) -> int:
-        """This rank's number."""
-        return self._rank
-
-    def size(self) -> int:
-        """How many ranks."""
-        return self._size
-
-
 @dataclass
-class _Passes:
-    """Fills batches and takes results, as an optimizer does: on GPUs by one kernel for each pass, as Triton's do."""
+class _Kernels:
+    """Counts one kernel for each pass, as Triton's do on GPUs."""
 
     engine: StepEngine
     clock: Clock
-    fused: bool
-    nesterov: bool
-    weights: dict[int, ParamStep] = field(default_factory=dict)
 
     def read(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
-        if not self.fused:
-            pack(self._weights(slices), slices, batches, first=True)
-            return
-        for batch in batches:  # momentum and gradient are read, momentum and batch written
-            self.clock.times.operations += 1
-            self.clock.copied(batch.numel() * (3 * self.engine.local_dtype.itemsize + batch.element_size()))
+        self._pass(batches, 3)  # momentum and gradient are read, momentum and batch written
 
     def write(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor], reduce: object) -> None:
-        if not self.fused:
-            add(self._weights(slices), slices, batches, lambda weight, item: 1.0)
-            return
-        for batch in batches:  # weight and update are read, the weight is written
+        self._pass(batches, 2)  # weight and update are read, the weight is written
+
+    def _pass(self, batches: Sequence[torch.Tensor], own: int) -> None:
+        for batch in batches:
             self.clock.times.operations += 1
-            self.clock.copied(batch.numel() * (2 * self.engine.local_dtype.itemsize + batch.element_size()))
-
-    def _weights(self, slices: Sequence[Slices]) -> Mapping[int, ParamStep]:
-        for number in {number for each in slices for number in each.numbers} - self.weights.keys():
-            weight, dtype = self.engine.plan.weights[number], self.engine.local_dtype
-            param, grad, buffer = (torch.empty(weight.shape, dtype=dtype, device=_META) for _ in range(3))
-            options = Options(
-                lr=1.0,
-                momentum=0.5,
-                nesterov=0.5 if self.nesterov else 1.0,
-                kept=0.5,
-                l2=0.0,
-                cautious=None,
-                scale_mode="none",
-                extra_scale_factor=1.0,
-                ball_radius=1.0,
-                damping_depth=0.0,
-            )
-            self.weights[number] = ParamStep(_GROUP, options, param, weight.layout, grad, {}, buffer)
-        return self.weights
-
-
-_GROUP: dict[str, Any] = {}
+            self.clock.copied(batch.numel() * (own * self.engine.local_dtype.itemsize + batch.element_size()))
 
 
 def step_times(
@@ -263,7 +190,6 @@ def step_times(
     spans: Mapping[str, int],
     *,
     nesterov: bool,
-    device: str = "cuda",
 ) -> Times:
     """How long a rank's step takes: momentum, Newton-Schulz with its messages, and the addition to the weights.
 
@@ -275,50 +201,17 @@ def step_times(
         group_ranks: the rank's number in each group of the plan.
         spans: how many consecutive ranks of the run each group reaches over: within a node, or beyond.
         nesterov: whether gradient and momentum are mixed; weights decay.
-        device: kind of the device.
     """
-    clock, sizes = Clock(rates), _group_sizes(engine)
-    node = rates.numbers["node"]
+    clock, rehearsal, node = Clock(rates), Rehearsal(engine, group_ranks), rates.numbers["node"]
     exchanges = {
-        name: _Messages(Group(size, group_ranks[name]), clock, "within" if spans[name] <= node else "between")
-        for name, size in sizes.items()
+        name: _Messages(group, clock, "within" if spans[name] <= node else "between")
+        for name, group in rehearsal.groups.items()
     }
-    orthogonalizer = copy.copy(engine.orthogonalizer)
-    orthogonalizer.batch_bytes = {_META.type: orthogonalizer.batch_bytes[device]}  # type: ignore[misc]
-    if isinstance(orthogonalizer.products, KernelProducts):
-        orthogonalizer.products = SymmetricKernel(orthogonalizer.products, clock)
-    passes = _Passes(engine, clock, device == "cuda", nesterov)
-    run = Run(
-        orthogonalizer,
-        exchanges,
-        replace(engine.wire, device=_META),
-        engine.local_dtype,
-        Counters(),
-        reads=(passes.read,),
-        write=passes.write,
-    )
-    plan = engine.plan
-    chunks = [
-        RankChunk.of(plan.weights, chunk, group_ranks[chunk.group] if chunk.group else 0) for chunk in plan.chunks
-    ]
-    with torch.no_grad(), clock:
-        execute(run, chunks)
+    passes = _Kernels(engine, clock) if rehearsal.on_gpu else TorchPasses(engine, rehearsal.chunks, nesterov)
+    run = rehearsal.run(exchanges, passes.read, passes.write, clock.symmetric)
+    with rehearsal.under(clock):
+        execute(run, rehearsal.chunks)
     return clock.finish()
-
-
-def _group_sizes(engine: StepEngine) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for chunk in engine.plan.chunks:
-        if chunk.group:
-            sizes[chunk.group] = len(chunk.batches[0].key.parts)
-    for weight in engine.plan.weights:
-        if weight.group:
-            sizes[weight.group] = weight.ranks
-    return sizes
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def _bytes(tensors: Any) -> int:

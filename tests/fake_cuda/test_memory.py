@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_muon import Muon
-from megatron_muon.engine.memory import peak_bytes
 from megatron_muon.engine.plan import Weight
 from megatron_muon.optimizers.sphere import SpectralSphere
+from megatron_muon.planning.memory import peak_bytes
 from tests.fake_cuda.models import taken
 from tests.fake_cuda.world import FIRST_STEP, World
 from tests.megatron.planner import Planner
@@ -57,9 +57,8 @@ def step(
         muon.step()
         assert world.watch.live == before
         engine = next(iter(muon.engines))
-        numbers = engine.orthogonalizer, engine.wire, engine.local_dtype
-        ranks = dict.fromkeys(engine.plan.groups(), rank)
-        return world.watch.peak - before, peak_bytes(engine.plan, *numbers, ranks, nesterov=True)
+        peak = world.watch.peak - before
+    return peak, peak_bytes(engine, dict.fromkeys(engine.plan.groups(), rank), nesterov=True)
 
 
 @pytest.mark.parametrize(("dtype", "mode"), MOST_BOUNDS)

@@ -127,7 +127,7 @@ def test_what_is_counted_is_what_a_step_does(ns_dtype: str) -> None:
             optimizer.step()
         seen = clock.finish()
         with matmul_precision(optimizer.config.fp32_matmul_prec):
-            told = step_times(engine, clock.rates, {}, {}, nesterov=True, device="cpu")
+            told = step_times(engine, clock.rates, {}, {}, nesterov=True)
         assert told.seconds == seen.seconds, kind
         # copies that turn matrices: symmetric products by blocks, of float32 on CPUs
         assert (told.seconds > 0) == (kind != "turn" or ns_dtype == "fp32")

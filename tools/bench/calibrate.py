@@ -182,7 +182,7 @@ def _launch(clock: _Clock) -> float:
     engine = optimizer.prepare()
     assert engine is not None, "it has matrices"
     free = Rates("", _NOTHING, {})
-    operations = step_times(engine, free, {}, {}, nesterov=True, device=world.device.type).operations
+    operations = step_times(engine, free, {}, {}, nesterov=True).operations
     for _ in range(3):
         optimizer.step()
     found = []

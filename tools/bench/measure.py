@@ -159,8 +159,7 @@ class _Measurement:
             return None
         ranks, nesterov = {DENSE: place, EXPERT: place}, MOMENTUM["nesterov"]
         with matmul_precision(PRECISIONS[self.dtype]):
-            spans, kind = dict.fromkeys(ranks, 1), world.device.type
-            mine = step_times(engine, rates, ranks, spans, nesterov=nesterov, device=kind)
+            mine = step_times(engine, rates, ranks, dict.fromkeys(ranks, 1), nesterov=nesterov)
         if self.tensors.groups.tp is not None:  # they compare first what they are about to do
             mine.within += rates.message_seconds("within", _DIGEST)
         return max(world.gather(mine), key=lambda times: times.seconds)

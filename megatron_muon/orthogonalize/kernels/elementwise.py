@@ -141,31 +141,19 @@ def add_(weights: _Tensors, updates: _Tensors, rate: Rate) -> None:
 def _are_many(weights: _Tensors, updates: _Tensors) -> bool:
     """Whether converting updates first is faster: a kernel for each weight would take longer than what it does."""
     is_other = weights[0].is_cuda and weights[0].dtype != updates[0].dtype
-    return is_other and are_small([weight.numel() for weight in weights])
-
-
-def are_small(sizes: Sequence[int]) -> bool:
-    """Whether updates of another dtype are converted together, before they are added to weights of so many elements."""
-    return sum(sizes) < len(sizes) * _SMALL
+    return is_other and sum(weight.numel() for weight in weights) < len(weights) * _SMALL
 
 
 def _pieces(*tensors: _Tensors) -> Iterator[list[_Tensors]]:
     """Cut lists of tensors of the same shapes where copies of what is worked on at once would take much memory."""
-    sizes = [tensor.numel() for tensor in tensors[0]]
-    for start, stop in pieces(sizes):
-        yield [some[start:stop] for some in tensors]
-
-
-def pieces(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First and last (not included) of tensors of which copies are made at a time, by their numbers of elements."""
     start = total = 0
-    for index, size in enumerate(sizes):
-        if index > start and total + size > _COPIED:
-            yield start, index
+    for index, tensor in enumerate(tensors[0]):
+        if index > start and total + tensor.numel() > _COPIED:
+            yield [some[start:index] for some in tensors]
             start, total = index, 0
-        total += size
-    if sizes:
-        yield start, len(sizes)
+        total += tensor.numel()
+    if tensors[0]:
+        yield [some[start:] for some in tensors]
 
 
 def _like(rate: Rate, tensors: _Tensors) -> Rate:

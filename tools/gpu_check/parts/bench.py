@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from megatron_muon.engine.memory import peak_bytes
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.engines import DENSE, EXPERT
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.orthogonalize import iteration
 from megatron_muon.orthogonalize.kernels import emerging
 from megatron_muon.orthogonalize.switches import matmul_precision
+from megatron_muon.planning.memory import peak_bytes
 from megatron_muon.planning.rates import Rates
 from megatron_muon.planning.timing import step_times
 from tools.bench import contestants as known
@@ -263,8 +263,7 @@ def _planned(optimizer: Muon, engine: StepEngine, device: torch.device) -> float
     """Seconds of a step by the model of ``plan --device``."""
     alone, spans = dict.fromkeys((DENSE, EXPERT), 0), dict.fromkeys((DENSE, EXPERT), 1)
     with matmul_precision(optimizer.config.fp32_matmul_prec):
-        nesterov = MOMENTUM["nesterov"]
-        return step_times(engine, _rates(device), alone, spans, nesterov=nesterov, device=device.type).seconds
+        return step_times(engine, _rates(device), alone, spans, nesterov=MOMENTUM["nesterov"]).seconds
 
 
 _GEMM = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -319,9 +318,8 @@ def _foretold(setting: Setting, report: Report, of: str, runner: _Runner, device
     assert isinstance(optimizer, Muon)
     planned = _planned(optimizer, engine, device)
     columns = {"of": of, "ms": 1e3 * runner.seconds, "plan_ms": 1e3 * planned}
-    ranks = dict.fromkeys((DENSE, EXPERT), 0)
-    work = (engine.plan, engine.orthogonalizer, engine.wire, engine.local_dtype)
-    peak = peak_bytes(*work, ranks, MOMENTUM["nesterov"])
+    with matmul_precision(optimizer.config.fp32_matmul_prec):
+        peak = peak_bytes(engine, dict.fromkeys((DENSE, EXPERT), 0), nesterov=MOMENTUM["nesterov"])
     columns |= {"peak_mib": runner.peak / 2**20, "plan_mib": peak / 2**20}
     report.row("what the plan says of a step", **columns)
     if setting.is_gpu:

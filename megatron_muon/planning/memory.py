@@ -1,0 +1,109 @@
+"""How much memory the step of a rank takes beside weights, gradients and state: what is alive while it is rehearsed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_muon.engine.exchange import Counters, Exchange
+from megatron_muon.engine.execute import take_turns, work_on
+from megatron_muon.engine.run import ChunkWork, Pause, RankChunk
+from megatron_muon.engine.step import StepEngine
+from megatron_muon.planning.rehearsal import Rehearsal, TorchPasses, tensors
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made under it.
+
+    Attributes:
+        live: of those that are there.
+        peak: the most that there were.
+    """
+
+    def __init__(self, given: Iterable[torch.Tensor] = ()) -> None:
+        """
+        Args:
+            given: what is there before, and does not count.
+        """
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in given}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in (result,) if isinstance(result, torch.Tensor) else tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                freed = partial(self._freed, storage._cdata, storage.nbytes())
+                self._known[storage._cdata] = weakref.ref(storage, freed)
+                self.hold(storage.nbytes())
+        return result
+
+    def hold(self, size: int) -> None:
+        """So many bytes more are there, or fewer."""
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _freed(self, key: int, size: int, storage: object) -> None:
+        del self._known[key]
+        self.live -= size
+
+
+Part = tuple[int, int, Pause | None]
+"""Of the work on a chunk up to a pause: the most bytes that it adds, those that it leaves, and the pause."""
+
+
+def peak_bytes(
+    engine: StepEngine, group_ranks: Mapping[str, int], *, nesterov: bool, known: dict[Any, list[Part]] | None = None
+) -> int:
+    """The most bytes that a step of plain Muon holds at once, beside weights, gradients and state.
+
+    Elementwise passes are torch's; kernels that do them need less. What a variant, a scale mode by norms, or decay of
+    method ``l2`` makes does not count.
+
+    Args:
+        engine: of the rank; call this under the step's precision of float32 products.
+        group_ranks: the rank's number in each group of the plan.
+        nesterov: whether momentum is mixed with the gradient.
+        known: what has been found of chunks under the same options; those that are alike are carried out once.
+    """
+    known, account = {} if known is None else known, Memory()
+    rehearsal = Rehearsal(engine, group_ranks)
+
+    def work_on_one(mine: RankChunk) -> ChunkWork:
+        if (key := _what_counts(mine)) not in known:
+            known[key] = list(_parts(rehearsal, mine, nesterov))
+        for most, left, pause in known[key]:
+            account.hold(most)
+            account.hold(left - most)
+            if pause is not None:
+                yield pause
+
+    take_turns(rehearsal.chunks, work_on_one)
+    return account.peak
+
+
+def _what_counts(mine: RankChunk) -> Hashable:
+    """What the memory of the work on a chunk depends on."""
+    batches = [(replace(batch, items=()), batch.count) for batch in mine.chunk.batches]
+    own = [(each.counts, each.ranges) for each in mine.slices]
+    return mine.chunk.mode, mine.rank, mine.in_order, *batches, *own
+
+
+def _parts(rehearsal: Rehearsal, mine: RankChunk, nesterov: bool) -> Iterator[Part]:
+    """Carry out the work on a chunk."""
+    exchanges = {name: Exchange(group, Counters(), sends=False) for name, group in rehearsal.groups.items()}
+    passes = TorchPasses(rehearsal.engine, [mine], nesterov)
+    memory = Memory(weight.param for weight in passes.weights.values())
+    work, pause = work_on(rehearsal.run(exchanges, passes.read, passes.write), mine), cast(Pause | None, Pause.EXCHANGE)
+    while pause is not None:
+        before = memory.peak = memory.live
+        with rehearsal.under(memory):
+            pause = next(work, None)
+        yield memory.peak - before, memory.live - before, pause

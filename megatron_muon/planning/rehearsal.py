@@ -1,0 +1,168 @@
+"""The step of a rank, carried out on tensors without contents: whoever sees its operations knows what a step takes.
+
+They are on torch's ``meta`` device, and say that they are on a GPU if the engine is for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_muon.engine.callbacks import Read, Write
+from megatron_muon.engine.exchange import Counters, Exchange
+from megatron_muon.engine.run import RankChunk, Run
+from megatron_muon.engine.slices import Slices
+from megatron_muon.engine.step import StepEngine
+from megatron_muon.optimizers.groups import Options
+from megatron_muon.optimizers.param_step import ParamStep, add, pack
+from megatron_muon.orthogonalize.kernels import KernelProducts
+from megatron_muon.orthogonalize.scale import scale_factor
+
+_META = torch.device("meta")
+
+
+class Group:
+    """What an engine asks of a process group before it sends anything."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        self._size, self._rank = size, rank
+
+    @classmethod
+    def of(cls, size: int, rank: int = 0) -> dist.ProcessGroup:
+        """A group of some size."""
+        return cast(dist.ProcessGroup, cls(size, rank))
+
+    def rank(self) -> int:
+        """This rank's number."""
+        return self._rank
+
+    def size(self) -> int:
+        """How many ranks."""
+        return self._size
+
+
+Seen = Callable[[torch.Tensor, int, float], None]
+"""Is told of a product with a symmetric result: first matrices, columns of the second, share of the operations done."""
+
+
+class SymmetricKernel(KernelProducts):
+    """Stands for any kernel that computes half of a symmetric result: a plan counts its operations."""
+
+    name = "a symmetric kernel"
+
+    def __init__(self, kernel: KernelProducts | None = None, seen: Seen | None = None) -> None:
+        """
+        Args:
+            kernel: whose sizes it takes.
+            seen: is told of its products.
+        """
+        kernel = kernel or KernelProducts()
+        super().__init__(kernel.smallest)
+        self.multiple, self._seen = kernel.multiple, seen
+
+    def symmetric(
+        self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0
+    ) -> torch.Tensor:
+        """See :class:`megatron_muon.orthogonalize.kernels.KernelProducts`; without contents."""
+        (batch, p, inner), n = a.shape, b.size(-1)
+        if self._seen is not None:
+            self._seen(a, n, self.symmetric_flops(p, inner) / (2 * p * p * inner))
+        return a.new_empty(batch, p, n)
+
+
+class _OnGPU(TorchFunctionMode):
+    """Has all tensors say that they are on a GPU, so that what is done there is done where that makes a difference."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func == _IS_CUDA or func(*args, **(kwargs or {}))
+
+
+_IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+
+
+class TorchPasses:
+    """Fills batches and takes results, as an optimizer does, by torch's own operations."""
+
+    def __init__(self, engine: StepEngine, chunks: Sequence[RankChunk], nesterov: bool) -> None:
+        options = Options(
+            lr=1.0,
+            momentum=0.5,
+            nesterov=0.5 if nesterov else 1.0,
+            kept=0.5,
+            l2=0.0,
+            cautious=None,
+            scale_mode="spectral",
+            extra_scale_factor=1.0,
+            ball_radius=1.0,
+            damping_depth=0.0,
+        )
+        self.weights: dict[int, ParamStep] = {}
+        group: dict[str, Any] = {}
+        # Without contents a weight, its gradient and its momentum may be one.
+        tensor = cache(partial(torch.empty, dtype=engine.local_dtype, device=_META))
+        for number in {number for mine in chunks for some in mine.slices for number in some.numbers}:
+            weight = engine.plan.weights[number]
+            its = tensor(weight.shape)
+            self.weights[number] = ParamStep(group, options, its, weight.layout, its, {}, its)
+
+    def read(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
+        """See :data:`megatron_muon.engine.callbacks.Read`."""
+        pack(self.weights, slices, batches, first=True)
+
+    def write(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor], reduce: object) -> None:
+        """See :data:`megatron_muon.engine.callbacks.Write`."""
+        add(self.weights, slices, batches, lambda weight, item: scale_factor("spectral", item.rows, item.columns))
+
+
+class Rehearsal:
+    """A step of a rank.
+
+    Attributes:
+        engine: of the rank.
+        groups: of the plan, by name.
+        chunks: what the rank has of the plan.
+        on_gpu: whether the engine is for one.
+    """
+
+    def __init__(self, engine: StepEngine, group_ranks: Mapping[str, int]) -> None:
+        """
+        Args:
+            engine: plan, types of numbers, products and kind of device count.
+            group_ranks: the rank's number in each group of the plan, and maybe in others.
+        """
+        self.engine, plan = engine, engine.plan
+        sizes = {weight.group: weight.ranks for weight in plan.weights}
+        sizes |= {chunk.group: len(chunk.batches[0].key.parts) for chunk in plan.chunks}
+        self.groups = {name: Group.of(sizes[name], rank) for name, rank in group_ranks.items() if name in sizes}
+        ranks = {"": 0, **group_ranks}
+        self.chunks = [RankChunk.of(plan.weights, chunk, ranks[chunk.group]) for chunk in plan.chunks]
+        self.on_gpu = engine.wire.device.type == "cuda"
+
+    def run(self, exchanges: Mapping[str, Exchange], read: Read, write: Write, seen: Seen | None = None) -> Run:
+        """For the work on chunks; see :class:`SymmetricKernel` for ``seen``."""
+        orthogonalizer, wire = copy.copy(self.engine.orthogonalizer), replace(self.engine.wire, device=_META)
+        if isinstance(orthogonalizer.products, KernelProducts):
+            orthogonalizer.products = SymmetricKernel(orthogonalizer.products, seen)
+        dtype = self.engine.local_dtype
+        return Run(orthogonalizer, exchanges, wire, dtype, Counters(), (read,), write)
+
+    @contextlib.contextmanager
+    def under(self, mode: TorchDispatchMode) -> Iterator[None]:
+        """Operations are as on the engine's device, and a mode sees them."""
+        with torch.no_grad(), _OnGPU() if self.on_gpu else contextlib.nullcontext(), mode:
+            yield
+
+
+def tensors(values: Any) -> list[torch.Tensor]:
+    """All tensors in lists and the like."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
