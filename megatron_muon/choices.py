@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
 OPTIMIZERS = ("muon", "adaptive_muon", "spectral_sphere", "stiefel_muon")
 """Values of ``--optimizer`` that are this package's; ``dist_<name>`` is Megatron's older spelling for the layer-wise
 form."""
@@ -62,11 +66,49 @@ rule."""
 PARAM_CHOICES = ("adam", "muon", "split", "whole", "per_head", *DIRECTIONS)
 """What ``--muon-param-rule`` can decide; ``muon`` leaves the way to the weight's own rule."""
 
+STEPS, COEFFICIENTS = "steps", "coefficients"
+"""Kinds of ``GLOB=KIND:VALUE``, which decides about the :class:`Budget` of weights, and about nothing else."""
+
+AUTO_STEPS: Literal["auto"] = "auto"
+"""Number of steps that is measured."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What Newton-Schulz may take for the matrices of a weight, where that is not what it takes for others.
+
+    Attributes:
+        steps: how many; :data:`AUTO_STEPS`, as many as are measured to be enough; None, as many as for others.
+        coefficients: name of their set; None: that of others.
+    """
+
+    steps: int | Literal["auto"] | None = None
+    coefficients: str | None = None
+
+    def __str__(self) -> str:
+        steps = f"{self.steps} step{'' if self.steps == 1 else 's'}" if self.steps else ""
+        return ", ".join(filter(None, (steps, self.coefficients)))
+
 
 def parse_param_rule(rule: str) -> tuple[str, str]:
     """``(glob, choice)`` of a ``GLOB=CHOICE``."""
     glob, _, choice = rule.rpartition("=")
     return glob.strip(), choice.strip()
+
+
+def kind_of(choice: str) -> str:
+    """What a choice of ``--muon-param-rule`` decides about: a kind of budget; empty: who updates a weight, and how."""
+    kind, colon, _ = choice.partition(":")
+    return kind if colon else ""
+
+
+def budget_of(choices: Iterable[str]) -> Budget | None:
+    """The budget that some choices of ``--muon-param-rule`` make; the last of each kind counts. None if none does."""
+    values = {kind_of(choice): choice.partition(":")[2] for choice in choices}
+    steps, coefficients = values.get(STEPS), values.get(COEFFICIENTS)
+    if steps is None and coefficients is None:
+        return None
+    return Budget(None if steps is None else AUTO_STEPS if steps == AUTO_STEPS else int(steps), coefficients)
 
 
 def parse_transfer(base: str) -> tuple[int, int]:

@@ -9,7 +9,17 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
-from megatron_muon.choices import OPTIMIZERS, PARAM_CHOICES, VARIANTS, parse_param_rule, parse_transfer
+from megatron_muon.choices import (
+    AUTO_STEPS,
+    COEFFICIENTS,
+    OPTIMIZERS,
+    PARAM_CHOICES,
+    STEPS,
+    VARIANTS,
+    kind_of,
+    parse_param_rule,
+    parse_transfer,
+)
 
 EVERY_OPTIMIZER: tuple[str, ...] = ()
 """Readers of a knob that acts with Megatron's own optimizers, too."""
@@ -125,6 +135,13 @@ def param_rules(value: Any) -> str | None:
         return "give a list of GLOB=CHOICE strings"
     for rule in value:
         glob, choice = parse_param_rule(rule)
-        if not glob or choice not in PARAM_CHOICES:
-            return f"{rule!r} is not GLOB=CHOICE with a choice of {', '.join(PARAM_CHOICES)}"
+        kind, own = kind_of(choice), choice.partition(":")[2]
+        problem = None
+        if kind == STEPS and own != AUTO_STEPS and not (own.isascii() and own.isdigit() and int(own)):
+            problem = f"give a whole number of at least 1, such as {STEPS}:7"
+        elif kind == COEFFICIENTS:
+            problem = known_coefficients(own)
+        if not glob or problem or (kind not in (STEPS, COEFFICIENTS) and choice not in PARAM_CHOICES):
+            choices = ", ".join((*PARAM_CHOICES, f"{STEPS}:N", f"{COEFFICIENTS}:NAME"))
+            return f"{rule!r}: {problem}" if problem else f"{rule!r} is not GLOB=CHOICE with a choice of {choices}"
     return None

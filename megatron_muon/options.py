@@ -7,8 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_muon.choices import NS_BACKENDS, SCALAR_OPTIMIZERS, SCALE_MODES, TP_MODES, WEIGHT_DECAY_METHODS
+from megatron_muon.choices import (
+    NS_BACKENDS,
+    SCALAR_OPTIMIZERS,
+    SCALE_MODES,
+    TP_MODES,
+    WEIGHT_DECAY_METHODS,
+    Budget,
+)
 from megatron_muon.knobs import coefficient_triples, knob, known_coefficients, not_negative, one_of, positive, whole
+from megatron_muon.orthogonalize.coefficients import CUSTOM, Iteration, iteration, parse_triple
 from megatron_muon.orthogonalize.newton_schulz import EPS
 
 _SIZED = ("muon", "adaptive_muon", "stiefel_muon")
@@ -154,6 +162,20 @@ class UpdateKnobs:
         if self.ns_dtype != "auto":
             return self.ns_dtype
         return "bf16" if self.fp32_matmul_prec == "medium" else "own"
+
+    def iteration(self, budget: Budget | None = None) -> Iteration:
+        """What Newton-Schulz does to matrices of a budget; None: to those of no budget of their own.
+
+        Steps that are still to be measured are as many as of those.
+
+        Raises:
+            ValueError: see :func:`megatron_muon.orthogonalize.coefficients.iteration`.
+        """
+        own = budget or Budget()
+        steps = own.steps if isinstance(own.steps, int) else self.num_ns_steps
+        name = own.coefficients or self.coefficient_type
+        triples = tuple(map(parse_triple, self.custom_coefficients)) if name == CUSTOM else ()
+        return iteration(name, steps, triples)
 
 
 @dataclass(kw_only=True)

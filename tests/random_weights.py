@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
+from megatron_muon.config import MuonConfig
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LOCAL, MODES, OWNER, Machine, Sizes
 from megatron_muon.engine.plan import Batch, Chunk, Plan, Weight
 from megatron_muon.engine.planner import Policy, make_plan
 from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.products import BlockProducts
-from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
+from megatron_muon.routing.layout import SCALAR, WHOLE, Budget, MatrixLayout, Section
 
-FLOAT32 = Orthogonalizer(iteration("quintic", 5), torch.float32, products=BlockProducts(8))
-BFLOAT16 = Orthogonalizer(iteration("quintic", 5), torch.bfloat16)
+BUDGETED = MuonConfig().iteration
+FLOAT32 = Orthogonalizer(iteration("quintic", 5), torch.float32, products=BlockProducts(8), budgeted=BUDGETED)
+BFLOAT16 = Orthogonalizer(iteration("quintic", 5), torch.bfloat16, budgeted=BUDGETED)
 SIZES = Sizes(4, 4, 4)
 CPU = Machine.of("cpu")
 EXACT = (OWNER, GRAM, DUPLICATED, DISTRIBUTED)
 PLENTY = 1 << 28
 RANKS = (1, 2, 4, 8)
+BUDGETS = (None, None, Budget(4), Budget(coefficients="turbo_muon"), Budget(1, "simple"), Budget(coefficients="cubic5"))
 SEEDS = range(8)
 
 
@@ -70,10 +74,15 @@ def random_weight(pick: random.Random, ranks: int) -> Weight:
 
 
 def random_weights(seed: int, ranks: int) -> list[Weight]:
-    """Some of them several times, as the layers of a model."""
+    """Some of them several times, as the layers of a model, of which some may have a budget of their own."""
     pick = random.Random(seed * 31 + ranks)
     different = [random_weight(pick, ranks) for _ in range(pick.randrange(1, 7))]
-    return [weight for weight in different for _ in range(pick.choice([1, 1, 2, 5]))]
+    repeated = [weight for weight in different for _ in range(pick.choice([1, 1, 2, 5]))]
+    return [with_budget(weight, pick.choice(BUDGETS)) for weight in repeated]
+
+
+def with_budget(weight: Weight, budget: Budget | None) -> Weight:
+    return replace(weight, layout=replace(weight.layout, budget=budget))
 
 
 def modes_for(weights: list[Weight]) -> list[str]:

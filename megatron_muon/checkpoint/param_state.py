@@ -80,8 +80,12 @@ class ParamState:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Of its param group, and the optimizer's options."""
-        return {**getattr(self.inner, "checkpoint_options", {}), **self.group}
+        """Of its param group, and the optimizer's options, with its own budget."""
+        options = dict(getattr(self.inner, "checkpoint_options", {}))
+        if options and self.key is not None and (budget := layout_of(self.key).budget) is not None:
+            own = {"num_ns_steps": budget.steps, "coefficient_type": budget.coefficients}
+            options |= {name: value for name, value in own.items() if value is not None}
+        return {**options, **self.group}
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -197,20 +197,24 @@ class Request(dict[str, Any]):
         """What the checkpoint has brought and what the flags change, in words; all ranks must call this."""
         assert self.stored is not None
         carried: Counter[str] = Counter()
-        changed: set[str] = set()
+        changed: Counter[tuple[str, str]] = Counter()  # by the rule, and in words
         for each, place, choices in zip(self.held, self.places, self.choices, strict=True):
             for choice in choices:
                 if choice.stored_as not in (choice.state, "param") and choice.state != PEAK:
                     carried[f"{choice.state} {choice.origin}"] += 1
             now = dict(numbers_of(each.numbers))
+            changed[each.rule, ""] += 1
             for name, value in self._numbers_before(each, place).items():
                 if name in now and now[name] != value:
-                    changed.add(f"{each.rule} {name}: {value} in the checkpoint, {now[name]} now")
+                    changed[each.rule, f"{each.rule} {name}: {value} in the checkpoint, {now[name]} now"] += 1
         everywhere = self.ranks.gather(lambda: (carried, changed))
         shards = sum((counts for counts, _ in everywhere), Counter[str]())
+        changes = sum((counts for _, counts in everywhere), Counter[tuple[str, str]]())
         lines = [f"megatron_muon: optimizer state of {self.stored.folder}, after {self.stored.step} updates"]
         lines += [f"  {what} ({number} shards)" for what, number in sorted(shards.items())]
-        lines += [f"  changed by flags: {line}" for line in sorted(set().union(*(lines for _, lines in everywhere)))]
+        for (rule, line), number in sorted(changes.items()):
+            some = f" ({number} of {changes[rule, '']} shards)" if number < changes[rule, ""] else ""
+            lines += [f"  changed by flags: {line}{some}"] if line else []
         return "\n".join(lines)
 
     def _numbers_before(self, held: ParamState, place: Place) -> dict[str, Any]:

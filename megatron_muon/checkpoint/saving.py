@@ -110,14 +110,15 @@ def _record(
 def _weight_records(saved: Iterable[tuple[ParamState, Place]]) -> Iterator[WeightRecord]:
     """What does not depend on contents; the rules and numbers of weights that have the same are one object."""
     rules: dict[Rule, Rule] = {}
-    numbers: dict[int, tuple[tuple[str, Any], ...]] = {}
+    numbers: dict[tuple[int, Any], tuple[tuple[str, Any], ...]] = {}
     for each, place in saved:
         rule = rule_of(each)
         rule = rules.setdefault(rule, rule)
-        if id(each.group) not in numbers:
-            numbers[id(each.group)] = records.numbers_of(each.numbers)
+        kind = id(each.group), each.key is not None and layout_of(each.key).budget
+        if kind not in numbers:
+            numbers[kind] = records.numbers_of(each.numbers)
         for key, index in place.members.values():
-            yield WeightRecord(sys.intern(key), index, place.siblings, rule, numbers[id(each.group)])
+            yield WeightRecord(sys.intern(key), index, place.siblings, rule, numbers[kind])
 
 
 def sums_in(held: ParamState, place: Place, one_of_all: bool = False) -> Iterator[CountedShard]:

@@ -34,8 +34,9 @@ def split(run: Run, mine: RankChunk) -> ChunkWork:
         x, p, dim = given.pop(), batch.key.p, batch.key.summed_dim
         members = Members(run.exchange(mine), _some(batch.counts))
         rows = even_part(p, len(members.ranks), members.ranks.index(mine.rank))
-        run.counters.flops += x.size(0) * int(run.orthogonalizer.member_flops(p, x.size(dim), rows))
-        return run.orthogonalizer.split(x, members.sum, members.scatter, members.gather, members.own, dim)
+        orthogonalizer = run.orthogonalizer.of(batch.key.budget)
+        run.counters.flops += x.size(0) * int(orthogonalizer.member_flops(p, x.size(dim), rows))
+        return orthogonalizer.split(x, members.sum, members.scatter, members.gather, members.own, dim)
 
     return _exchanged(run, mine, solve, Pause.LATE)
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_muon.engine.shards import Shard
-from megatron_muon.routing.layout import BALLS, SCALAR, STIEFEL, layout_of
+from megatron_muon.orthogonalize import Iteration
+from megatron_muon.routing.layout import BALLS, SCALAR, STIEFEL, Budget, layout_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
 CLOSE_ENOUGH = 1000
@@ -43,7 +44,10 @@ class Job:
 
 
 def cost_of_weight(
-    param: torch.Tensor, shard: Shard | None, steps: int, stiefel: Callable[[int, int], int] | None = None
+    param: torch.Tensor,
+    shard: Shard | None,
+    iteration: Callable[[Budget | None], Iteration],
+    stiefel: Callable[[int, int], int] | None = None,
 ) -> int:
     """Operations in the products of Newton-Schulz for one update of ``param``, of each rank that takes part.
 
@@ -53,7 +57,7 @@ def cost_of_weight(
     Args:
         param: 2-D, or a 3-D stack of experts; annotated, see :mod:`megatron_muon.routing`.
         shard: how tensor parallelism divides it; None if it is whole. Its ranks share the work.
-        steps: number of Newton-Schulz steps.
+        iteration: of matrices of a budget.
         stiefel: gives the operations for one p x q matrix on the Stiefel manifold.
 
     Returns:
@@ -67,6 +71,7 @@ def cost_of_weight(
         return 0
     shape = tuple(param.shape) if shard is None else shard.whole_shape(param.shape)
     total, layout = 0, layout_of(param)
+    steps = len(iteration(layout.budget).coefficients)
     for block in layout.blocks(shape):
         if layout.direction in BALLS:
             total += block.numel

@@ -41,10 +41,10 @@ def choose_plan(
         items, shared = lending.kept_by(places), lending.chunks_of(places)
     if policy.mode != AUTO:
         return _made(weights, policy, orthogonalizer, {}, items, shared)
-    candidates = [mode for mode in WHOLE_PLANS if mode != GRAM or orthogonalizer.restarts is not None]
     modes = {}
     for group in dict.fromkeys(key.group for key, _ in items if key.group):
         mine = [(key, item) for key, item in items if key.group == group]
+        no_gram = all(orthogonalizer.of(key.budget).restarts is None for key, _ in mine)
 
         def seconds(mode: str, mine: list[tuple[BatchKey, MatrixSlice]] = mine, group: str = group) -> float:
             """Predicted time of the busiest rank of a group if all its matrices are exchanged in one mode."""
@@ -53,7 +53,7 @@ def choose_plan(
             costs = (predict(plan, orthogonalizer, policy.sizes, {group: rank}) for rank in ranks)
             return max(cost.seconds(policy.machine.over(len(ranks))) for cost in costs)
 
-        modes[group] = min(candidates, key=seconds)
+        modes[group] = min((mode for mode in WHOLE_PLANS if mode != GRAM or not no_gram), key=seconds)
     return _made(weights, policy, orthogonalizer, modes, items, shared)
 
 

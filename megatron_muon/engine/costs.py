@@ -19,10 +19,13 @@ def can_share(mode: str, key: BatchKey, orthogonalizer: Orthogonalizer) -> bool:
     """Whether ranks can have a part of each matrix in a mode: for others each matrix needs a rank that has it whole.
 
     In ``gram`` they divide the longer side, or either side of a square: rows of a Gram matrix need each other. If rows
-    are balanced, it is so in ``distributed`` too, and of squares the rows are balanced, as where they are whole.
+    are balanced, it is so in ``distributed`` too, and of squares the rows are balanced, as where they are whole. And
+    the polynomials of ``gram`` need more bits than some types of numbers have.
     """
-    longer = key.dim == (-2 if key.m > key.n else -1)
-    if orthogonalizer.iteration.balanced:
+    own, longer = orthogonalizer.of(key.budget), key.dim == (-2 if key.m > key.n else -1)
+    if mode == GRAM and own.restarts is None:
+        return False
+    if own.iteration.balanced:
         return longer or mode not in (GRAM, DISTRIBUTED)
     return longer or key.m == key.n or mode != GRAM
 
@@ -37,8 +40,8 @@ def cost_of(mode: str, key: BatchKey, count: int, orthogonalizer: Orthogonalizer
         orthogonalizer: knows what each shape costs.
         sizes: bytes of the elements that are sent.
     """
+    orthogonalizer, ranks = orthogonalizer.of(key.budget), len(key.parts)
     p, q = sorted((key.m, key.n))
-    ranks = len(key.parts)
     others, most = ranks - 1, -(-count // ranks)
     local = count * p * q // ranks
     if mode == OWNER:
@@ -71,7 +74,7 @@ def cheapest_mode(
         machine: rates that turn operations and bytes into seconds.
         without: a mode that is not to be chosen.
     """
-    has_gram = len(set(key.parts)) == 1 and orthogonalizer.restarts is not None
-    candidates = [mode for mode in ALTERNATIVES if mode != without and (has_gram or mode != GRAM)]
+    evenly = len(set(key.parts)) == 1
+    candidates = [mode for mode in ALTERNATIVES if mode != without and (evenly or mode != GRAM)]
     candidates = [mode for mode in candidates if can_share(mode, key, orthogonalizer)] or [OWNER]
     return min(candidates, key=lambda mode: cost_of(mode, key, count, orthogonalizer, sizes).seconds(machine))

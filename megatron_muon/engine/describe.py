@@ -49,11 +49,14 @@ def describe(plan: Plan, orthogonalizer: Orthogonalizer, ranks: Mapping[str, int
 
 def iteration_of(mode: str, orthogonalizer: Orthogonalizer, key: BatchKey) -> str:
     """The iteration by which a mode orthogonalizes matrices of one key."""
+    own = orthogonalizer.of(key.budget)
     if mode == SPLIT:
-        return f"split Newton-Schulz, {orthogonalizer.named(None).dtype}"
-    if mode == DISTRIBUTED:  # standard for all shapes, as GRAM has its own
-        return str(orthogonalizer.named(None))
-    return str(orthogonalizer.named(orthogonalizer.restarts) if mode == GRAM else orthogonalizer.method(key.m, key.n))
+        name = f"split Newton-Schulz, {own.named(None).dtype}"
+    elif mode == DISTRIBUTED:  # standard for all shapes, as GRAM has its own
+        name = str(own.named(None))
+    else:
+        name = str(own.named(own.restarts) if mode == GRAM else own.method(key.m, key.n))
+    return name if key.budget is None else f"{name} ({key.budget})"
 
 
 def _listed(counts: Counter[str]) -> str:

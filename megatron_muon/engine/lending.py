@@ -325,10 +325,10 @@ class _Workloads:
         key, holder = block.key, block.peers.holder
         if key.mode == LOCAL:
             parts = tuple(key.q * (rank == holder) for rank in range(self.peers.ranks))
-            return BatchKey(LENT, self.peers.group, key.m, key.n, key.summed_dim, parts)
+            return BatchKey(LENT, self.peers.group, key.m, key.n, key.summed_dim, parts, key.budget)
         before, after = holder * self.tensor, (self.peers.ranks - holder - 1) * self.tensor
         parts = (*[0] * before, *key.parts, *[0] * after)
-        return BatchKey(LENT, block.peers.wide, key.m, key.n, key.dim, parts)
+        return BatchKey(LENT, block.peers.wide, key.m, key.n, key.dim, parts, key.budget)
 
     def _widths(self, q: int, members: Sequence[int]) -> tuple[int, ...]:
         """How many columns of a split matrix each data-parallel rank gets."""
@@ -340,11 +340,11 @@ class _Workloads:
 
     def _unit_flops(self, block: _WeightBlock) -> int:
         """Operations for one unit of a block."""
-        return block.each * self.orthogonalizer.flops(block.key.m, block.key.n)
+        return block.each * self.orthogonalizer.of(block.key.budget).flops(block.key.m, block.key.n)
 
     def _matrix_seconds(self, block: _WeightBlock) -> float:
         """Seconds of the products for one matrix."""
-        return self.orthogonalizer.flops(block.key.m, block.key.n) / self.policy.machine.flops
+        return self._unit_flops(block) / block.each / self.policy.machine.flops
 
     def _largest_first(self, indices: Sequence[int]) -> list[int]:
         """Indices of blocks, those whose matrices take longest first."""
@@ -361,8 +361,9 @@ class _Workloads:
         In each step rows of a sum, and all rows, twice with a square.
         """
         p, width = block.key.p, block.key.q / number
-        rows, steps = p * p * (number - 1) / number, len(self.orthogonalizer.coefficients)
-        moved = 4 * steps + (steps + self.orthogonalizer.squares) * self.orthogonalizer.dtype.itemsize
+        own, rows = self.orthogonalizer.of(block.key.budget), p * p * (number - 1) / number
+        steps = len(own.coefficients)
+        moved = 4 * steps + (steps + own.squares) * own.dtype.itemsize
         return moved * rows + p * width * self.policy.sizes.back
 
     def _ranks_sharing(self, block: _WeightBlock) -> int:
@@ -387,7 +388,7 @@ class _Workloads:
 def member_flops(orthogonalizer: Orthogonalizer, key: BatchKey, number: int) -> float:
     """Operations of one of ``number`` ranks that split a matrix evenly."""
     p, width = key.p, key.q / number
-    return orthogonalizer.member_flops(p, width, p / number)
+    return orthogonalizer.of(key.budget).member_flops(p, width, p / number)
 
 
 def _units_of(block: _WeightBlock, first: int, units: int) -> MatrixSlice:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from megatron_muon.engine.modes import DISTRIBUTED, GRAM, LOCAL
 from megatron_muon.routing.blocks import BlockRange
-from megatron_muon.routing.layout import MatrixLayout
+from megatron_muon.routing.layout import Budget, MatrixLayout
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ class BatchKey:
         n: its columns.
         dim: the divided dimension, -2 or -1; 0 if they are whole.
         parts: size of the divided dimension on each rank; for lent matrices 0 on all ranks but those that hold them.
+        budget: what their iteration takes, see :meth:`megatron_muon.orthogonalize.Orthogonalizer.of`.
     """
 
     mode: str
@@ -125,6 +126,7 @@ class BatchKey:
     n: int
     dim: int = 0
     parts: tuple[int, ...] = ()
+    budget: Budget | None = None
 
     def part(self, rank: int) -> tuple[int, int]:
         """Shape of what ``rank`` holds of one matrix."""
@@ -186,12 +188,18 @@ class Chunk:
     Attributes:
         mode: how all its batches are exchanged.
         group: name of the group whose ranks exchange them; empty if they are whole on this rank.
-        batches: the matrices; each batch has one shape.
+        batches: the matrices; each batch has one shape. In modes whose ranks meet in each step of the iteration, all
+            have one budget.
     """
 
     mode: str
     group: str
     batches: tuple[Batch, ...]
+
+    @property
+    def budget(self) -> Budget | None:
+        """That of all its batches, if they have one."""
+        return self.batches[0].key.budget
 
 
 @dataclass(frozen=True)

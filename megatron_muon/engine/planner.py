@@ -13,6 +13,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_muon.engine.costs import can_share, cheapest_mode, cost_of
 from megatron_muon.engine.modes import AUTO, BLOCKWISE, DISTRIBUTED, GRAM, LOCAL, OWNER, Machine, Sizes
@@ -71,8 +72,13 @@ def make_plan(
         groups[key].append(item)
     chosen = _with_modes(groups, policy, orthogonalizer, modes or {})
     staged = [(stage, key, some) for key, mine in chosen for stage, some in _staged(key, mine, weights, stages)]
-    # Costliest first: what comes later evens out the owners' loads.
-    staged.sort(key=lambda each: (each[1].mode, each[1].group, each[0], -_rough_flops(each[1]), repr(each[1])))
+
+    def place(each: tuple[int, BatchKey, list[MatrixSlice]]) -> tuple[Any, ...]:
+        """Costliest first: what comes later evens out the owners' loads."""
+        stage, key, _ = each
+        return key.mode, key.group, stage, _budget_of_chunk(key), -_rough_flops(key, orthogonalizer), repr(key)
+
+    staged.sort(key=place)
     maker = _Chunks(policy, orthogonalizer)
     for stage, key, some in staged:
         maker.add(key, some, stage)
@@ -162,7 +168,7 @@ def _whole_item(index: int, number: int, weight: Weight) -> tuple[BatchKey, Matr
     block = weight.layout.blocks(weight.shape)[number]
     units = units_of(weight.layout, number, weight.shape, False)
     item = MatrixSlice(index, number, 0, units, block.count, block.rows, block.columns)
-    return BatchKey(LOCAL, "", block.rows, block.columns), item
+    return BatchKey(LOCAL, "", block.rows, block.columns, budget=weight.layout.budget), item
 
 
 def _divided_item(
@@ -174,7 +180,8 @@ def _divided_item(
     else:
         parts = tuple(_rows_on(weight, number, block, start, rank) for rank in range(weight.ranks))
     item = MatrixSlice(index, number, start, stop, count, block.rows, block.columns)
-    return BatchKey(AUTO, weight.group, block.rows, block.columns, weight.dim, parts), item
+    budget = weight.layout.budget
+    return BatchKey(AUTO, weight.group, block.rows, block.columns, weight.dim, parts, budget), item
 
 
 def _rows_on(weight: Weight, number: int, block: Block, start: int, rank: int) -> int:
@@ -225,7 +232,7 @@ def _spread(
     rests: list[tuple[BatchKey, list[MatrixSlice]]], policy: Policy, orthogonalizer: Orthogonalizer
 ) -> list[tuple[BatchKey, list[MatrixSlice]]]:
     """Modes for rests of keys, less than one matrix a rank: the costliest may be shared by all, others get owners."""
-    rests = sorted(rests, key=lambda pair: (-_rough_flops(pair[0]), repr(pair[0])))
+    rests = sorted(rests, key=lambda pair: (-_rough_flops(pair[0], orthogonalizer), repr(pair[0])))
     ranks = len(rests[0][0].parts)
     sizes, machine = policy.sizes, policy.machine.over(ranks)
     counts = [(key, _count(items)) for key, items in rests]
@@ -240,7 +247,7 @@ def _spread(
         loads = [0] * ranks
         for key, count in counts[number:]:
             for _ in range(count):
-                loads[loads.index(min(loads))] += orthogonalizer.flops(key.m, key.n)
+                loads[loads.index(min(loads))] += orthogonalizer.of(key.budget).flops(key.m, key.n)
         messages = 2 * machine.latency if number < len(rests) else 0.0
         return sum(of_split[:number]) + sum(sent[number:]) + messages + max(loads) / machine.flops
 
@@ -254,6 +261,11 @@ def _in_mode(key: BatchKey, mode: str, orthogonalizer: Orthogonalizer) -> BatchK
     return dataclasses.replace(key, mode=mode if can_share(mode, key, orthogonalizer) else OWNER)
 
 
+def _budget_of_chunk(key: BatchKey) -> str:
+    """What a chunk must have alone: of a mode whose ranks meet in each step, its number of steps."""
+    return repr(key.budget) if key.mode in (GRAM, DISTRIBUTED) else ""
+
+
 class _Chunks:
     """Fills chunks with matrices and shares them out."""
 
@@ -261,16 +273,17 @@ class _Chunks:
         self.policy, self.orthogonalizer = policy, orthogonalizer
         self.done: list[tuple[int, Chunk]] = []
         self.open: list[Batch] = []
-        self.stage = 0
+        self.stage, self.kind = 0, ("", "", 0, "")
         self.room = 0
         self.load: dict[str, list[int]] = {}
         self.chunk_load: dict[int, int] = {}
 
     def add(self, key: BatchKey, items: list[MatrixSlice], stage: int) -> None:
         """Add all matrices of one key that are done in a stage."""
-        if self.open and (self.open[0].key.mode, self.open[0].key.group, self.stage) != (key.mode, key.group, stage):
+        kind = key.mode, key.group, stage, _budget_of_chunk(key)
+        if kind != self.kind:
             self._close()
-        self.stage = stage
+        self.kind, self.stage = kind, stage
         size = 4 * key.m * key.n
         while items:
             if not self.open:
@@ -316,17 +329,17 @@ class _Chunks:
         idle_first = sorted(range(ranks), key=lambda rank: (self.chunk_load.get(rank, 0), load[rank], rank))
         for rank in idle_first[: number % ranks]:
             counts[rank] += 1
-        cost = self.orthogonalizer.flops(key.m, key.n)
+        cost = self.orthogonalizer.of(key.budget).flops(key.m, key.n)
         for rank, count in enumerate(counts):
             load[rank] += count * cost
             self.chunk_load[rank] = self.chunk_load.get(rank, 0) + count * cost
         return tuple(counts)
 
 
-def _rough_flops(key: BatchKey) -> int:
-    """Roughly the operations that one matrix takes, to sort keys by cost."""
+def _rough_flops(key: BatchKey, orthogonalizer: Orthogonalizer) -> int:
+    """Roughly in proportion to the operations that one matrix takes, to sort keys by cost."""
     p, q = sorted((key.m, key.n))
-    return p * p * (q + p)
+    return p * p * (q + p) * len(orthogonalizer.of(key.budget).coefficients)
 
 
 def _count(items: Sequence[MatrixSlice]) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LENT, LOCAL, OWNER, SPLIT, Cost, Sizes
 from megatron_muon.engine.packing import even_part, triangle_numel
-from megatron_muon.engine.plan import Batch, Chunk, Plan
+from megatron_muon.engine.plan import Batch, BatchKey, Chunk, Plan
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 Choice = tuple[str, int, int]
@@ -80,7 +80,11 @@ class _Rank:
         return accounts[chunk.mode](chunk.batches)
 
     def _local(self, batches: tuple[Batch, ...]) -> Cost:
-        return Cost(sum(batch.count * self.orthogonalizer.flops(batch.key.m, batch.key.n) for batch in batches))
+        return Cost(sum(batch.count * self._flops(batch.key) for batch in batches))
+
+    def _flops(self, key: BatchKey) -> int:
+        """Operations for one matrix."""
+        return self.orthogonalizer.of(key.budget).flops(key.m, key.n)
 
     def _duplicated(self, batches: tuple[Batch, ...]) -> Cost:
         """One all-gather, of buffers as long as the longest."""
@@ -90,9 +94,10 @@ class _Rank:
 
     def _distributed(self, batches: tuple[Batch, ...]) -> Cost:
         """An all-reduce of the norms, and in each step one of the Gram matrices."""
-        ranks, steps = len(batches[0].key.parts), len(self.orthogonalizer.coefficients)
+        orthogonalizer = self.orthogonalizer.of(batches[0].key.budget)
+        ranks, steps = len(batches[0].key.parts), len(orthogonalizer.coefficients)
         parts = [(batch.count, batch.key.p, batch.key.parts[self.number]) for batch in batches]
-        flops = sum(count * self.orthogonalizer.standard_flops(p, part) for count, p, part in parts)
+        flops = sum(count * orthogonalizer.standard_flops(p, part) for count, p, part in parts)
         norms = _reduced(ranks, sum(count for count, _, _ in parts) * self.norm_bytes)
         grams = _reduced(ranks, sum(count * triangle_numel(p) for count, p, _ in parts) * self.gram_bytes)
         return Cost(flops) + sum([grams] * steps, norms)
@@ -105,7 +110,7 @@ class _Rank:
             mine = batch.key.part_numel(self.number)
             there += (batch.count - own) * mine
             back += own * (key.m * key.n - mine)
-            flops += own * self.orthogonalizer.flops(key.m, key.n)
+            flops += own * self._flops(key)
         return Cost(flops, there * self.sizes.wire + back * self.sizes.back, 2)
 
     def _split(self, batches: tuple[Batch, ...]) -> Cost:
@@ -124,19 +129,20 @@ class _Rank:
             members = [rank for rank, columns in enumerate(batch.counts) if columns]
             if not own:
                 continue
-            others, steps = len(members) - 1, len(self.orthogonalizer.coefficients)
+            orthogonalizer = self.orthogonalizer.of(key.budget)
+            others, steps = len(members) - 1, len(orthogonalizer.coefficients)
             rows = even_part(key.p, len(members), members.index(self.number))
             summed = (key.p - rows) * key.p * self.gram_bytes
-            gathered = others * rows * key.p * self.orthogonalizer.dtype.itemsize
-            flops = int(self.orthogonalizer.member_flops(key.p, own, rows))
-            gathers = steps + self.orthogonalizer.squares
+            gathered = others * rows * key.p * orthogonalizer.dtype.itemsize
+            flops = int(orthogonalizer.member_flops(key.p, own, rows))
+            gathers = steps + orthogonalizer.squares
             sent = others * self.norm_bytes + steps * summed + gathers * gathered
             total += Cost(batch.count * flops, batch.count * sent, 1 + steps + gathers)
         return total
 
     def _gram(self, batches: tuple[Batch, ...]) -> Cost:
         """An all-reduce of the norms; in each segment, triangles of Gram matrices to the owners and an all-gather."""
-        orthogonalizer, ranks = self.orthogonalizer, len(batches[0].key.parts)
+        orthogonalizer, ranks = self.orthogonalizer.of(batches[0].key.budget), len(batches[0].key.parts)
         segments = orthogonalizer.segment_count
         total = _reduced(ranks, sum(batch.count for batch in batches) * self.norm_bytes)
         owned, factors = [0] * ranks, [0] * ranks  # elements in the triangles of each rank, and in the diagonals of S

@@ -185,15 +185,16 @@ class Run:
         element = torch.zeros((), dtype=dtype, device=self.wire.device)
         return [element.expand(batch.count, *batch.key.part(mine.rank)) for batch in mine.batches]
 
-    def orthogonalize(self, given: list[torch.Tensor]) -> torch.Tensor:
-        """Orthogonalize the last batch of a list, (matrices, m, n); it is taken out and its memory overwritten."""
-        self.counters.flops += given[-1].size(0) * self.orthogonalizer.flops(*given[-1].shape[-2:])
-        return self.orthogonalizer.use_up(given)
+    def orthogonalize(self, batch: Batch, given: list[torch.Tensor]) -> torch.Tensor:
+        """Orthogonalize matrices of a batch, the last of a list: taken out, and their memory overwritten."""
+        orthogonalizer = self.orthogonalizer.of(batch.key.budget)
+        self.counters.flops += given[-1].size(0) * orthogonalizer.flops(*given[-1].shape[-2:])
+        return orthogonalizer.use_up(given)
 
     def transform(self, batch: Batch, first: int, given: list[torch.Tensor]) -> torch.Tensor:
         """Matrices of ``batch`` from number ``first`` on: orthogonalized, or what :attr:`solve` makes of them."""
         if self.solve is None:
-            return self.orthogonalize(given)
+            return self.orthogonalize(batch, given)
         x = given.pop()
         if self.solve_flops is not None:
             self.counters.flops += x.size(0) * self.solve_flops(batch.key.p, batch.key.q)

@@ -25,7 +25,7 @@ from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 def distributed(run: Run, mine: RankChunk) -> ChunkWork:
     """Iterate on shards that stay where they are; Gram matrices are summed over the ranks in each step."""
-    orthogonalizer, exchange = run.orthogonalizer, run.exchange(mine)
+    orthogonalizer, exchange = run.orthogonalizer.of(mine.chunk.budget), run.exchange(mine)
     shards = yield from _normalized(run, mine, [1.0] * len(mine.batches))
     # Partial sums are added in float32: bfloat16 loses bits.
     wide = torch.promote_types(orthogonalizer.dtype, torch.float32)
@@ -53,7 +53,7 @@ def _standard_step(orthogonalizer: Orthogonalizer, shards: list[torch.Tensor], g
 
 def gram(run: Run, mine: RankChunk) -> ChunkWork:
     """Send partial Gram matrices to their owners, which send polynomials of the sums back."""
-    orthogonalizer, exchange, batches = run.orthogonalizer, run.exchange(mine), mine.batches
+    orthogonalizer, exchange, batches = run.orthogonalizer.of(mine.chunk.budget), run.exchange(mine), mine.batches
     # The shapes of the triangles of Gram matrices that each rank owns.
     triangles = [
         [(batch.counts[rank], triangle_numel(batch.key.p)) for batch in batches] for rank in range(exchange.size)
@@ -90,14 +90,14 @@ def _polynomials(
 ) -> torch.Tensor:
     """The polynomials of this rank's matrices, as triangles in one buffer, from the ranks' partial Gram matrices."""
     # Partial Gram matrices are added in float32 at least.
-    wide = torch.promote_types(partial.dtype, torch.float32)
-    total = partial.sum(dim=0, dtype=wide).to(run.orthogonalizer.dtype)
+    orthogonalizer, wide = run.orthogonalizer.of(mine.chunk.budget), torch.promote_types(partial.dtype, torch.float32)
+    total = partial.sum(dim=0, dtype=wide).to(orthogonalizer.dtype)
     own = [(batch.counts[mine.rank], triangle_numel(batch.key.p)) for batch in mine.batches]
     found = []
     for triangle, batch, scale in zip(cut(total, [own])[0], mine.batches, scales, strict=True):
         if not triangle.size(0):
             continue
-        q, factors = run.orthogonalizer.polynomials(from_triangle(triangle, batch.key.p), segment, scale)
+        q, factors = orthogonalizer.polynomials(from_triangle(triangle, batch.key.p), segment, scale)
         found.append(lower_triangle(q) if factors is None else torch.cat([lower_triangle(q), factors[..., 0]], dim=1))
     return flat(found).to(run.wire.gram) if found else total[:0].to(run.wire.gram)
 

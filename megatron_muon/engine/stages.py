@@ -55,7 +55,7 @@ def _work(plan: Plan, group: str, orthogonalizer: Orthogonalizer) -> list[tuple[
     found: Counter[int] = Counter()
     for chunk in plan.chunks:
         for batch in chunk.batches if chunk.group == group else ():
-            each = orthogonalizer.flops(batch.key.m, batch.key.n)
+            each = orthogonalizer.of(batch.key.budget).flops(batch.key.m, batch.key.n)
             for item in batch.items:
                 found[plan.weights[item.weight].bucket] += item.count * each
     return sorted(found.items())

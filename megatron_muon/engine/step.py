@@ -63,11 +63,13 @@ class StepEngine:
         Raises:
             ConfigError: for what the mode cannot do.
         """
-        if mode == GRAM and orthogonalizer.restarts is None:
-            raise ConfigError(
-                f"--muon-tp-mode gram: Gram Newton-Schulz is not accurate in {orthogonalizer.dtype} with these "
-                "coefficients. Use --muon-ns-dtype fp16 or fp32, or --muon-tp-mode auto."
-            )
+        for budget in dict.fromkeys([None, *(weight.layout.budget for weight in weights)] if mode == GRAM else []):
+            if orthogonalizer.of(budget).restarts is None:
+                raise ConfigError(
+                    f"--muon-tp-mode gram: Gram Newton-Schulz is not accurate in {orthogonalizer.dtype} with "
+                    f"{'these coefficients' if budget is None else f'a --muon-param-rule of {budget}'}. Use "
+                    "--muon-ns-dtype fp16 or fp32, or --muon-tp-mode auto."
+                )
         iteration = orthogonalizer.dtype
         # What comes back has been rounded to the iteration's dtype already.
         is_rounded = iteration.itemsize < wire_dtype.itemsize or (wire_dtype.itemsize < 4 and iteration.itemsize == 2)
@@ -79,7 +81,7 @@ class StepEngine:
         self.local_dtype = dtype
         peers = {weight.peers.group: weight.peers.span for weight in weights if weight.peers is not None}
         self.plan: Plan = choose_plan(weights, policy, orthogonalizer, {name: groups[name].rank() for name in peers})
-        self._numbers = f"{orthogonalizer.iteration} {iteration} {orthogonalizer.products.name} {self.wire} {peers}"
+        self._numbers = f"{iteration} {orthogonalizer.products.name} {self.wire} {peers}"
         self.counters = Counters()
         named = self.plan.groups()
         if peers:  # whether matrices are lent is compared too, and what is lent may be divided
@@ -134,7 +136,10 @@ class StepEngine:
     def digest(self, group: str) -> bytes:
         """What the ranks of a group compare: their plans, types of numbers, kernels; see :meth:`Plan.digest`."""
         if group not in self._digests:
-            self._digests[group] = self.plan.digest(group, self._numbers)
+            chunks = [chunk for chunk in self.plan.chunks if chunk.group == group]
+            spent = dict.fromkeys([None, *(batch.key.budget for chunk in chunks for batch in chunk.batches)])
+            iterations = [self.orthogonalizer.of(budget).iteration for budget in spent]
+            self._digests[group] = self.plan.digest(group, f"{iterations} {self._numbers}")
         return self._digests[group]
 
     def run(self, read: Read, write: Write, sub_plan: Plan | None = None) -> None:

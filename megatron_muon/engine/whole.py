@@ -25,5 +25,5 @@ def duplicated(run: Run, mine: RankChunk) -> ChunkWork:
     received = [cut(buffer, [each])[0] for buffer, each in zip(pending.wait(), shapes, strict=True)]
     whole = [torch.cat(shards, dim=b.key.dim) for b, *shards in zip(batches, *received, strict=True)][::-1]
     del received
-    results = [run.orthogonalize(whole).split(b.key.parts, dim=b.key.dim)[mine.rank] for b in batches]
+    results = [run.orthogonalize(b, whole).split(b.key.parts, dim=b.key.dim)[mine.rank] for b in batches]
     run.unpack(mine, results)

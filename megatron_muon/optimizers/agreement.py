@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_muon.agree import backends_of
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import Engines, grouped_by_engine
+from megatron_muon.routing.layout import layout_of
 
 
 def unequal_gradients(weight: str, having: Sequence[int], lacking: Sequence[int], of: str = "") -> str:
@@ -135,7 +136,11 @@ def _problem(
 ) -> Exception:
     """Why the ranks of a group cannot step together; all of them call this, and find the same."""
     gathered: list[Any] = [None] * group.size()
-    dist.all_gather_object(gathered, (failure, len(shared), _lacking(shared), dict(said)), group=group)
+    budgets = {
+        f"the budget of {names.get(param, f'weight {index} of {sizes(param.shape)}')}": layout_of(param).budget
+        for index, param in enumerate(shared)
+    }
+    dist.all_gather_object(gathered, (failure, len(shared), _lacking(shared), {**said, **budgets}), group=group)
     if failures := [f"on rank {rank} of the {name} group: {its[0]}" for rank, its in enumerate(gathered) if its[0]]:
         return ConfigError(failures[0])
     for index, param in enumerate(shared):

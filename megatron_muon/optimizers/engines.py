@@ -20,13 +20,12 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.precision import own_dtype, precision_of
 from megatron_muon.orthogonalize.backends import candidates, report
-from megatron_muon.orthogonalize.coefficients import iteration, parse_triple
 from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.orthogonalize.kernels.gate import Trial
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.products import TorchProducts
 from megatron_muon.orthogonalize.switches import matmul_precision
-from megatron_muon.routing.layout import MSIGN, ORTHOGONALIZE, STIEFEL, layout_of
+from megatron_muon.routing.layout import MSIGN, ORTHOGONALIZE, STIEFEL, Budget, layout_of
 
 BUCKET_ATTRIBUTE = "muon_bucket"
 """Attribute of parameters with :attr:`megatron_muon.engine.plan.Weight.bucket`."""
@@ -129,8 +128,6 @@ class Engines:
         self._tp_group, self._expert_tp_group = tp_group, expert_tp_group
         groups = {DENSE: tp_group, EXPERT: expert_tp_group}
         self.groups = {name: group for name, group in groups.items() if group is not None}
-        triples = tuple(map(parse_triple, config.custom_coefficients))
-        self._iteration = iteration(config.coefficient_type, config.num_ns_steps, triples)
         self._kept: list[_CachedEngine] = []  # the last used is the first
         self.elementwise_note = ""
         self.products: dict[tuple[str, torch.dtype], TorchProducts] = {}
@@ -295,8 +292,9 @@ class Engines:
         return engine
 
     def _orthogonalizer(self, dtype: torch.dtype, products: TorchProducts) -> Orthogonalizer:
-        tf32 = self.config.fp32_matmul_prec == "high"
-        return Orthogonalizer(self._iteration, dtype, self.config.eps, products, damped=self._damped, tf32=tf32)
+        its, config = self.config.iteration, self.config
+        how = {"damped": self._damped, "tf32": config.fp32_matmul_prec == "high"}
+        return Orthogonalizer(its(), dtype, config.eps, products, budgeted=its, **how)
 
     def offers(self, weights: Sequence[Weight], device: torch.device, dtype: torch.dtype, timed: bool) -> Offers:
         """The kernels that could multiply.
@@ -308,9 +306,7 @@ class Engines:
             timed: whether they are timed, so that the fastest comes first; otherwise the one made for the device does.
                 Time differs from rank to rank: copies of weights drift apart unless all ranks take the same choice.
         """
-        trial = None
-        if timed:
-            trial = trial_of(weights, lambda products, x: self._orthogonalizer(dtype, products)(x), dtype, device)
+        trial = trial_of(weights, functools.partial(self._orthogonalizer, dtype), device) if timed else None
         with matmul_precision(self.config.fp32_matmul_prec):
             found = candidates(self.config.ns_backend, device, dtype, trial)
         usable = [(each, each.products) for each in found if each.products is not None]
@@ -318,20 +314,24 @@ class Engines:
 
 
 def trial_of(
-    weights: Sequence[Weight],
-    iterate: Callable[[TorchProducts, torch.Tensor], object],
-    dtype: torch.dtype,
-    device: torch.device,
+    weights: Sequence[Weight], made: Callable[[TorchProducts], Orthogonalizer], device: torch.device
 ) -> Trial | None:
-    """What kernels are timed with: as many matrices as are iterated together, of the shape that costs most in all."""
-    counts: Counter[tuple[int, int]] = Counter()
+    """What kernels are timed with: as many matrices as are iterated together, of what costs most in all.
+
+    Args:
+        weights: the weights of the run.
+        made: gives the iteration by some kernels.
+        device: where the weights are.
+    """
+    counts: Counter[tuple[int, int, Budget | None]] = Counter()
     for weight in weights:
         for block in weight.layout.blocks(weight.whole_shape):
             if block.rule == ORTHOGONALIZE and block.numel:
                 p, q = sorted((block.rows, block.columns))
-                counts[p, q] += block.count
+                counts[p, q, weight.layout.budget] += block.count
     if not counts:
         return None
-    p, q = max(counts, key=lambda shape: (counts[shape] * shape[0] ** 2 * shape[1], shape))
-    each = Orthogonalizer.batch_bytes[device.type] // (p * q * dtype.itemsize)
-    return Trial((max(1, min(counts[p, q], each)), p, q), iterate)
+    usual = made(TorchProducts())
+    p, q, budget = max(counts, key=lambda its: (counts[its] * usual.of(its[2]).flops(*its[:2]), its[:2]))
+    each = usual.batch_bytes[device.type] // (p * q * usual.dtype.itemsize)
+    return Trial((max(1, min(counts[p, q, budget], each)), p, q), lambda products, x: made(products).of(budget)(x))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_muon.choices import COEFFICIENTS, STEPS
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.handled import STEP
@@ -29,6 +30,10 @@ _OF_TORCH = ("params", "param_names", "initial_lr", "base_momentum", "max_moment
 _OF_MEGATRON = ("max_lr", "min_lr", "start_wd", "end_wd", "wd_mult", "lr_mult", "optimizer", "is_expert_parallel")
 _OF_OTHERS = {*_OF_TORCH, *_OF_MEGATRON, "is_decoupled_lr", "default_config", "pre_wd_mult", "pre_lr_mult"}
 """What torch, Megatron-Core (with NeMo's names for two), and schedulers write to groups and read from them."""
+
+_RULE = "MuonConfig(param_rule=('GLOB={}:...',)) in megatron_muon.param_groups"
+BUDGETS = {"num_ns_steps": _RULE.format(STEPS), "coefficient_type": _RULE.format(COEFFICIENTS)}
+"""Options of the whole optimizer that weights may have of their own, and how."""
 
 _MEANT = {"wd": "weight_decay", "learning_rate": "lr", "beta": "momentum", "mu": "momentum"}
 _NOT_NEGATIVE = ("lr", "weight_decay", "damping_depth", "scalar_eps", "scalar_lr_mult", "scalar_wd_mult")
@@ -51,9 +56,10 @@ def check_names(group: Collection[str], defaults: Collection[str], constructor: 
     known = [*defaults, *OPTIONAL]
     for name in (name for name in group if name not in _OF_OTHERS and name not in known):
         if name in constructor:
+            way_out = f"a rule of {BUDGETS[name]}" if name in BUDGETS else "to an optimizer of their own"
             raise ConfigError(
                 f"{name} in a param group: it is an option of the whole optimizer. Give it to the constructor, or "
-                "these weights to an optimizer of their own."
+                f"these weights {way_out}."
             )
         near = difflib.get_close_matches(name, known, 1)
         meant = _MEANT.get(name) or (near[0] if near else "")

@@ -21,7 +21,7 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.fading import PEAK
-from megatron_muon.optimizers.groups import OPTIONAL, PER_GROUP, check_names, check_numbers, is_number
+from megatron_muon.optimizers.groups import BUDGETS, OPTIONAL, PER_GROUP, check_names, check_numbers, is_number
 from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_capture, refuse_elsewhere
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
 from megatron_muon.optimizers.registry import made_anew, variant_of
@@ -210,6 +210,7 @@ class Muon(torch.optim.Optimizer):
                     f"Muon updates {layout.dims}-D weights, got shape {sizes(param.shape)}: give it to Adam"
                 )
             self._check_direction(param, layout)
+            self.config.iteration(layout.budget)  # a layout made by hand may name what there is not
             weight = self.engines.weight(param)
             check_weight(weight, self.config.tp_mode, self.config.blockwise_period)
             check_scalar_rows(weight)
@@ -217,6 +218,7 @@ class Muon(torch.optim.Optimizer):
     def _check_values(self, group: dict[str, Any], *, read: bool = True) -> None:
         """Refuse values of a param group; see :func:`megatron_muon.optimizers.groups.check_numbers`."""
         check_numbers(group, read=read)
+        check_names([name for name in BUDGETS if name in group], (), BUDGETS)  # of a group that was edited
         if group["damping_depth"] and not self.defaults["damping_depth"]:
             raise ConfigError(
                 f"damping_depth {group['damping_depth']} in a param group of an optimizer without: give the "
@@ -258,6 +260,11 @@ class Muon(torch.optim.Optimizer):
         self.variant.check(config)
 
     def _check_direction(self, param: torch.Tensor, layout: MatrixLayout) -> None:
+        if layout.budget is not None and layout.direction != MSIGN:
+            raise ConfigError(
+                f"a budget of {layout.budget} for a weight of {sizes(param.shape)} by {layout.direction}: what is not "
+                "orthogonalized has no steps and coefficients. Leave one of both out of its layout."
+            )
         rule = getattr(param, OVERRIDE_ATTRIBUTE, f"NAME={layout.direction}")
         if layout.direction not in self.directions:
             raise ConfigError(

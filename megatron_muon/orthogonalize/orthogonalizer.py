@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from megatron_muon.choices import Budget
 from megatron_muon.orthogonalize.coefficients import Iteration
 from megatron_muon.orthogonalize.gram import gram_iteration, polynomial_of_gram, prescale, segments
 from megatron_muon.orthogonalize.newton_schulz import (
@@ -62,6 +65,7 @@ class Orthogonalizer:
         *,
         damped: bool = False,
         tf32: bool = False,
+        budgeted: Callable[[Budget], Iteration] | None = None,
     ) -> None:
         """
         Args:
@@ -71,14 +75,36 @@ class Orthogonalizer:
             products: how to multiply; torch's by default.
             damped: whether ``eps`` is added to the norm, rather than a lower bound of it.
             tf32: whether products of float32 may be TF32.
+            budgeted: gives the iteration of matrices that have a budget of their own.
         """
-        self.iteration = iteration
-        self.coefficients = iteration.coefficients
         self.dtype = dtype
         self.eps = eps
         self.damped = damped
         self.products = products or TorchProducts()
-        self.restarts = best_restarts(self.coefficients, dtype, tf32=tf32)
+        self._tf32, self._budgeted = tf32, budgeted
+        self._take(iteration)
+
+    def _take(self, iteration: Iteration) -> None:
+        self.iteration, self.coefficients = iteration, iteration.coefficients
+        self.restarts = best_restarts(self.coefficients, self.dtype, tf32=self._tf32)
+        self._of: dict[Budget, Orthogonalizer] = {}
+
+    def __copy__(self) -> Orthogonalizer:
+        """One that has those of its own for budgets, too."""
+        found = object.__new__(type(self))
+        vars(found).update(vars(self), _of={})
+        return found
+
+    def of(self, budget: Budget | None) -> Orthogonalizer:
+        """That of matrices with a budget: with the same dtype and kernels, and another iteration; None: itself."""
+        if budget is None:
+            return self
+        found = self._of.get(budget)
+        if found is None or found.products is not self.products:  # tools put others there
+            assert self._budgeted is not None, budget
+            found = self._of[budget] = copy.copy(self)
+            found._take(self._budgeted(budget))
+        return found
 
     def method(self, m: int, n: int) -> Method:
         """The cheapest iteration for m x n matrices that is accurate in this dtype."""

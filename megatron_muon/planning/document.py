@@ -197,7 +197,7 @@ def _choice(choice: Choice, count: int) -> dict[str, Any]:
 
 
 def _class(route: Route, count: int, plan: Plan) -> dict[str, Any]:
-    options = plan.options
+    options, budget = plan.options, route.layout.budget
     return {
         "pattern": route.name,
         "count": count,
@@ -207,6 +207,8 @@ def _class(route: Route, count: int, plan: Plan) -> dict[str, Any]:
         "rule": _rule(route),
         "reason": route.reason,
         "override": route.override,
+        "budget": None if budget is None else asdict(budget),
+        "budget_rules": list(route.budget_rules),
         "divided": route.divided,
         "blocks": [
             {**asdict(block), "scale_factor": route.scale(block, options, plan.optimizer)} for block in route.blocks

@@ -47,6 +47,8 @@ class StateCounter:
         common: dict[str, Any] = {
             "scalar_optimizer": options.scalar_optimizer,
             "scale_mode": options.scale_mode,
+            "coefficient_type": options.coefficient_type,
+            "custom_coefficients": options.custom_coefficients,
             "hidden_size": 1,
         }
         asked = {"optimizer": self.optimizer, "adaptive_muon_moment2_method": self.moment2_method}

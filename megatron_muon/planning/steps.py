@@ -17,7 +17,7 @@ from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.optimizers.stiefel_solvers import SIGN_STEPS, SOLVERS
-from megatron_muon.orthogonalize.coefficients import iteration, parse_triple
+from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.planning.memory import Part, peak_bytes
@@ -50,11 +50,11 @@ class StepPlanner:
         self.passes = passes
         # Megatron's optimizers update float32 weights: main copies, or the model's own.
         self.precision = precision_of(options, torch.float32)
-        triples = tuple(map(parse_triple, options.custom_coefficients))
-        steps = iteration(options.coefficient_type, options.num_ns_steps, triples)
         kernels = None if options.ns_backend in ("auto", "torch") else SymmetricKernel()
-        tf32 = options.fp32_matmul_prec == "high"
-        self.orthogonalizer = Orthogonalizer(steps, self.precision.iteration, options.eps, kernels, tf32=tf32)
+        its, tf32 = options.iteration, options.fp32_matmul_prec == "high"
+        self.orthogonalizer = Orthogonalizer(
+            its(), self.precision.iteration, options.eps, kernels, tf32=tf32, budgeted=its
+        )
         self.manifold_work = _ManifoldWork(options)
         self._steps: dict[frozenset[tuple[Weight, int]], Step] = {}
         self._shared: dict[tuple[Weight, ...], list[Step]] = {}

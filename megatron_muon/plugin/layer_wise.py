@@ -365,6 +365,6 @@ def _cost_in(pg_collection: Any, muon: MuonConfig) -> Callable[[torch.Tensor], i
                 "parallel_state nor pg_collection has: its owner cannot be chosen. Give "
                 "megatron.training.training.wrap_model_chunks_with_ddp a pg_collection with tp and expt_tp."
             )
-        return cost_of_weight(param, shard_of(param, dense, expert), muon.num_ns_steps, stiefel)
+        return cost_of_weight(param, shard_of(param, dense, expert), muon.iteration, stiefel)
 
     return cost

@@ -159,6 +159,17 @@ OPTIONS: tuple[Refusal, ...] = (
         "it keeps no weight on a manifold",
         "use --optimizer stiefel_muon, or another choice",
     ),
+    Refusal(
+        (_rule_gives("coefficients:custom"), other_than("muon_coefficient_type", "custom")),
+        "--muon-custom-coefficients are those of the whole optimizer",
+        "add --muon-coefficient-type custom, and give the other weights their set by a rule before this one, such as "
+        "'*=coefficients:quintic'",
+    ),
+    Refusal(
+        (_rule_gives("steps:auto"),),
+        "nobody measures yet how many steps are enough",
+        "give a number, such as steps:7",
+    ),
     *(
         Refusal(
             (_rule_gives(*BALLS), keeper),

@@ -14,11 +14,11 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from megatron_muon.choices import DIRECTIONS, parse_param_rule
+from megatron_muon.choices import DIRECTIONS, budget_of, kind_of, parse_param_rule
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.routing.adapters import check_adapters
-from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN
+from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN, layout_of
 from megatron_muon.routing.predicate import REASON_ATTRIBUTE, _is_nonlinear_or_embedding, is_divided, is_vector
 from megatron_muon.routing.rules import is_expert_container, rules_of
 from megatron_muon.routing.rules.embedding import output_embeddings
@@ -28,6 +28,9 @@ from megatron_muon.routing.wrappers import restore_attributes, strip_wrappers
 
 OVERRIDE_ATTRIBUTE = "muon_override"
 """Attribute that names the ``--muon-param-rule`` which decided about a weight."""
+
+BUDGET_RULES_ATTRIBUTE = "muon_budget_rules"
+"""Attribute that names those which decided about its budget."""
 
 _BY_HAND = "skip_orthogonalization_by_hand"
 """Attribute that keeps a tag of the user while a ``--muon-param-rule`` outweighs it."""
@@ -53,7 +56,7 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adap
         adapters: whether to look if Muon can do its work on adapters; not before it is known that Muon will come.
 
     Returns:
-        Those of ``options.param_rule`` that match a weight of this module.
+        Those of ``options.param_rule`` that match a weight of this module; of budgets, one that is orthogonalized.
 
     Raises:
         ConfigError: naming every weight that no rule can classify, with the option that decides it; the weight whose
@@ -74,14 +77,19 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adap
         treatment = claims.get(param)
         if treatment is None or treatment.choice == UNKNOWN:
             treatment = _unclaimed(param, options, treatment)
-        rules, choice = _override(name, options)
-        if rules:
-            matched.update(rules)
-            _write(name, param, treatment, choice, rules[-1])
+        rules = [rule for rule in options.param_rule if fnmatchcase(name, parse_param_rule(rule)[0])]
+        budgets = [rule for rule in rules if kind_of(parse_param_rule(rule)[1])]
+        if routes := [rule for rule in rules if rule not in budgets]:
+            matched.update(routes)
+            _write(name, param, treatment, parse_param_rule(routes[-1])[1], routes[-1])
         elif treatment.choice == UNKNOWN:
             unknown.append(f"{name} ({sizes(param.shape)})")
+            continue
         else:
             _write(name, param, treatment, treatment.choice, None)
+        if budgets and _is_orthogonalized(param):
+            matched.update(budgets)
+            _give_budget(param, budgets)
     if unknown:
         _refuse(unknown)
     if adapters:
@@ -212,10 +220,17 @@ def _has_tag(param: torch.Tensor) -> bool:
     return by_hand or getattr(param, "use_muon", True) is False
 
 
-def _override(name: str, options: MuonConfig) -> tuple[list[str], str]:
-    """The rules of ``param_rule`` that match ``name``, and the choice of the last of them."""
-    matching = [rule for rule in options.param_rule if fnmatchcase(name, parse_param_rule(rule)[0])]
-    return matching, parse_param_rule(matching[-1])[1] if matching else ""
+def _is_orthogonalized(param: torch.Tensor) -> bool:
+    layout = layout_of(param)
+    return not _is_nonlinear_or_embedding(param) and layout.direction == MSIGN and layout.has_matrices
+
+
+def _give_budget(param: torch.Tensor, rules: list[str]) -> None:
+    """What these rules together say: of each kind the last."""
+    choices = {rule: parse_param_rule(rule)[1] for rule in rules}
+    last = {kind_of(choice): rule for rule, choice in choices.items()}
+    setattr(param, LAYOUT_ATTRIBUTE, dataclasses.replace(layout_of(param), budget=budget_of(choices.values())))
+    setattr(param, BUDGET_RULES_ATTRIBUTE, tuple(last.values()))
 
 
 def _write(name: str, param: torch.Tensor, treatment: Treatment, choice: str, override: str | None) -> None:
@@ -273,7 +288,7 @@ def _skip(param: torch.Tensor, skip: bool, reason: str) -> None:
 
 def _clear(param: torch.Tensor) -> None:
     """Take away what an earlier call has written; a tag without a reason was set by hand, and is put back."""
-    written = [OVERRIDE_ATTRIBUTE, LAYOUT_ATTRIBUTE]
+    written = [OVERRIDE_ATTRIBUTE, BUDGET_RULES_ATTRIBUTE, LAYOUT_ATTRIBUTE]
     if hasattr(param, REASON_ATTRIBUTE):
         written += ["skip_orthogonalization", REASON_ATTRIBUTE]
     for attribute in written:

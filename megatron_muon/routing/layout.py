@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_muon.choices import BALLS, STIEFEL
+from megatron_muon.choices import BALLS, STIEFEL, Budget
 
 __all__ = [
     "BALLS",
@@ -29,6 +29,7 @@ __all__ = [
     "TABLE",
     "WHOLE",
     "Block",
+    "Budget",
     "MatrixLayout",
     "Section",
     "layout_of",
@@ -113,12 +114,14 @@ class MatrixLayout:
         stacked: whether the weight is 3-D: (experts, rows, columns), each expert with this layout.
         direction: how the update of a matrix is found: :data:`MSIGN`, orthogonalized; one of :data:`BALLS`; or
             :data:`STIEFEL`, which keeps its singular values at 1.
+        budget: what the orthogonalization takes; None: the optimizer's own number of steps and coefficients.
     """
 
     kind: str
     sections: tuple[Section, ...] = ()
     stacked: bool = False
     direction: str = MSIGN
+    budget: Budget | None = None
 
     @property
     def period(self) -> int:

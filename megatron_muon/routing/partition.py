@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_muon.choices import kind_of, parse_param_rule
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.routing import report
@@ -110,6 +111,12 @@ def refuse_unmatched(options: MuonConfig, matched: set[str]) -> None:
     """
     for rule in options.param_rule:
         if rule not in matched:
+            if kind_of(parse_param_rule(rule)[1]):
+                raise ConfigError(
+                    f"{flag('param_rule')} {rule!r}: no weight of such a name is orthogonalized, which is what has "
+                    "steps and coefficients. The report says who updates each weight, and the names of all; * stands "
+                    "for any text. Leave the rule away, or mend the pattern."
+                )
             tied = " An output layer that is tied to the embedding goes by embedding.word_embeddings.weight."
             raise ConfigError(
                 f"{flag('param_rule')} {rule!r}: no trainable weight has such a name. Names are those of the report, "

@@ -13,7 +13,7 @@ import torch
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import sizes
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, scale_factor
-from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
+from megatron_muon.routing.annotate import BUDGET_RULES_ATTRIBUTE, OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, WHOLE, Block, MatrixLayout, layout_of
 from megatron_muon.routing.predicate import exclusion_reason
 from megatron_muon.routing.wrappers import strip_wrappers
@@ -32,6 +32,7 @@ class Route:
         override: the ``--muon-param-rule`` that decided, if one did.
         layout: its layout, if Muon updates it.
         hidden_size: of the model; 0 if it is not known.
+        budget_rules: those that decided about its budget.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Route:
     override: str = ""
     layout: MatrixLayout = WHOLE
     hidden_size: int = 0
+    budget_rules: tuple[str, ...] = ()
 
     def scale(self, block: Block, options: MuonConfig, optimizer: str = "muon") -> float | None:
         """Factor on the direction of the matrices of a block; None where there is none, or it cannot be told here."""
@@ -101,8 +103,10 @@ def _route(name: str, param: torch.nn.Parameter, ranks: int, hidden_size: int) -
     reason = exclusion_reason(param)
     layout = layout_of(param) if reason is None else WHOLE
     blocks = layout.blocks(tuple(shape)) if reason is None else []
-    override = getattr(param, OVERRIDE_ATTRIBUTE, "")
-    return Route(pattern(name), tuple(shape), divided, tuple(blocks), reason or "", override, layout, hidden_size)
+    override, budget_rules = getattr(param, OVERRIDE_ATTRIBUTE, ""), getattr(param, BUDGET_RULES_ATTRIBUTE, ())
+    return Route(
+        pattern(name), tuple(shape), divided, tuple(blocks), reason or "", override, layout, hidden_size, budget_rules
+    )
 
 
 def render(routes: Sequence[Route], options: MuonConfig, *, notes: Sequence[str] = (), optimizer: str = "muon") -> str:
@@ -127,6 +131,8 @@ def _row(route: Route, count: int, options: MuonConfig, optimizer: str) -> tuple
     detail = ", ".join(_matrices(block, options) for block in route.blocks) if route.muon else route.reason
     if route.layout.direction != MSIGN:
         detail = f"{route.layout.direction}: {detail}"
+    if route.layout.budget is not None:
+        detail += f" ({route.layout.budget})"
     factors = [route.scale(block, options, optimizer) for block in route.blocks]
     scales = ["-" if factor is None else f"{factor:.3g}" for factor in factors]
     scale = scales[0] if len(set(scales)) == 1 else ", ".join(scales)
@@ -155,7 +161,7 @@ def _totals(routes: Sequence[Route], options: MuonConfig) -> list[str]:
 
 def _overrides(routes: Sequence[Route]) -> list[str]:
     """Which rules of the user decided, and about how many weights."""
-    counts = Counter(route.override for route in routes if route.override)
+    counts = Counter(rule for route in routes for rule in (route.override, *route.budget_rules) if rule)
     return [f"{flag('param_rule')} {rule}: {count} weights" for rule, count in counts.items()]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from megatron_muon.engine.prediction import matrices_by_mode, predict
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
-from megatron_muon.routing.layout import SCALAR, WHOLE, MatrixLayout, Section
+from megatron_muon.routing.layout import SCALAR, WHOLE, Budget, MatrixLayout, Section
 from tests.pool import RankPool
 
 QKV = MatrixLayout("qkv", (Section("q", 8), Section("k", 4), Section("v", 4)))
@@ -61,6 +61,8 @@ class Given:
 
 DENSE = (
     *[Given((16, 24), 1)] * 5,  # no multiple of 2 or 4 ranks
+    *[Given((16, 24), 1, replace(WHOLE, budget=Budget(7)))] * 3,
+    Given((24, 16), 0, replace(WHOLE, budget=Budget(3, "polar_express"))),
     *[Given((24, 16), 0)] * 3,  # fewer than 4 ranks
     *[Given((24, 16), 1)] * 2,  # divided along the shorter side
     Given((16, 16), 0),

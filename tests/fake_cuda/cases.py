@@ -12,12 +12,13 @@ from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.optimizers.stiefel_solvers import SOLVERS
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM
-from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, WHOLE, MatrixLayout, Section
+from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, WHOLE, Budget, MatrixLayout, Section
 from tests.fake_cuda.world import World
 
 QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
 HEADS = MatrixLayout("qkv", (Section("q", 8, matrix_rows=4), Section("k", 4, matrix_rows=4), Section("v", 4)))
 GATED = MatrixLayout("gdn", (Section("q", 6), Section("beta", 2, SCALAR)))
+FOUR_STEPS = dataclasses.replace(WHOLE, budget=Budget(4))
 GATES = MatrixLayout("gates", (Section("beta", 2, SCALAR),))
 
 ELEMENTWISE: dict[str, dict[str, Any]] = {
@@ -55,7 +56,7 @@ NUMBERS = (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "auto"), ("fp16", "auto"
 
 EVERYTHING = (
     ((16, 12), 1, WHOLE),
-    ((16, 12), 1, WHOLE),
+    ((16, 12), 1, FOUR_STEPS),
     ((12, 16), 0, WHOLE),
     ((16, 12), 0, QKV),
     ((20, 12), 0, QKV),
@@ -68,15 +69,16 @@ EVERYTHING = (
 """Shards of rows and columns, wide and tall, of whole periods and of parts of them, a stack, gates; and a whole weight:
 shape, ``partition_dim``, layout."""
 
-FEW = (((16, 12), 1, WHOLE), ((12, 16), 0, WHOLE), ((20, 12), 0, QKV), ((2, 16, 12), 1, WHOLE.stack()))
+FEW = (((16, 12), 1, WHOLE), ((12, 16), 0, FOUR_STEPS), ((20, 12), 0, QKV), ((2, 16, 12), 1, WHOLE.stack()))
 """Of these one of each kind."""
 
 Shards = tuple[tuple[tuple[int, ...], int | None, MatrixLayout], ...]
 
 
 def weights(world: World, shards: Shards, direction: str = MSIGN, **options: Any) -> list[torch.nn.Parameter]:
-    """Parameters of a world, with gradients."""
+    """Parameters of a world, with gradients; what is not orthogonalized has no budget."""
+    changes = {} if direction == MSIGN else {"direction": direction, "budget": None}
     return [
-        world.parameter(*shape, dim=dim, layout=dataclasses.replace(layout, direction=direction), **options)
+        world.parameter(*shape, dim=dim, layout=dataclasses.replace(layout, **changes), **options)
         for shape, dim, layout in shards
     ]

@@ -18,6 +18,7 @@ from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.products import TorchProducts
 from tests.fake_cuda.groups import Call, recorded_groups
+from tests.random_weights import BUDGETED
 
 __all__ = ["ITERATION", "Recorder", "calls_of", "symbolic_rank"]
 
@@ -69,7 +70,7 @@ class _Shapes(Orthogonalizer):
         return torch.empty_like(gram), None
 
 
-ITERATION = _Shapes(iteration("quintic", 2), torch.float16, products=_Products())
+ITERATION = _Shapes(iteration("quintic", 2), torch.float16, products=_Products(), budgeted=BUDGETED)
 
 
 class Recorder:

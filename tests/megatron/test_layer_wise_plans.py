@@ -96,7 +96,7 @@ def loads_of(stage: Any, args: Any, layout: Any, lending: str) -> list[float]:
     weights = []
     for param, owners in owners_of_stage(stage, args, layout).items():
         for rank, _ in owners if not _is_nonlinear_or_embedding(param) else ():
-            cost = cost_of_weight(param, shard_of(param, *groups), 5)
+            cost = cost_of_weight(param, shard_of(param, *groups), MuonConfig().iteration)
             is_dense = getattr(param, "allreduce", True)
             (dense if is_dense else expert)[rank] += cost
             name, copies = ("dense", layout.data) if is_dense else ("expert", layout.expert_data)

@@ -20,7 +20,7 @@ from megatron_muon.engine.plan import Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers import engines
 from megatron_muon.optimizers.engines import trial_of
-from megatron_muon.orthogonalize import backends
+from megatron_muon.orthogonalize import Orthogonalizer, backends, iteration
 from megatron_muon.orthogonalize.backends import choose_products, fastest_on_all
 from megatron_muon.orthogonalize.kernels import gate
 from megatron_muon.orthogonalize.kernels.gate import Trial, examine
@@ -233,8 +233,11 @@ def test_trial_is_of_the_shape_that_takes_most_operations() -> None:
     weights = [Weight(shape, MatrixLayout("w")) for shape in shapes]
     weights.append(Weight((128, 100, 2048), MatrixLayout("w", stacked=True), dim=-2, group="tp", ranks=4))
 
+    def made(products: TorchProducts) -> Orthogonalizer:
+        return Orthogonalizer(iteration("quintic", 5), torch.bfloat16, products=products)
+
     def trial_on(device: str) -> tuple[int, int, int]:
-        found = trial_of(weights, lambda products, x: x, torch.bfloat16, torch.device(device))
+        found = trial_of(weights, made, torch.device(device))
         assert found is not None
         return found.shape
 
@@ -242,7 +245,7 @@ def test_trial_is_of_the_shape_that_takes_most_operations() -> None:
     assert trial_on("cpu") == (1, 400, 2048), "as many as are iterated together there"
     weights.pop()
     assert trial_on("cuda") == (5, 1024, 4096), "tall ones among them"
-    assert trial_of([], lambda products, x: x, torch.bfloat16, CPU) is None
+    assert trial_of([], made, CPU) is None
 
 
 def test_engines_of_one_optimizer_have_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_muon.config import MuonConfig
 from megatron_muon.engine.balance import Job, assign_owners, cost_of_weight
 from megatron_muon.engine.shards import Shard
 from megatron_muon.optimizers.stiefel_solvers import SOLVERS
@@ -232,10 +233,10 @@ QKV = MatrixLayout("qkv", (Section("q", 8), Section("k", 2), Section("v", 2)))
 def test_cost_is_that_of_the_logical_matrices(
     param: torch.nn.Parameter, shard: Shard | None, expected: int, steps: int
 ) -> None:
-    assert cost_of_weight(param, shard, steps) == steps * expected
+    assert cost_of_weight(param, shard, MuonConfig(num_ns_steps=steps).iteration) == steps * expected
 
 
 def test_weights_on_the_stiefel_manifold_cost_what_their_solver_takes() -> None:
     param = weight((12, 8), dataclasses.replace(WHOLE, direction=STIEFEL))
-    solver = SOLVERS["admm"]
-    assert cost_of_weight(param, None, 5, solver.flops) == solver.flops(8, 12) > 100 * step_cost(8, 12)
+    solver, cost = SOLVERS["admm"], cost_of_weight(param, None, MuonConfig().iteration, SOLVERS["admm"].flops)
+    assert cost == solver.flops(8, 12) > 100 * step_cost(8, 12)

@@ -32,12 +32,12 @@ from tests.random_weights import (
 def loads_of(chunk: Chunk, iteration: Orthogonalizer) -> list[int]:
     """Operations of each owner of a chunk."""
     ranks = len(chunk.batches[0].key.parts)
-    each = [(batch, iteration.flops(batch.key.m, batch.key.n)) for batch in chunk.batches]
+    each = [(batch, iteration.of(batch.key.budget).flops(batch.key.m, batch.key.n)) for batch in chunk.batches]
     return [sum(batch.counts[rank] * flops for batch, flops in each) for rank in range(ranks)]
 
 
 def costliest(chunk: Chunk, iteration: Orthogonalizer) -> int:
-    return max(iteration.flops(batch.key.m, batch.key.n) for batch in chunk.batches)
+    return max(iteration.of(batch.key.budget).flops(batch.key.m, batch.key.n) for batch in chunk.batches)
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])

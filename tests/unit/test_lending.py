@@ -18,9 +18,9 @@ from megatron_muon.engine.prediction import predict
 from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
-from tests.random_weights import random_weights
+from tests.random_weights import BUDGETED, random_weights
 
-ITERATION = Orthogonalizer(iteration("quintic", 5), torch.bfloat16)
+ITERATION = Orthogonalizer(iteration("quintic", 5), torch.bfloat16, budgeted=BUDGETED)
 SIZES = Sizes(2, 2, 2)
 POLICY = Policy(AUTO, SIZES, 1 << 28, Machine.of("cuda"))
 FREE = dataclasses.replace(POLICY, machine=Machine(5e14, 1e20, 0.0), chunk_bytes=1 << 14)
