@@ -19,7 +19,7 @@ from megatron_muon.engine.packing import (
 )
 from megatron_muon.engine.run import ChunkWork, Pause, RankChunk, Run
 from megatron_muon.orthogonalize.gram import prescale
-from megatron_muon.orthogonalize.newton_schulz import balance_, square_sums, standard_step, transposed_if
+from megatron_muon.orthogonalize.newton_schulz import balance_, quadratic, square_sums, transposed_if
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 
@@ -42,13 +42,15 @@ def distributed(run: Run, mine: RankChunk) -> ChunkWork:
 
 def _standard_step(orthogonalizer: Orthogonalizer, shards: list[torch.Tensor], grams: torch.Tensor, step: int) -> None:
     """``a X + (b A + c A A) X`` in place of each X of the list, from the triangles of all A."""
+    (a, b, c), products = orthogonalizer.coefficients[step], orthogonalizer.products
     triangles = cut(grams, [[(x.size(0), triangle_numel(x.size(-2))) for x in shards]])[0]
     for index, triangle in enumerate(triangles):  # with zip in it, enumerate keeps what came first
         x = shards[index]
         z = from_triangle(triangle.to(orthogonalizer.dtype), x.size(-2))
         if step == 0 and orthogonalizer.iteration.balanced:
             x.mul_(balance_(z))
-        shards[index] = standard_step(x, z, orthogonalizer.coefficients[step], orthogonalizer.products)
+        z, factor = quadratic(z, b, c, products)
+        shards[index] = products.multiply_add(x, z, a, factor)
 
 
 def gram(run: Run, mine: RankChunk) -> ChunkWork:
@@ -114,10 +116,10 @@ def _multiply(
     received = [cut(buffer, [each])[0] for buffer, each in zip(gathered, triangles, strict=True)]
     for index, pieces in enumerate(zip(*received, strict=True)):
         p, piece = mine.batches[index].key.p, torch.cat(pieces)
-        triangle, factors = piece.split([triangle_numel(p), piece.size(1) - triangle_numel(p)], dim=1)
-        q = from_triangle(triangle, p).to(run.orthogonalizer.dtype)
-        if factors.numel():
-            q.mul_(factors.unsqueeze(1))
+        q = from_triangle(piece[:, : triangle_numel(p)], p).to(run.orthogonalizer.dtype)
+        if piece.size(1) > triangle_numel(p):
+            q.mul_(piece[:, triangle_numel(p) :].unsqueeze(1))
+        del piece
         shards[index] = run.orthogonalizer.products.apply(q, shards[index], 1.0 / scales[index])
 
 

@@ -152,26 +152,21 @@ def standard_iteration(
         reduce: sums A over the ranks, if ``x`` is this rank's columns of each matrix.
     """
     with without_autocast():
-        for number, triple in enumerate(iteration.coefficients):
+        for number, (a, b, c) in enumerate(iteration.coefficients):
             z = products.gram(x)
             if reduce is not None:  # partial sums are added in float32: bfloat16 loses bits
                 z = reduce(z.to(torch.promote_types(z.dtype, torch.float32))).to(z.dtype)
             if number == 0 and iteration.balanced:
                 x.mul_(balance_(z))
-            x = standard_step(x, z, triple, products)
-            del z  # the Gram matrix is gone before there is another X
+            z, b = quadratic(z, b, c, products)  # the Gram matrix is gone before there is another X
+            x = products.multiply_add(x, z, a, b)
+            del z
     return x
 
 
-def standard_step(
-    x: torch.Tensor, gram: torch.Tensor, triple: tuple[float, float, float], products: TorchProducts
-) -> torch.Tensor:
-    """``a X + (b A + c A A) X``, from A."""
-    a, b, c = triple
-    if c == 0.0:
-        return products.multiply_add(x, gram, a, b)
-    gram = products.quadratic(gram, b, c)
-    return products.multiply_add(x, gram, a)
+def quadratic(gram: torch.Tensor, b: float, c: float, products: TorchProducts) -> tuple[torch.Tensor, float]:
+    """``b A + c A A``, as a matrix and its factor: nothing is squared for c = 0."""
+    return (products.quadratic(gram, b, c), 1.0) if c else (gram, b)
 
 
 def split_iteration(
@@ -190,12 +185,13 @@ def split_iteration(
     with without_autocast():
         for number, (a, b, c) in enumerate(iteration.coefficients):
             rows = scatter(products.gram(x).to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-            whole = gather(rows)
+            z = gather(rows)
             if number == 0 and iteration.balanced:
-                x.mul_(balance_(whole))
-                rows = own(whole)
-            if c == 0.0:
-                x = products.multiply_add(x, whole, a, b)
-            else:
-                x = products.multiply_add(x, gather(torch.baddbmm(rows, rows, whole, beta=b, alpha=c)), a)
+                x.mul_(balance_(z))
+                rows = own(z)
+            if c:
+                z = torch.baddbmm(rows, rows, z, beta=b, alpha=c)  # the Gram matrix is gone before all rows are there
+                z, b = gather(z), 1.0
+            x = products.multiply_add(x, z, a, b)
+            del z
     return x
