@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import tempfile
@@ -124,32 +125,28 @@ def products(backend: str, dtype: torch.dtype, device: torch.device, found: Repo
                 found.row("check at set-up", backend=backend, dtype=_name(dtype), float32=float32, s=seconds)
                 passed = type(chosen) is type(own) and "9 products checked" in line and str(device) in line
                 found.check(f"chosen by name, float32 {float32}", passed, line)
-    for shape in RAGGED if device.type == "cpu" else ITERATED:
-        for gram in (False, True):
-            # Gram Newton-Schulz is refused in bfloat16, standard Newton-Schulz in float16.
-            if dtype != (torch.bfloat16 if gram else torch.float16):
-                errors = iteration_errors(own, shape, gram, dtype, device)
-                what = f"{'Gram' if gram else 'standard'} iteration of {sizes(shape)}, as a multiple of torch's error"
-                found.at_most(what, errors[1] / errors[0], 2.0)
+    every = itertools.product(RAGGED if device.type == "cpu" else ITERATED, (False, True), ("quintic", "cubic5"))
+    for shape, gram, name in every:
+        # Gram Newton-Schulz is refused in bfloat16, standard Newton-Schulz in float16.
+        if dtype != (torch.bfloat16 if gram else torch.float16):
+            errors = iteration_errors(own, name, shape, gram, dtype, device)
+            form = f"{'Gram' if gram else 'standard'} {name} of {sizes(shape)}"
+            found.at_most(f"{form}, as a multiple of torch's error", errors[1] / errors[0], 2.0)
 
 
 def iteration_errors(
-    own: TorchProducts, shape: tuple[int, ...], gram: bool, dtype: torch.dtype, device: torch.device
+    own: TorchProducts, name: str, shape: tuple[int, ...], gram: bool, dtype: torch.dtype, device: torch.device
 ) -> list[float]:
     """Relative errors of an iteration by torch and by ``own``, against float64."""
-    steps = iteration("quintic", 5)
+    steps = iteration(name, 5)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
     x = x / x.norm(dim=(-2, -1), keepdim=True)
     exact = standard_iteration(x, steps)
     scale = prescale(dtype, shape[1]) if gram else 1.0
     errors = []
-    for implementation in (TorchProducts(), own):
+    for products in (TorchProducts(), own):
         y = (x * scale).to(dtype)
-        y = (
-            gram_iteration(y, steps, (2,), implementation, scale)
-            if gram
-            else standard_iteration(y, steps, implementation)
-        )
+        y = gram_iteration(y, steps, (2,), products, scale) if gram else standard_iteration(y, steps, products)
         errors.append(float((y.double() - exact).norm() / exact.norm()))
     return errors
 

@@ -67,6 +67,8 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
         "small chunks": {"chunk_mb": 0.05},
         "polar express": {"coefficient_type": "polar_express"},
         "8 steps": {"num_ns_steps": 8},
+        "cubic5": {"coefficient_type": "cubic5"},
+        "turbo": {"coefficient_type": "turbo_muon", "num_ns_steps": 4},
     }
     plain["scale moonlight_hidden"]["hidden_size"] = 256
     found = {name: (MSIGN, options) for name, options in plain.items()}
@@ -90,7 +92,7 @@ def items(setting: Setting) -> list[Item]:
     """See :mod:`tools.gpu_check.parts`."""
     made = cases()
     found = [_item(name, setting, direction, options, "fp32") for name, (direction, options) in made.items()]
-    narrow = [(kind, name) for kind in ("bf16", "fp16", "tf32") for name in ("nesterov", "normuon")]
+    narrow = [(kind, name) for kind in ("bf16", "fp16", "tf32") for name in ("nesterov", "normuon", "turbo")]
     found += [_item(f"{name}, {kind}", setting, MSIGN, made[name][1], kind) for kind, name in narrow]
     named = [(backend, kind) for backend in BACKENDS for kind in ("bf16", "fp16") if setting.is_gpu]
     found += [_item(f"backend {each}, {kind}", setting, MSIGN, {"ns_backend": each}, kind) for each, kind in named]
