@@ -57,10 +57,10 @@ def planned(weights: list[Weight], mode: str, dtype: torch.dtype) -> Plan:
 NEMOTRON = MODELS["nemotron_h_8b"]
 NEEDED = [
     (costs, "ALTERNATIVES", OWNER, [(14336, 4096, -2)] * 9, 8, BF16, 1.1),
-    (costs, "ALTERNATIVES", GRAM, NEMOTRON[:2] * 3, 4, FP32, 1.05),
+    (costs, "ALTERNATIVES", GRAM, NEMOTRON[:2] * 3, 4, FP32, 1.04),
     (costs, "ALTERNATIVES", DISTRIBUTED, NEMOTRON[1:2], 8, BF16, 3.0),
     (choose, "WHOLE_PLANS", AUTO, NEMOTRON[1:2], 8, BF16, 3.0),
-    (choose, "WHOLE_PLANS", OWNER, MODELS["llama3_8b"] * 3, 4, FP32, 1.02),
+    (choose, "WHOLE_PLANS", OWNER, NEMOTRON * 9, 8, FP32, 1.01),
     (choose, "WHOLE_PLANS", GRAM, NEMOTRON, 8, FP16, 1.2),
 ]
 """Where, by which name, what ``duplicated`` replaces, for which matrices, ranks and numbers, how many times longer they
