@@ -32,7 +32,7 @@ SCALE_MODES = (
 TP_MODES = ("auto", "owner", "gram", "duplicated", "distributed", "blockwise")
 """``--muon-tp-mode``: see :mod:`megatron_muon.engine.modes`."""
 
-NS_BACKENDS = ("auto", "torch", "triton", "emerging", "gram_newton_schulz")
+NS_BACKENDS = ("auto", "torch", "triton", "emerging", "gram_newton_schulz", "onednn")
 """``--muon-ns-backend``: see :mod:`megatron_muon.orthogonalize.backends`."""
 
 NONFINITE = ("skip", "propagate", "stop")

@@ -90,7 +90,8 @@ class UpdateKnobs:
     ns_backend: str = knob(
         "auto",
         "Kernels of the products in Newton-Schulz: torch, triton (this package's), emerging (emerging-optimizers'), "
-        "gram_newton_schulz (that package's), or auto: the fastest of those on this device that pass a numeric check.",
+        "gram_newton_schulz (that package's), onednn (float32 on CPUs), or auto: the fastest of those on this device "
+        "that pass a numeric check.",
         check=one_of(*NS_BACKENDS),
     )
     tp_mode: str = knob(

@@ -14,6 +14,7 @@ from megatron_muon.choices import NS_BACKENDS
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.orthogonalize.kernels import KernelProducts
 from megatron_muon.orthogonalize.kernels.gate import Trial, examine
+from megatron_muon.orthogonalize.kernels.onednn import OneDnnProducts
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
 from megatron_muon.orthogonalize.switches import float32_is_exact
 
@@ -27,6 +28,7 @@ _KERNELS = {
     "gram_newton_schulz": ("vendor", "VendorProducts"),
     "triton": ("triton_symmetric", "TritonProducts"),
     "emerging": ("emerging", "EmergingProducts"),
+    "onednn": ("onednn", "OneDnnProducts"),
 }
 """For each backend its module in :mod:`megatron_muon.orthogonalize.kernels` and its class there. Where nothing is timed
 the first that can be used is preferred: made for the device; then for any device; then emerging-optimizers'."""
@@ -69,7 +71,7 @@ def candidates(backend: str, device: torch.device, dtype: torch.dtype, trial: Tr
 
     Args:
         backend: one of :data:`megatron_muon.choices.NS_BACKENDS`. ``auto`` is the fastest of all that pass; on CPUs
-            torch, by blocks.
+            oneDNN if it passes, else torch, by blocks.
         device: where it will multiply.
         dtype: of the matrices. For float32, call this under the :func:`matmul_precision` of the step: what is best
             depends on whether products may be TF32.
@@ -91,11 +93,17 @@ def candidates(backend: str, device: torch.device, dtype: torch.dtype, trial: Tr
         return [replace(named, text=f"as {_FLAG} says; {named.text}")]
     if device.type == "cpu":
         rows = _CPU_BLOCK_ROWS[dtype]
-        return [Candidate("torch", BlockProducts(rows), f"blocks of {rows} rows or more")]
+        by_blocks = Candidate("torch", BlockProducts(rows), f"blocks of {rows} rows or more")
+        if dtype != torch.float32:
+            return [by_blocks]
+        # Not by time: a run that starts again on the same processors is to give the same bits.
+        onednn = _checked("onednn", device, dtype, is_exact)
+        return [by_blocks, onednn] if onednn.products is None else [onednn, by_blocks]
     if dtype == torch.float32 and is_exact:
         # Exact float32 has no tensor cores; without them, Triton's products are no match for torch's.
         return [Candidate("torch", TorchProducts(), "symmetric kernels are for 16 bits and TF32")]
-    return _in_order([_checked(each, device, dtype, is_exact) for each in _KERNELS], device, dtype, trial)
+    kernels = [each for each in _KERNELS if each != "onednn"]
+    return _in_order([_checked(each, device, dtype, is_exact) for each in kernels], device, dtype, trial)
 
 
 def fastest_on_all(ranks: Sequence[Mapping[str, float]]) -> str:
@@ -160,7 +168,7 @@ def _checked(backend: str, device: torch.device, dtype: torch.dtype, is_exact: b
         reason = f"cannot be loaded ({_first_line(error)})"
     if reason is not None:
         return _unusable(backend, reason)
-    products: KernelProducts = getattr(module, class_name)()
+    products: KernelProducts | OneDnnProducts = getattr(module, class_name)()
     verdict = examine(products, device, dtype)
     if verdict.failure is not None:
         return _unusable(backend, str(verdict))

@@ -143,11 +143,10 @@ def _product(
 
     A batch of one is multiplied as a matrix: batched products of BLAS libraries share the batch out over the threads.
     """
-    if left.size(0) == 1:
-        target = None if out is None else out[0]
-        if add is None:
-            return torch.mm(left[0], right[0], out=target).unsqueeze(0)
-        return torch.addmm(add[0], left[0], right[0], beta=beta, alpha=alpha, out=target).unsqueeze(0)
+    alone, target = left.size(0) == 1, None if out is None else out[0]
     if add is None:
-        return torch.bmm(left, right, out=out)
+        product = torch.mm(left[0], right[0], out=target)[None] if alone else torch.bmm(left, right, out=out)
+        return product if alpha == 1.0 else product.mul_(alpha)
+    if alone:
+        return torch.addmm(add[0], left[0], right[0], beta=beta, alpha=alpha, out=target)[None]
     return torch.baddbmm(add, left, right, beta=beta, alpha=alpha, out=out)

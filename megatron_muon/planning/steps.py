@@ -50,7 +50,7 @@ class StepPlanner:
         self.passes = passes
         # Megatron's optimizers update float32 weights: main copies, or the model's own.
         self.precision = precision_of(options, torch.float32)
-        kernels = None if options.ns_backend in ("auto", "torch") else SymmetricKernel()
+        kernels = None if options.ns_backend in ("auto", "torch", "onednn") else SymmetricKernel()
         its, tf32 = options.iteration, options.fp32_matmul_prec == "high"
         self.orthogonalizer = Orthogonalizer(
             its(), self.precision.iteration, options.eps, kernels, tf32=tf32, budgeted=its

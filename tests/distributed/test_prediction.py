@@ -243,8 +243,8 @@ def test_float64_is_sent_and_summed_as_it_is(pool: RankPool) -> None:
 
 
 def test_products_by_blocks(pool: RankPool) -> None:
-    """From 256 rows on, CPUs compute symmetric products by blocks, with fewer operations."""
-    modes, given = ["owner", "gram", "distributed"], (*[Given((256, 320), 1)] * 2,)
+    """From 512 rows on, CPUs compute symmetric products by blocks, with fewer operations."""
+    modes, given = ["owner", "gram", "distributed"], (*[Given((512, 576), 1)] * 2,)
     settings = [{"modes": modes, "ns_dtype": "fp32", "ns_backend": backend} for backend in ("auto", "torch")]
     for blocks, full in pool.run(measured_with, 2, settings, given):
         check([blocks, full])

@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.optimizers.muon import Muon
+from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.planning.rates import Rates
 from megatron_muon.planning.timing import step_times
 from tools.bench.ranks import World
 
-__all__ = ["NUMBERS", "calibrate"]
+__all__ = ["NUMBERS", "calibrate", "multiplier"]
 
 NUMBERS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The types of numbers of products, by the names that the table has for them."""
@@ -121,18 +122,17 @@ def _products(clock: _Clock, name: str) -> tuple[float, float]:
     device, flops, works = clock.world.device, list[float](), list[Callable[[], object]]()
     for batch, m, n, k in _SHAPES[device.type]:
         a, b = (torch.randn(batch, *shape, device=device).to(NUMBERS[name]) for shape in ((m, k), (k, n)))
-        works.append(partial(_multiply, a, b, torch.empty(batch, m, n, dtype=NUMBERS[name], device=device)))
+        works.append(partial(multiplier(device, NUMBERS[name]), a, b))
         flops.append(2.0 * batch * m * n * k)
     rough = 2e14 if device.type == "cuda" else 1e11
     with matmul_precision("high" if name == "tf32" else "highest"):
         return _line(flops, clock.seconds(works, [each / rough for each in flops]))
 
 
-def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    if len(a) == 1:
-        torch.mm(a[0], b[0], out=out[0])
-    else:
-        torch.bmm(a, b, out=out)
+def multiplier(device: torch.device, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Multiplies two batches as a step on the device does where results are not symmetric."""
+    products, _ = choose_products("auto" if device.type == "cpu" else "torch", device, dtype)
+    return partial(products.apply, alpha=1.0)
 
 
 def _passes(clock: _Clock, beside: float) -> dict[str, float]:

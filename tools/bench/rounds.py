@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tools.bench.calibrate import multiplier
 from tools.bench.ranks import World
 
 __all__ = ["Gemm", "Plan", "quantile", "ratios", "round_count", "timed_rounds"]
@@ -89,11 +90,11 @@ class Gemm:
             size: rows and columns; on GPUs ``repeat`` times as much work, to fill them.
         """
         self._repeat = 10 if world.device.type == "cuda" else 1
-        self._a, self._b = (torch.randn(size, size, device=world.device).to(dtype) for _ in range(2))
-        self._out = torch.empty_like(self._a)
+        self._a, self._b = (torch.randn(1, size, size, device=world.device).to(dtype) for _ in range(2))
+        self._multiply = multiplier(world.device, dtype)
         self.flops = self._repeat * 2 * size**3
 
     def __call__(self) -> None:
         """Multiply."""
         for _ in range(self._repeat):
-            torch.mm(self._a, self._b, out=self._out)
+            self._multiply(self._a, self._b)

@@ -1,4 +1,4 @@
-"""Kernels for GPUs: products with a symmetric result, and elementwise passes.
+"""Kernels: products with a symmetric result (for GPUs, and float32 on CPUs), and elementwise passes.
 
 Each module of products has a class, and a function ``obstacle(device, dtype)`` that tells why it cannot be used there.
 The packages that they need may not be installed: :mod:`megatron_muon.orthogonalize.backends` imports them on demand.
