@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_muon.optimizers.fading import PEAK
 from tests.checkpoints import contents, differences
 from tests.megatron import harness
 from tests.megatron.crossing import AGAIN, DENSE, MODELS, TOLERANCE, Crossing, is_quick, load_at, save_at
@@ -84,9 +85,9 @@ def add_state(muon: Any, zero: bool) -> None:
         muon._init_group(group, skip_non_grad_params=False)
         for param in group["params"]:
             rows, columns = param.shape
-            values = {"rows": torch.randn(rows, 1), "columns": torch.randn(1, columns), "number": torch.randn(())}
+            values = {PEAK: torch.randn(rows, 1), "columns": torch.randn(1, columns), "number": torch.randn(())}
             # What several ranks have a copy of must be the same on all of them.
-            values["columns" if getattr(param, "partition_dim", 0) == 0 else "rows"].fill_(3.0)
+            values["columns" if getattr(param, "partition_dim", 0) == 0 else PEAK].fill_(3.0)
             values["number"].fill_(5.0)
             muon.state[param] |= {name: torch.zeros_like(value) if zero else value for name, value in values.items()}
 

@@ -129,6 +129,7 @@ def test_weights_without_elements_have_no_rows_under_adam(shape: tuple[int, ...]
     ("direction", "options"),
     [
         *(("msign", {"ns_dtype": name}) for name in ("fp32", "bf16", "fp16")),
+        *(("msign", {"coefficient_type": name}) for name in ("turbo_muon", "cubic5")),
         ("msign", {"scale_mode": "update_norm"}),
         ("msign", {"scale_mode": "spectral_norm"}),
         ("row_norm", {}),
