@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 OPTIMIZERS = ("muon", "adaptive_muon", "spectral_sphere", "stiefel_muon")
@@ -80,10 +80,13 @@ class Budget:
     Attributes:
         steps: how many; :data:`AUTO_STEPS`, as many as are measured to be enough; None, as many as for others.
         coefficients: name of their set; None: that of others.
+        measured: the class of weights whose steps are measured together; empty if they are given. It makes no
+            difference between budgets.
     """
 
     steps: int | Literal["auto"] | None = None
     coefficients: str | None = None
+    measured: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:
         steps = f"{self.steps} step{'' if self.steps == 1 else 's'}" if self.steps else ""

@@ -114,8 +114,9 @@ class MuonConfig(UpdateKnobs):
         "GLOB=CHOICE: decide about the weights whose names match, whatever the other rules say. adam; muon (by its own "
         "rule), split, whole, per_head; sign, row_norm, col_norm: moved within a ball of --muon-ball-radius (Scion); "
         "stiefel: singular values stay at 1 (--optimizer stiefel_muon). steps:N, coefficients:NAME: what Newton-Schulz "
-        "takes for them, in place of --muon-num-ns-steps and --muon-coefficient-type. Repeatable; of each of the three "
-        "kinds the last match counts. Layers are numbered over the whole model.",
+        "takes for them, in place of --muon-num-ns-steps and --muon-coefficient-type; steps:auto: measured early in "
+        "training. Repeatable; of each of the three kinds the last match counts. Layers are numbered over the whole "
+        "model.",
         check=param_rules,
     )
     unknown_2d: str = knob(

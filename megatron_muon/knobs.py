@@ -142,6 +142,6 @@ def param_rules(value: Any) -> str | None:
         elif kind == COEFFICIENTS:
             problem = known_coefficients(own)
         if not glob or problem or (kind not in (STEPS, COEFFICIENTS) and choice not in PARAM_CHOICES):
-            choices = ", ".join((*PARAM_CHOICES, f"{STEPS}:N", f"{COEFFICIENTS}:NAME"))
+            choices = ", ".join((*PARAM_CHOICES, f"{STEPS}:N", f"{STEPS}:{AUTO_STEPS}", f"{COEFFICIENTS}:NAME"))
             return f"{rule!r}: {problem}" if problem else f"{rule!r} is not GLOB=CHOICE with a choice of {choices}"
     return None

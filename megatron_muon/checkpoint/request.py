@@ -22,8 +22,11 @@ from megatron_muon.checkpoint.sharding import Place
 from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, gradients_to_average
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.checkpoint.weights import compare, sums_of_parts
+from megatron_muon.optimizers import auto_steps
 from megatron_muon.optimizers.fading import PEAK
+from megatron_muon.optimizers.groups import AUTO
 from megatron_muon.optimizers.handled import STEP
+from megatron_muon.optimizers.muon import Muon
 
 Change = tuple[torch.nn.Parameter, Rule | None, Rule]
 """A weight, its rule in the checkpoint (None if it was not trained), its rule now."""
@@ -135,6 +138,11 @@ class Request(dict[str, Any]):
             each.take()
         self._estimate()
         self._set_steps(self.stored.step)
+        numbers = self.stored.record.numbers if self.stored.record else ()
+        measured = {name: steps for each in numbers for name, steps in each.get(AUTO, ())}
+        for inner in {id(each.inner): each.inner for each in self.held}.values():
+            if isinstance(inner, Muon):
+                auto_steps.take(inner, measured)
 
     def _estimate(self) -> None:
         """Second moments of weights, or of rows, whose earlier optimizer had none, from their first.

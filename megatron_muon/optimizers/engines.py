@@ -134,12 +134,13 @@ class Engines:
         self.compared_elsewhere = False
         self.sharing: Sharing | None = None
         self._shared: StepEngine | None = None
+        self._settled: Mapping[str, int] = {}
         self.compared_groups: list[str] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engines:
         """A copy with the same process groups but no engines, which belong to the weights of the original."""
         copied = Engines(self.config, self._tp_group, self._expert_tp_group, damped=self._damped)
-        copied.sharing, copied.products = self.sharing, dict(self.products)
+        copied.sharing, copied.products, copied._settled = self.sharing, dict(self.products), self._settled
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -187,6 +188,17 @@ class Engines:
             self._kept.remove(kept)
         self._kept = [kept, *self._kept[: _MOST_ENGINES - 1]]
         return kept.engine
+
+    def of_whole_matrices(self, params: Sequence[torch.Tensor]) -> StepEngine:
+        """An engine that is not kept, whose :meth:`StepEngine.solve` gives each matrix, whole, to one rank."""
+        first, weights = params[0], [self.weight(param) for param in params]
+        return self._new(weights, {}, self._mode_of(STIEFEL, False), first.device, first.dtype, builds=False)
+
+    def settle(self, steps: Mapping[str, int]) -> None:
+        """Give the weights of all ranks the numbers of steps that have been measured, by the names of classes."""
+        if self.sharing is not None and steps != self._settled:
+            weights = [replace(weight, layout=weight.layout.settled(steps)) for weight in self.sharing.weights]
+            self.sharing, self._shared, self._settled = replace(self.sharing, weights=weights), None, dict(steps)
 
     def in_step(
         self,
@@ -266,6 +278,8 @@ class Engines:
         mode: str,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        builds: bool = True,
     ) -> StepEngine:
         config = self.config
         precision = precision_of(config, dtype)
@@ -283,7 +297,7 @@ class Engines:
             chunk_mb=config.chunk_mb,
             device=device,
         )
-        if all(weight.layout.direction == MSIGN for weight in weights):
+        if builds and all(weight.layout.direction == MSIGN for weight in weights):
             with matmul_precision(config.fp32_matmul_prec):
                 engine.build()
         updates = (precision.iteration, engine.wire.back, precision.own)

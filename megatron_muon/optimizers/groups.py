@@ -31,6 +31,10 @@ _OF_MEGATRON = ("max_lr", "min_lr", "start_wd", "end_wd", "wd_mult", "lr_mult", 
 _OF_OTHERS = {*_OF_TORCH, *_OF_MEGATRON, "is_decoupled_lr", "default_config", "pre_wd_mult", "pre_lr_mult"}
 """What torch, Megatron-Core (with NeMo's names for two), and schedulers write to groups and read from them."""
 
+AUTO = "auto_steps"
+"""Entry of param groups that :mod:`megatron_muon.optimizers.auto_steps` makes: (class, steps) of all classes of weights
+of the model whose number of Newton-Schulz steps has been measured."""
+
 _RULE = "MuonConfig(param_rule=('GLOB={}:...',)) in megatron_muon.param_groups"
 BUDGETS = {"num_ns_steps": _RULE.format(STEPS), "coefficient_type": _RULE.format(COEFFICIENTS)}
 """Options of the whole optimizer that weights may have of their own, and how."""
@@ -53,7 +57,7 @@ def check_names(group: Collection[str], defaults: Collection[str], constructor: 
     Raises:
         ConfigError: naming the option, and the way out.
     """
-    known = [*defaults, *OPTIONAL]
+    known = [*defaults, *OPTIONAL, AUTO]
     for name in (name for name in group if name not in _OF_OTHERS and name not in known):
         if name in constructor:
             way_out = f"a rule of {BUDGETS[name]}" if name in BUDGETS else "to an optimizer of their own"

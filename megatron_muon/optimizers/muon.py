@@ -14,14 +14,17 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
+from megatron_muon.agree import Ranks
+from megatron_muon.choices import AUTO_STEPS
 from megatron_muon.config import PREFIX, UNREAD, MuonConfig
 from megatron_muon.engine.modes import BLOCKWISE
 from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
+from megatron_muon.optimizers.auto_steps import look, measure
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.fading import PEAK
-from megatron_muon.optimizers.groups import BUDGETS, OPTIONAL, PER_GROUP, check_names, check_numbers, is_number
+from megatron_muon.optimizers.groups import AUTO, BUDGETS, OPTIONAL, PER_GROUP, check_names, check_numbers, is_number
 from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_capture, refuse_elsewhere
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
 from megatron_muon.optimizers.registry import made_anew, variant_of
@@ -265,6 +268,11 @@ class Muon(torch.optim.Optimizer):
                 f"a budget of {layout.budget} for a weight of {sizes(param.shape)} by {layout.direction}: what is not "
                 "orthogonalized has no steps and coefficients. Leave one of both out of its layout."
             )
+        if layout.budget is not None and layout.budget.steps == AUTO_STEPS:
+            problem = "" if layout.budget.measured else "no name of its class (Budget.measured)"
+            problem = problem if self.variant.lends else f"{self.variant.name}, which iterates more than the momentum"
+            if problem:
+                raise ConfigError(f"auto steps for a {layout.kind} weight with {problem}: give a number of steps.")
         rule = getattr(param, OVERRIDE_ATTRIBUTE, f"NAME={layout.direction}")
         if layout.direction not in self.directions:
             raise ConfigError(
@@ -319,12 +327,13 @@ class Muon(torch.optim.Optimizer):
     def reset(self) -> None:
         """Start anew from the weights as they are: the next step is the first one of a fresh optimizer.
 
-        Momentum, second moments, vectors, radii and the count of steps are gone; weights, learning rates and all other
-        options of the groups stay.
+        Momentum, second moments, vectors, radii, the count of steps and numbers of Newton-Schulz steps that were
+        measured are gone; weights, learning rates and all other options of the groups stay.
         """
         self.state.clear()
         for group in self.param_groups:
             group[STEP] = 0
+            group.pop(AUTO, None)
         self.forget()
 
     @torch.no_grad()
@@ -347,6 +356,9 @@ class Muon(torch.optim.Optimizer):
         with matmul_precision(self.config.fp32_matmul_prec):
             if self.graph is None:
                 refuse_capture(self)
+            if not self.engines.compared_elsewhere and look(self):
+                measure([self], Ranks(tuple(group for group in self.engines.groups.values() if group.size() > 1)))
+            if self.graph is None:
                 Step(self).run()
             else:
                 self.graph.step()

@@ -36,7 +36,8 @@ from megatron_muon.routing import annotate, global_names
 from megatron_muon.routing.layout import layout_of
 from megatron_muon.routing.partition import refuse_unmatched
 from megatron_muon.routing.predicate import exclusion_reason, is_expert_parallel
-from megatron_muon.routing.report import Route, collect, pattern
+from megatron_muon.routing.report import Route, collect
+from megatron_muon.routing.wrappers import pattern
 from megatron_muon.transfer import roles
 
 

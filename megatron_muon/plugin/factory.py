@@ -27,6 +27,7 @@ from megatron_muon.plugin.expert_scalars import set_apart, sum_once
 from megatron_muon.plugin.groups import device_of, groups_of_model, ranks_of
 from megatron_muon.plugin.holding import check_entered
 from megatron_muon.plugin.logged import mark_parts
+from megatron_muon.plugin.measuring import Measuring
 from megatron_muon.plugin.nonfinite import check_gradients
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
 from megatron_muon.plugin.optimizer_state import leaves, param_states
@@ -90,12 +91,14 @@ def _with_checks_and_report(
         device = device_of(model_chunks)
         check = guard(optimizer, model_chunks, device)
         experts = getattr(groups, "ep", None)
-        check_gradients(optimizer, model_chunks, ranks, muon.nonfinite, device, check, experts)
+        measuring = Measuring([*_muons(optimizer)], ranks)
+        check_gradients(optimizer, model_chunks, ranks, muon.nonfinite, device, check, experts, measuring)
         if config.optimizer.removeprefix("dist_") == "stiefel_muon":
             watch(optimizer, ranks, device)
         gather_early(optimizer, model_chunks)
         if config.optimizer_cuda_graph:
             capture_steps(optimizer, model_chunks, ranks)
+        optimizer.step_with_ready_grads = functools.partial(measuring.first, optimizer.step_with_ready_grads)
         planned = [
             *devices,
             *_data_parallel(optimizer, groups),

@@ -23,6 +23,7 @@ from megatron_muon.monitor.sources import Report
 from megatron_muon.optimizers.agreement import unequal_gradients
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.plugin import recording
+from megatron_muon.plugin.measuring import Measuring
 from megatron_muon.plugin.optimizer_state import leaves, param_states
 from megatron_muon.routing import global_names
 from megatron_muon.routing.predicate import is_expert_parallel
@@ -58,6 +59,7 @@ def check_gradients(
     device: torch.device,
     check: Callable[[], None],
     experts: dist.ProcessGroup | None,
+    measuring: Measuring,
 ) -> None:
     """Let ``optimizer.prepare_grads``, with which every step begins, have the step skipped or stop the run.
 
@@ -74,6 +76,7 @@ def check_gradients(
         device: of the model.
         check: refuses a step; on some ranks perhaps. What it raises there is raised on all, if they exchange anything.
         experts: the expert-parallel group, whose ranks have other experts under the same names; None for one rank.
+        measuring: is told whether any rank has steps of Newton-Schulz to measure in the step that comes.
 
     Raises (in each step):
         RuntimeError: on all ranks, naming the weights: with ``stop``, for NaN or infinity; for gradients that ranks
@@ -89,22 +92,23 @@ def check_gradients(
     in_buffers = ranks.gather(lambda: all(map(_is_in_buffer, model_chunks)))
 
     def prepare_grads() -> bool:
-        if choice == "propagate" and all(in_buffers):
+        if choice == "propagate" and all(in_buffers) and measuring.is_known_to_all:
             check()
+            measuring.is_due = measuring.look()
             return bool(prepare())
         failure: Exception | None = None
-        verdict = torch.full((2,), _FAILED, device=device)
+        verdict = torch.full((3,), _FAILED, device=device)
         lacking: list[int] = []
         try:
             check()
             verdict[0] = _OVERFLOW if prepare() else 0.0 if choice == "propagate" else _suspect(optimizer, device)
             lacking = [index for index, param in enumerate(_params(optimizer)) if param.grad is None]
-            verdict[1] = lacking != agreed
+            verdict[1], verdict[2] = lacking != agreed, measuring.look()
         except Exception as error:  # the other ranks are on their way to what follows
             failure = error
             verdict[0] = _FAILED
         ranks.reduce_max(verdict)
-        worst, others = verdict.tolist()  # waits for the device, see above
+        worst, others, measuring.is_due = verdict.tolist()  # waits for the device, see above
         if worst == _FAILED:
             ranks.together(lambda: _raise(failure))
         if worst == _OVERFLOW:

@@ -166,8 +166,8 @@ OPTIONS: tuple[Refusal, ...] = (
         "'*=coefficients:quintic'",
     ),
     Refusal(
-        (_rule_gives("steps:auto"),),
-        "nobody measures yet how many steps are enough",
+        (_rule_gives("steps:auto"), optimizer("spectral_sphere")),
+        "it iterates each matrix several times, and not the momentum, which is what is measured",
         "give a number, such as steps:7",
     ),
     *(

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from megatron_muon.choices import DIRECTIONS, budget_of, kind_of, parse_param_rule
+from megatron_muon.choices import AUTO_STEPS, DIRECTIONS, STEPS, budget_of, kind_of, parse_param_rule
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.routing.adapters import check_adapters
@@ -24,7 +24,7 @@ from megatron_muon.routing.rules import is_expert_container, rules_of
 from megatron_muon.routing.rules.embedding import output_embeddings
 from megatron_muon.routing.rules.linear import LORA_FACTOR, adapted, is_linear, linear
 from megatron_muon.routing.treatment import ADAM, SPLIT, UNKNOWN, WHOLE_MATRIX, Treatment
-from megatron_muon.routing.wrappers import restore_attributes, strip_wrappers
+from megatron_muon.routing.wrappers import pattern, restore_attributes, strip_wrappers
 
 OVERRIDE_ATTRIBUTE = "muon_override"
 """Attribute that names the ``--muon-param-rule`` which decided about a weight."""
@@ -89,7 +89,7 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adap
             _write(name, param, treatment, treatment.choice, None)
         if budgets and _is_orthogonalized(param):
             matched.update(budgets)
-            _give_budget(param, budgets)
+            _give_budget(name, param, budgets)
     if unknown:
         _refuse(unknown)
     if adapters:
@@ -225,11 +225,14 @@ def _is_orthogonalized(param: torch.Tensor) -> bool:
     return not _is_nonlinear_or_embedding(param) and layout.direction == MSIGN and layout.has_matrices
 
 
-def _give_budget(param: torch.Tensor, rules: list[str]) -> None:
+def _give_budget(name: str, param: torch.Tensor, rules: list[str]) -> None:
     """What these rules together say: of each kind the last."""
     choices = {rule: parse_param_rule(rule)[1] for rule in rules}
     last = {kind_of(choice): rule for rule, choice in choices.items()}
-    setattr(param, LAYOUT_ATTRIBUTE, dataclasses.replace(layout_of(param), budget=budget_of(choices.values())))
+    budget = budget_of(choices.values())
+    if budget is not None and budget.steps == AUTO_STEPS:  # of one operator, in the layers that the rule names
+        budget = dataclasses.replace(budget, measured=f"{pattern(name)} ({parse_param_rule(last[STEPS])[0]})")
+    setattr(param, LAYOUT_ATTRIBUTE, dataclasses.replace(layout_of(param), budget=budget))
     setattr(param, BUDGET_RULES_ATTRIBUTE, tuple(last.values()))
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from megatron_muon.choices import BALLS, STIEFEL, Budget
+from megatron_muon.choices import AUTO_STEPS, BALLS, STIEFEL, Budget
 
 __all__ = [
     "BALLS",
@@ -152,6 +153,17 @@ class MatrixLayout:
         """
         summed = self.kind != TABLE and self.direction != COLUMN_NORM
         return radius / columns if summed else radius
+
+    def settled(self, steps: Mapping[str, int]) -> MatrixLayout:
+        """The layout with the number of steps that is measured, where it is known.
+
+        Args:
+            steps: by the names of classes, see :class:`megatron_muon.choices.Budget`.
+        """
+        if self.budget is None or not self.budget.measured:
+            return self
+        budget = dataclasses.replace(self.budget, steps=steps.get(self.budget.measured, AUTO_STEPS))
+        return self if budget == self.budget else dataclasses.replace(self, budget=budget)
 
     def fits(self, rows: int) -> bool:
         """Whether ``rows`` consecutive rows are whole periods."""

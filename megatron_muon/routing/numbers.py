@@ -15,7 +15,7 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.routing.layout import layout_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
-from megatron_muon.routing.report import pattern
+from megatron_muon.routing.wrappers import pattern
 
 _SHOWN = 3
 """Names of weights in a line."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, scale_factor
 from megatron_muon.routing.annotate import BUDGET_RULES_ATTRIBUTE, OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, WHOLE, Block, MatrixLayout, layout_of
 from megatron_muon.routing.predicate import exclusion_reason
-from megatron_muon.routing.wrappers import strip_wrappers
+from megatron_muon.routing.wrappers import pattern
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,3 @@ def _overrides(routes: Sequence[Route]) -> list[str]:
     """Which rules of the user decided, and about how many weights."""
     counts = Counter(rule for route in routes for rule in (route.override, *route.budget_rules) if rule)
     return [f"{flag('param_rule')} {rule}: {count} weights" for rule, count in counts.items()]
-
-
-def pattern(name: str) -> str:
-    """``module.decoder.layers.3.mlp.weight`` -> ``decoder.layers.*.mlp.weight``; ``weight12`` -> ``weight*``."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|(?<=weight)\d+$", "*", strip_wrappers(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ def strip_wrappers(name: str) -> str:
             if kept == ["base_model", "model"]:
                 kept.clear()
     return ".".join(kept)
+
+
+def pattern(name: str) -> str:
+    """``module.decoder.layers.3.mlp.weight`` -> ``decoder.layers.*.mlp.weight``; ``weight12`` -> ``weight*``."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|(?<=weight)\d+$", "*", strip_wrappers(name))
 
 
 def restore_attributes(module: torch.nn.Module) -> None:

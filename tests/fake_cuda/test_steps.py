@@ -6,6 +6,7 @@ none. This covers what a step does on CUDA, and not what it computes: numbers ar
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import Muon
-from megatron_muon.choices import TP_MODES
+from megatron_muon.choices import TP_MODES, Budget
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.fading import EVERY
 from megatron_muon.optimizers.stiefel import StiefelMuon
@@ -110,6 +111,13 @@ def test_modes_and_numbers(mode: str, numbers: tuple[str, str], chunk_mb: float,
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_elementwise_rules(name: str) -> None:
     two_steps(tp_mode="owner", **ELEMENTWISE[name])
+
+
+def test_steps_that_are_to_be_measured() -> None:
+    """In steps that do not measure nobody waits."""
+    budget = Budget("auto", measured="all")
+    shards = [(shape, dim, dataclasses.replace(layout, budget=budget)) for shape, dim, layout in EVERYTHING]
+    two_steps(tuple(each for each in shards if each[2].has_matrices))
 
 
 MODES_OF_MEASURED = ("owner", "duplicated", "gram", "distributed", "blockwise")

@@ -172,7 +172,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"muon_param_rule": ("a=coefficients:custom",), "muon_custom_coefficients": ()},
         "--muon-param-rule 'a=coefficients:custom' with --muon-coefficient-type quintic: .*; add --muon-coefficient-ty",
     ),
-    ({"muon_param_rule": ("a=steps:auto",)}, "--muon-param-rule 'a=steps:auto': nobody measures yet .*; give a number"),
+    (
+        {"optimizer": "spectral_sphere", "muon_param_rule": ("a=steps:auto",)},
+        "--muon-param-rule 'a=steps:auto' with --optimizer spectral_sphere: it iterates .*; give a number, such as",
+    ),
     (
         {"optimizer": "spectral_sphere", "muon_param_rule": ("output_layer*=sign",)},
         "--muon-param-rule 'output_layer*=sign' with --optimizer spectral_sphere: .*no weight decay",
