@@ -32,6 +32,18 @@ def test_an_experiment_writes_its_page_numbers_and_picture(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_sets_are_compared_by_the_scripts_of_the_examples_and_on_their_momentum(tmp_path: Path) -> None:
+    words = ["-m", "tools.results", "sets", "--quick", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((tmp_path / "sets.json").read_text())
+    losses = [each for of in numbers["valid_loss"].values() for of_seeds in of.values() for each in of_seeds]
+    assert len(losses) == 4 and len(set(losses)) == 4
+    assert numbers["operations_over_reference"]["quintic, 4 steps"] < 1
+    assert "stable rank" in (tmp_path / "sets.md").read_text()
+
+
+@pytest.mark.slow
 def test_activations_change_alike_at_every_width_and_depth(tmp_path: Path) -> None:
     """The coordinate check: slopes of log RMS within 0.05 under the rule of transfer, and none under Moonlight's."""
     words = ["-m", "tools.results", "coordinates", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.results import arithmetic, coordinates, corpus, moonlight, report, sphere, stiefel, transfer
+from megatron_muon.orthogonalize import Iteration, Orthogonalizer
+from tools.results import arithmetic, coordinates, corpus, momentum, moonlight, report, sets, sphere, stiefel, transfer
 from tools.results.__main__ import parse_arguments
 from tools.results.model import HEAD, Setting
 from tools.results.records import Context, Record, Sweep, to_json
@@ -112,6 +113,8 @@ def test_a_record_is_made_once(tmp_path: Path) -> None:
     assert len(calls) == 1
     replace(context, fresh=True).cached({"rate": 1}, make)
     assert len(calls) == 2
+    kept = [context.kept({"rate": 2}, lambda: {"x": torch.full((2,), float(len(make())))}) for _ in range(2)]
+    assert kept[0]["x"].equal(torch.ones(2)) and kept[1]["x"].equal(torch.ones(2)) and len(calls) == 3
 
 
 def test_numbers_that_json_lacks_are_null() -> None:
@@ -161,6 +164,51 @@ def test_query_key_and_value_rows_of_a_fused_weight() -> None:
     query, key, value = stiefel.split(weight)
     assert query[0].equal(weight[0]) and key[0].equal(weight[HEAD]) and value[-1].equal(weight[-1])
     assert query[HEAD].equal(weight[3 * HEAD])
+
+
+def outcomes(**losses: list[float]) -> dict[str, sets.Outcome]:
+    found = {sets.REFERENCE: [5.0, 5.2, 5.4], **losses}
+    return {name: sets.Outcome(values, found[sets.REFERENCE]) for name, values in found.items()}
+
+
+def test_a_set_is_compared_seed_by_seed_and_in_units_of_the_spread() -> None:
+    one = outcomes(other=[4.9, 5.3, 5.0])["other"]
+    assert one.differences == pytest.approx([-0.1, 0.1, -0.4])
+    assert one.spread == pytest.approx(0.20817, rel=1e-4)  # its own, above the 0.2 of the reference
+    assert one.ratio == pytest.approx(-0.13333 / 0.20817, rel=1e-4)
+
+
+def test_the_default_changes_only_for_what_is_better_with_both_models_and_costs_no_more() -> None:
+    better, worse = [4.7, 4.9, 5.1], [4.9, 5.1, 5.3]
+    found = {
+        "gpt": outcomes(cheap=better, dear=better, once=better),
+        "hybrid": outcomes(cheap=better, dear=better, once=worse),
+    }
+    costs = {sets.REFERENCE: 1.0, "cheap": 1.0, "dear": 1.01, "once": 0.5}
+    assert sets.winners(found, costs) == ["cheap"]
+    assert "would change to one of: cheap." in sets.findings(found, costs)[-1]
+    del found["gpt"]["cheap"], found["hybrid"]["cheap"], costs["cheap"]
+    text = sets.findings(found, costs)
+    assert "the default stays" in text[-1] and "more than the spread: dear (-1.50)." in text[1]
+
+
+def test_logical_matrices_of_momentum_that_is_saved_for_all_layers() -> None:
+    rows = torch.arange(2 * 5 * momentum.HEAD).view(-1, 1).expand(-1, 4)
+    parts = dict(momentum.split("decoder.layers.0.self_attention.linear_qkv", rows))
+    assert [len(part) for part in parts.values()] == [192, 64, 64] and list(parts) == ["q", "k", "v"]
+    assert parts["k"][:, 0].tolist() == [*range(96, 128), *range(256, 288)]
+    layers = dict(momentum.layers("decoder.layers.mlp.linear_fc2", torch.zeros(2, 3, 4)))
+    assert list(layers) == ["decoder.layers.0.mlp.linear_fc2", "decoder.layers.1.mlp.linear_fc2"]
+
+
+def test_what_an_iteration_makes_of_a_matrix_is_measured_against_its_polar_factor() -> None:
+    matrix = torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    halves = Orthogonalizer(Iteration(((0.5, 0.0, 0.0),)), torch.float64)  # singular values 0.3 and 0.4
+    found = momentum.quality(halves, [matrix])
+    assert found.distance.middle == pytest.approx(math.sqrt((0.7**2 + 0.6**2) / 2))
+    assert found.defect.middle == pytest.approx(math.sqrt((0.91**2 + 0.84**2) / 2))
+    assert found.size.middle == pytest.approx(0.5 / math.sqrt(2))
+    assert momentum.stable_rank(matrix) == pytest.approx(25 / 16) and momentum.smallest(matrix) == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("words", [["nothing"], ["sphere", "--steps", "0"], ["--seeds", "0"]])

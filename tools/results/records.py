@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import statistics
@@ -12,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tools.results import arithmetic, corpus
 from tools.results.model import Setting, Training
@@ -89,15 +92,29 @@ class Context:
 
     def cached(self, inputs: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``make`` returned for these inputs, now or earlier."""
+        path = self._made(inputs, ".json", lambda: json.dumps({"inputs": inputs, "result": to_json(make())}).encode())
+        return json.loads(path.read_text())["result"]
+
+    def kept(self, inputs: dict[str, Any], make: Callable[[], Any]) -> Any:
+        """The same of tensors, in lists and dictionaries."""
+
+        def stored() -> bytes:
+            file = io.BytesIO()
+            torch.save(make(), file)
+            return file.getvalue()
+
+        return torch.load(self._made(inputs, ".pt", stored))
+
+    def _made(self, inputs: dict[str, Any], suffix: str, make: Callable[[], bytes]) -> Path:
         key = json.dumps({"format": FORMAT, **inputs}, sort_keys=True)
-        path = self.runs / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        path = self.runs / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}{suffix}"
         if not path.exists() or self.fresh:
-            result = make()
+            content = make()
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({"inputs": inputs, "result": to_json(result)}) + "\n")
+            partial.write_bytes(content)
             partial.replace(path)
-        return json.loads(path.read_text())["result"]
+        return path
 
     def records(self, setting: Setting, watch: Watch | None = None) -> list[Record]:
         """The records of a setting, one for each seed."""
