@@ -320,19 +320,26 @@ class _Chunks:
             self.open, self.chunk_load = [], {}
 
     def _share_out(self, key: BatchKey, number: int) -> tuple[int, ...]:
-        """Matrices for each rank: as even as can be, the odd ones to those with the least to do, here and before."""
+        """Matrices for each rank: equally many, and the odd ones to who has least to do, here and before.
+
+        In ``gram`` nobody gets two of the odd ones: all ranks would gather as many triangles as that one has.
+        """
         if key.mode not in (OWNER, GRAM):
             return ()
         ranks = len(key.parts)
         load = self.load.setdefault(key.group, [0] * ranks)
-        counts = [number // ranks] * ranks
-        idle_first = sorted(range(ranks), key=lambda rank: (self.chunk_load.get(rank, 0), load[rank], rank))
-        for rank in idle_first[: number % ranks]:
-            counts[rank] += 1
-        cost = self.orthogonalizer.of(key.budget).flops(key.m, key.n)
-        for rank, count in enumerate(counts):
+        counts, cost = [0] * ranks, self.orthogonalizer.of(key.budget).flops(key.m, key.n)
+
+        def give(rank: int, count: int) -> None:
+            counts[rank] += count
             load[rank] += count * cost
             self.chunk_load[rank] = self.chunk_load.get(rank, 0) + count * cost
+
+        for rank in range(ranks):
+            give(rank, number // ranks)
+        for _ in range(number % ranks):
+            free = [rank for rank in range(ranks) if key.mode == OWNER or counts[rank] == number // ranks]
+            give(min(free, key=lambda rank: (self.chunk_load[rank], load[rank], rank)), 1)
         return tuple(counts)
 
 

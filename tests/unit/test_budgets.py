@@ -224,6 +224,8 @@ def test_owners_of_matrices_share_operations_not_matrices() -> None:
     bf16 = Orthogonalizer(OPTIONS.iteration(), torch.bfloat16, budgeted=OPTIONS.iteration)
     plan = make_plan([divided(budget) for budget in (Budget(2), None, SEVEN)], replace(FREE, mode=OWNER), bf16)
     assert flops_of(plan, bf16, 2) == [bf16.of(SEVEN).flops(64, 256)] * 2
+    plan = make_plan([*[divided(None, 4)] * 3, *[divided(Budget(15), 4)] * 3], replace(FREE, mode=OWNER), bf16)
+    assert flops_of(plan, bf16, 4) == [bf16.of(Budget(15)).flops(64, 256)] * 4, "one rank has all three"
     assert len(plan.chunks) == 1, "both in one message"
 
 
