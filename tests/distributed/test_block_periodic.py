@@ -145,6 +145,14 @@ def test_ranks_that_differ_stop_together_in_every_step(pool: RankPool) -> None:
         assert "--muon-momentum 2.0" in momentum and are_unchanged
 
 
+def test_checkpoints_say_in_which_steps_shards_are_by_themselves() -> None:
+    params = [torch.nn.Parameter(torch.ones(4, 6))]
+    plain, always = Muon(params).checkpoint_options, Muon(params, tp_mode="blockwise").checkpoint_options
+    period = Muon(params, blockwise_period=5, blockwise_lr_mult=0.5).checkpoint_options
+    assert (plain["blockwise"], always["blockwise"]) == ("no step", "every step")
+    assert (period["blockwise"], period["blockwise_lr_mult"]) == ("all but every 5. step", 0.5)
+
+
 def refusal() -> str:
     """Of a weight whose periods four ranks cut."""
     param = torch.nn.Parameter(torch.ones(4, 12))
