@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, OWNER, Cost, Machine, Sizes
-from megatron_muon.engine.packing import triangle_numel
-from megatron_muon.engine.plan import BatchKey
+import dataclasses
+
+from megatron_muon.engine.modes import DISTRIBUTED, GRAM, OWNER, SPLIT, Cost, Machine, Sizes
+from megatron_muon.engine.packing import even_part
+from megatron_muon.engine.plan import Batch, BatchKey, Chunk, MatrixSlice
+from megatron_muon.engine.prediction import RankWork
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 ALTERNATIVES = (OWNER, GRAM, DISTRIBUTED)
 """What ``auto`` chooses from for each shape. ``duplicated`` would save a message where owners have less to do than that
 takes; no step of a published model is shorter by more (``tests/unit/test_auto_alternatives.py``)."""
-
-_NORM = 8
-"""Bytes of the square of a norm."""
 
 
 def can_share(mode: str, key: BatchKey, orthogonalizer: Orthogonalizer) -> bool:
@@ -31,7 +31,7 @@ def can_share(mode: str, key: BatchKey, orthogonalizer: Orthogonalizer) -> bool:
 
 
 def cost_of(mode: str, key: BatchKey, count: int, orthogonalizer: Orthogonalizer, sizes: Sizes) -> Cost:
-    """What the busiest rank does for matrices that are a chunk of their own and are divided evenly.
+    """What the rank that owns most does for matrices that are a chunk of their own, shared out evenly.
 
     Args:
         mode: any but ``auto`` and ``blockwise``.
@@ -40,25 +40,25 @@ def cost_of(mode: str, key: BatchKey, count: int, orthogonalizer: Orthogonalizer
         orthogonalizer: knows what each shape costs.
         sizes: bytes of the elements that are sent.
     """
-    orthogonalizer, ranks = orthogonalizer.of(key.budget), len(key.parts)
-    p, q = sorted((key.m, key.n))
-    others, most = ranks - 1, -(-count // ranks)
-    local = count * p * q // ranks
-    if mode == OWNER:
-        sent = local * others / ranks * sizes.wire + most * p * q * others / ranks * sizes.back
-        return Cost(most * orthogonalizer.flops(p, q), sent, 2)
-    if mode == DUPLICATED:
-        return Cost(count * orthogonalizer.flops(p, q), local * others * sizes.wire, 1)
-    if mode == DISTRIBUTED:
-        whole, part = (key.m, key.n // ranks) if key.dim == -1 else (key.n, key.m // ranks)
-        steps = len(orthogonalizer.coefficients)
-        reduced = 2 * others / ranks * count * (steps * triangle_numel(whole) * 4 + _NORM)
-        return Cost(count * orthogonalizer.standard_flops(whole, part), reduced, steps + 1)
-    triangle, runs = triangle_numel(p) * sizes.gram, orthogonalizer.segment_count
-    sent = 2 * others / ranks * count * _NORM + runs * (count / ranks + most) * others * triangle
-    sent += orthogonalizer.iteration.balanced * most * others * p * sizes.gram
-    flops = runs * count * orthogonalizer.rectangular_flops(p, q // ranks) + most * orthogonalizer.polynomial_flops(p)
-    return Cost(flops, sent, 1 + 2 * runs)
+    ranks = range(len(key.parts))
+    counts = tuple(even_part(count, len(ranks), rank) for rank in ranks) if mode in (OWNER, GRAM) else ()
+    batch = Batch(dataclasses.replace(key, mode=mode), (MatrixSlice(0, 0, 0, count, count, key.m, key.n),), counts)
+    return RankWork(orthogonalizer, sizes, 0).cost(Chunk(mode, key.group, (batch,)))
+
+
+def member_cost(key: BatchKey, number: int, orthogonalizer: Orthogonalizer, sizes: Sizes) -> Cost:
+    """What one of ``number`` ranks does, none of which has held it, that split a matrix evenly.
+
+    Args:
+        key: of the matrix as its holder has it, whole.
+        number: of ranks.
+        orthogonalizer: knows what each shape costs.
+        sizes: bytes of the elements that are sent.
+    """
+    split = dataclasses.replace(key, mode=SPLIT, dim=key.summed_dim, parts=(*[0] * number, key.q))
+    widths = (*(even_part(key.q, number, rank) for rank in range(number)), 0)
+    batch = Batch(split, (MatrixSlice(0, 0, 0, 1, 1, key.m, key.n),), widths)
+    return RankWork(orthogonalizer, sizes, 0).cost(Chunk(SPLIT, "", (batch,)))
 
 
 def cheapest_mode(

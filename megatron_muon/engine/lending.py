@@ -15,7 +15,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron_muon.engine.modes import AUTO, BLOCKWISE, DUPLICATED, LENT, LOCAL, OWNER, SPLIT
+from megatron_muon.engine.costs import member_cost
+from megatron_muon.engine.modes import AUTO, BLOCKWISE, DUPLICATED, LENT, LOCAL, OWNER, SPLIT, Cost
 from megatron_muon.engine.packing import even_part
 from megatron_muon.engine.plan import Batch, BatchKey, Chunk, MatrixSlice, Peers, Weight
 from megatron_muon.engine.planner import Policy, items_of
@@ -277,9 +278,10 @@ class _Workloads:
         self.parts[index].append(tuple(sorted(members)))
         self._work(block.peers.holder, -self._unit_flops(block))
         self._send(block.peers.holder, block.numel * self.policy.sizes.wire)
+        cost = self._member_cost(block, len(members))
         for rank in members:
-            self._work(rank, block.each * member_flops(self.orthogonalizer, block.key, len(members)))
-            self._send(rank, block.each * self._member_bytes(block, len(members)))
+            self._work(rank, block.each * cost.flops)
+            self._send(rank, block.each * cost.bytes)
 
     def kept(self) -> Iterator[tuple[BatchKey, MatrixSlice]]:
         """The matrices that their holder orthogonalizes itself."""
@@ -350,21 +352,13 @@ class _Workloads:
         """Indices of blocks, those whose matrices take longest first."""
         return sorted(indices, key=lambda index: (-self._matrix_seconds(self.blocks[index]), index))
 
+    def _member_cost(self, block: _WeightBlock, number: int) -> Cost:
+        """What one of ``number`` ranks does that split a matrix; latencies count for chunks."""
+        cost = member_cost(block.key, number, self.orthogonalizer, self.policy.sizes)
+        return dataclasses.replace(cost, collectives=0)
+
     def _member_seconds(self, block: _WeightBlock, number: int) -> float:
-        """Seconds of one of ``number`` ranks that split a matrix."""
-        flops = member_flops(self.orthogonalizer, block.key, number) / self.policy.machine.flops
-        return flops + self._member_bytes(block, number) / self.policy.machine.bytes
-
-    def _member_bytes(self, block: _WeightBlock, number: int) -> float:
-        """Bytes that one of ``number`` ranks sends for one matrix.
-
-        In each step rows of a sum, and all rows, twice with a square.
-        """
-        p, width = block.key.p, block.key.q / number
-        own, rows = self.orthogonalizer.of(block.key.budget), p * p * (number - 1) / number
-        steps = len(own.coefficients)
-        moved = 4 * steps + (steps + own.squares) * own.dtype.itemsize
-        return moved * rows + p * width * self.policy.sizes.back
+        return self._member_cost(block, number).seconds(self.policy.machine)
 
     def _ranks_sharing(self, block: _WeightBlock) -> int:
         """How many ranks of the holder share the work on one matrix."""
@@ -383,12 +377,6 @@ class _Workloads:
     def _of_data_ranks(self) -> list[float]:
         """Seconds of each data-parallel rank: those of its busiest tensor-parallel rank."""
         return [max(some) for some in itertools.batched(self.loads, self.tensor)]
-
-
-def member_flops(orthogonalizer: Orthogonalizer, key: BatchKey, number: int) -> float:
-    """Operations of one of ``number`` ranks that split a matrix evenly."""
-    p, width = key.p, key.q / number
-    return orthogonalizer.of(key.budget).member_flops(p, width, p / number)
 
 
 def _units_of(block: _WeightBlock, first: int, units: int) -> MatrixSlice:

@@ -34,7 +34,7 @@ def predict(plan: Plan, orthogonalizer: Orthogonalizer, sizes: Sizes, group_rank
     Raises:
         KeyError: for a group without a number.
     """
-    rank = _Rank(orthogonalizer, sizes, 0)
+    rank = RankWork(orthogonalizer, sizes, 0)
     total = Cost()
     for chunk in plan.chunks:
         rank.number = group_ranks[chunk.group] if chunk.group else 0
@@ -57,7 +57,7 @@ def matrices_by_mode(plan: Plan) -> Counter[Choice]:
     return found
 
 
-class _Rank:
+class RankWork:
     """Counts what one rank does for a chunk; each method is the account of a task in ``execute``."""
 
     def __init__(self, orthogonalizer: Orthogonalizer, sizes: Sizes, number: int) -> None:
