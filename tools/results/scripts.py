@@ -72,7 +72,7 @@ def _run(words: list[str], log: Path, standard: bool) -> None:
     variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
     os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="localhost")
     if standard:
-        orthogonalizer.best_restarts = lambda *_: None
+        orthogonalizer.best_restarts = lambda *_, **__: None
     status = 0
     try:
         cli.main(words)
