@@ -136,7 +136,9 @@ def weight(shape: tuple[int, ...], layout: MatrixLayout, budget: Budget | None, 
 SHAPES = [((12, 20), WHOLE)] * 4 + [((32, 12), QKV), ((3, 8, 12), WHOLE.stack()), ((40, 8), WHOLE)]
 
 
-@pytest.mark.parametrize("variant", ["none", "polargrad", SpectralSphere(tolerance=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "variant", ["none", "polargrad", SpectralSphere(tolerance=0.5)], ids=["none", "polar", "sphere"]
+)
 @pytest.mark.parametrize("ns_dtype", ["fp32", "bf16"])
 def test_each_weight_steps_as_if_alone(variant: object, ns_dtype: str) -> None:
     """Bit by bit, beside others of its shape with other budgets."""
