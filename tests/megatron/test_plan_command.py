@@ -73,7 +73,7 @@ def test_unknown_flag_ends_the_command(planner: Planner) -> None:
             "{tiny} --tensor-model-parallel-size 4 --muon-tp-mode blockwise",
             ["--muon-tp-mode blockwise", "16 rows on each"],
         ),
-        ("{tiny} --muon-tp-mode gram --muon-ns-dtype fp16 --muon-coefficient-type aol", ["Use --muon-ns-dtype"]),
+        ("{tiny} --muon-tp-mode gram --muon-ns-dtype fp16 --muon-coefficient-type cans", ["Use --muon-ns-dtype"]),
     ],
 )
 def test_errors_name_the_flag(planner: Planner, tmp_path: Path, arguments: str, expected: list[str]) -> None:
