@@ -154,7 +154,7 @@ def test_state_stays_with_the_holder(pool: RankPool, optimizer: dict[str, Any]) 
     The gradients of the first step are the same to the bit; an update differs by the order of additions in splits,
     and more where it is divided by second moments (2.4e-6 with ``adaptive``).
     """
-    options = {**UNEVEN, "bf16": True, "optimizer": {**PER_HEAD, **optimizer}}
+    options = {**UNEVEN, **NARROW, "bf16": True, "optimizer": {**PER_HEAD, **optimizer}}
     alone = pool.run(one_step, 2, Layout(layer_wise=True), options, False)
     together = pool.run(one_step, 2, Layout(layer_wise=True), options, True)
     assert not alone[0][0] and len(together[0][0]) == 2
