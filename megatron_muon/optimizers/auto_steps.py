@@ -31,7 +31,7 @@ from megatron_muon.optimizers.param_step import ParamStep, pack
 from megatron_muon.optimizers.step import SteppingOptimizer, rates_of
 from megatron_muon.orthogonalize.defect import defect, random_defect, rounding, singular_values
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
-from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN, Budget, layout_of
+from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN, WHOLE, Budget, layout_of
 
 MEASURED_IN = 100
 """The first step before which may be measured; docs/routing.md says what other steps would give."""
@@ -92,10 +92,11 @@ def look(optimizer: SteppingOptimizer) -> bool:
     known = {name: steps for group in groups for name, steps in group.get(AUTO, ())}
     for group in groups:
         for param in group["params"]:
-            layout = layout_of(param)
-            if (settled := layout.settled(known)) is not layout:
+            layout = getattr(param, LAYOUT_ATTRIBUTE, WHOLE)  # no call for each weight in each step
+            if layout.budget is not None:
+                settled = layout.settled(known)
                 setattr(param, LAYOUT_ATTRIBUTE, settled)
-            is_lacking |= settled.budget is not None and settled.budget.steps == AUTO_STEPS
+                is_lacking |= (settled.budget or layout.budget).steps == AUTO_STEPS
     optimizer.engines.settle(known)
     return is_lacking and max(group[STEP] for group in groups) + 1 >= MEASURED_IN
 
