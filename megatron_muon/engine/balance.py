@@ -51,8 +51,8 @@ def cost_of_weight(
 ) -> int:
     """Operations in the products of Newton-Schulz for one update of ``param``, of each rank that takes part.
 
-    A step on a p x q matrix, p <= q, multiplies X X^T, its square, and that with X: 4 p^2 q + 2 p^3 operations. A
-    weight in a ball of entries, rows or columns counts with its elements.
+    A step on a p x q matrix, p <= q, multiplies X X^T, where c is not 0 its square, and that with X: 4 p^2 q + 2 p^3
+    operations. A weight in a ball of entries, rows or columns counts with its elements.
 
     Args:
         param: 2-D, or a 3-D stack of experts; annotated, see :mod:`megatron_muon.routing`.
@@ -71,13 +71,14 @@ def cost_of_weight(
         return 0
     shape = tuple(param.shape) if shard is None else shard.whole_shape(param.shape)
     total, layout = 0, layout_of(param)
-    steps = len(iteration(layout.budget).coefficients)
+    coefficients = iteration(layout.budget).coefficients
+    squares = sum(c != 0.0 for _, _, c in coefficients)
     for block in layout.blocks(shape):
         if layout.direction in BALLS:
             total += block.numel
         elif block.rule != SCALAR:
             p, q = sorted((block.rows, block.columns))
-            plain = steps * (4 * p * p * q + 2 * p**3)
+            plain = len(coefficients) * 4 * p * p * q + squares * 2 * p**3
             total += block.count * (plain if stiefel is None or layout.direction != STIEFEL else stiefel(p, q))
     return total if shard is None else total // shard.size
 

@@ -236,6 +236,11 @@ def test_cost_is_that_of_the_logical_matrices(
     assert cost_of_weight(param, shard, MuonConfig(num_ns_steps=steps).iteration) == steps * expected
 
 
+def test_steps_without_a_square_cost_less() -> None:
+    options = MuonConfig(coefficient_type="cubic5")
+    assert cost_of_weight(weight((12, 8), WHOLE), None, options.iteration) == 5 * 4 * 8 * 8 * 12
+
+
 def test_weights_on_the_stiefel_manifold_cost_what_their_solver_takes() -> None:
     param = weight((12, 8), dataclasses.replace(WHOLE, direction=STIEFEL))
     solver, cost = SOLVERS["admm"], cost_of_weight(param, None, MuonConfig().iteration, SOLVERS["admm"].flops)
