@@ -261,7 +261,8 @@ class MuonConfig(UpdateKnobs):
             value = getattr(self, field.name)
             problem = field.metadata["check"](value)
             if problem is not None:
-                problems.append(f"{flag(field.name)} {value}: {problem}.")
+                shown = " ".join(value) if isinstance(value, tuple) and set(map(type, value)) == {str} else value
+                problems.append(f"{flag(field.name)} {shown}: {problem}.")
         if problems:
             raise ConfigError("\n".join(problems))
         if pairs:

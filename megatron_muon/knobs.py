@@ -138,7 +138,7 @@ def param_rules(value: Any) -> str | None:
         kind, own = kind_of(choice), choice.partition(":")[2]
         problem = None
         if kind == STEPS and own != AUTO_STEPS and not (own.isascii() and own.isdigit() and int(own)):
-            problem = f"give a whole number of at least 1, such as {STEPS}:7"
+            problem = f"give a whole number of at least 1, such as {STEPS}:7, or {STEPS}:{AUTO_STEPS}"
         elif kind == COEFFICIENTS:
             problem = known_coefficients(own)
         if not glob or problem or (kind not in (STEPS, COEFFICIENTS) and choice not in PARAM_CHOICES):
