@@ -29,6 +29,7 @@ from megatron_muon.optimizers.groups import AUTO
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.param_step import ParamStep, pack
 from megatron_muon.optimizers.step import SteppingOptimizer, rates_of
+from megatron_muon.orthogonalize.coefficients import CUSTOM
 from megatron_muon.orthogonalize.defect import defect, random_defect, rounding, singular_values
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN, WHOLE, Budget, layout_of
@@ -74,7 +75,7 @@ class _Found:
 
 
 def take(optimizer: SteppingOptimizer, steps: Mapping[str, int]) -> None:
-    """Fix the numbers of steps of classes, by their names: these, and no others."""
+    """Fix the numbers of steps of classes, by their names as param groups have them: these, and no others."""
     for group in optimizer.param_groups:
         group.pop(AUTO, None)
         if steps:
@@ -88,8 +89,7 @@ def look(optimizer: SteppingOptimizer) -> bool:
     Returns:
         whether some are to be measured now. Nothing is read from the device.
     """
-    groups, is_lacking = optimizer.param_groups, False
-    known = {name: steps for group in groups for name, steps in group.get(AUTO, ())}
+    groups, is_lacking, known = optimizer.param_groups, False, _known(optimizer)
     for group in groups:
         for param in group["params"]:
             layout = getattr(param, LAYOUT_ATTRIBUTE, WHOLE)  # no call for each weight in each step
@@ -99,6 +99,20 @@ def look(optimizer: SteppingOptimizer) -> bool:
                 is_lacking |= (settled.budget or layout.budget).steps == AUTO_STEPS
     optimizer.engines.settle(known)
     return is_lacking and max(group[STEP] for group in groups) + 1 >= MEASURED_IN
+
+
+def _measured_for(optimizer: SteppingOptimizer) -> str:
+    """What numbers of steps were measured for, at the end of names in param groups: with others they say nothing."""
+    config = optimizer.config
+    chosen = " ".join(config.custom_coefficients) if config.coefficient_type == CUSTOM else config.coefficient_type
+    return f", where others take {config.num_ns_steps} of {chosen} in {config.ns_type}"
+
+
+def _known(optimizer: SteppingOptimizer) -> dict[str, int]:
+    """The steps of classes that have been measured for these options, by the names of :class:`Budget`."""
+    suffix = _measured_for(optimizer)
+    entries = [entry for group in optimizer.param_groups for entry in group.get(AUTO, ())]
+    return {name.removesuffix(suffix): steps for name, steps in entries if name.endswith(suffix)}
 
 
 @torch.no_grad()
@@ -116,8 +130,8 @@ def measure(optimizers: Sequence[SteppingOptimizer], ranks: Ranks) -> None:
         for name, its in part:
             found[name] = its.with_others(found.get(name, its))
     for optimizer in optimizers:
-        known = {name: steps for group in optimizer.param_groups for name, steps in group.get(AUTO, ())}
-        take(optimizer, known | {name: its.steps for name, its in found.items()})
+        known = _known(optimizer) | {name: its.steps for name, its in found.items()}
+        take(optimizer, {name + _measured_for(optimizer): steps for name, steps in known.items()})
     if ranks.is_first:
         lines = (f"\n  {name}: {its}" for name, its in sorted(found.items()))
         print(f"megatron_muon: steps of Newton-Schulz, measured and fixed{''.join(lines)}", flush=True)

@@ -395,7 +395,7 @@ class Muon(torch.optim.Optimizer):
             the engine, which has the plan, of steps with whole matrices if there are others; None if this rank has no
             parameters to orthogonalize.
         """
-        for in_blocks in {self.config.blockwise_period > 1, False}:
+        for in_blocks in (True, False) if self.config.blockwise_period > 1 else (False,):
             engines = self.engines.in_step(self._own, self._own, self.directions, in_blocks=in_blocks)
         return next((engine for (direction, _), engine in engines.items() if direction == MSIGN), None)
 
@@ -417,7 +417,7 @@ class Muon(torch.optim.Optimizer):
                 cut_second_moment(param, state)
             if (PEAK not in state or STEP not in state) and layout.has_matrices:
                 init_rows(param, state, PEAK)
-                state.setdefault(STEP, 0)
+                state.setdefault(STEP, group[STEP])
             if layout.direction == MSIGN:
                 self.variant.init_state(param, state)
                 if self.variant.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:

@@ -13,6 +13,9 @@ import torch
 from megatron_muon.orthogonalize.coefficients import Iteration
 from megatron_muon.orthogonalize.newton_schulz import balance_
 
+_SMALL = 32
+"""Sizes from which on the quarter circle law holds well enough."""
+
 
 def singular_values(x: torch.Tensor, balanced: bool = False) -> torch.Tensor:
     """Those of ``x / ||x||_F``, (min(m, n),), float64, ascending, but for what is below 1e-8; 0 of zeros and of NaN.
@@ -46,11 +49,14 @@ def defect(s: torch.Tensor, iteration: Iteration) -> float:
 
 @functools.cache
 def random_defect(p: int, iteration: Iteration) -> float:
-    """:func:`defect` of a large p x p matrix of independent Gaussian entries.
+    """:func:`defect` of a p x p matrix of independent Gaussian entries: of small ones, root mean square over many.
 
-    By the quarter circle law the density of sqrt(p) s is sqrt(4 - x^2) / pi, in 0 .. 2. Balancing divides by the sum of
-    a row of its Gram matrix: 1 / p in the diagonal, and normal numbers of variance p^-3.
+    Of large ones by the quarter circle law: the density of sqrt(p) s is sqrt(4 - x^2) / pi, in 0 .. 2. Balancing
+    divides by the sum of a row of its Gram matrix: 1 / p in the diagonal, and normal numbers of variance p^-3.
     """
+    if p < _SMALL:
+        some = torch.randn(1 + 512 // p, p, p, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        return defect(torch.cat([singular_values(x, iteration.balanced) for x in some]), iteration)
     x = torch.linspace(0.0, 2.0, 1 << 16, dtype=torch.float64)
     shares = (x * (4.0 - x * x).sqrt() / 2.0 + 2.0 * (x / 2.0).asin()) / torch.pi
     quantiles = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096

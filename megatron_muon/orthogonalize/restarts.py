@@ -8,8 +8,9 @@ coefficients; here they are computed with scalars.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
 from functools import cache
-from itertools import combinations
 
 import torch
 
@@ -26,9 +27,33 @@ EXACT_PERTURBATION = PERTURBATION * 2.0**-13
 GAIN_LIMIT = 125.0
 """How large an eigenvalue of ``Q`` may be in any segment. Measured (docs/parallelism-and-cost.md): choices below it err
 less than standard bfloat16 Newton-Schulz in float16 where rows and columns are of like size, whatever the spectrum; in
-float32 by 2e-4 at most, or as the standard iteration does where that errs more."""
+float32 by 4e-4 at most, or as the standard iteration does where that errs more."""
+
+_KEPT = 16
+"""How many beginnings of as many steps and segments are gone on with: for up to ten steps of the known sets that finds
+what a search of all choices does."""
+
+_Begun = tuple[float, tuple[int, ...], torch.Tensor]
 
 _GRID = torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-6, 0, 2000, dtype=torch.float64)])
+
+
+def _segments_from(
+    s: torch.Tensor, coefficients: Coefficients, perturbation: float
+) -> Iterator[tuple[float, torch.Tensor]]:
+    """After each step of one segment: the largest eigenvalue of its ``Q``, and the singular values that it leaves.
+
+    Args:
+        s: singular values before the segment.
+        coefficients: of its steps.
+        perturbation: see :func:`gain`.
+    """
+    r, q = s.square() - perturbation, torch.ones_like(s)
+    for a, b, c in coefficients:
+        z = a + r * (b + r * c)
+        q, r = q * z, r * z.square()
+        size = q.abs()
+        yield float(size.max()) if bool(torch.isfinite(size).all()) else float("inf"), s * size
 
 
 def gain(coefficients: Coefficients, restarts: tuple[int, ...], perturbation: float = PERTURBATION) -> float:
@@ -42,17 +67,10 @@ def gain(coefficients: Coefficients, restarts: tuple[int, ...], perturbation: fl
     Returns:
         Infinite if the iteration diverges.
     """
-    s, worst = _GRID.clone(), 0.0
+    s, worst = _GRID, 0.0
     for segment in segments(coefficients, restarts):
-        r, q = s.square() - perturbation, torch.ones_like(s)
-        for a, b, c in segment:
-            z = a + r * (b + r * c)
-            q, r = q * z, r * z.square()
-        q = q.abs()
-        if not bool(torch.isfinite(q).all()):
-            return float("inf")
-        worst = max(worst, float(q.max()))
-        s = s * q
+        *_, (its, s) = _segments_from(s, segment, perturbation)
+        worst = max(worst, its)
     return worst
 
 
@@ -80,9 +98,17 @@ def best_restarts(coefficients: Coefficients, dtype: torch.dtype, *, tf32: bool 
     if dtype == torch.bfloat16:
         return None
     perturbation = PERTURBATION if dtype == torch.float16 or tf32 else EXACT_PERTURBATION
-    for count in range(len(coefficients)):
-        choices = list(combinations(range(1, len(coefficients)), count))[::-1]
-        gains = [gain(coefficients, choice, perturbation) for choice in choices]
-        if min(gains) <= GAIN_LIMIT:
-            return choices[gains.index(min(gains))]
+    # Of ever more segments: beginnings that keep the limit, with minus their restarts, by how many steps they have.
+    begun: dict[int, list[_Begun]] = {0: [(0.0, (), _GRID)]}
+    for _ in coefficients:
+        longer: dict[int, list[_Begun]] = defaultdict(list)
+        for start, some in begun.items():
+            for worst, chosen, s in some:
+                restarts = (*chosen, -start) if start else ()
+                for stop, (its, left) in enumerate(_segments_from(s, coefficients[start:], perturbation), start + 1):
+                    if max(worst, its) <= GAIN_LIMIT:
+                        longer[stop].append((max(worst, its), restarts, left))
+        begun = {stop: sorted(some, key=lambda each: each[:2])[:_KEPT] for stop, some in longer.items()}
+        if found := begun.get(len(coefficients)):
+            return tuple(-restart for restart in found[0][1])
     return None

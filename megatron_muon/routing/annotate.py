@@ -231,7 +231,8 @@ def _give_budget(name: str, param: torch.Tensor, rules: list[str]) -> None:
     last = {kind_of(choice): rule for rule, choice in choices.items()}
     budget = budget_of(choices.values())
     if budget is not None and budget.steps == AUTO_STEPS:  # of one operator, in the layers that the rule names
-        budget = dataclasses.replace(budget, measured=f"{pattern(name)} ({parse_param_rule(last[STEPS])[0]})")
+        globs = ", ".join(filter(None, (parse_param_rule(last[STEPS])[0], budget.coefficients)))
+        budget = dataclasses.replace(budget, measured=f"{pattern(name)} ({globs})")
     setattr(param, LAYOUT_ATTRIBUTE, dataclasses.replace(layout_of(param), budget=budget))
     setattr(param, BUDGET_RULES_ATTRIBUTE, tuple(last.values()))
 

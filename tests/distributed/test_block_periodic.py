@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import Muon
+from megatron_muon.engine.modes import OWNER
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tests.pool import RankPool
 
@@ -65,6 +66,8 @@ def steps(scale_mode: str) -> list[Compared]:
     """Of each step of a period and more."""
     found, options = [], {"scale_mode": scale_mode}
     ours = _optimizer(_params(), **options, tp_mode="owner", blockwise_period=PERIOD, blockwise_lr_mult=0.5)
+    planned = ours.prepare()
+    assert planned is not None and OWNER in {chunk.mode for chunk in planned.plan.chunks}, "what the report tells"
     for number in range(STEPS):
         before, by_mode, equal = [param.detach().clone() for param in ours.param_groups[0]["params"]], {}, {}
         state = copy.deepcopy(ours.state_dict())

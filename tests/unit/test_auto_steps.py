@@ -109,7 +109,7 @@ def same(first: Muon, second: Muon) -> bool:
 def steps_of(optimizer: Muon) -> dict[str, int]:
     found = [dict(group["auto_steps"]) for group in optimizer.param_groups]
     assert all(each == found[0] for each in found)
-    return found[0]
+    return {name.partition(", where others take")[0]: steps for name, steps in found[0].items()}
 
 
 LAST = MEASURED_IN + 2
@@ -148,6 +148,27 @@ def test_random_matrices_get_the_own_number() -> None:
         optimizer.param_groups[0]["step"] = MEASURED_IN - 1
         optimizer.step()
         assert steps_of(optimizer) == {"random": 5}
+
+
+@pytest.mark.parametrize("name", ["quintic", "polar_express", "turbo_muon"])
+@pytest.mark.parametrize("p", [2, 3, 4])
+def test_small_matrices_do_not_get_next_to_no_steps(p: int, name: str) -> None:
+    """The quarter circle reaches beyond 1 at these sizes, where the polynomials diverge, so that any step would do."""
+    x = torch.zeros(p, 64, dtype=torch.float64)
+    x.diagonal().copy_(0.05 ** torch.linspace(0, 1, p, dtype=torch.float64))
+    usual = random_defect(p, iteration(name, 5))
+    assert 0.0 < usual < 0.2 and defect(singular_values(x), iteration(name, 1)) > TOLERANCE * usual
+
+
+def test_numbers_hold_for_what_they_were_measured_for() -> None:
+    optimizer, other = built(), built(coefficient_type="polar_express")
+    train(optimizer, range(MEASURED_IN, MEASURED_IN + 1))
+    fresh = built(coefficient_type="polar_express")
+    train(fresh, range(MEASURED_IN, MEASURED_IN + 1))
+    assert steps_of(fresh) != steps_of(optimizer)
+    other.load_state_dict(optimizer.state_dict())
+    train(other, range(MEASURED_IN, MEASURED_IN + 1))
+    assert steps_of(other) == steps_of(fresh)
 
 
 def test_steps_before_are_as_without_and_those_after_as_if_they_had_been_given() -> None:

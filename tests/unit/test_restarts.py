@@ -27,6 +27,7 @@ CHOICES: list[tuple[str, int, Restarts, Restarts]] = [
     ("aol", 5, (2,), (2,)),
     ("cubic5", 5, (2,), ()),
     ("cubic5", 7, (3,), (3,)),
+    ("quintic", 12, (2, 5, 7, 10), (3, 6, 9)),
     (CUSTOM, 4, (), ()),
 ]
 
