@@ -118,7 +118,7 @@ def _ours(dtype: str, mode: str, coefficients: str = "quintic") -> Contestant:
             expert_tp_group=groups.expert_tp,
         )
 
-    name = f"megatron_muon {mode}" + (f", {coefficients}" if coefficients != "quintic" else "")
+    name = f"megatron_muon {mode}" + (f" {coefficients}" if coefficients != "quintic" else "")
     return Contestant(name, "megatron-muon", FUSED, make, mode, dtype, coefficients)
 
 
