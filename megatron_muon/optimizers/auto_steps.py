@@ -110,8 +110,8 @@ def _measured_for(optimizer: SteppingOptimizer) -> str:
 
 def _known(optimizer: SteppingOptimizer) -> dict[str, int]:
     """The steps of classes that have been measured for these options, by the names of :class:`Budget`."""
-    suffix = _measured_for(optimizer)
     entries = [entry for group in optimizer.param_groups for entry in group.get(AUTO, ())]
+    suffix = _measured_for(optimizer) if entries else ""
     return {name.removesuffix(suffix): steps for name, steps in entries if name.endswith(suffix)}
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from megatron_muon.choices import COEFFICIENTS, STEPS
+from megatron_muon.choices import AUTO_STEPS, COEFFICIENTS, STEPS
 from megatron_muon.config import MuonConfig
-from megatron_muon.errors import ConfigError
+from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.options import UpdateKnobs
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
+from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
+from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout
 
 OPTIONAL = ("nesterov", "scale_mode", "extra_scale_factor", "weight_decay_method", "ball_radius")
 """Options that a group may set for itself; otherwise the optimizer's value holds. All other options that a group may
@@ -92,6 +94,39 @@ def check_numbers(group: Mapping[str, Any], *, read: bool = True) -> None:
     are_two = isinstance(betas, list | tuple) and len(betas) == 2
     if not are_two or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
         raise ConfigError(f"scalar_betas {betas}: give two numbers from 0 to below 1")
+
+
+def check_layout(optimizer: Any, param: torch.Tensor, layout: MatrixLayout) -> None:
+    """Refuse what a :class:`megatron_muon.Muon` cannot do with a weight of this layout.
+
+    Raises:
+        ConfigError: naming the rule or the part of the layout, and the way out.
+    """
+    variant = optimizer.variant
+    if layout.budget is not None and layout.direction != MSIGN:
+        raise ConfigError(
+            f"a budget of {layout.budget} for a weight of {sizes(param.shape)} by {layout.direction}: what is not "
+            "orthogonalized has no steps and coefficients. Leave one of both out of its layout."
+        )
+    if layout.budget is not None and layout.budget.steps == AUTO_STEPS:
+        problem = "" if layout.budget.measured else "no name of its class (Budget.measured)"
+        problem = problem if variant.lends else f"{variant.name}, which iterates more than the momentum"
+        if problem:
+            raise ConfigError(
+                f"--muon-param-rule 'GLOB=steps:{AUTO_STEPS}' (a {layout.kind} weight) with {problem}: give a number, "
+                "such as steps:7."
+            )
+    rule = getattr(param, OVERRIDE_ATTRIBUTE, f"NAME={layout.direction}")
+    if layout.direction not in optimizer.directions:
+        raise ConfigError(
+            f"--muon-param-rule '{rule}' (a {layout.kind} weight) with an optimizer that has no such "
+            "updates: use --optimizer stiefel_muon, or another choice."
+        )
+    if layout.direction in BALLS and not variant.decays:
+        raise ConfigError(
+            f"--muon-param-rule '{rule}' (a {layout.kind} weight) with {variant.name}, which "
+            "has no weight decay: such a weight would leave its ball. Give it to Adam, or use --optimizer muon."
+        )
 
 
 def all_options(optimizer: Any) -> dict[str, Any]:

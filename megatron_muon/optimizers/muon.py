@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from megatron_muon.agree import Ranks
-from megatron_muon.choices import AUTO_STEPS
 from megatron_muon.config import PREFIX, UNREAD, MuonConfig
 from megatron_muon.engine.modes import BLOCKWISE
 from megatron_muon.engine.planner import check_weight
@@ -24,7 +23,16 @@ from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.auto_steps import look, measure
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.fading import PEAK
-from megatron_muon.optimizers.groups import AUTO, BUDGETS, OPTIONAL, PER_GROUP, check_names, check_numbers, is_number
+from megatron_muon.optimizers.groups import (
+    AUTO,
+    BUDGETS,
+    OPTIONAL,
+    PER_GROUP,
+    check_layout,
+    check_names,
+    check_numbers,
+    is_number,
+)
 from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_capture, refuse_elsewhere
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
 from megatron_muon.optimizers.registry import made_anew, variant_of
@@ -36,9 +44,8 @@ from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.refusals import MUON, refuse
-from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.blocks import no_numbers_of_its_own
-from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout, layout_of
+from megatron_muon.routing.layout import MSIGN, MatrixLayout, layout_of
 
 _ATTRIBUTES = "attributes of weights"
 """Key in the state of a copy (:meth:`Muon.__getstate__`): what the weights carry, such as their layout."""
@@ -212,7 +219,7 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(
                     f"Muon updates {layout.dims}-D weights, got shape {sizes(param.shape)}: give it to Adam"
                 )
-            self._check_direction(param, layout)
+            check_layout(self, param, layout)
             self.config.iteration(layout.budget)  # a layout made by hand may name what there is not
             weight = self.engines.weight(param)
             check_weight(weight, self.config.tp_mode, self.config.blockwise_period)
@@ -261,29 +268,6 @@ class Muon(torch.optim.Optimizer):
         del settings[f"{PREFIX}param_rule"]  # said by the layouts of weights
         refuse((*UNREAD, *MUON), settings)
         self.variant.check(config)
-
-    def _check_direction(self, param: torch.Tensor, layout: MatrixLayout) -> None:
-        if layout.budget is not None and layout.direction != MSIGN:
-            raise ConfigError(
-                f"a budget of {layout.budget} for a weight of {sizes(param.shape)} by {layout.direction}: what is not "
-                "orthogonalized has no steps and coefficients. Leave one of both out of its layout."
-            )
-        if layout.budget is not None and layout.budget.steps == AUTO_STEPS:
-            problem = "" if layout.budget.measured else "no name of its class (Budget.measured)"
-            problem = problem if self.variant.lends else f"{self.variant.name}, which iterates more than the momentum"
-            if problem:
-                raise ConfigError(f"auto steps for a {layout.kind} weight with {problem}: give a number of steps.")
-        rule = getattr(param, OVERRIDE_ATTRIBUTE, f"NAME={layout.direction}")
-        if layout.direction not in self.directions:
-            raise ConfigError(
-                f"--muon-param-rule '{rule}' (a {layout.kind} weight) with an optimizer that has no such "
-                "updates: use --optimizer stiefel_muon, or another choice."
-            )
-        if layout.direction in BALLS and not self.variant.decays:
-            raise ConfigError(
-                f"--muon-param-rule '{rule}' (a {layout.kind} weight) with {self.variant.name}, which "
-                "has no weight decay: such a weight would leave its ball. Give it to Adam, or use --optimizer muon."
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``copy.deepcopy`` and pickle: everything but what belongs to this object alone, such as hooks."""
@@ -417,7 +401,7 @@ class Muon(torch.optim.Optimizer):
                 cut_second_moment(param, state)
             if (PEAK not in state or STEP not in state) and layout.has_matrices:
                 init_rows(param, state, PEAK)
-                state.setdefault(STEP, group[STEP])
+                state.setdefault(STEP, 0)  # not the group's, which may differ between ranks that share the weight
             if layout.direction == MSIGN:
                 self.variant.init_state(param, state)
                 if self.variant.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:

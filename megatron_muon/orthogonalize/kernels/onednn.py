@@ -9,7 +9,6 @@ are used (:mod:`megatron_muon.orthogonalize.kernels.gate`).
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -30,10 +29,12 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return "multiplies float32 on CPUs only"
     if not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"):
         return "needs torch 2.9 or later"
-    # torch asks oneDNN only if the processor has AVX-512.
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return "needs a torch that tells what the processor has (torch.cpu.get_capabilities)"
+    has: Callable[[str], Any] = torch.cpu.get_capabilities().get
+    if not all(map(has, ("avx512_bw", "avx512_vl", "avx512_dq"))):  # torch asks oneDNN only where it has these
         return "is not asked by torch on this processor"
-    if torch.cpu._is_amx_tile_supported():
+    if has("amx_tile"):
         return "would round to bfloat16 on this processor"
     return None
 
