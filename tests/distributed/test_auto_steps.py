@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -62,10 +63,10 @@ def by_mode(modes: tuple[str, ...]) -> list[tuple[Any, dict[str, torch.Tensor]]]
     return [measured(mode) for mode in modes]
 
 
-def test_ranks_choose_what_one_process_does(pool: RankPool) -> None:
+@pytest.mark.parametrize("modes", [("gram",), pytest.param(("auto", "duplicated"), marks=pytest.mark.slow)])
+def test_ranks_choose_what_one_process_does(pool: RankPool, modes: tuple[str, ...]) -> None:
     steps, weights = measured(parts=False)
     assert len({number for _, number in steps}) > 2, steps
-    modes = ("auto", "gram", "duplicated")
     for mine in pool.run(by_mode, 2, modes):
         for mode, (its, params) in zip(modes, mine, strict=True):
             assert its == steps, mode

@@ -83,6 +83,7 @@ def test_several_shapes_and_uneven_shares(dtype: str, mode: str, rank: int) -> N
     assert peak == pytest.approx(said, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_spectral_sphere_keeps_directions_of_four_chunks() -> None:
     """Of 32 matrices, 16 on each rank: not of all weights."""
     matrix, shard = 4 * 32 * 32, ((16, 32), 0)

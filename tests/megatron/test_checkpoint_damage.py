@@ -19,6 +19,7 @@ from tests.megatron.harness import Layout
 from tests.megatron.loading import FINE, TIMEOUT, Outcome, failure, load_each, one_error, save_after_a_step
 from tests.megatron.test_routing import MOE
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 WEIGHT = "decoder.layers.mlp.linear_fc1.weight"
 MOMENTUM = f"optimizer.state.momentum_buffer.{WEIGHT}"
@@ -326,7 +327,7 @@ FLIPS = {
 }
 
 
-@pytest.mark.parametrize("case", FLIPS)
+@pytest.mark.parametrize("case", with_slow(FLIPS, "gate_and_up_of_tp2"))
 def test_flipped_bit_of_a_weight_at_another_layout(pool: RankPool, tmp_path: Path, case: str) -> None:
     """Experts, fused weights and copies: sums do not depend on the layout, and see one bit."""
     ranks, source, options, key = FLIPS[case]

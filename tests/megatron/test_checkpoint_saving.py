@@ -20,6 +20,7 @@ from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.loading import FINE, TIMEOUT, Outcome, failure, load_each, one_error
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 WAYS = {
     "plain": Layout(),
@@ -70,7 +71,7 @@ def save_in_the_background(layout: Layout, plain: list[str], background: list[st
     return found
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", with_slow(WAYS, "plain"))
 def test_saved_in_the_background_while_training(pool: RankPool, tmp_path: Path, way: str) -> None:
     plain, background = ([str(tmp_path / f"{name}{number}") for number in (1, 2)] for name in ("plain", "background"))
     results = pool.run(save_in_the_background, 2, WAYS[way], plain, background, timeout=TIMEOUT)

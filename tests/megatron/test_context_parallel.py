@@ -152,7 +152,7 @@ CASES = {
 SLOW = (
     *("mamba-cp4", "mamba-cp2_tp2", "mamba-cp2_pp2", "mamba-cp2_dp2", "mamba-cp2_layer_wise"),
     *("mamba-cp2_dp2_layer_wise", "delta-cp4", "delta-cp2_ep2", "delta-cp2_tp2_sp", "attention-cp4"),
-    *("attention-cp2_pp2", "hybrid-cp2_layer_wise"),
+    *("attention-cp2_pp2", "hybrid-cp2_layer_wise", "delta-cp2_dp2_ep2_layer_wise"),
 )
 
 

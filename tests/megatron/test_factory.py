@@ -75,8 +75,15 @@ def replicas_after_training(layout: Layout, options: dict[str, Any]) -> tuple[li
     return losses, same
 
 
-@pytest.mark.parametrize("param_layout", [True, False])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("bf16", "param_layout"),
+    [
+        (False, True),
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
 def test_layer_wise_equals_plain(pool: RankPool, bf16: bool, param_layout: bool) -> None:
     """Sharding over data parallelism moves work and changes nothing: same seeds, same losses, equal replicas.
 

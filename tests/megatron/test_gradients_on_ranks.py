@@ -71,7 +71,7 @@ def weights(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", with_slow(LAYOUTS, "tp2_dp2_layer_wise_lists"))
 @pytest.mark.parametrize("steps", with_slow(["16", "300"], "300"))
 def test_losses_where_gradients_come_and_go(pool: RankPool, weights: str, name: str, steps: str) -> None:
     """More patterns than plans are kept. A weight without a gradient stays, on all of its ranks."""

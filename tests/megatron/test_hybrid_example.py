@@ -41,7 +41,8 @@ def train(log: Path, *flags: str, script: Path = SCRIPT, tp: int = 1) -> list[fl
     return [point.loss for point in metrics.read(log).train]
 
 
-@pytest.mark.parametrize("in_proj", [pytest.param("adam", marks=pytest.mark.slow), "split"])
+@pytest.mark.slow
+@pytest.mark.parametrize("in_proj", ["adam", "split"])
 def test_losses_do_not_depend_on_tensor_parallelism(tmp_path: Path, in_proj: str) -> None:
     flags, folder = [*HYBRID.split(), "--muon-gdn-in-proj", in_proj], str(tmp_path / "checkpoint")
     first = train(tmp_path / "start", *flags, "--save", folder, "--save-interval", "2", "--exit-interval", "2")

@@ -29,7 +29,7 @@ sys.exit({status})
 """
 
 
-@pytest.mark.parametrize("status", [0, 3])
+@pytest.mark.parametrize("status", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_the_end_of_a_script(tmp_path: Path, status: int) -> None:
     """Its status, its output and its functions of atexit; but Python does not take itself down under gloo's threads."""
     script = tmp_path / "script.py"
@@ -82,7 +82,7 @@ def test_a_dry_run_ends_when_all_is_built(tmp_path: Path, run: Any) -> None:
 @pytest.mark.parametrize(
     "parallelism",
     [
-        "--tensor-model-parallel-size 2",
+        pytest.param("--tensor-model-parallel-size 2", marks=pytest.mark.slow),
         pytest.param("--pipeline-model-parallel-size 2", marks=pytest.mark.slow),
         "--use-distributed-optimizer --bf16",
     ],

@@ -96,8 +96,8 @@ CASES = {
     "no_overlap_vpp2_layer_wise": Case(4, Layout(pp=2, vpp=2, layer_wise=True, overlap=False)),
 }
 QUICK = {
-    *("pp2_vpp2_dp2-layer_wise-fp32", "tp2_sp_dp2-layer_wise-bf16", "dp2-lists-bf16", "cp2_dp2-lists-fp32"),
-    *("moe_ep2_dp2-layer_wise-fp32", "moe_experts_whole-lists-bf16", "dp2-plain-fp32", "tp2", "tp2_pp2"),
+    *("pp2_vpp2_dp2-layer_wise-fp32", "tp2_sp_dp2-layer_wise-bf16", "dp2-lists-bf16"),
+    *("moe_ep2_dp2-layer_wise-fp32", "dp2-plain-fp32", "tp2", "tp2_pp2"),
     *("tp4_more_ranks_than_query_groups", "mla_tp2", "gated_delta_net_tp2", "local_layer_wise"),
 }
 

@@ -194,7 +194,7 @@ CASES = {
 
 
 BUCKETS = ["--overlap-grad-reduce", "--ddp-bucket-size", str(Layout.bucket_size)]
-QUICK_IN_BF16 = ("tensor auto", "layer-wise, experts")
+QUICK_IN_BF16 = ("tensor auto",)
 
 
 def case(name: str, bf16: bool) -> Any:

@@ -198,7 +198,7 @@ def _compare(layout: Layout, optimizer: dict[str, Any], **options: Any) -> list[
     "layout,names,options",
     [
         (Layout(tp=2), ["spectral norm"], {}),
-        (Layout(), ["adaptive", "hyperball"], {"bf16": True}),
+        pytest.param(Layout(), ["adaptive", "hyperball"], {"bf16": True}, marks=pytest.mark.slow),
         pytest.param(Layout(layer_wise=True), ["rows under Adam"], {}, marks=pytest.mark.slow),
         (Layout(layer_wise=True), ["rows under Adam"], {"bf16": True, "param_layout": False}),
         (Layout(layer_wise=True), ["spectral norm", "sphere"], {"bf16": True}),

@@ -177,7 +177,7 @@ def resume_model(layout: Layout, model: dict[str, Any], optimizer: dict[str, Any
     return run.losses(2)
 
 
-@pytest.mark.parametrize("kind", IN_PROJ)
+@pytest.mark.parametrize("kind", with_slow(IN_PROJ, "mamba"))
 def test_numbers_of_rows_of_input_projections_are_saved(pool: RankPool, tmp_path: Path, kind: str) -> None:
     """Models save these weights in blocks of rows, by functions that look at the weight's shape."""
     folder = str(tmp_path / "checkpoint")
