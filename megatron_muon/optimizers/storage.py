@@ -1,0 +1,239 @@
+"""In what form an optimizer keeps the numbers of a weight: its momentum, and the master weight.
+
+A step computes in float32 (float64 for weights of that type). What is kept between steps may be less: momentum in
+bfloat16, or as int8 in blocks; the master weight as what it has beside the model's bfloat16 weight. Whoever reads or
+writes either of them goes through this module.
+
+Master weights as remainders are exact: the float32 value is the bfloat16 weight's bits, times 2^16, plus a signed
+number of 16 bits. Rounding to nearest even leaves 65,537 values that round to an even bfloat16, one more than 16 bits
+tell apart: a value half way that was rounded down has the same 16 bits as one that was rounded up. One bit more says
+which (:data:`TIES`), so that a run has the very bits of one with float32 copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+MOMENTUM = "momentum_buffer"
+"""State: momentum, of the weight's shape; float32 or wider, bfloat16, or int8 with :data:`SCALE`."""
+
+SCALE = "momentum_scale"
+"""State: what one unit of int8 momentum stands for, float32, (..., rows, columns / :data:`BLOCK` rounded up)."""
+
+REMAINDER = "master_remainder"
+"""State: int16, of the weight's shape: bits of the float32 master less those of the bfloat16 weight, modulo 2^16."""
+
+TIES = "master_ties"
+"""State: uint8, (..., rows, columns / 8 rounded up): a bit for each element whose master lies half way between two
+bfloat16 numbers and above the weight."""
+
+BLOCK = 256
+"""Columns of a row that have one scale in int8 momentum."""
+
+Planes = Sequence[torch.Tensor]
+"""The tensors in which a form keeps its numbers; all have the same rows."""
+
+
+class Form:
+    """How numbers are kept: here as they are."""
+
+    name = "plain"
+
+    def decode(self, planes: Planes) -> torch.Tensor:
+        """The numbers that planes, or views of the same rows of each, stand for: float32 or wider, of a new tensor
+        unless the form is plain.
+        """
+        return planes[0]
+
+    def encode(self, values: torch.Tensor, planes: Planes) -> None:
+        """Keep numbers in planes, or in views of the same rows of each."""
+        if values is not planes[0]:
+            planes[0].copy_(values)
+
+
+class Bfloat16(Form):
+    """Rounded to the nearest bfloat16."""
+
+    name = "bf16"
+
+    def decode(self, planes: Planes) -> torch.Tensor:
+        """See :meth:`Form.decode`."""
+        return planes[0].float()
+
+
+class Int8(Form):
+    """In units of 1/127 of the largest entry of each block of :data:`BLOCK` columns, rounded to nearest.
+
+    Units are rounded up to 16 significant bits. So products with up to 127 are exact, the largest entry is 127 units,
+    and what has been kept is kept again without a change.
+    """
+
+    name = "int8"
+
+    def decode(self, planes: Planes) -> torch.Tensor:
+        """See :meth:`Form.decode`."""
+        values = planes[0].float()
+        for part, scale in _blocks(values, planes[1]):
+            part.mul_(scale)
+        return values
+
+    def encode(self, values: torch.Tensor, planes: Planes) -> None:
+        """See :meth:`Form.encode`."""
+        units = torch.empty_like(values, memory_format=torch.contiguous_format)
+        for (part, scale), (own, _) in zip(_blocks(units, planes[1]), _blocks(values, planes[1]), strict=True):
+            unit = torch.linalg.vector_norm(own, torch.inf, -1, keepdim=True).float().div_(127.0)
+            unit = unit.view(torch.int32).add_(0xFF).bitwise_and_(~0xFF).view(torch.float32)
+            torch.div(own, torch.where(unit > 0, unit, 1.0), out=part)
+            scale.copy_(unit)
+        planes[0].copy_(units.round_())
+
+
+class Remainder(Form):
+    """A float32 master weight: planes are the bfloat16 weight, :data:`REMAINDER` and :data:`TIES`."""
+
+    name = "remainder"
+
+    def decode(self, planes: Planes) -> torch.Tensor:
+        """See :meth:`Form.decode`."""
+        weight, remainder, ties = planes
+        bits = _high(weight).add_(remainder)
+        # On the host it costs next to nothing to know that there is none: one element in 131,072 is one.
+        if ties.is_cuda or ties.any():
+            bits.add_(_unpacked(ties, weight.size(-1)).int().mul_(1 << 16))
+        return bits.view(torch.float32)
+
+    def encode(self, values: torch.Tensor, planes: Planes) -> None:
+        """See :meth:`Form.encode`."""
+        weight, remainder, ties = planes
+        weight.copy_(values)
+        beyond = values.contiguous().view(torch.int32) - _high(weight)
+        is_tie = beyond == 1 << 15
+        remainder.copy_(beyond)  # modulo 2^16
+        if ties.is_cuda or is_tie.any():
+            ties.copy_(_packed(is_tie))
+        else:
+            ties.zero_()
+
+
+PLAIN, BFLOAT16, INT8, REMAINDERS = Form(), Bfloat16(), Int8(), Remainder()
+
+
+def _high(weight: torch.Tensor) -> torch.Tensor:
+    """The bits of bfloat16 numbers as those of float32, in int32."""
+    return weight.contiguous().view(torch.int16).int().mul_(1 << 16)
+
+
+def _packed(bits: torch.Tensor) -> torch.Tensor:
+    columns = bits.size(-1)
+    whole = functional.pad(bits.to(torch.uint8), (0, -columns % 8)).unflatten(-1, (-1, 8))
+    return whole.mul_(_places(bits.device)).sum(-1, dtype=torch.uint8)
+
+
+def _unpacked(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    return packed.unsqueeze(-1).bitwise_and(_places(packed.device)).ne(0).flatten(-2)[..., :columns]
+
+
+def _places(device: torch.device) -> torch.Tensor:
+    return torch.bitwise_left_shift(torch.ones(8, dtype=torch.uint8, device=device), torch.arange(8, device=device))
+
+
+def _blocks(values: torch.Tensor, scale: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Views: (..., rows, blocks, columns of a block) of values and (..., rows, blocks, 1) of their scales."""
+    whole = values.size(-1) // BLOCK
+    if whole:
+        yield values[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK)), scale[..., :whole].unsqueeze(-1)
+    if values.size(-1) % BLOCK:
+        yield values[..., whole * BLOCK :].unsqueeze(-2), scale[..., whole:].unsqueeze(-1)
+
+
+class Kept(NamedTuple):
+    """Numbers of a weight, as they are kept between steps.
+
+    Attributes:
+        form: how.
+        planes: in which tensors.
+    """
+
+    form: Form
+    planes: tuple[torch.Tensor, ...]
+
+
+def momentum_of(state: dict[str, Any]) -> Kept:
+    """The momentum in the state of a weight."""
+    buffer = state[MOMENTUM]
+    if buffer.dtype == torch.int8:
+        return Kept(INT8, (buffer, state[SCALE]))
+    return Kept(BFLOAT16 if buffer.dtype == torch.bfloat16 else PLAIN, (buffer,))
+
+
+def master_of(param: torch.Tensor, state: dict[str, Any]) -> Kept:
+    """What an optimizer updates: the weight itself, or a master weight in the weight and its state."""
+    if REMAINDER in state:
+        return Kept(REMAINDERS, (param, state[REMAINDER], state[TIES]))
+    return Kept(PLAIN, (param,))
+
+
+def init_momentum(param: torch.Tensor, state: dict[str, Any], dtype: str) -> None:
+    """Add momentum of zeros to a weight's state.
+
+    Args:
+        param: the weight that the optimizer updates.
+        state: of the weight; with its master, if that is kept here.
+        dtype: of :data:`megatron_muon.choices.MOMENTUM_DTYPES`.
+    """
+    own = param.dtype if REMAINDER not in state else torch.float32
+    names = {"auto": own, "fp32": torch.promote_types(own, torch.float32), "bf16": torch.bfloat16, "int8": torch.int8}
+    state[MOMENTUM] = torch.zeros_like(param, dtype=names[dtype])
+    if dtype == "int8":
+        state[SCALE] = param.new_zeros((*param.shape[:-1], -(-param.size(-1) // BLOCK)), dtype=torch.float32)
+
+
+def init_remainder(param: torch.Tensor, state: dict[str, Any]) -> None:
+    """Add a master weight to the state of a bfloat16 weight: what the weight is."""
+    state[REMAINDER] = torch.zeros_like(param, dtype=torch.int16)
+    state[TIES] = param.new_zeros((*param.shape[:-1], -(-param.size(-1) // 8)), dtype=torch.uint8)
+
+
+@torch.no_grad()
+def read(kept: Kept) -> torch.Tensor:
+    """The numbers of a whole weight: float32 or wider; the tensor itself if they are kept so."""
+    return kept.form.decode(kept.planes)
+
+
+@torch.no_grad()
+def write(kept: Kept, values: torch.Tensor) -> None:
+    """Keep the numbers of a whole weight."""
+    kept.form.encode(values, kept.planes)
+
+
+@contextlib.contextmanager
+def opened(
+    kept: Sequence[Kept], cut: Callable[[list[torch.Tensor]], list[torch.Tensor]], *, writes: bool = True
+) -> Iterator[list[torch.Tensor]]:
+    """Within, numbers of parts of weights, to be read and changed in place; kept again when it is left.
+
+    Args:
+        kept: of each weight, all in one form.
+        cut: gives views of parts, rows with all columns, of a tensor of each weight, which has the weight's rows.
+        writes: whether they are changed.
+    """
+    form = kept[0].form if kept else PLAIN
+    assert all(each.form is form for each in kept), "weights whose numbers are kept in different forms"
+    planes = [cut(list(each)) for each in zip(*(each.planes for each in kept), strict=True)]
+    parts = list(zip(*planes, strict=True))
+    numbers = [form.decode(each) for each in parts]
+    yield numbers
+    if writes and form is not PLAIN:
+        for values, each in zip(numbers, parts, strict=True):
+            form.encode(values, each)
+
+
+def gradient_of(param: torch.Tensor) -> torch.Tensor | None:
+    """The gradient of a weight: Megatron-Core's ``decoupled_grad``, of any dtype, or ``grad``, of the weight's."""
+    decoupled: torch.Tensor | None = getattr(param, "decoupled_grad", None)
+    return param.grad if decoupled is None else decoupled
