@@ -19,7 +19,7 @@ from megatron_muon.checkpoint.keys import ALONE, PREFIX, RECORD_KEY, parse_state
 from megatron_muon.checkpoint.reading import COMMON, Index
 from megatron_muon.checkpoint.record import Record, Rule
 from megatron_muon.checkpoint.stored import Stored
-from megatron_muon.checkpoint.writing import Content, Plan
+from megatron_muon.checkpoint.writing import Content, Plan, in_float32
 from megatron_muon.optimizers.fading import PEAK
 
 MUON, ADAM = "megatron-muon", "megatron-adam"
@@ -207,7 +207,12 @@ class _Tensors:
                 sizes = torch.Size((*(1 for _ in at), *chunk.sizes))
                 chunks.append(ChunkStorageMetadata(torch.Size(place), sizes))
                 self.plan.places[new][place] = Content(key, chunk.offsets, len(at), decay)
-        entry = self._index.tensors[next(iter(parts.values()))[0]]
+        entries = [self._index.tensors[key] for key, _ in parts.values()]
+        # Momentum of some layers may be bfloat16 beside other states in float32.
+        alike = len({entry.properties.dtype for entry in entries}) == 1 and not any(
+            decay for _, decay in parts.values()
+        )
+        entry = entries[0] if alike else in_float32(entries[0])
         self.plan.entries[new] = replace(entry, size=torch.Size(weight.size), chunks=chunks)
 
     def _tell(self, weight: _Weight) -> None:

@@ -2,6 +2,9 @@
 
 It is whole (plain and layer-wise), or a slice of the flattened weight (the distributed optimizer, which has Adam's
 weights in a layer-wise run). :mod:`megatron_muon.plugin.optimizer_state` finds it in Megatron-Core's optimizers.
+
+Checkpoints have one form of it, in whatever form (:mod:`megatron_muon.optimizers.storage`) the optimizer keeps it: the
+numbers that are kept, master weights as float32, momentum as float32 or, if it is kept so, as bfloat16.
 """
 
 from __future__ import annotations
@@ -14,9 +17,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_muon.optimizers import storage
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, cut_second_moment, whole_second_moment
+from megatron_muon.optimizers.storage import INT8, MOMENTUM, PLAIN, REMAINDER, SCALE, TIES, Kept, master_of, momentum_of
 from megatron_muon.routing.layout import layout_of
+
+MASTER = "fp32_param"
+"""State in checkpoints: the float32 master weight."""
+
+MOMENTUM_DTYPE = "momentum_dtype"
+"""Among the numbers of a weight: the form of its momentum, which a checkpoint's readers may change."""
+
+_OF_FORMS = (REMAINDER, TIES, SCALE)
+"""State that checkpoints do not have: with a weight or its momentum it says numbers."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +94,22 @@ class ParamState:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Of its param group, and the optimizer's options, with its own budget."""
+        """Of its param group, and the optimizer's options, with its own budget and the form of its momentum."""
         options = dict(getattr(self.inner, "checkpoint_options", {}))
         if options and self.key is not None and (budget := layout_of(self.key).budget) is not None:
             own = {"num_ns_steps": budget.steps, "coefficient_type": budget.coefficients}
             options |= {name: value for name, value in own.items() if value is not None}
+        if options and self.momentum_dtype:
+            options[MOMENTUM_DTYPE] = self.momentum_dtype
         return {**options, **self.group}
+
+    @property
+    def momentum_dtype(self) -> str:
+        """The form of the momentum, by the names of options; empty if there is none."""
+        kept = self._kept.get(MOMENTUM)
+        if kept is None:
+            return ""
+        return dtype_name(kept.planes[0].dtype) if kept.form is PLAIN else kept.form.name
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -99,23 +123,84 @@ class ParamState:
             for name, value in self.inner.state[self.key].items()
             if isinstance(value, torch.Tensor) and name != STEP
         }
-        return found if self.master is None else {"fp32_param": self.master, **found}
+        return found if self.master is None else {MASTER: self.master, **found}
+
+    @property
+    def _kept(self) -> dict[str, Kept]:
+        """What is kept in some form, by its name in checkpoints."""
+        if self.key is None:
+            return {}
+        state = self.inner.state[self.key]
+        found = {MASTER: master_of(self.key, state)} if REMAINDER in state else {}
+        return {**found, MOMENTUM: momentum_of(state)} if MOMENTUM in state else found
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The names of :attr:`saved`."""
+        names = [*([MASTER] if MASTER in self._kept else []), *self.tensors]
+        return tuple(name for name in names if name not in _OF_FORMS)
 
     @functools.cached_property
     def saved(self) -> dict[str, torch.Tensor]:
-        """:attr:`tensors` as checkpoints have them: with a copy, of the weight's shape, of Muon's second moment."""
-        found = self.tensors
-        kept, key = found.get(SECOND_MOMENT), self.key
-        if kept is not None and key is not None and kept.shape != key.shape and layout_of(key).has_scalar_rows:
-            found[SECOND_MOMENT] = whole_second_moment(key, kept)
+        """:attr:`tensors` as checkpoints have them; what is kept otherwise as a copy, until it is taken.
+
+        In host memory, one weight after the other: float32 numbers of remainders and of int8 momentum. Of the weight's
+        shape: Muon's second moment.
+        """
+        tensors, kept, key = self.tensors, self._kept, self.key
+        found = {
+            name: storage.read(kept[name]).cpu() if name in kept and kept[name].form in _DECODED else tensors[name]
+            for name in self.states
+        }
+        second = found.get(SECOND_MOMENT)
+        if second is not None and key is not None and second.shape != key.shape and layout_of(key).has_scalar_rows:
+            found[SECOND_MOMENT] = whole_second_moment(key, second)
         return found
+
+    def keep_apart(self) -> None:
+        """Copy what of :attr:`saved` is the state itself and on the host, for a weight on a device.
+
+        Writers in the background take copies of what is on a device, and share what is on the host with later steps.
+        """
+        for name, tensor in self.tensors.items():
+            if self.saved.get(name) is tensor and tensor.device != self.param.device:
+                self.saved[name] = tensor.clone()
+
+    def read_as(self, state: str, dtype: torch.dtype) -> torch.Tensor:
+        """Let momentum be read in the numbers in which it is stored: its sum is compared before it is rounded.
+
+        Returns:
+            what to read a state into, of :attr:`saved`.
+        """
+        found = self.saved[state]
+        if state == MOMENTUM and found.dtype != dtype and dtype.is_floating_point:
+            found = self.saved[state] = found.to("cpu", dtype)
+        return found
+
+    def numbers_in(self, state: str) -> torch.Tensor:
+        """What a state stands for, as it is now; not to be changed."""
+        kept = self._kept.get(state)
+        return self.tensors[state] if kept is None else storage.read(kept)
 
     def take(self) -> None:
         """Make what was read into :attr:`saved` the state, and drop copies."""
-        read, kept = self.__dict__.pop("saved", {}), self.tensors.get(SECOND_MOMENT)
-        if self.key is not None and kept is not None and read.get(SECOND_MOMENT, kept).shape != kept.shape:
+        read, tensors = self.__dict__.pop("saved", {}), self.tensors
+        for name, kept in self._kept.items():
+            if name in read and read[name] is not tensors.get(name):
+                storage.write(kept, read.pop(name))
+        second = tensors.get(SECOND_MOMENT)
+        if self.key is not None and second is not None and read.get(SECOND_MOMENT, second).shape != second.shape:
             cut_second_moment(self.key, read)
-            kept.copy_(read[SECOND_MOMENT])
+            second.copy_(read[SECOND_MOMENT])
+
+
+_DECODED = (INT8, storage.REMAINDERS)
+"""Forms that checkpoints do not have."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As options and messages have it: ``fp32``, ``bf16``."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype).removeprefix("torch."))
 
 
 _PIECE = 1 << 22

@@ -15,11 +15,11 @@ import torch
 
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
-from megatron_muon.checkpoint.param_state import Bucket, ParamState, mean_squares
+from megatron_muon.checkpoint.param_state import MASTER, MOMENTUM_DTYPE, Bucket, ParamState, dtype_name, mean_squares
 from megatron_muon.checkpoint.record import Rule, numbers_of
-from megatron_muon.checkpoint.saving import WEIGHTS, Model, or_local, replica_of, rule_of, sums_in
+from megatron_muon.checkpoint.saving import WEIGHTS, Model, device_of, or_local, replica_of, rule_of, sums_in
 from megatron_muon.checkpoint.sharding import Place
-from megatron_muon.checkpoint.sources import ESTIMATED, MASTER, Choice, choose, difference, gradients_to_average
+from megatron_muon.checkpoint.sources import ESTIMATED, Choice, choose, difference, gradients_to_average
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.checkpoint.weights import compare, sums_of_parts
 from megatron_muon.optimizers import auto_steps
@@ -27,6 +27,7 @@ from megatron_muon.optimizers.fading import PEAK
 from megatron_muon.optimizers.groups import AUTO
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.muon import Muon
+from megatron_muon.optimizers.storage import MOMENTUM
 
 Change = tuple[torch.nn.Parameter, Rule | None, Rule]
 """A weight, its rule in the checkpoint (None if it was not trained), its rule now."""
@@ -91,7 +92,7 @@ class Request(dict[str, Any]):
         buckets = self._buckets(stored)
         for each, place in zip(self.held, self.places, strict=True):
             self.choices.append([])
-            for state in each.tensors:
+            for state in each.states:
                 choice = choose(
                     each,
                     place,
@@ -132,7 +133,7 @@ class Request(dict[str, Any]):
                     _take(choice, weights[place.name][choice.state])
                 elif choice.state == MASTER:
                     weight = each.param.data.reshape(-1)[slice(*each.span)] if each.span else each.param.data
-                    each.tensors[choice.state].copy_(weight)
+                    each.saved[choice.state].copy_(weight)
         self._check_contents()
         for each in self.held:
             each.take()
@@ -161,7 +162,7 @@ class Request(dict[str, Any]):
                     first = next((state for state in ("exp_avg", "momentum_buffer") if state in read), None)
                     if first is None:
                         raise CheckpointError(f"{place.name}: there is no first moment to estimate {ESTIMATED} from")
-                    firsts[number] = each.tensors[first]
+                    firsts[number] = each.numbers_in(first)
                     if ESTIMATED not in read:
                         each.tensors[ESTIMATED].zero_()
             return any(first is not None for first in firsts)
@@ -210,10 +211,15 @@ class Request(dict[str, Any]):
             for choice in choices:
                 if choice.stored_as not in (choice.state, "param") and choice.state != PEAK:
                     carried[f"{choice.state} {choice.origin}"] += 1
+                if choice.state == MOMENTUM and choice.is_read:
+                    was = self._momentum_before(each, place, choice)
+                    if was != each.momentum_dtype:
+                        line = f"{each.rule} momentum was {was}, is {each.momentum_dtype} from now on"
+                        changed[each.rule, line] += 1
             now = dict(numbers_of(each.numbers))
             changed[each.rule, ""] += 1
             for name, value in self._numbers_before(each, place).items():
-                if name in now and now[name] != value:
+                if name in now and now[name] != value and name != MOMENTUM_DTYPE:
                     changed[each.rule, f"{each.rule} {name}: {value} in the checkpoint, {now[name]} now"] += 1
         everywhere = self.ranks.gather(lambda: (carried, changed))
         shards = sum((counts for counts, _ in everywhere), Counter[str]())
@@ -232,6 +238,12 @@ class Request(dict[str, Any]):
         if record is None or rule is None or rule.name != held.rule:
             return {}
         return record.numbers[rule.numbers]
+
+    def _momentum_before(self, held: ParamState, place: Place, choice: Choice) -> str:
+        """The form of a momentum in the run that saved it, or the numbers in which it is stored."""
+        assert self.stored is not None
+        stored_as = dtype_name(self.stored.shapes[choice.parts[0].key][1])
+        return str(self._numbers_before(held, place).get(MOMENTUM_DTYPE, stored_as))
 
     def _is_new(self, held: ParamState, place: Place) -> bool:
         """Whether the checkpoint's weight had another rule, so that it may lack what this one's keeps."""
@@ -271,7 +283,7 @@ class Request(dict[str, Any]):
         for each, place, choices in zip(self.held, self.places, self.choices, strict=True):
             states = {choice.state for choice in choices if choice.stored_as == choice.state and self._is_alike(choice)}
             shares += [share for share in sums_in(each, place, saved.version == 1) if share[0][1] in states]
-        compare(self.ranks, self.stored.folder, saved, sums_of_parts(shares))
+        compare(self.ranks, self.stored.folder, saved, sums_of_parts(shares, device_of(self.held)))
 
     def _is_alike(self, choice: Choice) -> bool:
         """A state that was rounded when it was read, or has fewer rows (of a padded vocabulary), has another sum."""

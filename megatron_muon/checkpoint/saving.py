@@ -48,11 +48,13 @@ def saved_state(ranks: Ranks, held: Sequence[ParamState], model: Model, recorder
         CheckpointError: for a weight or a state that has no place in the model's tensors.
     """
     places = model.places(held)
-    sums = sums_of_parts(each for pair in zip(held, places, strict=True) for each in sums_in(*pair))
+    shares = (each for pair in zip(held, places, strict=True) for each in sums_in(*pair))
+    sums = sums_of_parts(shares, device_of(held))
     sums |= model_weights.sums_of(model_weights.described(model.state))
     record = _record(recorder, ranks, held, places, sums)
     weights: dict[str, Any] = {}
     for each, place in zip(held, places, strict=True):
+        each.keep_apart()
         for state, parts in described(each, place, recorder.alone).items():
             weights.setdefault(place.name, {})[state] = dict(enumerate(parts))
     whole = None if record is None else record.to_plain()
@@ -77,6 +79,11 @@ def described(
     return found
 
 
+def device_of(held: Sequence[ParamState]) -> torch.device | None:
+    """Where this rank has its weights."""
+    return held[0].param.device if held else None
+
+
 def or_local(weights: dict[str, Any]) -> Any:
     """What is read or saved of weights. Empty containers would be stored, and lost, as plain data."""
     return weights or LocalNonpersistentObject({})
@@ -91,7 +98,7 @@ def replica_of(held: ParamState, place: Place) -> Replica:
 def rule_of(held: ParamState) -> Rule:
     """The rule by which an optimizer updates a weight."""
     layout = layout_text(layout_of(held.param)) if hasattr(held.inner, "checkpoint_rule") else ""
-    return Rule(held.rule, layout, tuple(sorted(held.tensors)))
+    return Rule(held.rule, layout, tuple(sorted(held.states)))
 
 
 def _record(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_muon.checkpoint.param_state import Bucket, ParamState
+from megatron_muon.checkpoint.param_state import MASTER, Bucket, ParamState
 from megatron_muon.checkpoint.record import Rule
 from megatron_muon.checkpoint.sharding import Place
 from megatron_muon.checkpoint.shards import Replica
@@ -26,13 +26,12 @@ from megatron_muon.optimizers.sizes import RADIUS as BALL_RADIUS
 from megatron_muon.optimizers.sphere import LEFT, MULTIPLIER, RADIUS
 
 _ALTERNATIVES = {
-    "fp32_param": ("fp32_param", "param"),
+    MASTER: (MASTER, "param"),
     "momentum_buffer": ("momentum_buffer", "exp_avg"),
     "exp_avg": ("exp_avg", "momentum_buffer"),
 }
 """State -> names under which the same may be stored."""
 
-MASTER = "fp32_param"
 MODEL = "the model's weight"
 """Where a master weight comes from if the checkpoint has none (float32 runs have none)."""
 
@@ -115,6 +114,9 @@ def choose(
             continue
         different = stored.misfits(parts)
         if not different:
+            if name == state and parts:
+                own = held.read_as(state, stored.shapes[parts[0].key][1])
+                parts = parts if own is tensor else place.sharded(source, own, replica, held.span)
             return Choice.reading(state, name, parts)
         wrong = wrong or different[0]
     if bucket is not None:

@@ -68,11 +68,15 @@ def sums_of(tensors: Described, counts: Callable[[ShardedTensor], bool] = lambda
     )
 
 
-def sums_of_parts(shares: Iterable[CountedShard]) -> Sums:
-    """This rank's part of the sums of these; copies do not count."""
+def sums_of_parts(shares: Iterable[CountedShard], device: torch.device | None = None) -> Sums:
+    """This rank's part of the sums of these; copies do not count.
+
+    They are taken on ``device``, one part after the other, or where each is: copies for a checkpoint are on the host.
+    """
     mine = [share for share in shares if is_main_replica(share[1].replica_id)]
     own = [part.global_offset[depth:] for _, part, depth in mine]
-    tensors = (part.data.reshape(part.local_shape[-len(at) :]) for (_, part, _), at in zip(mine, own, strict=True))
+    parts = zip(mine, own, strict=True)
+    tensors = (part.data.reshape(part.local_shape[-len(at) :]).to(device) for (_, part, _), at in parts)
     return added(zip((key for key, _, _ in mine), fingerprints(tensors, own), strict=True))
 
 

@@ -87,8 +87,13 @@ class Plan:
 
     def estimate(self, key: str, new: str, decay: float, beside: str | None = None) -> None:
         """Second moments of what has a moving average of the gradient; see :class:`Content`."""
-        self.entries[new] = self.entries[key]
+        self.entries[new] = in_float32(self.entries[key])
         self.places[new] = {at: each._replace(decay=decay, beside=beside) for at, each in self.places[key].items()}
+
+
+def in_float32(entry: Any) -> Any:
+    """torch's metadata of a tensor, of one with float32 numbers."""
+    return replace(entry, properties=replace(entry.properties, dtype=torch.float32))
 
 
 def write(index: Index, plan: Plan, target: Path, text: str, workers: int, options: dict[str, Any]) -> None:

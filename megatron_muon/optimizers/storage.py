@@ -201,14 +201,25 @@ def init_remainder(param: torch.Tensor, state: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def read(kept: Kept) -> torch.Tensor:
-    """The numbers of a whole weight: float32 or wider; the tensor itself if they are kept so."""
-    return kept.form.decode(kept.planes)
+    """The numbers of a whole weight: float32 or wider; the tensor itself if they are kept so.
+
+    Of planes in several places they are made where the first is.
+    """
+    return kept.form.decode(_together(kept.planes))
 
 
 @torch.no_grad()
 def write(kept: Kept, values: torch.Tensor) -> None:
-    """Keep the numbers of a whole weight."""
-    kept.form.encode(values, kept.planes)
+    """Keep the numbers of a whole weight, which may be anywhere, and of 16 bits."""
+    planes = _together(kept.planes)
+    kept.form.encode(values.to(planes[0].device, torch.promote_types(values.dtype, torch.float32)), planes)
+    for own, plane in zip(kept.planes, planes, strict=True):
+        if own is not plane:
+            own.copy_(plane)
+
+
+def _together(planes: Planes) -> Planes:
+    return [plane.to(planes[0].device) for plane in planes]
 
 
 @contextlib.contextmanager
