@@ -22,7 +22,8 @@ from megatron_muon.options import MuonOptions
 from megatron_muon.orthogonalize import Iteration, iteration, newton_schulz
 from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.plugin import install, is_installed, uninstall
-from megatron_muon.plugin.state import StateBytes, reset, sleep, state_bytes, wake
+from megatron_muon.plugin.sleeping import sleep, wake
+from megatron_muon.plugin.state import StateBytes, reset, state_bytes
 from megatron_muon.routing.partition import ParamGroups, check_partition, param_groups
 from megatron_muon.version import __version__
 

@@ -113,7 +113,7 @@ class StepGraph:
 
     def release(self) -> None:
         """See :class:`megatron_muon.optimizers.step.Graph`."""
-        self._replay, self._captured = None, ()
+        self._replay, self._captured, self._scalars = None, (), _DeviceScalars()
 
     def step(self) -> None:
         """See :class:`megatron_muon.optimizers.step.Graph`."""

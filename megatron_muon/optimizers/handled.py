@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -14,6 +15,9 @@ from megatron_muon.orthogonalize.kernels import is_capturing
 
 STEP = "step"
 """Name of the count of updates, in state and in param groups. It is no tensor like a weight, and stays on the host."""
+
+ASLEEP: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""Optimizers whose state sleeps: :class:`megatron_muon.optimizers.sleeping.Sleep` of each."""
 
 
 class HostReads:
@@ -69,6 +73,19 @@ class TensorVersions:
         return any(self._versions.get(tensor) != tensor._version for tensor in tensors)
 
 
+def refuse_asleep(optimizer: Any) -> None:
+    """Refuse a step whose state is asleep.
+
+    Raises:
+        ConfigError: naming the call that brings it back.
+    """
+    if (sleep := ASLEEP.get(optimizer)) is not None:
+        raise ConfigError(
+            f"{type(optimizer).__name__} is to step, but its state is asleep {sleep}: call wake() of the optimizer, or "
+            "megatron_muon.wake(optimizer), before the step."
+        )
+
+
 def refuse_elsewhere(optimizer: Any, device: torch.device | None = None) -> None:
     """Refuse a step whose state is not where its weights are; looks at no values.
 
@@ -79,6 +96,7 @@ def refuse_elsewhere(optimizer: Any, device: torch.device | None = None) -> None
     Raises:
         ConfigError: naming the call that brings it back.
     """
+    refuse_asleep(optimizer)
     state_of = optimizer.state.get
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for param in params:

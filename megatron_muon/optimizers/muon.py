@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from megatron_muon.engine.modes import BLOCKWISE
 from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError, sizes
+from megatron_muon.optimizers import sleeping
 from megatron_muon.optimizers.auto_steps import look, measure
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.fading import PEAK
@@ -319,6 +321,14 @@ class Muon(torch.optim.Optimizer):
             group[STEP] = 0
             group.pop(AUTO, None)
         self.forget()
+
+    def sleep(self, to: str | os.PathLike[str] = sleeping.HOST) -> int:
+        """Free the device of all state, see :func:`megatron_muon.sleep`."""
+        return sleeping.sleep(self, to)
+
+    def wake(self) -> int:
+        """Bring state back, see :func:`megatron_muon.wake`."""
+        return sleeping.wake(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

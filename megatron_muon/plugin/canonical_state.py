@@ -22,6 +22,7 @@ from megatron_muon.plugin.adam_buckets import buckets_of_adam
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.optimizer_state import leaves, param_states
+from megatron_muon.plugin.sleeping import wake
 from megatron_muon.plugin.way_back import way_back
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class _CanonicalState:
     def _asked(self, ranks: Ranks, model_state: Any, metadata: dict[str, Any]) -> Request:
         from megatron_muon.checkpoint.request import Request
 
+        wake(self._optimizer)
         held = param_states(self._optimizer, create=True)
         groups = groups_or_default(self._pg_collection)
         buckets = functools.partial(buckets_of_adam, self._chunks, groups=groups)

@@ -9,6 +9,7 @@ import torch
 
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.param_state import Bucket, ParamState, Slices
+from megatron_muon.optimizers.sleeping import refuse_reading
 
 
 def has_parts(optimizer: Any) -> bool:
@@ -41,9 +42,12 @@ def param_states(optimizer: Any, *, create: bool = False, refuse: bool = True) -
 
     Raises:
         CheckpointError: see ``refuse``.
+        ConfigError: likewise, if state is asleep in a file.
     """
     found: list[ParamState] = []
     for leaf, owned in leaves(optimizer):
+        if refuse:
+            refuse_reading(leaf.optimizer)
         if refuse and has_own_masters(leaf):
             raise CheckpointError(
                 "--use-precision-aware-optimizer keeps master weights in a form that Muon's checkpoints do not have: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch.distributed as dist
 from megatron_muon.errors import ConfigError
 from megatron_muon.monitor import sources
 from megatron_muon.monitor.recorder import Recorder
+from megatron_muon.optimizers import sleeping
 from megatron_muon.plugin import recording
 from megatron_muon.plugin.groups import device_of
-from megatron_muon.plugin.state import reset, sleep, state_bytes, wake
+from megatron_muon.plugin.sleeping import sleep, wake
+from megatron_muon.plugin.state import reset, state_bytes
 from tests.fake_cuda.megatron import FIRST_STEP, GPU, STEP, Allowed, forward, gpus, outcomes, start, step
 from tests.fake_cuda.sequences import check_meeting
 from tests.fake_cuda.world import World
@@ -59,7 +62,10 @@ LOG = (
     Allowed("megatron_muon/plugin/stiefel.py:scalars", "likewise, for Megatron's writers", 0),
     Allowed("megatron_muon/monitor/recorder.py:log", "losses of iterations that are logged", 1),
 )
-MOVES = (Allowed("megatron_muon/plugin/state.py:_move", "between steps, at the end of all copies"),)
+MOVES = tuple(
+    Allowed(f"megatron_muon/optimizers/sleeping.py:{function}", "between steps")
+    for function in ("put_to_sleep", "awaken", "_settle")
+)
 
 ON_ALL_RANKS = ("layer-wise", "lists", "layer-wise, lent", "experts, layer-wise")
 
@@ -147,6 +153,51 @@ def logged_and_moved() -> None:
             reset(run.optimizer)
         with world.refusing(FIRST_STEP):
             step(run)
+
+
+def free_while_asleep(name: str, to: str) -> dict[str, Any]:
+    """Bytes on the device before and in sleep, and those of the model."""
+    layout, optimizer, model = STEPS[name]
+    with gpus(1, ranks=4) as world, patch.object(sleeping, "StateFile", _Nowhere):
+        run = start(layout, optimizer=optimizer, early=True, **model)
+        with world.refusing(FIRST_STEP):
+            step(run)
+        sizes = {
+            tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+            for chunk in run.chunks
+            for tensor in (*chunk.parameters(), *chunk.module.buffers(), *_buffers(chunk))
+            if tensor.device == GPU
+        }
+        gc.collect()
+        found = {"before": world.watch.live, "model": sum(sizes.values()), "moved": run.optimizer.sleep(to)}
+        gc.collect()
+        return {**found, "asleep": world.watch.live}
+
+
+def _buffers(chunk: Any) -> list[torch.Tensor]:
+    buffers = (*chunk.buffers, *chunk.expert_parallel_buffers)
+    return [tensor for each in buffers for tensor in (each.param_data, each.grad_data) if tensor is not None]
+
+
+class _Nowhere:
+    """In place of a file: fake tensors have no contents."""
+
+    def __init__(self, folder: str, tensors: list[torch.Tensor]) -> None:
+        self.path = Path(folder) / "file"
+
+
+def _free() -> list[dict[str, Any]]:
+    return [free_while_asleep(name, to) for name, to in ASLEEP]
+
+
+ASLEEP = [("layer-wise", "host"), ("lists", "folder"), ("plain", "host")]
+
+
+def test_every_byte_is_free_while_asleep(pool: RankPool) -> None:
+    """Momentum, masters and their gradients, second moments, Adam's part; scalars of Megatron-Core's are left."""
+    for found in pool.run(_free, 1)[0]:
+        assert found["moved"] > 0.5 * found["model"] and found["before"] - found["asleep"] >= found["moved"], found
+        assert found["asleep"] - found["model"] == 6 * 4, found
 
 
 def test_what_is_logged_and_moved(pool: RankPool) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import megatron_muon
 from megatron_muon.plugin.qk_clip import clip_of
 from tests.megatron import harness, mimo
 from tests.megatron.harness import Layout
@@ -21,8 +22,6 @@ def start(
     parts: dict[str, tuple[int, int, int]], options: dict[str, Any] | None, layer_wise: bool = False, name: str = "muon"
 ) -> tuple[Any, Any]:
     """A model, and its optimizer; with ``options`` for the encoder its own."""
-    import megatron_muon
-
     megatron_muon.install()
     from megatron.core import parallel_state
     from megatron.core.models.mimo.optimizer import MimoOptimizer, get_mimo_optimizer
@@ -72,6 +71,11 @@ def whole(
         Path(folder).mkdir()
     dist.barrier()
     dist_checkpointing.save({**state, "optimizer": optimizer.sharded_state_dict(state)}, folder)
+    megatron_muon.sleep(optimizer, f"{folder}-asleep")
+    if options is None and name == "muon":  # ranks of Adam's alone are not asked before a step
+        with pytest.raises(megatron_muon.ConfigError, match="asleep"):
+            train(model, optimizer, range(2, 3))
+    megatron_muon.wake(optimizer)
     losses += train(model, optimizer, range(2, 4))
     from megatron.core.optimizer.qk_clip import clip_qk
 

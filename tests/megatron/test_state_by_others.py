@@ -7,6 +7,7 @@ gone takes the first step of a fresh optimizer.
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -110,6 +111,9 @@ def by_our_calls(run: Run) -> None:
     assert not set(before) & {value.data_ptr() for _, _, value in tensors(run)}
     assert counted == megatron_muon.state_bytes(run.optimizer)
     assert megatron_muon.wake(run.optimizer) == 0
+    with tempfile.TemporaryDirectory() as folder:
+        assert run.optimizer.sleep(folder) == sum(megatron_muon.state_bytes(run.optimizer).elsewhere.values()) > 0
+        assert run.optimizer.wake() == sum(counted.on_device.values())
 
 
 def by_snapshot(run: Run) -> None:
@@ -292,9 +296,7 @@ def test_what_a_pass_over_keys_leaves_and_what_sleeps() -> None:
         assert [megatron_muon.sleep(optimizer) for _ in range(2)] == [256, 0]
         assert megatron_muon.state_bytes(optimizer) == megatron_muon.StateBytes({}, counted.on_device, 0)
         param.grad = torch.zeros_like(param)
-        with pytest.raises(
-            ConfigError, match=r"momentum_buffer of a weight, 8 x 4, is on cpu: call megatron_muon\.wake"
-        ):
+        with pytest.raises(ConfigError, match=r"asleep on the host: call wake\(\) of the optimizer"):
             optimizer.step()
         assert [megatron_muon.wake(optimizer) for _ in range(2)] == [256, 0]
         assert megatron_muon.state_bytes(optimizer) == counted

@@ -22,7 +22,7 @@ from megatron_muon.optimizers.graph import StepGraph, capture
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.optimizers.step import Step
 from megatron_muon.optimizers.stiefel import StiefelMuon
-from megatron_muon.plugin.state import sleep
+from megatron_muon.plugin.sleeping import sleep
 from megatron_muon.routing.layout import COLUMN_NORM, SCALAR, SIGN, STIEFEL, MatrixLayout, Section
 from tests.recorded import Recorder, recorded
 
