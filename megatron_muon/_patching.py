@@ -59,6 +59,7 @@ class Patch:
         make_at_point: what ``point`` is given in place of ``make``.
         in_subclasses: what is made of the attributes of the same name that subclasses of the target's class have of
             their own, if they are there when the patch is applied; None leaves them alone.
+        optional: whether the attribute may be absent; nothing is done then.
         fixed_by: a word in the source of a ``target`` that needs this change no more, in later versions or with our git
             patches; None if every version needs it.
     """
@@ -72,6 +73,7 @@ class Patch:
     make_at_point: Callable[[Any], Any] | None = None
     in_subclasses: Callable[[Any], Any] | None = None
     fixed_by: str | None = None
+    optional: bool = False
 
     @property
     def module(self) -> str:
@@ -232,6 +234,9 @@ class PatchSet:
         """Replace the target; returns as :meth:`_apply_one`."""
         own = vars(owner).get(name, _MISSING)  # not getattr: an inherited member must not become the class's own
         original = own if own is not _MISSING else getattr(owner, name, _MISSING)
+        if original is _MISSING and patch.optional:
+            self.native.append(patch.target)
+            return []
         if original is _MISSING and not patch.create:
             raise AttributeError(
                 f"{self.name}: {patch.target} does not exist in the installed version, and without it this would not "

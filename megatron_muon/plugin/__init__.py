@@ -22,6 +22,7 @@ from megatron_muon.plugin import (
     datasets,
     expert_scalars,
     factory,
+    frameworks,
     layer_wise,
     local_checkpoints,
     logged,
@@ -95,6 +96,7 @@ def install(config: MuonConfig | None = None) -> None:
         if not _PATCHES.active:
             check_megatron_core()
             _PATCHES.apply()
+            frameworks.PATCHES.apply()
             TELLING.turn(on=True)
             _print_native()
     if config is not None:
@@ -104,6 +106,7 @@ def install(config: MuonConfig | None = None) -> None:
 def uninstall() -> None:
     """Undo :func:`install`: every replaced attribute of Megatron-Core is what it was."""
     with _LOCK:
+        frameworks.PATCHES.revert()
         _PATCHES.revert()
         TELLING.turn(on=False)
     options.forget()
