@@ -44,6 +44,12 @@ SCALAR_OPTIMIZERS = ("adam", "lion")
 WEIGHT_DECAY_METHODS = ("decoupled", "independent", "independent_scheduled", "l2", "cautious")
 """``--muon-weight-decay-method``: see :func:`megatron_muon.optimizers.groups.options_of`."""
 
+MASTERS = ("fp32", "remainder")
+"""``--muon-master``: see :mod:`megatron_muon.optimizers.storage`."""
+
+MOMENTUM_DTYPES = ("auto", "fp32", "bf16", "int8")
+"""``--muon-momentum-dtype``: see :func:`megatron_muon.optimizers.storage.init_momentum`."""
+
 STIEFEL_SOLVERS = ("admm", "dual_ascent", "fixed_point")
 """``--muon-stiefel-solver``: those of :mod:`megatron_muon.optimizers.stiefel_solvers`."""
 

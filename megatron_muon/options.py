@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_muon.choices import (
+    MASTERS,
+    MOMENTUM_DTYPES,
     NS_BACKENDS,
     SCALAR_OPTIMIZERS,
     SCALE_MODES,
@@ -149,6 +151,20 @@ class UpdateKnobs:
         check=one_of(*WEIGHT_DECAY_METHODS),
         readers=_SIZED,
         reasons={"spectral_sphere": "weights keep their norm, and do not decay"},
+    )
+    master: str = knob(
+        "fp32",
+        "Master weights of bfloat16 weights: fp32, the float32 copies that Megatron-Core keeps (4 bytes a parameter); "
+        "or remainder, what float32 has beside the bfloat16 weight (2 1/8 bytes), with the same results bit for bit.",
+        check=one_of(*MASTERS),
+    )
+    momentum_dtype: str = knob(
+        "auto",
+        "Type of numbers in which momentum is kept between steps, rounded to nearest: fp32 (4 bytes a parameter); bf16 "
+        "(2 bytes; updates change by about 6e-3, as by an iteration in bfloat16); int8 in blocks of 256 columns (1 "
+        "byte; 2.6e-2 where momentum is noise, and up to 1.0, all of an update, where it is of low rank: what is below "
+        "1/254 of the largest entry of its block is lost); auto: fp32, of weights without masters their own.",
+        check=one_of(*MOMENTUM_DTYPES),
     )
     ball_radius: float = knob(
         1.0,

@@ -10,6 +10,7 @@ import torch
 
 from megatron_muon.config import SECOND_MOMENT, MuonConfig
 from megatron_muon.optimizers.matrices import Matrices, Update, row_norms, signs_
+from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.stages import Variant, init_rows
 
 
@@ -63,7 +64,7 @@ class AdaMuonEO(SecondMoment):
     def init_state(self, param: torch.Tensor, state: dict[str, Any]) -> None:
         """Create V, of the weight's shape."""
         if self.state_name not in state:
-            state[self.state_name] = torch.zeros_like(param)
+            state[self.state_name] = torch.zeros_like(param, dtype=own_dtype(param.dtype))
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Divide each element by the root of its second moment."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_muon.agree import backends_of
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import Engines, grouped_by_engine
+from megatron_muon.optimizers.storage import gradients_of, having_gradients
 from megatron_muon.routing.layout import layout_of
 
 
@@ -109,9 +110,9 @@ def _sides(
     a difference.
     """
     found: dict[str, tuple[list[torch.Tensor], bytes]] = {}
-    listed = complete or any(param.grad is None for param in params)
+    listed = complete or len(having_gradients(params)) < len(params)
     for (direction, _), some in grouped_by_engine(params, directions).items():
-        whole, having = engines.of(some, direction), [param for param in some if param.grad is not None]
+        whole, having = engines.of(some, direction), having_gradients(some)
         engine = whole if len(having) == len(some) else engines.of(having, direction) if having else None
         for name in whole.plan.groups():
             shared, digests = found.get(name, ([], b""))
@@ -123,7 +124,7 @@ def _sides(
 
 
 def _lacking(shared: Sequence[torch.Tensor]) -> list[int]:
-    return [index for index, param in enumerate(shared) if param.grad is None]
+    return [index for index, grad in enumerate(gradients_of(shared)) if grad is None]
 
 
 def _problem(

@@ -29,6 +29,7 @@ from megatron_muon.optimizers.groups import AUTO
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.param_step import ParamStep, pack
 from megatron_muon.optimizers.step import SteppingOptimizer, rates_of
+from megatron_muon.optimizers.storage import gradients_of
 from megatron_muon.orthogonalize.coefficients import CUSTOM
 from megatron_muon.orthogonalize.defect import defect, random_defect, rounding, singular_values
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -147,9 +148,10 @@ def _measured(optimizer: SteppingOptimizer) -> dict[str, _Found]:
     for rates in rates_of(optimizer):
         # Momentum that has not taken in the gradient yet has so much less of a share in u.
         options = replace(rates.options, nesterov=rates.options.nesterov * rates.options.momentum)
-        for param in rates.params:
-            if (budget := layout_of(param).budget) is not None and budget.steps == AUTO_STEPS:
-                having[param] = ParamStep.of(rates.group, options, param, optimizer.state[param])
+        for param, grad in zip(rates.params, gradients_of(rates.params), strict=True):
+            budget = layout_of(param).budget
+            if grad is not None and budget is not None and budget.steps == AUTO_STEPS:
+                having[param] = ParamStep.of(rates.group, options, param, grad, optimizer.state[param])
     for params in grouped_by_engine([*having], [MSIGN]).values():
         for name, its in _of_matrices(optimizer, [having[param] for param in params]):
             found[name] = found[name].with_others(its)

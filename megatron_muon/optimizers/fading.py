@@ -20,6 +20,8 @@ import torch.distributed as dist
 from megatron_muon.engine.shards import Shard
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.param_step import rows_of
+from megatron_muon.optimizers.precision import own_dtype
+from megatron_muon.optimizers.storage import momentum_of, opened_in_turn
 from megatron_muon.routing.layout import layout_of
 
 PEAK = "momentum_peak"
@@ -47,7 +49,7 @@ def forget_faded(
     """
     known = [(param, state) for param, state in states if PEAK in state and state[STEP] % EVERY == 0 < state[STEP]]
     known = [(param, state) for param, state in known if param.numel()]
-    largest = [torch.linalg.vector_norm(state["momentum_buffer"], torch.inf, -1, keepdim=True) for _, state in known]
+    largest = [_largest(state) for _, state in known]
     divided = defaultdict(list)
     for index, (param, _) in enumerate(known):
         shard = shard_of(param)
@@ -58,10 +60,26 @@ def forget_faded(
         dist.all_reduce(together, dist.ReduceOp.MAX, group)
         for index, part in zip(its, together.split([largest[index].numel() for index in its]), strict=True):
             largest[index] = part.view_as(largest[index])
-    layouts = [layout_of(param) for param, _ in known]
-    names = ([state[name] for _, state in known] for name in ("momentum_buffer", PEAK))
-    for buffer, peak, now in zip(*(rows_of(some, layouts) for some in (*names, largest)), strict=True):
+    for (param, state), now in zip(known, largest, strict=True):
+        _forget(param, state, now, momentum)
+
+
+def _largest(state: dict[str, Any]) -> torch.Tensor:
+    """The largest entry of each row of a weight's momentum, (..., rows, 1)."""
+    kept = momentum_of(state)
+    found = kept.planes[0].new_empty((*kept.planes[0].shape[:-1], 1), dtype=own_dtype(kept.planes[0].dtype))
+    for numbers, take in opened_in_turn([kept], list, writes=False):
+        for rows, largest in zip(numbers, take([found]), strict=True):
+            torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True, dtype=found.dtype, out=largest)
+    return found
+
+
+def _forget(param: torch.Tensor, state: dict[str, Any], largest: torch.Tensor, momentum: float) -> None:
+    """Of one weight."""
+    layouts, kept, stays = [layout_of(param)], momentum_of(state), []
+    for peak, now in zip(rows_of([state[PEAK]], layouts), rows_of([largest], layouts), strict=True):
         torch.maximum(now, peak.mul_(momentum ** (EVERY / 2)), out=peak)
-        stays = ~(now < _FADED * peak)  # NaN stays: it must show
-        buffer.mul_(stays)
-        peak.mul_(stays)
+        stays.append(~(now < _FADED * peak))  # NaN stays: it must show
+        peak.mul_(stays[-1])
+    for numbers, take in opened_in_turn([kept], lambda planes: rows_of(planes, layouts)):
+        torch._foreach_mul_(numbers, take(stays))

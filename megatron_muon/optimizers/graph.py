@@ -24,6 +24,7 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.handled import STEP, HostReads
 from megatron_muon.optimizers.power import is_early
 from megatron_muon.optimizers.step import GroupRates, Step, SteppingOptimizer, compare, forget, rates_of
+from megatron_muon.optimizers.storage import gradients_of
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM
 from megatron_muon.routing.layout import layout_of
@@ -163,8 +164,7 @@ class StepGraph:
         """What a captured step takes for granted: options that stay, and the memory that it works on."""
         memory: list[int] = []
         for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                grad = param.grad
+            for param, grad in zip(group["params"], gradients_of(group["params"]), strict=True):
                 memory += (param.data_ptr(), 0 if grad is None else grad.data_ptr(), id(layout_of(param)))
                 state = self.optimizer.state.get(param, {}).values()
                 memory += (value.data_ptr() for value in state if isinstance(value, torch.Tensor))

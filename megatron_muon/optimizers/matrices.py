@@ -12,15 +12,14 @@ from megatron_muon.engine.shards import Shard
 from megatron_muon.engine.slices import Slices, Tensors
 from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.handled import STEP, HostReads
-from megatron_muon.optimizers.param_step import ParamStep, Weights, by_param_group
+from megatron_muon.optimizers.param_step import Cut, ParamStep, Weights, by_param_group
+from megatron_muon.optimizers.precision import own_dtype
+from megatron_muon.optimizers.storage import Kept, at_once, opened, opened_in_turn
+from megatron_muon.orthogonalize.kernels.elementwise import Rate, add_
 
 __all__ = ["Matrices", "Update", "divide_", "is_nonzero", "matrices_of", "row_norms", "signs_"]
 
 ShardOf = Callable[[torch.Tensor], Shard | None]
-
-_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 24}
-"""How many numbers are converted to float64 at once, where their squares may have no place in float32: on CPUs they fit
-into a cache."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +89,45 @@ class Update:
 
     def mix(self) -> torch.Tensor:
         """u: what was orthogonalized, as a new batch."""
-        momenta, share = [weight.buffer for weight in self.weights], self.options.nesterov
+        momenta, share = [weight.momentum for weight in self.weights], self.options.nesterov
         if share == 1.0:
-            return self.gather(momenta)
+            return self._numbers(momenta)
         mixed = self.gather([weight.grad for weight in self.weights])
-        if momenta[0].dtype != mixed.dtype:
-            return mixed.lerp_(self.gather(momenta), share)
-        sources, targets = self.pairs(momenta, mixed)
-        if targets:
-            torch._foreach_lerp_(targets, sources, share)
+        cut = Cut(self.slices, mixed)
+        for numbers, take in opened_in_turn(momenta, cut, writes=False):
+            if numbers and numbers[0].dtype != mixed.dtype:
+                numbers = [each.to(mixed.dtype) for each in numbers]
+            if numbers:
+                torch._foreach_lerp_(take(cut.slots), numbers, share)
         return mixed
+
+    def masters(self) -> torch.Tensor:
+        """The weights as the optimizer has them, as a new batch."""
+        return self._numbers([weight.master for weight in self.weights])
+
+    def master_norms(self) -> torch.Tensor:
+        """Norms of their rows, on this rank: (matrices, rows, 1), without a copy of plain weights."""
+        found = self.direction.new_empty((*self.direction.shape[:-1], 1))
+        cut = Cut(self.slices, found)
+        for numbers, take in opened_in_turn([weight.master for weight in self.weights], cut, writes=False):
+            for tensor, norms in zip(numbers, take(cut.slots), strict=True):
+                row_norms(tensor, out=norms)
+        return found
+
+    def add(self, batch: torch.Tensor, rate: Rate) -> None:
+        """Add a batch, times a rate, to the weights."""
+        cut = Cut(self.slices, batch)
+        with opened([weight.master for weight in self.weights], cut) as numbers:
+            if numbers:
+                add_(numbers, cut.slots, rate)
+
+    def _numbers(self, kept: Sequence[Kept]) -> torch.Tensor:
+        batch = self.direction.new_empty(self.direction.shape)
+        cut = Cut(self.slices, batch)
+        for numbers, take in opened_in_turn(kept, cut, writes=False):
+            if numbers:
+                torch._foreach_copy_(take(cut.slots), numbers)
+        return batch
 
     def row_norms(self, tensors: Sequence[torch.Tensor], wide: bool = False) -> torch.Tensor:
         """Norms of rows, on this rank, of tensors of the weights' shapes: (matrices, rows, 1), without a copy of them.
@@ -116,9 +144,10 @@ class Update:
 
     def multiply(self, factor: torch.Tensor) -> None:
         """Multiply the weights in place by a factor for each matrix, (matrices, 1, 1)."""
-        weights, factors = self.pairs(self.params, factor.expand(-1, self.direction.size(-2), 1))
-        if weights:
-            torch._foreach_mul_(weights, factors)
+        cut = Cut(self.slices, factor.expand(-1, self.direction.size(-2), 1))
+        with opened([weight.master for weight in self.weights], cut) as numbers:
+            if numbers:
+                torch._foreach_mul_(numbers, cut.slots)
 
 
 class Matrices:
@@ -228,7 +257,7 @@ def row_norms(tensor: torch.Tensor, wide: bool = False, out: torch.Tensor | None
         out: where to write them; of the dtype that they have, float64 or at least float32.
     """
     dtype = torch.float64 if wide else torch.promote_types(tensor.dtype, torch.float32)
-    each = _elements(tensor)
+    each = at_once(tensor)
     if not wide or tensor.dtype == dtype or tensor.numel() <= each:
         return torch.linalg.vector_norm(tensor, dim=-1, keepdim=True, dtype=dtype, out=out)
     rows = tensor.reshape(-1, tensor.size(-1)).split(max(1, each // tensor.size(-1)))
@@ -240,14 +269,10 @@ def row_norms(tensor: torch.Tensor, wide: bool = False, out: torch.Tensor | None
 def _column_squares(tensor: torch.Tensor) -> torch.Tensor:
     """(matrices, 1, columns) in float64; some rows at a time."""
     found = tensor.new_zeros((tensor.size(0), 1, tensor.size(-1)), dtype=torch.float64)
-    each = max(1, _elements(tensor) // max(1, tensor.size(0) * tensor.size(-1)))
+    each = max(1, at_once(tensor) // max(1, tensor.size(0) * tensor.size(-1)))
     for part in tensor.split(each, dim=-2):
         found += part.to(torch.float64, copy=True).square_().sum(dim=-2, keepdim=True)
     return found
-
-
-def _elements(tensor: torch.Tensor) -> int:
-    return _ELEMENTS["cuda" if tensor.is_cuda else "cpu"]
 
 
 def matrices_of(
@@ -277,7 +302,7 @@ def _update(slices: Slices, weights: Sequence[ParamStep], direction: torch.Tenso
         divides_columns=divides_columns,
         first_column=shard.group.rank() * first.param.size(-1) if shard is not None and divides_columns else 0,
         # Of bfloat16 weights, too, norms and second moments are taken in float32.
-        direction=_converted(direction, torch.promote_types(torch.float32, first.buffer.dtype)),
+        direction=_converted(direction, own_dtype(first.param.dtype)),
     )
 
 

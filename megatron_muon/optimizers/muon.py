@@ -37,17 +37,19 @@ from megatron_muon.optimizers.groups import (
 )
 from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_capture, refuse_elsewhere
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
+from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.registry import made_anew, variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, cut_second_moment
 from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.optimizers.step import Graph, Step
+from megatron_muon.optimizers.storage import MOMENTUM, REMAINDER, TIES, having_gradients, init_momentum, init_remainder
 from megatron_muon.options import MuonOptions, UpdateKnobs
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.refusals import MUON, refuse
 from megatron_muon.routing.blocks import no_numbers_of_its_own
-from megatron_muon.routing.layout import MSIGN, MatrixLayout, layout_of
+from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN, WHOLE, MatrixLayout, layout_of
 
 _ATTRIBUTES = "attributes of weights"
 """Key in the state of a copy (:meth:`Muon.__getstate__`): what the weights carry, such as their layout."""
@@ -222,6 +224,11 @@ class Muon(torch.optim.Optimizer):
                     f"Muon updates {layout.dims}-D weights, got shape {sizes(param.shape)}: give it to Adam"
                 )
             check_layout(self, param, layout)
+            if self.config.master == "remainder" and param.dtype == torch.float16:
+                raise ConfigError(
+                    f"master remainder with a weight of {sizes(param.shape)} in float16, of which float32 has more "
+                    "than 16 bits beside it: use bfloat16 weights, or float32 copies (master fp32)."
+                )
             self.config.iteration(layout.budget)  # a layout made by hand may name what there is not
             weight = self.engines.weight(param)
             check_weight(weight, self.config.tp_mode, self.config.blockwise_period)
@@ -302,7 +309,14 @@ class Muon(torch.optim.Optimizer):
             cut_second_moment(param, each)
 
     def forget(self) -> None:
-        """Discard all that was derived from the weights, which have been replaced."""
+        """Discard all that was derived from the weights, which have been replaced: they are their masters, too."""
+        self._forget_found()
+        for state in self.state.values():
+            for name in (REMAINDER, TIES):
+                if name in state:
+                    state[name].zero_()
+
+    def _forget_found(self) -> None:
         self.starts = WarmStarts()
         self.variant.forget()
         for state in self.state.values():
@@ -316,11 +330,14 @@ class Muon(torch.optim.Optimizer):
         Momentum, second moments, vectors, radii, the count of steps and numbers of Newton-Schulz steps that were
         measured are gone; weights, learning rates and all other options of the groups stay.
         """
+        parts = (REMAINDER, TIES)  # of the weights as they are
+        states = {param: {name: state[name] for name in parts if name in state} for param, state in self.state.items()}
         self.state.clear()
+        self.state.update({param: state for param, state in states.items() if state})
         for group in self.param_groups:
             group[STEP] = 0
             group.pop(AUTO, None)
-        self.forget()
+        self._forget_found()
 
     def sleep(self, to: str | os.PathLike[str] = sleeping.HOST) -> int:
         """Free the device of all state, see :func:`megatron_muon.sleep`."""
@@ -395,17 +412,19 @@ class Muon(torch.optim.Optimizer):
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Create missing state. Megatron-Core calls this with False before it loads a checkpoint."""
-        for param in group["params"]:
-            if skip_non_grad_params and param.grad is None:
-                continue
+        for param in having_gradients(group["params"]) if skip_non_grad_params else group["params"]:
             state = self.state[param]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(param)
-            layout = layout_of(param)
+            if self.config.master == "remainder" and param.dtype == torch.bfloat16 and REMAINDER not in state:
+                init_remainder(param, state)
+            if MOMENTUM not in state:
+                init_momentum(param, state, self.config.momentum_dtype)
+            layout = getattr(param, LAYOUT_ATTRIBUTE, WHOLE)  # no call for each weight in each step
             has_second = layout.has_scalar_rows and group["scalar_optimizer"] == "adam"
             if has_second and SECOND_MOMENT not in state:
-                empty = param.new_zeros(()).expand_as(param) if layout.has_matrices else torch.zeros_like(param)
-                state[SECOND_MOMENT], state[STEP] = empty, 0
+                wide = own_dtype(param.dtype)
+                empty = param.new_zeros((), dtype=wide).expand_as(param)
+                state[SECOND_MOMENT] = empty if layout.has_matrices else torch.zeros_like(param, dtype=wide)
+                state[STEP] = 0
             if has_second:  # state of older checkpoints: as many as the group has made
                 state.setdefault(STEP, group[STEP])
                 cut_second_moment(param, state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,8 @@ import torch
 from megatron_muon.engine.plan import MatrixSlice
 from megatron_muon.engine.slices import Slices, Tensors
 from megatron_muon.optimizers.groups import Options
+from megatron_muon.optimizers.precision import own_dtype
+from megatron_muon.optimizers.storage import PLAIN, Kept, Take, master_of, momentum_of, opened, opened_in_turn
 from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.routing.layout import ORTHOGONALIZE, STIEFEL, MatrixLayout, layout_of
 
@@ -26,9 +27,11 @@ class ParamStep:
         options: the options of the group in this step.
         param: the weight (this rank's shard).
         layout: the logical matrices of the weight.
-        raw_grad: its gradient, in the dtype of its momentum.
+        raw_grad: its gradient, in whatever dtype it has.
         state: the optimizer's state of the weight.
-        buffer: the momentum, of the weight's shape.
+        momentum: as it is kept in the state.
+        master: what the optimizer updates, as it is kept in the weight and its state.
+        key: what the weights of a part of a batch have in common: param group, and how their numbers are kept.
     """
 
     group: dict[str, Any]
@@ -37,22 +40,25 @@ class ParamStep:
     layout: MatrixLayout
     raw_grad: torch.Tensor
     state: dict[str, Any]
-    buffer: torch.Tensor
+    momentum: Kept
+    master: Kept
+    key: tuple[Hashable, ...]
 
     @classmethod
-    def of(cls, group: dict[str, Any], options: Options, param: torch.Tensor, state: dict[str, Any]) -> ParamStep:
+    def of(
+        cls, group: dict[str, Any], options: Options, param: torch.Tensor, grad: torch.Tensor, state: dict[str, Any]
+    ) -> ParamStep:
         """
         Args:
             group: the parameter's group.
             options: the options of the group in this step.
-            param: a parameter with a gradient.
+            param: the parameter.
+            grad: its gradient.
             state: its state, with momentum.
         """
-        buffer, grad = state["momentum_buffer"], param.grad
-        assert grad is not None
-        if grad.dtype != buffer.dtype:
-            grad = grad.to(buffer.dtype)
-        return cls(group, options, param, layout_of(param), grad, state, buffer)
+        momentum, master = momentum_of(state), master_of(param, state)
+        key = (id(group), param.dtype, grad.dtype, master.form, momentum.form)
+        return cls(group, options, param, layout_of(param), grad, state, momentum, master, key)
 
     @property
     def l2(self) -> float:
@@ -66,13 +72,32 @@ class ParamStep:
         if not self.l2:
             return self.raw_grad
         # Megatron reads its gradient buffer again, and rows under Adam have their own decay.
-        grad = self.raw_grad.clone()
-        for its, rows in zip(self._rows(grad), self._rows(self.param), strict=True):
-            its.add_(rows, alpha=self.l2)
+        grad = self.raw_grad.to(own_dtype(self.param.dtype), copy=True)
+        with opened([self.master], self.matrix_rows, writes=False) as masters:
+            for its, rows in zip(self.matrix_rows([grad]), masters, strict=True):
+                its.add_(rows, alpha=self.l2)
         return grad
 
-    def _rows(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        return self.layout.rows_by_rule(tensor, ORTHOGONALIZE)
+    def matrix_rows(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Views of the rows of matrices in a tensor with the weight's rows."""
+        return rows_of(tensors, [self.layout])
+
+
+class Cut:
+    """Cuts tensors of weights to the rows that some matrices of a batch have, see :func:`storage.opened`.
+
+    Attributes:
+        slots: views of the batch, of the shapes of what was cut last but for columns.
+    """
+
+    def __init__(self, slices: Slices, batch: torch.Tensor) -> None:
+        self._slices, self._batch = slices, batch
+        self.slots: Tensors = []
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> Tensors:
+        """Views of tensors with the weights' rows: these matrices' rows, with all columns."""
+        views, self.slots = self._slices.pairs(tensors, self._batch)
+        return views
 
 
 Weights = Mapping[int, ParamStep]
@@ -88,14 +113,31 @@ def update_momentum(weights: Sequence[ParamStep]) -> None:
     weights = [weight for weight in weights if weight.layout.has_matrices]
     if not weights:
         return
-    layouts = [weight.layout for weight in weights]
-    buffers = rows_of([weight.buffer for weight in weights], layouts)
-    rate = 1.0 - weights[0].options.momentum
-    if not weights[0].options.l2:
-        torch._foreach_lerp_(buffers, rows_of([weight.raw_grad for weight in weights], layouts), rate)
-        return
-    for weight in weights:  # one copy of a gradient at a time
-        torch._foreach_lerp_(rows_of([weight.buffer], [weight.layout]), rows_of([weight.grad], [weight.layout]), rate)
+    rate, alike = 1.0 - weights[0].options.momentum, list[ParamStep]()
+    for weight in weights:
+        if weight.momentum.form is PLAIN and weight.momentum.planes[0].dtype == weight.raw_grad.dtype and not weight.l2:
+            alike.append(weight)
+            continue
+        _update_part_by_part(weight, rate)
+    if alike:
+        layouts = [weight.layout for weight in alike]
+        buffers = rows_of([weight.momentum.planes[0] for weight in alike], layouts)
+        torch._foreach_lerp_(buffers, rows_of([weight.raw_grad for weight in alike], layouts), rate)
+
+
+def _update_part_by_part(weight: ParamStep, rate: float) -> None:
+    """Let momentum take in a gradient of another dtype, or one with decay, without a copy of the whole of either."""
+    rows, raw = weight.matrix_rows, weight.matrix_rows([weight.raw_grad])
+    for momenta, take in opened_in_turn([weight.momentum], rows, copies=True):
+        grads = [grad.to(momenta[0].dtype) for grad in take(raw)]
+        if weight.l2:
+
+            def cut(tensors: list[torch.Tensor], take: Take = take) -> list[torch.Tensor]:
+                return take(rows(tensors))
+
+            with opened([weight.master], cut, writes=False) as masters:
+                grads = list(torch._foreach_add(grads, masters, alpha=weight.l2))
+        torch._foreach_lerp_(momenta, grads, rate)
 
 
 def pack(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Tensor], *, first: bool) -> None:
@@ -107,24 +149,34 @@ def pack(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Ten
         batches: to be filled.
         first: whether to update the momentum of these matrices before.
     """
-    together: dict[Options, tuple[Tensors, Tensors, Tensors]] = defaultdict(lambda: ([], [], []))
+    together: dict[Hashable, tuple[Options, tuple[Tensors, Tensors, Tensors]]] = {}
     for run, mine, batch in by_param_group(weights, slices, batches):
-        options = mine[0].options
-        momenta, slots = run.pairs([weight.buffer for weight in mine], batch)
-        grads = momenta
-        if first or options.nesterov != 1.0:
-            # Gradients stay as they are: Megatron reads their buffer again (logging, gradient norms).
-            grads = run.views([weight.raw_grad for weight in mine], batch)
-            if mine[0].l2 and grads:
-                params = run.views([weight.param for weight in mine], batch)
-                grads = list(torch._foreach_add(grads, params, alpha=mine[0].l2))
-        if batch.is_cuda and not mine[0].l2:  # kernels take all batches at once
-            for some, more in zip(together[options], (momenta, grads, slots), strict=True):
-                some.extend(more)
-        else:  # while it is in a CPU's cache, or its gradients are copies
-            elementwise.pack(momenta, grads, slots, options.momentum if first else None, options.nesterov)
-    for options, views in together.items():
+        options, momenta, cut = mine[0].options, [weight.momentum for weight in mine], Cut(run, batch)
+        with opened(momenta, cut, writes=first) as numbers:
+            grads = numbers
+            if first or options.nesterov != 1.0:
+                # Gradients stay as they are: Megatron reads their buffer again (logging, gradient norms).
+                grads = run.views([weight.raw_grad for weight in mine], batch)
+            if batch.is_cuda and momenta[0].form is PLAIN and not mine[0].l2:  # kernels take all batches at once
+                _, views = together.setdefault((options, *mine[0].key[1:]), (options, ([], [], [])))
+                for some, more in zip(views, (numbers, grads, cut.slots), strict=True):
+                    some.extend(more)
+                continue
+            if mine[0].l2 and grads is not numbers:
+                grads = _with_decay(mine, grads, cut)
+            # While it is in a CPU's cache, or there are copies.
+            elementwise.pack(numbers, grads, cut.slots, options.momentum if first else None, options.nesterov)
+    for options, views in together.values():
         elementwise.pack(*views, options.momentum if first else None, options.nesterov)
+
+
+def _with_decay(weights: Sequence[ParamStep], grads: Tensors, cut: Cut) -> Tensors:
+    """Parts of gradients, with the decay of method ``l2``: copies."""
+    dtype = own_dtype(weights[0].param.dtype)
+    with opened([weight.master for weight in weights], cut, writes=False) as masters:
+        if masters:
+            return list(torch._foreach_add([grad.to(dtype) for grad in grads], masters, alpha=weights[0].l2))
+    return []
 
 
 def damp(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
@@ -150,18 +202,19 @@ def add(
         factor: gives the factor of the matrices of one item of a weight.
         key: gives what that factor depends on, beside the param group and the shape.
     """
-    together: dict[Options, tuple[Tensors, Tensors, list[float]]] = defaultdict(lambda: ([], [], []))
+    together: dict[Hashable, tuple[Options, tuple[Tensors, Tensors, list[float]]]] = {}
     for run, mine, batch in by_param_group(weights, slices, directions, key):
-        params, updates = run.pairs([weight.param for weight in mine], batch)
-        factors, options = [factor(mine[0], run.items[0])] * len(params), mine[0].options
-        if batch.is_cuda:  # as in pack
-            its = together[options]
-            its[0].extend(params)
-            its[1].extend(updates)
-            its[2].extend(factors)
-        else:
-            elementwise.add(params, updates, factors, options.lr, options.kept, options.cautious)
-    for options, each in together.items():
+        options, masters, cut = mine[0].options, [weight.master for weight in mine], Cut(run, batch)
+        with opened(masters, cut) as numbers:
+            factors = [factor(mine[0], run.items[0])] * len(numbers)
+            if batch.is_cuda and masters[0].form is PLAIN:  # as in pack
+                _, its = together.setdefault((options, *mine[0].key[1:]), (options, ([], [], [])))
+                its[0].extend(numbers)
+                its[1].extend(cut.slots)
+                its[2].extend(factors)
+            else:
+                elementwise.add(numbers, cut.slots, factors, options.lr, options.kept, options.cautious)
+    for options, each in together.values():
         elementwise.add(*each, options.lr, options.kept, options.cautious)
 
 
@@ -171,7 +224,7 @@ def by_param_group(
     batches: Sequence[torch.Tensor],
     key: Callable[[ParamStep, MatrixSlice], Hashable] | None = None,
 ) -> Iterator[tuple[Slices, list[ParamStep], torch.Tensor]]:
-    """Cut batches where param groups change: yields (slices, weights, part of the batch) of one group each.
+    """Cut batches where param groups change, or how numbers are kept: yields (slices, weights, part of the batch).
 
     Args:
         weights: of the step.
@@ -181,7 +234,7 @@ def by_param_group(
     """
     for each, batch in zip(slices, batches, strict=True):
         mine = [weights[number] for number in each.numbers]
-        keys: list[Hashable] = [id(weight.group) for weight in mine]
+        keys: list[Hashable] = [weight.key for weight in mine]
         if key is not None:
             keys = [*zip(keys, itertools.starmap(key, zip(mine, each.items, strict=True)), strict=True)]
         for run, first, stop in each.runs(keys):

@@ -9,7 +9,9 @@ resharded as the weight is: with zeros in all other rows, which nobody reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,9 @@ from megatron_muon.engine.plan import Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.param_step import ParamStep, rows_of
+from megatron_muon.optimizers.storage import momentum_of, opened
 from megatron_muon.orthogonalize.kernels.elementwise import Rate, add_
-from megatron_muon.routing.layout import SCALAR, layout_of
+from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, SCALAR, WHOLE, layout_of
 
 SECOND_MOMENT = "exp_avg_sq"
 """State of the rows under Adam, in their order: (rows of the shard, columns); of a stack (experts, rows, columns)."""
@@ -79,7 +82,8 @@ def restart_emptied(touched: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
     for (layout, state), is_left in zip(counted, anything, strict=True):
         if not is_left:
             state[STEP] = 0
-            torch._foreach_zero_(layout.rows_by_rule(state["momentum_buffer"], SCALAR))
+            for plane in momentum_of(state).planes:  # zeros in all of them are zero, however it is kept
+                torch._foreach_zero_(layout.rows_by_rule(plane, SCALAR))
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ def row_rates(
         params: weights of the group that are in the step.
         states: their state.
     """
-    mixed = tuple(index for index, param in enumerate(params) if layout_of(param).has_scalar_rows)
+    layouts = [getattr(param, LAYOUT_ATTRIBUTE, WHOLE) for param in params]  # no call for each weight in each step
+    mixed = tuple(index for index, layout in enumerate(layouts) if layout.has_scalar_rows)
     if not mixed:
         return None
     lr = lr * group["scalar_lr_mult"]
@@ -138,24 +143,38 @@ def step_scalar_rows(weights: list[ParamStep], rates: RowRates) -> None:
         weights: of one param group; those without such rows are left alone.
         rates: of this step.
     """
-    mixed = [weights[index] for index in rates.mixed]
-    group, layouts = mixed[0].group, [weight.layout for weight in mixed]
-    tensors = [[weight.param for weight in mixed], [weight.buffer for weight in mixed]]
-    rows = [rows_of(some, layouts, SCALAR) for some in tensors]
+    adam = weights[0].group["scalar_optimizer"] == "adam"
+    pairs = zip(rates.firsts, rates.roots, strict=True) if adam else itertools.repeat((1.0, 1.0))
+    alike: dict[Hashable, list[tuple[ParamStep, tuple[Rate, Rate]]]] = defaultdict(list)
+    for index, each in zip(rates.mixed, pairs, strict=False):
+        alike[weights[index].key].append((weights[index], each))
+    for some in alike.values():
+        _step_rows([weight for weight, _ in some], rates, [each for _, each in some] if adam else [])
+
+
+def _step_rows(weights: list[ParamStep], rates: RowRates, each: list[tuple[Rate, Rate]]) -> None:
+    """Of weights whose numbers are kept in one way, with the corrections of each (:class:`RowRates`; none for Lion)."""
+    layouts = [weight.layout for weight in weights]
+
+    def cut(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return rows_of(tensors, layouts, SCALAR)
+
+    seconds: list[torch.Tensor] = []
     corrections: list[tuple[Rate, Rate]] = []
-    if group["scalar_optimizer"] == "adam":
-        pairs = [(weight.state, weight.layout.rows_by_rule(weight.param, SCALAR)) for weight in mixed]
-        rows.append([part for state, its_rows in pairs for part in _parts(state[SECOND_MOMENT], its_rows)])
-        each = zip(pairs, rates.firsts, rates.roots, strict=True)
-        corrections = [(first, root) for (_, its_rows), first, root in each for _ in its_rows]
-    # In float32 at least: what has 16 bits is rounded once, when all is done.
-    wide = [_wide(views) for views in rows]
-    grads = _wide(rows_of([weight.raw_grad for weight in mixed], layouts, SCALAR))
-    _update_rows(group, rates, corrections, grads, *wide)
-    for views, results in zip(rows, wide, strict=True):
-        for view, result in zip(views, results, strict=True):
-            if view is not result:
-                view.copy_(result)
+    if each:
+        pairs = [(weight.state, weight.layout.rows_by_rule(weight.param, SCALAR)) for weight in weights]
+        seconds = [part for state, its_rows in pairs for part in _parts(state[SECOND_MOMENT], its_rows)]
+        corrections = [both for (_, its_rows), both in zip(pairs, each, strict=True) for _ in its_rows]
+    grads = _wide(cut([weight.raw_grad for weight in weights]))
+    masters, momenta = [weight.master for weight in weights], [weight.momentum for weight in weights]
+    with opened(masters, cut) as params, opened(momenta, cut) as firsts:
+        # In float32 at least: what has 16 bits is rounded once, when all is done.
+        wide = [_wide(views) for views in (params, firsts, seconds)]
+        _update_rows(weights[0].group, rates, corrections, grads, *wide)
+        for views, results in zip((params, firsts, seconds), wide, strict=True):
+            for view, result in zip(views, results, strict=True):
+                if view is not result:
+                    view.copy_(result)
 
 
 def _wide(views: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -104,7 +104,7 @@ class Hyperball(Variant):
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Give directions the norm R of the weight."""
         updates = matrices.updates
-        weights = [update.row_norms(update.params) for update in updates]
+        weights = [update.master_norms() for update in updates]
         norms = matrices.norms([*weights, *(update.direction for update in updates)])
         stored = [update.gather(update.named(RADIUS)) for update in updates]
         radii = [torch.where(radius > 0, radius, norm) for radius, norm in zip(stored, norms, strict=False)]
@@ -117,7 +117,7 @@ class Hyperball(Variant):
     def retract(self, matrices: Matrices) -> None:
         """Bring weights back to the norm R."""
         updates = matrices.updates
-        norms = matrices.norms([update.row_norms(update.params) for update in updates])
+        norms = matrices.norms([update.master_norms() for update in updates])
         for update, norm in zip(updates, norms, strict=True):
             radius = update.gather(update.named(RADIUS))
             update.multiply(torch.where((radius > 0) & (norm > 0), radius / norm, 1.0))

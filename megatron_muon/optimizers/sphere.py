@@ -30,7 +30,6 @@ from megatron_muon.optimizers.param_step import by_param_group
 from megatron_muon.optimizers.power import store_vector, top_singular
 from megatron_muon.optimizers.sizes import ZeroWeightCheck
 from megatron_muon.optimizers.stages import Variant, Work, init_rows
-from megatron_muon.orthogonalize.kernels.elementwise import add_
 from megatron_muon.orthogonalize.newton_schulz import EPS, normalized
 from megatron_muon.routing.layout import MSIGN
 
@@ -190,7 +189,7 @@ class SpectralSphere(Variant):
             matrices = work.matrices(slices, batches, reduce)
             updates = matrices.updates
             norms = matrices.norms([row_norms(update.mix(), wide=True) for update in updates], wide=True)
-            weights = [update.gather(update.params) for update in updates]
+            weights = [update.masters() for update in updates]
             iterations = work.iterations(matrices, weights, LEFT, _ITERATIONS)
             found = zip(updates, norms, *top_singular(matrices, weights, LEFT, iterations), strict=True)
             searches[slices[0].items[0]] = [self._begin(*each) for each in found]
@@ -227,9 +226,7 @@ class SpectralSphere(Variant):
         def finish(slices: Sequence[Slices], batches: Sequence[torch.Tensor], reduce: Reduce) -> None:
             updates = work.matrices(slices, batches, reduce).updates
             for each, update in zip(searches[slices[0].items[0]], updates, strict=True):
-                weights, steps = update.pairs(update.params, each.result().mul_(each.radius))
-                if weights:
-                    add_(weights, steps, -update.options.lr)
+                update.add(each.result().mul_(each.radius), -update.options.lr)
                 # Without a gradient, or singular vectors, h is 0 at every lambda: it stays where it was.
                 update.store(update.named(MULTIPLIER), torch.where(each.has_problem, each.value, each.start))
 

@@ -29,17 +29,18 @@ from megatron_muon.engine.slices import Slices
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.matrices import Matrices
 from megatron_muon.optimizers.param_step import ParamStep
+from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.routing.layout import BALLS, MSIGN
 
 
 def init_rows(param: torch.Tensor, state: dict[str, Any], *names: str) -> None:
-    """Create missing state that has one number for each row of a weight; 0 means that it is not known yet.
+    """Create missing state that has one number for each row of a weight, of 32 bits at least; 0: not known yet.
 
     Numbers of a whole matrix are repeated in each of its rows, so that they are saved and resharded with them.
     """
     for name in names:
         if name not in state:
-            state[name] = param.new_zeros((*param.shape[:-1], 1))
+            state[name] = param.new_zeros((*param.shape[:-1], 1), dtype=own_dtype(param.dtype))
 
 
 class Work(Protocol):

@@ -28,6 +28,7 @@ from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, RowRates, restart_emptied, row_rates, step_scalar_rows
 from megatron_muon.optimizers.sizes import normalize
 from megatron_muon.optimizers.stages import Variant
+from megatron_muon.optimizers.storage import gradients_of, having_gradients
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM, scale_factor
 from megatron_muon.routing.layout import MSIGN
@@ -102,7 +103,7 @@ def rates_of(optimizer: SteppingOptimizer) -> list[GroupRates]:
     """
     found = []
     for group, first_lr in zip(optimizer.param_groups, optimizer.first_lrs, strict=True):
-        if params := [param for param in group["params"] if param.grad is not None]:
+        if params := having_gradients(group["params"]):
             options = options_of(group, optimizer.config, optimizer.variant.decays, first_lr)
             states = [optimizer.state[param] for param in params]
             found.append(GroupRates(group, params, options, row_rates(group, options.lr, params, states)))
@@ -150,7 +151,7 @@ class Step:
         """What comes before anything changes, and is the host's: comparisons, plans, numbers, missing state."""
         optimizer = self.optimizer
         compare(optimizer)
-        having = [param for param in self.params if param.grad is not None]
+        having = having_gradients(self.params)
         self.in_blocks = optimizer.steps_in_blocks
         self._engines = optimizer.engines.in_step(self.params, having, optimizer.directions, in_blocks=self.in_blocks)
         for group in optimizer.param_groups:
@@ -178,7 +179,9 @@ class Step:
         alike: dict[tuple[str, torch.dtype], list[ParamStep]] = defaultdict(list)
         for rates in self._rates:
             weights = [
-                ParamStep.of(rates.group, rates.options, param, optimizer.state[param]) for param in rates.params
+                ParamStep.of(rates.group, rates.options, param, grad, optimizer.state[param])
+                for param, grad in zip(rates.params, gradients_of(rates.params), strict=True)
+                if grad is not None
             ]
             rates.group[STEP] += 1
             for weight in weights:
@@ -188,7 +191,8 @@ class Step:
             if rates.rows is not None:
                 step_scalar_rows(weights, rates.rows)
         self._deferred = [] if optimizer.sends else None
-        self.report_final([param for param in self._pending if param.grad is None])
+        pairs = zip(self.params, gradients_of(self.params), strict=True)
+        self.report_final([param for param, grad in pairs if grad is None])
         # All matrices of one direction together, in the same order on all ranks.
         for (direction, dtype), engine in self._engines.items():
             work = EngineStep(self, engine, direction, alike[direction, dtype])

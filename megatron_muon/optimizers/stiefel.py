@@ -16,10 +16,11 @@ import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Read, Reduce, Write
-from megatron_muon.engine.slices import Slices, Tensors
-from megatron_muon.optimizers.param_step import Weights
+from megatron_muon.engine.slices import Slices
+from megatron_muon.optimizers.param_step import Cut, Weights, by_param_group
 from megatron_muon.optimizers.stages import Variant, Work
 from megatron_muon.optimizers.stiefel_solvers import PROJECTION_STEPS, SOLVERS, Msign, defect, tangency, tangent
+from megatron_muon.optimizers.storage import Kept, opened
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -200,8 +201,10 @@ def _weights_reader(weights: Weights) -> Read:
     """A callback that packs the weights."""
 
     def read(slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
-        for params, views in _pairs(weights, slices, batches):
-            torch._foreach_copy_(views, params)
+        for cut, masters in _parts(weights, slices, batches):
+            with opened(masters, cut, writes=False) as numbers:
+                if numbers:
+                    torch._foreach_copy_(cut.slots, numbers)
 
     return read
 
@@ -210,17 +213,17 @@ def _weights_writer(weights: Weights) -> Write:
     """A callback that puts new weights in the place of the old ones."""
 
     def write(slices: Sequence[Slices], results: Sequence[torch.Tensor], reduce: Reduce) -> None:
-        for params, views in _pairs(weights, slices, results):
-            torch._foreach_copy_(params, views)
+        for cut, masters in _parts(weights, slices, results):
+            with opened(masters, cut) as numbers:
+                if numbers:
+                    torch._foreach_copy_(numbers, cut.slots)
 
     return write
 
 
-def _pairs(
+def _parts(
     weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Tensor]
-) -> Iterator[tuple[Tensors, Tensors]]:
-    """Views of weights and of the batches that hold their matrices, of equal shapes."""
-    for each, batch in zip(slices, batches, strict=True):
-        pairs = each.pairs([weights[number].param for number in each.numbers], batch)
-        if pairs[0]:
-            yield pairs
+) -> Iterator[tuple[Cut, list[Kept]]]:
+    """Weights whose numbers are kept in one way, and what cuts them to the matrices of a batch."""
+    for run, mine, batch in by_param_group(weights, slices, batches):
+        yield Cut(run, batch), [weight.master for weight in mine]

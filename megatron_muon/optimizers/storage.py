@@ -13,7 +13,8 @@ which (:data:`TIES`), so that a run has the very bits of one with float32 copies
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ REMAINDER = "master_remainder"
 TIES = "master_ties"
 """State: uint8, (..., rows, columns / 8 rounded up): a bit for each element whose master lies half way between two
 bfloat16 numbers and above the weight."""
+
+_AT_ONCE = {"cpu": 1 << 15, "cuda": 1 << 24}
+"""How many numbers are converted at once, where the whole would take much memory: on CPUs they fit into a cache."""
 
 BLOCK = 256
 """Columns of a row that have one scale in int8 momentum."""
@@ -163,19 +167,23 @@ class Kept(NamedTuple):
     planes: tuple[torch.Tensor, ...]
 
 
+_NEW = tuple.__new__
+"""Makes a :class:`Kept` without another call, for each weight in each step."""
+
+
 def momentum_of(state: dict[str, Any]) -> Kept:
     """The momentum in the state of a weight."""
     buffer = state[MOMENTUM]
     if buffer.dtype == torch.int8:
-        return Kept(INT8, (buffer, state[SCALE]))
-    return Kept(BFLOAT16 if buffer.dtype == torch.bfloat16 else PLAIN, (buffer,))
+        return _NEW(Kept, (INT8, (buffer, state[SCALE])))
+    return _NEW(Kept, (BFLOAT16 if buffer.dtype == torch.bfloat16 else PLAIN, (buffer,)))
 
 
 def master_of(param: torch.Tensor, state: dict[str, Any]) -> Kept:
     """What an optimizer updates: the weight itself, or a master weight in the weight and its state."""
     if REMAINDER in state:
-        return Kept(REMAINDERS, (param, state[REMAINDER], state[TIES]))
-    return Kept(PLAIN, (param,))
+        return _NEW(Kept, (REMAINDERS, (param, state[REMAINDER], state[TIES])))
+    return _NEW(Kept, (PLAIN, (param,)))
 
 
 def init_momentum(param: torch.Tensor, state: dict[str, Any], dtype: str) -> None:
@@ -222,29 +230,107 @@ def _together(planes: Planes) -> Planes:
     return [plane.to(planes[0].device) for plane in planes]
 
 
+Cutter = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+"""Gives views of parts, rows with all columns, of a tensor of each weight, which has the weight's rows. It is called
+once for each plane of a form."""
+
+
 @contextlib.contextmanager
-def opened(
-    kept: Sequence[Kept], cut: Callable[[list[torch.Tensor]], list[torch.Tensor]], *, writes: bool = True
-) -> Iterator[list[torch.Tensor]]:
+def opened(kept: Sequence[Kept], cut: Cutter, *, writes: bool = True) -> Iterator[list[torch.Tensor]]:
     """Within, numbers of parts of weights, to be read and changed in place; kept again when it is left.
 
     Args:
-        kept: of each weight, all in one form.
-        cut: gives views of parts, rows with all columns, of a tensor of each weight, which has the weight's rows.
+        kept: of each weight, all in one form: see :func:`megatron_muon.optimizers.param_step.by_param_group`.
+        cut: to the parts.
         writes: whether they are changed.
     """
     form = kept[0].form if kept else PLAIN
-    assert all(each.form is form for each in kept), "weights whose numbers are kept in different forms"
-    planes = [cut(list(each)) for each in zip(*(each.planes for each in kept), strict=True)]
-    parts = list(zip(*planes, strict=True))
+    if form is PLAIN:
+        yield cut([each.planes[0] for each in kept])
+        return
+    parts = _cut(kept, cut)
     numbers = [form.decode(each) for each in parts]
     yield numbers
-    if writes and form is not PLAIN:
+    if writes:
         for values, each in zip(numbers, parts, strict=True):
             form.encode(values, each)
 
 
+def _cut(kept: Sequence[Kept], cut: Cutter) -> list[Planes]:
+    """The planes of each part."""
+    return list(zip(*[cut(list(each)) for each in zip(*(each.planes for each in kept), strict=True)], strict=True))
+
+
+Take = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
+"""Gives the rows that numbers are of, from views of all parts."""
+
+
+def opened_in_turn(
+    kept: Sequence[Kept], cut: Cutter, *, writes: bool = True, copies: bool = False
+) -> Iterator[tuple[list[torch.Tensor], Take]]:
+    """As :func:`opened`, a few rows of the parts at a time, so that copies of numbers take little memory.
+
+    Args:
+        kept: as there.
+        cut: as there.
+        writes: as there.
+        copies: whether the caller makes copies. Otherwise parts that are numbers as they are kept come all at once.
+
+    Yields:
+        numbers, and what gives the same rows of other views of the parts' shapes but for columns.
+    """
+    form = kept[0].form if kept else PLAIN
+    if form is PLAIN and not copies:
+        yield cut([each.planes[0] for each in kept]), list
+        return
+    parts = _cut(kept, cut)
+    for some in _rows_at_once([planes[0] for planes in parts]):
+        planes = [[plane[..., rows, :] for plane in parts[index]] for index, rows in some]
+        numbers = [form.decode(each) for each in planes]
+        yield numbers, functools.partial(_rows, some)
+        if writes and form is not PLAIN:
+            for values, each in zip(numbers, planes, strict=True):
+                form.encode(values, each)
+        numbers = []
+
+
+def _rows(some: Sequence[tuple[int, slice]], views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [views[index][..., rows, :] for index, rows in some]
+
+
+def at_once(like: torch.Tensor) -> int:
+    """How many numbers are converted at once."""
+    return _AT_ONCE["cuda" if like.is_cuda else "cpu"]
+
+
+def _rows_at_once(views: Sequence[torch.Tensor]) -> Iterator[list[tuple[int, slice]]]:
+    """Rows of views, by the index of a view, so many at a time as are to be converted at once."""
+    some, total = list[tuple[int, slice]](), 0
+    for index, view in enumerate(views):
+        rows, bound = view.size(-2), at_once(view)
+        each = max(1, bound * rows // max(1, view.numel()))
+        for first in range(0, rows, each):
+            count = view.numel() // rows * min(each, rows - first)
+            if some and total + count > bound:
+                yield some
+                some, total = [], 0
+            some.append((index, slice(first, first + each)))
+            total += count
+    if some:
+        yield some
+
+
 def gradient_of(param: torch.Tensor) -> torch.Tensor | None:
     """The gradient of a weight: Megatron-Core's ``decoupled_grad``, of any dtype, or ``grad``, of the weight's."""
-    decoupled: torch.Tensor | None = getattr(param, "decoupled_grad", None)
-    return param.grad if decoupled is None else decoupled
+    return gradients_of([param])[0]
+
+
+def gradients_of(params: Iterable[torch.Tensor]) -> list[torch.Tensor | None]:
+    """The gradients of many weights, without a call for each."""
+    pairs = [(getattr(param, "decoupled_grad", None), param.grad) for param in params]
+    return [grad if decoupled is None else decoupled for decoupled, grad in pairs]
+
+
+def having_gradients(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Those weights that have a gradient."""
+    return [param for param, grad in zip(params, gradients_of(params), strict=True) if grad is not None]

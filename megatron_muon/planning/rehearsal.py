@@ -25,6 +25,7 @@ from megatron_muon.engine.slices import Slices
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.param_step import ParamStep, add, pack
+from megatron_muon.optimizers.storage import PLAIN, Kept
 from megatron_muon.orthogonalize.kernels import KernelProducts
 from megatron_muon.orthogonalize.scale import scale_factor
 
@@ -113,7 +114,8 @@ class TorchPasses:
         for number in {number for mine in chunks for some in mine.slices for number in some.numbers}:
             weight = engine.plan.weights[number]
             its = tensor(weight.shape)
-            self.weights[number] = ParamStep(group, options, its, weight.layout, its, {}, its)
+            kept = Kept(PLAIN, (its,))
+            self.weights[number] = ParamStep(group, options, its, weight.layout, its, {}, kept, kept, ())
 
     def read(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
         """See :data:`megatron_muon.engine.callbacks.Read`."""
