@@ -11,7 +11,20 @@ import pytest
 import torch
 
 from megatron_muon.orthogonalize import Iteration, Orthogonalizer
-from tools.results import arithmetic, coordinates, corpus, momentum, moonlight, report, sets, sphere, stiefel, transfer
+from tools.results import (
+    arithmetic,
+    coordinates,
+    corpus,
+    momentum,
+    momentum_dtype,
+    moonlight,
+    report,
+    rounding,
+    sets,
+    sphere,
+    stiefel,
+    transfer,
+)
 from tools.results.__main__ import parse_arguments
 from tools.results.model import HEAD, Setting
 from tools.results.records import Context, Record, Sweep, to_json
@@ -209,6 +222,44 @@ def test_what_an_iteration_makes_of_a_matrix_is_measured_against_its_polar_facto
     assert found.defect.middle == pytest.approx(math.sqrt((0.91**2 + 0.84**2) / 2))
     assert found.size.middle == pytest.approx(0.5 / math.sqrt(2))
     assert momentum.stable_rank(matrix) == pytest.approx(25 / 16) and momentum.smallest(matrix) == pytest.approx(0.6)
+
+
+def test_rounding_reaches_updates_by_the_spectrum() -> None:
+    """Noise as it is; of low rank as much more as small singular values are raised, by int8 more than by bfloat16."""
+    zoo = rounding.zoo(32, 128)
+    assert all(matrix.dtype == torch.float64 and matrix.shape == (32, 128) for matrix in zoo.values())
+    ranks = [int(torch.linalg.matrix_rank(zoo[name], rtol=0.1)) for name in ("rank 1", "rank 10, noise of 1e-2")]
+    assert ranks == [1, 10]
+    noise, low = rounding.errors(zoo["noise"]), rounding.errors(zoo["rank 10, noise of 1e-2"])
+    assert noise.kept["fp32"] < 1e-7 < 1e-3 < noise.kept["bf16"] < 2**-9 < noise.kept["int8"] < 1e-2
+    for kind in ("bf16", "int8"):
+        assert noise.update[kind] == pytest.approx(noise.kept[kind], rel=0.2)
+        assert low.update[kind] > 10 * noise.update[kind]
+    assert noise.both["fp32"] == noise.iteration > noise.update["bf16"]
+    text = " ".join(momentum_dtype.zoo_findings({"noise": noise, "low": low}, {"GPT, a": low}))
+    assert f"to {low.update['bf16']:.1e} (low)" in text and "1 matrices" in text
+
+
+def test_averages_in_bfloat16_stop_short_of_what_does_not_change() -> None:
+    """By half a unit in the last place over what a step adds of the rest; rounding by chance does not."""
+    of = rounding.all_averages(120, (0.9,), 32)["0.9"]
+    constant, noise = of["a constant"], of["noise"]
+    assert -0.03 < constant["bf16"]["gain"] < -0.01
+    assert all(abs(constant[form]["gain"]) < 1e-3 for form in ("fp32", "bf16, stochastic", "int8"))
+    assert noise["fp32"]["error"] < 1e-6 < noise["bf16"]["error"] < noise["bf16, stochastic"]["error"]
+    assert of["noise, columns of sizes 1 to 1e-4"]["int8"]["stuck"] > 0.05 > noise["int8"]["stuck"]
+    head, _, first, *_ = momentum_dtype.average_table({"0.9": of}).splitlines()
+    assert head.count("|") == first.count("|")
+    assert "stops 2." in momentum_dtype.average_findings({"0.9": of})[0]
+
+
+def test_forms_of_momentum_are_compared_with_float32() -> None:
+    losses = {"fp32": [5.0, 5.2, 5.4], "bf16": [5.01, 5.2, 5.4], "int8": [5.5, 5.7, 5.9]}
+    found = {name: sets.Outcome(values, losses["fp32"]) for name, values in losses.items()}
+    (sentence,) = momentum_dtype.loss_findings({"GPT": found})
+    assert "bf16 by +0.0033 (+0.02 spreads) and int8 by +0.5000 (+2.50 spreads)" in sentence
+    assert sentence.endswith("int8 by more than the spread.")
+    assert "| int8 | 5.7000 | 0.2000 |" in sets.losses_table(found, "fp32")
 
 
 @pytest.mark.parametrize("words", [["nothing"], ["sphere", "--steps", "0"], ["--seeds", "0"]])

@@ -1,6 +1,7 @@
 """Do the experiments of ``docs/results``: trainings of small models on the CPU, a page, numbers and a picture of each.
 
-    python -m tools.results [coordinates] [transfer] [moonlight] [sphere] [stiefel] [sets] [--out FOLDER] [--steps N]
+    python -m tools.results [coordinates] [transfer] [moonlight] [sphere] [stiefel] [sets] [momentum_dtype]
+                            [--out FOLDER] [--steps N]
 
 Without a name, all of them. Each run is kept under ``--runs``, so that what was interrupted goes on where it was, and
 a page is written again in a moment; ``--fresh`` makes the runs again. ``--quick`` tries everything in a minute with
@@ -19,7 +20,7 @@ from tools.results.records import Context
 from tools.results.report import write
 
 ROOT = Path(__file__).resolve().parents[2]
-EXPERIMENTS = ("coordinates", "transfer", "moonlight", "sphere", "stiefel", "sets")
+EXPERIMENTS = ("coordinates", "transfer", "moonlight", "sphere", "stiefel", "sets", "momentum_dtype")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

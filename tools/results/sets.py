@@ -265,14 +265,14 @@ def title(model: str) -> str:
     return {"gpt": "GPT", "hybrid": "Hybrid"}[model]
 
 
-def losses_table(found: Mapping[str, Outcome]) -> str:
+def losses_table(found: Mapping[str, Outcome], reference: str = REFERENCE) -> str:
     """Losses of a model, and their differences to the reference's."""
     head = ["", "mean", "standard deviation", "lowest to highest", "difference", "by seed", "difference / spread"]
     rows = []
     for name, each in found.items():
         own = [f"{each.mean:.4f}", f"{each.deviation:.4f}", f"{min(each.losses):.4f} to {max(each.losses):.4f}"]
         against = ["", "", ""]
-        if name != REFERENCE:
+        if name != reference:
             by_seed = " ".join(f"{difference:+.4f}" for difference in each.differences)
             against = [f"{each.difference:+.4f}", by_seed, f"{each.ratio:+.2f}"]
         rows.append([name, *own, *against])
