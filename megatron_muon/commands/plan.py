@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 
 from megatron_muon.commands import refusing, write_json
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _plan(args: argparse.Namespace, flags: Sequence[str]) -> None:
     from megatron_muon import cpu, plugin
-    from megatron_muon.planning import document, survey, text
+    from megatron_muon.planning import document, fitting, survey, text
     from megatron_muon.planning.flags import read_flags
     from megatron_muon.planning.rates import Rates
 
@@ -46,11 +47,18 @@ def _plan(args: argparse.Namespace, flags: Sequence[str]) -> None:
     rates = None if args.device is None else Rates.of(args.device)
     cpu.install()
     plugin.install()
-    plan = survey.make_plan(flags, args.world_size, args.tokens)
+    make = functools.partial(survey.make_plan, world=args.world_size, tokens=args.tokens)
+    plan = make(flags)
     durations = None if rates is None else document.Durations.of(plan, rates)
     print(text.render(plan, durations))
+    found = None
+    if args.memory_gb is not None:
+        memory, activations = args.memory_gb * fitting.GIB, args.activations_gb * fitting.GIB
+        found = fitting.fit(make, flags, plan, memory, activations, rates)
+        print("", *fitting.render(found), sep="\n")
     if args.json is not None:
-        write_json(args.json, {"model": args.model, "flags": list(flags), **document.to_document(plan, durations)})
+        content = {"model": args.model, "flags": list(flags), **document.to_document(plan, durations)}
+        write_json(args.json, {**content, "fit": None if found is None else found.to_document()})
 
 
 def _with_options_of_file(args: argparse.Namespace, options: Sequence[str]) -> argparse.Namespace:
@@ -69,7 +77,8 @@ def _with_options_of_file(args: argparse.Namespace, options: Sequence[str]) -> a
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_muon plan",
-        usage="%(prog)s [--model FILE] [--json FILE] [--device NAME] [--world-size N] [--tokens N] [ARGS ...]",
+        usage="%(prog)s [--model FILE] [--json FILE] [--device NAME] [--memory-gb N]\n"
+        "       [--activations-gb N] [--world-size N] [--tokens N] [ARGS ...]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -79,8 +88,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", metavar="NAME", help="also tell milliseconds of a step on a100, h100, h200 or b200 GPUs"
     )
+    parser.add_argument(
+        "--memory-gb",
+        type=_gibibytes,
+        metavar="N",
+        help="also find the cheapest setting that fits N GiB a GPU: weights, gradients, optimizer and its step",
+    )
+    parser.add_argument(
+        "--activations-gb",
+        type=_gibibytes,
+        default=0.0,
+        metavar="N",
+        help="with --memory-gb: GiB of activations, which are not counted otherwise",
+    )
     _add_options(parser)
     return parser
+
+
+def _gibibytes(text: str) -> float:
+    """A number of GiB."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: give a number of GiB, such as 79")
+    return value
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

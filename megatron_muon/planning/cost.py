@@ -7,103 +7,21 @@ Bytes, matrices and active parameters are arithmetic on shapes; what a step does
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from megatron_muon.engine import plan as engine
 from megatron_muon.engine.modes import AUTO, MODES, Cost
 from megatron_muon.engine.plan import Peers
 from megatron_muon.engine.prediction import Choice
 from megatron_muon.optimizers.engines import DATA, DENSE, EXPERT, EXPERT_DATA, WIDE
+from megatron_muon.planning.accounts import ALL, STATE, STEP, WEIGHTS, Account, Entry
 from megatron_muon.planning.flags import Layout
+from megatron_muon.planning.holding import Weight, held_in_stage
 from megatron_muon.planning.rates import Rates
 from megatron_muon.planning.steps import Step, StepPlanner
 from megatron_muon.planning.timing import Times
-from megatron_muon.routing.layout import MatrixLayout
-
-FLOAT32_BYTES = 4
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One weight of a pipeline stage, as each of its ranks has it.
-
-    Attributes:
-        name: its pattern, ``*`` for numbers.
-        shape: of the whole weight.
-        layout: its logical matrices; None if the scalar optimizer updates it.
-        shards: number of tensor-parallel ranks that divide it; 1 if each holds it whole.
-        shard_dim: what they divide: rows (-2) or columns (-1).
-        routed: whether it belongs to a routed expert.
-        copies: number of weights like it in the model that other expert-parallel ranks hold.
-        by_expert_data: whether its replicas are the ranks of the expert data-parallel group.
-        element_bytes: bytes of one of its elements.
-        replica: whether another pipeline stage has it too, which counts it (a shared embedding).
-        owners: (data-parallel rank, elements whose optimizer state it holds) for each rank that holds some; None if
-            every rank holds the state of all elements.
-        state_elements: of Muon's state of a rank's shard, without a main copy; None for the momentum alone.
-    """
-
-    name: str
-    shape: Shape
-    layout: MatrixLayout | None
-    shards: int = 1
-    shard_dim: int = -1
-    routed: bool = False
-    copies: int = 1
-    by_expert_data: bool = False
-    element_bytes: int = 2
-    replica: bool = False
-    owners: tuple[tuple[int, int], ...] | None = None
-    state_elements: int | None = None
-
-    @property
-    def numel(self) -> int:
-        """Elements of the whole weight."""
-        return math.prod(self.shape)
-
-    @property
-    def local_numel(self) -> int:
-        """Elements on one rank."""
-        return self.numel // self.shards
-
-    @property
-    def local_shape(self) -> Shape:
-        """Shape on one rank."""
-        shape = list(self.shape)
-        if self.shards > 1:
-            shape[self.shard_dim] //= self.shards
-        return tuple(shape)
-
-    @cached_property
-    def engine_weight(self) -> engine.Weight | None:
-        """The weight as a rank's engine knows it; None if the scalar optimizer updates it."""
-        if self.layout is None:
-            return None
-        if self.shards == 1:
-            return engine.Weight(self.shape, self.layout)
-        group = EXPERT if self.routed else DENSE
-        return engine.Weight(self.local_shape, self.layout, self.shard_dim, group, self.shards)
-
-
-def state_bytes(weight: Weight, elements: int, scalar_optimizer: str) -> int:
-    """Bytes of optimizer state of a rank that owns so many elements of its shard of ``weight``.
-
-    Float32 throughout: a main copy of a 16-bit weight; two moments for Adam, one for Lion; for Muon what it keeps.
-    """
-    kept = elements if weight.element_bytes != FLOAT32_BYTES else 0
-    if weight.layout is None:
-        kept += elements * (2 if scalar_optimizer == "adam" else 1)
-    elif weight.state_elements is None:
-        kept += elements
-    else:
-        kept += elements * weight.state_elements // weight.local_numel
-    return kept * FLOAT32_BYTES
 
 
 @dataclass(frozen=True)
@@ -113,9 +31,7 @@ class RankLoad:
     Attributes:
         rank: number within the stage of the first rank with this load.
         ranks: number of ranks with this load.
-        parameter_bytes: of its shard of the model.
-        state_bytes: of its optimizer state.
-        step_bytes: that its step takes beside parameters, gradients and state; 0 in a mode that cannot be.
+        account: of all bytes that it holds, those of the step (0 in a mode that cannot be) included.
         work: for each mode that can be, what it does for one step.
         lent_bytes: for each, what of it goes to data-parallel ranks, which orthogonalize for one another.
         steps: those of the weights of dense layers and of experts.
@@ -124,13 +40,26 @@ class RankLoad:
 
     rank: int
     ranks: int
-    parameter_bytes: int
-    state_bytes: int
-    step_bytes: int
+    account: Account
     work: dict[str, Cost]
     lent_bytes: dict[str, float]
     steps: tuple[Step, Step] = field(repr=False, compare=False)
     group_ranks: dict[str, int] = field(repr=False, compare=False)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of its shard of the model."""
+        return self.account.total(WEIGHTS)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of its optimizer state, on the device and on the host."""
+        return self.account.total(*STATE, on_host=None)
+
+    @property
+    def step_bytes(self) -> int:
+        """That its step takes beside parameters, gradients and state."""
+        return self.account.total(STEP)
 
     def times(self, mode: str, layout: Layout, rates: Rates) -> Times:
         """How long its step takes on a device; see :meth:`megatron_muon.planning.steps.Step.times`."""
@@ -142,21 +71,30 @@ class RankLoad:
 
 
 def loads_of_stage(
-    weights: Sequence[Weight], layout: Layout, scalar_optimizer: str, planner: StepPlanner
+    weights: Sequence[Weight], layout: Layout, scalar_optimizer: str, planner: StepPlanner, padding: int = 0
 ) -> list[RankLoad]:
-    """The loads of all ranks of one pipeline stage; ranks whose loads are equal are counted together."""
+    """The loads of all ranks of one pipeline stage; ranks whose loads are equal are counted together.
+
+    Args:
+        weights: of a rank.
+        layout: of the run.
+        scalar_optimizer: ``adam`` or ``lion``.
+        planner: knows the options.
+        padding: bytes of a rank's buffers that belong to no weight.
+    """
     refused = refusals_of_stage(weights, planner)
     modes = [mode for mode in MODES if mode not in refused]
     wide = WIDE if layout.tensor > 1 else ""
     span = layout.ranks_of_stage
     peers, expert_peers = Peers(DATA, layout.data, 0, wide, span), Peers(EXPERT_DATA, layout.expert_data, 0, "", span)
-    data = _holdings([w for w in weights if not w.by_expert_data], peers, scalar_optimizer, planner)
-    experts = _holdings([w for w in weights if w.by_expert_data], expert_peers, scalar_optimizer, planner)
-    found: dict[tuple[int, int, tuple[Cost, ...], tuple[float, ...]], list[int]] = defaultdict(list)
+    data = _steps_of([w for w in weights if not w.by_expert_data], peers, planner)
+    experts = _steps_of([w for w in weights if w.by_expert_data], expert_peers, planner)
+    held = held_in_stage(weights, layout, scalar_optimizer, padding)
+    found: dict[tuple[Account, tuple[Cost, ...], tuple[float, ...]], list[int]] = defaultdict(list)
     examples: list[tuple[tuple[Step, Step], dict[str, int]]] = []
     for rank in range(layout.ranks_of_stage):
         position = layout.position(rank)
-        (state, step), (expert_state, expert_step) = data[position.data], experts[position.expert_data]
+        step, expert_step = both = data[position.data], experts[position.expert_data]
         group_ranks = {
             DENSE: position.tensor,
             EXPERT: position.expert_tensor,
@@ -165,21 +103,20 @@ def loads_of_stage(
             WIDE: position.data * layout.tensor + position.tensor,
         }
         work = tuple(step.cost(mode, group_ranks) + expert_step.cost(mode, group_ranks) for mode in modes)
-        both = step, expert_step
         lent = tuple(sum(each.lent_bytes(mode, group_ranks) for each in both) for mode in modes)
         is_possible = planner.options.tp_mode not in refused
         peak = planner.together(*both).peak_bytes(group_ranks) if is_possible else 0
-        found[state + expert_state, peak, work, lent].append(rank)
+        account = Account.of(held[rank] + Counter({Entry(STEP, ALL): peak}))
+        found[account, work, lent].append(rank)
         examples.append((both, group_ranks))
-    parameter_bytes = sum(weight.local_numel * weight.element_bytes for weight in weights)
     return [
         RankLoad(
-            *(ranks[0], len(ranks), parameter_bytes, state, peak),
+            *(ranks[0], len(ranks), account),
             dict(zip(modes, work, strict=True)),
             dict(zip(modes, lent, strict=True)),
             *examples[ranks[0]],
         )
-        for (state, peak, work, lent), ranks in found.items()
+        for (account, work, lent), ranks in found.items()
     ]
 
 
@@ -200,17 +137,9 @@ def choices_of_stage(weights: Sequence[Weight], layout: Layout, planner: StepPla
     return total
 
 
-def _holdings(
-    weights: Sequence[Weight], peers: Peers, scalar_optimizer: str, planner: StepPlanner
-) -> list[tuple[int, Step]]:
-    """For each data-parallel rank the bytes of state and the step of the weights that it owns, or has a part in."""
+def _steps_of(weights: Sequence[Weight], peers: Peers, planner: StepPlanner) -> list[Step]:
+    """For each data-parallel rank the step of the weights that it owns, or has a part in."""
     ranks = peers.ranks
-    state, everywhere = [0] * ranks, 0
-    for weight in weights:
-        if weight.owners is None:
-            everywhere += state_bytes(weight, weight.local_numel, scalar_optimizer)
-        for rank, elements in weight.owners or ():
-            state[rank] += state_bytes(weight, elements, scalar_optimizer)
     muons = [(each, weight.owners) for weight in weights if (each := weight.engine_weight) is not None]
     if muons and all(owners is not None for _, owners in muons):
         owned = [
@@ -218,10 +147,8 @@ def _holdings(
             for each, owners in muons
             for rank, _ in owners or ()
         ]
-        steps = planner.steps(owned, ranks)
-    else:
-        steps = _steps(weights, ranks, planner)
-    return [(state[rank] + everywhere, steps[rank]) for rank in range(ranks)]
+        return planner.steps(owned, ranks)
+    return _steps(weights, ranks, planner)
 
 
 def _steps(weights: Iterable[Weight], ranks: int, planner: StepPlanner) -> list[Step]:

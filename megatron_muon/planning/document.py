@@ -13,9 +13,10 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.engine import MODES
 from megatron_muon.engine.modes import BLOCKWISE
 from megatron_muon.engine.prediction import Choice
+from megatron_muon.planning.accounts import MUON, OTHERS
 from megatron_muon.planning.cost import RankLoad
 from megatron_muon.planning.rates import Rates
-from megatron_muon.planning.survey import Plan
+from megatron_muon.planning.survey import Plan, StagePlan
 from megatron_muon.planning.timing import Times
 from megatron_muon.routing.layout import SCALAR
 from megatron_muon.routing.report import Route
@@ -39,6 +40,7 @@ def to_document(plan: Plan, durations: Durations | None = None) -> dict[str, Any
             for stage in plan.stages
         ],
         "all_ranks": _figures(plan.loads, plan.options.tp_mode),
+        "fullest_rank": _fullest(plan.fullest),
         "newton_schulz": _iteration(plan),
         "tensor_parallel_modes": {mode: _mode(plan, mode) for mode in MODES},
         "blockwise_period": _period(plan),
@@ -148,6 +150,19 @@ def _figures(loads: Sequence[RankLoad], mode: str) -> dict[str, Any]:
         "newton_schulz_flops": flops,
         "lent_bytes": over_ranks(loads, lambda load: load.lent_bytes[mode]),
         "imbalance": flops["max"] / flops["mean"] if flops["mean"] else 1.0,
+    }
+
+
+def _fullest(stage: StagePlan) -> dict[str, Any]:
+    load = stage.fullest
+    account = load.account
+    return {
+        "stage": stage.number,
+        "rank": load.rank,
+        "parameters": {MUON: stage.muon_parameters, OTHERS: stage.parameters - stage.muon_parameters},
+        "device_bytes": account.total(),
+        "host_bytes": account.total(on_host=True),
+        "bytes": [{**asdict(entry), "bytes": size} for entry, size in account.entries],
     }
 
 

@@ -15,7 +15,7 @@ from megatron_muon.engine.exchange import Counters, Exchange
 from megatron_muon.engine.execute import take_turns, work_on
 from megatron_muon.engine.run import ChunkWork, Pause, RankChunk
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.planning.rehearsal import Rehearsal, TorchPasses, tensors
+from megatron_muon.planning.rehearsal import PLAIN_FORMS, Forms, Rehearsal, TorchPasses, tensors
 
 
 class Memory(TorchDispatchMode):
@@ -60,7 +60,12 @@ Part = tuple[int, int, Pause | None]
 
 
 def peak_bytes(
-    engine: StepEngine, group_ranks: Mapping[str, int], *, nesterov: bool, known: dict[Any, list[Part]] | None = None
+    engine: StepEngine,
+    group_ranks: Mapping[str, int],
+    *,
+    nesterov: bool,
+    forms: Forms = PLAIN_FORMS,
+    known: dict[Any, list[Part]] | None = None,
 ) -> int:
     """The most bytes that a step of plain Muon holds at once, beside weights, gradients and state.
 
@@ -71,6 +76,7 @@ def peak_bytes(
         engine: of the rank; call this under the step's precision of float32 products.
         group_ranks: the rank's number in each group of the plan.
         nesterov: whether momentum is mixed with the gradient.
+        forms: how numbers are kept.
         known: what has been found of chunks under the same options; those that are alike are carried out once.
     """
     known, account = {} if known is None else known, Memory()
@@ -78,7 +84,7 @@ def peak_bytes(
 
     def work_on_one(mine: RankChunk) -> ChunkWork:
         if (key := _what_counts(mine)) not in known:
-            known[key] = list(_parts(rehearsal, mine, nesterov))
+            known[key] = list(_parts(rehearsal, mine, nesterov, forms))
         for most, left, pause in known[key]:
             account.hold(most)
             account.hold(left - most)
@@ -96,11 +102,11 @@ def _what_counts(mine: RankChunk) -> Hashable:
     return mine.chunk.mode, mine.rank, mine.in_order, *batches, *own
 
 
-def _parts(rehearsal: Rehearsal, mine: RankChunk, nesterov: bool) -> Iterator[Part]:
+def _parts(rehearsal: Rehearsal, mine: RankChunk, nesterov: bool, forms: Forms) -> Iterator[Part]:
     """Carry out the work on a chunk."""
     exchanges = {name: Exchange(group, Counters(), sends=False) for name, group in rehearsal.groups.items()}
-    passes = TorchPasses(rehearsal.engine, [mine], nesterov)
-    memory = Memory(weight.param for weight in passes.weights.values())
+    passes = TorchPasses(rehearsal.engine, [mine], nesterov, forms)
+    memory = Memory(passes.given)
     work, pause = work_on(rehearsal.run(exchanges, passes.read, passes.write), mine), cast(Pause | None, Pause.EXCHANGE)
     while pause is not None:
         before = memory.peak = memory.live

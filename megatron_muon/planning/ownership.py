@@ -1,4 +1,4 @@
-"""Which data-parallel rank holds the optimizer state of which weight.
+"""Which data-parallel rank holds the optimizer state of which weight, and what buffers hold beside weights.
 
 Megatron-Core's own assignment, through the hooks of a run (:mod:`megatron_muon.plugin.layer_wise`).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,22 +23,35 @@ Owners = tuple[tuple[int, int], ...]
 """(rank in the weight's data-parallel group, elements of state that it holds), for each rank that holds some."""
 
 
-def owners_of_stage(stage: Stage, args: argparse.Namespace, layout: Layout) -> dict[torch.Tensor, Owners]:
-    """The owners of each weight of a layer-wise run; empty if every rank holds all state."""
-    copies = max(layout.data, layout.expert_data)
-    if not args.use_layer_wise_distributed_optimizer or copies == 1:
-        return {}
+@dataclass(frozen=True)
+class Shares:
+    """How data-parallel ranks share out the weights of a pipeline stage.
+
+    Attributes:
+        owners: of each weight; empty if every rank holds all state.
+        padding: bytes of each rank's buffers of weights and gradients that belong to no weight.
+    """
+
+    owners: dict[torch.Tensor, Owners]
+    padding: int = 0
+
+
+def shares_of_stage(stage: Stage, args: argparse.Namespace, layout: Layout) -> Shares:
+    """Those of a layer-wise run; of another, every rank holds all state, and nothing is padded."""
+    if not args.use_layer_wise_distributed_optimizer:
+        return Shares({})
+    is_shared = max(layout.data, layout.expert_data) > 1
     if not args.use_layer_wise_param_layout:
-        return _by_lists(stage.chunks, args, layout)
+        return Shares(_by_lists(stage.chunks, args, layout) if is_shared else {})
     with balanced_together(len(stage.chunks)):
         layouts = [
             _buffers(chunk, _bucket_size(stage, number, args, layout), args, layout)
             for number, chunk in enumerate(stage.chunks)
         ]
     owners: dict[torch.Tensor, Owners] = {}
-    for buffers in layouts:
+    for buffers in layouts if is_shared else ():
         owners.update(_owners_in(buffers))
-    return owners
+    return Shares(owners, sum(map(_padding_in, layouts)))
 
 
 def _bucket_size(stage: Stage, chunk: int, args: argparse.Namespace, layout: Layout) -> int | None:
@@ -79,6 +93,15 @@ def _owners_in(buffers: Any) -> dict[torch.Tensor, Owners]:
             shard = (last - first) // buffer.num_optimizer_shards
             owners[param] = _pieces(start - first, end - first, shard)
     return owners
+
+
+def _padding_in(buffers: Any) -> int:
+    """Bytes between the weights of a chunk's buffers and behind them."""
+    total = 0
+    for key, buffer in buffers.layouts.items():
+        padded = buffer.bucket_indices[-1][1] - sum(param.numel() for param in buffer.param_index_map)
+        total += padded * (key.param_dtype.itemsize + key.grad_dtype.itemsize)
+    return total
 
 
 def _pieces(start: int, end: int, shard: int) -> Owners:

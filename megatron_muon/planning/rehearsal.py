@@ -9,8 +9,8 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
-from typing import Any, cast
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from megatron_muon.engine.slices import Slices
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.param_step import ParamStep, add, pack
-from megatron_muon.optimizers.storage import PLAIN, Kept
+from megatron_muon.optimizers.storage import init_momentum, init_remainder, master_of, momentum_of
 from megatron_muon.orthogonalize.kernels import KernelProducts
 from megatron_muon.orthogonalize.scale import scale_factor
 
@@ -91,10 +91,29 @@ class _OnGPU(TorchFunctionMode):
 _IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
 
+class Forms(NamedTuple):
+    """How the numbers of weights are kept.
+
+    Attributes:
+        master: one of :data:`megatron_muon.choices.MASTERS`, of bfloat16 weights.
+        momentum: one of :data:`megatron_muon.choices.MOMENTUM_DTYPES`.
+        gradient: type of the numbers of gradients; None: the weights' own.
+    """
+
+    master: str = "fp32"
+    momentum: str = "auto"
+    gradient: torch.dtype | None = None
+
+
+PLAIN_FORMS = Forms()
+
+
 class TorchPasses:
     """Fills batches and takes results, as an optimizer does, by torch's own operations."""
 
-    def __init__(self, engine: StepEngine, chunks: Sequence[RankChunk], nesterov: bool) -> None:
+    def __init__(
+        self, engine: StepEngine, chunks: Sequence[RankChunk], nesterov: bool, forms: Forms = PLAIN_FORMS
+    ) -> None:
         options = Options(
             lr=1.0,
             momentum=0.5,
@@ -109,13 +128,29 @@ class TorchPasses:
         )
         self.weights: dict[int, ParamStep] = {}
         group: dict[str, Any] = {}
-        # Without contents a weight, its gradient and its momentum may be one.
-        tensor = cache(partial(torch.empty, dtype=engine.local_dtype, device=_META))
+
+        @cache
+        def tensors_of(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+            """Weight, gradient and state: without contents, those of weights of one shape may be the same."""
+            remains = forms.master == "remainder"
+            param = torch.empty(shape, dtype=torch.bfloat16 if remains else engine.local_dtype, device=_META)
+            state: dict[str, Any] = {}
+            if remains:
+                init_remainder(param, state)
+            init_momentum(param, state, forms.momentum)
+            return param, torch.empty(shape, dtype=forms.gradient or engine.local_dtype, device=_META), state
+
         for number in {number for mine in chunks for some in mine.slices for number in some.numbers}:
             weight = engine.plan.weights[number]
-            its = tensor(weight.shape)
-            kept = Kept(PLAIN, (its,))
-            self.weights[number] = ParamStep(group, options, its, weight.layout, its, {}, kept, kept, ())
+            param, grad, state = tensors_of(weight.shape)
+            kept = momentum_of(state), master_of(param, state)
+            self.weights[number] = ParamStep(group, options, param, weight.layout, grad, state, *kept, ())
+
+    @property
+    def given(self) -> Iterator[torch.Tensor]:
+        """What is there before the step."""
+        for weight in self.weights.values():
+            yield from (weight.raw_grad, *weight.momentum.planes, *weight.master.planes)
 
     def read(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
         """See :data:`megatron_muon.engine.callbacks.Read`."""

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 
 from megatron_muon.config import MuonConfig
+from megatron_muon.optimizers import storage
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.registry import variant_asked_for
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM
+from megatron_muon.planning.accounts import MASTERS, MOMENTS, MOMENTUM, MUON, Entry
 from megatron_muon.routing.layout import MatrixLayout
+
+_OF_FORMS = {
+    storage.REMAINDER: MASTERS,
+    storage.TIES: MASTERS,
+    storage.MOMENTUM: MOMENTUM,
+    storage.SCALE: MOMENTUM,
+}
 
 
 class StateCounter:
-    """Counts the elements of the state of one optimizer."""
+    """Counts the bytes of the state of one optimizer."""
 
     def __init__(self, optimizer: str, options: MuonConfig, moment2_method: str = "adamuon") -> None:
         self.optimizer, self.options, self.moment2_method = optimizer, options, moment2_method
-        self._counted: dict[tuple[object, ...], int] = {}
+        self._counted: dict[tuple[object, ...], tuple[tuple[Entry, int], ...]] = {}
 
     @property
     def sums(self) -> bool:
@@ -26,21 +36,46 @@ class StateCounter:
         own = self._made(torch.nn.Parameter(torch.empty(1, 1, device="meta")))
         return own.variant.adapts or own.variant.retracts or own.config.scale_mode in (UPDATE_NORM, SPECTRAL_NORM)
 
-    def elements(self, shape: tuple[int, ...], layout: MatrixLayout, shards: int = 1, shard_dim: int = -1) -> int:
-        """Of the state of one rank's shard of a whole weight of this shape, without a main copy."""
-        key = (shape, layout, shards, shard_dim)
+    def bytes(
+        self, shape: tuple[int, ...], layout: MatrixLayout, shards: int = 1, shard_dim: int = -1, element_bytes: int = 4
+    ) -> tuple[tuple[Entry, int], ...]:
+        """What is kept of one rank's shard of a whole weight of this shape, and how many bytes that is."""
+        key = (shape, layout, shards, shard_dim, element_bytes)
         if key not in self._counted:
-            param = torch.nn.Parameter(torch.empty(shape, device="meta"))
-            param.matrix_layout = layout  # type: ignore[attr-defined]
-            optimizer = self._made(param)
-            optimizer._init_group(optimizer.param_groups[0], skip_non_grad_params=False)
-            self._counted[key] = sum(
+            found = Counter(self._forms(shape, shards, shard_dim, element_bytes))
+            found[MOMENTS] = sum(
                 # Numbers of whole rows are on every rank that has a part of the row.
-                tensor.numel() if tensor.size(shard_dim) == 1 else tensor.numel() // shards
-                for tensor in optimizer.state[param].values()
-                if isinstance(tensor, torch.Tensor)  # counts of steps are numbers
+                tensor.nbytes if tensor.size(shard_dim) == 1 else tensor.nbytes // shards
+                for name, tensor in self._state(shape, layout).items()
+                if name not in _OF_FORMS and isinstance(tensor, torch.Tensor)  # counts of steps are numbers
             )
+            self._counted[key] = tuple((Entry(kind, MUON), size) for kind, size in found.items())
         return self._counted[key]
+
+    def _forms(self, shape: tuple[int, ...], shards: int, shard_dim: int, element_bytes: int) -> dict[str, int]:
+        """Bytes of master weights and of momentum."""
+        own = list(shape)
+        own[shard_dim] //= shards
+        keeps_masters = element_bytes == 2
+        state: dict[str, Any] = {}
+        if keeps_masters and self.options.master == "remainder":
+            param = torch.empty(own, dtype=torch.bfloat16, device="meta")
+            storage.init_remainder(param, state)
+        else:
+            param = torch.empty(own, device="meta")
+        storage.init_momentum(param, state, self.options.momentum_dtype)
+        found = Counter({MASTERS: param.nbytes if keeps_masters and not state.keys() & {storage.REMAINDER} else 0})
+        for name, tensor in state.items():
+            found[_OF_FORMS[name]] += tensor.nbytes
+        return found
+
+    def _state(self, shape: tuple[int, ...], layout: MatrixLayout) -> dict[str, Any]:
+        """Of a whole weight in float32."""
+        param = torch.nn.Parameter(torch.empty(shape, device="meta"))
+        param.matrix_layout = layout  # type: ignore[attr-defined]
+        optimizer = self._made(param)
+        optimizer._init_group(optimizer.param_groups[0], skip_non_grad_params=False)
+        return optimizer.state[param]
 
     def _made(self, param: torch.nn.Parameter) -> Muon:
         options = self.options

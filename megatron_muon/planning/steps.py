@@ -22,7 +22,7 @@ from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.planning.memory import Part, peak_bytes
 from megatron_muon.planning.rates import Rates
-from megatron_muon.planning.rehearsal import Group, SymmetricKernel
+from megatron_muon.planning.rehearsal import Forms, Group, SymmetricKernel
 from megatron_muon.planning.timing import Times, step_times
 from megatron_muon.routing.layout import MSIGN, STIEFEL
 
@@ -40,15 +40,17 @@ class StepPlanner:
         orthogonalizer: the iteration.
     """
 
-    def __init__(self, options: MuonConfig, passes: int = 1) -> None:
+    def __init__(self, options: MuonConfig, passes: int = 1, gradient: torch.dtype | None = None) -> None:
         """
         Args:
             options: validated.
             passes: how often a step orthogonalizes all matrices; the spectral sphere does so several times.
+            gradient: type of the numbers of gradients; None: as the weights that are updated.
         """
         self.options = options
+        self.forms = Forms(options.master, options.momentum_dtype, gradient)
         self.passes = passes
-        # Megatron's optimizers update float32 weights: main copies, or the model's own.
+        # Megatron's optimizers update float32 weights: main copies, the model's own, or what remainders stand for.
         self.precision = precision_of(options, torch.float32)
         kernels = None if options.ns_backend in ("auto", "torch", "onednn") else SymmetricKernel()
         its, tf32 = options.iteration, options.fp32_matmul_prec == "high"
@@ -186,7 +188,13 @@ class Step:
         if key not in self._peaks:
             with matmul_precision(options.fp32_matmul_prec):
                 self._peaks[key] = max(
-                    peak_bytes(each, group_ranks, nesterov=options.nesterov, known=self.planner.parts)
+                    peak_bytes(
+                        each,
+                        group_ranks,
+                        nesterov=options.nesterov,
+                        forms=self.planner.forms,
+                        known=self.planner.parts,
+                    )
                     for each in engines
                 )
         return self._peaks[key]
@@ -219,7 +227,9 @@ class Step:
         """
         options, cost = self.planner.options, self._manifold_cost(mode, group_ranks)
         with matmul_precision(options.fp32_matmul_prec):
-            once = step_times(self.engine(mode), rates, group_ranks, spans, nesterov=options.nesterov)
+            once = step_times(
+                self.engine(mode), rates, group_ranks, spans, nesterov=options.nesterov, forms=self.planner.forms
+            )
         far = any(spans[name] > rates.numbers["node"] for name in self.manifold_engine(mode).plan.groups())
         manifold = Times(products=cost.flops / rates.numbers["float32.flops"])
         if cost.collectives:

@@ -16,9 +16,9 @@ from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.prediction import Choice
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.sphere import evaluations
+from megatron_muon.planning.accounts import FLOAT32_BYTES
 from megatron_muon.planning.cost import (
     RankLoad,
-    Weight,
     active_parameters,
     attention_flops,
     choices_of_stage,
@@ -26,8 +26,9 @@ from megatron_muon.planning.cost import (
     refusals_of_stage,
 )
 from megatron_muon.planning.flags import Layout, as_config_error, parse, quiet
+from megatron_muon.planning.holding import Weight
 from megatron_muon.planning.model import Stage, build_stages
-from megatron_muon.planning.ownership import Owners, owners_of_stage
+from megatron_muon.planning.ownership import Owners, shares_of_stage
 from megatron_muon.planning.state import StateCounter
 from megatron_muon.planning.steps import StepPlanner
 from megatron_muon.refusals import refuse
@@ -54,6 +55,16 @@ class StagePlan:
     def parameters(self) -> int:
         """On one rank."""
         return sum(weight.local_numel for weight in self.weights)
+
+    @property
+    def muon_parameters(self) -> int:
+        """On one rank, of weights that Muon updates; their rows under the scalar rule among them."""
+        return sum(weight.local_numel for weight in self.weights if weight.layout is not None)
+
+    @property
+    def fullest(self) -> RankLoad:
+        """The rank with most bytes on its device."""
+        return max(self.loads, key=lambda load: load.account.peak())
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,11 @@ class Plan:
         return [load for stage in self.stages for load in stage.loads]
 
     @property
+    def fullest(self) -> StagePlan:
+        """The stage of the rank with most bytes on its device."""
+        return max(self.stages, key=lambda stage: stage.fullest.account.peak())
+
+    @property
     def choices(self) -> Counter[Choice]:
         """How many matrices of the whole model mode ``auto`` treats in which way."""
         total: Counter[Choice] = Counter()
@@ -142,13 +158,17 @@ class _Survey:
     """Goes through the stages and keeps the shapes of their weights."""
 
     def __init__(self, args: argparse.Namespace, layout: Layout, options: MuonConfig, left_out: list[str]) -> None:
+        from megatron.training.training import get_megatron_ddp_config
+
         self.args, self.layout, self.options, self.left_out = args, layout, options, left_out
         self.routes: list[Route] = []
         self.weights: list[Weight] = []
         self.stages: list[StagePlan] = []
         optimizer = args.optimizer.removeprefix("dist_")
         passes = evaluations(options.sphere_tolerance) if optimizer == "spectral_sphere" else 1
-        self.planner = StepPlanner(options, passes)
+        self.reduces_float32 = get_megatron_ddp_config(args).grad_reduce_in_fp32
+        narrow = args.bf16 and not self.reduces_float32
+        self.planner = StepPlanner(options, passes, torch.bfloat16 if narrow else None)
         self.state = StateCounter(optimizer, options, args.adaptive_muon_moment2_method)
         self.refusals: dict[str, str] = {}
         self.mtp_routes: list[Route] = []
@@ -190,20 +210,20 @@ class _Survey:
         )
 
     def _add(self, stage: Stage) -> None:
-        owners = owners_of_stage(stage, self.args, self.layout)
+        shares = shares_of_stage(stage, self.args, self.layout)
         weights = []
         for chunk in stage.chunks:
             self.attention_flops += _attention_flops(chunk, self.args.seq_length)
             for name, param in global_names(chunk):
                 if param.requires_grad:
-                    weight, route = self._weight(name, param, owners), self._route(name, param)
+                    weight, route = self._weight(name, param, shares.owners), self._route(name, param)
                     if (each := weight.engine_weight) is not None and self.options.blockwise_period > 1:
                         check_weight(each, BLOCKWISE, self.options.blockwise_period)
                     weights.append(weight)
                     self._count(weight, route)
         self.weights += weights
         self.refusals = {**refusals_of_stage(weights, self.planner), **self.refusals}
-        loads = loads_of_stage(weights, self.layout, self.options.scalar_optimizer, self.planner)
+        loads = loads_of_stage(weights, self.layout, self.options.scalar_optimizer, self.planner, shares.padding)
         choices = choices_of_stage(weights, self.layout, self.planner)
         self.stages.append(StagePlan(stage.number, weights, loads, choices))
 
@@ -244,9 +264,12 @@ class _Survey:
             copies=self.layout.expert if routed else 1,
             by_expert_data=is_expert_parallel(param),
             element_bytes=param.element_size(),
+            gradient_bytes=FLOAT32_BYTES if self.reduces_float32 else param.element_size(),
             replica=self._is_replica(param),
             owners=owners.get(param),
-            state_elements=None if layout is None else self.state.elements(tuple(shape), layout, *division),
+            state=()
+            if layout is None
+            else self.state.bytes(tuple(shape), layout, *division, element_bytes=param.element_size()),
         )
 
     def _is_replica(self, param: torch.nn.Parameter) -> bool:

@@ -8,6 +8,7 @@ from megatron_muon.config import flag
 from megatron_muon.engine import MODES
 from megatron_muon.engine.modes import LOCAL
 from megatron_muon.errors import ranges
+from megatron_muon.planning.accounts import MUON, OTHERS
 from megatron_muon.planning.document import (
     Durations,
     dtype_name,
@@ -34,7 +35,7 @@ def render(plan: Plan, durations: Durations | None = None) -> str:
         extra = sum(route.numel for route in plan.mtp_routes)
         parts += ["", "Multi-token prediction, besides:", routing(plan.mtp_routes)]
         parts += [f"{extra:,} parameters"]
-    parts += ["", *_ranks(plan), "", *_modes(plan), "", *_step(plan)]
+    parts += ["", *_ranks(plan), "", *_bytes(plan), "", *_modes(plan), "", *_step(plan)]
     parts += [] if durations is None else ["", *_durations(plan, durations)]
     notes = list(plan.notes)
     if plan.left_out:
@@ -107,6 +108,35 @@ def _balance(plan: Plan) -> str:
         f"Layer-wise Muon: the busiest rank does {ratio:.2f} times the mean work of all ranks; the others wait for it."
         + (f"\nRanks orthogonalize for one another: a rank sends up to {_gib(lent)} for that." if lent else "")
     )
+
+
+def _bytes(plan: Plan) -> list[str]:
+    """One line for each kind of bytes of the rank that has most."""
+    stage, scalar = plan.fullest, plan.options.scalar_optimizer.capitalize()
+    account = stage.fullest.account
+    parameters = {MUON: stage.muon_parameters, OTHERS: stage.parameters - stage.muon_parameters}
+
+    def row(name: str, kinds: Sequence[str], on_host: bool) -> tuple[str, ...]:
+        sizes = {whose: account.total(*kinds, whose=whose, on_host=on_host) for whose in parameters}
+        each = [f"{size / parameters[whose]:.3f}" if size else "" for whose, size in sizes.items()]
+        total = account.total(*kinds, on_host=on_host)
+        return name, *each, f"{total / stage.parameters:.3f}", _gib(total)
+
+    kinds = dict.fromkeys((entry.on_host, entry.kind) for entry, _ in account.entries)
+    rows = [row(f"{kind}, on the host" if on_host else kind, (kind,), on_host) for on_host, kind in kinds]
+    rows.append(row("all on the device", (), False))
+    header = (
+        f"bytes a parameter, rank {stage.fullest.rank} of stage {stage.number} (the fullest)",
+        f"of Muon's {parameters[MUON]:,}",
+        f"of {scalar}'s {parameters[OTHERS]:,}",
+        "of all",
+        "in all",
+    )
+    shared = "Data-parallel ranks share state: a rank's bytes are over all parameters that it has. "
+    return [
+        *table(header, rows),
+        f"{shared if plan.layer_wise else ''}Activations are not counted.",
+    ]
 
 
 def _modes(plan: Plan) -> list[str]:
@@ -208,9 +238,17 @@ def _durations(plan: Plan, durations: Durations) -> list[str]:
     return [
         *table(header, rows),
         *(f"Not timed: {what}." for what in durations.left_out),
-        f"On {rates.name}; products by {kernels}, each elementwise pass by one kernel. Rates that are",
+        f"On {rates.name}; products by {kernels}, each elementwise pass by one kernel{_passes(plan)}. Rates that are",
         *(f"  {kind}: {', '.join(names)}" for kind, names in of_kind.items() if names),
     ]
+
+
+def _passes(plan: Plan) -> str:
+    """Which passes no kernel does as one."""
+    forms = plan.planner.forms
+    by_torch = ["momentum"] if forms.momentum in ("bf16", "int8") else []
+    by_torch += ["master weights"] if forms.master == "remainder" else []
+    return f", but those over {' and '.join(by_torch)}, by torch" if by_torch else ""
 
 
 def _gib(count: float) -> str:

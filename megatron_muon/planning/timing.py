@@ -21,7 +21,7 @@ from megatron_muon.engine.slices import Slices
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.orthogonalize.switches import float32_is_exact
 from megatron_muon.planning.rates import Rates
-from megatron_muon.planning.rehearsal import Rehearsal, TorchPasses, tensors
+from megatron_muon.planning.rehearsal import PLAIN_FORMS, Forms, Rehearsal, TorchPasses, tensors
 
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 
@@ -190,6 +190,7 @@ def step_times(
     spans: Mapping[str, int],
     *,
     nesterov: bool,
+    forms: Forms = PLAIN_FORMS,
 ) -> Times:
     """How long a rank's step takes: momentum, Newton-Schulz with its messages, and the addition to the weights.
 
@@ -201,14 +202,18 @@ def step_times(
         group_ranks: the rank's number in each group of the plan.
         spans: how many consecutive ranks of the run each group reaches over: within a node, or beyond.
         nesterov: whether gradient and momentum are mixed; weights decay.
+        forms: how numbers are kept. On GPUs one kernel does each pass over those that are kept as they are, and torch
+            what others take.
     """
     clock, rehearsal, node = Clock(rates), Rehearsal(engine, group_ranks), rates.numbers["node"]
     exchanges = {
         name: _Messages(group, clock, "within" if spans[name] <= node else "between")
         for name, group in rehearsal.groups.items()
     }
-    passes = _Kernels(engine, clock) if rehearsal.on_gpu else TorchPasses(engine, rehearsal.chunks, nesterov)
-    run = rehearsal.run(exchanges, passes.read, passes.write, clock.symmetric)
+    by_torch, kernels = TorchPasses(engine, rehearsal.chunks, nesterov, forms), _Kernels(engine, clock)
+    read = by_torch.read if not rehearsal.on_gpu or forms.momentum in ("bf16", "int8") else kernels.read
+    write = by_torch.write if not rehearsal.on_gpu or forms.master == "remainder" else kernels.write
+    run = rehearsal.run(exchanges, read, write, clock.symmetric)
     with rehearsal.under(clock):
         execute(run, rehearsal.chunks)
     return clock.finish()

@@ -6,11 +6,13 @@ from operator import attrgetter
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_muon import Muon
 from megatron_muon.engine.plan import Weight
 from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.planning.memory import peak_bytes
+from megatron_muon.planning.rehearsal import Forms
 from tests.fake_cuda.models import taken
 from tests.fake_cuda.world import FIRST_STEP, World
 from tests.megatron.planner import Planner
@@ -45,8 +47,13 @@ def step(
         shapes: of its shards, and the dimensions that are divided.
         options: of Muon.
     """
+    forms = Forms(options.get("master", "fp32"), options.get("momentum_dtype", "auto"), options.pop("gradient", None))
     with World(rank, 2) as world:
-        params = [world.parameter(*shape, dim=dim) for shape, dim in shapes]
+        own = torch.bfloat16 if forms.master == "remainder" else torch.float32
+        params = [world.parameter(*shape, dim=dim, dtype=own, grad=not forms.gradient) for shape, dim in shapes]
+        for param in params:
+            if forms.gradient is not None:
+                param.decoupled_grad = torch.empty_like(param, dtype=forms.gradient)
         group = world.own_group([(0, 1)])
         options = {"nesterov": True, "chunk_mb": BOUND / 2**20, **options}
         muon = Muon(params, tp_group=group, tp_mode=mode, ns_dtype=dtype, **options)
@@ -58,7 +65,7 @@ def step(
         assert world.watch.live == before
         engine = next(iter(muon.engines))
         peak = world.watch.peak - before
-    return peak, peak_bytes(engine, dict.fromkeys(engine.plan.groups(), rank), nesterov=True)
+    return peak, peak_bytes(engine, dict.fromkeys(engine.plan.groups(), rank), nesterov=True, forms=forms)
 
 
 @pytest.mark.parametrize(("dtype", "mode"), MOST_BOUNDS)
@@ -81,6 +88,18 @@ def test_several_shapes_and_uneven_shares(dtype: str, mode: str, rank: int) -> N
     """Batches of a chunk follow one another, and ranks own different numbers of matrices."""
     peak, said = step(mode, dtype, rank, [((SIDE, SIDE // 4), 0)] * 3 + [((SIDE // 4, SIDE // 2), 1)] * 5)
     assert peak == pytest.approx(said, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("master", "momentum", "gradient"),
+    [("fp32", "int8", torch.bfloat16), ("remainder", "bf16", torch.bfloat16), ("remainder", "int8", torch.float32)],
+)
+def test_numbers_that_are_kept_in_fewer_bits(master: str, momentum: str, gradient: torch.dtype) -> None:
+    """What is decoded at once counts; the engine's parts are no larger for it."""
+    options = {"master": master, "momentum_dtype": momentum, "gradient": gradient}
+    peak, said = step("owner", "bf16", 0, [((SIDE, SIDE // 2), 1)] * 12, **options)
+    assert peak == pytest.approx(said, rel=1e-3)
+    assert said > step("owner", "bf16", 0, [((SIDE, SIDE // 2), 1)] * 12)[1]
 
 
 @pytest.mark.slow

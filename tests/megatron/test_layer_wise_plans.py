@@ -85,7 +85,7 @@ def loads_of(stage: Any, args: Any, layout: Any, lending: str) -> list[float]:
     from megatron_muon.engine.plan import Peers
     from megatron_muon.engine.planner import Policy
     from megatron_muon.optimizers.engines import Engines
-    from megatron_muon.planning.ownership import owners_of_stage
+    from megatron_muon.planning.ownership import shares_of_stage
     from megatron_muon.planning.steps import StepPlanner
     from megatron_muon.routing import annotate
 
@@ -94,7 +94,7 @@ def loads_of(stage: Any, args: Any, layout: Any, lending: str) -> list[float]:
     groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_expert_tensor_parallel_group()
     dense, expert = [0.0] * layout.data, [0.0] * layout.expert_data
     weights = []
-    for param, owners in owners_of_stage(stage, args, layout).items():
+    for param, owners in shares_of_stage(stage, args, layout).owners.items():
         for rank, _ in owners if not _is_nonlinear_or_embedding(param) else ():
             cost = cost_of_weight(param, shard_of(param, *groups), MuonConfig().iteration)
             is_dense = getattr(param, "allreduce", True)

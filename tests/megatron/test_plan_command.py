@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,7 @@ def test_unknown_flag_ends_the_command(planner: Planner) -> None:
         ("", ["--model"]),
         ("--model no/such.args", ["--model no/such.args", "No such file", "examples/models"]),
         ("--model {llama} --hidden-size many", ["--hidden-size", "many"]),
+        ("--model {llama} --memory-gb -1", ["--memory-gb", "-1"]),
         ("--model {llama} --device h300", ["--device h300", "a100, h100, h200, b200", "tools.rates"]),
         ("--model {llama} --world-size 6 --tensor-model-parallel-size 4", ["--world-size 6", "multiple of 4"]),
         ("--model {llama} --tensor-model-parallel-size 0", ["--tensor-model-parallel-size 0", "at least 1"]),
@@ -104,3 +106,38 @@ def test_a_file_of_flags(planner: Planner, tmp_path: Path) -> None:
     assert (document["layout"]["world"], document["step"]["tokens"]) == (2, 12)
     layer = next(entry for entry in document["classes"] if "linear_fc2" in entry["pattern"])
     assert layer["count"] == 2
+
+
+def test_the_cheapest_setting_that_fits(planner: Planner, tmp_path: Path) -> None:
+    """Exact ones first; flags to add, bytes and errors; if none fits, by how much."""
+    path = tmp_path / "fit.json"
+    common = ["--model", str(MODELS / "llama3_8b.args"), "--num-layers", "2", "--json", str(path)]
+
+    def fitted(*arguments: str) -> tuple[dict[str, Any], str]:
+        outcome = planner.command([*common, *arguments])
+        assert (outcome.code, outcome.errors) == (0, "")
+        return json.loads(path.read_text()), outcome.text
+
+    document, text = fitted("--memory-gb", "12", "--activations-gb", "1", "--device", "h200")
+    found, given = document["fit"], document["fullest_rank"]
+    assert found["fits"] and found["memory_bytes"] == 12 * 2**30
+    *others, chosen = found["settings"]
+    assert all(each["device_bytes"] > found["memory_bytes"] for each in others)
+    in_step = sum(each["bytes"] for each in given["bytes"] if "step" in each["kind"])
+    assert others[0]["flags"] == [] and others[0]["device_bytes"] == given["device_bytes"] - in_step + 2**30
+    assert chosen["flags"] == ["--muon-master remainder", "--grad-reduce-in-bf16"] and "1.7e-3" in chosen["error"]
+    assert others[1]["error"] == "" and others[1]["seconds"] > others[0]["seconds"] > 0
+    assert text.endswith("Add --muon-master remainder --grad-reduce-in-bf16\n")
+    # These flags give what was said, and no setting takes more of anything than they do.
+    flags = " ".join(chosen["flags"]).split()
+    document, text = fitted("--memory-gb", "1", *flags)
+    again, *rest = document["fit"]["settings"]
+    most = document["fullest_rank"]["device_bytes"]
+    assert (again["flags"], again["device_bytes"]) == ([], most)
+    assert [each["flags"] for each in rest] == [
+        ["--muon-momentum-dtype bf16"],
+        ["--muon-momentum-dtype int8"],
+    ]
+    assert not document["fit"]["fits"]
+    missing = (min(each["device_bytes"] for each in rest) - 2**30) / 2**30
+    assert f"None fits: --muon-momentum-dtype int8 takes least, {missing:.2f} GiB too much" in text

@@ -10,17 +10,31 @@ import torch
 from megatron_muon import Muon, MuonConfig
 from megatron_muon.engine.modes import MODES, Cost
 from megatron_muon.optimizers.precision import Precision, precision_of
+from megatron_muon.planning.accounts import (
+    COPIES,
+    GRADIENTS,
+    MASTERS,
+    MOMENTS,
+    MOMENTUM,
+    MUON,
+    OTHERS,
+    PADDING,
+    SCALAR_MOMENTS,
+    STEP,
+    WEIGHTS,
+    Account,
+    Entry,
+)
 from megatron_muon.planning.cost import (
     RankLoad,
-    Weight,
     active_parameters,
     attention_flops,
     choices_of_stage,
     loads_of_stage,
     refusals_of_stage,
-    state_bytes,
 )
 from megatron_muon.planning.flags import Layout, Position
+from megatron_muon.planning.holding import Weight, held_in_stage
 from megatron_muon.planning.ownership import _pieces
 from megatron_muon.planning.state import StateCounter
 from megatron_muon.planning.steps import StepPlanner
@@ -204,26 +218,45 @@ def test_precision_is_that_of_the_optimizer(weights: torch.dtype) -> None:
         assert found == precision_of(MuonConfig(**options), weights), options
 
 
+def kept(elements: int, masters: int = 4, momentum: int = 4) -> tuple[tuple[Entry, int], ...]:
+    """State of so many elements of a weight under Muon."""
+    return (Entry(MASTERS, MUON), masters * elements), (Entry(MOMENTUM, MUON), momentum * elements)
+
+
 @pytest.mark.parametrize(
-    ("layout", "element_bytes", "scalar_optimizer", "expected"),
+    ("element_bytes", "gradient_bytes", "scalar_optimizer", "expected"),
     [
-        (WHOLE, 2, "adam", 8),  # main copy, momentum
-        (WHOLE, 4, "adam", 4),
-        (None, 2, "adam", 12),  # main copy, two moments
-        (None, 4, "adam", 8),
-        (None, 2, "lion", 8),
+        (2, 4, "adam", {MASTERS: 4, SCALAR_MOMENTS: 8}),
+        (4, 4, "adam", {SCALAR_MOMENTS: 8}),
+        (2, 4, "lion", {MASTERS: 4, SCALAR_MOMENTS: 4}),
+        (2, 2, "adam", {MASTERS: 4, SCALAR_MOMENTS: 8, COPIES: 4}),  # Megatron-Core's step makes float32 gradients
     ],
 )
-def test_state(layout: MatrixLayout | None, element_bytes: int, scalar_optimizer: str, expected: int) -> None:
-    weight = Weight("w", (10, 8), layout, element_bytes=element_bytes)
-    assert state_bytes(weight, 80, scalar_optimizer) == 80 * expected
-    assert state_bytes(weight, 30, scalar_optimizer) == 30 * expected
+def test_bytes_under_the_scalar_optimizer(
+    element_bytes: int, gradient_bytes: int, scalar_optimizer: str, expected: dict[str, int]
+) -> None:
+    """Two replicas, the second of which holds the state of 30 of 80 elements."""
+    owners = ((0, 50), (1, 30))
+    weight = Weight("w", (80,), None, element_bytes=element_bytes, gradient_bytes=gradient_bytes, owners=owners)
+    whole = {WEIGHTS: element_bytes * 80, GRADIENTS: gradient_bytes * 80}
+    for held, elements in zip(held_in_stage([weight], layout_of(2), scalar_optimizer), (50, 30), strict=True):
+        found = {entry.kind: size for entry, size in Account.of(held).entries}
+        assert found == whole | {kind: each * elements for kind, each in expected.items()}
+        assert {entry.whose for entry in held if held[entry]} == {OTHERS}
 
 
-def test_state_of_variants() -> None:
-    """A shard of 5 x 8 with one tensor of its shape and one number a row beside the momentum."""
-    weight = Weight("w", (10, 8), WHOLE, shards=2, shard_dim=-2, state_elements=2 * 40 + 5)
-    assert state_bytes(weight, 40, "adam") == 4 * (40 + 85)
+def test_an_account_of_a_rank() -> None:
+    """Activations are gone when the step's buffers are there."""
+    (load,) = loads_of_stage(
+        [Weight("w", (10, 8), WHOLE, state=kept(80))], layout_of(1), "adam", StepPlanner(MuonConfig()), padding=7
+    )
+    account, step = load.account, load.step_bytes
+    assert account.total(MASTERS, MOMENTUM, whose=MUON) == load.state_bytes == 8 * 80
+    assert account.total() == 14 * 80 + 7 + step and step > 0
+    assert account.peak(step - 1) == account.total() == account.peak(step + 1) - 1
+    host = Account.of({Entry(MOMENTUM, MUON, on_host=True): 5, Entry(STEP, MUON): 3, Entry(PADDING, MUON): 0})
+    assert (host.total(), host.total(on_host=True), host.total(on_host=None)) == (3, 5, 8)
+    assert [entry.kind for entry, _ in host.entries] == [MOMENTUM, STEP]
 
 
 @pytest.mark.parametrize(
@@ -248,15 +281,33 @@ def test_what_optimizers_keep(
     optimizer: str, options: dict[str, str], method: str, layout: MatrixLayout, extra: str
 ) -> None:
     counter = StateCounter(optimizer, MuonConfig(**options), method)
-    full, rows, gates = 1 + extra.count("full"), 1 + extra.count("row"), 32 * extra.count("gates")
-    assert counter.elements((20, 8), layout) == full * 160 + rows * 20 + gates
-    assert counter.elements((20, 8), layout, 4, -2) == full * 40 + rows * 5 + gates // 4
+    full, rows, gates = extra.count("full"), 1 + extra.count("row"), 32 * extra.count("gates")
+
+    def moments(*division: int) -> int:
+        found = dict(counter.bytes((20, 8), layout, *division))
+        assert found[Entry(MOMENTUM, MUON)] == 4 * 160 // (division or (1,))[0] and not found[Entry(MASTERS, MUON)]
+        return found[Entry(MOMENTS, MUON)] // 4
+
+    assert moments() == full * 160 + rows * 20 + gates
+    assert moments(4, -2) == full * 40 + rows * 5 + gates // 4
     # Each of four ranks has a part of every row.
-    assert counter.elements((20, 8), layout, 4, -1) == full * 40 + rows * 20 + gates // 4
+    assert moments(4, -1) == full * 40 + rows * 20 + gates // 4
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize(("dtype", "each", "scales"), [("auto", 4, 0), ("fp32", 4, 0), ("bf16", 2, 0), ("int8", 1, 4)])
+@pytest.mark.parametrize("master", ["fp32", "remainder"])
+def test_forms_of_momentum_and_masters(master: str, dtype: str, each: int, scales: int, element_bytes: int) -> None:
+    """Of a shard of 30 rows and 300 of 600 columns: two blocks of a row, and 38 bytes of bits."""
+    counter = StateCounter("muon", MuonConfig(master=master, momentum_dtype=dtype))
+    found = dict(counter.bytes((30, 600), WHOLE, 2, -1, element_bytes))
+    assert found[Entry(MOMENTUM, MUON)] == 30 * (300 * each + 2 * scales)
+    masters = {"fp32": 30 * 300 * 4, "remainder": 30 * (300 * 2 + 38)}[master]
+    assert found[Entry(MASTERS, MUON)] == (masters if element_bytes == 2 else 0)
 
 
 def test_plain_replicas_are_alike() -> None:
-    (load,) = loads_of([Weight("a", (4, 4), WHOLE), Weight("b", (4,), None)], layout_of(4))
+    (load,) = loads_of([Weight("a", (4, 4), WHOLE, state=kept(16)), Weight("b", (4,), None)], layout_of(4))
     assert (load.ranks, load.parameter_bytes, load.state_bytes) == (4, 20 * 2, 16 * 8 + 4 * 12)
     assert load.work["duplicated"].flops == standard(4, 4)
 
@@ -264,8 +315,8 @@ def test_plain_replicas_are_alike() -> None:
 def test_owners_do_the_work_and_hold_the_state() -> None:
     """Four ranks, tensor 2: two replicas, each on two ranks."""
     weights = [
-        Weight("a", (4, 4), WHOLE, owners=((0, 16),)),
-        Weight("b", (2, 8), WHOLE, owners=((1, 16),)),
+        Weight("a", (4, 4), WHOLE, owners=((0, 16),), state=kept(16)),
+        Weight("b", (2, 8), WHOLE, owners=((1, 16),), state=kept(16)),
         Weight("c", (6,), None, owners=((0, 4), (1, 2))),
     ]
     loads = loads_of(weights, layout_of(4, 2))
@@ -283,8 +334,8 @@ def test_owners_in_both_groups() -> None:
 def test_experts_have_their_own_data_parallel_group() -> None:
     """Four ranks, expert 2: four replicas of a dense weight, two of an expert; ranks 0 and 1 hold different experts."""
     weights = [
-        Weight("dense", (4, 4), WHOLE, owners=((3, 16),)),
-        Weight("expert", (2, 8), WHOLE, routed=True, copies=2, by_expert_data=True, owners=((1, 16),)),
+        Weight("dense", (4, 4), WHOLE, owners=((3, 16),), state=kept(16)),
+        Weight("expert", (2, 8), WHOLE, routed=True, copies=2, by_expert_data=True, owners=((1, 16),), state=kept(16)),
     ]
     loads = loads_of(weights, layout_of(4, expert=2))
     assert [(load.ranks, load.state_bytes) for load in loads] == [(2, 0), (1, 16 * 8), (1, 2 * 16 * 8)]
