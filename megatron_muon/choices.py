@@ -99,6 +99,12 @@ class Budget:
         return ", ".join(filter(None, (steps, self.coefficients)))
 
 
+def dtype_name(dtype: object) -> str:
+    """The name that flags have for a type of numbers, of torch or by this name already."""
+    name = str(dtype).removeprefix("torch.")
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "fp8"}.get(name, name)
+
+
 def parse_param_rule(rule: str) -> tuple[str, str]:
     """``(glob, choice)`` of a ``GLOB=CHOICE``."""
     glob, _, choice = rule.rpartition("=")

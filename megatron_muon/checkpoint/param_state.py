@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_muon.choices import dtype_name
 from megatron_muon.optimizers import storage
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, cut_second_moment, whole_second_moment
@@ -196,11 +197,6 @@ class ParamState:
 
 _DECODED = (INT8, storage.REMAINDERS)
 """Forms that checkpoints do not have."""
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As options and messages have it: ``fp32``, ``bf16``."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype).removeprefix("torch."))
 
 
 _PIECE = 1 << 22

@@ -15,13 +15,14 @@ import torch
 
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
-from megatron_muon.checkpoint.param_state import MASTER, MOMENTUM_DTYPE, Bucket, ParamState, dtype_name, mean_squares
+from megatron_muon.checkpoint.param_state import MASTER, MOMENTUM_DTYPE, Bucket, ParamState, mean_squares
 from megatron_muon.checkpoint.record import Rule, numbers_of
 from megatron_muon.checkpoint.saving import WEIGHTS, Model, device_of, or_local, replica_of, rule_of, sums_in
 from megatron_muon.checkpoint.sharding import Place
 from megatron_muon.checkpoint.sources import ESTIMATED, Choice, choose, difference, gradients_to_average
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.checkpoint.weights import compare, sums_of_parts
+from megatron_muon.choices import dtype_name
 from megatron_muon.optimizers import auto_steps
 from megatron_muon.optimizers.fading import PEAK
 from megatron_muon.optimizers.groups import AUTO

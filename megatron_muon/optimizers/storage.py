@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from megatron_muon.optimizers.handled import HostReads
+
 MOMENTUM = "momentum_buffer"
 """State: momentum, of the weight's shape; float32 or wider, bfloat16, or int8 with :data:`SCALE`."""
 
@@ -106,8 +108,7 @@ class Remainder(Form):
         """See :meth:`Form.decode`."""
         weight, remainder, ties = planes
         bits = _high(weight).add_(remainder)
-        # On the host it costs next to nothing to know that there is none: one element in 131,072 is one.
-        if ties.is_cuda or ties.any():
+        if _may_have_any(ties):
             bits.add_(_unpacked(ties, weight.size(-1)).int().mul_(1 << 16))
         return bits.view(torch.float32)
 
@@ -118,13 +119,18 @@ class Remainder(Form):
         beyond = values.contiguous().view(torch.int32) - _high(weight)
         is_tie = beyond == 1 << 15
         remainder.copy_(beyond)  # modulo 2^16
-        if ties.is_cuda or is_tie.any():
+        if _may_have_any(is_tie):
             ties.copy_(_packed(is_tie))
         else:
             ties.zero_()
 
 
 PLAIN, BFLOAT16, INT8, REMAINDERS = Form(), Bfloat16(), Int8(), Remainder()
+
+
+def _may_have_any(ties: torch.Tensor) -> bool:
+    """On the host it costs next to nothing to know that there is none: one element in 131,072 is one."""
+    return ties.is_cuda or HostReads.forbidden or bool(ties.any())
 
 
 def _high(weight: torch.Tensor) -> torch.Tensor:

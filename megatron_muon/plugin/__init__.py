@@ -35,6 +35,7 @@ from megatron_muon.plugin import (
     registry,
     step_graph,
     transfer,
+    without_copies,
     wrapping,
 )
 from megatron_muon.plugin.telling import TELLING
@@ -53,6 +54,7 @@ def _all_patches() -> list[Patch]:
         factory,
         step_graph,
         layer_wise,
+        without_copies,
         expert_scalars,
         wrapping,
         logged,

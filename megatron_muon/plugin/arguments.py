@@ -14,7 +14,7 @@ from megatron_muon._patching import Original, Patches
 from megatron_muon.choices import OPTIMIZERS
 from megatron_muon.config import PREFIX, SECOND_MOMENT, UNREAD, MuonConfig, flag
 from megatron_muon.errors import ConfigError
-from megatron_muon.plugin import options, spellings
+from megatron_muon.plugin import options, precision_aware, spellings
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.refusals import MUON, Settings, refuse
 from megatron_muon.refusals.rule import flag_of
@@ -110,6 +110,7 @@ def _parse(kind: type) -> Callable[[str], Any]:
 def _with_check(original: Original, args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     _complete(args)
     if is_ours(args.optimizer):
+        precision_aware.take(args)
         options.take_arguments(from_arguments(args))
     else:
         _check_unread(args)

@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_muon._patching import Patch
 from megatron_muon.config import PREFIX, MuonConfig
-from megatron_muon.plugin import options
+from megatron_muon.plugin import options, precision_aware
 from megatron_muon.plugin.arguments import megatron_defaults
 from megatron_muon.plugin.optimizer_config import check_optimizer_config, is_ours
 
@@ -139,9 +139,15 @@ class _Hooks:
                     self.settle(config, megatron_defaults(), _COPIED)
                 if is_ours(config.optimizer):
                     check_optimizer_config(config, is_complete=False)  # some may be set as attributes later
+                    precision_aware.take(config)
             finally:
                 _not_given.clear()
+            if not is_ours(config.optimizer):
+                original(config, *args)
+                return
+            gradients = precision_aware.clear(config)
             original(config, *args)
+            config.main_grads_dtype = gradients
 
         return __post_init__
 

@@ -20,12 +20,13 @@ from megatron_muon.agree import Ranks
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.plugin import options
+from megatron_muon.plugin import options, precision_aware
 from megatron_muon.plugin.early_gather import gather_early
 from megatron_muon.plugin.environment import agree_on_plans, agree_on_products, compare_environments
 from megatron_muon.plugin.expert_scalars import set_apart, sum_once
 from megatron_muon.plugin.groups import device_of, groups_of_model, ranks_of
 from megatron_muon.plugin.holding import check_entered
+from megatron_muon.plugin.kept import describe_kept
 from megatron_muon.plugin.logged import mark_parts
 from megatron_muon.plugin.measuring import Measuring
 from megatron_muon.plugin.nonfinite import check_gradients
@@ -70,6 +71,9 @@ def _with_checks_and_report(
         check_entered()
         groups = groups_of_model(pg_collection, model_chunks)
         muon = check_optimizer_config(config)
+        if precision_aware.take(config):  # set as attributes
+            config.main_grads_dtype = precision_aware.clear(config)
+            muon = check_optimizer_config(config)
         devices = compare_environments(muon, ranks, device_of(model_chunks))
         _route(config, model_chunks, muon, ranks)
         _check_groups(groups)
@@ -102,6 +106,7 @@ def _with_checks_and_report(
         planned = [
             *devices,
             *_data_parallel(optimizer, groups),
+            *next(filter(None, ranks.gather(lambda: describe_kept(optimizer))), []),
             *_numbers(muon, model_chunks, optimizer, ranks),
             *_planned(optimizer, ranks),
         ]

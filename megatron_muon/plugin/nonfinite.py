@@ -22,6 +22,7 @@ from megatron_muon.config import flag
 from megatron_muon.monitor.sources import Report
 from megatron_muon.optimizers.agreement import unequal_gradients
 from megatron_muon.optimizers.muon import Muon
+from megatron_muon.optimizers.storage import gradient_of
 from megatron_muon.plugin import recording
 from megatron_muon.plugin.measuring import Measuring
 from megatron_muon.plugin.optimizer_state import leaves, param_states
@@ -102,7 +103,7 @@ def check_gradients(
         try:
             check()
             verdict[0] = _OVERFLOW if prepare() else 0.0 if choice == "propagate" else _suspect(optimizer, device)
-            lacking = [index for index, param in enumerate(_params(optimizer)) if param.grad is None]
+            lacking = [index for index, param in enumerate(_params(optimizer)) if gradient_of(param) is None]
             verdict[1], verdict[2] = lacking != agreed, measuring.look()
         except Exception as error:  # the other ranks are on their way to what follows
             failure = error
@@ -174,7 +175,7 @@ def _refuse_unequal(optimizer: Any, model_chunks: Sequence[torch.nn.Module], ran
 
     def lacking() -> list[str]:
         held = [(names.get(each.param), each.key) for each in param_states(optimizer, refuse=False)]
-        has.update((name, key.grad is not None) for name, key in held if name is not None and key is not None)
+        has.update((name, gradient_of(key) is not None) for name, key in held if name is not None and key is not None)
         return [name for name, there in has.items() if not there]
 
     gathered = ranks.by_number(lacking)
@@ -188,15 +189,17 @@ def _refuse_unequal(optimizer: Any, model_chunks: Sequence[torch.nn.Module], ran
 
 def _suspect(optimizer: Any, device: torch.device) -> torch.Tensor:
     """:data:`_SUSPECT` where a norm of this rank's gradients is not finite, else 0: a scalar."""
-    grads = [param.grad for param in _params(optimizer) if param.grad is not None]
+    grads = [grad for param in _params(optimizer) if (grad := gradient_of(param)) is not None]
     if not grads:
         return torch.zeros((), device=device)
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(grads)])
+    alike = [[grad for grad in grads if grad.dtype == dtype] for dtype in {grad.dtype: None for grad in grads}]
+    norms = torch.stack([norm.float() for some in alike for norm in torch._foreach_norm(some)])
     return (~norms.isfinite()).any() * _SUSPECT
 
 
 def _names(optimizer: Any, model_chunks: Sequence[torch.nn.Module]) -> list[str]:
     """Weights whose gradient, as this rank's optimizer is to read it, is not finite."""
     names = {param: name for chunk in model_chunks for name, param in global_names(chunk)}
-    held = [(each.param, each.key.grad) for each in param_states(optimizer, refuse=False) if each.key is not None]
-    return [names[param] for param, grad in held if grad is not None and not grad.isfinite().all()]
+    held = param_states(optimizer, refuse=False)
+    grads = [(each.param, gradient_of(each.key)) for each in held if each.key is not None]
+    return [names[param] for param, grad in grads if grad is not None and not grad.isfinite().all()]

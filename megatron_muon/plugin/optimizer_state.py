@@ -83,7 +83,8 @@ def _whole(leaf: Any, owned: bool) -> Iterator[ParamState]:
     )
     for group, params, masters, own in lists:
         for param, master in zip(params, masters, strict=True):
-            yield ParamState(param, inner, group, master, master, owned=owned)
+            copy = None if master is param else master  # its master is kept as a remainder
+            yield ParamState(param, inner, group, master, copy, owned=owned)
         for param in own:
             yield ParamState(param, inner, group, param, None, owned=owned)
 

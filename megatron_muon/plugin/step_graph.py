@@ -93,12 +93,11 @@ def _check_gradients(leaf: Any, model_chunks: Sequence[Any]) -> None:
     """
     names = {param: name for chunk in model_chunks for name, param in global_names(chunk)}
     for each in param_states(leaf, refuse=False):
-        buffer = getattr(each.param, "main_grad", None)
-        if each.key is not None and (buffer is None or buffer.dtype.itemsize < 4):
+        if each.key is not None and getattr(each.param, "main_grad", None) is None:
             raise ConfigError(
-                f"--optimizer-cuda-graph: the gradient of {names[each.param]} is in no float32 buffer of "
-                "DistributedDataParallel, and would come to other memory in each step. Reduce gradients in float32 "
-                "(without --grad-reduce-in-bf16), or leave --optimizer-cuda-graph off."
+                f"--optimizer-cuda-graph: the gradient of {names[each.param]} is in no buffer of "
+                "DistributedDataParallel, and would come to other memory in each step. Wrap the model with it, or "
+                "leave --optimizer-cuda-graph off."
             )
 
 

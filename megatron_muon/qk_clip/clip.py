@@ -3,8 +3,8 @@
 A step goes like this. While the forward passes run, each attention layer writes its maxima into one buffer of the whole
 model. When gradients are prepared an all-reduce (maximum) makes the buffer the same on all ranks, and before the update
 all factors are computed from it. As soon as an inner optimizer has updated a tensor - float32 masters where there
-are any, whole or in slices - the rows of queries and keys in it are multiplied; what copies and gathers comes
-after that. Nothing here waits for the device or branches on what it holds: a factor of 1 changes no
+are any, whole, in slices or kept as remainders - the rows of queries and keys in it are multiplied; what copies and
+gathers comes after that. Nothing here waits for the device or branches on what it holds: a factor of 1 changes no
 bit.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_muon.agree import Ranks
+from megatron_muon.optimizers.storage import master_of, opened
 from megatron_muon.qk_clip.factors import Heads, factor_table, gammas
 from megatron_muon.qk_clip.measure import Gauge
 from megatron_muon.qk_clip.rows import Rows
@@ -199,7 +200,9 @@ class QKClip:
         some = None if updated is None else set(map(id, updated))
         for target in self._targets[inner]:
             if some is None or id(target.tensor) in some:
-                scale_rows(target, self._factors[id(target.rows.param)])
+                kept = master_of(target.tensor, inner.state.get(target.tensor, {}))
+                with opened([kept], list) as (numbers,):
+                    scale_rows(replace(target, tensor=numbers), self._factors[id(target.rows.param)])
 
     @property
     def max_logit(self) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_muon.choices import OPTIMIZERS
 from megatron_muon.refusals.megatron import YAML
 from megatron_muon.refusals.rule import Condition, Refusal, given, one_of, that
 
@@ -70,6 +71,15 @@ _NSIGHT = replace(
     words="`--profile` without `--use-pytorch-profiler`",
 )
 
+_PRECISION_AWARE = replace(
+    given("use_precision_aware_optimizer"),
+    holds=lambda settings: (
+        settings["use_precision_aware_optimizer"]
+        and (settings.get("optimizer") or "").removeprefix("dist_") not in OPTIMIZERS
+    ),
+    words="`--use-precision-aware-optimizer` with an optimizer of Megatron's",
+)
+
 _REFUSED: tuple[tuple[Condition, str, str], ...] = (
     *((given(f"fp{bits}"), f"FP{bits} needs TransformerEngine and a GPU", "use --bf16 or fp32") for bits in (8, 4)),
     (given("enable_cuda_graph"), "CUDA graphs need a GPU", _LEAVE_OUT),
@@ -90,7 +100,7 @@ _REFUSED: tuple[tuple[Condition, str, str], ...] = (
     (given("use_flash_attn"), "flash attention needs a GPU", _LEAVE_OUT),
     (given("use_megatron_fsdp"), "Megatron-FSDP needs NCCL", "use --use-distributed-optimizer"),
     (given("use_torch_fsdp2"), "FSDP2 is not supported", "use --use-distributed-optimizer"),
-    (given("use_precision_aware_optimizer"), "it needs TransformerEngine's FusedAdam and a GPU", _LEAVE_OUT),
+    (_PRECISION_AWARE, "it needs TransformerEngine's FusedAdam and a GPU", _LEAVE_OUT),
     (given("optimizer_cpu_offload"), "the optimizer is there already", _LEAVE_OUT),
     (given("fine_grained_activation_offloading"), "activations are there already", _LEAVE_OUT),
     (given("cpu_offloading_num_layers"), "activations are there already", _LEAVE_OUT),

@@ -11,10 +11,12 @@ from megatron_muon.refusals.rule import (
     given,
     layer_wise,
     missing,
+    of_dtype,
     one_of,
     optimizer,
     other_than,
     ours,
+    quietly,
     that,
     turned_off,
 )
@@ -25,6 +27,7 @@ YAML = ("its settings pass by all checks, and flags beside it do not count", "gi
 """Reason and way out of ``--yaml-cfg``."""
 
 _DDP = "DistributedDataParallelConfig."
+_PRECISION_AWARE = quietly(given("use_precision_aware_optimizer"))
 _ALL_REDUCED = "gradients are all-reduced, in their own precision, and nothing is scattered"
 _FSDP = ("FSDP shards cannot be orthogonalized", "use --use-distributed-optimizer")
 
@@ -47,9 +50,60 @@ MEGATRON: tuple[Refusal, ...] = (
                 (f"fp{bits}_param_gather", "Muon updates bfloat16 or float32 weights", "leave it off")
                 for bits in (8, 4)
             ),
-            ("use_precision_aware_optimizer", "it exists for Adam only", "leave it off"),
-            ("optimizer_cpu_offload", "Muon's state cannot be offloaded", "leave it off"),
+            (
+                "optimizer_cpu_offload",
+                "it has the host compute the step",
+                "use --muon-offload all (or momentum): state is on the host, the step on the GPU",
+            ),
+            *(
+                (
+                    name,
+                    "it belongs to --optimizer-cpu-offload",
+                    "leave it off (--muon-offload copies under products)",
+                )
+                for name in ("overlap_cpu_optimizer_d2h_h2d", "use_torch_optimizer_for_cpu_offload")
+            ),
         )
+    ),
+    Refusal(
+        (one_of("muon_master", "remainder"), missing("bf16"), ours()),
+        "it is what a bfloat16 weight lacks of its float32 value",
+        "add --bf16, or leave it away: float32 weights have no copies",
+    ),
+    *(
+        Refusal((*asked, _PRECISION_AWARE, ours()), because, instead)
+        for asked, because, instead in (
+            (
+                (of_dtype("main_params_dtype", "fp16"),),
+                "updates are smaller than what fp16 tells apart",
+                "use fp32: with --bf16 its lower 16 bits alone are kept, as with --muon-master remainder",
+            ),
+            (
+                (of_dtype("exp_avg_dtype", "fp16"),),
+                "momentum is kept in float32, bfloat16 or int8",
+                "use bf16",
+            ),
+            (
+                (of_dtype("exp_avg_dtype", "fp8"),),
+                "momentum is kept in float32, bfloat16 or int8",
+                "leave it away, and add --muon-momentum-dtype int8",
+            ),
+            (
+                (of_dtype("exp_avg_dtype", "bf16"), other_than("muon_momentum_dtype", "auto", "bf16")),
+                "these contradict each other",
+                "give one",
+            ),
+            (
+                (of_dtype("exp_avg_sq_dtype", "bf16", "fp16", "fp8"),),
+                "second moments are kept in float32",
+                "leave it away",
+            ),
+        )
+    ),
+    Refusal(
+        (of_dtype("main_grads_dtype", "bf16"), given(f"{_DDP}grad_reduce_in_fp32"), ours()),
+        "gradients are of the type in which they are reduced",
+        "build DDP with grad_reduce_in_fp32=False, or leave it away",
     ),
     Refusal(
         (other_than("ckpt_format", "torch_dist", "torch"), _OURS),

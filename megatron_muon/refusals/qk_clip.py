@@ -38,7 +38,7 @@ QK_CLIP: tuple[Refusal, ...] = (
         for name in ("use_torch_fsdp2", "use_megatron_fsdp")
     ),
     *(
-        Refusal((given(name), _CLIP), because, "leave one of the two off")
+        Refusal((given(name), _CLIP, other_optimizer(*OPTIMIZERS)), because, "leave one of the two off")
         for name, because in (
             ("use_precision_aware_optimizer", "its master weights are out of reach"),
             ("optimizer_cpu_offload", "its master weights are out of reach"),

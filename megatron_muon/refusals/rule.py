@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_muon.choices import OPTIMIZERS
+from megatron_muon.choices import OPTIMIZERS, dtype_name
 from megatron_muon.errors import ConfigError
 
 
@@ -182,6 +182,11 @@ def that(name: str, test: Callable[[Any], bool], words: str) -> Condition:
         lambda settings: _said(name, settings[name]),
         f"`{flag_of(name)}` {words}".strip(),
     )
+
+
+def of_dtype(name: str, *dtypes: str) -> Condition:
+    """A setting that is one of these types of numbers."""
+    return replace(one_of(name, *dtypes), holds=lambda settings: dtype_name(settings[name]) in dtypes)
 
 
 def given(name: str) -> Condition:

@@ -52,7 +52,7 @@ TRAIN: dict[tuple[str, int], str] = {
         --recompute-activations
         --bf16 --use-distributed-optimizer
         --bf16 --accumulate-allreduce-grads-in-fp32
-        --bf16 --grad-reduce-in-bf16
+        --bf16 --grad-reduce-in-bf16 --use-precision-aware-optimizer --exp-avg-dtype bf16
         --optimizer adam --fp16
         --optimizer adam --fp16 --initial-loss-scale 65536 --loss-scale-window 500 --hysteresis 2
         --optimizer adam --decoupled-lr 1e-2 --decoupled-min-lr 1e-3

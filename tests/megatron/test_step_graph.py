@@ -69,7 +69,11 @@ def both(layout: Layout, model: dict[str, Any], options: dict[str, Any], steps: 
     [
         (Layout(tp=2), GDN, {}),
         pytest.param(Layout(tp=2), {"bf16": True}, {"muon_tp_mode": "distributed"}, marks=pytest.mark.slow),
-        (Layout(layer_wise=True), {"bf16": True, **CLIP}, {}),
+        (
+            Layout(layer_wise=True),
+            {"bf16": True, "ddp": {"grad_reduce_in_fp32": False}, **CLIP},
+            {"muon_master": "remainder", "muon_momentum_dtype": "bf16"},
+        ),
     ],
     ids=["TP 2, GatedDeltaNet", "TP 2, bf16", "layer-wise, QK-clip"],
 )

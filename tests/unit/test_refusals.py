@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_muon import ConfigError, MuonConfig, choices
 from megatron_muon.config import UNREAD
@@ -45,7 +46,14 @@ ARGUMENTS: dict[str, Any] = {
     "context_parallel_size": 1,
     "cuda_graph_impl": "none",
     "ddp_average_in_collective": False,
+    "bf16": False,
     "ddp_reduce_scatter_with_fp32_accumulation": False,
+    "exp_avg_dtype": "fp32",
+    "exp_avg_sq_dtype": "fp32",
+    "main_grads_dtype": "fp32",
+    "main_params_dtype": "fp32",
+    "overlap_cpu_optimizer_d2h_h2d": False,
+    "use_torch_optimizer_for_cpu_offload": False,
     "decoupled_lr": None,
     "enable_msc": False,
     "fp16": False,
@@ -89,6 +97,7 @@ SCALAR = {"muon_scalar_weight_decay_method": "independent_scheduled"}
 HYPERBALL = {"muon_variant": "hyperball", "muon_scale_mode": "none"}
 ADAPTIVE = {"optimizer": "adaptive_muon"}
 LAYER_WISE = {"use_distributed_optimizer": True}
+AWARE = {"bf16": True, "use_precision_aware_optimizer": True}
 CLIP = {"qk_clip": True}
 FP32_ACCUMULATION = {"ddp_reduce_scatter_with_fp32_accumulation": True}
 FP32_BUFFERS, FP32_AVERAGES = (
@@ -97,6 +106,7 @@ FP32_BUFFERS, FP32_AVERAGES = (
     )
     for scattered in (False, True)
 )
+FP32_GRADIENTS = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # Options with each other
@@ -236,8 +246,35 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"use_megatron_fsdp": True}, "--use-megatron-fsdp with --optimizer muon: FSDP shards cannot be orthogonalized"),
     ({"fp8_param_gather": True}, "--fp8-param-gather with --optimizer muon: Muon updates bfloat16 or float32 weights"),
     ({"fp4_param_gather": True}, "--fp4-param-gather with --optimizer muon: Muon updates bfloat16 or float32 weights"),
-    ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer with --optimizer muon: it exists for A"),
-    ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload with --optimizer muon: Muon's state cannot be offload"),
+    (
+        {"optimizer_cpu_offload": True},
+        "--optimizer-cpu-offload with --optimizer muon: it has the host .*--muon-offload all",
+    ),
+    *(
+        (
+            {name: True},
+            f"--{name.replace('_', '-')} with --optimizer muon: it belongs to --optimizer-cpu-offload; leave",
+        )
+        for name in ("overlap_cpu_optimizer_d2h_h2d", "use_torch_optimizer_for_cpu_offload")
+    ),
+    ({"muon_master": "remainder"}, "--muon-master remainder without --bf16: it is what a bfloat16 weight lacks of its"),
+    ({**AWARE, "main_params_dtype": "fp16"}, "--main-params-dtype fp16: updates are smaller .*--muon-master remainder"),
+    (
+        {**AWARE, "exp_avg_dtype": "fp16"},
+        "--exp-avg-dtype fp16: momentum is kept in float32, bfloat16 or int8; use bf16",
+    ),
+    ({**AWARE, "exp_avg_dtype": torch.uint8}, "--exp-avg-dtype torch.uint8: .*add --muon-momentum-dtype int8."),
+    (
+        {**AWARE, "exp_avg_dtype": torch.bfloat16, "muon_momentum_dtype": "fp32"},
+        "--exp-avg-dtype torch.bfloat16 with --muon-momentum-dtype fp32: these contradict each other; give one.",
+    ),
+    *(
+        (
+            {**AWARE, "exp_avg_sq_dtype": name},
+            f"--exp-avg-sq-dtype {name}: second moments are kept in float32; leave it",
+        )
+        for name in ("bf16", "fp16", "fp8")
+    ),
     (
         {"muon_blockwise_period": 5, "optimizer_cuda_graph": True},
         "--optimizer-cuda-graph with --muon-blockwise-period 5: one step of a period is not .*leave one of the two",
@@ -299,9 +336,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": "adam", **CLIP, "use_megatron_fsdp": True}, "--use-megatron-fsdp with --qk-clip: FSDP's shards are"),
     (
         {"optimizer": "adam", **CLIP, "use_precision_aware_optimizer": True},
-        "--use-precision-aware-optimizer with --qk-clip: its master weights are out of reach; leave one of the two",
+        "--use-precision-aware-optimizer with --qk-clip and --optimizer adam: its master weights are out of reach",
     ),
-    ({"optimizer": "adam", **CLIP, "optimizer_cpu_offload": True}, "--optimizer-cpu-offload with --qk-clip: its maste"),
+    ({"optimizer": "adam", **CLIP, "optimizer_cpu_offload": True}, "--optimizer-cpu-offload with --qk-clip and --op"),
     (
         {"optimizer": "adam", **CLIP, "optimizer_cuda_graph": True},
         "--optimizer-cuda-graph with --qk-clip and --optimizer adam: Megatron-Core captures the whole step",
@@ -354,6 +391,12 @@ def test_rows_speak_where_they_hold_and_no_others_do(changes: dict[str, Any], ex
             ],
             "DistributedDataParallelConfig.use_distributed_optimizer True with --optimizer muon, not layer-wise: each",
         ),
+        (
+            {"main_grads_dtype": torch.bfloat16},
+            [FP32_GRADIENTS],
+            "--main-grads-dtype torch.bfloat16 with DistributedDataParallelConfig.grad_reduce_in_fp32 True: .*"
+            "build DDP with grad_reduce_in_fp32=False",
+        ),
         ({}, [FP32_BUFFERS], "DistributedDataParallelConfig.reduce_scatter_with_fp32_accumulation True without Dist"),
         (
             {},
@@ -391,6 +434,7 @@ def test_every_row_is_tested() -> None:
         views.append(Settings(config, DistributedDataParallelConfig(**fields), {**ARGUMENTS, **changes}))
     views += [Settings({**ARGUMENTS, "optimizer": "adam"})]
     views += [Settings(buffers, ARGUMENTS) for buffers in (FP32_BUFFERS, FP32_AVERAGES)]
+    views += [Settings(FP32_GRADIENTS, {**ARGUMENTS, "main_grads_dtype": "bf16"})]
     silent = [row.words for row in (*MUON, *QK_CLIP, *PLAN, *READ) if not any(row.holds(view) for view in views)]
     assert silent == []
 

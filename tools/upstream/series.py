@@ -79,7 +79,9 @@ FACTORY = Change(
 get_emerging_optimizers() is the registry with what plug-ins add to it; the
 factory can be wrapped for checks before the optimizer is built and a report
 after it, muP's rates are those of the optimizer that there is, and one that
-reads on the host in its step is not captured whole in a CUDA graph.
+reads on the host in its step is not captured whole in a CUDA graph. One that
+needs no float32 copies of 16-bit weights and gradients is wrapped otherwise,
+and its gradients count in norms, clipping and zeros beside those of others.
 
 See NVIDIA/Megatron-LM#1822 and NVIDIA/Megatron-LM#3174.""",
     needs=(OWNERSHIP,),
@@ -89,6 +91,10 @@ See NVIDIA/Megatron-LM#1822 and NVIDIA/Megatron-LM#3174.""",
         f"{_OPTIMIZER}:_get_param_groups",
         f"{_OPTIMIZER}:get_mup_config_overrides",
         f"{_OPTIMIZER}.optimizer_cuda_graph:OptimizerCudaGraphWrapper.__call__",
+        f"{_OPTIMIZER}.optimizer:Float16OptimizerWithFloat16Params.__init__",
+        f"{_OPTIMIZER}.optimizer:MegatronOptimizer._filter_grads_for_norm",
+        f"{_OPTIMIZER}.clip_grads:clip_grad_by_total_norm_fp32",
+        f"{_OPTIMIZER}.clip_grads:count_zeros_fp32",
     ),
     edits=(
         Edit(

@@ -1,0 +1,51 @@
+"""How the numbers of Muon's weights are kept, in the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from megatron_muon.choices import dtype_name
+from megatron_muon.optimizers.muon import Muon
+from megatron_muon.optimizers.storage import REMAINDERS, init_momentum, init_remainder, master_of, momentum_of
+from megatron_muon.plugin.optimizer_state import param_states
+
+
+def describe_kept(optimizer: Any) -> list[str]:
+    """Weights, gradients, masters and momentum of this rank's weights under Muon, each in what form and in how many
+    bytes a parameter; empty if it has none.
+    """
+    sizes: Counter[tuple[str, str]] = Counter()
+    count = 0
+    held = [each for each in param_states(optimizer) if isinstance(each.inner, Muon)]
+    for each in held:
+        muon: Any = each.inner
+        count += each.param.numel()
+        gradient = getattr(each.param, "main_grad", None)
+        dtype = each.param.dtype if gradient is None else gradient.dtype
+        sizes["weight", dtype_name(each.param.dtype)] += each.param.nbytes
+        sizes["gradient", dtype_name(dtype)] += each.param.numel() * dtype.itemsize
+        # On no device: they have the sizes that they will have.
+        key = torch.empty_like(each.param if each.master is None else each.master, device="meta")
+        state: dict[str, Any] = {}
+        if muon.config.master == "remainder" and key.dtype == torch.bfloat16:
+            init_remainder(key, state)
+        init_momentum(key, state, muon.config.momentum_dtype)
+        form, planes = master_of(key, state)
+        if form is REMAINDERS:
+            sizes["master", form.name] += sum(plane.nbytes for plane in planes[1:])
+        elif each.master is not None:
+            sizes["master", "fp32"] += key.nbytes
+        _, planes = momentum_of(state)
+        sizes["momentum", dtype_name(planes[0].dtype)] += sum(plane.nbytes for plane in planes)
+    if not count:
+        return []
+    parts = ", ".join(f"{what} {form} {_number(size / count)}" for (what, form), size in sizes.items())
+    owners = "; master and momentum at a weight's owner" if any(each.owned for each in held) else ""
+    return [f"Muon's weights: {_number(sizes.total() / count)} bytes a parameter ({parts}){owners}"]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}".rstrip("0").rstrip(".")
