@@ -136,6 +136,11 @@ class ParamState:
         return {**found, MOMENTUM: momentum_of(state)} if MOMENTUM in state else found
 
     @property
+    def of_forms(self) -> frozenset[str]:
+        """Names of the state that checkpoints do not have, because it says numbers of others."""
+        return frozenset(_OF_FORMS) & self.tensors.keys()
+
+    @property
     def states(self) -> tuple[str, ...]:
         """The names of :attr:`saved`."""
         names = [*([MASTER] if MASTER in self._kept else []), *self.tensors]

@@ -15,8 +15,11 @@ import torch.distributed as dist
 
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import CheckpointError, raise_together
+from megatron_muon.checkpoint.param_state import MASTER
 from megatron_muon.checkpoint.record import ACCEPT, RECORD, Recorder
 from megatron_muon.checkpoint.stored import has_record, records_in
+from megatron_muon.optimizers import storage
+from megatron_muon.optimizers.storage import MOMENTUM, REMAINDER
 from megatron_muon.plugin import options
 from megatron_muon.plugin.adam_buckets import buckets_of_adam
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from megatron_muon.checkpoint.request import Request
     from megatron_muon.checkpoint.saving import Model
 
+_MASTERS = "fp32_from_fp16_params"
+"""Of the state of ``Float16OptimizerWithFloat16Params``."""
+
 _SCHEDULED = ("max_lr", "min_lr", "wd_mult", "start_wd", "end_wd", "scalar_lr_mult", "scalar_wd_mult")
 """What the schedule reads from param groups, and what is told as a multiple of it."""
 
@@ -39,16 +45,40 @@ def keep_canonical(optimizer: Any, config: Any, chunks: Sequence[torch.nn.Module
     optimizer.sharded_state_dict, optimizer.load_state_dict = state.sharded_state_dict, state.load_state_dict
     if is_ours(config.optimizer):
         for leaf, _ in leaves(optimizer):
-            leaf.state_dict = functools.partial(_with_bare_masters, leaf.state_dict)
+            leaf.state_dict = functools.partial(_state_of, leaf, leaf.state_dict)
+            leaf.load_state_dict = functools.partial(_load_into, leaf, leaf.load_state_dict)
         state.tell_unsaved()
 
 
-def _with_bare_masters(original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """State for ``--ckpt-format torch``: masters carry what is known of their weights, which torch.load() refuses."""
+def _state_of(leaf: Any, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """State for ``--ckpt-format torch``, in the one form of checkpoints (:class:`ParamState`).
+
+    Masters carry what is known of their weights, which torch.load() refuses: here they do not.
+    """
     found = original(*args, **kwargs)
-    if masters := found.get("fp32_from_fp16_params"):
-        found["fp32_from_fp16_params"] = [[master.detach() for master in group] for group in masters]
+    inner = found.get("optimizer", found)
+    if "state" not in inner:  # of Adam's slices, which have a form of their own
+        return found
+    held = {each.key: each for each in param_states(leaf, refuse=False)}
+    if masters := found.get(_MASTERS):
+        found[_MASTERS] = [[held[key].saved.get(MASTER, key).detach() for key in group] for group in masters]
+    inner["state"] = {**inner["state"]}
+    keys = [key for group in leaf.optimizer.param_groups for key in group["params"]]
+    for number in inner["state"].keys() & set(range(len(keys))):
+        saved, forms = held[keys[number]].saved, held[keys[number]].of_forms
+        own = {name: value for name, value in inner["state"][number].items() if name not in forms}
+        inner["state"][number] = {name: saved[name] if name == MOMENTUM else value for name, value in own.items()}
     return found
+
+
+def _load_into(leaf: Any, original: Callable[[Any], None], state_dict: Any) -> None:
+    """What :func:`_state_of` gave, in whatever form masters are kept here; Muon itself sees to its momentum."""
+    original(state_dict)
+    params = [param for group in getattr(leaf, "float16_groups", ()) for param in group]
+    masters = [master for group in state_dict.get(_MASTERS, ()) for master in group]
+    for param, master in zip(params, masters, strict=False):  # older versions had them under another name
+        if REMAINDER in (state := leaf.optimizer.state.get(param, {})):
+            storage.write(storage.master_of(param, state), master)
 
 
 def is_canonical(optimizer: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +26,7 @@ BF16 = {"bf16": True}
 SHARDED = {"layer_wise": True, "ddp_buffers": True}
 SPLIT = {"num_query_groups": 2, "attention_output_gate": True}
 ACCEPT = {"muon_ckpt_changes": "accept"}  # the first rank has heard of no weights but its own
+COMPACT = {"muon_master": "remainder", "muon_momentum_dtype": "int8"}
 ADAM = {"muon_param_rule": ("*linear_proj.weight=adam",), **ACCEPT}
 
 CASES: dict[str, Case] = {
@@ -32,10 +34,18 @@ CASES: dict[str, Case] = {
     "layer-wise": (Layout(tp=2, **SHARDED), BF16, {}, ACCEPT),
     "second moments": (Layout(tp=2), {}, {"name": "adaptive_muon"}, {}),
     "pipeline": (Layout(pp=2), BF16, {}, ACCEPT),
+    "remainders": (Layout(tp=2), BF16, COMPACT, {}),
+    "remainders to float32": (Layout(**SHARDED), BF16, COMPACT, {**ACCEPT, "muon_master": "fp32"}),
     "from Muon to Adam": (Layout(tp=2), BF16, {}, ADAM),
 }
 """Layout, model, options of the run that saves, and what the one that loads has in their place."""
 
+COPIES = [
+    Allowed("megatron_muon/checkpoint/param_state.py:saved", "what is kept in other forms is put together on the host"),
+    Allowed("megatron_muon/checkpoint/weights.py:sums_of_parts", "and goes to the device for its sum"),
+    Allowed("megatron_muon/optimizers/storage.py:write", "and to be kept, when it was read"),
+    Allowed("megatron_muon/checkpoint/request.py:_take", "a local checkpoint has it on the host, where it was saved"),
+]
 SUMS = Allowed("megatron_muon/checkpoint/fingerprint.py:fingerprints", "sums of bits, all at once, for the record", 0)
 OBJECTS = Allowed("megatron_muon/agree.py:to_first", "the record is put together on the first rank")
 TO_HOST = Allowed(
@@ -48,9 +58,13 @@ def there_and_back(case: Case, rank: int, told: list[Any]) -> None:
     with gpus(rank, ranks=4, told=told) as world:
         run = start(layout, optimizer=options, early=True, **model)
         step(run)
-        with world.refusing([SUMS, OBJECTS]):
+        before = world.watch.peak = world.watch.live
+        with world.refusing([SUMS, OBJECTS, *COPIES]):
             state = _asked(run)
-        _check_in_place(run, state["optimizer"])
+        copied = _check_in_place(run, state["optimizer"])
+        assert (copied > 0) == (options is COMPACT)
+        largest = max(tensor.numel() for tensor in _tensors(run))
+        assert world.watch.live == before and world.watch.peak - before < 24 * largest, "one weight's at a time"
         saved = _kept(state)
         with world.refusing([TO_HOST]):
             saved.copy_tensors_to_cpu()
@@ -60,7 +74,7 @@ def there_and_back(case: Case, rank: int, told: list[Any]) -> None:
 
         run = start(layout, optimizer={**options, **changes}, early=True, **model)
         dtypes = [tensor.dtype for tensor in _tensors(run)]
-        with world.refusing([SUMS, OBJECTS]):
+        with world.refusing([SUMS, OBJECTS, *COPIES]):
             state = _asked(run, is_loading=True)
             loaded = saved.to_state_dict(state, algo="atomic")
             for chunk in run.chunks:
@@ -86,15 +100,21 @@ def _kept(state: dict[str, Any]) -> Any:
         return module.MCoreTensorAwareStateDict.from_state_dict({**state, "iteration": 1}, algo="atomic")[0]
 
 
-def _check_in_place(run: Run, saved: Any) -> None:
-    """State is described where it lies: no second copy of it is on the device, none on the host."""
+def _check_in_place(run: Run, saved: Any) -> int:
+    """State is described where it lies: no second copy of it is on the device, and on the host none but of forms that
+    checkpoints do not have, whose bytes are returned.
+    """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     memory = {tensor.untyped_storage().data_ptr() for tensor in _tensors(run)}
     parts = [part for part in nested_values(saved) if isinstance(part, ShardedTensor)]
-    assert parts and all(part.data.device == GPU and part.data.dtype == part.dtype for part in parts)
-    assert {part.data.untyped_storage().data_ptr() for part in parts if part.data.numel()} <= memory
+    assert parts and all(part.data.dtype == part.dtype for part in parts)
+    copies = [part for part in parts if part.data.device != GPU]
+    assert all(re.search(r"state\.(fp32_param|momentum_buffer)\..*(qkv|proj|fc1|fc2)\.weight", part.key) for part in copies)
+    there = [part.data.untyped_storage().data_ptr() for part in parts if part.data.device == GPU and part.data.numel()]
+    assert memory.issuperset(there)
+    return sum(part.data.nbytes for part in copies)
 
 
 def _tensors(run: Run) -> Iterable[torch.Tensor]:

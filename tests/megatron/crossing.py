@@ -61,11 +61,18 @@ EIGHT: dict[str, Place] = {
 FEWER = {name: DENSE[name] for name in ("tp2", "pp2", "dp2_layer_wise")}
 TWO = {name: DENSE[name] for name in ("tp2", "dp2_layer_wise")}
 FEW = {name: DENSE[name] for name in ("one", "tp2", "pp2", "dp2_layer_wise", "dp2_layer_wise_older")}
+# Masters as remainders at some layouts, float32 copies at others: the same bits.
+REMAINDERS: dict[str, Any] = {"muon_master": "remainder"}
+FORMS: dict[str, Place] = {
+    name: (*FEW[name][:2], {**FEW[name][2], "optimizer": REMAINDERS if name in ("tp2", "dp2_layer_wise") else {}})
+    for name in FEW
+}
 
 # Adam divides gradients by their size, also those that are rounding alone: less of it at a smaller learning rate.
 CALM = {"lr": 0.003, "min_lr": 0.003}
 # Gates' rows of in_proj under Adam: momentum and a second moment in one weight.
 SPLIT = {**GDN, "optimizer": {**CALM, "muon_gdn_in_proj": "split"}}
+MIXED: dict[str, Place] = {**FEWER, "tp2": (*FEWER["tp2"][:2], {"optimizer": {**SPLIT["optimizer"], **REMAINDERS}})}
 # megatron-core 0.19.2 adds up the gradients of q_layernorm over tensor-parallel ranks, which all have the whole of
 # it. Adam does not mind a factor, but its moments of another layout do: so without these norms.
 LATENT = {**MLA, "qk_layernorm": False, "optimizer": CALM}
@@ -74,14 +81,14 @@ MODELS: dict[str, tuple[dict[str, Place], dict[str, Any]]] = {
     "dense": (DENSE, {}),
     "dense_in_virtual_stages": (STAGES, {}),
     "dense_on_8_ranks": (EIGHT, {}),
-    "dense_bf16": (FEW, {"bf16": True}),
+    "dense_bf16": (FORMS, {"bf16": True}),
     "experts": ({name: EXPERTS[name] for name in ("one", "ep2", "dp2_layer_wise")}, MOE),
     "experts_on_4_ranks": (EXPERTS, MOE),
     "experts_of_two_copies": (ONE_COPY, MOE),
     "latent_attention": (FEW, LATENT),
     "latent_attention_fused": (TWO, {**LATENT, "mla_down_proj_fusion": True}),
     "hybrid": (FEWER, SPLIT),
-    "hybrid_bf16": (FEWER, {**SPLIT, "bf16": True}),
+    "hybrid_bf16": (MIXED, {**SPLIT, "bf16": True}),
 }
 # As between layouts without checkpoints (test_layouts.py); bfloat16 rounds activations to 8 bits.
 TOLERANCE = {"float32": 4e-6, "bfloat16": 3e-2}

@@ -52,7 +52,7 @@ def a_process_of_its_own() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def muon(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("muon") / "iter_0000003"
-    pool.run(train_and_save, 2, Layout(tp=2), {}, str(folder), FULLY)
+    pool.run(train_and_save, 2, Layout(tp=2), {"optimizer": {"muon_master": "remainder"}}, str(folder), FULLY)
     return folder
 
 

@@ -19,6 +19,7 @@ from tests.pool import RankError, RankPool
 
 ADAM = {"optimizer": {"name": "adam"}}
 ACCEPT = {"optimizer": {"muon_ckpt_changes": "accept"}}
+REMAINDERS = {"muon_master": "remainder"}
 ADAM_ACCEPT = {"optimizer": {"name": "adam", "muon_ckpt_changes": "accept"}}
 
 FULLY = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -92,7 +93,8 @@ def test_adam_to_muon_and_back(pool: RankPool, tmp_path: Path, adam: Layout, muo
     """Master weights stay bit for bit; the first moment becomes the momentum, and the first moment again."""
     a, b, c = (str(tmp_path / name) for name in "abc")
     following = pool.run(train_and_save, 2, adam, ADAM, a, FULLY)[0]
-    assert_same_model(pool.run(resume, 2, muon, ACCEPT, a, FULLY, b)[0], following, adam, muon)
+    forms = {"optimizer": {**ACCEPT["optimizer"], **(REMAINDERS if muon.layer_wise else {})}}
+    assert_same_model(pool.run(resume, 2, muon, forms, a, FULLY, b)[0], following, adam, muon)
     assert_same(masters(a), masters(b))
     before, after = contents(a), contents(b)
     averages = {key: value for key, value in after.items() if ".momentum_buffer." in key}
@@ -272,7 +274,8 @@ def test_upstream_muon(pool: RankPool, tmp_path: Path, source: Layout, metadata:
     """The same rules on this model, so nothing has to be accepted."""
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     following = pool.run(upstream_save, 2, source, a, metadata)[0]
-    assert_same_model(pool.run(resume, 2, to, {}, a, metadata, b)[0], following, source, to)
+    forms = {"optimizer": REMAINDERS if source.tp == 2 else {}}
+    assert_same_model(pool.run(resume, 2, to, forms, a, metadata, b)[0], following, source, to)
     before, after = contents(a), contents(b)
     for key, value in after.items():
         if ".momentum_peak." not in key:  # which Megatron-Core has not

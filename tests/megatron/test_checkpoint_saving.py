@@ -27,6 +27,12 @@ WAYS = {
     "layer_wise": Layout(layer_wise=True),
     "tensor_parallel": Layout(tp=2),
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"bf16": True, "optimizer": {"muon_master": "remainder", "muon_momentum_dtype": "bf16"}},
+    "layer_wise": {"bf16": True, "optimizer": {"muon_master": "remainder", "muon_momentum_dtype": "int8"}},
+    "tensor_parallel": {"bf16": True},
+}
+"""How numbers are kept: copies are saved of some, others are saved where they lie."""
 
 
 def whole_state(run: harness.Run) -> dict[str, Any]:
@@ -42,14 +48,14 @@ def make_folder(folder: str) -> None:
     dist.barrier()
 
 
-def save_in_the_background(layout: Layout, plain: list[str], background: list[str]) -> list[tuple[bool, bool]]:
+def save_in_the_background(way: str, plain: list[str], background: list[str]) -> list[tuple[bool, bool]]:
     """By the first rank, and by all in parallel, while a step is trained: whether it is whole before and after."""
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-    run = harness.start(layout, bf16=True)
+    run = harness.start(WAYS[way], **OPTIONS[way])
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     first: Any = TorchDistSaveShardedStrategy()
     found = []
@@ -74,21 +80,21 @@ def save_in_the_background(layout: Layout, plain: list[str], background: list[st
 @pytest.mark.parametrize("way", with_slow(WAYS, "plain"))
 def test_saved_in_the_background_while_training(pool: RankPool, tmp_path: Path, way: str) -> None:
     plain, background = ([str(tmp_path / f"{name}{number}") for number in (1, 2)] for name in ("plain", "background"))
-    results = pool.run(save_in_the_background, 2, WAYS[way], plain, background, timeout=TIMEOUT)
+    results = pool.run(save_in_the_background, 2, way, plain, background, timeout=TIMEOUT)
     assert results == [[(False, True)] * 2] * 2
     for now, later in zip(plain, background, strict=True):
         assert differences(now, later) == []
-    assert pool.run(load_each, 2, WAYS[way], {"bf16": True}, background, timeout=TIMEOUT) == [[FINE] * 2] * 2
+    assert pool.run(load_each, 2, WAYS[way], OPTIONS[way], background, timeout=TIMEOUT) == [[FINE] * 2] * 2
 
 
 def save_by_the_persistent_worker(
-    layout: Layout, plain: list[str], background: list[str], killed: str
+    way: str, plain: list[str], background: list[str], killed: str
 ) -> tuple[list[tuple[bool, bool]], Outcome]:
     """As ``--async-save --use-persistent-ckpt-worker --async-strategy mcore`` does, twice; then a worker is killed."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-    run = harness.start(layout)
+    run = harness.start(WAYS[way], **OPTIONS[way])
     queue = AsyncCallsQueue(persistent=True)
     found = []
     try:
@@ -125,13 +131,13 @@ def test_saved_by_the_persistent_worker_while_training(pool: RankPool, tmp_path:
     """Its process starts without the redirects to the CPU, and shares the memory of weights that training changes."""
     plain, background = ([str(tmp_path / f"{name}{number}") for number in (1, 2)] for name in ("plain", "background"))
     killed = str(tmp_path / "killed")
-    results = pool.run(save_by_the_persistent_worker, 2, WAYS[way], plain, background, killed, timeout=2 * TIMEOUT)
+    results = pool.run(save_by_the_persistent_worker, 2, way, plain, background, killed, timeout=2 * TIMEOUT)
     assert [found for found, _ in results] == [[(False, True)] * 2] * 2
     assert "of rank 1: exit status -9" in one_error([told for _, told in results])
     assert not folders.is_whole(Path(killed))
     for now, later in zip(plain, background, strict=True):
         assert differences(now, later) == []
-    assert pool.run(load_each, 2, WAYS[way], {}, background[1:], timeout=TIMEOUT) == [[FINE]] * 2
+    assert pool.run(load_each, 2, WAYS[way], OPTIONS[way], background[1:], timeout=TIMEOUT) == [[FINE]] * 2
 
 
 def staged() -> tuple[bool, bool]:
@@ -150,7 +156,7 @@ def test_what_another_process_writes_is_a_copy(pool: RankPool) -> None:
     assert pool.run(staged, 1) == [(True, False)]
 
 
-def save_and_load_in_parallel(layout: Layout, plain: str, parallel: str, again: str) -> list[float]:
+def save_and_load_in_parallel(way: str, plain: str, parallel: str, again: str) -> list[float]:
     """Every data-parallel rank writes and reads a part; losses before and after."""
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -162,7 +168,7 @@ def save_and_load_in_parallel(layout: Layout, plain: str, parallel: str, again: 
         TorchDistSaveShardedStrategy,
     )
 
-    run = harness.start(layout, bf16=True)
+    run = harness.start(WAYS[way], **OPTIONS[way])
     run.losses(2)
     harness.save_run(run, plain)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -185,7 +191,7 @@ def save_and_load_in_parallel(layout: Layout, plain: str, parallel: str, again: 
 @pytest.mark.parametrize("way", WAYS)
 def test_saved_and_loaded_by_all_ranks_in_parallel(pool: RankPool, tmp_path: Path, way: str) -> None:
     names = [str(tmp_path / name) for name in ("plain", "parallel", "again")]
-    for once, again in pool.run(save_and_load_in_parallel, 2, WAYS[way], *names, timeout=TIMEOUT):
+    for once, again in pool.run(save_and_load_in_parallel, 2, way, *names, timeout=TIMEOUT):
         assert once == again
     assert differences(names[0], names[1]) == []
     assert differences(names[0], names[2]) == []

@@ -24,7 +24,10 @@ ALGORITHMS = ("atomic", "fully_parallel")
 LAYOUTS = {
     "dp2": (Layout(), {}),
     "tp2": (Layout(tp=2), {}),
-    "layer_wise": (Layout(layer_wise=True), {"bf16": True}),
+    "layer_wise": (
+        Layout(layer_wise=True),
+        {"bf16": True, "optimizer": {"muon_master": "remainder", "muon_momentum_dtype": "int8"}},
+    ),
 }
 
 
