@@ -21,7 +21,7 @@ from megatron_muon.choices import dtype_name
 from megatron_muon.optimizers import storage
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, cut_second_moment, whole_second_moment
-from megatron_muon.optimizers.storage import INT8, MOMENTUM, PLAIN, REMAINDER, SCALE, TIES, Kept, master_of, momentum_of
+from megatron_muon.optimizers.storage import INT8, MOMENTUM, OF_FORMS, PLAIN, REMAINDER, Kept, master_of, momentum_of
 from megatron_muon.routing.layout import layout_of
 
 MASTER = "fp32_param"
@@ -29,9 +29,6 @@ MASTER = "fp32_param"
 
 MOMENTUM_DTYPE = "momentum_dtype"
 """Among the numbers of a weight: the form of its momentum, which a checkpoint's readers may change."""
-
-_OF_FORMS = (REMAINDER, TIES, SCALE)
-"""State that checkpoints do not have: with a weight or its momentum it says numbers."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +135,13 @@ class ParamState:
     @property
     def of_forms(self) -> frozenset[str]:
         """Names of the state that checkpoints do not have, because it says numbers of others."""
-        return frozenset(_OF_FORMS) & self.tensors.keys()
+        return frozenset(OF_FORMS) & self.tensors.keys()
 
     @property
     def states(self) -> tuple[str, ...]:
         """The names of :attr:`saved`."""
         names = [*([MASTER] if MASTER in self._kept else []), *self.tensors]
-        return tuple(name for name in names if name not in _OF_FORMS)
+        return tuple(name for name in names if name not in OF_FORMS)
 
     @functools.cached_property
     def saved(self) -> dict[str, torch.Tensor]:

@@ -42,7 +42,15 @@ from megatron_muon.optimizers.registry import made_anew, variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, cut_second_moment
 from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.optimizers.step import Graph, Step
-from megatron_muon.optimizers.storage import MOMENTUM, REMAINDER, TIES, having_gradients, init_momentum, init_remainder
+from megatron_muon.optimizers.storage import (
+    MOMENTUM,
+    REMAINDER,
+    TIES,
+    adopt,
+    having_gradients,
+    init_momentum,
+    init_remainder,
+)
 from megatron_muon.options import MuonOptions, UpdateKnobs
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM
@@ -308,6 +316,21 @@ class Muon(torch.optim.Optimizer):
         for param, each in self.state.items():
             cut_second_moment(param, each)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in ``torch.optim.Optimizer``, which rounds all state to its weight's type: here it stays what it is.
+
+        Momentum and masters are kept as this optimizer's options say, in whatever form they were.
+        """
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, param in zip(numbers, self._own, strict=True):
+            if given := state_dict["state"].get(number):
+                own: dict[str, Any] = {}
+                self._init_kept(param, own)
+                adopt(param, own, given)
+                cut_second_moment(param, own)
+                self.state[param] = own
+
     def forget(self) -> None:
         """Discard all that was derived from the weights, which have been replaced: they are their masters, too."""
         self._forget_found()
@@ -414,10 +437,7 @@ class Muon(torch.optim.Optimizer):
         """Create missing state. Megatron-Core calls this with False before it loads a checkpoint."""
         for param in having_gradients(group["params"]) if skip_non_grad_params else group["params"]:
             state = self.state[param]
-            if self.config.master == "remainder" and param.dtype == torch.bfloat16 and REMAINDER not in state:
-                init_remainder(param, state)
-            if MOMENTUM not in state:
-                init_momentum(param, state, self.config.momentum_dtype)
+            self._init_kept(param, state)
             layout = getattr(param, LAYOUT_ATTRIBUTE, WHOLE)  # no call for each weight in each step
             has_second = layout.has_scalar_rows and group["scalar_optimizer"] == "adam"
             if has_second and SECOND_MOMENT not in state:
@@ -435,6 +455,13 @@ class Muon(torch.optim.Optimizer):
                 self.variant.init_state(param, state)
                 if self.variant.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:
                     init_rows(param, state, UPDATE_LEFT)
+
+    def _init_kept(self, param: torch.Tensor, state: dict[str, Any]) -> None:
+        """Create what is missing of momentum and master."""
+        if self.config.master == "remainder" and param.dtype == torch.bfloat16 and REMAINDER not in state:
+            init_remainder(param, state)
+        if MOMENTUM not in state:
+            init_momentum(param, state, self.config.momentum_dtype)
 
 
 def _with(options: MuonOptions, overrides: dict[str, Any]) -> MuonOptions:

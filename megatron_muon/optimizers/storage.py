@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from megatron_muon.optimizers.handled import HostReads
+from megatron_muon.optimizers.handled import STEP, HostReads
 
 MOMENTUM = "momentum_buffer"
 """State: momentum, of the weight's shape; float32 or wider, bfloat16, or int8 with :data:`SCALE`."""
@@ -37,6 +37,9 @@ bfloat16 numbers and above the weight."""
 
 _AT_ONCE = {"cpu": 1 << 15, "cuda": 1 << 24}
 """How many numbers are converted at once, where the whole would take much memory: on CPUs they fit into a cache."""
+
+OF_FORMS = (SCALE, REMAINDER, TIES)
+"""State that says numbers with momentum or a weight: checkpoints have the numbers."""
 
 BLOCK = 256
 """Columns of a row that have one scale in int8 momentum."""
@@ -211,6 +214,29 @@ def init_remainder(param: torch.Tensor, state: dict[str, Any]) -> None:
     """Add a master weight to the state of a bfloat16 weight: what the weight is."""
     state[REMAINDER] = torch.zeros_like(param, dtype=torch.int16)
     state[TIES] = param.new_zeros((*param.shape[:-1], -(-param.size(-1) // 8)), dtype=torch.uint8)
+
+
+@torch.no_grad()
+def adopt(param: torch.Tensor, own: dict[str, Any], given: dict[str, Any]) -> None:
+    """Make a weight's new state of what was saved of it, whatever form that is in.
+
+    Args:
+        param: the weight that the optimizer updates.
+        own: its state, with momentum and master in the form in which they are to be kept; completed here. A master
+            that was kept otherwise is not known here: it stays what the weight is.
+        given: what was saved, anywhere; numbers of rows and single numbers become float32 at least.
+    """
+    if REMAINDER in own and REMAINDER in given:
+        own[REMAINDER].copy_(given[REMAINDER])
+        own[TIES].copy_(given[TIES])
+    if MOMENTUM in given:
+        write(momentum_of(own), read(momentum_of(given)))
+    wide = torch.promote_types(param.dtype, torch.float32)
+    for name, value in given.items():
+        if name in (MOMENTUM, *OF_FORMS):
+            continue
+        is_state = isinstance(value, torch.Tensor) and name != STEP and value.is_floating_point()
+        own[name] = value.to(param.device, torch.promote_types(value.dtype, wide)) if is_state else value
 
 
 @torch.no_grad()

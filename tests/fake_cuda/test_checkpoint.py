@@ -111,7 +111,9 @@ def _check_in_place(run: Run, saved: Any) -> int:
     parts = [part for part in nested_values(saved) if isinstance(part, ShardedTensor)]
     assert parts and all(part.data.dtype == part.dtype for part in parts)
     copies = [part for part in parts if part.data.device != GPU]
-    assert all(re.search(r"state\.(fp32_param|momentum_buffer)\..*(qkv|proj|fc1|fc2)\.weight", part.key) for part in copies)
+    assert all(
+        re.search(r"state\.(fp32_param|momentum_buffer)\..*(qkv|proj|fc1|fc2)\.weight", part.key) for part in copies
+    )
     there = [part.data.untyped_storage().data_ptr() for part in parts if part.data.device == GPU and part.data.numel()]
     assert memory.issuperset(there)
     return sum(part.data.nbytes for part in copies)

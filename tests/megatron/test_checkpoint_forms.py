@@ -1,4 +1,4 @@
-"""State in one form of checkpoint, whatever form saves and reads it: at other layouts, by other optimizers, other ways."""
+"""State in the one form of checkpoints, whatever form saves and reads it: other layouts, optimizers and ways."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.checkpoints import contents, differences
 from tests.megatron import harness
@@ -173,7 +172,8 @@ def test_damage_is_found_before_momentum_is_rounded(pool: RankPool, tmp_path: Pa
 
 
 def refused(layout: Layout, forms: list[dict[str, Any]], folder: str) -> list[Outcome]:
-    return [failure(lambda run=start(layout, form): harness.load_run(run, folder)) for form in forms]
+    runs = [start(layout, form) for form in forms]
+    return [failure(lambda run=run: harness.load_run(run, folder)) for run in runs]  # type: ignore[misc]
 
 
 # --- each rank's own file (--ckpt-format torch) ----------------------------------------------------------------------

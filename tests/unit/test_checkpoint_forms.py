@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -95,3 +96,64 @@ def test_later_steps_do_not_change_what_is_saved() -> None:
     storage.write(master_of(held.key, state), numbers(3))
     storage.write(momentum_of(state), numbers(4))
     assert all(torch.equal(held.saved[name], tensor) for name, tensor in saved.items())
+
+
+# --- state_dict() of plain torch -------------------------------------------------------------------------------------
+
+
+def muon(weight: torch.Tensor, master: str, momentum: str) -> Muon:
+    return Muon([torch.nn.Parameter(weight.clone().bfloat16())], lr=0.02, master=master, momentum_dtype=momentum)
+
+
+def train(optimizer: Muon, seed: int, steps: int = 2) -> None:
+    (param,) = optimizer.param_groups[0]["params"]
+    for step in range(steps):
+        param.grad = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed + step)).bfloat16()
+        optimizer.step()
+
+
+def through_a_file(optimizer: Muon, master: str, momentum: str) -> Muon:
+    """Another one with its weight and state."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    again = muon(optimizer.param_groups[0]["params"][0].detach(), master, momentum)
+    again.load_state_dict(torch.load(file))
+    return again
+
+
+def contents(optimizer: Muon) -> dict[str, torch.Tensor]:
+    (param,) = optimizer.param_groups[0]["params"]
+    state = {name: value for name, value in optimizer.state[param].items() if isinstance(value, torch.Tensor)}
+    return {"weight": param.detach(), **state}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("form", [("fp32", "auto"), ("fp32", "fp32"), *FORMS[3:]])
+def test_a_state_dict_is_not_rounded(form: tuple[str, str]) -> None:
+    """torch gives all state the type of its weight."""
+    optimizer = muon(numbers(1), *form)
+    train(optimizer, 5)
+    again = through_a_file(optimizer, *form)
+    assert same(contents(again), contents(optimizer))
+    train(optimizer, 7)
+    train(again, 7)
+    assert same(contents(again), contents(optimizer))
+
+
+def test_a_state_dict_of_another_form_is_read() -> None:
+    optimizer = muon(numbers(1), "remainder", "int8")
+    train(optimizer, 5)
+    before, weight = contents(optimizer), optimizer.param_groups[0]["params"][0]
+    held = storage.read(momentum_of(optimizer.state[weight]))
+    wide = contents(through_a_file(optimizer, "remainder", "fp32"))
+    assert SCALE not in wide and torch.equal(wide[MOMENTUM], held)
+    assert torch.equal(wide[REMAINDER], before[REMAINDER]) and torch.equal(wide[TIES], before[TIES])
+    plain = through_a_file(optimizer, "fp32", "auto")
+    assert not {REMAINDER, TIES, SCALE} & contents(plain).keys(), "the weight is its own master"
+    assert torch.equal(contents(plain)[MOMENTUM], held.bfloat16())
+    back = contents(through_a_file(plain, "remainder", "int8"))
+    assert not back[REMAINDER].any() and back[MOMENTUM].dtype == torch.int8
