@@ -193,7 +193,8 @@ def awaken(inners: Sequence[torch.optim.Optimizer], entries: Sequence[Entry]) ->
             entry.put(found)
     for inner in inners:
         ASLEEP.pop(inner, None)
-    _settle()
+    if moving:  # every load asks for it
+        _settle()
     return sum(entry.tensor.nbytes for entry in moving)
 
 
