@@ -127,6 +127,7 @@ def test_adam(
     ckpt.main(["convert", str(folder), str(tmp_path / "adam"), "--to", "adam"])
     wanted = pool.run(resume, 2, to, str(tmp_path / "adam" / folder.name), bf16, ADAM, True)[0]
     assert pool.run(resume, 2, to, new, bf16, ADAM, False)[0] == wanted
+    assert {tensor.dtype for key, tensor in contents(new).items() if ".exp_avg_sq." in key} == {torch.float32}
     check_states(contents(str(folder)), f"{new}-again")
 
 

@@ -32,7 +32,7 @@ def wrong_on_rank_1(what: str) -> Iterator[None]:
         if dist.get_rank() == 1:
             held = next(each for each in self.held if "momentum_buffer" in each.tensors)
             tensor = held.param.data if what == "weight" else held.tensors[what]
-            tensor.view(-1)[3] += 1.0
+            tensor.view(-1)[3] += 1
         return record
 
     with mock.patch.object(Request, "fill", fill):
@@ -54,12 +54,22 @@ def load_wrongly(layout: Layout, options: dict[str, Any], folder: str, whats: li
 
 
 @pytest.mark.parametrize(
-    "bf16,whats", [(False, ["weight", "momentum_buffer"]), (True, ["weight", "momentum_buffer", "fp32_param"])]
+    "options,whats",
+    [
+        ({"bf16": True}, ["weight", "momentum_buffer", "fp32_param"]),
+        (
+            {"bf16": True, "optimizer": {"muon_master": "remainder", "muon_momentum_dtype": "int8"}},
+            ["weight", "momentum_buffer", "momentum_scale", "master_remainder", "master_ties"],
+        ),
+    ],
+    ids=["float32", "other forms"],
 )
-def test_copies_that_differ_after_loading(pool: RankPool, tmp_path: Path, bf16: bool, whats: list[str]) -> None:
+def test_copies_that_differ_after_loading(
+    pool: RankPool, tmp_path: Path, options: dict[str, Any], whats: list[str]
+) -> None:
     folder = str(tmp_path / "checkpoint")
-    pool.run(save_after_a_step, 2, Layout(), {"bf16": bf16}, folder)
-    (mine, name), (theirs, _) = pool.run(load_wrongly, 2, Layout(), {"bf16": bf16}, folder, whats, timeout=TIMEOUT)
+    pool.run(save_after_a_step, 2, Layout(), options, folder)
+    (mine, name), (theirs, _) = pool.run(load_wrongly, 2, Layout(), options, folder, whats, timeout=TIMEOUT)
     for what, *outcomes in zip(whats, mine, theirs, strict=True):
         text = one_error(outcomes)
         wanted = name if what == "weight" else f"{what} of {name}"

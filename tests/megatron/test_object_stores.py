@@ -97,7 +97,8 @@ def save_and_resume(store: Path) -> tuple[list[Outcome], list[bool], list[float]
 
     megatron_muon.install()
     url, local = f"msc://{store.name}/iter_0000001", store.parent / "local"
-    run = harness.start(Layout(layer_wise=True))
+    forms = {"bf16": True, "optimizer": {"muon_master": "remainder", "muon_momentum_dtype": "bf16"}}
+    run = harness.start(Layout(layer_wise=True), **forms)
     run.losses(1)
     with_stores(store, harness.save_run, run, url)
     run.losses(1)
@@ -105,7 +106,7 @@ def save_and_resume(store: Path) -> tuple[list[Outcome], list[bool], list[float]
     whole = [with_stores(store, lambda: folders.is_whole(folders.path_of(url)))]
     harness.save_run(run, str(local))
     straight = run.losses(2)
-    run = harness.start(Layout(layer_wise=True))
+    run = harness.start(Layout(layer_wise=True), **forms)
     found = [failure(lambda: with_stores(store, harness.load_run, run, Path(url)))]
     resumed = run.losses(2)
     data = sorted((store / "iter_0000001").glob("*.distcp"))[-1]

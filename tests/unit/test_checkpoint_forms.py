@@ -98,6 +98,18 @@ def test_later_steps_do_not_change_what_is_saved() -> None:
     assert all(torch.equal(held.saved[name], tensor) for name, tensor in saved.items())
 
 
+def test_state_on_the_host_of_a_weight_on_a_device_is_copied_to_be_saved() -> None:
+    """Whoever writes in the background shares what is on the host with later steps."""
+    key = numbers(1)
+    optimizer = Muon([key])
+    storage.init_momentum(key, optimizer.state[key], "fp32")
+    for device, is_copied in (("meta", True), ("cpu", False)):
+        held = ParamState(torch.nn.Parameter(key.to(device)), optimizer, optimizer.param_groups[0], key, key)
+        held.keep_apart()
+        assert [held.saved[name] is not tensor for name, tensor in held.tensors.items()] == [is_copied] * 2
+        assert all(torch.equal(held.saved[name], tensor) for name, tensor in held.tensors.items())
+
+
 # --- state_dict() of plain torch -------------------------------------------------------------------------------------
 
 
