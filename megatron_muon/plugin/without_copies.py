@@ -22,7 +22,7 @@ import torch
 
 from megatron_muon._patching import Original, Patches
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.optimizers.storage import REMAINDER, TIES, gradient_of
+from megatron_muon.optimizers.storage import gradient_of
 
 PATCHES = Patches()
 
@@ -114,13 +114,8 @@ def _class() -> type:
                 super()._copy_main_params_to_model_params()
 
         def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
-            if self._has_copies:
+            if self._has_copies:  # masters without are what Muon.forget() leaves of them: the weights
                 super()._copy_model_params_to_main_params(state_dict)
-                return
-            for param, _ in self._pairs():
-                state = self.optimizer.state.get(param, {})
-                for name in {REMAINDER, TIES} & state.keys():
-                    state[name].zero_()
 
     return Float16OptimizerWithoutCopies
 
