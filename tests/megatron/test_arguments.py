@@ -64,7 +64,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         "--muon-qk-log-layers 100 --muon-variant polargrad --muon-weight-decay-method cautious "
         "--muon-ball-radius 2 --muon-param-rule output_layer*=sign "
         "--muon-scalar-weight-decay-method independent_scheduled "
-        "--muon-nonfinite stop "
+        "--muon-nonfinite stop --bf16 --muon-master remainder --muon-momentum-dtype int8 "
         "--muon-dry-run --log-max-attention-logit --qk-clip"
     )
     read = pool.run(parse, 1, flags)[0]
@@ -83,6 +83,8 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         scalar_optimizer="lion",
         log_jsonl="losses.jsonl",
         nonfinite="stop",
+        master="remainder",
+        momentum_dtype="int8",
         qkv="whole",
         mla_up="split",
         mla_down="whole",
