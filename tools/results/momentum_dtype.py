@@ -17,6 +17,7 @@ AVERAGED = 1000
 """Steps of the averages."""
 
 MOMENTA = (0.95, 0.99)
+MICRO_BATCHES = (1, 8, 64)
 KINDS = ("bf16", "int8")
 REFERENCE = "fp32"
 
@@ -58,6 +59,7 @@ def run(context: Context) -> Report:
         for name, matrix in times["late"].items()
     }
     averages = rounding.all_averages(20 if context.quick else AVERAGED, MOMENTA)
+    gradients = rounding.gradient_errors(MICRO_BATCHES)
     steps = context.steps or (2 if context.quick else sets.STEPS)
     tables = [
         (
@@ -72,6 +74,11 @@ def run(context: Context) -> Report:
             "float32, and keeps. Relative error of the average; in brackets the gain, its size along the right one "
             "less 1, where that is more than 0.001; behind it the error of a float64 update of it:",
             average_table(averages),
+        ),
+        (
+            "Gradients of several micro-batches, noise, added up in bfloat16 (`--grad-reduce-in-bf16`): relative error "
+            "of the sum:",
+            table(["micro-batches", *gradients], [["error", *(f"{error:.1e}" for error in gradients.values())]]),
         ),
         *(
             (f"{name}, final validation loss:", sets.losses_table(each, reference_of(each)))
@@ -98,6 +105,7 @@ def run(context: Context) -> Report:
             "zoo": {name: asdict(each) for name, each in zoo.items()},
             "real_momentum": {name: asdict(each) for name, each in real.items()},
             "averages": averages,
+            "gradients": gradients,
             "valid_loss": {model: {name: each.losses for name, each in of.items()} for model, of in found.items()},
         },
         draw=lambda figure: _draw(figure, zoo, found),

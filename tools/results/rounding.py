@@ -218,3 +218,17 @@ def all_averages(
             of = averages(stream(), momentum, keeps)
             found[f"{momentum:g}"][name] = {form: asdict(each) for form, each in of.items()}
     return found
+
+
+def gradient_errors(counts: tuple[int, ...], rows: int = 128, columns: int = 512) -> dict[str, float]:
+    """Relative error of a sum of gradients of so many micro-batches, noise, added up in bfloat16."""
+    found = {}
+    for count in counts:
+        generator = torch.Generator().manual_seed(0)
+        exact, rounded = torch.zeros(rows, columns, dtype=torch.float64), torch.zeros(rows, columns).bfloat16()
+        for _ in range(count):
+            gradient = torch.randn(rows, columns, generator=generator)
+            exact += gradient
+            rounded += gradient.bfloat16()
+        found[str(count)] = relative(rounded, exact)
+    return found
