@@ -13,7 +13,7 @@ from megatron_muon.engine.plan import MatrixSlice
 from megatron_muon.engine.slices import Slices, Tensors
 from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.precision import own_dtype
-from megatron_muon.optimizers.storage import PLAIN, Kept, Take, master_of, momentum_of, opened, opened_in_turn
+from megatron_muon.optimizers.storage import PLAIN, Cutter, Kept, Take, master_of, momentum_of, opened, opened_in_turn
 from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.routing.layout import ORTHOGONALIZE, STIEFEL, MatrixLayout, layout_of
 
@@ -131,12 +131,7 @@ def _update_part_by_part(weight: ParamStep, rate: float) -> None:
     for momenta, take in opened_in_turn([weight.momentum], rows, copies=True):
         grads = [grad.to(momenta[0].dtype) for grad in take(raw)]
         if weight.l2:
-
-            def cut(tensors: list[torch.Tensor], take: Take = take) -> list[torch.Tensor]:
-                return take(rows(tensors))
-
-            with opened([weight.master], cut, writes=False) as masters:
-                grads = list(torch._foreach_add(grads, masters, alpha=weight.l2))
+            grads = _with_decay([weight], grads, rows, take)
         torch._foreach_lerp_(momenta, grads, rate)
 
 
@@ -152,28 +147,29 @@ def pack(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Ten
     together: dict[Hashable, tuple[Options, tuple[Tensors, Tensors, Tensors]]] = {}
     for run, mine, batch in by_param_group(weights, slices, batches):
         options, momenta, cut = mine[0].options, [weight.momentum for weight in mine], Cut(run, batch)
-        with opened(momenta, cut, writes=first) as numbers:
-            grads = numbers
-            if first or options.nesterov != 1.0:
-                # Gradients stay as they are: Megatron reads their buffer again (logging, gradient norms).
-                grads = run.views([weight.raw_grad for weight in mine], batch)
-            if batch.is_cuda and momenta[0].form is PLAIN and not mine[0].l2:  # kernels take all batches at once
+        decay, nesterov, raw = mine[0].l2, options.nesterov, None
+        if first or nesterov != 1.0:
+            # Gradients stay as they are: Megatron reads their buffer again (logging, gradient norms).
+            raw = run.views([weight.raw_grad for weight in mine], batch)
+        for numbers, take in opened_in_turn(momenta, cut, writes=first):
+            grads, slots = numbers if raw is None else take(raw), take(cut.slots)
+            if batch.is_cuda and momenta[0].form is PLAIN and not decay:  # kernels take all batches at once
                 _, views = together.setdefault((options, *mine[0].key[1:]), (options, ([], [], [])))
-                for some, more in zip(views, (numbers, grads, cut.slots), strict=True):
+                for some, more in zip(views, (numbers, grads, slots), strict=True):
                     some.extend(more)
                 continue
-            if mine[0].l2 and grads is not numbers:
-                grads = _with_decay(mine, grads, cut)
+            if decay and raw is not None:
+                grads = _with_decay(mine, grads, cut, take)
             # While it is in a CPU's cache, or there are copies.
-            elementwise.pack(numbers, grads, cut.slots, options.momentum if first else None, options.nesterov)
+            elementwise.pack(numbers, grads, slots, options.momentum if first else None, nesterov)
     for options, views in together.values():
         elementwise.pack(*views, options.momentum if first else None, options.nesterov)
 
 
-def _with_decay(weights: Sequence[ParamStep], grads: Tensors, cut: Cut) -> Tensors:
-    """Parts of gradients, with the decay of method ``l2``: copies."""
+def _with_decay(weights: Sequence[ParamStep], grads: Tensors, cut: Cutter, take: Take) -> Tensors:
+    """Some rows of gradients, with the decay of method ``l2``: copies."""
     dtype = own_dtype(weights[0].param.dtype)
-    with opened([weight.master for weight in weights], cut, writes=False) as masters:
+    with opened([weight.master for weight in weights], lambda tensors: take(cut(tensors)), writes=False) as masters:
         if masters:
             return list(torch._foreach_add([grad.to(dtype) for grad in grads], masters, alpha=weights[0].l2))
     return []
@@ -205,15 +201,15 @@ def add(
     together: dict[Hashable, tuple[Options, tuple[Tensors, Tensors, list[float]]]] = {}
     for run, mine, batch in by_param_group(weights, slices, directions, key):
         options, masters, cut = mine[0].options, [weight.master for weight in mine], Cut(run, batch)
-        with opened(masters, cut) as numbers:
-            factors = [factor(mine[0], run.items[0])] * len(numbers)
+        for numbers, take in opened_in_turn(masters, cut):
+            slots, factors = take(cut.slots), [factor(mine[0], run.items[0])] * len(numbers)
             if batch.is_cuda and masters[0].form is PLAIN:  # as in pack
                 _, its = together.setdefault((options, *mine[0].key[1:]), (options, ([], [], [])))
                 its[0].extend(numbers)
-                its[1].extend(cut.slots)
+                its[1].extend(slots)
                 its[2].extend(factors)
             else:
-                elementwise.add(numbers, cut.slots, factors, options.lr, options.kept, options.cautious)
+                elementwise.add(numbers, slots, factors, options.lr, options.kept, options.cautious)
     for options, each in together.values():
         elementwise.add(*each, options.lr, options.kept, options.cautious)
 

@@ -95,7 +95,7 @@ class Int8(Form):
         """See :meth:`Form.encode`."""
         units = torch.empty_like(values, memory_format=torch.contiguous_format)
         for (part, scale), (own, _) in zip(_blocks(units, planes[1]), _blocks(values, planes[1]), strict=True):
-            unit = torch.linalg.vector_norm(own, torch.inf, -1, keepdim=True).float().div_(127.0)
+            unit = torch.maximum(own.amax(-1, keepdim=True), own.amin(-1, keepdim=True).neg_()).float().div_(127.0)
             unit = unit.view(torch.int32).add_(0xFF).bitwise_and_(~0xFF).view(torch.float32)
             torch.div(own, torch.where(unit > 0, unit, 1.0), out=part)
             scale.copy_(unit)
@@ -103,42 +103,56 @@ class Int8(Form):
 
 
 class Remainder(Form):
-    """A float32 master weight: planes are the bfloat16 weight, :data:`REMAINDER` and :data:`TIES`."""
+    """A float32 master weight: planes are the bfloat16 weight, :data:`REMAINDER` and :data:`TIES`.
+
+    A weight that somebody has set to zero, or to another number, is its own master, or as near as half a unit.
+    """
 
     name = "remainder"
 
     def decode(self, planes: Planes) -> torch.Tensor:
         """See :meth:`Form.decode`."""
         weight, remainder, ties = planes
-        bits = _high(weight).add_(remainder)
-        if _may_have_any(ties):
+        values = weight.to(torch.float32, memory_format=torch.contiguous_format)
+        bits = values.view(torch.int32).add_(remainder)
+        if _is_unread(ties):
             bits.add_(_unpacked(ties, weight.size(-1)).int().mul_(1 << 16))
-        return bits.view(torch.float32)
+            return torch.where(values.isnan(), weight, values)
+        # On the host it costs next to nothing to know that there is nothing to do: one element in 131,072 is one.
+        if ties.any():
+            *row, byte = ties.nonzero(as_tuple=True)
+            found, place = _unpacked(ties[(*row, byte)].unsqueeze(-1), 8).nonzero(as_tuple=True)
+            bits[(*(index[found] for index in row), byte[found] * 8 + place)] += 1 << 16
+        if not values.sum().isfinite():
+            values = torch.where(values.isnan(), weight, values)
+        return values
 
     def encode(self, values: torch.Tensor, planes: Planes) -> None:
         """See :meth:`Form.encode`."""
         weight, remainder, ties = planes
+        bits = values.contiguous().view(torch.int32)
         weight.copy_(values)
-        beyond = values.contiguous().view(torch.int32) - _high(weight)
-        is_tie = beyond == 1 << 15
-        remainder.copy_(beyond)  # modulo 2^16
-        if _may_have_any(is_tie):
-            ties.copy_(_packed(is_tie))
-        else:
-            ties.zero_()
+        remainder.copy_(bits)  # modulo 2^16, of which the weight's bits are a multiple
+        if _is_unread(ties):
+            ties.copy_(_packed(bits.bitwise_and(0x1FFFF) == 1 << 15))
+            return
+        ties.zero_()
+        if remainder.numel() and (least := remainder.amin(-1)).min() == _HALF_WAY:  # in one row of some
+            row = (least == _HALF_WAY).nonzero(as_tuple=True)
+            found, column = (bits[row].bitwise_and_(0x1FFFF) == 1 << 15).nonzero(as_tuple=True)
+            byte = (*(index[found] for index in row), column >> 3)
+            ties.index_put_(byte, torch.bitwise_left_shift(1, column & 7).to(torch.uint8), accumulate=True)
 
+
+_HALF_WAY = -(1 << 15)
+"""The remainder of what lies half way between two bfloat16 numbers."""
 
 PLAIN, BFLOAT16, INT8, REMAINDERS = Form(), Bfloat16(), Int8(), Remainder()
 
 
-def _may_have_any(ties: torch.Tensor) -> bool:
-    """On the host it costs next to nothing to know that there is none: one element in 131,072 is one."""
-    return ties.is_cuda or HostReads.forbidden or bool(ties.any())
-
-
-def _high(weight: torch.Tensor) -> torch.Tensor:
-    """The bits of bfloat16 numbers as those of float32, in int32."""
-    return weight.contiguous().view(torch.int16).int().mul_(1 << 16)
+def _is_unread(ties: torch.Tensor) -> bool:
+    """Whether the host does not know what is in a tensor: on a device, and while a step is captured."""
+    return ties.is_cuda or HostReads.forbidden
 
 
 def _packed(bits: torch.Tensor) -> torch.Tensor:
