@@ -10,12 +10,14 @@ import torch
 from megatron_muon.engine.callbacks import Reduce
 from megatron_muon.engine.shards import Shard
 from megatron_muon.engine.slices import Slices, Tensors
+from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.handled import STEP, HostReads
 from megatron_muon.optimizers.param_step import Cut, ParamStep, Weights, by_param_group
 from megatron_muon.optimizers.precision import own_dtype
-from megatron_muon.optimizers.storage import Kept, at_once, opened, opened_in_turn
+from megatron_muon.optimizers.storage import PLAIN, Kept, at_once, opened_in_turn
 from megatron_muon.orthogonalize.kernels.elementwise import Rate, add_
+from megatron_muon.routing.blocks import BlockRange
 
 __all__ = ["Matrices", "Update", "divide_", "is_nonzero", "matrices_of", "row_norms", "signs_"]
 
@@ -59,8 +61,22 @@ class Update:
         return int(self.weights[0].group[STEP])
 
     @property
+    def keys(self) -> list[tuple[torch.Tensor, BlockRange]]:
+        """What tells the matrices of one weight's block from all others."""
+        return [(weight.param, its) for weight, its in zip(self.weights, self.slices.ranges, strict=True)]
+
+    @property
     def params(self) -> list[torch.Tensor]:
-        """The weights (this rank's shards), as the last step left them."""
+        """The weights (this rank's shards), as the last step left them.
+
+        Raises:
+            ConfigError: if the optimizer's weights are others: theirs with all bits (``master="remainder"``).
+        """
+        if any(weight.master.form is not PLAIN for weight in self.weights):
+            raise ConfigError(
+                "a variant that reads or changes `params` with master remainder: these weights are rounded. Use "
+                "masters(), add(), multiply() and keep() of the update, or master fp32."
+            )
         return [weight.param for weight in self.weights]
 
     def named(self, name: str) -> list[torch.Tensor]:
@@ -117,9 +133,16 @@ class Update:
     def add(self, batch: torch.Tensor, rate: Rate) -> None:
         """Add a batch, times a rate, to the weights."""
         cut = Cut(self.slices, batch)
-        with opened([weight.master for weight in self.weights], cut) as numbers:
+        for numbers, take in opened_in_turn([weight.master for weight in self.weights], cut):
             if numbers:
-                add_(numbers, cut.slots, rate)
+                add_(numbers, take(cut.slots), rate)
+
+    def keep(self, batch: torch.Tensor) -> None:
+        """Make a batch the weights."""
+        cut = Cut(self.slices, batch)
+        for numbers, take in opened_in_turn([weight.master for weight in self.weights], cut):
+            if numbers:
+                torch._foreach_copy_(numbers, take(cut.slots))
 
     def _numbers(self, kept: Sequence[Kept]) -> torch.Tensor:
         batch = self.direction.new_empty(self.direction.shape)
@@ -145,9 +168,9 @@ class Update:
     def multiply(self, factor: torch.Tensor) -> None:
         """Multiply the weights in place by a factor for each matrix, (matrices, 1, 1)."""
         cut = Cut(self.slices, factor.expand(-1, self.direction.size(-2), 1))
-        with opened([weight.master for weight in self.weights], cut) as numbers:
+        for numbers, take in opened_in_turn([weight.master for weight in self.weights], cut):
             if numbers:
-                torch._foreach_mul_(numbers, cut.slots)
+                torch._foreach_mul_(numbers, take(cut.slots))
 
 
 class Matrices:

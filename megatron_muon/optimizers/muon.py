@@ -6,7 +6,7 @@ import difflib
 import inspect
 import os
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -36,21 +36,14 @@ from megatron_muon.optimizers.groups import (
     is_number,
 )
 from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_capture, refuse_elsewhere
+from megatron_muon.optimizers.loading import AsItIs, tell
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
 from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.registry import made_anew, variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, cut_second_moment
 from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.optimizers.step import Graph, Step
-from megatron_muon.optimizers.storage import (
-    MOMENTUM,
-    REMAINDER,
-    TIES,
-    adopt,
-    having_gradients,
-    init_momentum,
-    init_remainder,
-)
+from megatron_muon.optimizers.storage import MOMENTUM, REMAINDER, TIES, having_gradients, settle
 from megatron_muon.options import MuonOptions, UpdateKnobs
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM
@@ -90,10 +83,11 @@ class Muon(torch.optim.Optimizer):
     matrices except in ``tp_mode="blockwise"``, and in the steps between those that ``blockwise_period`` counts off,
     where each shard counts as a weight of its own.
 
-    State: ``momentum_buffer``, of the parameter's shape and dtype; ``momentum_peak``, a number for each of its rows
-    (:mod:`megatron_muon.optimizers.fading`); ``step``, the count of its own updates; for parameters with rows under
-    Adam's rule ``exp_avg_sq`` of these rows. Between steps it may be moved, replaced, zeroed or taken away, by name or
-    as a whole: nothing else is kept of it that would not be noticed to be out of date.
+    State: ``momentum_buffer``, of the parameter's shape, in the form of ``momentum_dtype``, and what remains of its
+    master weight with ``master="remainder"`` (:mod:`megatron_muon.optimizers.storage`); ``momentum_peak``, a number for
+    each of its rows (:mod:`megatron_muon.optimizers.fading`); ``step``, the count of its own updates; for parameters
+    with rows under Adam's rule ``exp_avg_sq`` of these rows. Between steps it may be moved, replaced, zeroed or taken
+    away, by name or as a whole: nothing else is kept of it that would not be noticed to be out of date.
 
     Attributes:
         directions: the kinds of updates that it has, see :class:`megatron_muon.routing.layout.MatrixLayout`.
@@ -304,6 +298,10 @@ class Muon(torch.optim.Optimizer):
         """
         attributes = state.pop(_ATTRIBUTES, None)
         super().__setstate__(state)
+        for param, each in self.state.items():
+            for name, value in each.items() if isinstance(each, dict) else ():
+                if isinstance(value, AsItIs):
+                    each[name] = value.of(param, name)
         self.starts = WarmStarts()
         self.variant.forget()
         if attributes is not None:
@@ -316,20 +314,24 @@ class Muon(torch.optim.Optimizer):
         for param, each in self.state.items():
             cut_second_moment(param, each)
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in ``torch.optim.Optimizer``, which rounds all state to its weight's type: here it stays what it is.
+        """As in ``torch.optim.Optimizer``, with all bits of the state: the dtype of a weight is not that of its state.
 
-        Momentum and masters are kept as this optimizer's options say, in whatever form they were.
+        Momentum in another dtype than this optimizer's is converted; without ``master_remainder`` masters are the
+        weights as they are. Both are told by a line.
         """
-        super().load_state_dict(state_dict)
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, param in zip(numbers, self._own, strict=True):
-            if given := state_dict["state"].get(number):
-                own: dict[str, Any] = {}
-                self._init_kept(param, own)
-                adopt(param, own, given)
-                cut_second_moment(param, own)
-                self.state[param] = own
+        last = self.register_load_state_dict_pre_hook(AsItIs.hook)  # after those of others
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        others: Counter[str] = Counter()
+        for param in self._own:
+            if MOMENTUM in (state := self.state.get(param, {})):
+                others[settle(param, state, self.config.master, self.config.momentum_dtype)] += 1
+        del others[""]
+        tell(others)
 
     def forget(self) -> None:
         """Discard all that was derived from the weights, which have been replaced: they are their masters, too."""
@@ -435,9 +437,12 @@ class Muon(torch.optim.Optimizer):
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Create missing state. Megatron-Core calls this with False before it loads a checkpoint."""
+        others: Counter[str] = Counter()
         for param in having_gradients(group["params"]) if skip_non_grad_params else group["params"]:
             state = self.state[param]
-            self._init_kept(param, state)
+            told = settle(param, state, self.config.master, self.config.momentum_dtype)
+            if told:
+                others[told] += 1
             layout = getattr(param, LAYOUT_ATTRIBUTE, WHOLE)  # no call for each weight in each step
             has_second = layout.has_scalar_rows and group["scalar_optimizer"] == "adam"
             if has_second and SECOND_MOMENT not in state:
@@ -455,13 +460,7 @@ class Muon(torch.optim.Optimizer):
                 self.variant.init_state(param, state)
                 if self.variant.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:
                     init_rows(param, state, UPDATE_LEFT)
-
-    def _init_kept(self, param: torch.Tensor, state: dict[str, Any]) -> None:
-        """Create what is missing of momentum and master."""
-        if self.config.master == "remainder" and param.dtype == torch.bfloat16 and REMAINDER not in state:
-            init_remainder(param, state)
-        if MOMENTUM not in state:
-            init_momentum(param, state, self.config.momentum_dtype)
+        tell(others)
 
 
 def _with(options: MuonOptions, overrides: dict[str, Any]) -> MuonOptions:

@@ -52,9 +52,7 @@ class WarmStarts:
             usual: iterations from a vector of the step before.
         """
         updates = matrices.updates
-        looks = [
-            (self._looks[param], piece) for u in updates for param, piece in zip(u.params, u.slices.ranges, strict=True)
-        ]
+        looks = [(self._looks[param], piece) for update in updates for param, piece in update.keys]
         if all(found.get(piece, 0) >= _LOOKS for found, piece in looks):
             return usual
         stored = matrices.norms_over_rows([update.gather(update.named(state)) for update in updates])

@@ -50,7 +50,7 @@ class ZeroWeightCheck:
         Raises:
             ConfigError: naming the weight's kind and shape, and the way out.
         """
-        keys = {key for update in matrices.updates for key in zip(update.params, update.slices.ranges, strict=True)}
+        keys = {key for update in matrices.updates for key in update.keys}
         if keys <= self._seen:
             return
         self._seen |= keys

@@ -169,4 +169,4 @@ class Variant:
         return [update.direction for update in matrices.updates]
 
     def retract(self, matrices: Matrices) -> None:
-        """After the addition, change the weights (``params`` of each update) in place."""
+        """After the addition, change the weights: by ``multiply``, ``add`` or ``keep`` of each update."""

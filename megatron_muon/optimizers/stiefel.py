@@ -20,7 +20,7 @@ from megatron_muon.engine.slices import Slices
 from megatron_muon.optimizers.param_step import Cut, Weights, by_param_group
 from megatron_muon.optimizers.stages import Variant, Work
 from megatron_muon.optimizers.stiefel_solvers import PROJECTION_STEPS, SOLVERS, Msign, defect, tangency, tangent
-from megatron_muon.optimizers.storage import Kept, opened
+from megatron_muon.optimizers.storage import Kept, opened_in_turn
 from megatron_muon.orthogonalize.backends import choose_products
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -202,9 +202,9 @@ def _weights_reader(weights: Weights) -> Read:
 
     def read(slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
         for cut, masters in _parts(weights, slices, batches):
-            with opened(masters, cut, writes=False) as numbers:
+            for numbers, take in opened_in_turn(masters, cut, writes=False):
                 if numbers:
-                    torch._foreach_copy_(cut.slots, numbers)
+                    torch._foreach_copy_(take(cut.slots), numbers)
 
     return read
 
@@ -214,9 +214,9 @@ def _weights_writer(weights: Weights) -> Write:
 
     def write(slices: Sequence[Slices], results: Sequence[torch.Tensor], reduce: Reduce) -> None:
         for cut, masters in _parts(weights, slices, results):
-            with opened(masters, cut) as numbers:
+            for numbers, take in opened_in_turn(masters, cut):
                 if numbers:
-                    torch._foreach_copy_(numbers, cut.slots)
+                    torch._foreach_copy_(numbers, take(cut.slots))
 
     return write
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from megatron_muon.optimizers.handled import STEP, HostReads
+from megatron_muon.optimizers.handled import HostReads
 
 MOMENTUM = "momentum_buffer"
 """State: momentum, of the weight's shape; float32 or wider, bfloat16, or int8 with :data:`SCALE`."""
@@ -217,11 +217,24 @@ def init_momentum(param: torch.Tensor, state: dict[str, Any], dtype: str) -> Non
         state: of the weight; with its master, if that is kept here.
         dtype: of :data:`megatron_muon.choices.MOMENTUM_DTYPES`.
     """
-    own = param.dtype if REMAINDER not in state else torch.float32
-    names = {"auto": own, "fp32": torch.promote_types(own, torch.float32), "bf16": torch.bfloat16, "int8": torch.int8}
-    state[MOMENTUM] = torch.zeros_like(param, dtype=names[dtype])
+    own = torch.float32 if REMAINDER in state else param.dtype
+    state[MOMENTUM] = torch.zeros_like(param, dtype=_MOMENTUM_DTYPES[dtype, own])
+    state.pop(SCALE, None)
     if dtype == "int8":
         state[SCALE] = param.new_zeros((*param.shape[:-1], -(-param.size(-1) // BLOCK)), dtype=torch.float32)
+
+
+def _momentum_dtypes(own: torch.dtype) -> dict[str, torch.dtype]:
+    wide = torch.promote_types(own, torch.float32)
+    return {"auto": own, "fp32": wide, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+_MOMENTUM_DTYPES = {
+    (name, own): dtype
+    for own in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for name, dtype in _momentum_dtypes(own).items()
+}
+"""The dtype of momentum, by what is asked for and the dtype of the master weight."""
 
 
 def init_remainder(param: torch.Tensor, state: dict[str, Any]) -> None:
@@ -230,27 +243,40 @@ def init_remainder(param: torch.Tensor, state: dict[str, Any]) -> None:
     state[TIES] = param.new_zeros((*param.shape[:-1], -(-param.size(-1) // 8)), dtype=torch.uint8)
 
 
-@torch.no_grad()
-def adopt(param: torch.Tensor, own: dict[str, Any], given: dict[str, Any]) -> None:
-    """Make a weight's new state of what was saved of it, whatever form that is in.
+def settle(param: torch.Tensor, state: dict[str, Any], master: str, dtype: str) -> str:
+    """Give a weight's state the form that this run has: create what is missing, and keep what is there in that form.
 
     Args:
         param: the weight that the optimizer updates.
-        own: its state, with momentum and master in the form in which they are to be kept; completed here. A master
-            that was kept otherwise is not known here: it stays what the weight is.
-        given: what was saved, anywhere; numbers of rows and single numbers become float32 at least.
+        state: of the weight.
+        master: of :data:`megatron_muon.choices.MASTERS`.
+        dtype: of :data:`megatron_muon.choices.MOMENTUM_DTYPES`.
+
+    Returns:
+        what had another form, and what has become of it; empty where nothing had.
     """
-    if REMAINDER in own and REMAINDER in given:
-        own[REMAINDER].copy_(given[REMAINDER])
-        own[TIES].copy_(given[TIES])
-    if MOMENTUM in given:
-        write(momentum_of(own), read(momentum_of(given)))
-    wide = torch.promote_types(param.dtype, torch.float32)
-    for name, value in given.items():
-        if name in (MOMENTUM, *OF_FORMS):
-            continue
-        is_state = isinstance(value, torch.Tensor) and name != STEP and value.is_floating_point()
-        own[name] = value.to(param.device, torch.promote_types(value.dtype, wide)) if is_state else value
+    told = ""
+    if master == "remainder" and param.dtype == torch.bfloat16:
+        if REMAINDER not in state or TIES not in state:
+            told = "had no master_remainder: their masters are the weights as they are" if MOMENTUM in state else ""
+            init_remainder(param, state)
+    elif REMAINDER in state:
+        told = f"had a master_remainder, which is left out: the weights are kept in {_named(param.dtype)} alone"
+        del state[REMAINDER], state[TIES]
+    buffer, own = state.get(MOMENTUM), torch.float32 if REMAINDER in state else param.dtype
+    if buffer is None or (buffer.dtype == torch.int8 and SCALE not in state):
+        init_momentum(param, state, dtype)
+    elif buffer.dtype != _MOMENTUM_DTYPES[dtype, own]:
+        values = read(momentum_of(state))
+        init_momentum(param, state, dtype)
+        write(momentum_of(state), values)
+        now = f"had momentum in {_named(buffer.dtype)}, which is kept in {_named(state[MOMENTUM].dtype)} from now on"
+        told = "; ".join(filter(None, (told, now)))
+    return told
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @torch.no_grad()

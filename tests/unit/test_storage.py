@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from megatron_muon import ConfigError, Muon
+from megatron_muon.optimizers.matrices import Matrices
+from megatron_muon.optimizers.stages import Variant
 from megatron_muon.optimizers.storage import (
     BFLOAT16,
     BLOCK,
@@ -26,7 +29,9 @@ from megatron_muon.optimizers.storage import (
     read,
     write,
 )
+from megatron_muon.orthogonalize import iteration
 from megatron_muon.routing.layout import SCALAR, MatrixLayout, Section
+from tests.reference import orthogonalized
 
 
 def _bits(patterns: torch.Tensor) -> torch.Tensor:
@@ -210,3 +215,195 @@ def test_copies_are_exact() -> None:
     _, optimizer = _stepped(torch.bfloat16, torch.bfloat16, master="remainder", momentum_dtype="int8")
     copied = copy.deepcopy(optimizer)
     assert all(map(torch.equal, _masters(copied), _masters(optimizer)))
+
+
+def _by_hand(state: dict[str, Any]) -> torch.Tensor:
+    """Momentum in float64, decoded without the package's code."""
+    buffer = state["momentum_buffer"].double()
+    if "momentum_scale" in state:
+        buffer = buffer * state["momentum_scale"].double().repeat_interleave(256, -1)[..., : buffer.size(-1)]
+    return buffer
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_a_step_with_rounded_momentum(form: str, nesterov: bool) -> None:
+    """Against the rule in float64: momentum is rounded when it is kept, and not before it is orthogonalized."""
+    param = torch.nn.Parameter(torch.randn(12, 300, generator=torch.Generator().manual_seed(1)))
+    optimizer = Muon(
+        [param], lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.0, fp32_matmul_prec="highest",
+        scale_mode="none", momentum_dtype=form,
+    )  # fmt: skip
+    momentum = torch.zeros(12, 300, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(4):
+        grad = torch.randn(12, 300, generator=generator)
+        exact = momentum.lerp(grad.double(), 0.1)
+        u = grad.double().lerp(exact, 0.9) if nesterov else exact
+        before = param.detach().double()
+        param.grad = grad
+        optimizer.step()
+        moved = (before - param.detach()) / 0.1
+        expected = orthogonalized(u, iteration("quintic", 5).coefficients)
+        torch.testing.assert_close(moved, expected, rtol=0, atol=2e-5)
+        momentum = _by_hand(optimizer.state[param])
+        if form == "bf16":
+            half_unit = exact.abs() * 2.0**-8
+        else:
+            blocks = [block.abs().amax(1, keepdim=True).expand_as(block) for block in exact.split(256, 1)]
+            half_unit = torch.cat(blocks, 1) / 254
+        assert ((momentum - exact).abs() <= half_unit * (1 + 1e-4)).all()
+
+
+def test_every_momentum_dtype_has_its_bytes() -> None:
+    params = _weights(torch.bfloat16)
+    for form, own, each in (("fp32", torch.float32, 4), ("bf16", torch.bfloat16, 2), ("int8", torch.int8, 1)):
+        for master, dtype in (("fp32", torch.float32), ("remainder", torch.bfloat16)):
+            weight = torch.nn.Parameter(torch.zeros(32, 512, dtype=dtype), requires_grad=True)
+            optimizer = Muon([weight], master=master, momentum_dtype=form)
+            optimizer._init_group(optimizer.param_groups[0], skip_non_grad_params=False)
+            state = optimizer.state[weight]
+            assert state["momentum_buffer"].dtype == own
+            nbytes = sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
+            scales = 4 * 32 * 2 if form == "int8" else 0
+            remainder = 32 * 512 * 17 // 8 if master == "remainder" else 0
+            assert nbytes == 32 * 512 * each + scales + remainder + 4 * 32  # and the peak of each row
+    plain = Muon(params)
+    plain._init_group(plain.param_groups[0], skip_non_grad_params=False)
+    kept = {state["momentum_buffer"].dtype for state in plain.state.values()}
+    assert kept == {torch.bfloat16}, "without masters it has the weight's dtype"
+    assert {state["momentum_peak"].dtype for state in plain.state.values()} == {torch.float32}
+
+
+def _loaded(saved: dict[str, Any], dtype: torch.dtype, weights: list[torch.nn.Parameter], **options: Any) -> Muon:
+    params = _weights(dtype)
+    optimizer = Muon(params, lr=0.02, **options)
+    for param, weight in zip(params, weights, strict=True):
+        param.data.copy_(weight.detach())
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    return optimizer
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16", "int8"])
+def test_a_state_dict_is_loaded_with_all_its_bits(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    params, optimizer = _stepped(torch.bfloat16, torch.bfloat16, master="remainder", momentum_dtype=form)
+    others = (
+        _loaded(optimizer.state_dict(), torch.bfloat16, params, master="remainder", momentum_dtype=form),
+        copy.deepcopy(optimizer),
+        pickle.loads(pickle.dumps(optimizer)),
+    )
+    for one in (optimizer, *others):
+        for grads in _gradients(2, torch.bfloat16):
+            for param, grad in zip(one.param_groups[0]["params"], grads, strict=True):
+                param.grad = grad
+            one.step()
+    for other in others:
+        assert all(map(torch.equal, _masters(other), _masters(optimizer)))
+        for ours, theirs in zip(other.state.values(), optimizer.state.values(), strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name])) for name in ours)
+    assert not capsys.readouterr().out, "nothing had another form"
+
+
+@pytest.mark.parametrize(
+    ("was", "now"), [("fp32", "bf16"), ("bf16", "int8"), ("int8", "fp32"), ("bf16", "fp32"), ("fp32", "int8")]
+)
+def test_momentum_of_another_form_is_kept_in_this_runs(was: str, now: str, capsys: pytest.CaptureFixture[str]) -> None:
+    params, optimizer = _stepped(torch.float32, torch.float32, momentum_dtype=was)
+    other = _loaded(optimizer.state_dict(), torch.float32, params, momentum_dtype=now)
+    assert capsys.readouterr().out.splitlines() == [
+        f"megatron_muon: 5 weights had momentum in {NAMES[was]}, which is kept in {NAMES[now]} from now on"
+    ]
+    for ours, theirs in zip(other.state.values(), optimizer.state.values(), strict=True):
+        kept = _momentum(ours["momentum_buffer"].shape, now)
+        write(kept, read(momentum_of(theirs)))
+        assert all(map(torch.equal, momentum_of(ours).planes, kept.planes)) and momentum_of(ours).form is kept.form
+    for param, grad in zip(other.state, next(_gradients(1, torch.float32)), strict=True):
+        param.grad = grad
+    other.step()
+    assert not capsys.readouterr().out, "told once"
+
+
+NAMES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
+
+
+def test_a_state_without_remainders_starts_from_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    wide, plain = _stepped(torch.float32, torch.float32)
+    other = _loaded(plain.state_dict(), torch.bfloat16, wide, master="remainder")
+    assert capsys.readouterr().out == (
+        "megatron_muon: 5 weights had no master_remainder: their masters are the weights as they are\n"
+    )
+    assert all(map(torch.equal, _masters(other), [param.bfloat16().float() for param in wide]))
+    assert all(state["momentum_buffer"].dtype == torch.float32 for state in other.state.values())
+    for ours, theirs in zip(other.state.values(), plain.state.values(), strict=True):
+        assert torch.equal(ours["momentum_buffer"], theirs["momentum_buffer"])
+    back = _loaded(other.state_dict(), torch.bfloat16, wide)
+    assert "5 weights had a master_remainder, which is left out: the weights are kept in bfloat16 alone" in (
+        capsys.readouterr().out
+    )
+    assert not any({REMAINDER, TIES} & state.keys() for state in back.state.values())
+
+
+def test_hooks_of_others_see_a_state_dict_as_it_is() -> None:
+    params, optimizer = _stepped(torch.bfloat16, torch.bfloat16, master="remainder")
+    other, seen = Muon(_weights(torch.bfloat16), master="remainder"), []
+    other.register_load_state_dict_pre_hook(lambda _, given: seen.append(given["state"][0]["momentum_buffer"]))
+    other.register_load_state_dict_post_hook(lambda its: seen.append(next(iter(its.state.values()))["momentum_buffer"]))
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], optimizer.state[params[0]]["momentum_buffer"])
+
+
+def test_a_weight_that_somebody_sets_to_zero_is_its_own_master() -> None:
+    params, optimizer = _stepped(torch.bfloat16, torch.bfloat16, master="remainder")
+    with torch.no_grad():
+        for param in params:
+            param[..., ::2] = 0.0
+    for param, master in zip(params, _masters(optimizer), strict=True):
+        assert master.isfinite().all()
+        assert ((master - param.float()).abs() <= 2.0**-8 * param.float().abs() + 1e-40).all()
+
+
+def test_forms_within_one_param_group() -> None:
+    """Weights of both dtypes, each with gradients of either: each steps as it would alone."""
+    params = [
+        torch.nn.Parameter(torch.randn(16, 24, generator=torch.Generator().manual_seed(n)).bfloat16().to(dtype))
+        for n, dtype in enumerate([torch.bfloat16, torch.float32, torch.bfloat16, torch.float32])
+    ]
+    grads = [torch.randn(16, 24, generator=torch.Generator().manual_seed(n + 9)).bfloat16() for n in range(4)]
+    alone = []
+    for param, grad in zip(params, grads, strict=True):
+        own = torch.nn.Parameter(param.detach().float())
+        own.grad = grad.float()
+        Muon([own], lr=0.02).step()
+        alone.append(own)
+    for param, grad in zip(params[1:], grads[1:], strict=True):
+        param.decoupled_grad = grad  # type: ignore[attr-defined]
+    params[0].grad = grads[0]
+    optimizer = Muon(params, lr=0.02, master="remainder")
+    optimizer.step()
+    assert all(map(torch.equal, _masters(optimizer), alone))
+
+
+def test_a_variant_that_reads_rounded_weights_is_refused() -> None:
+    class Clamped(Variant):
+        name = "clamped"
+
+        def retract(self, matrices: Matrices) -> None:
+            for update in matrices.updates:
+                torch._foreach_clamp_max_(update.params, 0.5)
+
+    class Kept(Clamped):
+        def retract(self, matrices: Matrices) -> None:
+            for update in matrices.updates:
+                update.keep(update.masters().clamp_max_(0.5))
+
+    for variant in (Clamped, Kept):
+        param = torch.nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16())
+        param.grad = torch.ones_like(param)
+        optimizer = Muon([param], variant=variant(), master="remainder")
+        if variant is Kept:
+            optimizer.step()
+            assert _masters(optimizer)[0].max() == 0.5
+        else:
+            with pytest.raises(ConfigError, match="`params` with master remainder: these weights are rounded"):
+                optimizer.step()
