@@ -100,6 +100,9 @@ class Cut:
         return views
 
 
+_TIMES = 8
+"""See :func:`opened_in_turn`: copies of 1 MiB, beside a chunk of 16."""
+
 Weights = Mapping[int, ParamStep]
 """The parameters of a step, by the index of the weight in the engine's plan."""
 
@@ -151,7 +154,7 @@ def pack(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Ten
         if first or nesterov != 1.0:
             # Gradients stay as they are: Megatron reads their buffer again (logging, gradient norms).
             raw = run.views([weight.raw_grad for weight in mine], batch)
-        for numbers, take in opened_in_turn(momenta, cut, writes=first):
+        for numbers, take in opened_in_turn(momenta, cut, writes=first, times=_TIMES):
             grads, slots = numbers if raw is None else take(raw), take(cut.slots)
             if batch.is_cuda and momenta[0].form is PLAIN and not decay:  # kernels take all batches at once
                 _, views = together.setdefault((options, *mine[0].key[1:]), (options, ([], [], [])))
@@ -201,7 +204,7 @@ def add(
     together: dict[Hashable, tuple[Options, tuple[Tensors, Tensors, list[float]]]] = {}
     for run, mine, batch in by_param_group(weights, slices, directions, key):
         options, masters, cut = mine[0].options, [weight.master for weight in mine], Cut(run, batch)
-        for numbers, take in opened_in_turn(masters, cut):
+        for numbers, take in opened_in_turn(masters, cut, times=_TIMES):
             slots, factors = take(cut.slots), [factor(mine[0], run.items[0])] * len(numbers)
             if batch.is_cuda and masters[0].form is PLAIN:  # as in pack
                 _, its = together.setdefault((options, *mine[0].key[1:]), (options, ([], [], [])))

@@ -338,7 +338,7 @@ Take = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 
 
 def opened_in_turn(
-    kept: Sequence[Kept], cut: Cutter, *, writes: bool = True, copies: bool = False
+    kept: Sequence[Kept], cut: Cutter, *, writes: bool = True, copies: bool = False, times: int = 1
 ) -> Iterator[tuple[list[torch.Tensor], Take]]:
     """As :func:`opened`, a few rows of the parts at a time, so that copies of numbers take little memory.
 
@@ -347,6 +347,7 @@ def opened_in_turn(
         cut: as there.
         writes: as there.
         copies: whether the caller makes copies. Otherwise parts that are numbers as they are kept come all at once.
+        times: how many times as much comes at once on CPUs, whose caches are large: fewer calls.
 
     Yields:
         numbers, and what gives the same rows of other views of the parts' shapes but for columns.
@@ -356,7 +357,7 @@ def opened_in_turn(
         yield cut([each.planes[0] for each in kept]), list
         return
     parts = _cut(kept, cut)
-    for some in _rows_at_once([planes[0] for planes in parts]):
+    for some in _rows_at_once([planes[0] for planes in parts], times):
         planes = [[plane[..., rows, :] for plane in parts[index]] for index, rows in some]
         numbers = [form.decode(each) for each in planes]
         yield numbers, functools.partial(_rows, some)
@@ -375,11 +376,11 @@ def at_once(like: torch.Tensor) -> int:
     return _AT_ONCE["cuda" if like.is_cuda else "cpu"]
 
 
-def _rows_at_once(views: Sequence[torch.Tensor]) -> Iterator[list[tuple[int, slice]]]:
+def _rows_at_once(views: Sequence[torch.Tensor], times: int) -> Iterator[list[tuple[int, slice]]]:
     """Rows of views, by the index of a view, so many at a time as are to be converted at once."""
     some, total = list[tuple[int, slice]](), 0
     for index, view in enumerate(views):
-        rows, bound = view.size(-2), at_once(view)
+        rows, bound = view.size(-2), at_once(view) * (1 if view.is_cuda else times)
         each = max(1, bound * rows // max(1, view.numel()))
         for first in range(0, rows, each):
             count = view.numel() // rows * min(each, rows - first)
