@@ -33,7 +33,7 @@ class Level:
 KNOBS: dict[str, tuple[Level, ...]] = {
     "owners": (Level(""), Level("--use-distributed-optimizer")),
     "master": (Level("--muon-master fp32"), Level("--muon-master remainder")),
-    "gradients": (Level(""), Level("--grad-reduce-in-bf16", "gradients 1.7e-3")),
+    "gradients": (Level(""), Level("--grad-reduce-in-bf16", "gradients 1.7e-3 to 9.8e-3")),
     "momentum": (
         Level("--muon-momentum-dtype fp32"),
         Level("--muon-momentum-dtype bf16", "momentum 5.7e-3"),
@@ -51,8 +51,9 @@ ORDER: tuple[dict[str, int], ...] = (
     {"owners": 1, "master": 1, "gradients": 1, "momentum": 1},
     {"owners": 1, "master": 1, "gradients": 1, "momentum": 2},
 )
-"""Settings, the cheapest first. What changes no number and takes no time comes before what changes numbers by no more
-than an iteration in bfloat16 does, that before what takes time, and that before int8, which can err by a whole update.
+"""Settings, the cheapest first. What changes no number and takes little time comes before what changes numbers about as
+much as an iteration in bfloat16 does, that before what takes time, and that before int8, which can err by a whole
+update.
 """
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,7 +62,7 @@ def test_what_is_refused_is_passed_over_and_told() -> None:
     found = search(27)
     assert [each.refused[:21] for each in found.outcomes if each.refused] == ["--muon-master remainder"[:21]] * 2
     assert tried(found)[-1] == ("--muon-master remainder --grad-reduce-in-bf16 --muon-momentum-dtype int8", 26)
-    assert found.outcomes[-1].error == "gradients 1.7e-3, momentum 2.4e-2, up to 0.9"
+    assert found.outcomes[-1].error == "gradients 1.7e-3 to 9.8e-3, momentum 2.4e-2, up to 0.9"
     assert "Refused: --muon-master remainder with --muon-momentum-dtype bf16: not today. Give one." in fitting.render(
         found
     )
@@ -70,6 +72,23 @@ def test_none_fits() -> None:
     found = search(1)
     assert found.plan is None and not found.to_document()["fits"]
     assert "int8 takes least, 25.00 GiB too much" in fitting.render(found)[-1]
+
+
+def test_errors_are_those_that_were_measured() -> None:
+    """Of gradients of one micro-batch and of many, and of averages of noise and of what is worst."""
+    found = json.loads((Path(__file__).parents[2] / "docs/results/momentum_dtype.json").read_text())
+    noise, few, many = found["averages"]["0.95"]["noise"], *(found["gradients"][count] for count in ("1", "64"))
+    worst = max(each["update"]["int8"] for each in found["zoo"].values())
+    expected = {
+        "gradients": ["", f"gradients {few:.1e} to {many:.1e}"],
+        "momentum": [
+            "",
+            f"momentum {noise['bf16']['update']:.1e}",
+            f"momentum {noise['int8']['update']:.1e}, up to {worst:.1f}",
+        ],
+    }
+    for name, errors in expected.items():
+        assert [level.error for level in fitting.KNOBS[name]] == [error.replace("e-0", "e-") for error in errors]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ NARROW = "bf16 weights, all else float32"
 NARROW_CANDIDATES: dict[str, Candidate] = {
     NARROW: Candidate("quintic", 5, more=("--bf16",)),
     **{
-        f"{size} bytes a parameter: momentum {kind}": Candidate(
+        f"{size} bytes a parameter, {kind} momentum": Candidate(
             "quintic", 5, more=(*EIGHT, "--muon-momentum-dtype", kind)
         )
         for kind, size in (("bf16", "8.1"), ("int8", "7.1"))
@@ -220,6 +220,13 @@ def average_findings(averages: Averages) -> list[str]:
             "constant's size, as gradients have, makes it vanish "
             f"(gain {streams['a constant in ten times as much noise']['bf16']['gain']:+.1e})."
         )
+        low = streams[rounding.LOW_RANK]
+        sentences.append(
+            f"Where gradients are a constant of low rank and little else ({rounding.LOW_RANK}), with momentum "
+            f"{momentum}, updates from bfloat16 momentum are off by {low['bf16']['update']:.2g}, from int8 by "
+            f"{low['int8']['update']:.2g}; those of a bfloat16 iteration of exact momentum by "
+            f"{low[rounding.ITERATION]['update']:.2g}."
+        )
     return sentences
 
 
@@ -251,11 +258,12 @@ def _draw(figure: Any, zoo: Mapping[str, Errors], found: Mapping[str, Mapping[st
     left.set_xscale("log")
     left.legend(frameon=False, fontsize="small")
     finish(left, "relative error of the update")
-    points = [(f"{name}: {form}", each) for name, of in found.items() for form, each in list(of.items())[1:]]
+    points = [(f"{name}:\n{form}", each) for name, of in found.items() for form, each in list(of.items())[1:]]
     for row, (_, each) in enumerate(points):
         right.plot(each.differences, [row] * len(each.differences), "o", color=COLOURS[0], markersize=4)
         right.plot([-each.spread, each.spread], [row, row], "-", color="0.8", zorder=0)
     right.axvline(0, color="0.8", zorder=0)
     right.set_yticks(range(len(points)), [name for name, _ in points], fontsize="x-small")
     right.invert_yaxis()
-    finish(right, "difference of the loss, by seed; grey: spread")
+    finish(right, "difference of the loss, by seed")
+    right.set_xlabel("grey: the spread between seeds", fontsize="small")

@@ -126,6 +126,9 @@ def errors(matrix: torch.Tensor, dtypes: tuple[str, ...] = ("fp32", "bf16", "int
     )
 
 
+LOW_RANK = "rank 10 in noise of 0.06 of its size"
+"""A stream of gradients."""
+
 Stream = Iterator[torch.Tensor]
 """Gradients of one step after the other, float32."""
 
@@ -153,7 +156,7 @@ def streams(steps: int, rows: int, columns: int) -> dict[str, Callable[[], Strea
         "a constant": made(lambda _, noise: signal),
         "noise that shrinks to 1e-3": made(lambda step, noise: noise() * math.exp(-math.log(1e3) * step / steps)),
         "noise, columns of sizes 1 to 1e-4": made(lambda _, noise: noise() * sizes),
-        "rank 10 in noise of 0.06 of its size": made(lambda _, noise: low + 0.06 * spread * noise()),
+        LOW_RANK: made(lambda _, noise: low + 0.06 * spread * noise()),
     }
 
 
