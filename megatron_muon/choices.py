@@ -38,6 +38,9 @@ NS_BACKENDS = ("auto", "torch", "triton", "emerging", "gram_newton_schulz", "one
 NONFINITE = ("skip", "propagate", "stop")
 """``--muon-nonfinite``: see :mod:`megatron_muon.plugin.nonfinite`."""
 
+PADDED, DECOUPLED = PARAM_LAYOUTS = ("padded", "decoupled")
+"""``--layer-wise-param-layout``: see :mod:`megatron_muon.plugin.uneven_buckets`."""
+
 SCALAR_OPTIMIZERS = ("adam", "lion")
 """``--muon-scalar-optimizer``: see :mod:`megatron_muon.optimizers.scalar_rows`."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megatron_muon.choices import NONFINITE, QK_CLIP_RULES, QK_LOGITS, STIEFEL_SOLVERS
+from megatron_muon.choices import NONFINITE, PARAM_LAYOUTS, QK_CLIP_RULES, QK_LOGITS, STIEFEL_SOLVERS
 from megatron_muon.errors import ConfigError
 from megatron_muon.knobs import (
     EVERY_OPTIMIZER,
@@ -29,7 +29,7 @@ from megatron_muon.knobs import (
 )
 from megatron_muon.options import UpdateKnobs
 from megatron_muon.refusals import MUON, Refusal, refuse
-from megatron_muon.refusals.rule import unread
+from megatron_muon.refusals.rule import flag_of, unread
 
 PREFIX = "muon_"
 
@@ -184,6 +184,12 @@ class MuonConfig(UpdateKnobs):
         check=transfer_base,
         readers=("muon", "adaptive_muon"),
     )
+    layer_wise_param_layout: str = knob(
+        "padded",
+        "How a layer-wise run lays out Muon's weights and gradients in DDP's buckets: padded, as Megatron-Core does, "
+        "each owner's part as long as the longest; decoupled, each as long as its weights, without padding.",
+        check=one_of(*PARAM_LAYOUTS, hints={"legacy": "give --no-use-layer-wise-param-layout instead"}),
+    )
     ckpt_changes: str = knob(
         "error",
         "A checkpoint that was trained with other rules than the flags ask for (Adam instead of Muon, other splits): "
@@ -323,7 +329,7 @@ class MuonConfig(UpdateKnobs):
 
 def flag(name: str) -> str:
     """The command-line flag of a field of :class:`MuonConfig`: ``"num_ns_steps"`` -> ``"--muon-num-ns-steps"``."""
-    return "--" + (PREFIX + name).replace("_", "-")
+    return flag_of(PREFIX + name)
 
 
 UNREAD: tuple[Refusal, ...] = tuple(

@@ -69,15 +69,44 @@ def _wrap_all_gather(
     padded = tensor.new_zeros(longest)
     padded[: tensor.numel()] = tensor.reshape(-1)
     gathered = [tensor.new_empty(longest) for _ in sizes]
-    work = _PaddedGather(original(gathered, padded, group=group, async_op=async_op), tensor_list, gathered)
+    work = _Padded(original(gathered, padded, group=group, async_op=async_op), tensor_list, gathered)
     if async_op:
         return work
     work.wait()
     return None
 
 
-class _PaddedGather:
-    """Handle of an all-gather into buffers of one length, which are copied from when it is waited for."""
+@PATCHES.around(
+    f"{_C10D}:reduce_scatter",
+    "gloo adds up parts of unequal lengths in an order that depends on where they lie; NCCL goes from rank to rank",
+    copies_in=_PATCHED_IN,
+)
+def _wrap_reduce_scatter(
+    original: Original,
+    output: torch.Tensor,
+    input_list: Sequence[torch.Tensor],
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    sizes = [part.numel() for part in input_list]
+    if len(set(sizes)) <= 1 or dist.get_backend(group) != "gloo":
+        return original(output, input_list, op=op, group=group, async_op=async_op)
+    longest = max(sizes)
+    padded = output.new_zeros(len(sizes), longest)
+    for row, part in zip(padded, input_list, strict=True):
+        row[: part.numel()] = part.reshape(-1)
+    mine = output.new_empty(longest)
+    reduced = dist.reduce_scatter_tensor(mine, padded.view(-1), op=op, group=group, async_op=async_op)
+    work = _Padded(reduced, [output], [mine])
+    if async_op:
+        return work
+    work.wait()
+    return None
+
+
+class _Padded:
+    """Handle of an exchange into buffers of one length, which are copied from when it is waited for."""
 
     def __init__(self, work: Any, outputs: Sequence[torch.Tensor], gathered: Sequence[torch.Tensor]) -> None:
         self._work, self._pairs = work, list(zip(outputs, gathered, strict=True))

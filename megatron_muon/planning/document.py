@@ -36,7 +36,12 @@ def to_document(plan: Plan, durations: Durations | None = None) -> dict[str, Any
         },
         "classes": [_class(route, count, plan) for route, count in Counter([*plan.routes, *plan.mtp_routes]).items()],
         "stages": [
-            {"stage": stage.number, "parameters": stage.parameters, **_figures(stage.loads, plan.options.tp_mode)}
+            {
+                "stage": stage.number,
+                "parameters": stage.parameters,
+                "padding": stage.padding,
+                **_figures(stage.loads, plan.options.tp_mode),
+            }
             for stage in plan.stages
         ],
         "all_ranks": _figures(plan.loads, plan.options.tp_mode),

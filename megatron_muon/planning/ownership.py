@@ -17,6 +17,7 @@ from megatron_muon.planning.flags import Layout
 from megatron_muon.planning.model import Stage
 from megatron_muon.plugin.arguments import from_arguments
 from megatron_muon.plugin.layer_wise import balanced_together, keeps_upstream_lists
+from megatron_muon.plugin.uneven_buckets import owners_of, padding
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding, is_expert_parallel
 
 Owners = tuple[tuple[int, int], ...]
@@ -30,10 +31,12 @@ class Shares:
     Attributes:
         owners: of each weight; empty if every rank holds all state.
         padding: bytes of each rank's buffers of weights and gradients that belong to no weight.
+        between_owners: how many elements of it, of either, a rank's buffers of Muon's weights have.
     """
 
     owners: dict[torch.Tensor, Owners]
     padding: int = 0
+    between_owners: int = 0
 
 
 def shares_of_stage(stage: Stage, args: argparse.Namespace, layout: Layout) -> Shares:
@@ -51,7 +54,10 @@ def shares_of_stage(stage: Stage, args: argparse.Namespace, layout: Layout) -> S
     owners: dict[torch.Tensor, Owners] = {}
     for buffers in layouts if is_shared else ():
         owners.update(_owners_in(buffers))
-    return Shares(owners, sum(map(_padding_in, layouts)))
+    found = [each for buffers in layouts for each in buffers.layouts.items()]
+    between_owners = sum(padding(buffer) for key, buffer in found if key.is_managed_by_layer_wise_optimizer)
+    in_bytes = sum(padding(buffer) * (key.param_dtype.itemsize + key.grad_dtype.itemsize) for key, buffer in found)
+    return Shares(owners, in_bytes, between_owners)
 
 
 def _bucket_size(stage: Stage, chunk: int, args: argparse.Namespace, layout: Layout) -> int | None:
@@ -88,20 +94,14 @@ def _owners_in(buffers: Any) -> dict[torch.Tensor, Owners]:
     """Muon's weights have one owner each; those of the scalar optimizer are cut with their buffer."""
     owners: dict[torch.Tensor, Owners] = {}
     for buffer in buffers.layouts.values():
+        if (owner := owners_of(buffer)) is not None:
+            owners.update((param, ((rank, param.numel()),)) for param, rank in owner.items())
+            continue
         for param, (start, end, bucket) in buffer.param_index_map.items():
             first, last = buffer.bucket_indices[bucket]
             shard = (last - first) // buffer.num_optimizer_shards
             owners[param] = _pieces(start - first, end - first, shard)
     return owners
-
-
-def _padding_in(buffers: Any) -> int:
-    """Bytes between the weights of a chunk's buffers and behind them."""
-    total = 0
-    for key, buffer in buffers.layouts.items():
-        padded = buffer.bucket_indices[-1][1] - sum(param.numel() for param in buffer.param_index_map)
-        total += padded * (key.param_dtype.itemsize + key.grad_dtype.itemsize)
-    return total
 
 
 def _pieces(start: int, end: int, shard: int) -> Owners:

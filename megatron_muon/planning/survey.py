@@ -50,6 +50,7 @@ class StagePlan:
     weights: list[Weight]  # of a rank
     loads: list[RankLoad]  # of its ranks
     choices: Counter[Choice]  # how many of its matrices mode ``auto`` treats in which way
+    padding: int  # elements between owners in a rank's buffers of weights, and as many in those of gradients
 
     @property
     def parameters(self) -> int:
@@ -225,7 +226,7 @@ class _Survey:
         self.refusals = {**refusals_of_stage(weights, self.planner), **self.refusals}
         loads = loads_of_stage(weights, self.layout, self.options.scalar_optimizer, self.planner, shares.padding)
         choices = choices_of_stage(weights, self.layout, self.planner)
-        self.stages.append(StagePlan(stage.number, weights, loads, choices))
+        self.stages.append(StagePlan(stage.number, weights, loads, choices, shares.between_owners))
 
     def _count(self, weight: Weight, route: Route) -> None:
         if not weight.replica:

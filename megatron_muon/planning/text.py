@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_muon.choices import DECOUPLED
 from megatron_muon.config import flag
 from megatron_muon.engine import MODES
 from megatron_muon.engine.modes import LOCAL
@@ -90,7 +91,21 @@ def _ranks(plan: Plan) -> list[str]:
         "Newton-Schulz, mean",
         "greatest",
     )
-    return [*table(header, rows), _balance(plan)]
+    return [*table(header, rows), _balance(plan), *_padding(plan)]
+
+
+def _padding(plan: Plan) -> list[str]:
+    """What buffers have between owners, for runs that lay them out."""
+    padding = sum(stage.padding for stage in plan.stages)
+    muon = sum(w.local_numel for stage in plan.stages for w in stage.weights if w.layout is not None)
+    if not padding:
+        decoupled = plan.options.layer_wise_param_layout == DECOUPLED
+        return ["No padding between owners in the buffers of weights and gradients."] if decoupled else []
+    return [
+        f"Padding between owners in the buffers of weights, and again of gradients: {padding / max(1, muon):.1%} of Muon's "
+        f"elements, up to {max(stage.padding for stage in plan.stages):,} on a rank; none with "
+        f"{flag('layer_wise_param_layout')} {DECOUPLED}."
+    ]
 
 
 def _balance(plan: Plan) -> str:

@@ -36,6 +36,7 @@ from megatron_muon.plugin import (
     step_graph,
     transfer,
     without_copies,
+    uneven_buckets,
     wrapping,
 )
 from megatron_muon.plugin.telling import TELLING
@@ -57,6 +58,7 @@ def _all_patches() -> list[Patch]:
         without_copies,
         expert_scalars,
         wrapping,
+        uneven_buckets,
         logged,
         checkpointing,
         checkpoint_files,

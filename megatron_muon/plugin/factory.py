@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_muon._patching import Original, Patch, Patches, PatchSet, in_place_of
 from megatron_muon.agree import Ranks
+from megatron_muon.choices import DECOUPLED
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
@@ -37,6 +38,7 @@ from megatron_muon.plugin.state import guard
 from megatron_muon.plugin.step_graph import adam_uncaptured, capture_steps
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
 from megatron_muon.plugin.transfer import group_overrides, scalar_numbers, transfer_of
+from megatron_muon.plugin.uneven_buckets import check_layout
 from megatron_muon.plugin.variants import blockwise, check_adapters, describe
 from megatron_muon.plugin.wrapping import check_bucket_groups
 from megatron_muon.refusals import MUON, refuse
@@ -105,7 +107,7 @@ def _with_checks_and_report(
         optimizer.step_with_ready_grads = functools.partial(measuring.first, optimizer.step_with_ready_grads)
         planned = [
             *devices,
-            *_data_parallel(optimizer, groups),
+            *_data_parallel(optimizer, groups, muon.layer_wise_param_layout == DECOUPLED),
             *next(filter(None, ranks.gather(lambda: describe_kept(optimizer))), []),
             *_numbers(muon, model_chunks, optimizer, ranks),
             *_planned(optimizer, ranks),
@@ -243,6 +245,7 @@ def _check_buffers(config: Any, model_chunks: Sequence[torch.nn.Module]) -> bool
         if ddp_config is None:
             continue
         refuse(MUON, config, ddp_config)
+        check_layout(chunk, config.muon_layer_wise_param_layout)
         if ddp_config.use_distributed_optimizer:
             _check_ownership(chunk)
             by_layout = True
@@ -316,7 +319,7 @@ def _planned(optimizer: Any, ranks: Ranks) -> list[str]:
     return [line for line in dict.fromkeys([*lines, *products]) if line]
 
 
-def _data_parallel(optimizer: Any, groups: Any) -> list[str]:
+def _data_parallel(optimizer: Any, groups: Any, is_decoupled: bool) -> list[str]:
     """What replicas share of the step, and by which of Megatron-Core's ways, in words."""
     parts = (optimizer, *getattr(optimizer, "chained_optimizers", ()))
     dense = getattr(groups, "dp_cp", None) or groups.dp
@@ -325,6 +328,8 @@ def _data_parallel(optimizer: Any, groups: Any) -> list[str]:
     if layer_wise is None:
         return [f"data parallel {ranks}: each rank holds all state and does the whole step"] if ranks > 1 else []
     way = "by the parameter layout (gradients are reduce-scattered, Adam's weights cut evenly)"
+    if is_decoupled:
+        way += ", Muon's without padding between owners"
     if not layer_wise.use_buffer_param_sync:
         asked = getattr(options.training_arguments(), "use_layer_wise_param_layout", True) is False
         why = "--no-use-layer-wise-param-layout" if asked else "DDP was built without a layer-wise parameter layout"

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon._patching import Original, Patches
+from megatron_muon.choices import DECOUPLED
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.balance import Job, assign_owners, cost_of_weight
 from megatron_muon.engine.shards import shard_of
@@ -34,6 +35,7 @@ from megatron_muon.plugin import options
 from megatron_muon.plugin.groups import ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.sharing import share_work
+from megatron_muon.plugin.uneven_buckets import remove_padding
 from megatron_muon.plugin.within import within
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
@@ -170,15 +172,16 @@ class _Chunks:
         if len(self.layouts) < self.count:
             return
         for experts in (False, True):
-            _balance_shards(
-                [
-                    buffer
-                    for each in self.layouts
-                    for key, buffer in each.layouts.items()
-                    if key.is_managed_by_layer_wise_optimizer and key.is_expert_parallel is experts
-                ],
-                self.cost,
-            )
+            buffers = [
+                buffer
+                for each in self.layouts
+                for key, buffer in each.layouts.items()
+                if key.is_managed_by_layer_wise_optimizer and key.is_expert_parallel is experts
+            ]
+            _balance_shards(buffers, self.cost)
+            if options.current().layer_wise_param_layout == DECOUPLED:
+                for buffer in buffers:
+                    remove_padding(buffer)
 
 
 _CHUNKS: ContextVar[_Chunks | None] = ContextVar("megatron_muon_chunks", default=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_muon.choices import OPTIMIZERS
+from megatron_muon.choices import DECOUPLED, OPTIMIZERS
 from megatron_muon.refusals.rule import (
     Refusal,
     Settings,
@@ -29,6 +29,7 @@ YAML = ("its settings pass by all checks, and flags beside it do not count", "gi
 _DDP = "DistributedDataParallelConfig."
 _PRECISION_AWARE = quietly(given("use_precision_aware_optimizer"))
 _ALL_REDUCED = "gradients are all-reduced, in their own precision, and nothing is scattered"
+_DECOUPLED = one_of("muon_layer_wise_param_layout", DECOUPLED)
 _FSDP = ("FSDP shards cannot be orthogonalized", "use --use-distributed-optimizer")
 
 
@@ -196,6 +197,24 @@ MEGATRON: tuple[Refusal, ...] = (
         (given(f"{_DDP}reduce_scatter_with_fp32_accumulation"), missing(f"{_DDP}use_distributed_optimizer"), ours()),
         _ALL_REDUCED,
         "wrap the model with wrap_model_chunks_with_ddp(use_layer_wise_distributed_optimizer=True), or leave it off",
+    ),
+    Refusal(
+        (_DECOUPLED, layer_wise(False)),
+        "each rank holds all weights, and there is no padding between owners",
+        "add --use-distributed-optimizer, or leave it away",
+    ),
+    Refusal(
+        (_DECOUPLED, turned_off("use_layer_wise_param_layout", "--no-use-layer-wise-param-layout"), layer_wise()),
+        "lists are another way, in which gradients are all-reduced",
+        "leave one of the two away",
+    ),
+    *(
+        Refusal(
+            (_DECOUPLED, given(name), layer_wise()),
+            "one leaves padding out and the other adds it",
+            "leave one of the two away",
+        )
+        for name in ("ddp_pad_buckets_for_high_nccl_busbw", f"{_DDP}pad_buckets_for_high_nccl_busbw")
     ),
     Refusal(
         (one_of("ckpt_format", "torch"), layer_wise(), given("use_layer_wise_param_layout"), given("save")),

@@ -153,7 +153,12 @@ def refuse(rows: Iterable[Refusal], *sources: object) -> None:
         raise ConfigError("\n".join(problems))
 
 
-_FLAGS = {"nccl_ub": "--use-nccl-ub", "fp8": "--fp8-format", "fp4": "--fp4-format"}
+_FLAGS = {
+    "nccl_ub": "--use-nccl-ub",
+    "fp8": "--fp8-format",
+    "fp4": "--fp4-format",
+    "muon_layer_wise_param_layout": "--layer-wise-param-layout",  # as Megatron-LM has it
+}
 """Settings whose flag has another name."""
 _OFF = {"muon_split_qkv": "--muon-no-split-qkv"}
 """Those that are turned off by another name than ``--no-...``."""

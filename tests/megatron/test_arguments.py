@@ -116,7 +116,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
     for field in dataclasses.fields(MuonConfig):
         exercised = getattr(expected, field.name) != field.default
         # Those of other optimizers, and those that go with few others, are exercised below.
-        below = ("transfer", "sphere", "stiefel", "blockwise")
+        below = ("transfer", "sphere", "stiefel", "blockwise", "layer_wise")
         assert exercised or field.name.startswith(below), f"{field.name} is not exercised"
 
 
@@ -128,6 +128,8 @@ def test_flags_of_other_optimizers_arrive(pool: RankPool) -> None:
     assert [read[f"stiefel_{name}"] for name in ("solver", "iterations", "radius")] == ["fixed_point", 12, 1.5]
     read = pool.run(parse, 1, "--optimizer muon --muon-blockwise-period 5 --muon-blockwise-lr-mult 0.5")[0]
     assert (read["blockwise_period"], read["blockwise_lr_mult"]) == (5, 0.5)
+    flags = "--optimizer muon --use-distributed-optimizer --layer-wise-param-layout decoupled"
+    assert pool.run(parse, 1, flags)[0]["layer_wise_param_layout"] == "decoupled"
 
 
 TRANSFER = (

@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_readme_lists_every_flag_with_its_default() -> None:
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `--muon")]
-    documented = {re.findall(r"`(--muon[a-z0-9-]*)`", row)[0]: row.split("|")[2].strip() for row in rows}
+    lines = (ROOT / "README.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith(("| `--muon", "| `--layer-wise"))]
+    documented = {re.findall(r"`(--[a-z0-9-]*)`", row)[0]: row.split("|")[2].strip() for row in rows}
     assert set(documented) == {flag(field.name) for field in dataclasses.fields(MuonConfig)}
     for field in dataclasses.fields(MuonConfig):
         text = documented[flag(field.name)]

@@ -47,6 +47,7 @@ ARGUMENTS: dict[str, Any] = {
     "cuda_graph_impl": "none",
     "ddp_average_in_collective": False,
     "bf16": False,
+    "ddp_pad_buckets_for_high_nccl_busbw": False,
     "ddp_reduce_scatter_with_fp32_accumulation": False,
     "exp_avg_dtype": "fp32",
     "exp_avg_sq_dtype": "fp32",
@@ -98,6 +99,7 @@ HYPERBALL = {"muon_variant": "hyperball", "muon_scale_mode": "none"}
 ADAPTIVE = {"optimizer": "adaptive_muon"}
 LAYER_WISE = {"use_distributed_optimizer": True}
 AWARE = {"bf16": True, "use_precision_aware_optimizer": True}
+DECOUPLED = {"muon_layer_wise_param_layout": "decoupled"}
 CLIP = {"qk_clip": True}
 FP32_ACCUMULATION = {"ddp_reduce_scatter_with_fp32_accumulation": True}
 FP32_BUFFERS, FP32_AVERAGES = (
@@ -107,6 +109,7 @@ FP32_BUFFERS, FP32_AVERAGES = (
     for scattered in (False, True)
 )
 FP32_GRADIENTS = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+PADDED_BUFFERS = DistributedDataParallelConfig(pad_buckets_for_high_nccl_busbw=True)
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # Options with each other
@@ -321,6 +324,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "--ddp-reduce-scatter-with-fp32-accumulation with layer-wise --optimizer muon and "
         "--no-use-layer-wise-param-layout: gradients are all-reduced",
     ),
+    (DECOUPLED, "--layer-wise-param-layout decoupled with --optimizer muon, not layer-wise: .*add --use-distributed"),
+    (
+        {**LAYER_WISE, **DECOUPLED, "use_layer_wise_param_layout": False},
+        "--layer-wise-param-layout decoupled with --no-use-layer-wise-param-layout and layer-wise --optimizer muon: "
+        "lists are another way",
+    ),
+    (
+        {**LAYER_WISE, **DECOUPLED, "ddp_pad_buckets_for_high_nccl_busbw": True},
+        "--layer-wise-param-layout decoupled with --ddp-pad-buckets-for-high-nccl-busbw and layer-wise .*: one leaves",
+    ),
     (
         {**LAYER_WISE, "ckpt_format": "torch", "save": "checkpoints"},
         "--ckpt-format torch with layer-wise --optimizer muon and .*: Megatron-Core cannot save it",
@@ -404,6 +417,11 @@ def test_rows_speak_where_they_hold_and_no_others_do(changes: dict[str, Any], ex
             "DistributedDataParallelConfig.reduce_scatter_with_fp32_accumulation True with "
             "DistributedDataParallelConfig.average_in_collective True: it adds gradients up",
         ),
+        (
+            {**LAYER_WISE, **DECOUPLED},
+            [PADDED_BUFFERS],
+            "--layer-wise-param-layout decoupled with DistributedDataParallelConfig.pad_buckets_for_high_nccl_busbw",
+        ),
         *(
             (changes, [OptimizerConfig(decoupled_weight_decay=False)], "OptimizerConfig.decoupled_weight_decay False")
             for changes in (TRANSFER, SCALAR)
@@ -435,6 +453,7 @@ def test_every_row_is_tested() -> None:
     views += [Settings({**ARGUMENTS, "optimizer": "adam"})]
     views += [Settings(buffers, ARGUMENTS) for buffers in (FP32_BUFFERS, FP32_AVERAGES)]
     views += [Settings(FP32_GRADIENTS, {**ARGUMENTS, "main_grads_dtype": "bf16"})]
+    views += [Settings(PADDED_BUFFERS, {**ARGUMENTS, **LAYER_WISE, **DECOUPLED})]
     silent = [row.words for row in (*MUON, *QK_CLIP, *PLAN, *READ) if not any(row.holds(view) for view in views)]
     assert silent == []
 

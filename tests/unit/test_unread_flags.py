@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_muon import MuonConfig, choices
-from megatron_muon.config import UNREAD
+from megatron_muon.config import UNREAD, flag
 from tests.unit.test_refusals import ARGUMENTS, messages
 
 
@@ -24,7 +24,7 @@ def test_a_flag_is_refused_with_optimizers_that_do_not_read_it(knob: Any) -> Non
         else:
             (message,) = found
             shown = "*=adam" if isinstance(other, tuple) else other
-            given = f"--{name.replace('_', '-')}" + ("" if other is True else f" {shown}")
+            given = flag(knob.name) + ("" if other is True else f" {shown}")
             if other is False:
                 given = "--muon-no-split-qkv"
             assert message.startswith(f"{given} with --optimizer {optimizer}") and "leave it away" in message

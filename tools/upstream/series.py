@@ -156,13 +156,16 @@ owners here, for all chunks of a virtual pipeline together; experts with other
 numbers of copies than dense weights, experts with biases, and float32 models,
 need it too. Models from builders are given the layout where they are wrapped,
 and buckets of two optimizers are kept out of one group. A layer waits for all
-weights in it, those of modules that it reads without calling them too.
+weights in it, those of modules that it reads without calling them too. Buckets
+without padding are cut where owners change: they are reduced and gathered in
+parts of unequal length.
 
-See NVIDIA/Megatron-LM#2162, #6099, #6379, #6754 and #7452.""",
+See NVIDIA/Megatron-LM#2162, #5388, #5479, #6099, #6379, #6754 and #7452.""",
     needs=(FLAGS, OWNERSHIP),
     points=(
         f"{_LAYER_WISE}.__init__",
         f"{_LAYER_WISE}.compute_full_param_layout",
+        f"{_LAYER_WISE}._shard_params_from_layout",
         f"{_LAYER_WISE}._shard_params_ping_pong",
         f"{_LAYER_WISE}.shard_params",
         f"{_LAYER_WISE}.allgather_params",
@@ -170,6 +173,9 @@ See NVIDIA/Megatron-LM#2162, #6099, #6379, #6754 and #7452.""",
         f"{_TRAINING}:wrap_model_chunks_with_ddp",
         "megatron.training.models.dist_utils:_ddp_wrap",
         "megatron.core.distributed.param_and_grad_buffer:partition_buckets",
+        "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_grad_sync",
+        "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_param_sync",
+        "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel.__init__",
         "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel._make_forward_pre_hook",
     ),
 )
