@@ -97,12 +97,12 @@ def _ranks(plan: Plan) -> list[str]:
 def _padding(plan: Plan) -> list[str]:
     """What buffers have between owners, for runs that lay them out."""
     padding = sum(stage.padding for stage in plan.stages)
-    muon = sum(w.local_numel for stage in plan.stages for w in stage.weights if w.layout is not None)
+    muon = sum(w.local_numel for stage in plan.stages for w in stage.weights if w.layout is not None) or 1
     if not padding:
         decoupled = plan.options.layer_wise_param_layout == DECOUPLED
         return ["No padding between owners in the buffers of weights and gradients."] if decoupled else []
     return [
-        f"Padding between owners in the buffers of weights, and again of gradients: {padding / max(1, muon):.1%} of Muon's "
+        f"Padding between owners in the buffers of weights, and again of gradients: {padding / muon:.1%} of Muon's "
         f"elements, up to {max(stage.padding for stage in plan.stages):,} on a rank; none with "
         f"{flag('layer_wise_param_layout')} {DECOUPLED}."
     ]

@@ -35,8 +35,8 @@ from megatron_muon.plugin import (
     registry,
     step_graph,
     transfer,
-    without_copies,
     uneven_buckets,
+    without_copies,
     wrapping,
 )
 from megatron_muon.plugin.telling import TELLING
