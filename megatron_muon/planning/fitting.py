@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_muon.choices import DECOUPLED
 from megatron_muon.errors import ConfigError
-from megatron_muon.planning.accounts import FLOAT32_BYTES
+from megatron_muon.planning.accounts import FLOAT32_BYTES, PADDING
 from megatron_muon.planning.document import Durations
 from megatron_muon.planning.rates import Rates
 from megatron_muon.planning.survey import Plan
@@ -32,6 +33,7 @@ class Level:
 
 KNOBS: dict[str, tuple[Level, ...]] = {
     "owners": (Level(""), Level("--use-distributed-optimizer")),
+    "padding": (Level(""), Level("--layer-wise-param-layout decoupled")),
     "master": (Level("--muon-master fp32"), Level("--muon-master remainder")),
     "gradients": (Level(""), Level("--grad-reduce-in-bf16", "gradients 1.7e-3 to 9.8e-3")),
     "momentum": (
@@ -42,14 +44,17 @@ KNOBS: dict[str, tuple[Level, ...]] = {
 }
 """What can be chosen, each from most memory to least."""
 
+_EXACT = {"owners": 1, "padding": 1, "master": 1}
+
 ORDER: tuple[dict[str, int], ...] = (
     {},
     {"owners": 1},
-    {"owners": 1, "master": 1},
-    {"owners": 1, "master": 1, "gradients": 1},
-    {"owners": 1, "master": 1, "momentum": 1},
-    {"owners": 1, "master": 1, "gradients": 1, "momentum": 1},
-    {"owners": 1, "master": 1, "gradients": 1, "momentum": 2},
+    {"owners": 1, "padding": 1},
+    _EXACT,
+    {**_EXACT, "gradients": 1},
+    {**_EXACT, "momentum": 1},
+    {**_EXACT, "gradients": 1, "momentum": 1},
+    {**_EXACT, "gradients": 1, "momentum": 2},
 )
 """Settings, the cheapest first. What changes no number and takes little time comes before what changes numbers about as
 much as an iteration in bfloat16 does, that before what takes time, and that before int8, which can err by a whole
@@ -149,8 +154,11 @@ def levels_of(plan: Plan) -> Setting:
     options = plan.options
     muons = [weight for stage in plan.stages for weight in stage.weights if weight.layout is not None]
     narrow = [weight for weight in muons if weight.element_bytes == 2]
+    is_single = plan.layout.data == plan.layout.expert_data == 1
+    has_padding = any(load.account.total(PADDING) for load in plan.loads)
     levels = {
-        "owners": plan.layer_wise or plan.layout.data == plan.layout.expert_data == 1,
+        "owners": plan.layer_wise or is_single,
+        "padding": options.layer_wise_param_layout == DECOUPLED or is_single or (plan.layer_wise and not has_padding),
         "master": options.master == "remainder" or not narrow,
         "gradients": not any(weight.gradient_bytes == FLOAT32_BYTES for weight in narrow),
         "momentum": {"bf16": 1, "int8": 2}.get(options.momentum_dtype, 0),

@@ -118,26 +118,24 @@ def test_the_cheapest_setting_that_fits(planner: Planner, tmp_path: Path) -> Non
         assert (outcome.code, outcome.errors) == (0, "")
         return json.loads(path.read_text()), outcome.text
 
-    document, text = fitted("--memory-gb", "12", "--activations-gb", "1", "--device", "h200")
+    document, text = fitted("--memory-gb", "5", "--activations-gb", "1", "--device", "h200")
     found, given = document["fit"], document["fullest_rank"]
-    assert found["fits"] and found["memory_bytes"] == 12 * 2**30
+    assert found["fits"] and found["memory_bytes"] == 5 * 2**30
     *others, chosen = found["settings"]
     assert all(each["device_bytes"] > found["memory_bytes"] for each in others)
     in_step = sum(each["bytes"] for each in given["bytes"] if "step" in each["kind"])
     assert others[0]["flags"] == [] and others[0]["device_bytes"] == given["device_bytes"] - in_step + 2**30
-    assert chosen["flags"] == ["--muon-master remainder", "--grad-reduce-in-bf16"] and "1.7e-3" in chosen["error"]
-    assert others[1]["error"] == "" and others[1]["seconds"] > others[0]["seconds"] > 0
-    assert text.endswith("Add --muon-master remainder --grad-reduce-in-bf16\n")
+    flags = ["--layer-wise-param-layout decoupled", "--muon-master remainder", "--grad-reduce-in-bf16"]
+    assert [each["flags"] for each in (*others[1:], chosen)] == [flags[:1], flags[:2], flags]
+    assert others[2]["error"] == "" and "1.7e-3" in chosen["error"]
+    assert others[2]["seconds"] > others[0]["seconds"] > 0
+    assert text.endswith(f"Add {' '.join(flags)}\n")
     # These flags give what was said, and no setting takes more of anything than they do.
-    flags = " ".join(chosen["flags"]).split()
-    document, text = fitted("--memory-gb", "1", *flags)
+    document, text = fitted("--memory-gb", "1", *" ".join(flags).split())
     again, *rest = document["fit"]["settings"]
     most = document["fullest_rank"]["device_bytes"]
     assert (again["flags"], again["device_bytes"]) == ([], most)
-    assert [each["flags"] for each in rest] == [
-        ["--muon-momentum-dtype bf16"],
-        ["--muon-momentum-dtype int8"],
-    ]
+    assert [each["flags"] for each in rest] == [["--muon-momentum-dtype bf16"], ["--muon-momentum-dtype int8"]]
     assert not document["fit"]["fits"]
     missing = (min(each["device_bytes"] for each in rest) - 2**30) / 2**30
     assert f"None fits: --muon-momentum-dtype int8 takes least, {missing:.2f} GiB too much" in text

@@ -12,12 +12,19 @@ import pytest
 
 from megatron_muon.errors import ConfigError
 from megatron_muon.planning import fitting
-from megatron_muon.planning.accounts import ALL, MOMENTUM, MUON, STEP, WEIGHTS, Account, Entry
+from megatron_muon.planning.accounts import ALL, MOMENTUM, MUON, PADDING, STEP, WEIGHTS, Account, Entry
 from megatron_muon.planning.holding import Weight
 from megatron_muon.routing.layout import WHOLE
 
 GIB = fitting.GIB
-SAVED = {"--use-distributed-optimizer": 2, "remainder": 3, "--grad-reduce-in-bf16": 5, "bf16": 4, "int8": 6}
+SAVED = {
+    "--use-distributed-optimizer": 2,
+    "decoupled": 1,
+    "remainder": 3,
+    "--grad-reduce-in-bf16": 5,
+    "bf16": 4,
+    "int8": 6,
+}
 """GiB that flags save, of 40."""
 
 
@@ -26,16 +33,23 @@ def plan(flags: Sequence[str], *, replicas: int = 1, narrow: bool = True) -> Any
     if "remainder" in flags and "bf16" in flags:
         raise ConfigError("--muon-master remainder with --muon-momentum-dtype bf16: not today. Give one.")
     left = 40 - sum(SAVED.get(flag, 0) for flag in flags)
-    entries = {Entry(WEIGHTS, MUON): (left - 3) * GIB, Entry(STEP, ALL): 3 * GIB, Entry(MOMENTUM, MUON, True): GIB}
+    is_layer_wise = "--use-distributed-optimizer" in flags
+    padded = GIB if is_layer_wise and "decoupled" not in flags else 0
+    entries = {Entry(WEIGHTS, MUON): (left - 3) * GIB - padded, Entry(PADDING, ALL): padded}
+    entries |= {Entry(STEP, ALL): 3 * GIB, Entry(MOMENTUM, MUON, True): GIB}
     load = SimpleNamespace(account=Account.of(entries))
     gradient = 2 if "--grad-reduce-in-bf16" in flags or not narrow else 4
     weight = Weight("w", (4, 4), WHOLE, element_bytes=2 if narrow else 4, gradient_bytes=gradient)
     momentum = next((flag for flag in ("bf16", "int8") if flag in flags), "auto")
     return SimpleNamespace(
         loads=[load],
-        layer_wise="--use-distributed-optimizer" in flags,
+        layer_wise=is_layer_wise,
         layout=SimpleNamespace(data=replicas, expert_data=replicas),
-        options=SimpleNamespace(master="remainder" if "remainder" in flags else "fp32", momentum_dtype=momentum),
+        options=SimpleNamespace(
+            master="remainder" if "remainder" in flags else "fp32",
+            momentum_dtype=momentum,
+            layer_wise_param_layout="decoupled" if "decoupled" in flags else "padded",
+        ),
         stages=[SimpleNamespace(weights=[weight])],
     )
 
@@ -54,6 +68,10 @@ def test_the_first_that_fits_ends_the_search() -> None:
     assert tried(found) == [("", 40), ("--use-distributed-optimizer", 38)]
     assert fitting.render(found)[-1] == "Add --use-distributed-optimizer"
     assert found.plan is not None and found.outcomes[-1].host_bytes == GIB
+    given = ["--use-distributed-optimizer"]
+    assert tried(search(37, given, replicas=2)) == [("", 38), ("--layer-wise-param-layout decoupled", 37)]
+    decoupled = [*given, "--layer-wise-param-layout", "decoupled"]
+    assert tried(search(34, decoupled, replicas=2)) == [("", 37), ("--muon-master remainder", 34)]
     # Three GiB of the step are not there together with activations.
     assert tried(search(40, activations=3)) == [("", 40)] and tried(search(40, activations=4))[0] == ("", 41)
 
