@@ -18,6 +18,7 @@ from megatron_muon.engine.plan import Peers, Weight
 from megatron_muon.engine.shards import Shard, shard_of
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers import codecs
 from megatron_muon.optimizers.precision import own_dtype, precision_of
 from megatron_muon.orthogonalize.backends import candidates, report
 from megatron_muon.orthogonalize.kernels import elementwise
@@ -302,7 +303,11 @@ class Engines:
                 engine.build()
         updates = (precision.iteration, engine.wire.back, precision.own)
         slots, shapes = (precision.own, precision.wire), [weight.shape for weight in weights]
-        self.elementwise_note = elementwise.prepare(device, dtype, slots, updates, shapes)
+        notes = (
+            elementwise.prepare(device, dtype, slots, updates, shapes),
+            codecs.prepare(device, (config.master, config.momentum_dtype)),
+        )
+        self.elementwise_note = "; ".join(filter(None, notes))
         return engine
 
     def _orthogonalizer(self, dtype: torch.dtype, products: TorchProducts) -> Orthogonalizer:

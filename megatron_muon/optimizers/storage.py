@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional
 
 from megatron_muon.optimizers.handled import HostReads
+from megatron_muon.orthogonalize.kernels import is_capturing
 
 MOMENTUM = "momentum_buffer"
 """State: momentum, of the weight's shape; float32 or wider, bfloat16, or int8 with :data:`SCALE`."""
@@ -64,11 +65,36 @@ class Form:
         if values is not planes[0]:
             planes[0].copy_(values)
 
+    def decode_all(self, parts: Sequence[Planes]) -> list[torch.Tensor]:
+        """Of many parts, by one launch where there is a kernel for it."""
+        kernels = _kernels(self, parts)
+        found = kernels and kernels.read(self.name, parts)
+        return [self.decode(each) for each in parts] if found is None else found
+
+    def encode_all(self, numbers: Sequence[torch.Tensor], parts: Sequence[Planes]) -> None:
+        """Keep numbers of many parts."""
+        kernels = _kernels(self, parts)
+        if not (kernels and kernels.keep(self.name, parts, numbers)):
+            for values, each in zip(numbers, parts, strict=True):
+                self.encode(values, each)
+
 
 class Bfloat16(Form):
     """Rounded to the nearest bfloat16."""
 
     name = "bf16"
+
+    def decode_all(self, parts: Sequence[Planes]) -> list[torch.Tensor]:
+        """See :meth:`Form.decode_all`."""
+        found = [torch.empty(planes[0].shape, dtype=torch.float32, device=planes[0].device) for planes in parts]
+        if found:
+            torch._foreach_copy_(found, [planes[0] for planes in parts])
+        return found
+
+    def encode_all(self, numbers: Sequence[torch.Tensor], parts: Sequence[Planes]) -> None:
+        """See :meth:`Form.encode_all`."""
+        if parts:
+            torch._foreach_copy_([planes[0] for planes in parts], list(numbers))
 
     def decode(self, planes: Planes) -> torch.Tensor:
         """See :meth:`Form.decode`."""
@@ -95,7 +121,8 @@ class Int8(Form):
         """See :meth:`Form.encode`."""
         units = torch.empty_like(values, memory_format=torch.contiguous_format)
         for (part, scale), (own, _) in zip(_blocks(units, planes[1]), _blocks(values, planes[1]), strict=True):
-            unit = torch.maximum(own.amax(-1, keepdim=True), own.amin(-1, keepdim=True).neg_()).float().div_(127.0)
+            unit = torch.maximum(own.amax(-1, keepdim=True), own.amin(-1, keepdim=True).neg_()).float()
+            unit.div_(unit.new_full((), 127.0))  # by a number, GPUs would multiply by its reciprocal
             unit = unit.view(torch.int32).add_(0xFF).bitwise_and_(~0xFF).view(torch.float32)
             torch.div(own, torch.where(unit > 0, unit, 1.0), out=part)
             scale.copy_(unit)
@@ -148,6 +175,18 @@ _HALF_WAY = -(1 << 15)
 """The remainder of what lies half way between two bfloat16 numbers."""
 
 PLAIN, BFLOAT16, INT8, REMAINDERS = Form(), Bfloat16(), Int8(), Remainder()
+
+
+KERNELS: dict[tuple[str, torch.device], Any] = {}
+"""By form and device, what :func:`megatron_muon.optimizers.codecs.prepare` has found to give the same bits, and faster:
+:mod:`megatron_muon.orthogonalize.kernels.triton_codecs`."""
+
+
+def _kernels(form: Form, parts: Sequence[Planes]) -> Any:
+    """Kernels for parts of weights; none while a step is captured, as their tables are copied from the host."""
+    if not KERNELS or not parts or is_capturing(device := parts[0][0].device):
+        return None
+    return KERNELS.get((form.name, device))
 
 
 def _is_unread(ties: torch.Tensor) -> bool:
@@ -321,11 +360,10 @@ def opened(kept: Sequence[Kept], cut: Cutter, *, writes: bool = True) -> Iterato
         yield cut([each.planes[0] for each in kept])
         return
     parts = _cut(kept, cut)
-    numbers = [form.decode(each) for each in parts]
+    numbers = form.decode_all(parts)
     yield numbers
     if writes:
-        for values, each in zip(numbers, parts, strict=True):
-            form.encode(values, each)
+        form.encode_all(numbers, parts)
 
 
 def _cut(kept: Sequence[Kept], cut: Cutter) -> list[Planes]:
@@ -359,11 +397,10 @@ def opened_in_turn(
     parts = _cut(kept, cut)
     for some in _rows_at_once([planes[0] for planes in parts], times):
         planes = [[plane[..., rows, :] for plane in parts[index]] for index, rows in some]
-        numbers = [form.decode(each) for each in planes]
+        numbers = form.decode_all(planes)
         yield numbers, functools.partial(_rows, some)
         if writes and form is not PLAIN:
-            for values, each in zip(numbers, planes, strict=True):
-                form.encode(values, each)
+            form.encode_all(numbers, planes)
         numbers = []
 
 

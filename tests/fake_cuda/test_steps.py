@@ -108,6 +108,12 @@ def test_modes_and_numbers(mode: str, numbers: tuple[str, str], chunk_mb: float,
         assert which(sizes) <= (4 if ns_dtype == "fp32" else 2), sizes
 
 
+@pytest.mark.parametrize(("form", "name"), [("auto", "spectral_sphere"), ("bf16", "normuon"), ("int8", "none")])
+def test_numbers_in_other_forms(form: str, name: str) -> None:
+    """Masters as remainders, read and kept without a look at what is in them."""
+    two_steps(dtype=torch.bfloat16, master="remainder", momentum_dtype=form, variant=name, nesterov=True)
+
+
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_elementwise_rules(name: str) -> None:
     two_steps(tp_mode="owner", **ELEMENTWISE[name])

@@ -16,7 +16,13 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: there is no kernel to test")
-from megatron_muon.orthogonalize.kernels import triton_elementwise, triton_symmetric, triton_tuning  # noqa: E402
+from megatron_muon.optimizers import codecs  # noqa: E402
+from megatron_muon.orthogonalize.kernels import (  # noqa: E402
+    triton_codecs,
+    triton_elementwise,
+    triton_symmetric,
+    triton_tuning,
+)
 from megatron_muon.orthogonalize.kernels.triton_symmetric import symmetric_product  # noqa: E402
 from megatron_muon.orthogonalize.kernels.triton_tuning import Tile  # noqa: E402
 from megatron_muon.orthogonalize.switches import matmul_precision  # noqa: E402
@@ -328,6 +334,27 @@ def test_bytes_and_rounding_of_elementwise_kernels(compiler: Process, capability
         assert len(of_elements) == (2 if name == "_add_kernel" else 3)
         assert set(of_elements) == {f"tensor<{triton_elementwise._BLOCK.value}xi64>"}, "a weight may have 2^31 elements"
     assert found == [14, 10]
+
+
+def codecs_work() -> None:
+    numbers = codecs._numbers(torch.device("cpu"))
+    for name, form in codecs._FORMS.items():
+        planes = [codecs._kept(form, rows).planes for rows in numbers]
+        assert triton_codecs.read(name, planes) is not None and triton_codecs.keep(name, planes, numbers)
+
+
+def codecs_compiled(capability: int) -> list[tuple[str, Compiled]]:
+    return [(options["name"], Compiled.of(kernel, options)) for kernel, options in launched(codecs_work, capability)]
+
+
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
+def test_kernels_of_other_forms(compiler: Process, capability: int) -> None:
+    """One launch for all weights; 16 bytes at a time of what is of full length; nothing of a thread in local memory."""
+    found = compiler.run(codecs_compiled, capability)
+    assert [name for name, _ in found] == ["_read_remainder", "_keep_remainder", "_read_int8", "_keep_int8"]
+    for name, kernel in found:
+        assert kernel.stack == 0 and 16 in kernel.widths(), name
+        assert not re.search(r"\.ftz|\batom|div\.full|div\.approx", kernel.ptx), name
 
 
 def test_obstacles_without_interpreter(compiler: Process) -> None:

@@ -25,7 +25,9 @@ from tests.pool import RankPool
 triton = pytest.importorskip("triton", reason="Triton is not installed: there is no kernel to test")
 import triton.language as tl  # noqa: E402
 
-from megatron_muon.orthogonalize.kernels import elementwise, triton_elementwise, triton_symmetric  # noqa: E402
+from megatron_muon.optimizers import codecs  # noqa: E402
+from megatron_muon.optimizers.storage import KERNELS, master_of, momentum_of  # noqa: E402
+from megatron_muon.orthogonalize.kernels import elementwise, triton_codecs, triton_elementwise, triton_symmetric  # noqa: E402
 from megatron_muon.orthogonalize.kernels.triton_symmetric import (  # noqa: E402
     Tile,
     TritonProducts,
@@ -435,6 +437,51 @@ def test_elementwise_kernels_give_torchs_bits(interpreter: Process) -> None:
     interpreter.run(elementwise_tails)
     interpreter.run(elementwise_bits)
     interpreter.run(elementwise_step)
+
+
+def masters_and_momenta() -> list[torch.Tensor]:
+    """After two steps of weights of several layouts: of one, rows are of a length that kernels leave to torch."""
+    generator = torch.Generator().manual_seed(0)
+    layouts = (WHOLE, WHOLE, MatrixLayout("qkv", (Section("q", 2), Section("k", 1), Section("v", 1))))
+    params = [
+        torch.nn.Parameter(torch.randn(shape, generator=generator).bfloat16())
+        for shape in ((6, 256), (9, 10), (8, 512))
+    ]
+    for param, layout in zip(params, layouts, strict=True):
+        setattr(param, LAYOUT_ATTRIBUTE, layout)
+    optimizer = Muon(params, lr=0.01, nesterov=True, master="remainder", momentum_dtype="int8")
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).bfloat16()
+        optimizer.step()
+    kept = [each for param, state in optimizer.state.items() for each in (master_of(param, state), momentum_of(state))]
+    return [plane for each in kept for plane in each.planes]
+
+
+def codec_bits() -> None:
+    cpu = torch.device("cpu")
+    for name in ("remainder", "int8"):
+        text = codecs._tried(name, cpu)
+        assert re.fullmatch(name + r" by torch \(Triton \S+ ms, torch \S+ ms\)", text), text  # right; slow here
+    torchs = masters_and_momenta()
+    counts = {"read": 0, "keep": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, plain in (("read", triton_codecs.read), ("keep", triton_codecs.keep)):
+
+            def counted(*args: Any, name: str = name, plain: Callable[..., Any] = plain) -> Any:
+                found = plain(*args)
+                counts[name] += found is not None and found is not False
+                return found
+
+            patch.setattr(triton_codecs, name, counted)
+        for name in ("remainder", "int8"):
+            patch.setitem(KERNELS, (name, cpu), triton_codecs)
+        own = masters_and_momenta()
+    assert all(counts.values()) and all(map(torch.equal, own, torchs))
+
+
+def test_kernels_of_other_forms_give_torchs_bits(interpreter: Process) -> None:
+    interpreter.run(codec_bits)
 
 
 def test_kernel_is_not_imported_by_the_package() -> None:

@@ -66,6 +66,7 @@ def items(setting: Setting) -> list[Item]:
     found.append(Item("tuning", _case(tuning, torch.bfloat16, device)))
     found += [Item(f"offsets of {which}", _case(offsets, which, device)) for which in OFFSETS]
     found += [Item(f"elementwise {name}", _case(passes, DTYPES[name], device)) for name in ("fp32", "bf16")]
+    found.append(Item("other forms", _case(other_forms, device)))
     found.append(Item("elementwise rate", _case(elementwise_rate, device)))
     found += [Item(f"rates {name}", _case(rates, name, device)) for name in ("fp16", "bf16")]
     return found
@@ -269,6 +270,20 @@ def passes(dtype: torch.dtype, device: torch.device, found: Report) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     found.check("pack waits for nothing", bool(taken))
+
+
+def other_forms(device: torch.device, found: Report) -> None:
+    """Kernels that read and keep masters as remainders, and int8 momentum, give torch's bits."""
+    from megatron_muon.optimizers import codecs
+    from megatron_muon.orthogonalize.kernels import triton_codecs
+
+    reason = triton_codecs.obstacle(device)
+    if reason is not None:
+        raise NotRunError(f"Triton {reason}")
+    for name in ("remainder", "int8"):
+        text = codecs.prepare(device, (name,))
+        found.row("other forms", found=text)
+        found.check(f"torch's bits of {name}", text.endswith(" ms)"), text)
 
 
 def elementwise_rate(device: torch.device, found: Report) -> None:
