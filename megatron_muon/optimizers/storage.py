@@ -282,6 +282,14 @@ def init_remainder(param: torch.Tensor, state: dict[str, Any]) -> None:
     state[TIES] = param.new_zeros((*param.shape[:-1], -(-param.size(-1) // 8)), dtype=torch.uint8)
 
 
+def remainder_of(master: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state that a master weight is, beside the weight to which it rounds."""
+    weight, state = master.bfloat16(), dict[str, torch.Tensor]()
+    init_remainder(weight, state)
+    write(master_of(weight, state), master)
+    return state
+
+
 def settle(param: torch.Tensor, state: dict[str, Any], master: str, dtype: str) -> str:
     """Give a weight's state the form that this run has: create what is missing, and keep what is there in that form.
 

@@ -19,7 +19,7 @@ from megatron_muon.checkpoint.param_state import MASTER
 from megatron_muon.checkpoint.record import ACCEPT, RECORD, Recorder
 from megatron_muon.checkpoint.stored import has_record, records_in
 from megatron_muon.optimizers import storage
-from megatron_muon.optimizers.storage import MOMENTUM, REMAINDER
+from megatron_muon.optimizers.storage import MOMENTUM
 from megatron_muon.plugin import options
 from megatron_muon.plugin.adam_buckets import buckets_of_adam
 from megatron_muon.plugin.groups import groups_or_default, ranks_of
@@ -73,12 +73,18 @@ def _state_of(leaf: Any, original: Callable[..., dict[str, Any]], *args: Any, **
 
 def _load_into(leaf: Any, original: Callable[[Any], None], state_dict: Any) -> None:
     """What :func:`_state_of` gave, in whatever form masters are kept here; Muon itself sees to its momentum."""
+    inner = state_dict.get("optimizer", {})
+    if getattr(getattr(leaf.optimizer, "config", None), "master", "") == "remainder" and _MASTERS in state_dict:
+        state = {**inner["state"]}
+        groups = zip(inner["param_groups"], leaf.optimizer.param_groups, state_dict[_MASTERS], strict=False)
+        for saved, own, masters in groups:  # where there are others, torch refuses them
+            pairs = zip(saved["params"], own["params"], strict=False)
+            numbers = (number for number, param in pairs if param.dtype == torch.bfloat16)
+            for number, master in zip(numbers, masters, strict=False):
+                if number in state:
+                    state[number] = {**state[number], **storage.remainder_of(master)}
+        state_dict = {**state_dict, "optimizer": {**inner, "state": state}}
     original(state_dict)
-    params = [param for group in getattr(leaf, "float16_groups", ()) for param in group]
-    masters = [master for group in state_dict.get(_MASTERS, ()) for master in group]
-    for param, master in zip(params, masters, strict=False):  # older versions had them under another name
-        if REMAINDER in (state := leaf.optimizer.state.get(param, {})):
-            storage.write(storage.master_of(param, state), master)
 
 
 def is_canonical(optimizer: Any) -> bool:

@@ -185,7 +185,10 @@ def through_files(layout: Layout, param_layout: bool) -> list[str]:
         state = torch.load(io.BytesIO(data), weights_only=False)
         for chunk, its in zip(run.chunks, state["model"], strict=True):
             harness.load_model(chunk, its)
-        run.optimizer.load_state_dict(state["optimizer"])
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            run.optimizer.load_state_dict(state["optimizer"])
+        if "master" in told.getvalue():
+            problems.append(f"{source} to {name}: {told.getvalue()}")
         run.step = state["step"]
         for (key, was), (other, now) in zip(before, numbers(run), strict=True):
             is_rounded = key == "momentum_buffer" and name == "int8" != source
