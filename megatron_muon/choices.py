@@ -53,6 +53,9 @@ MASTERS = ("fp32", "remainder")
 MOMENTUM_DTYPES = ("auto", "fp32", "bf16", "int8")
 """``--muon-momentum-dtype``: see :func:`megatron_muon.optimizers.storage.init_momentum`."""
 
+OFFLOADS = ("none", "momentum", "all")
+"""``--muon-offload``: see :mod:`megatron_muon.optimizers.windows`."""
+
 STIEFEL_SOLVERS = ("admm", "dual_ascent", "fixed_point")
 """``--muon-stiefel-solver``: those of :mod:`megatron_muon.optimizers.stiefel_solvers`."""
 

@@ -11,6 +11,7 @@ from megatron_muon.choices import (
     MASTERS,
     MOMENTUM_DTYPES,
     NS_BACKENDS,
+    OFFLOADS,
     SCALAR_OPTIMIZERS,
     SCALE_MODES,
     TP_MODES,
@@ -165,6 +166,13 @@ class UpdateKnobs:
         "byte; 2.6e-2 where momentum is noise, and up to 1.0, all of an update, where it is of low rank: what is below "
         "1/254 of the largest entry of its block is lost); auto: fp32, of weights without masters their own.",
         check=one_of(*MOMENTUM_DTYPES),
+    )
+    offload: str = knob(
+        "none",
+        "State that lives in pinned memory of the host, and comes to the device through two windows of --muon-chunk-mb "
+        "at most while a step needs it, with the same results bit for bit: none; momentum; or all, remainders of "
+        "masters (--muon-master remainder), too.",
+        check=one_of(*OFFLOADS),
     )
     ball_radius: float = knob(
         1.0,

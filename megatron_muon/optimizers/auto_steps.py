@@ -127,7 +127,7 @@ def measure(optimizers: Sequence[SteppingOptimizer], ranks: Ranks) -> None:
         ranks: that step together; all of them must call this.
     """
     found: dict[str, _Found] = {}
-    for part in ranks.gather(lambda: [its for optimizer in optimizers for its in _measured(optimizer).items()]):
+    for part in ranks.gather(lambda: [its for optimizer in optimizers for its in _measured_apart(optimizer).items()]):
         for name, its in part:
             found[name] = its.with_others(found.get(name, its))
     for optimizer in optimizers:
@@ -156,6 +156,11 @@ def _measured(optimizer: SteppingOptimizer) -> dict[str, _Found]:
         for name, its in _of_matrices(optimizer, [having[param] for param in params]):
             found[name] = found[name].with_others(its)
     return found
+
+
+def _measured_apart(optimizer: SteppingOptimizer) -> dict[str, _Found]:
+    with optimizer.streaming():
+        return _measured(optimizer)
 
 
 def _of_matrices(optimizer: SteppingOptimizer, steps: Sequence[ParamStep]) -> list[tuple[str, _Found]]:

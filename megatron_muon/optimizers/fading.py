@@ -67,7 +67,7 @@ def forget_faded(
 def _largest(state: dict[str, Any]) -> torch.Tensor:
     """The largest entry of each row of a weight's momentum, (..., rows, 1)."""
     kept = momentum_of(state)
-    found = kept.planes[0].new_empty((*kept.planes[0].shape[:-1], 1), dtype=own_dtype(kept.planes[0].dtype))
+    found = state[PEAK].new_empty((*kept.planes[0].shape[:-1], 1), dtype=own_dtype(kept.planes[0].dtype))
     for numbers, take in opened_in_turn([kept], list, writes=False):
         for rows, largest in zip(numbers, take([found]), strict=True):
             torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True, dtype=found.dtype, out=largest)

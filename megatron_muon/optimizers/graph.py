@@ -240,6 +240,8 @@ def _obstacles(optimizer: SteppingOptimizer) -> Iterator[str]:
     """Why its step cannot be captured."""
     if optimizer.variant.obstacle:
         yield optimizer.variant.obstacle
+    if optimizer.windows is not None:
+        yield f"with --muon-offload {optimizer.config.offload} state comes from the host and goes back in each step"
     period = optimizer.config.blockwise_period
     if period > 1 and any(group.size() > 1 for group in optimizer.engines.groups.values()):
         yield f"with --muon-blockwise-period {period} one step in {period} is not like the others"

@@ -91,13 +91,15 @@ def refuse_elsewhere(optimizer: Any, device: torch.device | None = None) -> None
 
     Args:
         optimizer: with its state.
-        device: where the weights that are updated and all their state must be; None: state where its weight is.
+        device: where the weights that are updated and all their state must be, but for state that lives on the host;
+            None: state where its weight is.
 
     Raises:
         ConfigError: naming the call that brings it back.
     """
     refuse_asleep(optimizer)
-    state_of = optimizer.state.get
+    state_of, windows = optimizer.state.get, getattr(optimizer, "windows", None)
+    on_host = () if windows is None else windows.names
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for param in params:
         wanted = device or param.device
@@ -105,6 +107,8 @@ def refuse_elsewhere(optimizer: Any, device: torch.device | None = None) -> None
             raise _elsewhere(optimizer, "master weight", param, wanted)
         for name, value in (state_of(param) or {}).items():
             if isinstance(value, torch.Tensor) and value.device != wanted and name != STEP:
+                if name in on_host and value.device.type == "cpu":
+                    continue
                 raise _elsewhere(optimizer, name, value, wanted)
 
 

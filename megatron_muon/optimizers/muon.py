@@ -8,6 +8,7 @@ import os
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -44,6 +45,7 @@ from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_row
 from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.optimizers.step import Graph, Step
 from megatron_muon.optimizers.storage import MOMENTUM, REMAINDER, TIES, having_gradients, settle
+from megatron_muon.optimizers.windows import OFFLOADED, Windows
 from megatron_muon.options import MuonOptions, UpdateKnobs
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM
@@ -55,7 +57,7 @@ from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN, WHOLE, MatrixL
 _ATTRIBUTES = "attributes of weights"
 """Key in the state of a copy (:meth:`Muon.__getstate__`): what the weights carry, such as their layout."""
 
-_OF_ONE = ("step", "finals", "graph", "is_complete", "starts", "versions")
+_OF_ONE = ("step", "finals", "graph", "is_complete", "starts", "versions", "windows")
 """Attributes that are not copied: copies have new ones, and schedulers of torch set ``step``."""
 
 
@@ -96,6 +98,7 @@ class Muon(torch.optim.Optimizer):
             them: when their last matrix is written, or at the end of the step.
         graph: its step as a CUDA graph, see :func:`megatron_muon.optimizers.graph.capture`; None: each step is taken
             anew.
+        windows: through which state comes that lives on the host; None: none does.
         is_complete: whether others rely on its weights being all that it will have.
 
     Args:
@@ -166,6 +169,8 @@ class Muon(torch.optim.Optimizer):
         self.graph: Graph | None = None
         self.is_complete = False
         self.versions = TensorVersions()
+        names = OFFLOADED.get(self.config.offload)
+        self.windows = None if names is None else Windows(names, self.config.chunk_mb)
 
     @property
     def checkpoint_rule(self) -> str:
@@ -359,10 +364,18 @@ class Muon(torch.optim.Optimizer):
         states = {param: {name: state[name] for name in parts if name in state} for param, state in self.state.items()}
         self.state.clear()
         self.state.update({param: state for param, state in states.items() if state})
+        if self.windows is not None:
+            self.windows.forget()
         for group in self.param_groups:
             group[STEP] = 0
             group.pop(AUTO, None)
         self._forget_found()
+
+    def streaming(self) -> AbstractContextManager[None]:
+        """Within, state that lives on the host comes to the device when it is opened."""
+        if self.windows is None or not self._own:
+            return nullcontext()
+        return self.windows.step(self._own[0].device)
 
     def sleep(self, to: str | os.PathLike[str] = sleeping.HOST) -> int:
         """Free the device of all state, see :func:`megatron_muon.sleep`."""
@@ -460,6 +473,8 @@ class Muon(torch.optim.Optimizer):
                 self.variant.init_state(param, state)
                 if self.variant.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:
                     init_rows(param, state, UPDATE_LEFT)
+            if self.windows is not None:
+                self.windows.settle(param, state)
         tell(others)
 
 

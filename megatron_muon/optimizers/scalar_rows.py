@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,8 +148,27 @@ def step_scalar_rows(weights: list[ParamStep], rates: RowRates) -> None:
     alike: dict[Hashable, list[tuple[ParamStep, tuple[Rate, Rate]]]] = defaultdict(list)
     for index, each in zip(rates.mixed, pairs, strict=False):
         alike[weights[index].key].append((weights[index], each))
-    for some in alike.values():
+    for some in (part for weights_alike in alike.values() for part in _in_bound(weights_alike)):
         _step_rows([weight for weight, _ in some], rates, [each for _, each in some] if adam else [])
+
+
+def _in_bound(
+    weights: list[tuple[ParamStep, tuple[Rate, Rate]]],
+) -> Iterator[list[tuple[ParamStep, tuple[Rate, Rate]]]]:
+    """As many at a time as may be opened at once, see :attr:`megatron_muon.optimizers.storage.Form.bound`."""
+    bound = weights[0][0].momentum.form.bound
+    if not bound:
+        yield weights
+        return
+    some, total = list[tuple[ParamStep, tuple[Rate, Rate]]](), 0
+    for weight, each in weights:
+        size = 8 * sum(rows.numel() for rows in rows_of([weight.param], [weight.layout], SCALAR))
+        if some and total + size > bound:
+            yield some
+            some, total = [], 0
+        some.append((weight, each))
+        total += size
+    yield some
 
 
 def _step_rows(weights: list[ParamStep], rates: RowRates, each: list[tuple[Rate, Rate]]) -> None:

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.handled import ASLEEP, STEP, refuse_asleep
 from megatron_muon.optimizers.state_files import StateFile
+from megatron_muon.optimizers.windows import to_host
 
 HOST = "host"
 """Where state sleeps in memory of the host; any other word is a folder."""
@@ -31,18 +32,25 @@ class Entry(NamedTuple):
         state: the state of its weight; None: it is a master weight, an object that others hold, too.
         key: its name.
         tensor: itself.
-        home: the device of its weight.
+        device: of its weight.
+        home: where it is between steps: on that device, or the host (:mod:`megatron_muon.optimizers.windows`).
     """
 
     state: dict[str, Any] | None
     key: str
     tensor: torch.Tensor
+    device: torch.device
     home: torch.device
 
     @property
     def is_home(self) -> bool:
-        """Whether it is where a step needs it."""
+        """Whether it is where a step looks for it."""
         return self.tensor.device == self.home and self.tensor not in IN_FILES
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether it is where its weight is."""
+        return self.tensor.device == self.device and self.tensor not in IN_FILES
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """Have another tensor, or its memory, in its place; returns what is there now."""
@@ -98,13 +106,15 @@ def _wake_to_load(inner: torch.optim.Optimizer, _: Any) -> None:
 
 def entries_of(optimizer: torch.optim.Optimizer) -> list[Entry]:
     """What an optimizer of torch keeps beside the weights that it was given."""
-    return [each for param, state in optimizer.state.items() for each in entries_in(state, param.device)]
+    return [each for param, state in optimizer.state.items() for each in entries_in(optimizer, state, param.device)]
 
 
-def entries_in(state: dict[str, Any], home: torch.device) -> list[Entry]:
-    """What there is in the state of a weight, which is on ``home``."""
+def entries_in(optimizer: torch.optim.Optimizer, state: dict[str, Any], device: torch.device) -> list[Entry]:
+    """What there is in the state of a weight, which is on a device."""
+    windows = getattr(optimizer, "windows", None)
+    on_host = () if windows is None else windows.names
     return [
-        Entry(state, key, value, home)
+        Entry(state, key, value, device, _CPU if key in on_host else device)
         for key, value in state.items()
         if isinstance(value, torch.Tensor) and key != STEP
     ]
@@ -134,12 +144,14 @@ def put_to_sleep(
     for inner in inners:
         if (graph := getattr(inner, "graph", None)) is not None:
             graph.release()
+        if (windows := getattr(inner, "windows", None)) is not None:
+            windows.forget()
     if to == HOST:
-        # Where the host is home there is nothing to free; a copy shows that nothing hangs on where state lies.
+        # On CPU processes there is nothing to free; a copy shows that nothing hangs on where state lies.
         is_known = all(inner in ASLEEP for inner in inners)
-        moving = [entry for entry in entries if entry.is_home and not (is_known and entry.home == _CPU)]
+        moving = [entry for entry in entries if entry.is_on_device and not (is_known and entry.device == _CPU)]
         for entry in moving:
-            is_down = entry.home.type == "cuda"
+            is_down = entry.device.type == "cuda"
             copy = torch.empty_like(entry.tensor, device=_CPU, pin_memory=is_down)
             entry.put(copy.copy_(entry.tensor, non_blocking=is_down))
     else:
@@ -186,11 +198,11 @@ def awaken(inners: Sequence[torch.optim.Optimizer], entries: Sequence[Entry]) ->
     moving = [entry for entry in entries if not entry.is_home]
     for entry in moving:
         if (kept := IN_FILES.get(entry.tensor)) is None:
-            entry.put(torch.empty_like(entry.tensor, device=entry.home).copy_(entry.tensor))
+            found = entry.tensor
         else:
             found = kept[0].read(kept[1], entry.home)
             del IN_FILES[entry.tensor]
-            entry.put(found)
+        entry.put(to_host(found) if entry.home != entry.device else found.to(entry.home))
     for inner in inners:
         ASLEEP.pop(inner, None)
     if moving:  # every load asks for it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, RowRates, restar
 from megatron_muon.optimizers.sizes import normalize
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.optimizers.storage import gradients_of, having_gradients
+from megatron_muon.optimizers.windows import Windows
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM, scale_factor
 from megatron_muon.routing.layout import MSIGN
@@ -58,6 +60,7 @@ class SteppingOptimizer(Protocol):
     finals: list[Callable[[list[torch.Tensor]], None]]
     first_lrs: list[Rate]
     graph: Graph | None
+    windows: Windows | None
     watched: tuple[str, ...]
     directions: tuple[str, ...]
     hidden_size: int
@@ -74,6 +77,9 @@ class SteppingOptimizer(Protocol):
 
     def refuse_step(self) -> None:
         """Raise what makes this rank refuse the step."""
+
+    def streaming(self) -> AbstractContextManager[None]:
+        """Within, state that lives on the host comes to the device when it is opened."""
 
     def _init_group(self, group: dict[str, Any]) -> None: ...
 
@@ -144,8 +150,9 @@ class Step:
 
     def run(self) -> None:
         """Take the step; raises what :meth:`megatron_muon.Muon.step` raises."""
-        self.look()
-        self.change()
+        with self.optimizer.streaming():
+            self.look()
+            self.change()
 
     def look(self) -> None:
         """What comes before anything changes, and is the host's: comparisons, plans, numbers, missing state."""

@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -77,6 +78,15 @@ class Form:
         if not (kernels and kernels.keep(self.name, parts, numbers)):
             for values, each in zip(numbers, parts, strict=True):
                 self.encode(values, each)
+
+    @property
+    def bound(self) -> int:
+        """Bytes of parts that are opened at once, as far as there is a choice; 0: any number."""
+        return 0
+
+    def near(self, parts: Sequence[Planes], writes: bool) -> contextlib.AbstractContextManager[Sequence[Planes]]:
+        """The planes of parts where a step works on them; within, and kept again if they are changed."""
+        return contextlib.nullcontext(parts)
 
 
 class Bfloat16(Form):
@@ -229,6 +239,13 @@ class Kept(NamedTuple):
     planes: tuple[torch.Tensor, ...]
 
 
+class _Windows(Protocol):
+    def kept(self, kept: Kept, first: int) -> Kept: ...
+
+
+WINDOWS: ContextVar[_Windows | None] = ContextVar("megatron_muon_windows", default=None)
+"""In a step of an optimizer whose state is on the host, see :class:`megatron_muon.optimizers.windows.Windows`."""
+
 _NEW = tuple.__new__
 """Makes a :class:`Kept` without another call, for each weight in each step."""
 
@@ -237,14 +254,17 @@ def momentum_of(state: dict[str, Any]) -> Kept:
     """The momentum in the state of a weight."""
     buffer = state[MOMENTUM]
     if buffer.dtype == torch.int8:
-        return _NEW(Kept, (INT8, (buffer, state[SCALE])))
-    return _NEW(Kept, (BFLOAT16 if buffer.dtype == torch.bfloat16 else PLAIN, (buffer,)))
+        kept = _NEW(Kept, (INT8, (buffer, state[SCALE])))
+    else:
+        kept = _NEW(Kept, (BFLOAT16 if buffer.dtype == torch.bfloat16 else PLAIN, (buffer,)))
+    return kept if (windows := WINDOWS.get()) is None else windows.kept(kept, 0)
 
 
 def master_of(param: torch.Tensor, state: dict[str, Any]) -> Kept:
     """What an optimizer updates: the weight itself, or a master weight in the weight and its state."""
     if REMAINDER in state:
-        return _NEW(Kept, (REMAINDERS, (param, state[REMAINDER], state[TIES])))
+        kept = _NEW(Kept, (REMAINDERS, (param, state[REMAINDER], state[TIES])))
+        return kept if (windows := WINDOWS.get()) is None else windows.kept(kept, 1)
     return _NEW(Kept, (PLAIN, (param,)))
 
 
@@ -367,11 +387,11 @@ def opened(kept: Sequence[Kept], cut: Cutter, *, writes: bool = True) -> Iterato
     if form is PLAIN:
         yield cut([each.planes[0] for each in kept])
         return
-    parts = _cut(kept, cut)
-    numbers = form.decode_all(parts)
-    yield numbers
-    if writes:
-        form.encode_all(numbers, parts)
+    with form.near(_cut(kept, cut), writes) as parts:
+        numbers = form.decode_all(parts)
+        yield numbers
+        if writes:
+            form.encode_all(numbers, parts)
 
 
 def _cut(kept: Sequence[Kept], cut: Cutter) -> list[Planes]:
@@ -403,13 +423,14 @@ def opened_in_turn(
         yield cut([each.planes[0] for each in kept]), list
         return
     parts = _cut(kept, cut)
-    for some in _rows_at_once([planes[0] for planes in parts], times):
+    for some in _rows_at_once([planes[0] for planes in parts], form, times):
         planes = [[plane[..., rows, :] for plane in parts[index]] for index, rows in some]
-        numbers = form.decode_all(planes)
-        yield numbers, functools.partial(_rows, some)
-        if writes and form is not PLAIN:
-            form.encode_all(numbers, planes)
-        numbers = []
+        with form.near(planes, writes) as near:
+            numbers = form.decode_all(near)
+            yield numbers, functools.partial(_rows, some)
+            if writes and form is not PLAIN:
+                form.encode_all(numbers, near)
+            numbers = []
 
 
 def _rows(some: Sequence[tuple[int, slice]], views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -421,11 +442,13 @@ def at_once(like: torch.Tensor) -> int:
     return _AT_ONCE["cuda" if like.is_cuda else "cpu"]
 
 
-def _rows_at_once(views: Sequence[torch.Tensor], times: int) -> Iterator[list[tuple[int, slice]]]:
+def _rows_at_once(views: Sequence[torch.Tensor], form: Form, times: int) -> Iterator[list[tuple[int, slice]]]:
     """Rows of views, by the index of a view, so many at a time as are to be converted at once."""
     some, total = list[tuple[int, slice]](), 0
     for index, view in enumerate(views):
-        rows, bound = view.size(-2), at_once(view) * (1 if view.is_cuda else times)
+        # What a form's bound lets through at once is that many bytes of numbers: a whole chunk.
+        own = form.bound // max(4, view.element_size())
+        rows, bound = view.size(-2), own or at_once(view) * (1 if view.is_cuda else times)
         each = max(1, bound * rows // max(1, view.numel()))
         for first in range(0, rows, each):
             count = view.numel() // rows * min(each, rows - first)

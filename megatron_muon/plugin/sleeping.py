@@ -80,10 +80,11 @@ def kept(optimizer: Any) -> Iterator[tuple[Entry, bool]]:
         elif not _is_elsewhere(leaf):
             for held in param_states(leaf, refuse=False):
                 if held.key is not None:
-                    for entry in entries_in(held.inner.state.get(held.key, {}), held.param.device):
+                    for entry in entries_in(held.inner, held.inner.state.get(held.key, {}), held.param.device):
                         yield entry, entry.key in KEYS
                 if held.master is not None and not has_own_masters(leaf):
-                    yield Entry(None, "fp32_param", held.master, held.param.device), held.slices is not None
+                    device = held.param.device
+                    yield Entry(None, "fp32_param", held.master, device, device), held.slices is not None
 
 
 KEYS = ("exp_avg", "exp_avg_sq", "master_param")

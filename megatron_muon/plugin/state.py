@@ -80,8 +80,8 @@ def state_bytes(optimizer: Any) -> StateBytes:
     there: Counter[str] = Counter()
     left = 0
     for entry, is_found in kept(optimizer):
-        (here if entry.is_home else there)[entry.key] += entry.tensor.nbytes
-        left += entry.tensor.nbytes if entry.is_home and not is_found else 0
+        (here if entry.is_on_device else there)[entry.key] += entry.tensor.nbytes
+        left += entry.tensor.nbytes if entry.is_on_device and not is_found else 0
     return StateBytes(dict(here), dict(there), left)
 
 

@@ -144,7 +144,7 @@ class Watch(TorchDispatchMode):
             self._host(func, args[2])  # CUDA's kernel takes a number
         if name in ("index", "index_put", "index_put_", "_index_put_impl_") and on_device:
             self._check_indices(func, args[1])
-        self._check_host_memory(func, name, tensors, on_device, kwargs)
+        self._check_host_memory(func, name, tensors, on_device, args, kwargs)
         if self._held and not form.is_view:
             self._check_pending(func, form, args, kwargs, tensors)
         self.peak = max(self.peak, self.live + (hidden_bytes(name, args, kwargs) if on_device else 0))
@@ -182,7 +182,7 @@ class Watch(TorchDispatchMode):
                 self.wait(f"{func} by indices in the memory of the host")
 
     def _check_host_memory(
-        self, func: Any, name: str, tensors: list[torch.Tensor], on_device: list[torch.Tensor], kwargs: Any
+        self, func: Any, name: str, tensors: list[torch.Tensor], on_device: list[torch.Tensor], args: Any, kwargs: Any
     ) -> None:
         target = kwargs.get("device") if name == "_to_copy" else None
         if target is not None and tensors:
@@ -190,7 +190,8 @@ class Watch(TorchDispatchMode):
         elif on_device and len(on_device) != len(tensors):
             if name in ("copy_", "_foreach_copy_") and len(tensors) >= 2:
                 source = next(tensor for tensor in tensors if tensor.device != tensors[0].device)
-                self._check_copy(source.device.type, tensors[0].device.type, source, kwargs)
+                given = {"non_blocking": args[2]} if len(args) > 2 else kwargs
+                self._check_copy(source.device.type, tensors[0].device.type, source, given)
             else:
                 self.wait(f"{func} of the device with a tensor of the host")
 

@@ -1,0 +1,66 @@
+"""``--muon-offload`` in runs of Megatron-Core: losses, weights and checkpoints are those of state on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoints import differences
+from tests.megatron import harness
+from tests.megatron.harness import Layout
+from tests.megatron.test_checkpoint_saving import make_folder, whole_state
+from tests.megatron.test_sleeping import SMALL
+from tests.megatron.test_state_by_others import muon, weights
+from tests.pool import RankPool
+
+FAR = {"muon_offload": "momentum", "muon_chunk_mb": 0.003}
+
+
+def beside(layout: Layout, folder: str, **model: Any) -> dict[str, Any]:
+    """Two runs, one with its momentum on the host: trained, saved while they train, loaded crosswise, asleep."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    near, far = (harness.start(layout, optimizer=options, **SMALL, **model) for options in ({}, FAR))
+    found = dict[str, Any]()
+
+    def go_on(name: str) -> None:
+        found[name] = near.losses(1) == far.losses(1) and all(map(torch.equal, weights(near), weights(far)))
+
+    go_on("first"), go_on("second")
+    harness.save_run(near, f"{folder}/near")
+    make_folder(f"{folder}/far")
+    request = dist_checkpointing.save(
+        whole_state(far), f"{folder}/far", async_sharded_save=True, async_strategy="mcore"
+    )
+    queue = AsyncCallsQueue()
+    queue.schedule_async_request(request)
+    go_on("while it is saved")
+    queue.close()
+    for run, other in ((near, "far"), (far, "near")):
+        harness.load_run(run, f"{folder}/{other}")
+    go_on("loaded crosswise")
+    far.optimizer.sleep()
+    far.optimizer.wake()
+    go_on("after sleep")
+    windows = muon(far).windows
+    assert windows is not None
+    found["windows"] = windows.counters.largest, windows.bound
+    return found
+
+
+@pytest.mark.parametrize(
+    "layout,model",
+    [(Layout(layer_wise=True), {"bf16": True}), pytest.param(Layout(tp=2), {}, marks=pytest.mark.slow)],
+    ids=["layer-wise, bf16", "TP 2"],
+)
+def test_the_run_is_that_of_momentum_on_the_device(
+    pool: RankPool, tmp_path: Any, layout: Layout, model: dict[str, Any]
+) -> None:
+    for found in pool.run(beside, 2, layout, str(tmp_path), **model):
+        largest, bound = found.pop("windows")
+        assert 0 < largest <= max(bound, 4 * 32 * 48)  # of a matrix alone
+        assert all(found.values()), found
+    assert differences(f"{tmp_path}/near", f"{tmp_path}/far") == []
