@@ -71,6 +71,16 @@ MEGATRON: tuple[Refusal, ...] = (
         "it is what a bfloat16 weight lacks of its float32 value",
         "add --bf16, or leave it away: float32 weights have no copies",
     ),
+    Refusal(
+        (one_of("muon_offload", "all"), given("bf16"), one_of("muon_master", "fp32"), ours()),
+        "the float32 copies are Megatron-Core's, which keeps them on the GPU",
+        "add --muon-master remainder (the same results bit for bit), or use --muon-offload momentum",
+    ),
+    Refusal(
+        (other_than("muon_offload", "none"), given("optimizer_cuda_graph"), ours()),
+        "state comes from the host and goes back in each step",
+        "leave one of the two away",
+    ),
     *(
         Refusal((*asked, _PRECISION_AWARE, ours()), because, instead)
         for asked, because, instead in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +16,20 @@ from tests.megatron.test_sleeping import SMALL
 from tests.megatron.test_state_by_others import muon, weights
 from tests.pool import RankPool
 
-FAR = {"muon_offload": "momentum", "muon_chunk_mb": 0.003}
+NEAR: dict[str, dict[str, Any]] = {
+    "momentum": {},
+    "all": {"muon_master": "remainder", "muon_momentum_dtype": "int8", "muon_qkv": "per_head"},
+}
 
 
-def beside(layout: Layout, folder: str, **model: Any) -> dict[str, Any]:
+def beside(layout: Layout, folder: str, offload: str, **model: Any) -> dict[str, Any]:
     """Two runs, one with its momentum on the host: trained, saved while they train, loaded crosswise, asleep."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-    near, far = (harness.start(layout, optimizer=options, **SMALL, **model) for options in ({}, FAR))
+    options = NEAR[offload]
+    far_options = {**options, "muon_offload": offload, "muon_chunk_mb": 0.003}
+    near, far = (harness.start(layout, optimizer=each, early=True, **SMALL, **model) for each in (options, far_options))
     found = dict[str, Any]()
 
     def go_on(name: str) -> None:
@@ -52,14 +58,19 @@ def beside(layout: Layout, folder: str, **model: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "layout,model",
-    [(Layout(layer_wise=True), {"bf16": True}), pytest.param(Layout(tp=2), {}, marks=pytest.mark.slow)],
-    ids=["layer-wise, bf16", "TP 2"],
+    "layout,offload,model",
+    [
+        (Layout(layer_wise=True), "all", {"bf16": True}),
+        pytest.param(Layout(layer_wise=True), "momentum", {"bf16": True}, marks=pytest.mark.slow),
+        pytest.param(Layout(tp=2), "momentum", {}, marks=pytest.mark.slow),
+        pytest.param(Layout(tp=2), "all", {"bf16": True}, marks=pytest.mark.slow),
+    ],
+    ids=["layer-wise, all", "layer-wise, momentum", "TP 2, float32", "TP 2, all"],
 )
 def test_the_run_is_that_of_momentum_on_the_device(
-    pool: RankPool, tmp_path: Any, layout: Layout, model: dict[str, Any]
+    pool: RankPool, tmp_path: Path, layout: Layout, offload: str, model: dict[str, Any]
 ) -> None:
-    for found in pool.run(beside, 2, layout, str(tmp_path), **model):
+    for found in pool.run(beside, 2, layout, str(tmp_path), offload, **model):
         largest, bound = found.pop("windows")
         assert 0 < largest <= max(bound, 4 * 32 * 48)  # of a matrix alone
         assert all(found.values()), found

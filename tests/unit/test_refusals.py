@@ -260,6 +260,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         )
         for name in ("overlap_cpu_optimizer_d2h_h2d", "use_torch_optimizer_for_cpu_offload")
     ),
+    (
+        {"muon_offload": "all", "bf16": True},
+        "--muon-offload all with --bf16 and --muon-master fp32: the float32 copies are .*; add --muon-master remainder",
+    ),
+    (
+        {"muon_offload": "momentum", "optimizer_cuda_graph": True},
+        "--muon-offload momentum with --optimizer-cuda-graph: state comes from the host",
+    ),
     ({"muon_master": "remainder"}, "--muon-master remainder without --bf16: it is what a bfloat16 weight lacks of its"),
     ({**AWARE, "main_params_dtype": "fp16"}, "--main-params-dtype fp16: updates are smaller .*--muon-master remainder"),
     (
