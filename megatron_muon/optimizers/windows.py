@@ -104,7 +104,8 @@ class Windows:
 
     Attributes:
         names: of the state that lives on the host.
-        bound: bytes that a window has at most, unless a single matrix has more; 0 before there is a weight.
+        bound: bytes that a window has at most, unless the rows of a single weight that are under Adam have more; 0
+            before there is a weight.
         counters: what has gone through them.
     """
 
