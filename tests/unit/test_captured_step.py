@@ -131,6 +131,22 @@ def test_weights_of_sixteen_bits(dtype: torch.dtype) -> None:
     assert same(captured, anew)
 
 
+@pytest.mark.parametrize(("name", "form"), [("rows under Adam", "int8"), ("plain", "bf16"), ("normuon", "fp32")])
+def test_replays_of_other_forms_are_steps(name: str, form: str) -> None:
+    """In place: remainders and momentum are where they were captured, and nothing of them was read on the host."""
+    layouts, options = CASES[name]
+    captured, anew = (
+        Muon(parameters(layouts, torch.bfloat16), master="remainder", momentum_dtype=form, **options) for _ in range(2)
+    )
+    replays: list[int] = []
+    graph = capture(captured, WARMUP, how=recorded(replays))
+    capture(anew, NEVER, how=recorded())
+    train(captured)
+    train(anew)
+    assert len(replays) >= STEPS // 2 and graph.is_captured, replays
+    assert same(captured, anew)
+
+
 @pytest.mark.parametrize("name", ["plain", "rows under Adam", "cautious"])
 def test_numbers_of_the_host_would_be_seen(name: str) -> None:
     """The tests above can fail: they do with a step whose numbers are the host's."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_muon import ConfigError, Muon
+from megatron_muon.optimizers.fading import EVERY
 from megatron_muon.optimizers.matrices import Matrices
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.optimizers.storage import (
@@ -168,7 +169,8 @@ def _stepped(dtype: torch.dtype, gradients: torch.dtype, **options: Any) -> tupl
 
 
 def _masters(optimizer: Muon) -> list[torch.Tensor]:
-    return [read(master_of(param, state)) for param, state in optimizer.state.items()]
+    params = optimizer.param_groups[0]["params"]
+    return [read(master_of(param, optimizer.state[param])) for param in params]
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -205,7 +207,7 @@ def test_masters_survive_a_reset_and_are_gone_when_weights_are_replaced() -> Non
     _, optimizer = _stepped(torch.bfloat16, torch.bfloat16, master="remainder")
     before = _masters(optimizer)
     optimizer.reset()
-    assert all(map(torch.equal, _masters(optimizer), before))
+    assert len(before) == len(SHAPES) and all(map(torch.equal, _masters(optimizer), before))
     assert not any("momentum_buffer" in state for state in optimizer.state.values())
     optimizer.forget()
     assert all(torch.equal(read(master_of(param, state)), param.float()) for param, state in optimizer.state.items())
@@ -407,3 +409,46 @@ def test_a_variant_that_reads_rounded_weights_is_refused() -> None:
         else:
             with pytest.raises(ConfigError, match="`params` with master remainder: these weights are rounded"):
                 optimizer.step()
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_momentum_that_has_faded_is_forgotten_in_every_form(form: str) -> None:
+    """Without gradients momentum falls by as much in every form, and is zero where float32's is."""
+    found = {}
+    for own in ("fp32", form):
+        param = torch.nn.Parameter(torch.randn(6, 300, generator=torch.Generator().manual_seed(1)))
+        optimizer = Muon([param], lr=1e-3, momentum=0.8, weight_decay=0.0, momentum_dtype=own)
+        still = []
+        for step in range(5 * EVERY):
+            grad = torch.randn(6, 300, generator=torch.Generator().manual_seed(step))
+            grad[3:] *= step < EVERY + 5
+            param.grad = grad
+            optimizer.step()
+            still.append(read(momentum_of(optimizer.state[param])).any(1))
+        found[own] = torch.stack(still)
+    assert torch.equal(found[form], found["fp32"])
+    assert found[form][-1].tolist() == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_rows_under_adam_in_another_form(form: str) -> None:
+    """The first moment is rounded when it is kept, and zeroed with a second moment that somebody has emptied."""
+    param = torch.nn.Parameter(torch.randn(16, 20, generator=torch.Generator().manual_seed(1)))
+    param.matrix_layout = MIXED  # type: ignore[attr-defined]
+    optimizer = Muon([param], lr=0.01, weight_decay=0.1, momentum_dtype=form, master="remainder")
+    own = torch.nn.Parameter(param.detach()[[6, 7, 14, 15]].clone())
+    adam = torch.optim.AdamW([own], lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    for step in range(3):
+        param.grad = torch.randn(16, 20, generator=torch.Generator().manual_seed(step))
+        own.grad = param.grad[[6, 7, 14, 15]].clone()
+        optimizer.step()
+        adam.step()
+        kept = _momentum((4, 20), form)
+        write(kept, adam.state[own]["exp_avg"])
+        adam.state[own]["exp_avg"].copy_(read(kept))
+        assert torch.equal(param[[6, 7, 14, 15]], own), step
+    optimizer.state[param]["exp_avg_sq"].zero_()
+    optimizer.step()
+    fresh = 0.1 * param.grad[[6, 7, 14, 15]]
+    found = read(momentum_of(optimizer.state[param]))[[6, 7, 14, 15]]
+    assert ((found - fresh).abs() <= fresh.abs().amax(1, keepdim=True) / 127).all()
