@@ -12,6 +12,7 @@ MOMENTUM = "momentum"
 MOMENTS = "second moments and vectors"
 SCALAR_MOMENTS = "moments of the scalar optimizer"
 PADDING = "padding of buffers"
+WINDOWS = "windows of state on the host"
 COPIES = "float32 copies of gradients"
 STEP = "buffers of Muon's step"
 
@@ -21,7 +22,7 @@ STATE = (MASTERS, MOMENTUM, MOMENTS, SCALAR_MOMENTS)
 IN_STEP = (COPIES, STEP)
 """What is there while the optimizer steps, when there are no activations."""
 
-KINDS = (WEIGHTS, GRADIENTS, *STATE, PADDING, *IN_STEP)
+KINDS = (WEIGHTS, GRADIENTS, *STATE, PADDING, WINDOWS, *IN_STEP)
 
 MUON, OTHERS, ALL = "muon", "scalar", "all"
 """Whose: of weights that Muon updates, with their rows under the scalar rule; of the others; of none in particular."""

@@ -16,9 +16,10 @@ from megatron_muon.engine.modes import AUTO, MODES, Cost
 from megatron_muon.engine.plan import Peers
 from megatron_muon.engine.prediction import Choice
 from megatron_muon.optimizers.engines import DATA, DENSE, EXPERT, EXPERT_DATA, WIDE
-from megatron_muon.planning.accounts import ALL, STATE, STEP, WEIGHTS, Account, Entry
+from megatron_muon.planning.accounts import ALL, STATE, STEP, WEIGHTS, WINDOWS, Account, Entry
 from megatron_muon.planning.flags import Layout
 from megatron_muon.planning.holding import Weight, held_in_stage
+from megatron_muon.planning.memory import Taken
 from megatron_muon.planning.rates import Rates
 from megatron_muon.planning.steps import Step, StepPlanner
 from megatron_muon.planning.timing import Times
@@ -105,8 +106,9 @@ def loads_of_stage(
         work = tuple(step.cost(mode, group_ranks) + expert_step.cost(mode, group_ranks) for mode in modes)
         lent = tuple(sum(each.lent_bytes(mode, group_ranks) for each in both) for mode in modes)
         is_possible = planner.options.tp_mode not in refused
-        peak = planner.together(*both).peak_bytes(group_ranks) if is_possible else 0
-        account = Account.of(held[rank] + Counter({Entry(STEP, ALL): peak}))
+        taken = planner.together(*both).memory_of_step(group_ranks) if is_possible else Taken(0)
+        own = Counter({Entry(STEP, ALL): taken.peak, Entry(WINDOWS, ALL): taken.windows})
+        account = Account.of(held[rank] + own)
         found[account, work, lent].append(rank)
         examples.append((both, group_ranks))
     return [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_muon.choices import DECOUPLED
+from megatron_muon.choices import DECOUPLED, OFFLOADS
 from megatron_muon.errors import ConfigError
 from megatron_muon.planning.accounts import FLOAT32_BYTES, PADDING
 from megatron_muon.planning.document import Durations
@@ -41,6 +41,7 @@ KNOBS: dict[str, tuple[Level, ...]] = {
         Level("--muon-momentum-dtype bf16", "momentum 5.7e-3"),
         Level("--muon-momentum-dtype int8", "momentum 2.4e-2, up to 0.9"),
     ),
+    "offload": tuple(Level(f"--muon-offload {name}") for name in OFFLOADS),
 }
 """What can be chosen, each from most memory to least."""
 
@@ -54,6 +55,9 @@ ORDER: tuple[dict[str, int], ...] = (
     {**_EXACT, "gradients": 1},
     {**_EXACT, "momentum": 1},
     {**_EXACT, "gradients": 1, "momentum": 1},
+    {**_EXACT, "offload": 1},
+    {**_EXACT, "offload": 2},
+    {**_EXACT, "gradients": 1, "offload": 2},
     {**_EXACT, "gradients": 1, "momentum": 2},
 )
 """Settings, the cheapest first. What changes no number and takes little time comes before what changes numbers about as
@@ -162,6 +166,7 @@ def levels_of(plan: Plan) -> Setting:
         "master": options.master == "remainder" or not narrow,
         "gradients": not any(weight.gradient_bytes == FLOAT32_BYTES for weight in narrow),
         "momentum": {"bf16": 1, "int8": 2}.get(options.momentum_dtype, 0),
+        "offload": OFFLOADS.index(options.offload),
     }
     return tuple(int(levels[name]) for name in KNOBS)
 
@@ -204,11 +209,14 @@ def render(fit: Fit) -> list[str]:
         if fit.activations
         else "activations are not counted (--activations-gb)"
     )
+    is_on_host = any(each.host_bytes for each in fit.outcomes)
     lines = [
         f"What fits {gib(fit.memory)} a GPU, cheapest first: weights, gradients, optimizer and its step; {counted}.",
         *table(("flags", "fullest GPU", "its host memory", "error of the update", "ms of Muon's step"), rows),
         *(f"Refused: {each.refused}" for each in fit.outcomes if each.refused),
     ]
+    if is_on_host:
+        lines.append("State on the host is copied to the GPU and back in every step.")
     possible = [each for each in fit.outcomes if not each.refused]
     if fit.plan is not None:
         flags = fit.outcomes[-1].flags

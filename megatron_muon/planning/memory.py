@@ -6,15 +6,17 @@ import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from megatron_muon.engine.exchange import Counters, Exchange
 from megatron_muon.engine.execute import take_turns, work_on
 from megatron_muon.engine.run import ChunkWork, Pause, RankChunk
-from megatron_muon.engine.step import StepEngine
+from megatron_muon.engine.step import CHUNK_MB, MEBIBYTE, StepEngine
+from megatron_muon.optimizers.storage import WINDOWS
+from megatron_muon.optimizers.windows import OFFLOADED, Windows
 from megatron_muon.planning.rehearsal import PLAIN_FORMS, Forms, Rehearsal, TorchPasses, tensors
 
 
@@ -33,7 +35,12 @@ class Memory(TorchDispatchMode):
         """
         super().__init__()
         self.live = self.peak = 0
-        self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in given}
+        self._known: dict[int, Any] = {}
+        self.leave_out(*given)
+
+    def leave_out(self, *given: torch.Tensor) -> None:
+        """What does not count."""
+        self._known |= {tensor.untyped_storage()._cdata: None for tensor in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -58,16 +65,49 @@ class Memory(TorchDispatchMode):
 Part = tuple[int, int, Pause | None]
 """Of the work on a chunk up to a pause: the most bytes that it adds, those that it leaves, and the pause."""
 
+Known = dict[Any, tuple[list[Part], int]]
+"""What the memory of the work on a chunk depends on -> its parts, and the bytes of the largest window."""
 
-def peak_bytes(
+
+class Taken(NamedTuple):
+    """Bytes that a rank takes for steps, beside weights, gradients and state.
+
+    Attributes:
+        peak: the most at once while it steps, windows apart.
+        windows: of both windows of state on the host, which stay.
+    """
+
+    peak: int
+    windows: int = 0
+
+
+class _Windows(Windows):
+    """Have no streams, and memory that an account leaves out."""
+
+    def __init__(self, forms: Forms, account: Memory) -> None:
+        super().__init__(OFFLOADED[forms.offload], forms.window_mb)
+        self.bound, self._account = int((forms.window_mb or CHUNK_MB["cuda"]) * MEBIBYTE), account
+        self._made: list[torch.Tensor] = []
+
+    def _memory(self, window: Any, size: int) -> torch.Tensor:
+        if window.memory is None or window.memory.numel() < size:
+            with _disable_current_modes():
+                window.memory = torch.empty(size, dtype=torch.uint8, device="meta")
+            self._account.leave_out(window.memory)
+            self._made.append(window.memory)  # no other one may have its name
+        self.counters.largest = max(self.counters.largest, size)
+        return window.memory
+
+
+def memory_of_step(
     engine: StepEngine,
     group_ranks: Mapping[str, int],
     *,
     nesterov: bool,
     forms: Forms = PLAIN_FORMS,
-    known: dict[Any, list[Part]] | None = None,
-) -> int:
-    """The most bytes that a step of plain Muon holds at once, beside weights, gradients and state.
+    known: Known | None = None,
+) -> Taken:
+    """What steps of plain Muon take.
 
     Elementwise passes are torch's; kernels that do them need less. What a variant, a scale mode by norms, or decay of
     method ``l2`` makes does not count.
@@ -80,19 +120,21 @@ def peak_bytes(
         known: what has been found of chunks under the same options; those that are alike are carried out once.
     """
     known, account = {} if known is None else known, Memory()
-    rehearsal = Rehearsal(engine, group_ranks)
+    rehearsal, windows = Rehearsal(engine, group_ranks), [0]
 
     def work_on_one(mine: RankChunk) -> ChunkWork:
         if (key := _what_counts(mine)) not in known:
-            known[key] = list(_parts(rehearsal, mine, nesterov, forms))
-        for most, left, pause in known[key]:
+            known[key] = _parts(rehearsal, mine, nesterov, forms)
+        parts, window = known[key]
+        windows.append(window)
+        for most, left, pause in parts:
             account.hold(most)
             account.hold(left - most)
             if pause is not None:
                 yield pause
 
     take_turns(rehearsal.chunks, work_on_one)
-    return account.peak
+    return Taken(account.peak, 2 * max(windows))
 
 
 def _what_counts(mine: RankChunk) -> Hashable:
@@ -102,12 +144,25 @@ def _what_counts(mine: RankChunk) -> Hashable:
     return mine.chunk.mode, mine.rank, mine.in_order, *batches, *own
 
 
-def _parts(rehearsal: Rehearsal, mine: RankChunk, nesterov: bool, forms: Forms) -> Iterator[Part]:
-    """Carry out the work on a chunk."""
+def _parts(rehearsal: Rehearsal, mine: RankChunk, nesterov: bool, forms: Forms) -> tuple[list[Part], int]:
+    """Carry out the work on a chunk; also the bytes of the largest window."""
     exchanges = {name: Exchange(group, Counters(), sends=False) for name, group in rehearsal.groups.items()}
-    passes = TorchPasses(rehearsal.engine, [mine], nesterov, forms)
-    memory = Memory(passes.given)
-    work, pause = work_on(rehearsal.run(exchanges, passes.read, passes.write), mine), cast(Pause | None, Pause.EXCHANGE)
+    memory = Memory()
+    windows = None if forms.offload == "none" else _Windows(forms, memory)
+    token = WINDOWS.set(windows)
+    try:
+        passes = TorchPasses(rehearsal.engine, [mine], nesterov, forms)
+        memory.leave_out(*passes.given)
+        parts = list(
+            _carried_out(work_on(rehearsal.run(exchanges, passes.read, passes.write), mine), rehearsal, memory)
+        )
+    finally:
+        WINDOWS.reset(token)
+    return parts, 0 if windows is None else windows.counters.largest
+
+
+def _carried_out(work: ChunkWork, rehearsal: Rehearsal, memory: Memory) -> Iterator[Part]:
+    pause = cast(Pause | None, Pause.EXCHANGE)
     while pause is not None:
         before = memory.peak = memory.live
         with rehearsal.under(memory):

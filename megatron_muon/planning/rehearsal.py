@@ -98,11 +98,15 @@ class Forms(NamedTuple):
         master: one of :data:`megatron_muon.choices.MASTERS`, of bfloat16 weights.
         momentum: one of :data:`megatron_muon.choices.MOMENTUM_DTYPES`.
         gradient: type of the numbers of gradients; None: the weights' own.
+        offload: one of :data:`megatron_muon.choices.OFFLOADS`.
+        window_mb: bound of a window of what is on the host, in MiB; 0: the default of GPUs.
     """
 
     master: str = "fp32"
     momentum: str = "auto"
     gradient: torch.dtype | None = None
+    offload: str = "none"
+    window_mb: float = 0.0
 
 
 PLAIN_FORMS = Forms()

@@ -11,6 +11,7 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.optimizers import storage
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.registry import variant_asked_for
+from megatron_muon.optimizers.windows import OFFLOADED
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM, UPDATE_NORM
 from megatron_muon.planning.accounts import MASTERS, MOMENTS, MOMENTUM, MUON, Entry
 from megatron_muon.routing.layout import MatrixLayout
@@ -43,16 +44,16 @@ class StateCounter:
         key = (shape, layout, shards, shard_dim, element_bytes)
         if key not in self._counted:
             found = Counter(self._forms(shape, shards, shard_dim, element_bytes))
-            found[MOMENTS] = sum(
+            found[Entry(MOMENTS, MUON)] = sum(
                 # Numbers of whole rows are on every rank that has a part of the row.
                 tensor.nbytes if tensor.size(shard_dim) == 1 else tensor.nbytes // shards
                 for name, tensor in self._state(shape, layout).items()
                 if name not in _OF_FORMS and isinstance(tensor, torch.Tensor)  # counts of steps are numbers
             )
-            self._counted[key] = tuple((Entry(kind, MUON), size) for kind, size in found.items())
+            self._counted[key] = tuple(found.items())
         return self._counted[key]
 
-    def _forms(self, shape: tuple[int, ...], shards: int, shard_dim: int, element_bytes: int) -> dict[str, int]:
+    def _forms(self, shape: tuple[int, ...], shards: int, shard_dim: int, element_bytes: int) -> Counter[Entry]:
         """Bytes of master weights and of momentum."""
         own = list(shape)
         own[shard_dim] //= shards
@@ -64,9 +65,12 @@ class StateCounter:
         else:
             param = torch.empty(own, device="meta")
         storage.init_momentum(param, state, self.options.momentum_dtype)
-        found = Counter({MASTERS: param.nbytes if keeps_masters and not state.keys() & {storage.REMAINDER} else 0})
+        found: Counter[Entry] = Counter()
+        if keeps_masters and storage.REMAINDER not in state:
+            found[Entry(MASTERS, MUON)] = param.nbytes
+        on_host = OFFLOADED.get(self.options.offload, ())
         for name, tensor in state.items():
-            found[_OF_FORMS[name]] += tensor.nbytes
+            found[Entry(_OF_FORMS[name], MUON, name in on_host)] += tensor.nbytes
         return found
 
     def _state(self, shape: tuple[int, ...], layout: MatrixLayout) -> dict[str, Any]:

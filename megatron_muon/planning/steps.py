@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from megatron_muon.optimizers.stiefel_solvers import SIGN_STEPS, SOLVERS
 from megatron_muon.orthogonalize.coefficients import iteration
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.switches import matmul_precision
-from megatron_muon.planning.memory import Part, peak_bytes
+from megatron_muon.planning.memory import Known, Taken, memory_of_step
 from megatron_muon.planning.rates import Rates
 from megatron_muon.planning.rehearsal import Forms, Group, SymmetricKernel
 from megatron_muon.planning.timing import Times, step_times
@@ -48,7 +47,7 @@ class StepPlanner:
             gradient: type of the numbers of gradients; None: as the weights that are updated.
         """
         self.options = options
-        self.forms = Forms(options.master, options.momentum_dtype, gradient)
+        self.forms = Forms(options.master, options.momentum_dtype, gradient, options.offload, options.chunk_mb)
         self.passes = passes
         # Megatron's optimizers update float32 weights: main copies, the model's own, or what remainders stand for.
         self.precision = precision_of(options, torch.float32)
@@ -61,7 +60,7 @@ class StepPlanner:
         self._steps: dict[frozenset[tuple[Weight, int]], Step] = {}
         self._shared: dict[tuple[Weight, ...], list[Step]] = {}
         self._together: dict[tuple[Step, ...], Step] = {}
-        self.parts: dict[Any, list[Part]] = {}
+        self.parts: Known = {}
 
     def step(self, weights: Sequence[Weight]) -> Step:
         """The step of a rank that updates these weights; their order does not matter to what it costs."""
@@ -142,7 +141,7 @@ class Step:
         self._engines: dict[str, StepEngine] = {}
         self._manifold_engines: dict[str, StepEngine] = {}
         self._costs: dict[tuple[str, ...], Cost] = {}
-        self._peaks: dict[tuple[int, ...], int] = {}
+        self._peaks: dict[tuple[int, ...], Taken] = {}
 
     def engine(self, mode: str) -> StepEngine:
         """The engine that a run would make; it can tell its plan, and nothing else.
@@ -180,15 +179,15 @@ class Step:
         sizes = Sizes(2 * own, own, own)
         return predict(engine.plan, self.planner.manifold_work, sizes, group_ranks)
 
-    def peak_bytes(self, group_ranks: Mapping[str, int]) -> int:
-        """What it holds at once, see :func:`megatron_muon.planning.memory.peak_bytes`."""
+    def memory_of_step(self, group_ranks: Mapping[str, int]) -> Taken:
+        """What it takes, see :func:`megatron_muon.planning.memory.memory_of_step`."""
         options = self.planner.options
         engines = [self.engine(options.tp_mode), *([self.engine(BLOCKWISE)] if options.blockwise_period > 1 else [])]
         key = tuple(group_ranks[name] for name in engines[0].plan.groups())
         if key not in self._peaks:
             with matmul_precision(options.fp32_matmul_prec):
-                self._peaks[key] = max(
-                    peak_bytes(
+                taken = [
+                    memory_of_step(
                         each,
                         group_ranks,
                         nesterov=options.nesterov,
@@ -196,7 +195,8 @@ class Step:
                         known=self.planner.parts,
                     )
                     for each in engines
-                )
+                ]
+                self._peaks[key] = Taken(*map(max, zip(*taken, strict=True)))
         return self._peaks[key]
 
     def lent_bytes(self, mode: str, group_ranks: Mapping[str, int]) -> float:

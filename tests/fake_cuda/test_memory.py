@@ -11,9 +11,10 @@ import torch
 from megatron_muon import Muon
 from megatron_muon.engine.plan import Weight
 from megatron_muon.optimizers.sphere import SpectralSphere
-from megatron_muon.planning.memory import peak_bytes
+from megatron_muon.planning.memory import memory_of_step
 from megatron_muon.planning.rehearsal import Forms
 from tests.fake_cuda.models import taken
+from tests.fake_cuda.streams import streams
 from tests.fake_cuda.world import FIRST_STEP, World
 from tests.megatron.planner import Planner
 
@@ -65,7 +66,7 @@ def step(
         assert world.watch.live == before
         engine = next(iter(muon.engines))
         peak = world.watch.peak - before
-    return peak, peak_bytes(engine, dict.fromkeys(engine.plan.groups(), rank), nesterov=True, forms=forms)
+    return peak, memory_of_step(engine, dict.fromkeys(engine.plan.groups(), rank), nesterov=True, forms=forms).peak
 
 
 @pytest.mark.parametrize(("dtype", "mode"), MOST_BOUNDS)
@@ -100,6 +101,24 @@ def test_numbers_that_are_kept_in_fewer_bits(master: str, momentum: str, gradien
     peak, said = step("owner", "bf16", 0, [((SIDE, SIDE // 2), 1)] * 12, **options)
     assert peak == pytest.approx(said, rel=1e-3)
     assert said > step("owner", "bf16", 0, [((SIDE, SIDE // 2), 1)] * 12)[1]
+
+
+def test_windows_of_state_on_the_host() -> None:
+    """Both stay between steps, and are no part of what a step takes besides."""
+    with World() as world, streams(world):
+        params = [world.parameter(SIDE, SIDE, dtype=torch.bfloat16) for _ in range(5)]
+        for param in params:
+            param.decoupled_grad, param.grad = torch.empty_like(param, dtype=torch.float32), None
+        kept = {"master": "remainder", "momentum_dtype": "int8", "offload": "all"}
+        muon = Muon(params, nesterov=True, chunk_mb=BOUND / 2**20, **kept)
+        muon.step()
+        before = world.watch.peak = world.watch.live
+        muon.step()
+        assert muon.windows is not None
+        forms = Forms("remainder", "int8", torch.float32, "all", BOUND / 2**20)
+        said = memory_of_step(next(iter(muon.engines)), {}, nesterov=True, forms=forms)
+        assert world.watch.peak - before == pytest.approx(said.peak, rel=1e-2)
+        assert said.windows == 2 * muon.windows.counters.largest > 0
 
 
 @pytest.mark.slow

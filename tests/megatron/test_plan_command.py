@@ -135,7 +135,10 @@ def test_the_cheapest_setting_that_fits(planner: Planner, tmp_path: Path) -> Non
     again, *rest = document["fit"]["settings"]
     most = document["fullest_rank"]["device_bytes"]
     assert (again["flags"], again["device_bytes"]) == ([], most)
-    assert [each["flags"] for each in rest] == [["--muon-momentum-dtype bf16"], ["--muon-momentum-dtype int8"]]
+    more = ["--muon-momentum-dtype bf16", "--muon-offload momentum", "--muon-offload all", "--muon-momentum-dtype int8"]
+    assert [each["flags"] for each in rest] == [[each] for each in more]
+    assert [each["host_bytes"] > 0 for each in rest] == [False, True, True, False]
+    assert "State on the host is copied to the GPU and back in every step." in text
     assert not document["fit"]["fits"]
     missing = (min(each["device_bytes"] for each in rest) - 2**30) / 2**30
     assert f"None fits: --muon-momentum-dtype int8 takes least, {missing:.2f} GiB too much" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -284,7 +285,7 @@ def test_what_optimizers_keep(
     full, rows, gates = extra.count("full"), 1 + extra.count("row"), 32 * extra.count("gates")
 
     def moments(*division: int) -> int:
-        found = dict(counter.bytes((20, 8), layout, *division))
+        found = Counter(dict(counter.bytes((20, 8), layout, *division)))
         assert found[Entry(MOMENTUM, MUON)] == 4 * 160 // (division or (1,))[0] and not found[Entry(MASTERS, MUON)]
         return found[Entry(MOMENTS, MUON)] // 4
 
@@ -300,10 +301,20 @@ def test_what_optimizers_keep(
 def test_forms_of_momentum_and_masters(master: str, dtype: str, each: int, scales: int, element_bytes: int) -> None:
     """Of a shard of 30 rows and 300 of 600 columns: two blocks of a row, and 38 bytes of bits."""
     counter = StateCounter("muon", MuonConfig(master=master, momentum_dtype=dtype))
-    found = dict(counter.bytes((30, 600), WHOLE, 2, -1, element_bytes))
+    found = Counter(dict(counter.bytes((30, 600), WHOLE, 2, -1, element_bytes)))
     assert found[Entry(MOMENTUM, MUON)] == 30 * (300 * each + 2 * scales)
     masters = {"fp32": 30 * 300 * 4, "remainder": 30 * (300 * 2 + 38)}[master]
     assert found[Entry(MASTERS, MUON)] == (masters if element_bytes == 2 else 0)
+
+
+def test_what_is_on_the_host() -> None:
+    """Momentum with its scales; with ``all`` remainders, too."""
+    for offload, masters in (("momentum", False), ("all", True)):
+        options = MuonConfig(master="remainder", momentum_dtype="int8", offload=offload)
+        found = dict(StateCounter("muon", options).bytes((30, 300), WHOLE, element_bytes=2))
+        assert found[Entry(MOMENTUM, MUON, on_host=True)] == 30 * (300 + 2 * 4)
+        assert found[Entry(MASTERS, MUON, on_host=masters)] == 30 * (300 * 2 + 38)
+        assert found.keys() == {Entry(MOMENTUM, MUON, True), Entry(MASTERS, MUON, masters), Entry(MOMENTS, MUON)}
 
 
 def test_plain_replicas_are_alike() -> None:

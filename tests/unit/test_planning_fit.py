@@ -48,6 +48,7 @@ def plan(flags: Sequence[str], *, replicas: int = 1, narrow: bool = True) -> Any
         options=SimpleNamespace(
             master="remainder" if "remainder" in flags else "fp32",
             momentum_dtype=momentum,
+            offload=next((flag for flag in ("momentum", "all") if flag in flags), "none"),
             layer_wise_param_layout="decoupled" if "decoupled" in flags else "padded",
         ),
         stages=[SimpleNamespace(weights=[weight])],
@@ -112,9 +113,21 @@ def test_errors_are_those_that_were_measured() -> None:
 @pytest.mark.parametrize(
     ("flags", "kind", "expected"),
     [
-        (["--muon-momentum-dtype", "int8"], {"narrow": False}, [""]),
-        (["--muon-momentum-dtype", "bf16"], {"narrow": False}, ["", "--muon-momentum-dtype int8"]),
-        (["--muon-master", "remainder", "--grad-reduce-in-bf16", "--muon-momentum-dtype", "int8"], {}, [""]),
+        (
+            ["--muon-momentum-dtype", "int8", "--muon-offload", "momentum"],
+            {"narrow": False},
+            ["", "--muon-offload all"],
+        ),
+        (
+            ["--muon-momentum-dtype", "bf16"],
+            {"narrow": False},
+            ["", "--muon-offload momentum", "--muon-offload all", "--muon-momentum-dtype int8"],
+        ),
+        (
+            ["--muon-master", "remainder", "--grad-reduce-in-bf16", "--muon-momentum-dtype", "int8"],
+            {},
+            ["", "--muon-offload momentum", "--muon-offload all"],
+        ),
     ],
 )
 def test_nothing_takes_more_than_what_was_given(flags: list[str], kind: dict[str, Any], expected: list[str]) -> None:

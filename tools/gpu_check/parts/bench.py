@@ -20,7 +20,7 @@ from megatron_muon.optimizers.muon import Muon
 from megatron_muon.orthogonalize import iteration
 from megatron_muon.orthogonalize.kernels import emerging
 from megatron_muon.orthogonalize.switches import matmul_precision
-from megatron_muon.planning.memory import peak_bytes
+from megatron_muon.planning.memory import memory_of_step
 from megatron_muon.planning.rates import Rates
 from megatron_muon.planning.timing import step_times
 from tools.bench import contestants as known
@@ -319,7 +319,7 @@ def _foretold(setting: Setting, report: Report, of: str, runner: _Runner, device
     planned = _planned(optimizer, engine, device)
     columns = {"of": of, "ms": 1e3 * runner.seconds, "plan_ms": 1e3 * planned}
     with matmul_precision(optimizer.config.fp32_matmul_prec):
-        peak = peak_bytes(engine, dict.fromkeys((DENSE, EXPERT), 0), nesterov=MOMENTUM["nesterov"])
+        peak = memory_of_step(engine, dict.fromkeys((DENSE, EXPERT), 0), nesterov=MOMENTUM["nesterov"]).peak
     columns |= {"peak_mib": runner.peak / 2**20, "plan_mib": peak / 2**20}
     report.row("what the plan says of a step", **columns)
     if setting.is_gpu:
