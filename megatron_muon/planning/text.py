@@ -253,17 +253,9 @@ def _durations(plan: Plan, durations: Durations) -> list[str]:
     return [
         *table(header, rows),
         *(f"Not timed: {what}." for what in durations.left_out),
-        f"On {rates.name}; products by {kernels}, each elementwise pass by one kernel{_passes(plan)}. Rates that are",
+        f"On {rates.name}; products by {kernels}, each elementwise pass by one kernel. Rates that are",
         *(f"  {kind}: {', '.join(names)}" for kind, names in of_kind.items() if names),
     ]
-
-
-def _passes(plan: Plan) -> str:
-    """Which passes no kernel does as one."""
-    forms = plan.planner.forms
-    by_torch = ["momentum"] if forms.momentum in ("bf16", "int8") else []
-    by_torch += ["master weights"] if forms.master == "remainder" else []
-    return f", but those over {' and '.join(by_torch)}, by torch" if by_torch else ""
 
 
 def _gib(count: float) -> str:

@@ -19,6 +19,7 @@ from megatron_muon.engine.exchange import Counters, Exchange
 from megatron_muon.engine.execute import execute
 from megatron_muon.engine.slices import Slices
 from megatron_muon.engine.step import StepEngine
+from megatron_muon.optimizers import storage
 from megatron_muon.orthogonalize.switches import float32_is_exact
 from megatron_muon.planning.rates import Rates
 from megatron_muon.planning.rehearsal import PLAIN_FORMS, Forms, Rehearsal, TorchPasses, tensors
@@ -164,23 +165,40 @@ class _Work:
         self.clock.wait(self.link, self.arrives)
 
 
+_COPY = 4.0
+"""Bytes of a number that is put together for the step, in float32."""
+
+_MOMENTUM = {"bf16": 2.0, "int8": 1 + 4 / storage.BLOCK}
+_REMAINDER = 2 + 2 + 1 / 8
+
+
 @dataclass
 class _Kernels:
-    """Counts one kernel for each pass, as Triton's do on GPUs."""
+    """Counts one kernel for each pass, as Triton's on GPUs; other forms take one before and one behind."""
 
     engine: StepEngine
     clock: Clock
+    forms: Forms
 
     def read(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor]) -> None:
-        self._pass(batches, 3)  # momentum and gradient are read, momentum and batch written
+        self._pass(
+            batches, 3, _MOMENTUM.get(self.forms.momentum)
+        )  # read: momentum and gradient; written: momentum, batch
 
     def write(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor], reduce: object) -> None:
-        self._pass(batches, 2)  # weight and update are read, the weight is written
+        self._pass(
+            batches, 2, _REMAINDER if self.forms.master == "remainder" else None
+        )  # weight and update, the weight
 
-    def _pass(self, batches: Sequence[torch.Tensor], own: int) -> None:
+    def _pass(self, batches: Sequence[torch.Tensor], own: int, kept: float | None) -> None:
         for batch in batches:
-            self.clock.times.operations += 1
-            self.clock.copied(batch.numel() * (own * self.engine.local_dtype.itemsize + batch.element_size()))
+            for _ in range(0 if kept is None else 2):
+                self._kernel(batch, (kept or 0.0) + _COPY)
+            self._kernel(batch, own * self.engine.local_dtype.itemsize + batch.element_size())
+
+    def _kernel(self, batch: torch.Tensor, each: float) -> None:
+        self.clock.times.operations += 1
+        self.clock.copied(batch.numel() * each)
 
 
 def step_times(
@@ -202,18 +220,17 @@ def step_times(
         group_ranks: the rank's number in each group of the plan.
         spans: how many consecutive ranks of the run each group reaches over: within a node, or beyond.
         nesterov: whether gradient and momentum are mixed; weights decay.
-        forms: how numbers are kept. On GPUs one kernel does each pass over those that are kept as they are, and torch
-            what others take.
+        forms: how numbers are kept.
     """
     clock, rehearsal, node = Clock(rates), Rehearsal(engine, group_ranks), rates.numbers["node"]
     exchanges = {
         name: _Messages(group, clock, "within" if spans[name] <= node else "between")
         for name, group in rehearsal.groups.items()
     }
-    by_torch, kernels = TorchPasses(engine, rehearsal.chunks, nesterov, forms), _Kernels(engine, clock)
-    read = by_torch.read if not rehearsal.on_gpu or forms.momentum in ("bf16", "int8") else kernels.read
-    write = by_torch.write if not rehearsal.on_gpu or forms.master == "remainder" else kernels.write
-    run = rehearsal.run(exchanges, read, write, clock.symmetric)
+    passes = (
+        _Kernels(engine, clock, forms) if rehearsal.on_gpu else TorchPasses(engine, rehearsal.chunks, nesterov, forms)
+    )
+    run = rehearsal.run(exchanges, passes.read, passes.write, clock.symmetric)
     with rehearsal.under(clock):
         execute(run, rehearsal.chunks)
     return clock.finish()
