@@ -39,8 +39,8 @@ class Found:
 
 
 def start(choice: str, layout: Layout, options: dict[str, Any], **ddp: Any) -> Run:
-    optimizer = {"muon_layer_wise_param_layout": choice}
-    return harness.start(layout, early=True, optimizer=optimizer, ddp=ddp, **options)
+    optimizer = {"muon_layer_wise_param_layout": choice, **options.get("optimizer", {})}
+    return harness.start(layout, early=True, ddp=ddp, **{**options, "optimizer": optimizer})
 
 
 def found(run: Run, steps: int) -> Found:
@@ -109,6 +109,12 @@ CASES: dict[str, tuple[int, Layout, dict[str, Any], dict[str, Any]]] = {
         Layout(pp=2, vpp=2, layer_wise=True),
         BF16,
         {**OWN_PRECISION, "reduce_scatter_with_fp32_accumulation": True},
+    ),
+    "remainders, bf16": (
+        3,
+        Layout(layer_wise=True),
+        {**THREE_LAYERS, **BF16, "optimizer": {"muon_master": "remainder", "muon_momentum_dtype": "bf16"}},
+        OWN_PRECISION,
     ),
     "experts, without overlap": (4, Layout(ep=2, layer_wise=True, overlap=False), {**MOE, **THREE_LAYERS}, {}),
     "experts": (4, Layout(ep=2, layer_wise=True), {**MOE, **THREE_LAYERS}, {"check_for_nan_in_grad": True}),
@@ -198,11 +204,15 @@ def test_buffers_of_another_layout_are_refused(
 
 
 def test_plan_tells_of_padding(planner: Planner) -> None:
+    """And of the same owners."""
     flags = [*TINY, "--num-layers", "3", "--use-distributed-optimizer"]
+    without = [*flags, "--layer-wise-param-layout", DECOUPLED]
     padded = planner.text(flags, 4)
     assert "again of gradients: 9.8% of Muon's elements, up to 2,560 on a rank; none with --layer-wise-param" in padded
-    text = planner.text([*flags, "--layer-wise-param-layout", DECOUPLED], 4)
-    assert "\nNo padding between owners in the buffers of weights and gradients.\n" in text
+    assert "\nNo padding between owners in the buffers of weights and gradients.\n" in planner.text(without, 4)
+    stages = [planner.document(each, 4)["stages"][0] for each in (flags, without)]
+    assert [stage["padding"] for stage in stages] == [2560, 0]
+    assert stages[0]["optimizer_state_bytes"] == stages[1]["optimizer_state_bytes"]
 
 
 @pytest.mark.slow
