@@ -25,6 +25,8 @@ from typing import Any
 import torch
 
 from megatron_muon._patching import Original, Patches
+from megatron_muon.config import flag
+from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.storage import gradient_of
 
@@ -42,11 +44,17 @@ _DECOUPLED = "decoupled_grad"
 def _without_copies(
     original: Original, self: Any, optimizer: Any, config: Any, grad_scaler: Any, init_state_fn: Any
 ) -> None:
+    is_megatrons = type(self).__name__ == "Float16OptimizerWithFloat16Params"
     if isinstance(optimizer, Muon) and optimizer.config.master == "remainder":
+        if not is_megatrons:
+            raise ConfigError(
+                f"{flag('master')} remainder: {type(self).__name__} keeps float32 copies of weights. Use "
+                f"{flag('master')} fp32, or Megatron-Core's own wrapper."
+            )
         self.__class__ = _class()
         self.begin(optimizer, config, grad_scaler, init_state_fn)
         return
-    groups = optimizer.param_groups if isinstance(optimizer, Muon) else ()
+    groups = optimizer.param_groups if isinstance(optimizer, Muon) and is_megatrons else ()
     params = [param for group in groups for param in group["params"]]
     original(self, optimizer, config, grad_scaler, init_state_fn)
     if any(param.dtype == torch.bfloat16 and not _is_reduced_in_float32(param) for param in params):
