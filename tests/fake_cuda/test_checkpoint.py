@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from megatron_muon import Muon
 from megatron_muon.checkpoint.param_state import ParamState
 from megatron_muon.checkpoint.request import Request
 from megatron_muon.cpu.optimizers import GroupStepAdamW
@@ -162,3 +163,20 @@ def test_steps_that_a_graph_counts_are_on_the_device(kind: str) -> None:
         if kind == "torch":
             with world.refusing():
                 inner.step()
+
+
+def test_state_on_the_host_is_put_together_with_weights_on_the_device() -> None:
+    """As with ``--muon-offload`` and asleep: it stays there, and so does what is read into it."""
+    with World() as world:
+        param = world.parameter(6, 300, dtype=torch.bfloat16)
+        muon = Muon([param], master="remainder", momentum_dtype="int8")
+        muon._init_group(muon.param_groups[0], skip_non_grad_params=False)
+        state = muon.state[param]
+        state |= {name: value.cpu() for name, value in state.items() if isinstance(value, torch.Tensor)}
+        held = ParamState(param, muon, muon.param_groups[0], param, None)
+        held.keep_apart()
+        own = {id(value) for value in state.values()}
+        assert {value.device.type for value in held.saved.values()} == {"cpu"}
+        assert own.isdisjoint(map(id, held.saved.values())), "a later step would change what is saved"
+        held.take()
+        assert own == {id(value) for value in state.values()}
