@@ -55,7 +55,8 @@ def pack(momenta: _Tensors, grads: _Tensors, slots: _Tensors, momentum: float | 
     if not momenta:
         return
     if grads[0].dtype != momenta[0].dtype:
-        grads = [grad.to(own.dtype) for grad, own in zip(grads, momenta, strict=True)]
+        theirs, grads = grads, [torch.empty_like(grad, dtype=momenta[0].dtype) for grad in grads]
+        torch._foreach_copy_(grads, theirs)  # on GPUs one launch for all
     if momentum is not None:
         torch._foreach_lerp_(momenta, grads, 1.0 - momentum)
     if nesterov == 1.0:
