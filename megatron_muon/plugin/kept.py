@@ -35,16 +35,25 @@ def describe_kept(optimizer: Any) -> list[str]:
         init_momentum(key, state, muon.config.momentum_dtype)
         form, planes = master_of(key, state)
         if form is REMAINDERS:
-            sizes["master", form.name] += sum(plane.nbytes for plane in planes[1:])
+            where = _ON_HOST if muon.config.offload == "all" else ""
+            sizes["master", form.name + where] += sum(plane.nbytes for plane in planes[1:])
         elif each.master is not None:
             sizes["master", "fp32"] += key.nbytes
         _, planes = momentum_of(state)
-        sizes["momentum", dtype_name(planes[0].dtype)] += sum(plane.nbytes for plane in planes)
+        where = _ON_HOST if muon.config.offload != "none" else ""
+        sizes["momentum", dtype_name(planes[0].dtype) + where] += sum(plane.nbytes for plane in planes)
     if not count:
         return []
     parts = ", ".join(f"{what} {form} {_number(size / count)}" for (what, form), size in sizes.items())
     owners = "; master and momentum at a weight's owner" if any(each.owned for each in held) else ""
-    return [f"Muon's weights: {_number(sizes.total() / count)} bytes a parameter ({parts}){owners}"]
+    on_host = sum(size for (_, form), size in sizes.items() if form.endswith(_ON_HOST))
+    near = f"{_number((sizes.total() - on_host) / count)} bytes a parameter"
+    if on_host:
+        near += f" and {_number(on_host / count)} on the host"
+    return [f"Muon's weights: {near} ({parts}){owners}"]
+
+
+_ON_HOST = " on the host"
 
 
 def _number(value: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_muon.plugin.kept import describe_kept
 from tests.checkpoints import differences
 from tests.megatron import harness
 from tests.megatron.harness import Layout
@@ -51,6 +52,9 @@ def beside(layout: Layout, folder: str, offload: str, **model: Any) -> dict[str,
     far.optimizer.sleep()
     far.optimizer.wake()
     go_on("after sleep")
+    (line,) = describe_kept(far.optimizer)
+    kept = "int8 on the host" if offload == "all" else "fp32 on the host"
+    found["report"] = f"momentum {kept}" in line and "bytes a parameter and" in line
     windows = muon(far).windows
     assert windows is not None
     found["windows"] = windows.counters.largest, windows.bound
