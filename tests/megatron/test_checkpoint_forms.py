@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_muon.checkpoint.stored import Stored
 from tests.checkpoints import contents, differences
 from tests.megatron import harness
 from tests.megatron.crossing import AGAIN
@@ -71,6 +72,8 @@ def test_remainders_have_the_bits_of_float32_masters(pool: RankPool, tmp_path: P
     for folder, other_folder in zip(folders, other_folders, strict=True):
         assert differences(folder, other_folder) == []
         assert any(".fp32_param." in key for key in contents(folder))
+        records = [Stored.read(each).record for each in (folder, other_folder)]
+        assert all(record is not None and record.rules == records[0].rules for record in records), "names no form"
 
 
 # --- every form reads every other ------------------------------------------------------------------------------------
