@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_muon.agree import Ranks
 from megatron_muon.config import PREFIX, UNREAD, MuonConfig
@@ -57,7 +58,7 @@ from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN, WHOLE, MatrixL
 _ATTRIBUTES = "attributes of weights"
 """Key in the state of a copy (:meth:`Muon.__getstate__`): what the weights carry, such as their layout."""
 
-_OF_ONE = ("step", "finals", "graph", "is_complete", "starts", "versions", "windows")
+_OF_ONE = ("step", "finals", "graph", "is_complete", "starts", "versions", "windows", "_masters")
 """Attributes that are not copied: copies have new ones, and schedulers of torch set ``step``."""
 
 
@@ -169,6 +170,7 @@ class Muon(torch.optim.Optimizer):
         self.graph: Graph | None = None
         self.is_complete = False
         self.versions = TensorVersions()
+        self._masters = WeakTensorKeyDictionary()  # weights that had a remainder; their state may be taken away
         names = OFFLOADED.get(self.config.offload)
         self.windows = None if names is None else Windows(names, self.config.chunk_mb)
 
@@ -334,7 +336,7 @@ class Muon(torch.optim.Optimizer):
         others: Counter[str] = Counter()
         for param in self._own:
             if MOMENTUM in (state := self.state.get(param, {})):
-                others[settle(param, state, self.config.master, self.config.momentum_dtype)] += 1
+                others[self._settle(param, state)] += 1
         del others[""]
         tell(others)
 
@@ -448,13 +450,22 @@ class Muon(torch.optim.Optimizer):
             engines = self.engines.in_step(self._own, self._own, self.directions, in_blocks=in_blocks)
         return next((engine for (direction, _), engine in engines.items() if direction == MSIGN), None)
 
+    def _settle(self, param: torch.Tensor, state: dict[str, Any]) -> str:
+        """See :func:`megatron_muon.optimizers.storage.settle`."""
+        master, dtype = self.config.master, self.config.momentum_dtype
+        if REMAINDER in state:
+            return settle(param, state, master, dtype, had_master=True)
+        told = settle(param, state, master, dtype, had_master=param in self._masters)
+        if REMAINDER in state:
+            self._masters[param] = True
+        return told
+
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Create missing state. Megatron-Core calls this with False before it loads a checkpoint."""
         others: Counter[str] = Counter()
         for param in having_gradients(group["params"]) if skip_non_grad_params else group["params"]:
             state = self.state[param]
-            told = settle(param, state, self.config.master, self.config.momentum_dtype)
-            if told:
+            if told := self._settle(param, state):
                 others[told] += 1
             layout = getattr(param, LAYOUT_ATTRIBUTE, WHOLE)  # no call for each weight in each step
             has_second = layout.has_scalar_rows and group["scalar_optimizer"] == "adam"

@@ -310,7 +310,7 @@ def remainder_of(master: torch.Tensor) -> dict[str, torch.Tensor]:
     return state
 
 
-def settle(param: torch.Tensor, state: dict[str, Any], master: str, dtype: str) -> str:
+def settle(param: torch.Tensor, state: dict[str, Any], master: str, dtype: str, *, had_master: bool) -> str:
     """Give a weight's state the form that this run has: create what is missing, and keep what is there in that form.
 
     Args:
@@ -318,6 +318,7 @@ def settle(param: torch.Tensor, state: dict[str, Any], master: str, dtype: str) 
         state: of the weight.
         master: of :data:`megatron_muon.choices.MASTERS`.
         dtype: of :data:`megatron_muon.choices.MOMENTUM_DTYPES`.
+        had_master: whether there was a remainder in this run.
 
     Returns:
         what had another form, and what has become of it; empty where nothing had.
@@ -325,7 +326,8 @@ def settle(param: torch.Tensor, state: dict[str, Any], master: str, dtype: str) 
     told = ""
     if master == "remainder" and param.dtype == torch.bfloat16:
         if REMAINDER not in state or TIES not in state:
-            told = "had no master_remainder: their masters are the weights as they are" if MOMENTUM in state else ""
+            if MOMENTUM in state or had_master:
+                told = "had no master_remainder: their masters are the weights as they are"
             init_remainder(param, state)
     elif REMAINDER in state:
         told = f"had a master_remainder, which is left out: the weights are kept in {_named(param.dtype)} alone"
@@ -462,14 +464,16 @@ def _rows_at_once(views: Sequence[torch.Tensor], form: Form, times: int) -> Iter
 
 
 def gradient_of(param: torch.Tensor) -> torch.Tensor | None:
-    """The gradient of a weight: Megatron-Core's ``decoupled_grad``, of any dtype, or ``grad``, of the weight's."""
+    """The gradient of a weight: ``grad``, of its dtype, or Megatron-Core's ``decoupled_grad``, of any.
+
+    Megatron-Core's loop leaves no ``grad`` beside the other; in a loop of one's own the other may be left of before.
+    """
     return gradients_of([param])[0]
 
 
 def gradients_of(params: Iterable[torch.Tensor]) -> list[torch.Tensor | None]:
     """The gradients of many weights, without a call for each."""
-    pairs = [(getattr(param, "decoupled_grad", None), param.grad) for param in params]
-    return [grad if decoupled is None else decoupled for decoupled, grad in pairs]
+    return [getattr(param, "decoupled_grad", None) if param.grad is None else param.grad for param in params]
 
 
 def having_gradients(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -31,7 +31,7 @@ def take(settings: Any) -> bool:
     taken = {}
     if settings.bf16 and getattr(settings, "store_param_remainders", True):
         taken["master"] = "remainder"
-    if dtype_name(settings.exp_avg_dtype) == "bf16" and settings.muon_momentum_dtype == "auto":
+    if dtype_name(settings.exp_avg_dtype) == "bf16" and settings.muon_momentum_dtype in ("auto", "bf16"):
         taken["momentum_dtype"] = "bf16"
     for name, value in taken.items():
         setattr(settings, f"muon_{name}", value)

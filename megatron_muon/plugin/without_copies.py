@@ -126,8 +126,9 @@ def _class() -> type:
                 super()._copy_main_params_to_model_params()
 
         def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
-            if self._has_copies:  # masters without are what Muon.forget() leaves of them: the weights
-                super()._copy_model_params_to_main_params(state_dict)
+            super()._copy_model_params_to_main_params(state_dict)
+            if not self._has_copies:
+                self.optimizer.forget()  # what is left of masters are the weights
 
     return Float16OptimizerWithoutCopies
 
@@ -157,7 +158,7 @@ def _have_decoupled(params: Iterable[torch.Tensor]) -> bool:
 def _norms_of_all(
     original: Original, self: Any, params: Sequence[torch.Tensor], param_filter: Any = None
 ) -> list[torch.Tensor]:
-    if not _have_decoupled(params):
+    if self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 or not _have_decoupled(params):
         return original(self, params, param_filter)
     asking = copy.copy(self)
     asking.config = copy.copy(self.config)
@@ -178,7 +179,7 @@ def _clip_all(
     original: Original, parameters: Any, max_norm: float, total_norm: Any, use_decoupled_grad: bool = False
 ) -> None:
     params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    if not _have_decoupled(params):
+    if use_decoupled_grad or not _have_decoupled(params):  # of Adam, by its own config
         original(parameters, max_norm, total_norm, use_decoupled_grad)
         return
     alike: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
@@ -199,7 +200,7 @@ def _count_all(
     **kwargs: Any,
 ) -> Any:
     params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    if not _have_decoupled(params):
+    if use_decoupled_grad or not _have_decoupled(params):
         return original(parameters, grad_stats_parallel_group, use_decoupled_grad, **kwargs)
     with _all_decoupled(params):
         return original(params, grad_stats_parallel_group, True, **kwargs)

@@ -52,6 +52,11 @@ MEGATRON: tuple[Refusal, ...] = (
                 for bits in (8, 4)
             ),
             (
+                "load_main_params_from_ckpt",
+                "no state of a model has Muon's master weights",
+                "leave it off; with the optimizer's state masters are loaded, too",
+            ),
+            (
                 "optimizer_cpu_offload",
                 "it has the host compute the step",
                 "use --muon-offload all (or momentum): state is on the host, the step on the GPU",
