@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import itertools
 import os
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,9 +20,6 @@ from megatron_muon.errors import size_text
 
 _PIECE = 64 << 20
 """Bytes that are on the host at a time."""
-
-_TAKEN: set[Path] = set()
-"""Files that hold what some optimizer of this process needs: a file that a run has left behind is written over."""
 
 
 @dataclass(frozen=True)
@@ -62,32 +62,30 @@ class StateFile:
             OSError: naming the file, of which nothing is left: the disk is full, or has not kept what was written.
         """
         self._places: list[_Place] = []
-        self.path = _free_path(Path(folder))
-        part = self.path.with_suffix(".part")
+        self._removal: Callable[[], object] | None = None
+        self.path = Path(folder).absolute()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                for tensor in tensors:
-                    self._write(file, tensor)
-                file.flush()
-                os.fsync(file.fileno())
-                if hasattr(os, "posix_fadvise"):  # what is read back is the disk's, and the host's memory is free
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            with part.open("rb") as file:
-                for number in range(len(self._places)):
-                    for _ in self._pieces(file, number):
-                        pass
-            part.replace(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.path, file = _file_of_ones_own(self.path)
+            self._removal = weakref.finalize(self, _remove, self.path, file, os.getpid())
+            for tensor in tensors:
+                self._write(file, tensor)
+            file.flush()
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):  # what is read back is the disk's, and the host's memory is free
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            for number in range(len(self._places)):
+                for _ in self._pieces(file, number):
+                    pass
         except OSError as error:
-            part.unlink(missing_ok=True)
+            if self._removal is not None:
+                self._removal()
             size = size_text(sum(tensor.nbytes for tensor in tensors))
             raise OSError(
                 error.errno,
-                f"{part}: {error.strerror or error}. It is to hold {size} of optimizer state, which is still where it "
-                "was, nothing is lost: give sleep(to=...) a folder on a disk with room, or 'host'",
+                f"{self.path}: {error.strerror or error}. It is to hold {size} of optimizer state, which is still "
+                "where it was, nothing is lost: give sleep(to=...) a folder on a disk with room, or 'host'",
             ) from error
-        _TAKEN.add(self.path)
-        weakref.finalize(self, _remove, self.path, os.getpid())
 
     def read(self, number: int, device: torch.device) -> torch.Tensor:
         """A new tensor with the bits of one that was written.
@@ -138,15 +136,37 @@ class StateFile:
             raise OSError(None, "the file is damaged: its checksum is not that of what was written")
 
 
-def _remove(path: Path, process: int) -> None:
+def _remove(path: Path, file: IO[bytes], process: int) -> None:
     if os.getpid() == process:  # and not a copy of it that saves in the background
-        _TAKEN.discard(path)
         path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            file.close()
 
 
-def _free_path(folder: Path) -> Path:
+def _file_of_ones_own(folder: Path) -> tuple[Path, IO[bytes]]:
+    """An empty file of this rank's in a folder, locked for as long as it is open.
+
+    Other runs may have the folder, too, and ranks of the same numbers. What a run that is gone has left behind is
+    written over.
+    """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    number = 0
-    while (path := (folder / f"muon-asleep-rank{rank:05}-{number}.state").absolute()) in _TAKEN:
-        number += 1
-    return path
+    for number in itertools.count():
+        path = folder / f"muon-asleep-rank{rank:05}-{number}.state"
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            continue
+        if _is_at(file, path):
+            file.truncate(0)
+            return path, file
+        file.close()  # removed between the two calls
+    raise AssertionError
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

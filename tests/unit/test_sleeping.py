@@ -74,6 +74,18 @@ def test_a_file_has_the_very_bits(tmp_path: Path) -> None:
     assert [each.name for each in (tmp_path / "new").iterdir()] == ["muon-asleep-rank00000-0.state"]
 
 
+def test_files_of_others_in_the_folder(tmp_path: Path) -> None:
+    """The lock on a file is one of the system, which other processes see: a run that is gone holds none."""
+    left = tmp_path / "muon-asleep-rank00000-0.state"
+    left.write_bytes(b"of a run that is gone")
+    files = [StateFile(tmp_path, [torch.full((3,), float(number))]) for number in range(2)]
+    assert files[0].path == left != files[1].path
+    assert [file.read(0, torch.device("cpu"))[0].item() for file in files] == [0.0, 1.0]
+    files.clear()
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("to", ["host", "folder"])
 def test_steps_go_on_bit_for_bit(tmp_path: Path, to: str) -> None:
     """Twice each, with files of two optimizers in one folder; and nothing of a step, or of reading, while asleep."""
@@ -116,7 +128,7 @@ def test_a_full_disk_takes_nothing(tmp_path: Path) -> None:
     alone, ours = train(trained()), trained()
     with (
         disk_of(1000),
-        pytest.raises(OSError, match=r"muon-asleep-rank00000-0\.part: File too large\. It is to hold 3\.0 KiB"),
+        pytest.raises(OSError, match=r"muon-asleep-rank00000-0\.state: File too large\. It is to hold 3\.0 KiB"),
     ):
         ours.sleep(tmp_path)
     assert not list(tmp_path.iterdir())

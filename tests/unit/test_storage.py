@@ -22,6 +22,7 @@ from megatron_muon.optimizers.storage import (
     REMAINDER,
     TIES,
     Kept,
+    gradient_of,
     init_momentum,
     init_remainder,
     master_of,
@@ -344,6 +345,26 @@ def test_a_state_without_remainders_starts_from_the_weights(capsys: pytest.Captu
         capsys.readouterr().out
     )
     assert not any({REMAINDER, TIES} & state.keys() for state in back.state.values())
+
+
+def test_masters_that_are_taken_away_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """With all state: it does not look like a weight that never had any."""
+    params = [torch.nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))]
+    optimizer = Muon(params, master="remainder")
+    for told in (False, False, True):
+        params[0].grad = torch.ones_like(params[0])
+        if told:
+            optimizer.state.clear()
+        optimizer.step()
+        assert ("had no master_remainder" in capsys.readouterr().out) is told
+
+
+def test_a_gradient_of_a_run_before_gives_way() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))
+    weight.decoupled_grad = torch.ones(4, 6)  # type: ignore[attr-defined]
+    assert gradient_of(weight) is weight.decoupled_grad  # type: ignore[attr-defined]
+    weight.grad = torch.zeros_like(weight)
+    assert gradient_of(weight) is weight.grad
 
 
 def test_hooks_of_others_see_a_state_dict_as_it_is() -> None:
