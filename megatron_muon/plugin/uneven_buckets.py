@@ -194,6 +194,7 @@ def _collectives_of(group: Any) -> Iterator[list[Callable[[], Any]]]:
     from megatron.core.distributed import param_and_grad_buffer as module
 
     reduce_scatter, all_gather = module.dist_reduce_scatter_func, module.dist_all_gather_func
+    together = module._coalescing_manager
 
     def uneven_reduce_scatter(mine: torch.Tensor, bucket: torch.Tensor, **how: Any) -> Any:
         if (parts := _parts_with(mine, reduced)) is None:
@@ -210,10 +211,14 @@ def _collectives_of(group: Any) -> Iterator[list[Callable[[], Any]]]:
     reduced, gathered = group.cached_grad_buffer_shard_list, group.cached_param_buffer_shard_list
     accumulates = group.ddp_config.reduce_scatter_with_fp32_accumulation
     module.dist_reduce_scatter_func, module.dist_all_gather_func = uneven_reduce_scatter, uneven_all_gather
+    if all(parts is not None and len({part.numel() for part in parts}) > 1 for parts in gathered):
+        # Nothing is left to put together, at which older versions of torch fail.
+        module._coalescing_manager = lambda *args, **how: contextlib.nullcontext(_Works([]))
     try:
         yield left_out
     finally:
         module.dist_reduce_scatter_func, module.dist_all_gather_func = reduce_scatter, all_gather
+        module._coalescing_manager = together
 
 
 def _parts_with(mine: torch.Tensor, cut: Sequence[Sequence[torch.Tensor] | None]) -> list[torch.Tensor] | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.distributed_c10d import _world
 
 from megatron_muon.choices import DECOUPLED, PADDED, PARAM_LAYOUTS
 from tests.megatron import harness
@@ -81,9 +84,20 @@ def both(layout: Layout, options: dict[str, Any], ddp: dict[str, Any]) -> list[t
     """Runs on a rank: padded and not, with the largest gap and the number of groups in uneven parts."""
     from megatron.core.distributed import param_and_grad_buffer as module
 
-    result, reduce_scatter = [], module.dist_reduce_scatter_func
+    result, reduce_scatter, together = [], module.dist_reduce_scatter_func, module._coalescing_manager
+
+    @contextlib.contextmanager
+    def never_of_nothing(group: Any, **how: Any) -> Iterator[Any]:
+        """torch's, which fails in older versions where nothing was put together."""
+        with together(group, **how) as manager:
+            yield manager
+            assert _world.pg_coalesce_state[group], "nothing to put together"
+
     try:
         for choice in PARAM_LAYOUTS:
+            # Megatron-Core's own float32 accumulation puts nothing together.
+            if choice == DECOUPLED and not ddp.get("reduce_scatter_with_fp32_accumulation"):
+                module._coalescing_manager = never_of_nothing
             run = start(choice, layout, options, **ddp)
             groups = [
                 group for chunk in run.chunks for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups
@@ -92,6 +106,7 @@ def both(layout: Layout, options: dict[str, Any], ddp: dict[str, Any]) -> list[t
             result.append((found(run, 4), max(gap for buffer in buffers(run) for gap in gaps(buffer)), uneven))
     finally:
         module.dist_reduce_scatter_func = reduce_scatter  # float32 accumulation sets it for the process
+        module._coalescing_manager = together
     return result
 
 

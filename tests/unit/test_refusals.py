@@ -62,6 +62,7 @@ ARGUMENTS: dict[str, Any] = {
     "fp8_param_gather": False,
     "init_method_xavier_uniform": False,
     "load": None,
+    "load_main_params_from_ckpt": False,
     "lr": 1e-3,
     "lr_warmup_init": 0.0,
     "moe_latent_size": None,
@@ -249,6 +250,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"use_megatron_fsdp": True}, "--use-megatron-fsdp with --optimizer muon: FSDP shards cannot be orthogonalized"),
     ({"fp8_param_gather": True}, "--fp8-param-gather with --optimizer muon: Muon updates bfloat16 or float32 weights"),
     ({"fp4_param_gather": True}, "--fp4-param-gather with --optimizer muon: Muon updates bfloat16 or float32 weights"),
+    ({"load_main_params_from_ckpt": True}, "--load-main-params-from-ckpt with --optimizer muon: no state .*; leave it"),
     (
         {"optimizer_cpu_offload": True},
         "--optimizer-cpu-offload with --optimizer muon: it has the host .*--muon-offload all",
