@@ -86,7 +86,7 @@ _HOOKED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def refuse_reading(inner: torch.optim.Optimizer) -> None:
-    """Refuse to read state that is in a file; on the host it is at hand.
+    """Refuse to read state that is in a file, or masters there; on the host they are at hand.
 
     Raises:
         ConfigError: naming the call that brings it back.

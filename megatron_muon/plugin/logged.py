@@ -16,6 +16,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_muon._patching import Original, Patches
+from megatron_muon.optimizers.sleeping import refuse_reading
 from megatron_muon.optimizers.storage import master_of, read
 from megatron_muon.plugin.optimizer_state import leaves, param_states
 
@@ -27,6 +28,9 @@ _SPAN = "megatron_muon_span"
 _UPDATED_BY = WeakTensorKeyDictionary()
 """bfloat16 weights that an optimizer updates itself, without float32 copies -> a weak reference to it."""
 
+_INNERS = WeakTensorKeyDictionary()
+"""Weights of a model -> the weak set of all its torch optimizers on this rank, whichever of them updates which."""
+
 
 def mark_parts(optimizer: Any, model_chunks: Sequence[torch.nn.Module]) -> None:
     """Say of each weight which part this rank updates, if the optimizer shares them out among data-parallel ranks.
@@ -34,8 +38,10 @@ def mark_parts(optimizer: Any, model_chunks: Sequence[torch.nn.Module]) -> None:
     Masters of owners count then as those in slices do, and nothing of others' weights.
     """
     held = {each.param: each for each in param_states(optimizer)}
+    inners = weakref.WeakSet(leaf.optimizer for leaf, _ in leaves(optimizer))
     trained = [param for chunk in model_chunks for param in chunk.parameters() if param.requires_grad]
     for param in trained:
+        _INNERS[param] = inners
         its = held.get(param)
         if its is not None and its.key is param and param.dtype != torch.float32:
             _UPDATED_BY[param] = weakref.ref(its.inner)
@@ -60,6 +66,9 @@ def mark_parts(optimizer: Any, model_chunks: Sequence[torch.nn.Module]) -> None:
 def _with_spans(
     original: Original, param: torch.Tensor, force_create_fp32_copy: bool, bf16: bool
 ) -> tuple[torch.Tensor | None, bool]:
+    if bf16 and not force_create_fp32_copy:
+        for each in _INNERS.get(param, ()):  # whoever updates it: all ranks refuse alike, which would wait for the sum
+            refuse_reading(each)
     span = getattr(param, _SPAN, None)
     if span is not None:
         start, stop = span

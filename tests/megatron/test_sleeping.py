@@ -15,6 +15,7 @@ from tests.checkpoints import differences
 from tests.megatron import harness
 from tests.megatron.harness import Data, Layout, Run
 from tests.megatron.test_checkpoint_saving import make_folder, whole_state
+from tests.megatron.test_layer_wise_balance import arguments
 from tests.megatron.test_state_by_others import copied, weights
 from tests.pool import RankPool
 
@@ -31,6 +32,7 @@ def asleep(layout: Layout, folder: str) -> dict[str, Any]:
     """Beside a run that is left alone: one that sleeps while it is saved, loaded, started anew and asked to step."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    from megatron.training.training import calc_params_l2_norm
 
     alone, ours = (harness.start(layout, bf16=True, **SMALL) for _ in range(2))
     optimizer, found = ours.optimizer, dict[str, Any]()
@@ -64,6 +66,8 @@ def asleep(layout: Layout, folder: str) -> dict[str, Any]:
     found["step"] = refused(lambda: ours.losses(1))
     found["save"] = refused(lambda: whole_state(ours))
     found["state dict"] = refused(optimizer.state_dict)
+    with arguments(use_megatron_fsdp=False, bf16=True, optimizer="muon"):
+        found["norm"] = refused(lambda: calc_params_l2_norm(ours.chunks))
     found["bytes"] = megatron_muon.state_bytes(optimizer)
     if dist.get_rank() == 0:
         optimizer.wake()  # a rank that others have left alone
@@ -120,7 +124,7 @@ def test_asleep_in_a_run(pool: RankPool, tmp_path: Path, layout: Layout) -> None
             "megatron_muon.wake(optimizer), before the step."
         )
         assert f"asleep in {folder}/asleep: call wake()" in found["step"] and found["step of one"] == found["step"]
-        for name in ("save", "state dict"):
+        for name in ("save", "state dict", "norm"):
             assert found[name].endswith("before it is read or saved."), found[name]
         moved, again = found["files"]
         assert moved > 0 == again and found["left"] == []
