@@ -11,13 +11,13 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_muon.errors import ConfigError
-from megatron_muon.refusals import Settings, refuse
+from megatron_muon.refusals import MUON, QK_CLIP, Settings, refuse
 from megatron_muon.refusals.cpu import CPU
 from megatron_muon.refusals.plan import READ
 
@@ -132,11 +132,12 @@ def parse(flags: Sequence[str], world: int | None) -> tuple[argparse.Namespace, 
         refuse(READ, args)
         # Context parallelism is left out below: without its ranks, batches are checked against the right replicas.
         args.world_size = layout.world // layout.context
-        left_out = _leave_out(args, parsers[0])
+        left_out, values = _leave_out(args, parsers[0])
         if args.global_batch_size is None and args.micro_batch_size is not None:
             # Megatron's default: one micro-batch a replica.
             args.global_batch_size = args.micro_batch_size * layout.data // layout.context
         arguments.validate_args(args)
+        _refuse_left_out(values, args)
     if args.vocab_size is None and args.padded_vocab_size is None:
         raise ConfigError("--vocab-size is not given: a plan builds no tokenizer, so the flags must tell its size.")
     return args, layout, left_out
@@ -167,16 +168,27 @@ def _layout(args: argparse.Namespace, world: int | None) -> Layout:
     return Layout(world, tensor, expert_tensor, pipeline, context, expert)
 
 
-def _leave_out(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
-    """Set what the CPU runtime refuses, and what changes no weight, to Megatron's default; what was set, as flags."""
-    left_out = []
+def _leave_out(args: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[list[str], dict[str, Any]]:
+    """Set what the CPU runtime refuses, and what changes no weight, to Megatron's default.
+
+    Returns:
+        what was set, as flags, and the values by name.
+    """
+    left_out, values = [], {}
     settings = Settings(args)
     for row in CPU:
         (condition,) = row.when
         if condition.name not in _KEPT and row.holds(settings):
             left_out.append(condition.said(settings))
+            values[condition.name] = getattr(args, condition.name)
             setattr(args, condition.name, parser.get_default(condition.name))
-    return left_out
+    return left_out, values
+
+
+def _refuse_left_out(values: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Refuse what a run would because of settings that were left out; the checks of ``args`` do not see them."""
+    rows = (row for row in (*MUON, *QK_CLIP) if any(condition.name in values for condition in row.when))
+    refuse(rows, values, args)
 
 
 _KEPT = (

@@ -49,13 +49,16 @@ QK_CLIP: tuple[Refusal, ...] = (
         "Megatron-Core captures the whole step, which would not clip",
         "leave one of the two off (with --optimizer muon both work)",
     ),
-    Refusal(
-        (
+    *(
+        Refusal(
+            (captured, that("muon_qk_logits_interval", lambda steps: steps > 1, "above 1")),
+            "a captured forward pass measures in each step, or in none",
+            "use --muon-qk-logits-interval 1",
+        )
+        for captured in (
             that("cuda_graph_impl", lambda value: value not in (None, "none"), "other than `none`"),
-            that("muon_qk_logits_interval", lambda steps: steps > 1, "above 1"),
-        ),
-        "a captured forward pass measures in each step, or in none",
-        "use --muon-qk-logits-interval 1",
+            *map(given, ("enable_cuda_graph", "external_cuda_graph")),  # which Megatron-Core turns into it later
+        )
     ),
 )
 

@@ -213,6 +213,12 @@ def test_what_is_not_counted_is_told(planner: Planner) -> None:
         ("stiefel_muon", "--optimizer stiefel_muon without a weight on the Stiefel manifold"),
         ("muon --muon-param-rule *.linear_qkv.weight=stiefel", "--muon-param-rule '*.linear_qkv.weight=stiefel' with"),
         ("muon --muon-sphere-radius 1", "--muon-sphere-radius 1.0 with --optimizer muon"),
+        # What a plan leaves out is refused as well.
+        ("muon --muon-offload momentum --optimizer-cuda-graph", "--muon-offload momentum with --optimizer-cuda-graph"),
+        *(
+            (f"muon --qk-clip --muon-qk-logits-interval 3 {graph}", f"{graph} with --muon-qk-logits-interval 3: a")
+            for graph in ("--cuda-graph-impl local", "--enable-cuda-graph")
+        ),
     ],
 )
 def test_what_training_refuses_is_not_planned(planner: Planner, flags: str, message: str) -> None:

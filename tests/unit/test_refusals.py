@@ -370,6 +370,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {**CLIP, "cuda_graph_impl": "local", "muon_qk_logits_interval": 4},
         "--cuda-graph-impl local with --muon-qk-logits-interval 4: a captured forward pass measures in each step",
     ),
+    *(
+        (
+            {**CLIP, name: True, "muon_qk_logits_interval": 4},
+            f"{flag} with --muon-qk-logits-interval 4: a captured forward pass measures in each step",
+        )
+        for name, flag in (
+            ("enable_cuda_graph", "--enable-cuda-graph"),
+            ("external_cuda_graph", "--external-cuda-graph"),
+        )
+    ),
     # Plans
     ({"use_checkpoint_args": True}, "--use-checkpoint-args in a plan: it reads no checkpoint; give the flags"),
 ]
