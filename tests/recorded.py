@@ -84,19 +84,21 @@ def recorded(replays: list[int] | None = None) -> Callable[[Callable[[], None]],
 
 
 class _Writes(TorchDispatchMode):
-    """Keeps what memory held before it was first written to."""
+    """Keeps what tensors held before they were written to: those alone, not what lies beside them in a buffer.
+
+    Others may be writing there meanwhile, as gathers do that are under way.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable:
-            for tensor in tensors((args, kwargs or {})):
-                storage = tensor.untyped_storage()
-                self._kept.setdefault(storage.data_ptr(), (storage, storage.clone()))
+            self._kept += [(tensor.detach(), tensor.detach().clone()) for tensor in tensors((args, kwargs or {}))]
         return func(*args, **(kwargs or {}))
 
+    @torch.no_grad()
     def undo(self) -> None:
-        for storage, kept in self._kept.values():
-            storage.copy_(kept)
+        for tensor, kept in reversed(self._kept):
+            tensor.copy_(kept)
