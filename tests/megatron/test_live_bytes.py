@@ -13,6 +13,7 @@ from tests.megatron.harness import Layout
 from tests.megatron.planner import GROUPS, TINY, Planner
 from tests.megatron.test_plan_on_ranks import BUCKETS
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 WIDE = 64
 """Hidden size: so that what has no weights does not count."""
@@ -47,7 +48,7 @@ def live_bytes(layout: Layout, forms: list[tuple[str, str, str]]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", with_slow(LAYOUTS, "plain"))
 def test_live_bytes(pool: RankPool, planner: Planner, name: str) -> None:
     layout, world, flags = LAYOUTS[name]
     ranks = pool.run(live_bytes, world, layout, FORMS)
