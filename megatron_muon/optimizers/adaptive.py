@@ -147,7 +147,7 @@ class NAMO(SecondMoment):
         """Scale each matrix by alpha, which is near 1 where gradients agree and small where they are mostly noise."""
         updates = matrices.updates
         mixes = [row_norms(update.mix(), wide=True) for update in updates]
-        grads = [update.row_norms([weight.grad for weight in update.weights], wide=True) for update in updates]
+        grads = [update.gradient_norms() for update in updates]
         norms = matrices.norms([*mixes, *grads], wide=True)
         for update, mix, grad in zip(updates, norms[: len(updates)], norms[len(updates) :], strict=True):
             root = update.gather(update.named(self.state_name)).double()

@@ -13,7 +13,7 @@ from megatron_muon.engine.slices import Slices, Tensors
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.handled import STEP, HostReads
-from megatron_muon.optimizers.param_step import Cut, ParamStep, Weights, by_param_group
+from megatron_muon.optimizers.param_step import Cut, ParamStep, Weights, by_param_group, gradients
 from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.storage import PLAIN, Kept, at_once, opened_in_turn
 from megatron_muon.orthogonalize.kernels.elementwise import Rate, add_
@@ -108,7 +108,10 @@ class Update:
         momenta, share = [weight.momentum for weight in self.weights], self.options.nesterov
         if share == 1.0:
             return self._numbers(momenta)
-        mixed = self.gather([weight.grad for weight in self.weights])
+        mixed = self.direction.new_empty(self.direction.shape)
+        for grads, slots in gradients(self.weights, self.slices, mixed):
+            if grads:
+                torch._foreach_copy_(slots, grads)
         cut = Cut(self.slices, mixed)
         for numbers, take in opened_in_turn(momenta, cut, writes=False):
             if numbers and numbers[0].dtype != mixed.dtype:
@@ -152,17 +155,15 @@ class Update:
                 torch._foreach_copy_(take(cut.slots), numbers)
         return batch
 
-    def row_norms(self, tensors: Sequence[torch.Tensor], wide: bool = False) -> torch.Tensor:
-        """Norms of rows, on this rank, of tensors of the weights' shapes: (matrices, rows, 1), without a copy of them.
+    def gradient_norms(self) -> torch.Tensor:
+        """Norms of the rows of gradients with the decay of method ``l2``, on this rank: (matrices, rows, 1), float64.
 
-        Args:
-            tensors: of each weight.
-            wide: as of :func:`row_norms`.
+        Nothing of the size of a gradient is copied.
         """
-        dtype = torch.float64 if wide else self.direction.dtype
-        found = torch.empty((*self.direction.shape[:-1], 1), dtype=dtype, device=self.direction.device)
-        for tensor, norms in zip(*self.pairs(tensors, found), strict=True):
-            row_norms(tensor, wide, norms)
+        found = self.direction.new_empty((*self.direction.shape[:-1], 1), dtype=torch.float64)
+        for grads, slots in gradients(self.weights, self.slices, found):
+            for tensor, norms in zip(grads, slots, strict=True):
+                row_norms(tensor, wide=True, out=norms)
         return found
 
     def multiply(self, factor: torch.Tensor) -> None:

@@ -66,18 +66,6 @@ class ParamStep:
         # Those on a manifold do not decay: the way back to it would undo that.
         return 0.0 if self.layout.direction == STIEFEL else self.options.l2
 
-    @property
-    def grad(self) -> torch.Tensor:
-        """The gradient, with the decay of method ``l2``: then it is a copy, made anew each time."""
-        if not self.l2:
-            return self.raw_grad
-        # Megatron reads its gradient buffer again, and rows under Adam have their own decay.
-        grad = self.raw_grad.to(own_dtype(self.param.dtype), copy=True)
-        with opened([self.master], self.matrix_rows, writes=False) as masters:
-            for its, rows in zip(self.matrix_rows([grad]), masters, strict=True):
-                its.add_(rows, alpha=self.l2)
-        return grad
-
     def matrix_rows(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Views of the rows of matrices in a tensor with the weight's rows."""
         return rows_of(tensors, [self.layout])
@@ -167,6 +155,26 @@ def pack(weights: Weights, slices: Sequence[Slices], batches: Sequence[torch.Ten
             elementwise.pack(numbers, grads, slots, options.momentum if first else None, nesterov)
     for options, views in together.values():
         elementwise.pack(*views, options.momentum if first else None, options.nesterov)
+
+
+def gradients(weights: Sequence[ParamStep], slices: Slices, batch: torch.Tensor) -> Iterator[tuple[Tensors, Tensors]]:
+    """Gradients of matrices, with the decay of method ``l2``: then copies, of a few rows at a time.
+
+    Args:
+        weights: of one param group, one for each item of ``slices``.
+        slices: the matrices.
+        batch: of these matrices, or with one column.
+
+    Yields:
+        gradients, not to be changed, and views of the same rows of the batch.
+    """
+    raw, slots = slices.pairs([weight.raw_grad for weight in weights], batch)
+    if not (decay := weights[0].l2):
+        yield raw, slots
+        return
+    dtype, masters = own_dtype(weights[0].param.dtype), [weight.master for weight in weights]
+    for numbers, take in opened_in_turn(masters, Cut(slices, batch), writes=False, copies=True):
+        yield list(torch._foreach_add([grad.to(dtype) for grad in take(raw)], numbers, alpha=decay)), take(slots)
 
 
 def _with_decay(weights: Sequence[ParamStep], grads: Tensors, cut: Cutter, take: Take) -> Tensors:

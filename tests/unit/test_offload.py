@@ -89,6 +89,20 @@ def test_the_matrices_of_one_weight_come_in_turn() -> None:
     assert optimizer.windows is not None and optimizer.windows.counters.largest == 4 << 10
 
 
+@pytest.mark.parametrize("decay", ["decoupled", "l2"])
+def test_a_stack_under_a_variant_that_mixes_gradients_again_comes_in_turn(decay: str) -> None:
+    """With the decay of method l2, gradients have masters in them, which come from the host for it."""
+    found = []
+    for offload in ("none", "all"):
+        experts = torch.nn.Parameter(torch.randn(16, 16, 16, generator=torch.Generator().manual_seed(1)).bfloat16())
+        experts.matrix_layout, experts.grad = WHOLE.stack(), torch.zeros_like(experts)
+        options = {"variant": "namo", "weight_decay": 0.1, "weight_decay_method": decay, "chunk_mb": 2 * 1024 / 2**20}
+        found.append(Muon([experts], **options, master="remainder", offload=offload))
+        train(found[-1], 2)
+    assert same(*found) and found[1].windows is not None
+    assert found[1].windows.counters.largest <= found[1].windows.bound == 2 << 10
+
+
 def test_a_matrix_above_the_bound_comes_in_turn() -> None:
     params = plain((8, 8), (32, 32), (8, 8))
     optimizer = Muon(params, chunk_mb=600 / 2**20, offload="momentum")
