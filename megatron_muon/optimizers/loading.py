@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,15 @@ class AsItIs:
         }
         return {**state_dict, "state": state}
 
-    def of(self, param: torch.Tensor, name: str) -> torch.Tensor:
-        """On the device of its weight, in a dtype with all bits that the optimizer's own would have."""
-        if name == STEP:
+    def of(self, param: torch.Tensor, name: str, on_host: Sequence[str]) -> torch.Tensor:
+        """On the device of its weight, in a dtype with all bits that the optimizer's own would have.
+
+        Args:
+            param: the weight.
+            name: of the state.
+            on_host: state that lives on the host: it stays where it is, and never comes to the device as a whole.
+        """
+        if name == STEP or name in on_host:
             return self._tensor
         keeps = name in (MOMENTUM, SCALE) or not self._tensor.is_floating_point()
         return self._tensor.to(param.device, None if keeps else own_dtype(param.dtype))

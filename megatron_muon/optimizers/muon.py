@@ -305,10 +305,11 @@ class Muon(torch.optim.Optimizer):
         """
         attributes = state.pop(_ATTRIBUTES, None)
         super().__setstate__(state)
+        on_host = OFFLOADED.get(self.config.offload, ())
         for param, each in self.state.items():
             for name, value in each.items() if isinstance(each, dict) else ():
                 if isinstance(value, AsItIs):
-                    each[name] = value.of(param, name)
+                    each[name] = value.of(param, name, on_host)
         self.starts = WarmStarts()
         self.variant.forget()
         if attributes is not None:
@@ -337,6 +338,8 @@ class Muon(torch.optim.Optimizer):
         for param in self._own:
             if MOMENTUM in (state := self.state.get(param, {})):
                 others[self._settle(param, state)] += 1
+            if self.windows is not None:
+                self.windows.settle(param, state)
         del others[""]
         tell(others)
 

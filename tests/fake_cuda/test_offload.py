@@ -91,3 +91,24 @@ def test_all_kinds_of_weights() -> None:
                 muon.step()
                 muon.step()
             assert muon.windows is not None and muon.windows.counters.parts > len(params)
+
+
+@pytest.mark.parametrize("changes", [{}, {"momentum_dtype": "int8"}])
+@pytest.mark.parametrize("offload", KEPT)
+def test_what_is_loaded_never_comes_to_the_device_as_a_whole(offload: str, changes: dict[str, Any]) -> None:
+    """Momentum in another form is converted, and goes to the host weight by weight."""
+    dtype, options = KEPT[offload]
+    with World() as world:
+        params = [world.parameter(SIDE, SIDE, dtype=dtype) for _ in range(8)]
+        muon = Muon(params, offload=offload, **options)
+        muon.step()
+        other = Muon(params, offload=offload, **options, **changes)
+        assert muon.windows is not None
+        muon.windows.forget()
+        before = world.watch.peak = world.watch.live
+        other.load_state_dict(muon.state_dict())
+        assert world.watch.peak - before <= (3 * MATRIX if changes else 0)  # of eight
+        counted = state_bytes(other)
+        assert counted.on_device.keys() == {"momentum_peak"}
+        names = {"momentum_buffer", *(each for each in ("momentum_scale",) if changes)}
+        assert counted.elsewhere.keys() == names | ({"master_remainder", "master_ties"} if offload == "all" else set())
