@@ -173,12 +173,14 @@ class Windows:
         self._copy_in(window, near, far)
         window.is_open = True
         self._windows = [*(each for each in self._windows if each is not window), window]
+        changed: list[torch.Tensor] = []
         try:
             yield near
-            self._copy_out(window, near, far if writes else [])
-            self.counters.bytes_out += size if writes else 0
+            changed = far if writes else []
         finally:
             window.is_open = False
+            self._copy_out(window, near, changed)  # after an error, too, kernels may still be at work on the window
+        self.counters.bytes_out += size if writes else 0
 
     def _copy_in(self, window: _Window, near: list[torch.Tensor], far: list[torch.Tensor]) -> None:
         if self._streams is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -112,3 +113,13 @@ def test_what_is_loaded_never_comes_to_the_device_as_a_whole(offload: str, chang
         assert counted.on_device.keys() == {"momentum_peak"}
         names = {"momentum_buffer", *(each for each in ("momentum_scale",) if changes)}
         assert counted.elsewhere.keys() == names | ({"master_remainder", "master_ties"} if offload == "all" else set())
+
+
+def test_what_an_error_leaves_in_a_window_is_waited_for() -> None:
+    with World() as world:
+        windows, far = Windows(("momentum_buffer",), 1.0), [torch.empty(SIDE)]
+        with streams(world), windows.step(torch.device("cuda")):
+            for _ in range(4):  # the last one is in the second one's memory
+                with contextlib.suppress(ArithmeticError), windows.opened(far, writes=False) as near:
+                    near[0].mul_(2.0)
+                    raise ArithmeticError
