@@ -94,8 +94,10 @@ class _Writes(TorchDispatchMode):
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            self._kept += [(tensor.detach(), tensor.detach().clone()) for tensor in tensors((args, kwargs or {}))]
+        given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        written = [each.name for each in func._schema.arguments if each.alias_info and each.alias_info.is_write]
+        mutated = tensors([given.get(name) for name in written])
+        self._kept += [(tensor.detach(), tensor.detach().clone()) for tensor in mutated]
         return func(*args, **(kwargs or {}))
 
     @torch.no_grad()
