@@ -288,7 +288,12 @@ class Muon(torch.optim.Optimizer):
         self.variant.check(config)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For ``copy.deepcopy`` and pickle: everything but what belongs to this object alone, such as hooks."""
+        """For ``copy.deepcopy`` and pickle: everything but what belongs to this object alone, such as hooks.
+
+        Raises:
+            ConfigError: if its state is asleep in a file.
+        """
+        sleeping.refuse_reading(self)
         own = {name: value for name, value in vars(self).items() if name not in _OF_ONE}
         state = {name: value for name, value in own.items() if not name.startswith("_optimizer_")}
         plain = (bool, int, float, str, tuple, MatrixLayout)

@@ -146,6 +146,7 @@ def put_to_sleep(
             graph.release()
         if (windows := getattr(inner, "windows", None)) is not None:
             windows.forget()
+    files = [IN_FILES[entry.tensor][0] for entry in entries if entry.tensor in IN_FILES]
     if to == HOST:
         # On CPU processes there is nothing to free; a copy shows that nothing hangs on where state lies.
         is_known = all(inner in ASLEEP for inner in inners)
@@ -156,10 +157,10 @@ def put_to_sleep(
             entry.put(copy.copy_(entry.tensor, non_blocking=is_down))
     else:
         moving = [entry for entry in entries if entry.tensor not in IN_FILES]
-        file = StateFile(to, [entry.tensor for entry in moving]) if moving else None
+        if moving:
+            files.append(StateFile(to, [entry.tensor for entry in moving]))
         for number, entry in enumerate(moving):
-            IN_FILES[entry.put(_stand_in(entry))] = file, number
-    files = [kept[0] for entry in entries if (kept := IN_FILES.get(entry.tensor)) is not None]
+            IN_FILES[entry.put(_stand_in(entry))] = files[-1], number
     where = str(files[0].path.parent) if files else HOST
     for inner in inners:
         ASLEEP[inner] = Sleep(where, wake)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import pickle
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +116,20 @@ def test_steps_go_on_bit_for_bit(tmp_path: Path, to: str) -> None:
     other.wake()
     assert same(weights(train(other)), weights(trained()))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "read", [Muon.state_dict, copy.deepcopy, pickle.dumps], ids=["state_dict", "deepcopy", "pickle"]
+)
+def test_what_is_in_a_file_cannot_be_read(tmp_path: Path, read: Callable[[Muon], Any]) -> None:
+    """From the first call on: what stands in its place has no contents."""
+    alone, ours = train(trained()), trained()
+    ours.sleep(tmp_path)
+    with pytest.raises(ConfigError, match=rf"asleep in {tmp_path}: call wake\(\)"):
+        read(ours)
+    ours.wake()
+    read(ours)
+    assert same(weights(train(ours)), weights(alone))
 
 
 def test_from_the_host_to_a_file(tmp_path: Path) -> None:
