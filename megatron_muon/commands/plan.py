@@ -44,6 +44,8 @@ def _plan(args: argparse.Namespace, flags: Sequence[str]) -> None:
         file = read_flags(args.model)
         args = _with_options_of_file(args, file.plan_options)
         flags = [*file.flags, *flags]
+    if args.activations_gb and args.memory_gb is None:
+        raise ConfigError("--activations-gb tells what is left of --memory-gb: give that, too.")
     rates = None if args.device is None else Rates.of(args.device)
     cpu.install()
     plugin.install()

@@ -197,20 +197,21 @@ def _tried(
 
 def render(fit: Fit) -> list[str]:
     """The settings that were tried, and the flags to give."""
-    rows = []
+    rows, is_timed = [], any(each.seconds is not None for each in fit.outcomes)
     for each in fit.outcomes:
         sizes = ("refused", "") if each.refused else (gib(each.device_bytes), gib(each.host_bytes))
-        seconds = "" if each.seconds is None else f"{1e3 * each.seconds:.1f}"
-        rows.append((" ".join(each.flags) or "as given", *sizes, each.error or "none", seconds))
+        seconds = () if not is_timed else ("" if each.seconds is None else f"{1e3 * each.seconds:.1f}",)
+        rows.append((" ".join(each.flags) or "as given", *sizes, each.error or "none", *seconds))
     counted = (
         f"{gib(fit.activations)} of activations are counted while there are any"
         if fit.activations
         else "activations are not counted (--activations-gb)"
     )
+    columns = ("flags", "fullest GPU", "its host memory", "error of the update")
     is_on_host = any(each.host_bytes for each in fit.outcomes)
     lines = [
         f"What fits {gib(fit.memory)} a GPU, cheapest first: weights, gradients, optimizer and its step; {counted}.",
-        *table(("flags", "fullest GPU", "its host memory", "error of the update", "ms of Muon's step"), rows),
+        *table((*columns, *(("ms of Muon's step",) if is_timed else ())), rows),
         *dict.fromkeys(f"Refused: {each.refused}" for each in fit.outcomes if each.refused),
     ]
     if is_on_host:

@@ -76,6 +76,6 @@ def test_the_run_is_that_of_momentum_on_the_device(
 ) -> None:
     for found in pool.run(beside, 2, layout, str(tmp_path), offload, **model):
         largest, bound = found.pop("windows")
-        assert 0 < largest <= max(bound, 4 * 32 * 48)  # of a matrix alone
+        assert 0 < largest <= bound
         assert all(found.values()), found
     assert differences(f"{tmp_path}/near", f"{tmp_path}/far") == []
