@@ -59,7 +59,7 @@ MEGATRON: tuple[Refusal, ...] = (
             (
                 "optimizer_cpu_offload",
                 "it has the host compute the step",
-                "use --muon-offload all (or momentum): state is on the host, the step on the GPU",
+                "use --muon-master remainder --muon-offload all, or --muon-offload momentum: state is on the host then",
             ),
             *(
                 (

@@ -64,7 +64,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         "--muon-qk-log-layers 100 --muon-variant polargrad --muon-weight-decay-method cautious "
         "--muon-ball-radius 2 --muon-param-rule output_layer*=sign "
         "--muon-scalar-weight-decay-method independent_scheduled "
-        "--muon-nonfinite stop --bf16 --muon-master remainder --muon-momentum-dtype int8 "
+        "--muon-nonfinite stop --bf16 --muon-master remainder --muon-momentum-dtype int8 --muon-offload all "
         "--muon-dry-run --log-max-attention-logit --qk-clip"
     )
     read = pool.run(parse, 1, flags)[0]
@@ -85,6 +85,7 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         nonfinite="stop",
         master="remainder",
         momentum_dtype="int8",
+        offload="all",
         qkv="whole",
         mla_up="split",
         mla_down="whole",
