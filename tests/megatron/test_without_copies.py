@@ -23,6 +23,7 @@ from tests.megatron.test_layer_wise_balance import arguments
 from tests.megatron.test_nonfinite import NAN, WEIGHTS, scene
 from tests.megatron.test_routing import GDN, MOE
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 LEAN: dict[str, Any] = {"muon_master": "remainder"}
 BF16: dict[str, Any] = {"grad_reduce_in_fp32": False}
@@ -62,7 +63,7 @@ def trained(layout: Layout, optimizer: dict[str, Any], options: dict[str, Any], 
     return {"losses": losses, "logs": logs, "weights": weights, "masters": masters(run), "kept": kept}
 
 
-def compare(layout: Layout, optimizer: dict[str, Any], options: dict[str, Any], steps: int = 20) -> int:
+def compare(layout: Layout, optimizer: dict[str, Any], options: dict[str, Any], steps: int = 10) -> int:
     """Runs on a rank: masters as float32 copies and as remainders make the same run, bit for bit."""
     copies = trained(layout, optimizer, options, steps)
     lean = trained(layout, {**optimizer, **LEAN}, options, steps)
@@ -99,7 +100,7 @@ CASES: dict[str, tuple[int, Layout, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", with_slow(CASES, "lists", "EP 2"))
 def test_remainders_are_float32_masters(pool: RankPool, name: str) -> None:
     ranks, layout, optimizer, options = CASES[name]
     assert all(pool.run(compare, ranks, layout, optimizer, options))
