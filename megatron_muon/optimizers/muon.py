@@ -342,7 +342,7 @@ class Muon(torch.optim.Optimizer):
         others: Counter[str] = Counter()
         for param in self._own:
             if MOMENTUM in (state := self.state.get(param, {})):
-                others[self._settle(param, state)] += 1
+                others[settle(param, state, self.config.master, self.config.momentum_dtype, self._masters)] += 1
             if self.windows is not None:
                 self.windows.settle(param, state)
         del others[""]
@@ -458,22 +458,12 @@ class Muon(torch.optim.Optimizer):
             engines = self.engines.in_step(self._own, self._own, self.directions, in_blocks=in_blocks)
         return next((engine for (direction, _), engine in engines.items() if direction == MSIGN), None)
 
-    def _settle(self, param: torch.Tensor, state: dict[str, Any]) -> str:
-        """See :func:`megatron_muon.optimizers.storage.settle`."""
-        master, dtype = self.config.master, self.config.momentum_dtype
-        if REMAINDER in state:
-            return settle(param, state, master, dtype, had_master=True)
-        told = settle(param, state, master, dtype, had_master=param in self._masters)
-        if REMAINDER in state:
-            self._masters[param] = True
-        return told
-
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Create missing state. Megatron-Core calls this with False before it loads a checkpoint."""
         others: Counter[str] = Counter()
         for param in having_gradients(group["params"]) if skip_non_grad_params else group["params"]:
             state = self.state[param]
-            if told := self._settle(param, state):
+            if told := settle(param, state, self.config.master, self.config.momentum_dtype, self._masters):
                 others[told] += 1
             layout = getattr(param, LAYOUT_ATTRIBUTE, WHOLE)  # no call for each weight in each step
             has_second = layout.has_scalar_rows and group["scalar_optimizer"] == "adam"

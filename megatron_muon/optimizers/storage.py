@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
@@ -310,7 +310,9 @@ def remainder_of(master: torch.Tensor) -> dict[str, torch.Tensor]:
     return state
 
 
-def settle(param: torch.Tensor, state: dict[str, Any], master: str, dtype: str, *, had_master: bool) -> str:
+def settle(
+    param: torch.Tensor, state: dict[str, Any], master: str, dtype: str, had_master: MutableMapping[torch.Tensor, bool]
+) -> str:
     """Give a weight's state the form that this run has: create what is missing, and keep what is there in that form.
 
     Args:
@@ -318,7 +320,7 @@ def settle(param: torch.Tensor, state: dict[str, Any], master: str, dtype: str, 
         state: of the weight.
         master: of :data:`megatron_muon.choices.MASTERS`.
         dtype: of :data:`megatron_muon.choices.MOMENTUM_DTYPES`.
-        had_master: whether there was a remainder in this run.
+        had_master: weights that had a remainder in this run; this one is added if it gets one.
 
     Returns:
         what had another form, and what has become of it; empty where nothing had.
@@ -326,9 +328,10 @@ def settle(param: torch.Tensor, state: dict[str, Any], master: str, dtype: str, 
     told = ""
     if master == "remainder" and param.dtype == torch.bfloat16:
         if REMAINDER not in state or TIES not in state:
-            if MOMENTUM in state or had_master:
+            if MOMENTUM in state or param in had_master:
                 told = "had no master_remainder: their masters are the weights as they are"
             init_remainder(param, state)
+            had_master[param] = True
     elif REMAINDER in state:
         told = f"had a master_remainder, which is left out: the weights are kept in {_named(param.dtype)} alone"
         del state[REMAINDER], state[TIES]

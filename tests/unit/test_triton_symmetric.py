@@ -493,5 +493,5 @@ def test_kernel_is_not_imported_by_the_package() -> None:
         if re.search(r"^\s*(from|import) .*\btriton\b", path.read_text(), re.MULTILINE)
     ]
     assert sorted(importers) == [
-        Path(f"orthogonalize/kernels/triton_{name}.py") for name in ("elementwise", "symmetric", "tuning")
+        Path(f"orthogonalize/kernels/triton_{name}.py") for name in ("codecs", "elementwise", "symmetric", "tuning")
     ]
