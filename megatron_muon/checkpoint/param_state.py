@@ -19,9 +19,10 @@ import torch.distributed as dist
 
 from megatron_muon.choices import dtype_name
 from megatron_muon.optimizers import storage
+from megatron_muon.optimizers.forms import INT8, PLAIN, REMAINDERS
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, cut_second_moment, whole_second_moment
-from megatron_muon.optimizers.storage import INT8, MOMENTUM, OF_FORMS, PLAIN, REMAINDER, Kept, master_of, momentum_of
+from megatron_muon.optimizers.storage import MOMENTUM, OF_FORMS, REMAINDER, Kept, master_of, momentum_of
 from megatron_muon.routing.layout import layout_of
 
 MASTER = "fp32_param"
@@ -197,7 +198,7 @@ class ParamState:
             second.copy_(read[SECOND_MOMENT])
 
 
-_DECODED = (INT8, storage.REMAINDERS)
+_DECODED = (INT8, REMAINDERS)
 """Forms that checkpoints do not have."""
 
 

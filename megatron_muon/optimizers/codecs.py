@@ -8,17 +8,8 @@ from importlib import import_module
 
 import torch
 
-from megatron_muon.optimizers.storage import (
-    INT8,
-    KERNELS,
-    REMAINDERS,
-    Form,
-    Kept,
-    init_momentum,
-    init_remainder,
-    master_of,
-    momentum_of,
-)
+from megatron_muon.optimizers.forms import INT8, KERNELS, REMAINDERS, Form
+from megatron_muon.optimizers.storage import Kept, init_momentum, init_remainder, master_of, momentum_of
 from megatron_muon.orthogonalize.kernels.gate import seconds
 
 _FORMS: dict[str, Form] = {form.name: form for form in (REMAINDERS, INT8)}

@@ -11,11 +11,12 @@ from megatron_muon.engine.callbacks import Reduce
 from megatron_muon.engine.shards import Shard
 from megatron_muon.engine.slices import Slices, Tensors
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.forms import PLAIN
 from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.handled import STEP, HostReads
 from megatron_muon.optimizers.param_step import Cut, ParamStep, Weights, by_param_group, gradients
 from megatron_muon.optimizers.precision import own_dtype
-from megatron_muon.optimizers.storage import PLAIN, Kept, at_once, opened_in_turn
+from megatron_muon.optimizers.storage import Kept, at_once, opened_in_turn
 from megatron_muon.orthogonalize.kernels.elementwise import Rate, add_
 from megatron_muon.routing.blocks import BlockRange
 

@@ -11,9 +11,10 @@ import torch
 
 from megatron_muon.engine.plan import MatrixSlice
 from megatron_muon.engine.slices import Slices, Tensors
+from megatron_muon.optimizers.forms import PLAIN
 from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.precision import own_dtype
-from megatron_muon.optimizers.storage import PLAIN, Cutter, Kept, Take, master_of, momentum_of, opened, opened_in_turn
+from megatron_muon.optimizers.storage import Cutter, Kept, Take, master_of, momentum_of, opened, opened_in_turn
 from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.routing.layout import ORTHOGONALIZE, STIEFEL, MatrixLayout, layout_of
 

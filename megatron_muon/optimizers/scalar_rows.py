@@ -155,7 +155,7 @@ def step_scalar_rows(weights: list[ParamStep], rates: RowRates) -> None:
 def _in_bound(
     weights: list[tuple[ParamStep, tuple[Rate, Rate]]],
 ) -> Iterator[list[tuple[ParamStep, tuple[Rate, Rate]]]]:
-    """As many at a time as may be opened at once, see :attr:`megatron_muon.optimizers.storage.Form.bound`."""
+    """As many at a time as may be opened at once, see :attr:`megatron_muon.optimizers.forms.Form.bound`."""
     bound = weights[0][0].momentum.form.bound
     if not bound:
         yield weights

@@ -20,7 +20,8 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_muon.engine.step import CHUNK_MB, MEBIBYTE
-from megatron_muon.optimizers.storage import MOMENTUM, REMAINDER, SCALE, TIES, WINDOWS, Form, Kept, Planes
+from megatron_muon.optimizers.forms import Form, Planes
+from megatron_muon.optimizers.storage import MOMENTUM, REMAINDER, SCALE, TIES, WINDOWS, Kept
 
 OFFLOADED = {"momentum": (MOMENTUM, SCALE), "all": (MOMENTUM, SCALE, REMAINDER, TIES)}
 """The state that lives on the host, by ``--muon-offload``."""

@@ -25,7 +25,7 @@ from megatron_muon.engine.slices import Slices
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.param_step import ParamStep, add, pack
-from megatron_muon.optimizers.storage import init_momentum, init_remainder, master_of, momentum_of
+from megatron_muon.optimizers.storage import initial, master_of, momentum_of
 from megatron_muon.orthogonalize.kernels import KernelProducts
 from megatron_muon.orthogonalize.scale import scale_factor
 
@@ -138,10 +138,7 @@ class TorchPasses:
             """Weight, gradient and state: without contents, those of weights of one shape may be the same."""
             remains = forms.master == "remainder"
             param = torch.empty(shape, dtype=torch.bfloat16 if remains else engine.local_dtype, device=_META)
-            state: dict[str, Any] = {}
-            if remains:
-                init_remainder(param, state)
-            init_momentum(param, state, forms.momentum)
+            state = initial(param, forms.master, forms.momentum)
             return param, torch.empty(shape, dtype=forms.gradient or engine.local_dtype, device=_META), state
 
         for number in {number for mine in chunks for some in mine.slices for number in some.numbers}:

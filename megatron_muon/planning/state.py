@@ -58,15 +58,11 @@ class StateCounter:
         own = list(shape)
         own[shard_dim] //= shards
         keeps_masters = element_bytes == 2
-        state: dict[str, Any] = {}
-        if keeps_masters and self.options.master == "remainder":
-            param = torch.empty(own, dtype=torch.bfloat16, device="meta")
-            storage.init_remainder(param, state)
-        else:
-            param = torch.empty(own, device="meta")
-        storage.init_momentum(param, state, self.options.momentum_dtype)
+        remains = keeps_masters and self.options.master == "remainder"
+        param = torch.empty(own, dtype=torch.bfloat16 if remains else torch.float32, device="meta")
+        state = storage.initial(param, self.options.master, self.options.momentum_dtype)
         found: Counter[Entry] = Counter()
-        if keeps_masters and storage.REMAINDER not in state:
+        if keeps_masters and not remains:
             found[Entry(MASTERS, MUON)] = param.nbytes
         on_host = OFFLOADED.get(self.options.offload, ())
         for name, tensor in state.items():

@@ -19,7 +19,7 @@ from megatron_muon.engine.exchange import Counters, Exchange
 from megatron_muon.engine.execute import execute
 from megatron_muon.engine.slices import Slices
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.optimizers import storage
+from megatron_muon.optimizers.forms import BLOCK
 from megatron_muon.orthogonalize.switches import float32_is_exact
 from megatron_muon.planning.rates import Rates
 from megatron_muon.planning.rehearsal import PLAIN_FORMS, Forms, Rehearsal, TorchPasses, tensors
@@ -168,7 +168,7 @@ class _Work:
 _COPY = 4.0
 """Bytes of a number that is put together for the step, in float32."""
 
-_MOMENTUM = {"bf16": 2.0, "int8": 1 + 4 / storage.BLOCK}
+_MOMENTUM = {"bf16": 2.0, "int8": 1 + 4 / BLOCK}
 _REMAINDER = 2 + 2 + 1 / 8
 
 

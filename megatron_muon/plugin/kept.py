@@ -9,7 +9,8 @@ import torch
 
 from megatron_muon.choices import dtype_name
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.optimizers.storage import REMAINDERS, init_momentum, init_remainder, master_of, momentum_of
+from megatron_muon.optimizers.storage import MOMENTUM, REMAINDER, TIES, initial
+from megatron_muon.optimizers.windows import OFFLOADED
 from megatron_muon.plugin.optimizer_state import param_states
 
 
@@ -29,19 +30,14 @@ def describe_kept(optimizer: Any) -> list[str]:
         sizes["gradient", dtype_name(dtype)] += each.param.numel() * dtype.itemsize
         # On no device: they have the sizes that they will have.
         key = torch.empty_like(each.param if each.master is None else each.master, device="meta")
-        state: dict[str, Any] = {}
-        if muon.config.master == "remainder" and key.dtype == torch.bfloat16:
-            init_remainder(key, state)
-        init_momentum(key, state, muon.config.momentum_dtype)
-        form, planes = master_of(key, state)
-        if form is REMAINDERS:
-            where = _ON_HOST if muon.config.offload == "all" else ""
-            sizes["master", form.name + where] += sum(plane.nbytes for plane in planes[1:])
-        elif each.master is not None:
+        if each.master is not None:
             sizes["master", "fp32"] += key.nbytes
-        _, planes = momentum_of(state)
-        where = _ON_HOST if muon.config.offload != "none" else ""
-        sizes["momentum", dtype_name(planes[0].dtype) + where] += sum(plane.nbytes for plane in planes)
+        state = initial(key, muon.config.master, muon.config.momentum_dtype)
+        for name, tensor in state.items():
+            of_master = name in (REMAINDER, TIES)
+            form = "remainder" if of_master else dtype_name(state[MOMENTUM].dtype)
+            where = _ON_HOST if name in OFFLOADED.get(muon.config.offload, ()) else ""
+            sizes["master" if of_master else "momentum", form + where] += tensor.nbytes
     if not count:
         return []
     parts = ", ".join(f"{what} {form} {_number(size / count)}" for (what, form), size in sizes.items())

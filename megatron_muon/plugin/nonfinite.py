@@ -22,7 +22,7 @@ from megatron_muon.config import flag
 from megatron_muon.monitor.sources import Report
 from megatron_muon.optimizers.agreement import unequal_gradients
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.optimizers.storage import gradient_of
+from megatron_muon.optimizers.storage import gradient_of, gradients_of
 from megatron_muon.plugin import recording
 from megatron_muon.plugin.measuring import Measuring
 from megatron_muon.plugin.optimizer_state import leaves, param_states
@@ -103,7 +103,7 @@ def check_gradients(
         try:
             check()
             verdict[0] = _OVERFLOW if prepare() else 0.0 if choice == "propagate" else _suspect(optimizer, device)
-            lacking = [index for index, param in enumerate(_params(optimizer)) if gradient_of(param) is None]
+            lacking = [index for index, grad in enumerate(gradients_of(_params(optimizer))) if grad is None]
             verdict[1], verdict[2] = lacking != agreed, measuring.look()
         except Exception as error:  # the other ranks are on their way to what follows
             failure = error
@@ -189,7 +189,7 @@ def _refuse_unequal(optimizer: Any, model_chunks: Sequence[torch.nn.Module], ran
 
 def _suspect(optimizer: Any, device: torch.device) -> torch.Tensor:
     """:data:`_SUSPECT` where a norm of this rank's gradients is not finite, else 0: a scalar."""
-    grads = [grad for param in _params(optimizer) if (grad := gradient_of(param)) is not None]
+    grads = [grad for grad in gradients_of(_params(optimizer)) if grad is not None]
     if not grads:
         return torch.zeros((), device=device)
     alike = [[grad for grad in grads if grad.dtype == dtype] for dtype in {grad.dtype: None for grad in grads}]

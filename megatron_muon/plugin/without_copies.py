@@ -10,7 +10,7 @@ beside Muon's in one chain: its functions are told of each weight.
 
 Clipping multiplies gradients in their buffer, as it does for Adam there: each number of a bfloat16 gradient is rounded
 once more. That changes updates by 0.5e-3 to 1.8e-3 (where gradients are all noise), just as much as that gradients are
-bfloat16; an iteration in bfloat16 changes them by 6e-3.
+bfloat16; an iteration in bfloat16 changes them by 5.3e-3.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import Muon
-from megatron_muon.optimizers.storage import BLOCK, REMAINDER, TIES, master_of, momentum_of, read
+from megatron_muon.optimizers.forms import BLOCK
+from megatron_muon.optimizers.storage import REMAINDER, TIES, master_of, momentum_of, read
 from megatron_muon.routing.layout import SCALAR, STIEFEL, WHOLE, MatrixLayout, Section
 from tests.pool import RankPool
 

@@ -24,8 +24,8 @@ MODEL = (
 )
 
 
-def parse(flags: str) -> dict[str, Any] | str:
-    """Parse and validate; the Muon options of the OptimizerConfig that Megatron makes of them, or the error."""
+def parsed(flags: str) -> tuple[Any, Any] | str:
+    """Parse and validate; arguments and the OptimizerConfig that Megatron makes of them, or the error."""
     import megatron_muon
 
     megatron_muon.install()
@@ -36,9 +36,17 @@ def parse(flags: str) -> dict[str, Any] | str:
     try:
         args = parse_args()
         validate_args(args)
-        config, _ = get_megatron_optimizer_config(args)
+        return args, get_megatron_optimizer_config(args)[0]
     except megatron_muon.ConfigError as error:
         return str(error)
+
+
+def parse(flags: str) -> dict[str, Any] | str:
+    """The Muon options that flags come to, or the error."""
+    found = parsed(flags)
+    if isinstance(found, str):
+        return found
+    _, config = found
     read = dataclasses.asdict(MuonConfig.from_optimizer_config(config))
     return {**read, "layer_wise": config.use_layer_wise_distributed_optimizer, "optimizer": config.optimizer}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 from tests.megatron import harness
 from tests.megatron.harness import Layout
-from tests.megatron.test_arguments import MODEL
+from tests.megatron.test_arguments import parsed
 from tests.megatron.test_config_fields import by_fields
 from tests.pool import RankPool
 
@@ -63,26 +62,17 @@ def test_configs(pool: RankPool) -> None:
     assert adam == [False, "fp32"]
 
 
-def parsed(cases: list[str]) -> list[Any]:
+def asked_for(cases: list[str]) -> list[Any]:
     """Runs on a rank: what command lines ask for, and the type of DDP's gradients; or the error."""
-    import megatron_muon
-
-    megatron_muon.install()
-    from megatron.training.arguments import parse_args, validate_args
-    from megatron.training.training import get_megatron_optimizer_config
-
     from megatron_muon.plugin import options
 
     found: list[Any] = []
     for flags in cases:
-        sys.argv = ["pretrain.py", *MODEL.split(), *flags.split()]
-        try:
-            args = parse_args()
-            validate_args(args)
-            config, _ = get_megatron_optimizer_config(args)
-        except megatron_muon.ConfigError as error:
-            found.append(str(error))
+        outcome = parsed(flags)
+        if isinstance(outcome, str):
+            found.append(outcome)
             continue
+        args, config = outcome
         assert options.current().master == config.muon_master
         found.append((*taken(config), args.accumulate_allreduce_grads_in_fp32))
     return found
@@ -105,7 +95,7 @@ def test_command_lines(pool: RankPool) -> None:
             "--bf16, or leave it away: float32 weights have no copies."
         ),
     }
-    for (flags, expected), found in zip(cases.items(), pool.run(parsed, 1, list(cases))[0], strict=True):
+    for (flags, expected), found in zip(cases.items(), pool.run(asked_for, 1, list(cases))[0], strict=True):
         assert found == expected, flags
 
 

@@ -81,10 +81,10 @@ def train(optimizer: Muon, steps: int = STEPS, first: int = 0) -> None:
         optimizer.step()
 
 
-def built(name: str, dtype: torch.dtype = torch.float32) -> Muon:
+def built(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> Muon:
     layouts, options = CASES[name]
     params = parameters(layouts, dtype)
-    return Muon([{"params": some} for some in (params[:1], params[1:]) if some], **options)
+    return Muon([{"params": some} for some in (params[:1], params[1:]) if some], **options, **more)
 
 
 def all_of(optimizer: Muon) -> list[torch.Tensor]:
@@ -97,17 +97,20 @@ def same(first: Muon, second: Muon) -> bool:
     return all(torch.equal(one, two) for one, two in zip(all_of(first), all_of(second), strict=True))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_replays_are_steps(name: str) -> None:
-    """Bit for bit those of an optimizer that takes each step anew."""
+def check_replays(captured: Muon, anew: Muon) -> None:
+    """Bit for bit the steps of an optimizer that takes each step anew."""
     replays: list[int] = []
-    captured, anew = built(name), built(name)
     graph = capture(captured, WARMUP, how=recorded(replays))
     capture(anew, NEVER, how=recorded())
     train(captured)
     train(anew)
     assert len(replays) >= STEPS // 2 and graph.is_captured, replays
     assert same(captured, anew)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_replays_are_steps(name: str) -> None:
+    check_replays(built(name), built(name))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -134,17 +137,7 @@ def test_weights_of_sixteen_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("name", "form"), [("rows under Adam", "int8"), ("plain", "bf16"), ("normuon", "fp32")])
 def test_replays_of_other_forms_are_steps(name: str, form: str) -> None:
     """In place: remainders and momentum are where they were captured, and nothing of them was read on the host."""
-    layouts, options = CASES[name]
-    captured, anew = (
-        Muon(parameters(layouts, torch.bfloat16), master="remainder", momentum_dtype=form, **options) for _ in range(2)
-    )
-    replays: list[int] = []
-    graph = capture(captured, WARMUP, how=recorded(replays))
-    capture(anew, NEVER, how=recorded())
-    train(captured)
-    train(anew)
-    assert len(replays) >= STEPS // 2 and graph.is_captured, replays
-    assert same(captured, anew)
+    check_replays(*(built(name, torch.bfloat16, master="remainder", momentum_dtype=form) for _ in range(2)))
 
 
 @pytest.mark.parametrize("name", ["plain", "rows under Adam", "cautious"])

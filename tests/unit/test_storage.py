@@ -13,12 +13,10 @@ import torch
 
 from megatron_muon import ConfigError, Muon
 from megatron_muon.optimizers.fading import EVERY
+from megatron_muon.optimizers.forms import BFLOAT16, BLOCK, INT8
 from megatron_muon.optimizers.matrices import Matrices
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.optimizers.storage import (
-    BFLOAT16,
-    BLOCK,
-    INT8,
     REMAINDER,
     TIES,
     Kept,

@@ -26,7 +26,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: there is
 import triton.language as tl  # noqa: E402
 
 from megatron_muon.optimizers import codecs  # noqa: E402
-from megatron_muon.optimizers.storage import KERNELS, master_of, momentum_of  # noqa: E402
+from megatron_muon.optimizers.forms import KERNELS  # noqa: E402
+from megatron_muon.optimizers.storage import master_of, momentum_of  # noqa: E402
 from megatron_muon.orthogonalize.kernels import elementwise, triton_codecs, triton_elementwise, triton_symmetric  # noqa: E402
 from megatron_muon.orthogonalize.kernels.triton_symmetric import (  # noqa: E402
     Tile,

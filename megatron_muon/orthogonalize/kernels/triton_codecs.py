@@ -1,6 +1,6 @@
 """Numbers that are kept in fewer bits, read and kept again for many tensors in one launch each, as Triton kernels.
 
-What they stand for is said by :mod:`megatron_muon.optimizers.storage`, whose own passes give the same bits: they round
+What they stand for is said by :mod:`megatron_muon.optimizers.forms`, whose own passes give the same bits: they round
 and shift integers, as the interpreter of Triton does not round to bfloat16 as GPUs do.
 """
 
@@ -100,7 +100,7 @@ def read(form: str, parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tenso
 
     Args:
         form: ``remainder`` or ``int8``.
-        parts: the planes of each, see :class:`megatron_muon.optimizers.storage.Form`.
+        parts: the planes of each, see :class:`megatron_muon.optimizers.forms.Form`.
 
     Returns:
         None if nothing was done, for their layout.
