@@ -95,13 +95,17 @@ TOLERANCE = {"float32": 4e-6, "bfloat16": 3e-2}
 
 
 SLOW = ("dense_on_8_ranks", "dense_in_virtual_stages", "experts_on_4_ranks", "hybrid_bf16", "latent_attention")
+SELDOM = (
+    *(("hybrid", "pp2"), ("dense", "pp2_dp2_layer_wise"), ("dense", "dp2"), ("dense", "tp2_dp2_layer_wise")),
+    ("dense", "dp2_layer_wise_older"),
+)
 WRITERS = ("one", "tp2_pp2", "dp2_layer_wise")
 """Whole tensors, cut by rows, columns and layers, and of several owners: every layout reads these and its own."""
 
 
 def is_quick(model: str, source: str, to: str) -> bool:
     """Whether ``make test`` has the pair: one rank reads what every layout has written, others what differs most."""
-    if model in SLOW or (model, to) in (("hybrid", "pp2"), ("dense", "pp2_dp2_layer_wise"), ("dense", "dp2")):
+    if model in SLOW or (model, to) in SELDOM:
         return False
     if model == "dense_bf16" and to not in ("one", "dp2_layer_wise"):
         return False

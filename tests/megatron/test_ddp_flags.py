@@ -125,7 +125,7 @@ LAYOUTS: dict[str, tuple[int, Layout, bool]] = {
 }
 FAST = {
     *(("dp2", False, "padded"), ("dp2", True, "own_precision_averaged"), ("vpp", False, "accumulated")),
-    *(("vpp", True, "local_fp32"), ("ep2", False, "none"), ("ep2", True, "averaged")),
+    *(("ep2", False, "none"), ("ep2", True, "averaged")),
 }
 
 

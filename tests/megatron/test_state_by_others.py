@@ -201,7 +201,7 @@ def _compare(layout: Layout, optimizer: dict[str, Any], **options: Any) -> list[
 @pytest.mark.parametrize(
     "layout,names,options",
     [
-        (Layout(tp=2), ["spectral norm"], {}),
+        pytest.param(Layout(tp=2), ["spectral norm"], {}, marks=pytest.mark.slow),
         pytest.param(Layout(), ["adaptive", "hyperball"], {"bf16": True}, marks=pytest.mark.slow),
         pytest.param(Layout(layer_wise=True), ["rows under Adam"], {}, marks=pytest.mark.slow),
         (Layout(layer_wise=True), ["rows under Adam"], {"bf16": True, "param_layout": False}),

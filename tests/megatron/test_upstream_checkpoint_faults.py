@@ -182,8 +182,10 @@ def with_router_in_fp32(function: Callable[..., Any], layout: Layout, folder: st
 
 @pytest.mark.parametrize(
     "source,to",
-    [(Layout(), Layout(ep=2)), (Layout(ep=2), Layout(layer_wise=True))],
-    ids=["plain_to_ep2", "ep2_to_layer_wise"],
+    [
+        pytest.param(Layout(), Layout(ep=2), id="plain_to_ep2", marks=pytest.mark.slow),
+        pytest.param(Layout(ep=2), Layout(layer_wise=True), id="ep2_to_layer_wise"),
+    ],
 )
 def test_native_fp32_parameters(pool: RankPool, tmp_path: Path, source: Layout, to: Layout) -> None:
     """They were not counted, and the state of all weights after them went to the wrong ones."""
