@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _plan(args: argparse.Namespace, flags: Sequence[str]) -> None:
     from megatron_muon import cpu, plugin
     from megatron_muon.planning import document, fitting, survey, text
+    from megatron_muon.planning.accounts import GIB
     from megatron_muon.planning.flags import read_flags
     from megatron_muon.planning.rates import Rates
 
@@ -55,7 +56,7 @@ def _plan(args: argparse.Namespace, flags: Sequence[str]) -> None:
     print(text.render(plan, durations))
     found = None
     if args.memory_gb is not None:
-        memory, activations = args.memory_gb * fitting.GIB, args.activations_gb * fitting.GIB
+        memory, activations = args.memory_gb * GIB, args.activations_gb * GIB
         found = fitting.fit(make, flags, plan, memory, activations, rates)
         print("", *fitting.render(found), sep="\n")
     if args.json is not None:

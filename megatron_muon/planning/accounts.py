@@ -29,6 +29,13 @@ MUON, OTHERS, ALL = "muon", "scalar", "all"
 
 FLOAT32_BYTES = 4
 
+GIB = 2**30
+
+
+def gib(size: float) -> str:
+    """Bytes as text."""
+    return f"{size / GIB:.2f} GiB"
+
 
 @dataclass(frozen=True)
 class Entry:

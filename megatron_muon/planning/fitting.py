@@ -10,13 +10,11 @@ from typing import Any
 
 from megatron_muon.choices import DECOUPLED, OFFLOADS
 from megatron_muon.errors import ConfigError
-from megatron_muon.planning.accounts import FLOAT32_BYTES, PADDING
+from megatron_muon.planning.accounts import FLOAT32_BYTES, PADDING, gib
 from megatron_muon.planning.document import Durations
 from megatron_muon.planning.rates import Rates
 from megatron_muon.planning.survey import Plan
 from megatron_muon.routing.report import table
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -226,8 +224,3 @@ def render(fit: Fit) -> list[str]:
         f"None fits: {' '.join(least.flags) or 'the run as given'} takes least, {gib(least.device_bytes - fit.memory)} "
         "too much. More tensor, pipeline or expert parallelism divides weights and gradients further.",
     ]
-
-
-def gib(size: float) -> str:
-    """Bytes as text."""
-    return f"{size / GIB:.2f} GiB"

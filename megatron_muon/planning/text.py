@@ -9,7 +9,7 @@ from megatron_muon.config import flag
 from megatron_muon.engine import MODES
 from megatron_muon.engine.modes import LOCAL
 from megatron_muon.errors import ranges
-from megatron_muon.planning.accounts import MUON, OTHERS
+from megatron_muon.planning.accounts import MUON, OTHERS, gib
 from megatron_muon.planning.document import (
     Durations,
     dtype_name,
@@ -71,10 +71,10 @@ def _ranks(plan: Plan) -> list[str]:
         row = (
             str(sum(load.ranks for load in stage.loads)),
             f"{stage.parameters:,}",
-            _gib(stage.loads[0].parameter_bytes),
-            _gib(state["mean"]),
-            _gib(state["max"]),
-            _gib(over_ranks(stage.loads, lambda load: load.step_bytes)["max"]),
+            gib(stage.loads[0].parameter_bytes),
+            gib(state["mean"]),
+            gib(state["max"]),
+            gib(over_ranks(stage.loads, lambda load: load.step_bytes)["max"]),
             _tera(flops["mean"]),
             _tera(flops["max"]),
         )
@@ -121,7 +121,7 @@ def _balance(plan: Plan) -> str:
     lent = max(load.lent_bytes.get(plan.options.tp_mode, 0.0) for load in plan.loads)
     return (
         f"Layer-wise Muon: the busiest rank does {ratio:.2f} times the mean work of all ranks; the others wait for it."
-        + (f"\nRanks orthogonalize for one another: a rank sends up to {_gib(lent)} for that." if lent else "")
+        + (f"\nRanks orthogonalize for one another: a rank sends up to {gib(lent)} for that." if lent else "")
     )
 
 
@@ -135,7 +135,7 @@ def _bytes(plan: Plan) -> list[str]:
         sizes = {whose: account.total(*kinds, whose=whose, on_host=on_host) for whose in parameters}
         each = [f"{size / parameters[whose]:.3f}" if size else "" for whose, size in sizes.items()]
         total = account.total(*kinds, on_host=on_host)
-        return name, *each, f"{total / stage.parameters:.3f}", _gib(total)
+        return name, *each, f"{total / stage.parameters:.3f}", gib(total)
 
     kinds = dict.fromkeys((entry.on_host, entry.kind) for entry, _ in account.entries)
     rows = [row(f"{kind}, on the host" if on_host else kind, (kind,), on_host) for on_host, kind in kinds]
@@ -174,7 +174,7 @@ def _modes(plan: Plan) -> list[str]:
         means = {what: over_ranks(plan.loads, of_period(plan.options, what))["mean"] for what in ("flops", "bytes")}
         lines.append(
             f"{flag('blockwise_period')} {period}: one step in {period} as {plan.options.tp_mode}, the others as "
-            f"blockwise; on average {_tera(means['flops'])} and {_gib(means['bytes'])} sent."
+            f"blockwise; on average {_tera(means['flops'])} and {gib(means['bytes'])} sent."
         )
     return [
         *lines,
@@ -197,8 +197,8 @@ def _mode(plan: Plan, mode: str) -> tuple[str, ...]:
         name,
         _tera(flops["mean"]),
         _tera(flops["max"]),
-        _gib(sent["mean"]),
-        _gib(sent["max"]),
+        gib(sent["mean"]),
+        gib(sent["max"]),
         f"{collectives:.0f}",
         f"{optimizer_share(plan, mode):.2%}",
     )
@@ -256,10 +256,6 @@ def _durations(plan: Plan, durations: Durations) -> list[str]:
         f"On {rates.name}; products by {kernels}, each elementwise pass by one kernel. Rates that are",
         *(f"  {kind}: {', '.join(names)}" for kind, names in of_kind.items() if names),
     ]
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 def _tera(flops: float) -> str:

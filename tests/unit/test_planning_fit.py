@@ -13,11 +13,10 @@ import pytest
 
 from megatron_muon.errors import ConfigError
 from megatron_muon.planning import fitting
-from megatron_muon.planning.accounts import ALL, MOMENTUM, MUON, PADDING, STEP, WEIGHTS, Account, Entry
+from megatron_muon.planning.accounts import ALL, GIB, MOMENTUM, MUON, PADDING, STEP, WEIGHTS, Account, Entry
 from megatron_muon.planning.holding import Weight
 from megatron_muon.routing.layout import WHOLE
 
-GIB = fitting.GIB
 SAVED = {
     "--use-distributed-optimizer": 2,
     "decoupled": 1,
