@@ -88,6 +88,7 @@ class Layout:
     def initialize(self, seed: int = 1) -> None:
         """Make Megatron's process groups, or keep those of this layout, and seed its random states."""
         from megatron.core import parallel_state
+        from megatron.core.distributed import param_and_grad_buffer
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
         sizes = {
@@ -103,6 +104,8 @@ class Layout:
             assert found == sizes, "one call of the pool has one layout"
         else:
             parallel_state.initialize_model_parallel(**{f"{name}_size": size for name, size in sizes.items()})
+            # A DDP that accumulates in float32 sets this for its process, and ranks of the pool outlive a test.
+            param_and_grad_buffer.dist_reduce_scatter_func = torch.distributed.reduce_scatter_tensor
         model_parallel_cuda_manual_seed(seed)
 
 

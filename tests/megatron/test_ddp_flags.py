@@ -58,10 +58,6 @@ def train(*args: Any, **kwargs: Any) -> tuple[list[float], list[float], list[str
 
     Weights are gathered by force, as before evaluation, after every other step; or else by the next forward pass.
     """
-    from megatron.core.distributed import param_and_grad_buffer
-
-    # A DDP that accumulates in float32 sets this for the process, and a later one without would not wait for it.
-    param_and_grad_buffer.dist_reduce_scatter_func = torch.distributed.reduce_scatter_tensor
     run = start(*args, **kwargs)
     losses, differ = [], []
     for _ in range(STEPS // 2):

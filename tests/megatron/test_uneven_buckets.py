@@ -84,7 +84,7 @@ def both(layout: Layout, options: dict[str, Any], ddp: dict[str, Any]) -> list[t
     """Runs on a rank: padded and not, with the largest gap and the number of groups in uneven parts."""
     from megatron.core.distributed import param_and_grad_buffer as module
 
-    result, reduce_scatter, together = [], module.dist_reduce_scatter_func, module._coalescing_manager
+    result, together = [], module._coalescing_manager
 
     @contextlib.contextmanager
     def never_of_nothing(group: Any, **how: Any) -> Iterator[Any]:
@@ -105,7 +105,6 @@ def both(layout: Layout, options: dict[str, Any], ddp: dict[str, Any]) -> list[t
             uneven = sum(hasattr(group, "has_uneven_parts") for group in groups)
             result.append((found(run, 4), max(gap for buffer in buffers(run) for gap in gaps(buffer)), uneven))
     finally:
-        module.dist_reduce_scatter_func = reduce_scatter  # float32 accumulation sets it for the process
         module._coalescing_manager = together
     return result
 
