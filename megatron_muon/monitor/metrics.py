@@ -55,11 +55,17 @@ class Metrics:
         train: points in order of iteration.
         valid: validation loss by iteration; of several evaluations at one iteration the last, of several validation
             sets the first.
+        starts: the ``start`` lines, as they are (:mod:`megatron_muon.monitor.schema`).
+        muon: the ``muon`` lines, likewise.
+        alarms: the ``alarm`` lines, likewise.
     """
 
     train_iters: int | None = None
     train: list[TrainPoint] = field(default_factory=list)
     valid: dict[int, float | None] = field(default_factory=dict)
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    muon: list[dict[str, Any]] = field(default_factory=list)
+    alarms: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def iteration(self) -> int:
@@ -109,6 +115,7 @@ def read(path: str | Path) -> Metrics:
     validation_set = None
     for record in _records(Path(path)):
         if record["kind"] == "start":
+            metrics.starts.append(record)
             metrics.train_iters = record["train_iters"]
             since_start = 0
         elif record["kind"] == "train":
@@ -130,6 +137,10 @@ def read(path: str | Path) -> Metrics:
             validation_set = validation_set or record["set"]
             if record["set"] == validation_set:
                 metrics.valid[record["iteration"]] = record["losses"].get(LOSS)
+        elif record["kind"] == "muon":
+            metrics.muon.append(record)
+        elif record["kind"] == "alarm":
+            metrics.alarms.append(record)
     return metrics
 
 

@@ -60,6 +60,8 @@ class ProgressBar:
             self._bar.initial = self._bar.n = record["iteration"]
             self._bar.unpause()
             return
+        if record["kind"] not in ("train", "valid"):
+            return
         loss = record["losses"].get(LOSS)
         self._losses["train" if record["kind"] == "train" else record["set"]] = "nan" if loss is None else f"{loss:.3f}"
         if record["kind"] == "train":
