@@ -38,6 +38,9 @@ NS_BACKENDS = ("auto", "torch", "triton", "emerging", "gram_newton_schulz", "one
 NONFINITE = ("skip", "propagate", "stop")
 """``--muon-nonfinite``: see :mod:`megatron_muon.plugin.nonfinite`."""
 
+ALARMS = ("off", "warn", "stop")
+"""``--muon-alarm``: see :mod:`megatron_muon.plugin.watching`."""
+
 PADDED, DECOUPLED = PARAM_LAYOUTS = ("padded", "decoupled")
 """``--layer-wise-param-layout``: see :mod:`megatron_muon.plugin.uneven_buckets`."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megatron_muon.choices import NONFINITE, PARAM_LAYOUTS, QK_CLIP_RULES, QK_LOGITS, STIEFEL_SOLVERS
+from megatron_muon.choices import ALARMS, NONFINITE, PARAM_LAYOUTS, QK_CLIP_RULES, QK_LOGITS, STIEFEL_SOLVERS
 from megatron_muon.errors import ConfigError
 from megatron_muon.knobs import (
     EVERY_OPTIMIZER,
@@ -237,6 +237,28 @@ class MuonConfig(UpdateKnobs):
         "never.",
         check=whole(0),
         readers=EVERY_OPTIMIZER,
+    )
+    log_interval: int = knob(
+        0,
+        "Measure Muon's work in every so many-th step: norms and ranks of momentum, what the iteration leaves, sizes "
+        "of updates, times. To --muon-log-jsonl, TensorBoard and W&B, by class of weight. 0: never, at no cost.",
+        check=whole(0, "10"),
+    )
+    log_per_layer: bool = knob(
+        False, "Write these numbers for each layer, too, and not only by class of weight.", check=boolean
+    )
+    log_console: bool = knob(False, "Print a line of these numbers after each measured step.", check=boolean)
+    alarm: str = knob(
+        "warn",
+        "What happens when measured numbers, or replicas, show that something is wrong: warn, once, with weights, "
+        "usual cause and a flag to try; stop the run on all ranks; off: nobody judges.",
+        check=one_of(*ALARMS),
+    )
+    check_replicas_interval: int = knob(
+        0,
+        "Compare weights and Muon's state of all ranks that hold copies of them, bit by bit, after every so many-th "
+        "step. 0: never.",
+        check=whole(0, "1000"),
     )
     dry_run: bool = knob(
         False,

@@ -183,6 +183,19 @@ OPTIONS: tuple[Refusal, ...] = (
         f"it is the radius of what --muon-param-rule gives to {', '.join(BALLS)}",
         "give them some weights (--muon-param-rule 'GLOB=CHOICE'), or leave it away",
     ),
+    Refusal(
+        (one_of("muon_alarm", "stop"), missing("muon_log_interval"), missing("muon_check_replicas_interval")),
+        "nothing is measured that could raise one",
+        "add --muon-log-interval 10, or --muon-check-replicas-interval 1000, or leave it away",
+    ),
+    *(
+        Refusal(
+            (given(name), missing("muon_log_interval")),
+            "nothing is measured that could be written",
+            "add --muon-log-interval 10, or leave it away",
+        )
+        for name in ("muon_log_per_layer", "muon_log_console")
+    ),
 )
 """Rows that ask for the optimizer's name are left to those who know it: :meth:`megatron_muon.MuonConfig.validate` does
 not."""

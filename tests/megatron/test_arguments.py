@@ -62,7 +62,9 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         "--muon-extra-scale-factor 0.2 --muon-coefficient-type custom --muon-custom-coefficients 2,-1.5,0.5 "
         "--muon-num-ns-steps 8 --muon-eps 1e-9 "
         "--muon-fp32-matmul-prec highest --muon-tp-mode distributed --muon-scalar-optimizer lion "
-        "--muon-log-jsonl losses.jsonl --muon-qkv whole --muon-mla-up split --muon-mla-down whole --muon-glu whole "
+        "--muon-log-interval 10 --muon-log-per-layer --muon-log-console --muon-alarm stop "
+        "--muon-check-replicas-interval 100 --muon-log-jsonl losses.jsonl "
+        "--muon-qkv whole --muon-mla-up split --muon-mla-down whole --muon-glu whole "
         "--muon-gdn-in-proj split --muon-mamba-in-proj split --muon-router adam --muon-unknown-2d adam "
         "--muon-lora-a adam "
         "--muon-param-rule *.weight=whole --muon-param-rule *.linear_qkv.weight=adam --muon-scalar-lr 1e-4 "
@@ -90,6 +92,11 @@ def test_every_flag_arrives(pool: RankPool) -> None:
         tp_mode="distributed",
         scalar_optimizer="lion",
         log_jsonl="losses.jsonl",
+        log_interval=10,
+        log_per_layer=True,
+        log_console=True,
+        alarm="stop",
+        check_replicas_interval=100,
         nonfinite="stop",
         master="remainder",
         momentum_dtype="int8",

@@ -77,5 +77,5 @@ def test_misspelt_attribute_is_refused() -> None:
 
 def test_options_that_are_nowhere_are_not_made_up() -> None:
     config = types.SimpleNamespace(muon_momentum=0.9)
-    with pytest.raises(ConfigError, match=r"SimpleNamespace has no muon_ball_radius and others: nobody knows what was"):
+    with pytest.raises(ConfigError, match=r"SimpleNamespace has no muon_alarm and others: nobody knows what was"):
         MuonConfig.from_optimizer_config(config)

@@ -152,6 +152,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"muon_blockwise_lr_mult": 0.5},
         "--muon-blockwise-lr-mult 0.5 with --muon-blockwise-period 1: there are no .*add --muon-blockwise-period 5",
     ),
+    (
+        {"muon_alarm": "stop"},
+        "--muon-alarm stop without --muon-log-interval without --muon-check-replicas-interval: nothing is measured "
+        "that could raise one; add --muon-log-interval 10, or",
+    ),
+    ({"muon_log_per_layer": True}, "--muon-log-per-layer without --muon-log-interval: nothing is .*add --muon-log-int"),
+    ({"muon_log_console": True}, "--muon-log-console without --muon-log-interval: nothing is measured"),
+    ({"muon_log_interval": 10, "optimizer": "adam"}, "--muon-log-interval 10 with --optimizer adam, which does not"),
     ({**HYPERBALL, "muon_scale_mode": "spectral"}, "--muon-variant hyperball with --muon-scale-mode spectral: the rad"),
     (
         {**HYPERBALL, "muon_extra_scale_factor": 0.2},
