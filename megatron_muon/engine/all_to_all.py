@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from megatron_muon.engine.clock import WAITING
 from megatron_muon.engine.exchange import Members
 from megatron_muon.engine.modes import SPLIT
 from megatron_muon.engine.packing import Shapes, cut, even_part, flat, interleaved
@@ -87,7 +88,7 @@ def _exchanged(run: Run, mine: RankChunk, solve: _Solver, last: Pause) -> ChunkW
     yield Pause.COMPUTED
     back = [shards[by] for by in ranks for shards in results if by in shards]
     nothing = torch.empty(0, dtype=run.wire.back, device=run.wire.device)
-    pending = exchange.all_to_all(flat(back or [nothing]), taken, given)
+    pending = exchange.all_to_all(flat(back or [nothing]), taken, given, WAITING)
     del results, back
     yield last
     if mine.in_order:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_muon.engine.clock import EXCHANGE
 from megatron_muon.engine.packing import Shapes, even_part, numel
+from megatron_muon.engine.place import Place
 
 
 @dataclass
@@ -44,16 +46,21 @@ class Pending:
         buffer: given away by :meth:`wait`, which is to be called once.
         work: the collective under way.
         sent: what it reads, kept until it is done.
+        place: is told of the wait.
+        phase: in which this rank waits.
     """
 
     buffer: torch.Tensor | None
     work: dist.Work | None
     sent: torch.Tensor | None = field(repr=False)
+    place: Place = field(repr=False)
+    phase: str
 
     def wait(self) -> torch.Tensor:
         """The filled buffer. On CUDA the current stream waits, not the host."""
-        if self.work is not None:
-            self.work.wait()
+        with self.place.at(self.phase):
+            if self.work is not None:
+                self.work.wait()
         assert self.buffer is not None, "read before"
         buffer = self.buffer
         self.buffer = self.work = self.sent = None
@@ -63,23 +70,30 @@ class Pending:
 class Exchange:
     """The collectives of one group."""
 
-    def __init__(self, group: dist.ProcessGroup, counters: Counters, sends: bool = True) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, counters: Counters, sends: bool = True, place: Place | None = None
+    ) -> None:
         """
         Args:
             group: of ranks that hold shards of the same weights.
             counters: to be increased.
             sends: False to rehearse: nothing is sent, and what is received has no meaning.
+            place: is told of waits.
         """
         self.group, self.counters, self.sends = group, counters, sends
         self.rank, self.size = group.rank(), group.size()
+        self.place = place or Place()
 
-    def all_to_all(self, send: torch.Tensor, to: Sequence[Shapes], by: Sequence[Shapes]) -> Pending:
+    def all_to_all(
+        self, send: torch.Tensor, to: Sequence[Shapes], by: Sequence[Shapes], phase: str = EXCHANGE
+    ) -> Pending:
         """Send consecutive parts of a buffer to the ranks.
 
         Args:
             send: 1-D, contiguous.
             to: shapes of the tensors in it for each rank.
             by: shapes of the tensors from each rank.
+            phase: in which this rank will wait for it.
 
         Returns:
             1-D, what the ranks sent, in rank order: see :func:`megatron_muon.engine.packing.cut`.
@@ -89,19 +103,19 @@ class Exchange:
         received = send.new_empty(sum(taken) // size)
         self.count(send.numel() * size - given[self.rank])
         bytes_ = received.view(torch.uint8), send.view(torch.uint8)
-        return Pending(received, self._start(dist.all_to_all_single, *bytes_, taken, given), send)
+        return Pending(received, self._start(dist.all_to_all_single, *bytes_, taken, given), send, self.place, phase)
 
-    def all_gather(self, send: torch.Tensor) -> Pending:
-        """(ranks, elements): every rank's buffer, all of one length."""
+    def all_gather(self, send: torch.Tensor, phase: str = EXCHANGE) -> Pending:
+        """(ranks, elements): every rank's buffer, all of one length; ``phase`` as of :meth:`all_to_all`."""
         received = send.new_empty(self.size, send.numel())
         self.count((self.size - 1) * send.numel() * send.element_size())
         bytes_ = received.view(torch.uint8).view(-1), send.view(torch.uint8)
-        return Pending(received, self._start(dist.all_gather_into_tensor, *bytes_), send)
+        return Pending(received, self._start(dist.all_gather_into_tensor, *bytes_), send, self.place, phase)
 
     def all_reduce(self, tensor: torch.Tensor) -> Pending:
         """The sum over the ranks, in place."""
         self.count(2 * (self.size - 1) * tensor.numel() * tensor.element_size() / self.size)
-        return Pending(tensor, self._start(dist.all_reduce, tensor), None)
+        return Pending(tensor, self._start(dist.all_reduce, tensor), None, self.place, EXCHANGE)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place; waits for it."""
@@ -166,8 +180,9 @@ class Members:
                     if tensor.numel():
                         bytes_ = tensor.view(-1).view(torch.uint8)
                         operations.append(dist.P2POp(function, bytes_, peer, self._exchange.group))
-        for work in dist.batch_isend_irecv(operations) if operations else ():
-            work.wait()
+        with self._exchange.place.at(EXCHANGE):
+            for work in dist.batch_isend_irecv(operations) if operations else ():
+                work.wait()
         others = (tensor for number, tensor in enumerate(sent) if number != self._own)
         self._exchange.count(sum(tensor.numel() * tensor.element_size() for tensor in others))
         return received

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from megatron_muon.engine.all_to_all import lent, owner, split
+from megatron_muon.engine.clock import PRODUCTS
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LENT, LOCAL, OWNER, SPLIT
 from megatron_muon.engine.run import ChunkWork, Pause, RankChunk, Run
 from megatron_muon.engine.sharded import distributed, gram
@@ -44,8 +45,14 @@ def execute(run: Run, chunks: Sequence[RankChunk]) -> None:
 
 
 def work_on(run: Run, mine: RankChunk) -> ChunkWork:
-    """The work on one chunk."""
-    return _WORK[mine.chunk.mode](run, mine)
+    """The work on one chunk: products, but where it says otherwise."""
+    work = _WORK[mine.chunk.mode](run, mine)
+    pause: Pause | None = Pause.EXCHANGE
+    while pause is not None:
+        with run.place.at(PRODUCTS):
+            pause = next(work, None)
+        if pause is not None:
+            yield pause
 
 
 def take_turns(chunks: Sequence[RankChunk], work_on: Callable[[RankChunk], ChunkWork]) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from megatron_muon.engine.callbacks import Flops, Read, Solve, Write
+from megatron_muon.engine.clock import PACK, WRITE
 from megatron_muon.engine.exchange import Counters, Exchange
 from megatron_muon.engine.modes import LENT, LOCAL, OWNER, SPLIT
 from megatron_muon.engine.packing import cut, numel
+from megatron_muon.engine.place import Place
 from megatron_muon.engine.plan import Batch, Chunk, Weight
 from megatron_muon.engine.planner import cut_items
 from megatron_muon.engine.slices import Slices
@@ -81,6 +83,12 @@ class RankChunk:
     slices: tuple[Slices, ...]
     sum_group: str
 
+    @property
+    def works(self) -> bool:
+        """Whether this rank multiplies: not where all matrices are sent to others."""
+        owned = self.chunk.mode in (OWNER, LENT, SPLIT)
+        return not owned or any(batch.counts[self.rank] for batch in self.chunk.batches)
+
     @classmethod
     def of(cls, weights: Sequence[Weight], chunk: Chunk, rank: int) -> RankChunk:
         """
@@ -140,6 +148,7 @@ class Run:
     write: Write | None = None
     solve: Solve | None = None
     solve_flops: Flops | None = None
+    place: Place = field(default_factory=Place)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -152,15 +161,17 @@ class Run:
 
     def pack(self, mine: RankChunk, dtype: torch.dtype) -> list[torch.Tensor]:
         """This rank's part of each batch, (matrices, [tensors,] rows, columns), contiguous."""
-        batches = [torch.empty(shape, dtype=dtype, device=self.wire.device) for shape in self._shapes(mine)]
-        self._read(mine, batches)
+        with self.place.at(PACK):
+            batches = [torch.empty(shape, dtype=dtype, device=self.wire.device) for shape in self._shapes(mine)]
+            self._read(mine, batches)
         return batches
 
     def pack_together(self, mine: RankChunk, dtype: torch.dtype) -> torch.Tensor:
         """This rank's part of all batches in one buffer, (elements,), one batch after the other."""
         shapes = self._shapes(mine)
-        buffer = torch.empty(sum(map(numel, shapes)), dtype=dtype, device=self.wire.device)
-        self._read(mine, cut(buffer, [shapes])[0])
+        with self.place.at(PACK):
+            buffer = torch.empty(sum(map(numel, shapes)), dtype=dtype, device=self.wire.device)
+            self._read(mine, cut(buffer, [shapes])[0])
         return buffer
 
     def cut(self, mine: RankChunk, buffer: torch.Tensor) -> list[torch.Tensor]:
@@ -178,7 +189,8 @@ class Run:
         """Hand out this rank's part of each orthogonalized batch."""
         if mine.slices and self.write is not None:
             exchange = self.exchanges[mine.sum_group] if mine.sum_group else None
-            self.write(list(mine.slices), list(batches), exchange.sum if exchange else lambda tensor: tensor)
+            with self.place.at(WRITE):
+                self.write(list(mine.slices), list(batches), exchange.sum if exchange else lambda tensor: tensor)
 
     def blanks(self, mine: RankChunk, dtype: torch.dtype) -> list[torch.Tensor]:
         """Tensors of the shapes that :meth:`unpack` takes, expanded from one element so that they take no memory."""

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 
 import torch
 
+from megatron_muon.engine.clock import WAITING
 from megatron_muon.engine.packing import (
     Shapes,
     cut,
@@ -76,7 +77,7 @@ def gram(run: Run, mine: RankChunk) -> ChunkWork:
         yield Pause.EXCHANGE
         polynomials = _polynomials(run, mine, pending.wait().view(exchange.size, -1), segment, scales)
         back = triangles if segment else first
-        pending = exchange.all_gather(padded(polynomials, max(sum(map(numel, each)) for each in back)))
+        pending = exchange.all_gather(padded(polynomials, max(sum(map(numel, each)) for each in back)), WAITING)
         del polynomials
         yield Pause.EXCHANGE
         _multiply(run, mine, shards, pending.wait(), back, scales)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,10 +12,12 @@ import torch.distributed as dist
 
 from megatron_muon.engine.callbacks import Flops, Read, Solve, Write
 from megatron_muon.engine.choose import choose_plan
+from megatron_muon.engine.clock import NO_CLOCK, NoClock
 from megatron_muon.engine.describe import describe
 from megatron_muon.engine.exchange import Counters, Exchange
 from megatron_muon.engine.execute import execute
 from megatron_muon.engine.modes import GRAM, LENT, LOCAL, OWNER, SPLIT, Machine, Sizes
+from megatron_muon.engine.place import Place
 from megatron_muon.engine.plan import Plan, Weight
 from megatron_muon.engine.planner import Policy
 from megatron_muon.engine.run import RankChunk, Run, WireDtypes
@@ -34,6 +37,7 @@ class StepEngine:
         plan: of the step; whoever steps must know that it is the same on all ranks of each group.
         parts: in how many parts each weight, by its index, is handed out in a step.
         counters: collectives, bytes and operations so far; see :class:`megatron_muon.engine.exchange.Counters`.
+        clock: measures the steps that begin while it is set.
     """
 
     def __init__(
@@ -83,17 +87,19 @@ class StepEngine:
         self.plan: Plan = choose_plan(weights, policy, orthogonalizer, {name: groups[name].rank() for name in peers})
         self._numbers = f"{iteration} {orthogonalizer.products.name} {self.wire} {peers}"
         self.counters = Counters()
+        self.clock: NoClock = NO_CLOCK
+        self._place = Place()
         named = self.plan.groups()
         if peers:  # whether matrices are lent is compared too, and what is lent may be divided
             named = sorted({*named, *peers, *(weight.group for weight in weights if weight.group)})
-        self._exchanges = {name: Exchange(groups[name], self.counters) for name in named}
+        self._exchanges = {name: Exchange(groups[name], self.counters, place=self._place) for name in named}
         ranks = {"": 0} | {name: each.rank for name, each in self._exchanges.items()}
         # Keyed by the chunk itself: partial plans have the same chunks.
         self._mine = {
             id(chunk): RankChunk.of(self.plan.weights, chunk, ranks[chunk.group]) for chunk in self.plan.chunks
         }
         self.parts = Counter(number for mine in self._mine.values() for some in mine.slices for number in some.numbers)
-        self._run = Run(orthogonalizer, self._exchanges, self.wire, dtype, self.counters)
+        self._run = Run(orthogonalizer, self._exchanges, self.wire, dtype, self.counters, place=self._place)
         self._digests: dict[str, bytes] = {}
 
     def build(self) -> None:
@@ -182,12 +188,23 @@ class StepEngine:
             sub_plan: one of :meth:`Plan.sub_plans`, if not everything.
         """
         run = replace(self._run, write=look)
-        for mine in self._chunks(sub_plan):
-            run.unpack(mine, run.blanks(mine, self.local_dtype))
+        with self._measured(chunks := self._chunks(sub_plan)):
+            for mine in chunks:
+                run.unpack(mine, run.blanks(mine, self.local_dtype))
 
     def _execute(self, run: Run, sub_plan: Plan | None = None) -> None:
-        execute(run, self._chunks(sub_plan))
+        with self._measured(chunks := self._chunks(sub_plan)):
+            execute(run, chunks)
         self.counters.steps += 1
+        self.clock.add(chunks=sum(mine.works for mine in chunks))
+
+    @contextlib.contextmanager
+    def _measured(self, chunks: Sequence[RankChunk]) -> Iterator[None]:
+        """Within, the clock measures the work on some chunks."""
+        self._place.clock, self._place.phase = self.clock, ""
+        counters, before = self.counters, replace(self.counters)
+        yield
+        self.clock.add(bytes=counters.bytes - before.bytes, collectives=counters.collectives - before.collectives)
 
     def _chunks(self, sub_plan: Plan | None) -> list[RankChunk]:
         return [self._mine[id(chunk)] for chunk in (sub_plan or self.plan).chunks]

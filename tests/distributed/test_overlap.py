@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from megatron_muon import Muon
 from megatron_muon.engine import execute as executing
 from megatron_muon.engine.exchange import Exchange, Pending
+from megatron_muon.engine.place import Place
 from megatron_muon.engine.plan import Chunk
 from megatron_muon.engine.run import ChunkWork, Pause, RankChunk, Run
 from megatron_muon.orthogonalize.products import TorchProducts
@@ -199,5 +201,5 @@ def pauses(chunks: list[tuple[str, str]], kinds: dict[str, int]) -> list[tuple[s
         numbers[group] = numbers.get(group, -1) + 1
         some.append(RankChunk(Chunk(kind, group, ()), numbers[group], (), (), False, (), ""))
     with patch.dict(executing._WORK, {kind: work(kind) for kind in kinds}):
-        executing.execute(None, some)  # type: ignore[arg-type]
+        executing.execute(SimpleNamespace(place=Place()), some)  # type: ignore[arg-type]
     return found
