@@ -8,33 +8,64 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_muon.agree import Ranks
-from megatron_muon.config import MuonConfig, flag
+from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError, ranges
 from megatron_muon.optimizers.engines import Offers
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.orthogonalize.backends import fastest_on_all
+from megatron_muon.plugin.options import training_arguments
+from megatron_muon.refusals.rule import flag_of
 from megatron_muon.version import __version__
 
 _PACKAGES = ("triton", "emerging-optimizers", "gram-newton-schulz", "quack-kernels", "transformer-engine")
-_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "TORCH_BLAS_PREFER_CUBLASLT")
+_VARIABLES = (
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "TRITON_F32_DEFAULT",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "MKL_CBWR",
+)
+_MAY_DIFFER = ("log_jsonl",)
+"""Options that one rank alone reads."""
+_OF_ARGUMENTS = (
+    "lr_",
+    "train_iters",
+    "train_samples",
+    "start_weight_decay",
+    "end_weight_decay",
+    "weight_decay_incr",
+    "seed",
+)
+"""How the names of Megatron's arguments begin that the schedules of rates follow from, and are in no config."""
+_OF_MODEL = ("qk_clip", "log_max_attention_logit")
+"""The same of fields of the model's config that the step reads."""
 
 
-def compare_environments(muon: MuonConfig, ranks: Ranks, device: torch.device) -> list[str]:
+def compare_environments(
+    muon: MuonConfig, config: Any, model_chunks: Sequence[torch.nn.Module], ranks: Ranks, device: torch.device
+) -> list[str]:
     """Refuse ranks with other software, switches or options than the rest, and tell of other devices.
 
     These are not refused: clusters are mixed on purpose, and a weight with one owner cannot drift.
 
     Args:
         muon: the options of the model's optimizer.
+        config: Megatron-Core's ``OptimizerConfig``, of which they are.
+        model_chunks: of the model on this rank.
         ranks: the model's.
         device: of the model, on this rank.
 
@@ -44,7 +75,10 @@ def compare_environments(muon: MuonConfig, ranks: Ranks, device: torch.device) -
     Raises:
         ConfigError: on all ranks, with what differs, and where.
     """
-    found = ranks.by_number(lambda: _environment(muon, device))
+    mine = functools.partial(_environment, muon, config, model_chunks, device)
+    if len(set(ranks.gather(lambda: hashlib.sha256(repr(mine()).encode()).digest()))) == 1:
+        return []  # thousands of ranks need not send each other the same pages
+    found = ranks.by_number(mine)
     names = dict.fromkeys(name for its in found.values() for name in its)
     texts = {name: _differing({rank: its.get(name) for rank, its in found.items()}) for name in names}
     devices = texts.pop("device")
@@ -129,19 +163,56 @@ def _params(muon: Muon) -> list[torch.Tensor]:
     return [param for group in muon.param_groups for param in group["params"]]
 
 
-def _environment(muon: MuonConfig, device: torch.device) -> dict[str, Any]:
+def _environment(
+    muon: MuonConfig, config: Any, model_chunks: Sequence[torch.nn.Module], device: torch.device
+) -> dict[str, str]:
     """What is to be the same, by the names that users know it by."""
-    found: dict[str, Any] = {"megatron_muon": __version__, "torch": torch.__version__, "CUDA": torch.version.cuda}
+    from megatron.core import __version__ as megatron_core
+    from megatron.core.utils import get_model_config
+
+    found: dict[str, Any] = {
+        "megatron_muon": __version__,
+        "the hash of megatron_muon's files": _hash_of_files(),
+        "megatron-core": megatron_core,
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda,
+    }
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     found |= {name: os.environ.get(name) for name in _VARIABLES}
     found["torch.use_deterministic_algorithms"] = torch.are_deterministic_algorithms_enabled()
     options = {field.name: getattr(muon, field.name) for field in dataclasses.fields(muon)}
-    found |= {flag(name): value for name, value in options.items() if name != "log_jsonl"}
+    found |= {flag(name): value for name, value in options.items() if name not in _MAY_DIFFER}
+    found |= dict(_settings(config, training_arguments()))
+    for chunk in model_chunks[:1]:
+        model = get_model_config(chunk)
+        found |= {flag_of(name): value for name, value in vars(model).items() if name.startswith(_OF_MODEL)}
     if device.type == "cuda":
-        return {**found, "device": f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"}
-    return {**found, "device": f"CPU with {torch.backends.cpu.get_cpu_capability()}"}
+        found["device"] = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
+    else:
+        found["device"] = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    return {name: str(value) for name, value in found.items()}
+
+
+def _settings(config: Any, arguments: Any) -> Iterator[tuple[str, Any]]:
+    """Megatron's own settings that decide about a step: of the optimizer's config, and of the schedules."""
+    given = {} if arguments is None else vars(arguments)
+    for name, value in vars(config).items():
+        if isinstance(value, (bool, int, float, str, torch.dtype, type(None))) and not name.startswith(PREFIX):
+            yield (flag_of(name) if name in given else f"OptimizerConfig.{name}"), value
+    for name, value in given.items():
+        if name.startswith(_OF_ARGUMENTS):
+            yield flag_of(name), value
+
+
+@functools.cache
+def _hash_of_files() -> str:
+    """Of this package's code: a copy that somebody has changed may have the same version."""
+    root, found = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _differing(found: Mapping[int, Any]) -> str:

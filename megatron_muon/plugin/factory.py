@@ -76,7 +76,7 @@ def _with_checks_and_report(
         if precision_aware.take(config):  # set as attributes
             config.main_grads_dtype = precision_aware.clear(config)
             muon = check_optimizer_config(config)
-        devices = compare_environments(muon, ranks, device_of(model_chunks))
+        devices = compare_environments(muon, config, model_chunks, ranks, device_of(model_chunks))
         _route(config, model_chunks, muon, ranks)
         _check_groups(groups)
         check_copies(model_chunks)
