@@ -126,10 +126,13 @@ class StepGraph:
         except Exception:
             compare(optimizer)  # refuses what is no number, on all ranks
             raise
-        self._last, wanted, self._wanted = self._pattern(rates), self._wanted, False
-        if wanted:
+        self._last = self._pattern(rates)
+        # What is to be measured is taken anew, with the same bits; a capture waits for the next step.
+        is_measured = optimizer.probe is not None and optimizer.probe.is_wanted
+        if self._wanted and not is_measured:
+            self._wanted = False
             self._capture_step(rates)
-        elif self._replay is None or self._last != self._captured or self._is_touched(rates):
+        elif is_measured or self._replay is None or self._last != self._captured or self._is_touched(rates):
             Step(optimizer).run()
             self._last = self._pattern(rates_of(optimizer))  # with state that was missing
         else:

@@ -40,6 +40,7 @@ class Update:
         direction: (matrices, rows on this rank, columns on this rank), float32 or wider: O, free to be changed in
             place. Before there is one (:meth:`megatron_muon.engine.step.StepEngine.visit`), of that shape and dtype,
             but a single element in memory: only to be read from, and without meaning.
+        ranks: how many ranks have parts of the matrices: 1 where each is whole on its rank.
     """
 
     weights: Sequence[ParamStep]
@@ -49,6 +50,7 @@ class Update:
     divides_columns: bool
     first_column: int
     direction: torch.Tensor
+    ranks: int
 
     @property
     def options(self) -> Options:
@@ -191,7 +193,7 @@ class Matrices:
         Returns:
             (matrices, 1, 1) for each, over the whole matrices.
         """
-        return self._add_up([tensor.sum(dim=(-2, -1), keepdim=True) for tensor in tensors])
+        return self.add_up([tensor.sum(dim=(-2, -1), keepdim=True) for tensor in tensors])
 
     def norms(self, tensors: Sequence[torch.Tensor], wide: bool = False) -> list[torch.Tensor]:
         """The Frobenius norm of each matrix, in the dtype of its batch: (matrices, 1, 1) for each.
@@ -201,7 +203,7 @@ class Matrices:
             wide: as of :func:`row_norms`.
         """
         squares = [row_norms(tensor, wide).double().square_().sum(dim=-2, keepdim=True) for tensor in tensors]
-        pairs = zip(self._add_up(squares), tensors, strict=True)
+        pairs = zip(self.add_up(squares), tensors, strict=True)
         return [total.sqrt_().to(tensor.dtype) for total, tensor in pairs]
 
     def row_squares(self, tensors: Sequence[torch.Tensor], wide: bool = False) -> list[torch.Tensor]:
@@ -243,11 +245,12 @@ class Matrices:
 
     def _add_up_some(self, partial: list[torch.Tensor], divided: Sequence[bool]) -> list[torch.Tensor]:
         indices = [index for index in range(len(partial)) if divided[index % len(divided)]]
-        for index, total in zip(indices, self._add_up([partial[index] for index in indices]), strict=True):
+        for index, total in zip(indices, self.add_up([partial[index] for index in indices]), strict=True):
             partial[index] = total
         return partial
 
-    def _add_up(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    def add_up(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Sums over the ranks that hold the other parts of the matrices, of tensors of any shapes."""
         if not parts:
             return []
         total = self._reduce(torch.cat([part.reshape(-1) for part in parts]))
@@ -328,6 +331,7 @@ def _update(slices: Slices, weights: Sequence[ParamStep], direction: torch.Tenso
         first_column=shard.group.rank() * first.param.size(-1) if shard is not None and divides_columns else 0,
         # Of bfloat16 weights, too, norms and second moments are taken in float32.
         direction=_converted(direction, own_dtype(first.param.dtype)),
+        ranks=1 if shard is None or direction.shape[1:] == (item.rows, item.columns) else shard.group.size(),
     )
 
 

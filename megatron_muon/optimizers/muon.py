@@ -41,6 +41,7 @@ from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_captur
 from megatron_muon.optimizers.loading import AsItIs, tell
 from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
 from megatron_muon.optimizers.precision import own_dtype
+from megatron_muon.optimizers.probe import Probe
 from megatron_muon.optimizers.registry import made_anew, variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, cut_second_moment
 from megatron_muon.optimizers.stages import Variant, init_rows
@@ -58,7 +59,7 @@ from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN, WHOLE, MatrixL
 _ATTRIBUTES = "attributes of weights"
 """Key in the state of a copy (:meth:`Muon.__getstate__`): what the weights carry, such as their layout."""
 
-_OF_ONE = ("step", "finals", "graph", "is_complete", "starts", "versions", "windows", "_masters")
+_OF_ONE = ("step", "finals", "graph", "is_complete", "probe", "starts", "versions", "windows", "_masters")
 """Attributes that are not copied: copies have new ones, and schedulers of torch set ``step``."""
 
 
@@ -99,6 +100,8 @@ class Muon(torch.optim.Optimizer):
             them: when their last matrix is written, or at the end of the step.
         graph: its step as a CUDA graph, see :func:`megatron_muon.optimizers.graph.capture`; None: each step is taken
             anew.
+        probe: measures the steps that it is told to, see :class:`megatron_muon.optimizers.probe.Probe`; None: nothing
+            is measured.
         windows: through which state comes that lives on the host; None: none does.
         is_complete: whether others rely on its weights being all that it will have.
 
@@ -169,6 +172,7 @@ class Muon(torch.optim.Optimizer):
         self.finals: list[Callable[[list[torch.Tensor]], None]] = []
         self.graph: Graph | None = None
         self.is_complete = False
+        self.probe: Probe | None = None
         self.versions = TensorVersions()
         self._masters = WeakTensorKeyDictionary()  # weights that had a remainder; their state may be taken away
         names = OFFLOADED.get(self.config.offload)

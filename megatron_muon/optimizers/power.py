@@ -148,13 +148,13 @@ def _first_vector(columns: int, first: int, size: int, device: torch.device, dty
 
     Not ones: there are matrices whose rows sum to 0.
     """
-    noise = _noise(max(columns, first + size))
+    noise = noise_of(max(columns, first + size))
     return (noise[first : first + size, None] / noise[:columns].square().sum().sqrt()).to(device, dtype)
 
 
-def _noise(count: int) -> torch.Tensor:
+def noise_of(count: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """(count,): numbers from -1 to 1, Wang's hash of 0, 1, ..., so that nothing depends on random generators."""
-    x = torch.arange(count, dtype=torch.int64, device="cpu")
+    x = torch.arange(count, dtype=torch.int64, device=device)
     x = ((x ^ 61) ^ (x >> 16)) * 9 & _BITS
     x = ((x ^ (x >> 4)) * 0x27D4EB2D) & _BITS
     return (x ^ (x >> 15)).double() / 2**31 - 1.0

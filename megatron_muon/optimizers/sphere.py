@@ -224,9 +224,14 @@ class SpectralSphere(Variant):
 
     def _finisher(self, work: Work, searches: Searches) -> Write:
         def finish(slices: Sequence[Slices], batches: Sequence[torch.Tensor], reduce: Reduce) -> None:
-            updates = work.matrices(slices, batches, reduce).updates
-            for each, update in zip(searches[slices[0].items[0]], updates, strict=True):
-                update.add(each.result().mul_(each.radius), -update.options.lr)
+            matrices = work.matrices(slices, batches, reduce)
+            found = list(zip(searches[slices[0].items[0]], matrices.updates, strict=True))
+            results = [each.result() for each, _ in found]
+            if work.is_measured:
+                sizes = {id(update): each.radius.view(-1) * update.options.lr for each, update in found}
+                work.measure(matrices, results, None, lambda update: sizes[id(update)])
+            for (each, update), result in zip(found, results, strict=True):
+                update.add(result.mul_(each.radius), -update.options.lr)
                 # Without a gradient, or singular vectors, h is 0 at every lambda: it stays where it was.
                 update.store(update.named(MULTIPLIER), torch.where(each.has_problem, each.value, each.start))
 

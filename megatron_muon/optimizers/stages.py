@@ -17,7 +17,7 @@ tensor-parallel ranks hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -27,9 +27,10 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Reduce
 from megatron_muon.engine.slices import Slices
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.optimizers.matrices import Matrices
+from megatron_muon.optimizers.matrices import Matrices, Update
 from megatron_muon.optimizers.param_step import ParamStep
 from megatron_muon.optimizers.precision import own_dtype
+from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.routing.layout import BALLS, MSIGN
 
 
@@ -61,6 +62,29 @@ class Work(Protocol):
 
     def iterations(self, matrices: Matrices, tensors: Sequence[torch.Tensor], state: str, usual: int) -> int:
         """The number of power iterations, see :meth:`megatron_muon.optimizers.power.WarmStarts.iterations`."""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether :meth:`measure` does anything."""
+
+    def measure(
+        self,
+        matrices: Matrices,
+        results: Sequence[torch.Tensor],
+        changes: Sequence[torch.Tensor] | None,
+        factor: Callable[[Update], Rate | torch.Tensor],
+        *,
+        are_successive: bool = True,
+    ) -> None:
+        """What a variant that writes weights itself calls before, see :class:`megatron_muon.optimizers.probe.Probe`.
+
+        Args:
+            matrices: the updates.
+            results: of each what was orthogonalized.
+            changes: what is to be added to the weights; None: the results.
+            factor: on the changes of an update, learning rate and all; a number, or (matrices,).
+            are_successive: whether results are updates, which may be compared with those of the step before.
+        """
 
 
 class Variant:

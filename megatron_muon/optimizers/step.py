@@ -22,10 +22,11 @@ from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.fading import forget_faded
 from megatron_muon.optimizers.groups import Options, all_options, options_of
 from megatron_muon.optimizers.handled import STEP, TensorVersions
-from megatron_muon.optimizers.matrices import Matrices, matrices_of
+from megatron_muon.optimizers.matrices import Matrices, Update, matrices_of
 from megatron_muon.optimizers.param_step import ParamStep, add, damp, pack, update_momentum
 from megatron_muon.optimizers.power import WarmStarts, spectrally_normalize
 from megatron_muon.optimizers.precision import own_dtype
+from megatron_muon.optimizers.probe import Finding, Probe
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, RowRates, restart_emptied, row_rates, step_scalar_rows
 from megatron_muon.optimizers.sizes import normalize
 from megatron_muon.optimizers.stages import Variant
@@ -60,6 +61,7 @@ class SteppingOptimizer(Protocol):
     finals: list[Callable[[list[torch.Tensor]], None]]
     first_lrs: list[Rate]
     graph: Graph | None
+    probe: Probe | None
     windows: Windows | None
     watched: tuple[str, ...]
     directions: tuple[str, ...]
@@ -136,6 +138,7 @@ class Step:
         params: all parameters of the optimizer, in the order of its groups.
         finals: who is told of weights that are as the step leaves them.
         in_blocks: whether it orthogonalizes each shard by itself, although other steps do not.
+        probe: what looks at its matrices; None: nothing.
     """
 
     def __init__(self, optimizer: SteppingOptimizer) -> None:
@@ -143,6 +146,7 @@ class Step:
         self.finals = optimizer.finals
         self.params = [param for group in optimizer.param_groups for param in group["params"]]
         self.in_blocks = False
+        self.probe: Probe | None = None
         self._rates: list[GroupRates] = []
         self._watched: list[dict[str, Any]] = []  # state of weights that have any that is watched
         self._pending = dict.fromkeys(self.params)
@@ -182,6 +186,8 @@ class Step:
 
     def _change(self) -> None:
         optimizer = self.optimizer
+        if optimizer.probe is not None and optimizer.probe.begin():
+            self.probe = optimizer.probe
         optimizer.variant.begin_step()
         alike: dict[tuple[str, torch.dtype], list[ParamStep]] = defaultdict(list)
         for rates in self._rates:
@@ -207,6 +213,8 @@ class Step:
             work.update_momentum()  # of a variant that has not looked at it
         self.report_deferred()
         self.report_final(list(self._pending))
+        if self.probe is not None:
+            self.probe.end()
         optimizer.versions.record(self.watched)
 
     def report_final(self, params: list[torch.Tensor]) -> None:
@@ -262,7 +270,8 @@ class EngineStep:
         self._optimizer = step.optimizer
         self._has_momentum = self._has_run = False
         modes = {weight.options.scale_mode for weight in weights}
-        self._measures = not modes.isdisjoint((UPDATE_NORM, SPECTRAL_NORM))
+        measures, variant = not modes.isdisjoint((UPDATE_NORM, SPECTRAL_NORM)), self._optimizer.variant
+        self._changes_directions = measures or variant.adapts or variant.retracts
         if direction == MSIGN and engine.shares:
             sharing = self._optimizer.engines.sharing
             assert sharing is not None
@@ -311,6 +320,38 @@ class EngineStep:
             self._has_momentum = True
             for _, weights in itertools.groupby(self.weights.values(), lambda weight: id(weight.group)):
                 update_momentum(list(weights))
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether :meth:`measure` does anything."""
+        return self.step.probe is not None
+
+    def measure(
+        self,
+        matrices: Matrices,
+        results: Sequence[torch.Tensor],
+        changes: Sequence[torch.Tensor] | None,
+        factor: Callable[[Update], Rate | torch.Tensor],
+        *,
+        are_successive: bool = True,
+    ) -> None:
+        """Before weights change: show the optimizer's probe what is to be known of a measured step.
+
+        Args:
+            matrices: the updates.
+            results: of each what was orthogonalized, not to be changed here.
+            changes: what is added to the weights; None: the results.
+            factor: on the changes of an update, learning rate and all; a number, or (matrices,).
+            are_successive: as of :meth:`megatron_muon.optimizers.probe.Probe.look`.
+        """
+        if (probe := self.step.probe) is not None:
+            found = probe.look(matrices, results, self._mixed, are_successive=are_successive)
+            probe.added(found, matrices, changes, factor)
+
+    def _mixed(self, update: Update) -> torch.Tensor:
+        mixed = update.mix()
+        self._optimizer.variant.transform([mixed])
+        return mixed
 
     def _pack(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor], first: bool) -> None:
         pack(self.weights, slices, batches, first=first)
@@ -361,25 +402,38 @@ class EngineStep:
         return writing
 
     def _update_in_balls(self, slices: Sequence[Slices], blanks: Sequence[torch.Tensor], reduce: Reduce) -> None:
-        matrices = self.matrices(slices, blanks, reduce)
+        matrices, probe = self.matrices(slices, blanks, reduce), self.step.probe
         slices = [update.slices for update in matrices.updates]
+        found = [] if probe is None else probe.look(matrices, None, Update.mix)
         directions = ball_directions(matrices, self.direction)
+        if probe is not None:
+            probe.added(found, matrices, directions, lambda update: self._factor(update, self._ball_factor))
         add(self.weights, slices, directions, self._ball_factor, lambda weight, _: weight.layout.kind)
 
     def _write(self, slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> None:
         """Apply orthogonalized directions to the weights."""
-        variant = self._optimizer.variant
-        its_own = self._is_block if self.step.in_blocks else None
-        if not (variant.adapts or variant.retracts or self._measures):
+        variant, probe, found = self._optimizer.variant, self.step.probe, list[Finding]()
+        its_own, is_plain = self._is_block if self.step.in_blocks else None, not self._changes_directions
+        if is_plain and probe is None:
             add(self.weights, slices, directions, self._scale, its_own)
             return
         matrices = self.matrices(slices, directions, reduce)
+        if probe is not None:
+            results = [update.direction for update in matrices.updates]
+            found = probe.look(matrices, results, self._mixed, self._optimizer.config.eps)
+        if is_plain:
+            assert probe is not None
+            probe.added(found, matrices, None, self._factor)
+            add(self.weights, slices, directions, self._scale, its_own)
+            return
         batches = _checked(variant, matrices, variant.adapt(matrices))
         for mode in (UPDATE_NORM, SPECTRAL_NORM):
             which = [index for index, update in enumerate(matrices.updates) if update.options.scale_mode == mode]
             if which:
                 some = Matrices([matrices.updates[index] for index in which], reduce)
                 self._measure(mode, some, [batches[index] for index in which])
+        if probe is not None:
+            probe.added(found, matrices, batches, self._factor)
         add(self.weights, [update.slices for update in matrices.updates], batches, self._scale, its_own)
         if variant.retracts:
             variant.retract(matrices)
@@ -395,6 +449,17 @@ class EngineStep:
         factor = scale_factor(weight.options.scale_mode, item.rows, item.columns, self._optimizer.hidden_size)
         factor *= self._optimizer.config.blockwise_lr_mult if self._is_block(weight, item) else 1.0
         return factor * weight.options.extra_scale_factor
+
+    def _factor(
+        self, update: Update, scale: Callable[[ParamStep, MatrixSlice], float] | None = None
+    ) -> Rate | torch.Tensor:
+        """What directions are multiplied by, learning rate and all: a number, or one for each matrix."""
+        items = update.slices.items
+        factors = list(itertools.starmap(scale or self._scale, zip(update.weights, items, strict=True)))
+        if len(set(factors)) == 1:
+            return factors[0] * update.options.lr
+        parts = zip(factors, update.slices.counts, strict=True)
+        return torch.cat([update.direction.new_full((count,), each) for each, count in parts]) * update.options.lr
 
     def _is_block(self, _: ParamStep, item: MatrixSlice) -> bool:
         """Whether it is a part of a matrix that is orthogonalized as a matrix, in this step and not in others."""

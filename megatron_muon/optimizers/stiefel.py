@@ -122,10 +122,23 @@ class StiefelMuon(Variant):
             projecting = any(self._projected.get(param) != _as_it_is(param) for param in params)
             move = _Move(self.solver, self._number, self.radius, rates, projecting, Msign(products))
             reads = (work.read, _weights_reader(work.weights))
-            work.engine.solve(reads, move, _weights_writer(work.weights), self._flops)
+            work.engine.solve(reads, move, self._measuring(work, _weights_writer(work.weights)), self._flops)
         self._projected |= {param: _as_it_is(param) for param in params}
         if move.tangency is not None:
             self.tangency = move.tangency if self.tangency is None else torch.maximum(self.tangency, move.tangency)
+
+    def _measuring(self, work: Work, write: Write) -> Write:
+        """A ``write`` that has the probe of a measured step look before; results are weights on the manifold."""
+
+        def measuring(slices: Sequence[Slices], results: Sequence[torch.Tensor], reduce: Reduce) -> None:
+            matrices = work.matrices(slices, results, reduce)
+            new = [update.direction for update in matrices.updates]
+            changes = [x - update.masters() for x, update in zip(new, matrices.updates, strict=True)]
+            on_manifold = [x / self.radius for x in new]
+            work.measure(matrices, on_manifold, changes, lambda update: 1.0, are_successive=False)
+            write(slices, results, reduce)
+
+        return measuring if work.is_measured else write
 
     def _flops(self, p: int, q: int) -> int:
         return SOLVERS[self.solver].flops(p, q, self._number)

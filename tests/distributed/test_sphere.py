@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_muon import Muon
 from megatron_muon.errors import ConfigError
-from megatron_muon.optimizers.power import _noise
+from megatron_muon.optimizers.power import noise_of
 from megatron_muon.optimizers.sphere import SpectralSphere, evaluations
 from tests.distributed.test_adaptive import CASES, HEADS, QKV, WHOLE, grad, rows_of, trained_shards, weight
 from tests.pool import RankPool
@@ -196,8 +196,8 @@ def test_rows_that_sum_to_zero_have_singular_vectors_too(pool: RankPool) -> None
 
 def test_power_iterations_start_alike_at_every_division() -> None:
     """From the same vector, cut by columns; noise, not a pattern, without a mean."""
-    whole = _noise(4096)
-    assert torch.equal(whole[:64], _noise(64))
+    whole = noise_of(4096)
+    assert torch.equal(whole[:64], noise_of(64))
     assert whole.abs().max() <= 1 and whole.mean().abs() < 0.03 and whole.var().item() == pytest.approx(1 / 3, rel=0.05)
     waves = torch.fft.rfft(whole).abs()[1:] / (4096 / 3) ** 0.5
     assert waves.max() < 3.5 and len(whole.unique()) == 4096

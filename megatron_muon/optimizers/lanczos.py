@@ -1,0 +1,253 @@
+"""Singular values of many matrices at once, as far as products with a few vectors tell them, and nobody waits.
+
+Each matrix A, of shorter side p, has the Gram matrix G of that side. Lanczos' iteration from a unit vector v leads to a
+small tridiagonal matrix T, whose largest eigenvalue comes near to that of G from below, and which gives v^T f(G) v for
+smooth functions f as e_1^T f(T) e_1 (Gauss quadrature: Golub and Meurant, *Matrices, Moments and Quadrature with
+Applications*). The mean over vectors of random signs estimates tr f(G) / p (stochastic Lanczos quadrature: Ubaru, Chen
+and Saad, SIAM J. Matrix Anal. Appl. 38, 2017). With k vectors its relative standard deviation is at most
+sqrt(2 / (k p_eff)), where p_eff is the number of directions that the trace is a sum of. Where p is small the vectors
+are a basis, and nothing is random.
+
+Functions of T are found without its eigenvalues: e_1^T (T - x)^-1 e_1 is a continued fraction, computed for many x at
+once, and f a sum of such terms.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_muon.optimizers.matrices import Matrices, Update
+from megatron_muon.optimizers.power import noise_of
+from megatron_muon.routing.blocks import block_rows_before
+
+STEPS = 12
+"""Of the iteration. The largest eigenvalue of the Gram matrix of a large random square matrix, whose spectrum ends
+without a gap, is found to about (pi / (2 STEPS + 1))^2 = 1.6 %, the singular value to half as much."""
+
+_BUDGET = 4096
+"""Vectors of signs times p, at least; see the module."""
+
+_FEWEST, _MOST = 2, 64
+"""Vectors of signs. Where p is ``_MOST`` or less they are a basis."""
+
+_BROKEN = 1e-10
+"""Norm of what is left of a vector that ends the iteration, where the matrix has a norm of about 1."""
+
+_STEEPNESS = 32
+"""n of 1 / (1 + (4 s^2)^n), which counts singular values s below 1/2: 0.96 at 0.475, 0.04 at 0.525."""
+
+
+class _Run:
+    """The iterations of all matrices of one update: (matrices, ., vectors), vectors of all tensors side by side.
+
+    Attributes:
+        sums_short: whether tensor parallelism divides the shorter side, the one of T's vectors, if any.
+        alphas: the diagonals of T so far, (matrices, 1, vectors) each.
+        betas: what is beside the diagonals, after the norms of the vectors that it started from.
+    """
+
+    def __init__(
+        self,
+        update: Update,
+        tensors: Sequence[torch.Tensor],
+        scales: Sequence[torch.Tensor],
+        starts: Sequence[torch.Tensor],
+    ) -> None:
+        is_wide = update.rows <= update.columns
+        self.sums_short = update.divides_columns != is_wide
+        self._tensors = [tensor if is_wide else tensor.mT for tensor in tensors]
+        self._widths = [start.size(-1) for start in starts]
+        pairs = zip(scales, self._widths, strict=True)
+        self._scale = torch.cat([scale.expand(-1, 1, width) for scale, width in pairs], dim=-1)
+        self._next = torch.cat(list(starts), dim=-1).expand(tensors[0].size(0), -1, -1)
+        self._vector = self._before = self._other = self._next
+        self.alphas: list[torch.Tensor] = []
+        self.betas: list[torch.Tensor] = []
+
+    def to_longer(self) -> list[torch.Tensor]:
+        """A^T z of this rank's z, and its square."""
+        return [self._times(self._next, True), self._next.square().sum(dim=-2, keepdim=True)]
+
+    def at_longer(self, product: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        """Take these sums over the shorter side; returns A (A^T v)."""
+        beta = square.sqrt()
+        factor = torch.where(beta > _BROKEN, beta.reciprocal(), 0.0)
+        self.betas.append(beta)
+        self._before, self._vector = self._vector, self._next * factor
+        self._other = product.mul_(factor * self._scale)
+        return self._times(self._other, False)
+
+    def at_shorter(self, product: torch.Tensor) -> None:
+        """Take this sum over the longer side: what is left of it is the next vector."""
+        product = product.mul_(self._scale)
+        # |A^T v|^2 = v^T A A^T v, by that of both sides which this rank has all of.
+        pair = (self._other, self._other) if self.sums_short else (self._vector, product)
+        alpha = (pair[0] * pair[1]).sum(dim=-2, keepdim=True)
+        product.addcmul_(alpha, self._vector, value=-1.0)
+        if self.alphas:
+            product.addcmul_(self.betas[-1], self._before, value=-1.0)
+        self.alphas.append(alpha)
+        self._next = product
+
+    def sketch(self) -> torch.Tensor:
+        """A^T v of the first tensor and its first unit vectors: (matrices, longer side on this rank, vectors)."""
+        return self._other[..., : self._widths[0]].clone()
+
+    def results(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Diagonals and what is beside them, for each tensor: (matrices, vectors, STEPS) and one less."""
+        alphas = torch.cat(self.alphas, dim=-2).mT.split(self._widths, dim=-2)
+        betas = torch.cat(self.betas, dim=-2).mT[..., 1:].split(self._widths, dim=-2)
+        return list(zip(alphas, betas, strict=True))
+
+    def _times(self, vectors: torch.Tensor, transposed: bool) -> torch.Tensor:
+        pairs = zip(self._tensors, vectors.split(self._widths, dim=-1), strict=True)
+        return torch.cat([(a.mT if transposed else a) @ vector for a, vector in pairs], dim=-1)
+
+
+def tridiagonals(
+    matrices: Matrices,
+    tensors: Sequence[Sequence[torch.Tensor]],
+    scales: Sequence[Sequence[torch.Tensor]],
+    starts: Sequence[Sequence[torch.Tensor]],
+    steps: int = STEPS,
+) -> tuple[list[list[tuple[torch.Tensor, torch.Tensor]]], list[torch.Tensor]]:
+    """Lanczos' iteration on the Gram matrices of the shorter sides: all ranks with parts of the matrices, together.
+
+    Args:
+        matrices: the updates.
+        tensors: for each update some tensors A of its shape, (matrices, rows on this rank, columns on this rank).
+        scales: (matrices, 1, 1) for each: what A is multiplied by, so that its norm is about 1 or less.
+        starts: vectors to start from for each, (shorter side on this rank, vectors): :func:`signs`, :func:`noise`.
+        steps: of the iteration; of 0 there is the sketch alone.
+
+    Returns:
+        for each update, for each of its tensors, the diagonals of T, (matrices, vectors, steps), and what is beside
+        them, (matrices, vectors, steps - 1); and for each update the products of its first tensor with the unit vectors
+        that it started from, (matrices, longer side on this rank, vectors).
+    """
+    runs = [_Run(*each) for each in zip(matrices.updates, tensors, scales, starts, strict=True)]
+    sketches: list[torch.Tensor] = []
+    for number in range(max(1, steps)):
+        pairs = [(run, run.to_longer()) for run in runs]
+        sums = iter(matrices.add_up([part for run, two in pairs if run.sums_short for part in two]))
+        products = [run.at_longer(*([next(sums), next(sums)] if run.sums_short else two)) for run, two in pairs]
+        if number == 0:
+            sketches = [run.sketch() for run in runs]
+        if not steps:
+            return [], sketches
+        sums = iter(matrices.add_up([z for run, z in zip(runs, products, strict=True) if not run.sums_short]))
+        for run, product in zip(runs, products, strict=True):
+            run.at_shorter(product if run.sums_short else next(sums))
+    return [run.results() for run in runs], sketches
+
+
+def signs(update: Update, tensor: torch.Tensor) -> torch.Tensor:
+    """Vectors for traces, (shorter side on this rank, vectors): random signs, or a basis where that is small."""
+    p, first, size = _side(update, tensor)
+    count = min(max(-(-_BUDGET // p), _FEWEST), _MOST)
+    return _vectors(p, first, size, 0 if p <= _MOST else count, tensor.device, tensor.dtype)
+
+
+def noise(update: Update, tensor: torch.Tensor) -> torch.Tensor:
+    """Two vectors for largest singular values, (shorter side on this rank, 2): noise, orthogonal to no direction."""
+    p, first, size = _side(update, tensor)
+    return _vectors(p, first, size, -2, tensor.device, tensor.dtype)
+
+
+def _side(update: Update, tensor: torch.Tensor) -> tuple[int, int, int]:
+    """The shorter side p, the number of this rank's first entry of it, and how many it has."""
+    if update.rows > update.columns:
+        size = tensor.size(-1)
+        return update.columns, update.first_column if size < update.columns else 0, size
+    size, its = tensor.size(-2), update.slices.ranges[0]
+    if size == update.rows:
+        return update.rows, 0, size
+    # Matrices of some rows that shards cut through lie one after the other in their block.
+    before = 0 if its.layout.stacked else its.start * its.layout.matrix_rows(its.block)
+    return update.rows, max(0, block_rows_before(its.layout, its.block, its.first_row) - before), size
+
+
+@functools.cache
+def _vectors(p: int, first: int, size: int, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(size, vectors): of signs; noise where ``count`` is negative; a basis where it is 0. The same on all devices."""
+    if count == 0:
+        return torch.eye(p, device=device, dtype=dtype)[first : first + size]
+    found = noise_of(max(p, first + size) * abs(count), device).view(-1, abs(count))[first : first + size].to(dtype)
+    return found if count < 0 else torch.where(found < 0, -1.0, 1.0).to(dtype)
+
+
+def largest(alphas: torch.Tensor, betas: torch.Tensor) -> tuple[torch.Tensor]:
+    """The largest eigenvalue of each T, to 1e-3 of it.
+
+    Args:
+        alphas: diagonals, (..., steps), float64.
+        betas: what is beside them, (..., steps - 1).
+    """
+    beside = torch.nn.functional.pad(betas, (1, 1))
+    lower, upper = alphas.amax(dim=-1, keepdim=True), (alphas + beside[..., 1:] + beside[..., :-1]).amax(-1, True)
+    points = 64
+    for _ in range(2):  # 63^2 parts of an interval that is no longer than the eigenvalue
+        width = (upper - lower) / (points - 1)
+        grid = lower + width * torch.arange(points, device=alphas.device, dtype=alphas.dtype)
+        are_below = torch.zeros_like(grid, dtype=torch.bool)
+        for level in _levels(alphas, betas, grid):
+            are_below |= level > 0  # by Sylvester's law some eigenvalue is above
+        lower = lower + width * (are_below.sum(dim=-1, keepdim=True) - 1).clamp_min(0)
+        upper = lower + width
+    return (((lower + upper) / 2).squeeze(-1),)
+
+
+def quadratures(alphas: torch.Tensor, betas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """e_1^T f(T) e_1 for two functions of singular values s: below 1/2 or not, and (s - 1)^2.
+
+    Args:
+        alphas: diagonals, (..., steps), float64.
+        betas: what is beside them, (..., steps - 1).
+    """
+    poles, distances, weights = _terms(alphas.device)
+    shifts = torch.cat([poles, -distances.to(poles.dtype)])
+    second = first = alphas.new_ones((), dtype=poles.dtype)
+    for level in _levels(alphas.to(poles.dtype), betas.to(poles.dtype), shifts):
+        second, first = first, level
+    below = -(2.0 / _STEEPNESS) * (poles / first[..., : poles.numel()]).sum(dim=-1).real
+    # (s - 1)^2 = (s^2 - 1)^2 / (1 + s)^2: the first factor as it is, so that nothing cancels near 1.
+    first, second = first[..., poles.numel() :].real, second[..., poles.numel() :].real
+    a, b = alphas[..., :1] - 1.0, betas[..., :1]
+    if not betas.size(-1):
+        return below, (weights * a.square() / first).sum(dim=-1)
+    norm = a.square() * second - 2.0 * a * b.square() + b.square() * (alphas[..., :1] + distances)
+    return below, (weights * norm / (first * second)).sum(dim=-1)
+
+
+@functools.cache
+def _terms(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Poles of the function that counts, above the real line; d and w of 1 / (1 + s)^2 = sum of w / (s^2 + d)."""
+    each = torch.arange(_STEEPNESS // 2, device=device, dtype=torch.float64)
+    poles = 0.25 * torch.polar(torch.ones_like(each), math.pi * (2.0 * each + 1.0) / _STEEPNESS)
+    # 1 / (1 + s)^2 = (2 / pi) int_0^inf sqrt(d) / ((1 + d)^2 (s^2 + d)) dd, by the trapezoidal rule in log d.
+    roots = torch.exp(0.5 * torch.arange(-16, 11, device=device, dtype=torch.float64))
+    weights = (4.0 / math.pi) * 0.5 * roots**3 / (1.0 + roots.square()).square()
+    return poles, roots.square(), weights
+
+
+def _levels(alphas: torch.Tensor, betas: torch.Tensor, shifts: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The diagonal of U in T - x = U D U^T, from its last entry to its first: 1 / e_1^T (T - x)^-1 e_1.
+
+    Args:
+        alphas: (..., steps).
+        betas: (..., steps - 1).
+        shifts: x, (..., many).
+
+    Yields:
+        (..., many).
+    """
+    level = alphas[..., -1:] - shifts
+    for index in range(alphas.size(-1) - 1, -1, -1):
+        if index < alphas.size(-1) - 1:
+            level = alphas[..., index : index + 1] - shifts - betas[..., index : index + 1].square() / level
+        level = torch.where(level == 0, 1e-300, level)
+        yield level

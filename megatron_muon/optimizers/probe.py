@@ -1,0 +1,387 @@
+"""What a step tells of the matrices that it updates: norms, singular values, sizes, as numbers that stay on the device.
+
+A :class:`Probe` looks at the steps that it is told to look at, where matrices are written: at the momentum u, at the
+result O of the orthogonalization and at the weight W, all of whole logical matrices, by sums over the ranks that have
+parts of them. It needs copies of the matrices of one chunk (``chunk_mb``) for u and W. Nothing that it does changes a
+bit of weights or state, and the host waits for nothing::
+
+    optimizer.probe = Probe()
+    optimizer.probe.is_due = True
+    optimizer.step()
+    samples = optimizer.probe.take()
+
+Its numbers are those of :data:`megatron_muon.monitor.schema.STATS`. A number that was not measured is NaN, as are
+ratios of zeros. Matrices that are not orthogonalized (directions ``sign``, ``row_norm``, ``col_norm``) have no
+spectra, rows of the scalar optimizer have no numbers; where each shard is orthogonalized by itself (``blockwise``),
+each counts as a matrix. Momentum that is kept in 16 or 8 bits is measured as it is kept. On the spectral sphere W is
+measured where the step has brought it back to; on the Stiefel manifold O is the new weight over its radius, and has
+no cosine. Variants of others that write weights by themselves are not measured unless they call :meth:`Work.measure`.
+
+Largest singular values and the orthogonality defect are estimates within 5 %, mostly within 2 %; shares of directions
+have a standard deviation of at most sqrt(share / 2048), which 64 directions or fewer have not at all. See
+:mod:`megatron_muon.optimizers.lanczos`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_muon.monitor.schema import STATS
+from megatron_muon.optimizers.lanczos import largest, noise, quadratures, signs, tridiagonals
+from megatron_muon.optimizers.matrices import Matrices, Update, row_norms
+from megatron_muon.orthogonalize.kernels.elementwise import Rate
+from megatron_muon.orthogonalize.switches import matmul_precision
+
+Diagonals = tuple[torch.Tensor, torch.Tensor]
+
+Mixed = Callable[[Update], torch.Tensor]
+"""Gives u of an update as a new batch, as it is orthogonalized."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Numbers of some matrices, all of one weight's block.
+
+    Attributes:
+        param: the weight (this rank's shard), a parameter of the optimizer.
+        block: name of its block of rows (``q``); empty where the weight has one block.
+        numbers: (matrices, len(STATS)), float32, on the device; NaN: not measured.
+        ranks: how many ranks have parts of each of these matrices, and its numbers.
+    """
+
+    param: torch.Tensor
+    block: str
+    numbers: torch.Tensor
+    ranks: int = 1
+
+
+@dataclass
+class Finding:
+    """What was found of the matrices of one update.
+
+    Attributes:
+        places: weight, name of the block, and number of matrices, of each item.
+        size: elements of a whole matrix.
+        ranks: see :class:`Sample`.
+        norms: Frobenius norms, by name, (matrices,).
+        eps: lower bound of the norm of u, in its units; None: there is none.
+        spectra: T of results, momenta and weights, by name, see :func:`lanczos.tridiagonals`.
+        cosine: with the result of the step before, (matrices,).
+    """
+
+    places: list[tuple[torch.Tensor, str, int]]
+    size: int
+    ranks: int
+    norms: dict[str, torch.Tensor]
+    eps: float | None = None
+    spectra: dict[str, Diagonals] = field(default_factory=dict)
+    cosine: torch.Tensor | None = None
+
+
+@dataclass
+class Probe:
+    """Measures the matrices of one optimizer in the steps that it is told to.
+
+    Attributes:
+        is_due: set before the step that is to be measured; that step sets it to False again.
+        is_next_due: set before the step before it, for the cosine: that keeps products of the results with a few
+            vectors, until the next step has been taken.
+        measures: whether the step that is being taken is measured.
+        keeps: whether it keeps products.
+    """
+
+    is_due: bool = False
+    is_next_due: bool = False
+    measures: bool = field(default=False, init=False)
+    keeps: bool = field(default=False, init=False)
+    _compares: bool = field(default=False, init=False)
+    _keeps_some: bool = field(default=False, init=False)
+    _findings: list[Finding] = field(default_factory=list, init=False)
+    _before: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False)
+    _sketches: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the next step is to be taken with it."""
+        return self.is_due or self.is_next_due or bool(self._sketches)
+
+    def begin(self) -> bool:
+        """At the beginning of a step: whether it has something to look at."""
+        self.measures, self.keeps, self.is_due, self.is_next_due = self.is_due, self.is_next_due, False, False
+        self._before, self._sketches = self._sketches, {}
+        self._compares, self._keeps_some = self._keeps_some, self.keeps
+        if self.measures:
+            self._findings = []
+        return self.measures or self.keeps
+
+    def end(self) -> None:
+        """At the end of such a step: forget what was kept of the one before."""
+        self._before = {}
+
+    def look(
+        self,
+        matrices: Matrices,
+        results: Sequence[torch.Tensor] | None,
+        mixed: Mixed | None,
+        eps: float | None = None,
+        *,
+        are_successive: bool = True,
+    ) -> list[Finding]:
+        """Look at matrices before their weights change; all ranks that have parts of them must do it.
+
+        Args:
+            matrices: the updates.
+            results: O of each, (matrices, rows on this rank, columns on this rank), which stays as it is; None: the
+                matrices are not orthogonalized, and nothing is asked about their singular values.
+            mixed: gives u.
+            eps: the lower bound of the norm of u.
+            are_successive: whether O is an update, which may be compared with that of the step before.
+
+        Returns:
+            what was found, for :meth:`added`; empty in a step that is not measured.
+        """
+        with matmul_precision("highest"):
+            if self.measures:
+                return self._measured(matrices, results, mixed, eps, are_successive)
+            if results is not None and are_successive:
+                tensors = [[result] for result in results]
+                _, sketches = tridiagonals(matrices, tensors, _ones(tensors), _signs(matrices, results), steps=0)
+                self._keep(matrices, sketches)
+            return []
+
+    def added(
+        self,
+        found: Sequence[Finding],
+        matrices: Matrices,
+        changes: Sequence[torch.Tensor] | None,
+        factor: Callable[[Update], Rate | torch.Tensor],
+    ) -> None:
+        """Note what is added to weights.
+
+        Args:
+            found: by :meth:`look`.
+            matrices: the updates.
+            changes: of each; None: the results as they were looked at.
+            factor: on the changes of an update, learning rate and all; a number, or (matrices,).
+        """
+        if not found:
+            return
+        if changes is None:
+            norms = [each.norms["result"] for each in found]
+        else:
+            norms = [norm.view(-1) for norm in matrices.norms([row_norms(x, wide=True) for x in changes], wide=True)]
+        for each, update, norm in zip(found, matrices.updates, norms, strict=True):
+            each.norms["added"] = (norm.double() * factor(update)).abs()
+
+    def take(self) -> list[Sample]:
+        """The numbers of the last measured step, which are forgotten here.
+
+        This starts a few hundred small kernels, however many matrices there are; it waits for nothing.
+        """
+        found, self._findings = self._findings, []
+        spectra = _evaluated([each.spectra for each in found])
+        samples = []
+        for each, its in zip(found, spectra, strict=True):
+            first, table = 0, _table(each, its)
+            for param, block, count in each.places:
+                samples.append(Sample(param, block, table[first : first + count], each.ranks))
+                first += count
+        return samples
+
+    def _measured(
+        self,
+        matrices: Matrices,
+        results: Sequence[torch.Tensor] | None,
+        mixed: Mixed | None,
+        eps: float | None,
+        are_successive: bool,
+    ) -> list[Finding]:
+        updates, names = matrices.updates, ["gradient", "weight"]
+        rows = [_gradient_norms(update) for update in updates]
+        mixes: list[torch.Tensor] = []
+        weights: list[torch.Tensor] = []
+        if results is None:
+            rows += [update.master_norms().double() for update in updates]
+            if mixed is not None:
+                names.append("momentum")
+                rows += [row_norms(mixed(update), wide=True) for update in updates]  # one copy at a time
+        else:
+            weights = [update.masters() for update in updates]
+            rows += [row_norms(weight) for weight in weights]
+            if mixed is not None:
+                names.append("momentum")
+                mixes = [mixed(update) for update in updates]
+                rows += [row_norms(mix, wide=True) for mix in mixes]
+            names.append("result")
+            rows += [row_norms(result) for result in results]
+        norms = iter(matrices.norms(rows, wide=True))
+        by_name = {name: [next(norms) for _ in updates] for name in names}
+        found = [
+            Finding(
+                _places(update),
+                update.rows * update.columns,
+                update.ranks,
+                {name: by_name[name][index].view(-1).double() for name in names},
+                None if eps is None else eps / _damping(update),
+            )
+            for index, update in enumerate(updates)
+        ]
+        if results is not None:
+            self._look_at_spectra(matrices, found, results, mixes, weights, by_name, are_successive)
+        self._findings += found
+        return found
+
+    def _look_at_spectra(
+        self,
+        matrices: Matrices,
+        found: Sequence[Finding],
+        results: Sequence[torch.Tensor],
+        mixes: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        norms: dict[str, list[torch.Tensor]],
+        are_successive: bool,
+    ) -> None:
+        others = [("momentum", mixes), ("weight", weights)] if mixes else [("weight", weights)]
+        tensors = [[result, *(each[index] for _, each in others)] for index, result in enumerate(results)]
+        scales, starts = _ones(tensors), _signs(matrices, results)
+        for index, update in enumerate(matrices.updates):
+            for name, each in others:
+                scales[index].append(_inverse(norms[name][index]).to(results[index].dtype))
+                starts[index].append(noise(update, each[index]))
+        spectra, sketches = tridiagonals(matrices, tensors, scales, starts)
+        names = ["result", *(name for name, _ in others)]
+        for finding, its in zip(found, spectra, strict=True):
+            finding.spectra = dict(zip(names, its, strict=True))
+        if are_successive:
+            self._compare(matrices, found, sketches)
+            if self.keeps:
+                self._keep(matrices, sketches)
+
+    def _compare(self, matrices: Matrices, found: Sequence[Finding], sketches: Sequence[torch.Tensor]) -> None:
+        """Cosines with the products that were kept in the step before; NaN where there are none."""
+        if not self._compares:
+            return
+        dots = []
+        for update, sketch in zip(matrices.updates, sketches, strict=True):
+            counts = update.slices.counts
+            own = zip(_keys(update), sketch.split(counts), strict=True)
+            known = [self._before.get(key) for key, _ in zip(_keys(update), counts, strict=True)]
+            parts = [
+                torch.full_like(mine, torch.nan) if its is None or its.shape != mine.shape else its
+                for (_, mine), its in zip(own, known, strict=True)
+            ]
+            before = torch.cat(parts)
+            pairs = torch.stack([sketch * before, sketch.square(), before.square()], dim=1)
+            dots.append(pairs.flatten(2).sum(dim=-1))
+        is_short = [update.divides_columns != (update.rows <= update.columns) for update in matrices.updates]
+        sums = iter(matrices.add_up([each for each, short in zip(dots, is_short, strict=True) if not short]))
+        for each, dot, short in zip(found, dots, is_short, strict=True):
+            both, mine, its = (dot if short else next(sums)).double().unbind(dim=1)
+            each.cosine = both / (mine * its).sqrt()
+
+    def _keep(self, matrices: Matrices, sketches: Sequence[torch.Tensor]) -> None:
+        for update, sketch in zip(matrices.updates, sketches, strict=True):
+            self._sketches |= zip(_keys(update), sketch.split(update.slices.counts), strict=True)
+
+
+def _keys(update: Update) -> list[Hashable]:
+    """What tells the sketches of items from all others."""
+    return [(param, its, update.rows, update.columns) for param, its in update.keys]
+
+
+def _places(update: Update) -> list[tuple[torch.Tensor, str, int]]:
+    names = []
+    for its in update.slices.ranges:
+        several = len(its.layout.indices) > 1
+        names.append(its.layout.sections[its.layout.indices[its.block][0]].name if several else "")
+    return [
+        (weight.param, name, count)
+        for weight, name, count in zip(update.weights, names, update.slices.counts, strict=True)
+    ]
+
+
+def _damping(update: Update) -> float:
+    """What u is multiplied by before it is divided by its norm, see :func:`param_step.damp`."""
+    depth = update.options.damping_depth
+    return depth * (update.rows / update.columns) ** 0.5 if depth else 1.0
+
+
+def _gradient_norms(update: Update) -> torch.Tensor:
+    """Norms of the rows of gradients as they are, (matrices, rows on this rank, 1), float64."""
+    found = update.direction.new_empty((*update.direction.shape[:-1], 1), dtype=torch.float64)
+    grads, slots = update.pairs([weight.raw_grad for weight in update.weights], found)
+    for grad, norms in zip(grads, slots, strict=True):
+        row_norms(grad, wide=True, out=norms)
+    return found
+
+
+def _inverse(norm: torch.Tensor) -> torch.Tensor:
+    return torch.where(norm > 0, norm.reciprocal(), 0.0).clamp_max(1e37)
+
+
+def _ones(tensors: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    return [[each[0].new_ones((each[0].size(0), 1, 1))] for each in tensors]
+
+
+def _signs(matrices: Matrices, results: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    return [[signs(update, result)] for update, result in zip(matrices.updates, results, strict=True)]
+
+
+def _evaluated(spectra: Sequence[dict[str, Diagonals]]) -> list[dict[str, torch.Tensor]]:
+    """What all T together tell: largest singular values by name, and of results ``unlifted`` and ``defect``."""
+    found: list[dict[str, torch.Tensor]] = [{} for _ in spectra]
+    places = [(its, name, pair) for its, each in zip(found, spectra, strict=True) for name, pair in each.items()]
+    if not places:
+        return found
+    pairs = [pair for _, _, pair in places]
+    for (its, name, _), top in zip(places, _of_each(largest, pairs)[0], strict=True):
+        its[name] = top.amax(dim=-1).clamp_min(0.0).sqrt()
+    results = [(its, pair) for its, name, pair in places if name == "result"]
+    below, squares = _of_each(quadratures, [pair for _, pair in results])
+    for (its, _), share, square in zip(results, below, squares, strict=True):
+        its |= {"unlifted": share.mean(dim=-1).clamp(0.0, 1.0), "defect": square.mean(dim=-1).clamp_min(0.0).sqrt()}
+    return found
+
+
+def _of_each(
+    function: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]], pairs: Sequence[Diagonals]
+) -> list[list[torch.Tensor]]:
+    """Numbers of each T, (matrices, vectors) for each pair: computed together, NaN where T is not finite."""
+    alphas, betas = (torch.cat([each[index].flatten(0, 1) for each in pairs]).double() for index in (0, 1))
+    are_finite, shapes = alphas.sum(dim=-1).isfinite(), [alphas.shape[:2] for alphas, _ in pairs]
+    found, sizes = function(alphas, betas), [m * k for m, k in shapes]
+    parts = (torch.where(are_finite, values, torch.nan).split(sizes) for values in found)
+    return [[part.view(shape) for part, shape in zip(each, shapes, strict=True)] for each in parts]
+
+
+def _table(found: Finding, spectra: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(matrices, len(STATS)), float32."""
+    norms, root = found.norms, found.size**0.5
+    its: dict[str, torch.Tensor] = {"gradient_norm": norms["gradient"], "zero_gradient": norms["gradient"] == 0}
+    bad = torch.zeros_like(norms["gradient"], dtype=torch.bool)
+    for name in ("momentum", "result", "added"):
+        if name in norms:
+            bad |= ~norms[name].isfinite()
+    its["nonfinite"] = bad
+    its["weight_rms"] = norms["weight"] / root
+    if "momentum" in norms:
+        its["momentum_norm"] = norms["momentum"]
+        if found.eps is not None:
+            its["at_bound"] = norms["momentum"] < found.eps
+    if "added" in norms:
+        its["update_rms"] = norms["added"] / root
+        its["update_ratio"] = norms["added"] / norms["weight"]
+    if spectra:
+        its |= {"unlifted": spectra["unlifted"], "defect": spectra["defect"]}
+        its["largest_singular"] = spectra["result"]
+        its["spectral_norm"] = spectra["weight"] * norms["weight"]
+        if "momentum" in spectra:  # of u / |u|
+            top = spectra["momentum"].square()
+            its["stable_rank"] = torch.where(top > 0, top.reciprocal(), torch.nan)
+    if found.cosine is not None:
+        its["cosine"] = found.cosine
+    unknown = torch.full_like(norms["gradient"], torch.nan)
+    return torch.stack([its.get(name, unknown).to(torch.float32) for name in STATS], dim=-1)
