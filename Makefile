@@ -5,6 +5,7 @@
 # make gpu-check   all that only a GPU can tell: checks and measurements on one, nine minutes a call at most
 # make te      build TransformerEngine too (with a CUDA compiler, no GPU), for make test-te
 # make test-clients   the frameworks (Megatron-Bridge, ms-swift, verl), in an environment of their own, with make te
+# make test-browser   the page of `plot --html` in a browser that is installed, which make test does too if it finds one
 # make help    all targets
 #
 # Variables: PYTHON=/path/to/python3.12    the interpreter of the virtual environment
@@ -18,11 +19,11 @@ STAMP := $(VENV)/.ready
 JOBS ?= 2
 export PYTHON TORCH
 
-.PHONY: help setup train train-hybrid test test-slow test-te te clients test-clients lint bench gpu-check results clean
+.PHONY: help setup train train-hybrid test test-slow test-te te clients test-clients test-browser lint bench gpu-check results clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
-	@echo "Targets: setup train train-hybrid test test-slow test-te te clients test-clients lint bench gpu-check results clean"
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
+	@echo "Targets: setup train train-hybrid test test-slow test-te te clients test-clients test-browser lint bench gpu-check results clean"
 
 setup: $(STAMP)
 
@@ -57,6 +58,10 @@ clients: te
 
 test-clients: clients
 	@MEGATRON_MUON_CLIENTS=1 $(VENV)-clients/bin/python -m pytest tests/clients $(ARGS)
+
+# Chromium or Chrome, from anywhere (Debian: apt-get install chromium). Without one it fails here and skips in make test.
+test-browser: $(STAMP)
+	@BROWSER_FOR_TESTS="$(BROWSER)" $(RUN) -m pytest tests/unit/test_plots_page.py $(ARGS)
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .

@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_muon", "megatron_muon.*"]),
-    package_data={"megatron_muon.planning": ["devices.json"]},
+    package_data={"megatron_muon.monitor": ["page.html"], "megatron_muon.planning": ["devices.json"]},
     # Megatron-LM with our git patches finds the plug-in by this.
     entry_points={"megatron_core.plugins": ["megatron_muon = megatron_muon.plugin:load"]},
     install_requires=[

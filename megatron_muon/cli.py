@@ -17,7 +17,7 @@ from megatron_muon.plugin.telling import REFUSALS, tell
 from megatron_muon.version import __version__
 
 TOOLS = {
-    "plot": "plot the losses of recorded runs",
+    "plot": "draw recorded runs: losses, and all that was measured of Muon's work",
     "plan": "tell from a run's flags, without GPUs, who updates what and what the optimizer costs",
     "ckpt": "inspect a checkpoint, or convert it from Adam to Muon or back",
 }

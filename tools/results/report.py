@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # The look of the other pictures.
-COLOURS, STYLES, MARKERS = plots._COLOURS, plots._STYLES, "osD^vP*"
+COLOURS, STYLES, MARKERS = plots.COLOURS, plots._STYLES, "osD^vP*"
 LINE = 120
 CUT = 0.4
 """Losses so much above the highest of the best ones are not in the picture."""
@@ -61,7 +61,7 @@ def write(report: Report, context: Context, out: Path) -> None:
     from matplotlib.figure import Figure
 
     out.mkdir(parents=True, exist_ok=True)
-    with plots._replacing(out / f"{report.name}.md") as partial:
+    with plots.replacing(out / f"{report.name}.md") as partial:
         partial.write_text(page(report, context))
     numbers = {
         "command": command(report.name, context),
@@ -69,12 +69,12 @@ def write(report: Report, context: Context, out: Path) -> None:
         "settings": report.settings,
         **report.numbers,
     }
-    with plots._replacing(out / f"{report.name}.json") as partial:
+    with plots.replacing(out / f"{report.name}.json") as partial:
         partial.write_text(json.dumps(to_json(numbers), indent=1) + "\n")
     figure = Figure(figsize=report.size, layout="constrained", dpi=110)
     report.draw(figure)
     figure.suptitle(report.title, fontsize="medium")
-    with plots._replacing(out / f"{report.name}.png") as partial:
+    with plots.replacing(out / f"{report.name}.png") as partial:
         figure.savefig(partial, format="png")
 
 
