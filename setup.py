@@ -40,6 +40,7 @@ setup(
             *TRAINING,
             "multi-storage-client>=1.3",  # object stores, which Megatron-Core reads with it and does not require
             "einops>=0.8",  # megatron-core's Mamba mixer imports it without requiring it
+            "hypothesis>=6.100",
             "mypy>=1.13",
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -10,6 +10,8 @@ sent once. What is not, sums and steps, is sent as numbers, in an order that bot
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -38,6 +40,9 @@ Sums = dict[tuple[str, str], int]
 
 FORMAT = 2
 """Form 1, read as well, has sums that do not see the order of elements, one for all parts of a fused weight's state."""
+
+_DIGEST = "digest"
+"""Key of the digest of a record, beside its fields: a wrong step or rate in it would be taken for right."""
 
 _PASSING = ("params", "step", "lr", "weight_decay", "is_expert_parallel")
 """Entries of param groups that the schedule or the parallel layout sets, or that are stored otherwise."""
@@ -116,17 +121,20 @@ class Record:
         plain = {each.name: getattr(self, each.name) for each in fields(self)}
         plain["rules"] = [{**vars(rule), "states": list(rule.states)} for rule in self.rules]
         plain["alone"] = [list(pair) for pair in self.alone]
-        return plain
+        return {**plain, _DIGEST: _digest(plain)}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Record:
         """The inverse of :meth:`to_plain`.
 
         Raises:
-            ValueError: for a form that this version does not know.
+            ValueError: for a form that this version does not know, or if anything in it is not what was saved.
         """
         check_version(plain)
         values = dict(plain)
+        digest = values.pop(_DIGEST, None)  # records of earlier versions have none
+        if digest is not None and digest != _digest(values):
+            raise ValueError("the record of its optimizer state is not what was saved")
         values["rules"] = [Rule(**{**rule, "states": tuple(rule["states"])}) for rule in plain["rules"]]
         values["alone"] = [(state, key) for state, key in plain["alone"]]
         return cls(**values)
@@ -145,6 +153,11 @@ class Record:
             whole.model |= record.model
             whole.version = record.version
         return whole
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    """Of a record as plain data; tuples count as lists."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def note(keys: Iterable[str]) -> dict[str, Any]:

@@ -14,10 +14,12 @@ import torch
 from megatron_muon.agree import Ranks
 from megatron_muon.checkpoint.errors import CheckpointError
 from megatron_muon.checkpoint.folders import check_marks, path_of, sizes_in
-from megatron_muon.checkpoint.keys import ALONE, PREFIX, BucketKey, is_bucket, parse_bucket, parse_state
+from megatron_muon.checkpoint.keys import ALONE, PREFIX, RECORD_KEY, BucketKey, is_bucket, parse_bucket, parse_state
 from megatron_muon.checkpoint.param_state import Bucket
 from megatron_muon.checkpoint.record import RECORD, Record, check_version
 from megatron_muon.errors import sizes
+
+_EARLIER = "Load an earlier checkpoint (--ckpt-step), and check the storage."
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Stored:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        _check_notes(folder, metadata, common)
         record = Record.joined(records) if len(records) > 1 else next(iter(records), None)
         buckets = any(map(is_bucket, metadata.state_dict_metadata))
         return cls(folder, shapes, common, record, buckets, tuple(records))
@@ -142,7 +145,7 @@ def records_in(
         read: the objects of some keys, if they are not in the folder.
 
     Raises:
-        CheckpointError: for a form that this version does not know.
+        CheckpointError: for a form that this version does not know, or a record that is damaged.
     """
     try:
         notes = list(_notes(common))
@@ -154,6 +157,22 @@ def records_in(
         return [Record.from_plain(each) for each in (*plain, *(read(keys) if keys else ()))]
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}.") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder} is damaged: the record of its optimizer state cannot be understood ({type(error).__name__}: "
+            f"{error}). {_EARLIER}"
+        ) from error
+
+
+def _check_notes(folder: str, metadata: Any, common: Any) -> None:
+    """Refuse a checkpoint of whose records the plain state does not tell: it would be read as one without any."""
+    there = {key.rpartition("/")[0] for key in metadata.state_dict_metadata if key.startswith(RECORD_KEY)}
+    told = {key for note in _notes(common) for key in note.get("keys", ())}
+    if lost := sorted(there - told):
+        raise CheckpointError(
+            f"{folder} is damaged: it has the record {lost[0]}, and its plain state says nothing of it ({RECORD}). "
+            f"{_EARLIER}"
+        )
 
 
 def has_record(common: dict[str, Any]) -> bool:
@@ -161,13 +180,12 @@ def has_record(common: dict[str, Any]) -> bool:
     return next(_notes(common), None) is not None
 
 
-def _notes(state: Any) -> Iterator[dict[str, Any]]:
+def _notes(state: Any) -> Iterator[Any]:
     """One, or one for each of several optimizers under names of the user's own."""
-    if isinstance(state, dict):
-        if isinstance(state.get(RECORD), dict):
-            yield state[RECORD]
-        for value in state.values():
-            yield from _notes(value)
+    if isinstance(state, dict) and RECORD in state:
+        yield state[RECORD]
+    for value in state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ():
+        yield from _notes(value)
 
 
 def _objects(folder: str, keys: Iterable[str]) -> list[Any]:
@@ -184,8 +202,7 @@ def _objects(folder: str, keys: Iterable[str]) -> list[Any]:
     except (Exception, CheckpointException) as error:
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise CheckpointError(
-            f"{folder} is damaged: the record of its optimizer state cannot be read ({last}). Load an earlier "
-            "checkpoint (--ckpt-step), and check the storage."
+            f"{folder} is damaged: the record of its optimizer state cannot be read ({last}). {_EARLIER}"
         ) from error
     found = []
     for name in names:

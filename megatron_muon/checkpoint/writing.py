@@ -117,7 +117,17 @@ def write(index: Index, plan: Plan, target: Path, text: str, workers: int, optio
     there = (path for path in target.rglob("*") if not path.is_dir() and path != folder / f"{_NOTES}.new")
     if any(there) and not (folder / _NOTES).is_file():
         raise CheckpointError(f"{target} is not empty: give a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(index, plan, target, text, workers, folder, notes)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {error}. The same command goes on from here.") from error
+
+
+def _write(
+    index: Index, plan: Plan, target: Path, text: str, workers: int, folder: Path, notes: dict[str, Any]
+) -> None:
+    """What is missing in the folder of the iteration."""
     with _held(folder, notes):
         if not folders.is_whole(folder):
             if not (folder / ".metadata").is_file():
@@ -206,8 +216,6 @@ class _Files:
                             file=sys.stderr,
                             flush=True,
                         )
-            except OSError as error:
-                raise CheckpointError(f"{self._folder}: {error}. The same command goes on from here.") from error
             finally:
                 self._stopped = True
                 pool.shutdown(cancel_futures=True)

@@ -28,6 +28,7 @@ from megatron_muon.plugin.canonical_state import (
     keys_in,
 )
 from megatron_muon.plugin.checkpoint_files import EARLIER, one_index, read_in_pieces, reason_of, remove_old_marks
+from megatron_muon.plugin.checkpoint_writers import saved_together
 from megatron_muon.plugin.early_gather import settle
 
 if TYPE_CHECKING:
@@ -233,8 +234,8 @@ def _with_form(original: Original, sharded_state_dict: Any, checkpoint_dir: Any,
     # Beside another model's distributed optimizer, its form is what they tell.
     if RECORD in keys and "param_state_sharding_type" not in keys:
         bound.arguments["content_metadata"] = {**(bound.arguments.get("content_metadata") or {}), **_SHARDING}
-    saved = [each.ranks for each in dictionaries(sharded_state_dict) if isinstance(each, Saved)]
-    for ranks in dict.fromkeys(saved):
+    saved = [*dict.fromkeys(each.ranks for each in dictionaries(sharded_state_dict) if isinstance(each, Saved))]
+    for ranks in saved:
         ranks.from_first(lambda: remove_old_marks(checkpoint_dir))
     if not saved and any(each.is_in(sharded_state_dict) for each in OURS):
         # Of weights alone no rank knows if the others of their model have some: the first does what it can.
@@ -242,4 +243,4 @@ def _with_form(original: Original, sharded_state_dict: Any, checkpoint_dir: Any,
             remove_old_marks(checkpoint_dir)
         except Exception as error:
             print(f"megatron_muon: WARNING {checkpoint_dir}: {error}; interrupted, it would pass for whole")
-    return original(*bound.args, **bound.kwargs)
+    return saved_together(saved, checkpoint_dir, lambda: original(*bound.args, **bound.kwargs))
