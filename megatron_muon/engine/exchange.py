@@ -48,6 +48,7 @@ class Pending:
         sent: what it reads, kept until it is done.
         place: is told of the wait.
         phase: in which this rank waits.
+        group: whose ranks it waits for.
     """
 
     buffer: torch.Tensor | None
@@ -55,10 +56,11 @@ class Pending:
     sent: torch.Tensor | None = field(repr=False)
     place: Place = field(repr=False)
     phase: str
+    group: dist.ProcessGroup
 
     def wait(self) -> torch.Tensor:
         """The filled buffer. On CUDA the current stream waits, not the host."""
-        with self.place.at(self.phase):
+        with self.place.at(self.phase, (self.group, None)):
             if self.work is not None:
                 self.work.wait()
         assert self.buffer is not None, "read before"
@@ -103,19 +105,21 @@ class Exchange:
         received = send.new_empty(sum(taken) // size)
         self.count(send.numel() * size - given[self.rank])
         bytes_ = received.view(torch.uint8), send.view(torch.uint8)
-        return Pending(received, self._start(dist.all_to_all_single, *bytes_, taken, given), send, self.place, phase)
+        work = self._start(dist.all_to_all_single, *bytes_, taken, given)
+        return Pending(received, work, send, self.place, phase, self.group)
 
     def all_gather(self, send: torch.Tensor, phase: str = EXCHANGE) -> Pending:
         """(ranks, elements): every rank's buffer, all of one length; ``phase`` as of :meth:`all_to_all`."""
         received = send.new_empty(self.size, send.numel())
         self.count((self.size - 1) * send.numel() * send.element_size())
         bytes_ = received.view(torch.uint8).view(-1), send.view(torch.uint8)
-        return Pending(received, self._start(dist.all_gather_into_tensor, *bytes_), send, self.place, phase)
+        work = self._start(dist.all_gather_into_tensor, *bytes_)
+        return Pending(received, work, send, self.place, phase, self.group)
 
     def all_reduce(self, tensor: torch.Tensor) -> Pending:
         """The sum over the ranks, in place."""
         self.count(2 * (self.size - 1) * tensor.numel() * tensor.element_size() / self.size)
-        return Pending(tensor, self._start(dist.all_reduce, tensor), None, self.place, EXCHANGE)
+        return Pending(tensor, self._start(dist.all_reduce, tensor), None, self.place, EXCHANGE, self.group)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place; waits for it."""
@@ -180,7 +184,7 @@ class Members:
                     if tensor.numel():
                         bytes_ = tensor.view(-1).view(torch.uint8)
                         operations.append(dist.P2POp(function, bytes_, peer, self._exchange.group))
-        with self._exchange.place.at(EXCHANGE):
+        with self._exchange.place.at(EXCHANGE, (self._exchange.group, self.ranks)):
             for work in dist.batch_isend_irecv(operations) if operations else ():
                 work.wait()
         others = (tensor for number, tensor in enumerate(sent) if number != self._own)

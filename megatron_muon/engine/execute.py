@@ -49,6 +49,7 @@ def work_on(run: Run, mine: RankChunk) -> ChunkWork:
     work = _WORK[mine.chunk.mode](run, mine)
     pause: Pause | None = Pause.EXCHANGE
     while pause is not None:
+        run.place.part = mine
         with run.place.at(PRODUCTS):
             pause = next(work, None)
         if pause is not None:

@@ -16,12 +16,15 @@ from megatron_muon.engine.clock import NO_CLOCK, NoClock
 from megatron_muon.engine.describe import describe
 from megatron_muon.engine.exchange import Counters, Exchange
 from megatron_muon.engine.execute import execute
+from megatron_muon.engine.failure import explain
 from megatron_muon.engine.modes import GRAM, LENT, LOCAL, OWNER, SPLIT, Machine, Sizes
 from megatron_muon.engine.place import Place
 from megatron_muon.engine.plan import Plan, Weight
 from megatron_muon.engine.planner import Policy
 from megatron_muon.engine.run import RankChunk, Run, WireDtypes
+from megatron_muon.engine.watcher import WATCHER, limit_of
 from megatron_muon.errors import ConfigError
+from megatron_muon.orthogonalize.kernels import is_capturing
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 
 MEBIBYTE = 1 << 20
@@ -80,7 +83,8 @@ class StepEngine:
         back = iteration if is_rounded else wire_dtype
         self.wire = WireDtypes(dtype=wire_dtype, back=back, gram=iteration, device=device)
         sizes = Sizes(wire_dtype.itemsize, self.wire.back.itemsize, self.wire.gram.itemsize)
-        policy = Policy(mode, sizes, int((chunk_mb or CHUNK_MB[device.type]) * MEBIBYTE), Machine.of(device.type))
+        self._chunk_mb = chunk_mb or CHUNK_MB[device.type]
+        policy = Policy(mode, sizes, int(self._chunk_mb * MEBIBYTE), Machine.of(device.type))
         self.orthogonalizer = orthogonalizer
         self.local_dtype = dtype
         peers = {weight.peers.group: weight.peers.span for weight in weights if weight.peers is not None}
@@ -93,6 +97,8 @@ class StepEngine:
         if peers:  # whether matrices are lent is compared too, and what is lent may be divided
             named = sorted({*named, *peers, *(weight.group for weight in weights if weight.group)})
         self._exchanges = {name: Exchange(groups[name], self.counters, place=self._place) for name in named}
+        self._place.groups = [groups[name] for name in named]
+        self._place.limit = limit_of(self._place.groups, device)
         ranks = {"": 0} | {name: each.rank for name, each in self._exchanges.items()}
         # Keyed by the chunk itself: partial plans have the same chunks.
         self._mine = {
@@ -188,22 +194,34 @@ class StepEngine:
             sub_plan: one of :meth:`Plan.sub_plans`, if not everything.
         """
         run = replace(self._run, write=look)
-        with self._measured(chunks := self._chunks(sub_plan)):
+        with self._step(chunks := self._chunks(sub_plan)):
             for mine in chunks:
+                run.place.part = mine
                 run.unpack(mine, run.blanks(mine, self.local_dtype))
 
     def _execute(self, run: Run, sub_plan: Plan | None = None) -> None:
-        with self._measured(chunks := self._chunks(sub_plan)):
+        with self._step(chunks := self._chunks(sub_plan)):
             execute(run, chunks)
         self.counters.steps += 1
         self.clock.add(chunks=sum(mine.works for mine in chunks))
 
     @contextlib.contextmanager
-    def _measured(self, chunks: Sequence[RankChunk]) -> Iterator[None]:
-        """Within, the clock measures the work on some chunks."""
-        self._place.clock, self._place.phase = self.clock, ""
-        counters, before = self.counters, replace(self.counters)
-        yield
+    def _step(self, chunks: Sequence[RankChunk]) -> Iterator[None]:
+        """Within, it is known where this rank is in the work on some chunks, and its time is measured."""
+        place, counters, before = self._place, self.counters, replace(self.counters)
+        place.begin(chunks, counters.steps, self.clock)
+        if place.limit:
+            WATCHER.watch(place)
+        try:
+            yield
+        except Exception as error:
+            explain(place, error, self._chunk_mb)
+            raise
+        finally:
+            place.end()
+        if place.limit and self.wire.device.type == "cuda" and not is_capturing(self.wire.device):
+            place.left = place.left or torch.cuda.Event()
+            place.left.record()
         self.clock.add(bytes=counters.bytes - before.bytes, collectives=counters.collectives - before.collectives)
 
     def _chunks(self, sub_plan: Plan | None) -> list[RankChunk]:

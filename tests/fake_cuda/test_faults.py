@@ -130,10 +130,10 @@ def _as_it_is(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
-def fewer(original: Any, exchange: Exchange, send: torch.Tensor, to: Any, by: Any) -> Pending:
+def fewer(original: Any, exchange: Exchange, send: torch.Tensor, to: Any, *others: Any) -> Pending:
     to = [list(each) for each in to]
     to[0], to[1] = [], [*to[1], *to[0]]
-    return original(exchange, send, to, by)
+    return original(exchange, send, to, *others)
 
 
 ON_ONE_RANK: dict[str, tuple[Callable[[Patch], None], str]] = {
