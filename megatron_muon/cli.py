@@ -19,6 +19,7 @@ from megatron_muon.version import __version__
 TOOLS = {
     "plot": "draw recorded runs: losses, and all that was measured of Muon's work",
     "plan": "tell from a run's flags, without GPUs, who updates what and what the optimizer costs",
+    "doctor": "say what is odd in a run, or what differs between two, and what to do",
     "ckpt": "inspect a checkpoint, or convert it from Adam to Muon or back",
 }
 """Commands beside ``run``, a file each in :mod:`megatron_muon.commands`."""

@@ -1,0 +1,97 @@
+"""Checks of the numbers of matrices (``--muon-log-interval``), of attention logits, and of alarms."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron_muon.monitor.doctor.run import Run, Series
+from megatron_muon.monitor.doctor.words import Finding, few, finding, many
+from megatron_muon.monitor.schema import STATS
+
+_TRENDS: tuple[tuple[str, str, str, Callable[[float, float], bool]], ...] = (
+    ("unlifted", "unlifted", "mean", lambda early, late: late > 0.3),
+    ("rank", "stable_rank", "mean", lambda early, late: late < 0.5 * early),
+    ("large updates", "update_ratio", "mean", lambda early, late: late > max(0.02, min(0.1, 3 * early))),
+    ("defect", "defect", "mean", lambda early, late: late > max(0.25, min(0.6, 1.5 * early))),
+    ("back and forth", "cosine", "mean", lambda early, late: late < -0.2),
+    ("weights grow", "spectral_norm", "largest", lambda early, late: late > 3 * early > 0),
+    ("tiny updates", "update_ratio", "mean", lambda early, late: 0 <= late < 1e-7),
+)
+"""Finding, number, which of least, mean and largest, and what is odd about its medians in the first and the last third
+of the measured steps. Limits are below those of alarms: a trend is told before it is an alarm."""
+
+_SHARES = {"nonfinite": "nonfinite matrices", "zero_gradient": "zero gradients", "at_bound": "at bound"}
+"""Numbers that are 1 for a matrix with something odd, else 0."""
+
+
+def _trends(run: Run) -> Iterator[Finding]:
+    for name, stat, part, is_odd in _TRENDS:
+        ends = {
+            each: numbers[stat].ends(part)
+            for each, numbers in run.series.items()
+            if stat in numbers and len(numbers[stat].at) >= 6
+        }
+        found = [f"{each}: {early:.2g} to {late:.2g}" for each, (early, late) in ends.items() if is_odd(early, late)]
+        if found:
+            what = f"{STATS[stat].title.lower()} ({part}), first and last third of {len(run.measured)} measured steps"
+            yield finding(name, f"{what}, in {many(len(found), 'class', 'es')} of {len(ends)}: {few(found)}")
+
+
+def _shares(run: Run) -> Iterator[Finding]:
+    for stat, name in _SHARES.items():
+        found: dict[str, int] = {}
+        for each, numbers in run.series.items():
+            since = numbers[stat].since() if stat in numbers else None
+            if since is not None and (stat == "nonfinite" or sum(at >= since for at in run.measured) >= 3):
+                count = max(1, round(numbers[stat].mean[-1] * run.matrices.get(each, 1)))
+                found[f"{each}: {count} of {run.matrices.get(each, 1)}"] = since
+        is_dead = stat == "zero_gradient" and any("expert" in each for each in found)
+        if found:
+            seen = f"{STATS[stat].title.lower()}, matrices in the last measured step: {few(list(found))}"
+            yield finding("dead experts" if is_dead else name, seen, at=min(found.values()))
+
+
+def _alarms(run: Run) -> Iterator[Finding]:
+    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for alarm in run.alarms:
+        kinds[alarm.get("alarm", "?")].append(alarm)
+    for name, found in kinds.items():
+        last, weights = found[-1], list(dict.fromkeys(each for alarm in found for each in alarm.get("weights", ())))
+        seen = f"told {many(len(found), 'time')}, last at {last['iteration']}: "
+        seen += f"{last.get('value')}, limit {last.get('limit')}" + (f"; {few(weights)}" if weights else "")
+        since = min(alarm.get("since", alarm["iteration"]) for alarm in found)
+        yield finding("alarm", seen, name=name, at=since, text=last.get("text", ""))
+
+
+def curve_of_logits(run: Run) -> list[tuple[int, float]]:
+    """Of the logged iterations, else of the measured steps."""
+    series = run.rates.get("max_attention_logit", Series())
+    measured = [(int(at), value) for at, value in zip(series.at, series.largest, strict=True)]
+    return [(point.iteration, point.logit) for point in run.train if point.logit is not None] or measured
+
+
+def _logits(run: Run) -> Iterator[Finding]:
+    values = [value for _, value in curve_of_logits(run) if math.isfinite(value)]
+    third = len(values) // 3
+    if third >= 2 and str(run.flags.get("--qk-clip")) != "True":
+        early, middle, late = max(values[:third]), max(values[third : 2 * third]), max(values[2 * third :])
+        if late > 30 and late > 1.5 * middle and middle > 1.2 * early:
+            yield finding("logits", f"largest of each third of the record: {early:.3g}, {middle:.3g}, {late:.3g}")
+
+
+def _unmeasured(run: Run) -> Iterator[Finding]:
+    if not run.measured:
+        yield finding("nothing measured", "rank, defect, ratios, dead experts and times of phases are not known")
+        return
+    seen = {name.partition("[")[0] for name in run.series}
+    muon = [name for name, who in (run.start.get("routes") or {}).items() if str(who).startswith("muon")]
+    lacking = [name for name in muon if name.partition("[")[0] not in seen]
+    if lacking:
+        others = f"{few(lacking)}; {len(seen)} others were, in {many(len(run.measured), 'step')}"
+        yield finding("unmeasured", others, classes=many(len(lacking), "class", "es"))
+
+
+CHECKS = (_alarms, _shares, _trends, _logits, _unmeasured)
