@@ -148,6 +148,11 @@ DEAD = alarm(
     weights=["decoder.layers.3.mlp.experts.linear_fc1.weight7[gate]"],
 )  # fmt: skip
 
+COLLAPSE = alarm(
+    "rank_collapse", 395, 370, "few directions; try --muon-param-rule '*fc2.weight=steps:7'", value=0.95, limit=0.9,
+    weights=[f"decoder.layers.{number}.mlp.linear_fc2.weight" for number in range(4)], count=24,
+)  # fmt: skip
+
 RECORDS: dict[str, list[Change]] = {
     "healthy": [],
     "diverged": [
@@ -166,7 +171,8 @@ RECORDS: dict[str, list[Change]] = {
     "waiting": [set_times(waiting=[0.001, 0.03, 0.05], products=[0.02, 0.04, 0.09])],
     "rank_collapse": [
         set_stat("stable_rank", lambda t: 40 * math.exp(-4 * t), "fc2"),
-        set_stat("unlifted", lambda t: 0.02 + 0.6 * t, "fc2"), set_stat("defect", lambda t: 0.08 + 0.6 * t, "fc2"),
+        set_stat("unlifted", lambda t: 0.02 + 0.97 * t, "fc2"), set_stat("defect", lambda t: 0.08 + 0.8 * t, "fc2"),
+        COLLAPSE,
     ],
 }  # fmt: skip
 """Name of a record -> what is odd in it."""
@@ -245,7 +251,7 @@ SICK: dict[str, tuple[Change, ...]] = {
     "overfitting": (lambda lines: each(lines, "valid")[-1]["losses"].update({"lm loss": 4.0}),),
     "nonfinite matrices": (set_stat("nonfinite", lambda t: 1.0, "fc2", since=350),),
     "zero gradients": (set_stat("zero_gradient", lambda t: 1.0, "fc2", since=350),),
-    "large updates": (set_stat("update_ratio", lambda t: 0.2 * t, "fc2"),),
+    "large updates": (set_stat("update_ratio", lambda t: 0.5 * t, "fc2"),),
     "tiny updates": (set_stat("update_ratio", lambda t: 1e-9, "fc2", since=100),),
     "back and forth": (set_stat("cosine", lambda t: 0.5 - t, "fc2"),),
     "weights grow": (set_stat("spectral_norm", lambda t: 5 + 60 * t, "fc2"),),

@@ -28,9 +28,14 @@ _COMPARED = re.compile(
 """Flags by which a checkpoint is compared with the run: others are places, or count something."""
 
 
+_PLACES = re.compile(r"--(save|load|ckpt-step|muon-log-jsonl|tensorboard-dir|wandb-.*|data-cache-path)$")
+"""Flags that make no difference to what is trained."""
+
+
 def differing(old: Mapping[str, Any], new: Mapping[str, Any], absent: str) -> list[str]:
     """What two mappings do not have in common; ``absent`` is said of what is in one alone."""
-    names = [name for name in dict.fromkeys([*old, *new]) if str(old.get(name, absent)) != str(new.get(name, absent))]
+    names = [name for name in dict.fromkeys([*old, *new]) if not _PLACES.match(name)]
+    names = [name for name in names if str(old.get(name, absent)) != str(new.get(name, absent))]
     return [f"{name} {old.get(name, absent)} -> {new.get(name, absent)}" for name in names]
 
 

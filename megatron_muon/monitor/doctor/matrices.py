@@ -12,10 +12,10 @@ from megatron_muon.monitor.doctor.words import Finding, few, finding, many
 from megatron_muon.monitor.schema import STATS
 
 _TRENDS: tuple[tuple[str, str, str, Callable[[float, float], bool]], ...] = (
-    ("unlifted", "unlifted", "mean", lambda early, late: late > 0.3),
-    ("rank", "stable_rank", "mean", lambda early, late: late < 0.5 * early),
-    ("large updates", "update_ratio", "mean", lambda early, late: late > max(0.02, min(0.1, 3 * early))),
-    ("defect", "defect", "mean", lambda early, late: late > max(0.25, min(0.6, 1.5 * early))),
+    ("unlifted", "unlifted", "mean", lambda early, late: late > 0.3 and late > 1.5 * early),
+    ("rank", "stable_rank", "mean", lambda early, late: late < 0.3 * early),
+    ("large updates", "update_ratio", "mean", lambda early, late: late > max(0.02, min(0.3, 3 * early))),
+    ("defect", "defect", "mean", lambda early, late: late > 0.25 and late > 1.5 * early),
     ("back and forth", "cosine", "mean", lambda early, late: late < -0.2),
     ("weights grow", "spectral_norm", "largest", lambda early, late: late > 3 * early > 0),
     ("tiny updates", "update_ratio", "mean", lambda early, late: 0 <= late < 1e-7),
@@ -61,7 +61,9 @@ def _alarms(run: Run) -> Iterator[Finding]:
     for name, found in kinds.items():
         last, weights = found[-1], list(dict.fromkeys(each for alarm in found for each in alarm.get("weights", ())))
         seen = f"told {many(len(found), 'time')}, last at {last['iteration']}: "
-        seen += f"{last.get('value')}, limit {last.get('limit')}" + (f"; {few(weights)}" if weights else "")
+        seen += f"{last.get('value')}, limit {last.get('limit')}" + (
+            f"; {few(weights, count=last.get('count', 0))}" if weights else ""
+        )
         since = min(alarm.get("since", alarm["iteration"]) for alarm in found)
         yield finding("alarm", seen, name=name, at=since, text=last.get("text", ""))
 

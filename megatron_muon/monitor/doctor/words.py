@@ -69,12 +69,12 @@ alarm | error | alarm {name} since iteration {at}
 nonfinite matrices | error | momentum or updates have NaN or infinity since iteration {at}
 gradients that were not finite, and were not skipped
 load a checkpoint from before {at}; --muon-nonfinite skip or stop, not propagate
-unlifted | error | Newton-Schulz no longer orthogonalizes
+unlifted | warning | Newton-Schulz lifts fewer directions than it did
 small singular values of the momentum are below what its steps can lift, or below rounding
 --muon-param-rule 'GLOB=steps:auto' for these, or --muon-coefficient-type polar_express --muon-num-ns-steps 8
 rank | warning | the momentum loses rank
 few directions carry the gradient: late layers, a rate that is too high, too little data for an expert
-look at directions not lifted; a lower --lr
+look at directions not lifted (they are an alarm from 0.9 on); larger batches, a lower --lr
 defect | warning | results are less orthogonal than they were
 small singular values of the momentum are below what the iteration's steps can lift, or below rounding
 one more of --muon-num-ns-steps, or --muon-param-rule 'GLOB=steps:auto'; --muon-ns-dtype fp32 against rounding
@@ -189,9 +189,10 @@ def finding(name: str, seen: str, /, **numbers: object) -> Finding:
     return Finding(name, severity, title, seen, cause, action)
 
 
-def few(names: list[str], most: int = 3) -> str:
-    """The first of many."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def few(names: list[str], most: int = 3, count: int = 0) -> str:
+    """The first of many, of which there are ``count`` if not all have names here."""
+    more = max(count, len(names)) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def many(count: int, name: str, plural: str = "s") -> str:
