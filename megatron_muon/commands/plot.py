@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_muon.monitor import metrics, page
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point.
 
     Raises:
-        SystemExit: with code 2 after a message, for folders without a run.
+        SystemExit: with code 2 after a message, for folders without a run, and files that cannot be written.
     """
     parser = argparse.ArgumentParser(
         prog="python -m megatron_muon plot", description="Draw runs recorded with --muon-log-jsonl."
@@ -44,13 +44,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     if arguments.html:
-        page.write_page(runs, arguments.html, arguments.title)
-        print(f"wrote {arguments.html}")
+        _write(parser, arguments.html, lambda path: page.write_page(runs, path, arguments.title))
     if arguments.out or not arguments.html:
         kind = arguments.kind or ("sheet" if any(run.muon for run in runs.values()) else "losses")
-        out = arguments.out or Path(f"{kind}.png")
-        (plot_sheet if kind == "sheet" else plot_losses)(runs, out, arguments.title)
-        print(f"wrote {out}")
+        draw = plot_sheet if kind == "sheet" else plot_losses
+        _write(parser, arguments.out or Path(f"{kind}.png"), lambda path: draw(runs, path, arguments.title))
     if arguments.csv:
-        write_csv(runs, arguments.csv)
-        print(f"wrote {arguments.csv}")
+        _write(parser, arguments.csv, lambda path: write_csv(runs, path))
+
+
+def _write(parser: argparse.ArgumentParser, path: Path, write: Callable[[Path], object]) -> None:
+    try:
+        write(path)
+    except OSError as error:  # whose message names no file where the disk is full
+        parser.error(f"{path}: {error.strerror or error}. Give a file in a folder where there is room for it.")
+    print(f"wrote {path}")

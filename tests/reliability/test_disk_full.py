@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.checkpoint import folders
+from megatron_muon.commands import plot
 from megatron_muon.monitor import metrics
 from megatron_muon.monitor.recorder import Recorder
 from tests.checkpoints import differences
@@ -228,3 +229,16 @@ def test_a_conversion_without_room_goes_on_later(pool: RankPool, tmp_path: Path,
         assert folders.newest(disk / "adam") is None
     assert convert(source, disk / "adam")().returncode == 0
     assert differences(str(tmp_path / "straight" / source.name), str(disk / "adam" / source.name)) == []
+
+
+def test_a_picture_without_room_is_refused_by_name(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, picture = tmp_path / "metrics.jsonl", disk / "losses.png"
+    recorder = Recorder(record, 0, {"train_iters": 1})
+    recorder.add({"lm loss": torch.tensor(1.0)}, False)
+    recorder.log(1, 0.1, True, **SCALARS)
+    with full(disk), pytest.raises(SystemExit, match="2"):
+        plot.main([str(record), "--out", str(picture)])
+    told = capsys.readouterr().err
+    assert f"error: {picture}: " in told and "there is room for it" in told
