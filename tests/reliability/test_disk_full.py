@@ -8,7 +8,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_muon.checkpoint import folders
+from megatron_muon.checkpoint import conversion, folders
 from megatron_muon.commands import plot
 from megatron_muon.monitor import metrics
 from megatron_muon.monitor.recorder import Recorder
 from tests.checkpoints import differences
-from tests.launch import ROOT
 from tests.megatron import harness
 from tests.megatron.harness import Layout, Run
 from tests.megatron.loading import TIMEOUT, Outcome, failure, one_error
@@ -206,29 +205,23 @@ def test_a_record_without_room_is_told_and_read(disk: Path, capsys: pytest.Captu
         Recorder(disk / "other.jsonl", 0, {"text": "x" * 9000})
 
 
-def convert(source: Path, target: Path) -> Callable[[], subprocess.CompletedProcess[str]]:
-    line = [sys.executable, "-m", "megatron_muon", "ckpt", "convert", str(source), str(target), "--to", "adam"]
-    return lambda: subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-
-
 def save_one(folder: str) -> None:
     run = harness.start(Layout(), num_layers=2)
     run.losses(1)
     harness.save_run(run, folder)
 
 
-@pytest.mark.slow
 def test_a_conversion_without_room_goes_on_later(pool: RankPool, tmp_path: Path, disk: Path) -> None:
-    source = tmp_path / "run" / "iter_0000001"
+    source, target = tmp_path / "run" / "iter_0000001", disk / "adam"
     pool.run(save_one, 1, str(source), timeout=TIMEOUT)
-    assert convert(source, tmp_path / "straight")().returncode == 0
+    conversion.convert(source, tmp_path / "straight", "adam")
     for left in (0, 1 << 14, 1 << 17):
         with full(disk, left):
-            ended = convert(source, disk / "adam")()
-        assert ended.returncode == 2 and str(disk) in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
-        assert folders.newest(disk / "adam") is None
-    assert convert(source, disk / "adam")().returncode == 0
-    assert differences(str(tmp_path / "straight" / source.name), str(disk / "adam" / source.name)) == []
+            kind, text = failure(lambda: conversion.convert(source, target, "adam"))
+        assert kind == "CheckpointError" and str(target) in text, text
+        assert folders.newest(target) is None
+    conversion.convert(source, target, "adam")
+    assert differences(str(tmp_path / "straight" / source.name), str(target / source.name)) == []
 
 
 def test_a_picture_without_room_is_refused_by_name(

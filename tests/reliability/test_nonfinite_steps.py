@@ -31,14 +31,16 @@ class Poison:
         self._passes = self._at = 0
         self._value = 0.0
         named = {name: param for chunk in run.chunks for name, param in chunk.named_parameters()}
-        self._names = [next(name for name in named if name.endswith(WEIGHTS[kind])) for kind in ("muon", "adam")]
-        for name in self._names:
+        mine = [name for name in named for kind in ("muon", "adam") if name.endswith(WEIGHTS[kind])]
+        for name in mine:
             named[name].register_hook(lambda grad, name=name: self._changed(grad, name))
+        self._places: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(self._places, mine)
 
-    def arm(self, ranks: int) -> str:
+    def arm(self) -> str:
         """For the next step; the weight. All ranks draw the same."""
-        rank, self._at = self.chance.randrange(ranks), self.chance.randrange(2)
-        name = self.chance.choice(self._names)
+        rank, self._at = self.chance.randrange(len(self._places)), self.chance.randrange(2)
+        name, self._element = self.chance.choice(self._places[rank]), self.chance.randrange(1 << 20)
         value = self.chance.choice([float("nan"), float("inf"), -float("inf")])
         self._name, self._value, self._passes = name, value, 0 if rank == dist.get_rank() else 9
         return name.removeprefix("module.").removeprefix("module.")
@@ -51,7 +53,7 @@ class Poison:
             self._passes += 1
             if self._passes == self._at + 1:
                 grad = grad.clone()
-                grad.view(-1)[self.chance.randrange(1 << 20) % grad.numel()] = self._value
+                grad.view(-1)[self._element % grad.numel()] = self._value
         return grad
 
 
@@ -82,7 +84,7 @@ def trained(layout: Layout, model: dict[str, Any], options: dict[str, Any], seed
         elif not poisoned:
             run.step += 1
         else:
-            before, name = state_of(run), poison.arm(dist.get_world_size())
+            before, name = state_of(run), poison.arm()
             try:
                 run.losses(1)
             except RuntimeError as error:
@@ -113,7 +115,7 @@ CASES = {
     "stop, TP 2": (TP, {}, STOP, 2),
     "int8, layer-wise": (LISTS, {"bf16": True}, {"muon_master": "remainder", "muon_momentum_dtype": "int8"}, 2),
     "stop, layer-wise": (BUFFERS, {"bf16": True}, STOP, 2),
-    "captured, layer-wise": (LISTS, {"bf16": True}, {**CAPTURED, **STOP}, 2),
+    "captured, stop, layer-wise": (LISTS, {"bf16": True}, {**CAPTURED, **STOP}, 2),
     "normuon": (TP, {}, {"name": "adaptive_muon", "adaptive_muon_moment2_method": "normuon"}, 2),
     "two stages": (Layout(pp=2), {"bf16": True}, {}, 2),
 }
