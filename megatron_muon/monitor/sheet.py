@@ -32,14 +32,12 @@ _PARTS = ("pack", "exchange", "products", "waiting", "write")
 _NUMBERS = 500_000  # of all classes of a page, which is then some 5 MB
 
 _JUDGED = {
-    "rank": "stable_rank",
-    "bound": "shares",
+    **dict.fromkeys(("nonfinite", "dead_experts", "no_gradient", "norm_at_bound"), "shares"),
+    "rank_collapse": "unlifted",
     "defect": "defect",
-    "expert": "shares",
-    "ratio": "update_ratio",
-    "finite": "shares",
-    "logit": "logit",
-}  # part of an alarm's name: the panel that shows what it is about
+    "update_ratio": "update_ratio",
+    "logits_growing": "logit",
+}  # alarm: the panel that shows what it is about
 
 Role = Literal["whole", "pale", "marked", "middle", "worst", "part", "class"]
 
@@ -167,14 +165,10 @@ def _panel(runs: Mapping[str, Metrics], key: str, about: Stat, lines_of: _Lines,
                 points = [p for p in points if p.value is None or p.value > 0.0]
             if points:
                 lines.append(Line(name, title, role, points if role == "class" else thin(points)))
-    told = [alarm for run in runs.values() for alarm in run.alarms if _judged(str(alarm["alarm"])) == key]
+    told = [alarm for run in runs.values() for alarm in run.alarms if _JUDGED.get(str(alarm["alarm"])) == key]
     limits = {a["limit"] for a in told if isinstance(a.get("limit"), float | int) and a["limit"] > 0}
     names = dict.fromkeys(str(alarm["alarm"]) for alarm in told)
     return Panel(key, about, lines, list(names), sorted(limits), is_further)
-
-
-def _judged(alarm: str) -> str | None:
-    return next((key for part, key in _JUDGED.items() if part in alarm), None)
 
 
 def _losses(run: Metrics) -> Iterator[_Line]:
