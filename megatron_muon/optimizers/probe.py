@@ -24,12 +24,15 @@ have a standard deviation of at most sqrt(share / 2048), which 64 directions or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from megatron_muon.monitor.schema import STATS
+from megatron_muon.engine.clock import NO_CLOCK, STEP, Clock, NoClock
+from megatron_muon.engine.step import StepEngine
+from megatron_muon.monitor.schema import STATS, TIMES
 from megatron_muon.optimizers.lanczos import largest, noise, quadratures, signs, tridiagonals
 from megatron_muon.optimizers.matrices import Matrices, Update, row_norms
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
@@ -97,6 +100,7 @@ class Probe:
     is_next_due: bool = False
     measures: bool = field(default=False, init=False)
     keeps: bool = field(default=False, init=False)
+    _clock: NoClock = field(default=NO_CLOCK, init=False)
     _compares: bool = field(default=False, init=False)
     _keeps_some: bool = field(default=False, init=False)
     _findings: list[Finding] = field(default_factory=list, init=False)
@@ -120,6 +124,32 @@ class Probe:
     def end(self) -> None:
         """At the end of such a step: forget what was kept of the one before."""
         self._before = {}
+
+    @contextlib.contextmanager
+    def timing(self, engines: Sequence[StepEngine], device: torch.device) -> Iterator[None]:
+        """Within a measured step, its phases are timed, but for what is done here.
+
+        Args:
+            engines: of the step.
+            device: where the weights are.
+        """
+        self._clock = clock = Clock(device)
+        for engine in engines:
+            engine.clock = clock
+        try:
+            with clock.phase(STEP):
+                yield
+        finally:
+            for engine in engines:
+                engine.clock = NO_CLOCK
+
+    def times(self) -> dict[str, float]:
+        """The times of the last measured step, by the names of :data:`megatron_muon.monitor.schema.TIMES`.
+
+        The device must have been waited for.
+        """
+        clock, self._clock = self._clock, NO_CLOCK
+        return clock.take() if isinstance(clock, Clock) else dict.fromkeys(TIMES, 0.0)
 
     def look(
         self,
@@ -145,7 +175,10 @@ class Probe:
         """
         with matmul_precision("highest"):
             if self.measures:
-                return self._measured(matrices, results, mixed, eps, are_successive)
+                phase = self._clock.enter("")
+                found = self._measured(matrices, results, mixed, eps, are_successive)
+                self._clock.enter(phase)
+                return found
             if results is not None and are_successive:
                 tensors = [[result] for result in results]
                 _, sketches = tridiagonals(matrices, tensors, _ones(tensors), _signs(matrices, results), steps=0)

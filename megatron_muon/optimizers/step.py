@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -175,8 +175,13 @@ class Step:
 
     def change(self) -> None:
         """The part of a step that changes weights and state."""
+        probe = self.optimizer.probe
+        timed: AbstractContextManager[None] = nullcontext()
+        if probe is not None and probe.is_due and self.params:
+            timed = probe.timing([*self._engines.values()], self.params[0].device)
         try:
-            self._change()
+            with timed:
+                self._change()
         except Exception as error:
             error.add_note(
                 f"Muon: the step had begun, {len(self._pending)} of {len(self.params)} weights are not done: they or "
