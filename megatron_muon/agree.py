@@ -173,11 +173,18 @@ class Ranks:
 
         One all-reduce where these are the ranks of the run, one in each group otherwise.
         """
+        self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def reduce_sum(self, tensor: torch.Tensor) -> None:
+        """Make each element of ``tensor`` the sum over all ranks, likewise."""
+        self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def _reduce(self, tensor: torch.Tensor, how: Any) -> None:
         groups = [group for group in self.groups if group.size() > 1]
         if len(groups) > 1 and math.prod(group.size() for group in groups) == dist.get_world_size():
             groups = [*self.of_world().groups]
         for group in groups:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+            dist.all_reduce(tensor, op=how, group=group)
 
     def _raise_first(self, outcomes: Sequence[_Outcome], mine: _Outcome, own: BaseException | None) -> None:
         """Raise the error of the lowest rank that has one, if any has."""

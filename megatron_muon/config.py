@@ -302,6 +302,11 @@ class MuonConfig(UpdateKnobs):
         return {PREFIX + field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
+    def watches(self) -> bool:
+        """Whether steps are measured, or replicas compared."""
+        return bool(self.log_interval or self.check_replicas_interval)
+
+    @property
     def qkv_choice(self) -> str:
         """``split``, ``per_head`` or ``whole``, from :attr:`qkv` and Megatron's :attr:`split_qkv`."""
         return self.qkv if self.split_qkv else "whole"

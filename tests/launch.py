@@ -138,9 +138,9 @@ def check(result: Result) -> str:
     return result.stdout
 
 
-def records(log: Path) -> list[dict[str, Any]]:
-    """The training steps of a log of ``--muon-log-jsonl``."""
-    return [line for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == "train"]
+def records(log: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of a kind of a log of ``--muon-log-jsonl``; training steps, unless others are asked for."""
+    return [line for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == kind]
 
 
 def train(*flags: str, log: Path, script: Path = SCRIPT, run: Any = launch) -> list[float]:

@@ -10,6 +10,8 @@ The hooks in :mod:`megatron_muon.plugin.recording` feed a :class:`Recorder`. It 
   losses and times are averages over the ``iterations`` since the line before. ``seconds`` is the time of one iteration
   without evaluations and checkpoints, ``optimizer_seconds`` its part in the optimizer step (gradient norm and clipping
   included).
+* ``muon`` and ``alarm`` lines tell of Muon's steps, see :mod:`megatron_muon.monitor.schema`, which also says what a
+  ``start`` line has.
 * ``valid`` lines come with each evaluation, also of the test set (``"set": "test"``).
 * On resume, lines of iterations after the checkpoint, which are about to be done again, are removed.
 
@@ -158,6 +160,8 @@ def _finite(value: Any) -> Any:
     """The value with None for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

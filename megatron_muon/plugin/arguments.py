@@ -175,6 +175,16 @@ def _complete(args: argparse.Namespace) -> None:
         options.supply(vars(args), defaults, "the command line is from before install()")
 
 
+def given_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Flags of Megatron and of this package whose values are not the defaults, also where Megatron has set them."""
+    module = sys.modules.get("megatron.training.arguments")
+    defaults = {} if module is None else _all_defaults(inspect.unwrap(module.add_megatron_arguments))
+    defaults = {**defaults, **MuonConfig().as_settings()}
+    values = {name: value for name, value in vars(args).items() if name in defaults and value != defaults[name]}
+    plain = (bool, int, float, str, list, tuple, type(None))
+    return {flag_of(name): value if isinstance(value, plain) else str(value) for name, value in sorted(values.items())}
+
+
 def megatron_defaults() -> dict[str, Any]:
     """The options that Megatron-Core's command line has without this package, with their defaults.
 
@@ -184,10 +194,13 @@ def megatron_defaults() -> dict[str, Any]:
     return {} if module is None else _defaults_of(inspect.unwrap(module.add_megatron_arguments))
 
 
-@functools.cache
 def _defaults_of(add_arguments: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]) -> dict[str, Any]:
-    values = vars(add_arguments(argparse.ArgumentParser()).parse_args([]))
-    return {name: value for name, value in values.items() if name.startswith(PREFIX)}
+    return {name: value for name, value in _all_defaults(add_arguments).items() if name.startswith(PREFIX)}
+
+
+@functools.cache
+def _all_defaults(add_arguments: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]) -> dict[str, Any]:
+    return vars(add_arguments(argparse.ArgumentParser()).parse_args([]))
 
 
 def _check_late(args: argparse.Namespace) -> None:

@@ -29,6 +29,9 @@ from megatron_muon.plugin.options import training_arguments
 from megatron_muon.refusals.rule import flag_of
 from megatron_muon.version import __version__
 
+_TOLD = ("emerging-optimizers", "transformer-engine", "transformers", "triton")
+"""Packages whose versions a record tells beside those of Megatron-Core, of torch and of this one."""
+
 _PACKAGES = ("triton", "emerging-optimizers", "gram-newton-schulz", "quack-kernels", "transformer-engine")
 _VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
@@ -167,19 +170,13 @@ def _environment(
     muon: MuonConfig, config: Any, model_chunks: Sequence[torch.nn.Module], device: torch.device
 ) -> dict[str, str]:
     """What is to be the same, by the names that users know it by."""
-    from megatron.core import __version__ as megatron_core
     from megatron.core.utils import get_model_config
 
     found: dict[str, Any] = {
-        "megatron_muon": __version__,
+        **versions(_PACKAGES),
         "the hash of megatron_muon's files": _hash_of_files(),
-        "megatron-core": megatron_core,
-        "torch": torch.__version__,
         "CUDA": torch.version.cuda,
     }
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
     found |= {name: os.environ.get(name) for name in _VARIABLES}
     found["torch.use_deterministic_algorithms"] = torch.are_deterministic_algorithms_enabled()
     options = {field.name: getattr(muon, field.name) for field in dataclasses.fields(muon)}
@@ -213,6 +210,17 @@ def _hash_of_files() -> str:
     for path in sorted(root.rglob("*.py")):
         found.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
     return found.hexdigest()[:12]
+
+
+def versions(packages: Sequence[str] = _TOLD) -> dict[str, str]:
+    """Of this package, of Megatron-Core, of torch, and of those of ``packages`` that are there."""
+    from megatron.core import __version__ as megatron_core
+
+    found = {"megatron_muon": __version__, "megatron-core": megatron_core, "torch": torch.__version__}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _differing(found: Mapping[int, Any]) -> str:

@@ -21,7 +21,7 @@ from megatron_muon.choices import DECOUPLED
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.plugin import options, precision_aware
+from megatron_muon.plugin import options, precision_aware, recording
 from megatron_muon.plugin.early_gather import gather_early
 from megatron_muon.plugin.environment import agree_on_plans, agree_on_products, compare_environments
 from megatron_muon.plugin.expert_scalars import set_apart, sum_once
@@ -37,9 +37,11 @@ from megatron_muon.plugin.ownership import annotate_for_buffers, check_copies, i
 from megatron_muon.plugin.state import guard
 from megatron_muon.plugin.step_graph import adam_uncaptured, capture_steps
 from megatron_muon.plugin.stiefel import check_stiefel, has_stiefel, watch
+from megatron_muon.plugin.tables import routes_of
 from megatron_muon.plugin.transfer import group_overrides, scalar_numbers, transfer_of
 from megatron_muon.plugin.uneven_buckets import check_layout
 from megatron_muon.plugin.variants import blockwise, check_adapters, describe
+from megatron_muon.plugin.watching import Watching
 from megatron_muon.plugin.wrapping import check_bucket_groups
 from megatron_muon.refusals import MUON, refuse
 from megatron_muon.routing import annotate, global_names, report
@@ -96,15 +98,20 @@ def _with_checks_and_report(
         mark_parts(optimizer, model_chunks)
         device = device_of(model_chunks)
         check = guard(optimizer, model_chunks, device)
+        routes = routes_of(muon, model_chunks, groups, ranks)
         experts = getattr(groups, "ep", None)
-        measuring = Measuring([*_muons(optimizer)], ranks)
-        check_gradients(optimizer, model_chunks, ranks, muon.nonfinite, device, check, experts, measuring)
+        measuring, watching = Measuring([*_muons(optimizer)], ranks), None
+        if muon.watches:
+            watching = Watching(optimizer, model_chunks, groups, ranks, muon, routes, device)
+        check_gradients(optimizer, model_chunks, ranks, muon.nonfinite, device, check, experts, measuring, watching)
         if config.optimizer.removeprefix("dist_") == "stiefel_muon":
             watch(optimizer, ranks, device)
         gather_early(optimizer, model_chunks)
         if config.optimizer_cuda_graph:
             capture_steps(optimizer, model_chunks, ranks)
         optimizer.step_with_ready_grads = functools.partial(measuring.first, optimizer.step_with_ready_grads)
+        if watching is not None:
+            optimizer.step_with_ready_grads = functools.partial(watching.step, optimizer.step_with_ready_grads)
         planned = [
             *devices,
             *_data_parallel(optimizer, groups, muon.layer_wise_param_layout == DECOUPLED),
@@ -112,7 +119,12 @@ def _with_checks_and_report(
             *_numbers(muon, model_chunks, optimizer, ranks),
             *_planned(optimizer, ranks),
         ]
-        _print_report(muon, config, model_chunks, groups, ranks, planned)
+        only = [route for _, route in routes]
+        recording.note_routes(optimizer, report.words(only, muon))
+        if ranks.is_first:
+            notes = [*_notes(muon, config, groups), *_transfer_notes(muon, model_chunks), *planned]
+            text = report.render(only, muon, notes=notes, optimizer=config.optimizer)
+            print(f"megatron_muon {__version__}\n{blockwise(muon, groups.tp.size())}{text}\n", flush=True)
         return optimizer
 
     return ranks.together(build)
@@ -344,48 +356,6 @@ def _numbers(muon: MuonConfig, model_chunks: Sequence[torch.nn.Module], optimize
     groups = [(each.param, each.group) for each in param_states(optimizer) if each.group]
     own = {each for param, group in groups for each in numbers_of(names[param], param, group)}
     return describe_numbers(set().union(*ranks.gather(lambda: own)), muon)
-
-
-def _print_report(
-    muon: MuonConfig,
-    config: Any,
-    model_chunks: Sequence[torch.nn.Module],
-    groups: Any,
-    ranks: Ranks,
-    planned: list[str],
-) -> None:
-    """Gather the routes of all pipeline stages and experts, and print the table on the first rank of the model."""
-    from megatron.core.utils import get_model_config
-
-    routes: list[report.Route] = []
-    for chunk in model_chunks:
-        dense: list[tuple[str, torch.nn.Parameter]] = []
-        experts: list[tuple[str, torch.nn.Parameter]] = []
-        for name, param in global_names(chunk):
-            (experts if getattr(param, "expert_tp", False) else dense).append((name, param))
-        collect = functools.partial(
-            report.collect,
-            options=muon,
-            tp_size=groups.tp.size(),
-            expert_tp_size=getattr(groups, "expt_tp", groups.tp).size(),
-            hidden_size=getattr(get_model_config(chunk), "hidden_size", 0),
-        )
-        # One rank speaks for each set of replicas and shards.
-        if _is_first(groups, "tp", "dp_cp"):
-            routes += collect(dense)
-        if _is_first(groups, "expt_tp", "expt_dp"):
-            routes += collect(experts)
-    everything = [route for part in ranks.gather(lambda: routes) for route in part]
-    if ranks.is_first:
-        notes = [*_notes(muon, config, groups), *_transfer_notes(muon, model_chunks), *planned]
-        text = report.render(everything, muon, notes=notes, optimizer=config.optimizer)
-        print(f"megatron_muon {__version__}\n{blockwise(muon, groups.tp.size())}{text}\n", flush=True)
-
-
-def _is_first(groups: Any, *names: str) -> bool:
-    """Whether this rank is the first of each of these groups; a collection made by hand need not have them all."""
-    found = [getattr(groups, name, None) for name in names]
-    return all(group is None or group.rank() == 0 for group in found)
 
 
 def _transfer_notes(muon: MuonConfig, model_chunks: Sequence[torch.nn.Module]) -> list[str]:

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from megatron_muon._patching import holds, lost
+from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin import options
 from megatron_muon.plugin.canonical_state import is_canonical
@@ -52,16 +53,19 @@ def observed(config: Any, chunks: Sequence[Any], optimizer: Any) -> list[str]:
     found = [
         "checkpoints canonical" if canonical else "WARNING checkpoints in Megatron-Core's own form",
         "QK-clip off" if clip is None else f"QK-clip {'clips' if clip.settings.clip else 'measures'} in the step",
-        _log(options.of(config).log_jsonl),
+        _log(options.of(config)),
     ]
     if missing := lost():
         found.append(f"WARNING replaced by other code, so that they need not hold: {', '.join(missing)}")
     return found
 
 
-def _log(file: str) -> str:
+def _log(asked: MuonConfig) -> str:
     """Whether the training loop tells the recorder: only Megatron-Core's own does."""
     if holds(f"{_TRAINING}:training_log"):
         return f"numbers and losses recorded where {_TRAINING}.train is the loop"
     told = f"the recorder is not called by this training loop: {_TRAINING} is not there"
-    return f"WARNING --muon-log-jsonl {file} is not written, {told}" if file else told
+    if not asked.log_jsonl:
+        return told
+    what = "has what is told of Muon's steps, and no losses" if asked.watches else "is not written"
+    return f"WARNING {flag('log_jsonl')} {asked.log_jsonl} {what}, {told}"

@@ -26,6 +26,7 @@ from megatron_muon.optimizers.storage import gradient_of, gradients_of
 from megatron_muon.plugin import recording
 from megatron_muon.plugin.measuring import Measuring
 from megatron_muon.plugin.optimizer_state import leaves, param_states
+from megatron_muon.plugin.watching import Watching
 from megatron_muon.routing import global_names
 from megatron_muon.routing.predicate import is_expert_parallel
 
@@ -61,6 +62,7 @@ def check_gradients(
     check: Callable[[], None],
     experts: dist.ProcessGroup | None,
     measuring: Measuring,
+    watching: Watching | None,
 ) -> None:
     """Let ``optimizer.prepare_grads``, with which every step begins, have the step skipped or stop the run.
 
@@ -78,10 +80,11 @@ def check_gradients(
         check: refuses a step; on some ranks perhaps. What it raises there is raised on all, if they exchange anything.
         experts: the expert-parallel group, whose ranks have other experts under the same names; None for one rank.
         measuring: is told whether any rank has steps of Newton-Schulz to measure in the step that comes.
+        watching: is told how many steps have been made, if there is one.
 
     Raises (in each step):
         RuntimeError: on all ranks, naming the weights: with ``stop``, for NaN or infinity; for gradients that ranks
-            which share a weight do not all have.
+            which share a weight do not all have. And what ``watching`` raises.
     """
     prepare = optimizer.prepare_grads
     for leaf, _ in leaves(optimizer):
@@ -91,27 +94,34 @@ def check_gradients(
     agreed: list[int] = []  # which weights lacked a gradient when the ranks last compared them
     skipped = SkippedSteps()
     in_buffers = ranks.gather(lambda: all(map(_is_in_buffer, model_chunks)))
+    is_known = measuring.is_known_to_all and (watching is None or watching.is_known_to_all)
 
     def prepare_grads() -> bool:
-        if choice == "propagate" and all(in_buffers) and measuring.is_known_to_all:
+        if choice == "propagate" and all(in_buffers) and is_known:
             check()
             measuring.is_due = measuring.look()
+            if watching is not None:
+                watching.begin(watching.count)  # after a measured step the host waits, to tell of it
             return bool(prepare())
         failure: Exception | None = None
-        verdict = torch.full((3,), _FAILED, device=device)
+        verdict = torch.full((3 if watching is None else 4,), _FAILED, device=device)
         lacking: list[int] = []
         try:
             check()
             verdict[0] = _OVERFLOW if prepare() else 0.0 if choice == "propagate" else _suspect(optimizer, device)
             lacking = [index for index, grad in enumerate(gradients_of(_params(optimizer))) if grad is None]
             verdict[1], verdict[2] = lacking != agreed, measuring.look()
+            if watching is not None:
+                verdict[3] = watching.count
         except Exception as error:  # the other ranks are on their way to what follows
             failure = error
             verdict[0] = _FAILED
         ranks.reduce_max(verdict)
-        worst, others, measuring.is_due = verdict.tolist()  # waits for the device, see above
+        worst, others, measuring.is_due, *count = verdict.tolist()  # waits for the device, see above
         if worst == _FAILED:
             ranks.together(lambda: _raise(failure))
+        if watching is not None:
+            watching.begin(int(count[0]))
         if worst == _OVERFLOW:
             return True
         if others:

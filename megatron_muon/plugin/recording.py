@@ -6,6 +6,9 @@ from __future__ import annotations
 import inspect
 import resource
 import sys
+import traceback
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +17,9 @@ from megatron_muon.agree import Ranks
 from megatron_muon.errors import ConfigError
 from megatron_muon.monitor import sources
 from megatron_muon.monitor.recorder import Recorder, Stopwatch
+from megatron_muon.plugin.arguments import given_flags
 from megatron_muon.plugin.canonical_state import is_canonical
+from megatron_muon.plugin.environment import versions
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.optimizer_state import has_parts
 
@@ -64,10 +69,50 @@ class _Run:
     """What the functions around Megatron's share."""
 
     recorder: Recorder | None = None  # of the training in progress
+    is_training: bool = False  # in Megatron's loop
+    endings: list[weakref.WeakMethod[Callable[[], None]]] = field(default_factory=list)  # of optimizers, as built
+    routes: weakref.WeakKeyDictionary[Any, Mapping[str, str]] = field(default_factory=weakref.WeakKeyDictionary)
     evaluated: list[dict[str, torch.Tensor]] = field(default_factory=list)  # of the evaluation in progress
 
 
 _run = _Run()
+
+
+def note_routes(optimizer: Any, routes: Mapping[str, str]) -> None:
+    """Have records say who updates which weights of a model, in words by class."""
+    _run.routes[optimizer] = routes
+
+
+def at_end(call: Callable[[], None]) -> None:
+    """Call a method after the last step of each training in Megatron's loop, on all ranks; nothing is kept alive."""
+    _run.endings = [each for each in _run.endings if each() is not None] + [weakref.WeakMethod(call)]
+
+
+def recorder() -> Recorder | None:
+    """Of the training that is in progress in Megatron's loop; None without, and on ranks that do not write."""
+    return _run.recorder if _run.is_training else None
+
+
+def is_training() -> bool:
+    """Whether Megatron's loop is in progress; the same on all ranks of the run."""
+    return _run.is_training
+
+
+def iteration() -> int | None:
+    """The number of Megatron's iteration that is in progress; None in other loops."""
+    return _megatron_args().curr_iteration + 1 if _run.is_training else None
+
+
+def _end() -> None:
+    for each in _run.endings:
+        if (call := each()) is not None:
+            call()
+
+
+def _is_agreed(error: SystemExit) -> bool:
+    """Whether Megatron's loop itself exits, as it does on all ranks at once, and not what it calls."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code.co_name == "train"
 
 
 def _given(original: Original, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -80,7 +125,17 @@ def _train(original: Original, *args: Any, **kwargs: Any) -> Any:
     _refuse_other_muon(_given(original, args, kwargs).get("optimizer"))
     _run.recorder = _recorder()
     _stepped.take()  # steps of other loops
-    return original(*args, **kwargs)
+    _run.is_training = True
+    try:
+        result = original(*args, **kwargs)
+        _end()
+    except SystemExit as error:  # --exit-interval, --exit-duration-in-mins, a signal
+        if _is_agreed(error):
+            _end()
+        raise
+    finally:
+        _run.is_training = False
+    return result
 
 
 @PATCHES.around(f"{_TRAINING}:training_log", "losses and times of logged iterations, and what optimizers say")
@@ -189,16 +244,26 @@ def _is_logged(values: dict[str, Any]) -> bool:
 
 
 def _to_writers(said: list[sources.Source], iteration: int) -> None:
-    """Megatron's, which are on the last rank, if at all."""
-    module = _global_vars()
-    tensorboard, wandb = module.get_tensorboard_writer(), module.get_wandb_writer()
-    if not (tensorboard or wandb) or iteration % _megatron_args().tensorboard_log_interval:
+    if iteration % _megatron_args().tensorboard_log_interval == 0:
+        to_writers(lambda: sources.scalars(said, iteration), iteration)
+
+
+def to_writers(scalars: Callable[[], Mapping[str, float]], iteration: int) -> None:
+    """Give points of curves to Megatron's writers, which are on the last rank, if at all.
+
+    Args:
+        scalars: asked only if there is a writer.
+        iteration: of the points.
+    """
+    module = sys.modules.get("megatron.training.global_vars")
+    if module is None:  # in other loops
         return
-    values = sources.scalars(said, iteration)
+    tensorboard, wandb = module.get_tensorboard_writer(), module.get_wandb_writer()
+    values = scalars() if tensorboard or wandb else {}
     if tensorboard:
         for name, value in values.items():
             tensorboard.add_scalar(name, value, iteration)
-    if wandb:
+    if wandb and getattr(wandb, "run", wandb) is not None:  # it is finished when Megatron exits
         wandb.log(values, iteration)
 
 
@@ -211,19 +276,36 @@ def _recorder() -> Recorder | None:
     file = getattr(args, "muon_log_jsonl", "")  # arguments that were read before install() have no flags of ours
     if not file:
         return None
+    flags = given_flags(args)
+    return Ranks.of_world().together(lambda: begin(file, args.iteration, args.train_iters, flags) if is_last else None)
 
-    def begin() -> Recorder | None:
-        header = {
-            "train_iters": args.train_iters,
-            "world_size": args.world_size,
-            "device": "cuda" if torch.cuda.is_initialized() else "cpu",
-        }
-        try:
-            return Recorder(file, args.iteration, header) if is_last else None
-        except OSError as error:
-            raise ConfigError(f"--muon-log-jsonl {file} cannot be written: {error}. Give another file.") from error
 
-    return Ranks.of_world().together(begin)
+def begin(file: str, iteration: int, train_iters: int | None, flags: Mapping[str, Any]) -> Recorder:
+    """Begin a part of a record, on the rank that writes.
+
+    Args:
+        file: of ``--muon-log-jsonl``.
+        iteration: that the part starts from.
+        train_iters: of the run; None if nobody knows.
+        flags: those that are not default, with their values.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+    """
+    import torch
+
+    header = {
+        "train_iters": train_iters,
+        "world_size": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
+        "device": "cuda" if torch.cuda.is_initialized() else "cpu",
+        "versions": versions(),
+        "flags": flags,
+        "routes": {name: words for routes in _run.routes.values() for name, words in routes.items()},
+    }
+    try:
+        return Recorder(file, iteration, header)
+    except OSError as error:
+        raise ConfigError(f"--muon-log-jsonl {file} cannot be written: {error}. Give another file.") from error
 
 
 def _peak_memory() -> int:

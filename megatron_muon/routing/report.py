@@ -115,6 +115,15 @@ def render(routes: Sequence[Route], options: MuonConfig, *, notes: Sequence[str]
     return "\n".join([*table(header, rows), *_totals(routes, options), *_overrides(routes), *notes])
 
 
+def words(routes: Iterable[Route], options: MuonConfig) -> dict[str, str]:
+    """Who updates the weights of each name, and as which matrices."""
+    found: dict[str, dict[str, None]] = {}
+    for route in dict.fromkeys(routes):
+        *_, by, detail, _ = _row(route, 1, options, "muon")
+        found.setdefault(route.name, {})[f"{by}: {detail}"] = None
+    return {name: "; ".join(each) for name, each in found.items()}
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns, with a rule under the header."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]

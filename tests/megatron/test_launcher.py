@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import megatron_muon
 from megatron_muon import cli
 from megatron_muon.checkpoint import folders
 from tests.launch import FLAGS, ROOT, SCRIPT, TIMEOUT, Result, check, launch, records, torchrun, train
@@ -94,9 +95,11 @@ def test_unedited_script_trains_and_resumes(tmp_path: Path, parallelism: str) ->
     folder = str(tmp_path / "checkpoint")
     checkpoint = ["--save", folder, "--load", folder, "--save-interval", "3"]
     log = tmp_path / "halves.jsonl"
+    flags += ["--muon-log-interval", "3", "--muon-check-replicas-interval", "2"]  # which change no bit
     train(*flags, *checkpoint, "--train-iters", "6", "--exit-interval", "3", log=log)
     halves = train(*flags, *checkpoint, "--train-iters", "6", log=log, run=without_warnings)
     assert halves == whole
+    assert [record["iteration"] for record in records(log, "muon")] == [3, 6] and records(log, "alarm") == []
 
 
 def test_transfer_from_a_smaller_model(tmp_path: Path) -> None:
@@ -128,7 +131,7 @@ def test_attention_logits_are_clipped_and_logged(tmp_path: Path) -> None:
     """In the log and the record, with an unedited script and without TransformerEngine."""
     log = tmp_path / "log.jsonl"
     flags = "--qk-clip --qk-clip-threshold 0.01 --log-max-attention-logit --muon-qk-log-layers 2 --train-iters 4"
-    flags += f" --optimizer muon --muon-log-jsonl {log}"
+    flags += f" --optimizer muon --muon-log-jsonl {log} --muon-log-interval 2 --muon-log-console --muon-nesterov"
     output = check(launch(str(SCRIPT), *FLAGS.split(), *flags.split()))
     assert "QK-clip: 8 heads in 2 layers are clipped above 0.01 (alpha 0.5, shared keys: q_only)" in output
     points = records(log)
@@ -141,6 +144,21 @@ def test_attention_logits_are_clipped_and_logged(tmp_path: Path) -> None:
         if layers is not None:
             assert list(layers) == [f"decoder.layers.{i}.self_attention" for i in range(2)]
             assert max(layers.values()) == value
+    (begun,) = records(log, "start")
+    assert begun["versions"]["megatron_muon"] == megatron_muon.__version__ and "megatron-core" in begun["versions"]
+    assert begun["flags"]["--muon-nesterov"] is True and begun["flags"]["--qk-clip-threshold"] == 0.01
+    assert begun["routes"]["output_layer.weight"] == "adam: embedding or output layer"
+    assert begun["routes"]["decoder.layers.*.self_attention.linear_proj.weight"] == "muon: whole 64 x 64"
+    measured = records(log, "muon")
+    assert [each["iteration"] for each in measured] == [2, 4]  # the last one too, after which there is no step
+    for each in measured:
+        point = points[each["iteration"] - 1]
+        assert each["max_attention_logit"] == pytest.approx(point["max_attention_logit"])
+        assert each["heads_clipped"] == point["heads_clipped"]
+        before = points[each["iteration"] - 2]["learning_rate"]  # Megatron tells the rate of the step that comes
+        assert each["rates"]["lr"] == pytest.approx(before) and each["rates"]["weight_decay"] == 0.01
+        assert each["times"]["step"][1] > 0
+        assert f" Muon after iteration {each['iteration']}: update/weight " in output
 
 
 def test_slices_are_clipped_before_they_are_gathered(tmp_path: Path) -> None:
