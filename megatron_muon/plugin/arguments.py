@@ -181,8 +181,14 @@ def given_flags(args: argparse.Namespace) -> dict[str, Any]:
     defaults = {} if module is None else _all_defaults(inspect.unwrap(module.add_megatron_arguments))
     defaults = {**defaults, **MuonConfig().as_settings()}
     values = {name: value for name, value in vars(args).items() if name in defaults and value != defaults[name]}
-    plain = (bool, int, float, str, list, tuple, type(None))
-    return {flag_of(name): value if isinstance(value, plain) else str(value) for name, value in sorted(values.items())}
+    return {flag_of(name): _plain(value) for name, value in sorted(values.items())}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, (list, tuple)):
+        return [*map(_plain, value)]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 
 def megatron_defaults() -> dict[str, Any]:

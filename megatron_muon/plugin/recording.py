@@ -70,7 +70,7 @@ class _Run:
 
     recorder: Recorder | None = None  # of the training in progress
     is_training: bool = False  # in Megatron's loop
-    endings: list[weakref.WeakMethod[Callable[[], None]]] = field(default_factory=list)  # of optimizers, as built
+    endings: weakref.WeakKeyDictionary[Any, weakref.WeakMethod[Any]] = field(default_factory=weakref.WeakKeyDictionary)
     routes: weakref.WeakKeyDictionary[Any, Mapping[str, str]] = field(default_factory=weakref.WeakKeyDictionary)
     evaluated: list[dict[str, torch.Tensor]] = field(default_factory=list)  # of the evaluation in progress
 
@@ -83,9 +83,9 @@ def note_routes(optimizer: Any, routes: Mapping[str, str]) -> None:
     _run.routes[optimizer] = routes
 
 
-def at_end(call: Callable[[], None]) -> None:
-    """Call a method after the last step of each training in Megatron's loop, on all ranks; nothing is kept alive."""
-    _run.endings = [each for each in _run.endings if each() is not None] + [weakref.WeakMethod(call)]
+def at_end(optimizer: Any, method: Callable[[], None]) -> None:
+    """Call a method after the last step of each training of ``optimizer`` in Megatron's loop; nothing is kept alive."""
+    _run.endings[optimizer] = weakref.WeakMethod(method)
 
 
 def recorder() -> Recorder | None:
@@ -103,10 +103,13 @@ def iteration() -> int | None:
     return _megatron_args().curr_iteration + 1 if _run.is_training else None
 
 
-def _end() -> None:
-    for each in _run.endings:
-        if (call := each()) is not None:
-            call()
+def _end(optimizer: Any) -> None:
+    """On all ranks alike: optimizers that others have dropped may be alive on some, and are not asked."""
+    infos = getattr(optimizer, "module_infos", None)
+    for each in [optimizer] if infos is None else [info.optimizer for info in infos.values()]:
+        ending = None if each is None else _run.endings.get(each)
+        if ending is not None and (method := ending()) is not None:
+            method()
 
 
 def _is_agreed(error: SystemExit) -> bool:
@@ -122,16 +125,17 @@ def _given(original: Original, args: Any, kwargs: Any) -> dict[str, Any]:
 
 @PATCHES.around(f"{_TRAINING}:train", "the file is begun, or cut to the resumed iteration")
 def _train(original: Original, *args: Any, **kwargs: Any) -> Any:
-    _refuse_other_muon(_given(original, args, kwargs).get("optimizer"))
+    optimizer = _given(original, args, kwargs).get("optimizer")
+    _refuse_other_muon(optimizer)
     _run.recorder = _recorder()
     _stepped.take()  # steps of other loops
     _run.is_training = True
     try:
         result = original(*args, **kwargs)
-        _end()
+        _end(optimizer)
     except SystemExit as error:  # --exit-interval, --exit-duration-in-mins, a signal
         if _is_agreed(error):
-            _end()
+            _end(optimizer)
         raise
     finally:
         _run.is_training = False

@@ -35,6 +35,8 @@ from megatron_muon.refusals.rule import flag_of
 from megatron_muon.routing.report import Route
 
 _RATES = ("lr", "weight_decay", "scalar_lr")
+_NONE = float("-inf")
+"""Of a rank that has no such number, where the largest counts."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Watching:
         self._number = 0  # of the step that comes
         self._compared = -1  # steps that had been made when replicas were compared last
         self._measured: _Measured | None = None
-        recording.at_end(self.finish)
+        recording.at_end(optimizer, self.finish)
 
     def _groups_of_muon(self) -> list[dict[str, Any]]:
         return [group for muon in self._muons for group in muon.param_groups]
@@ -163,19 +165,19 @@ class Watching:
         found = []
         for groups, name in ((self._groups_of_muon(), "lr"), (self._groups_of_muon(), "weight_decay"), (others, "lr")):
             values = [group[name] for group in groups if group["params"]]
-            each = [torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in values]
-            found.append(torch.stack(each).max() if each else self._nothing(()))
+            each = [value.double() if isinstance(value, torch.Tensor) else self._full(value) for value in values]
+            found.append(torch.stack([self._full(_NONE), *(its.reshape(()).to(self._device) for its in each)]).max())
         return torch.stack(found)
 
     def _logits(self) -> torch.Tensor:
         clip = clip_of(self._chunks)
         if clip is None:
-            return self._nothing((2,))
-        heads = clip.heads_clipped.double() if clip.settings.clip else self._nothing(())
-        return torch.stack([clip.max_logit.double(), heads])
+            return torch.stack([self._full(_NONE)] * 2)
+        return torch.stack([clip.max_logit, clip.heads_clipped if clip.settings.clip else self._full(_NONE)]).double()
 
-    def _nothing(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.full(shape, float("-inf"), dtype=torch.float64, device=self._device)
+    def _full(self, value: float) -> torch.Tensor:
+        """A scalar by a kernel that takes the number along: nobody waits for a copy."""
+        return torch.full((), value, dtype=torch.float64, device=self._device)
 
     def _tell(self) -> list[Alarm]:
         """Bring the numbers of a measured step together, write them, and tell of alarms: these."""
@@ -186,7 +188,7 @@ class Watching:
         parts = [muon.probe.times() for muon in self._muons]  # type: ignore[union-attr]
         times = {name: sum(part[name] for part in parts) for name in TIMES}
         numbers, spreads, rest = self._rows.together(self._rows.local(samples), times, measured.largest, self._ranks)
-        known = [None if value == float("-inf") else value for value in rest]
+        known = [None if value == _NONE else value for value in rest]
         rates = {name: value for name, value in zip(_RATES, known, strict=False) if value is not None}
         heads = None if known[4] is None else int(known[4])
         table = Table(measured.iteration, numbers.rows(), spreads, rates, known[3], heads)

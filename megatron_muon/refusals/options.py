@@ -188,6 +188,11 @@ OPTIONS: tuple[Refusal, ...] = (
         "nothing is measured that could raise one",
         "add --muon-log-interval 10, or --muon-check-replicas-interval 1000, or leave it away",
     ),
+    Refusal(
+        (given("muon_check_replicas_interval"), one_of("muon_alarm", "off")),
+        "nobody would be told of replicas that differ",
+        "use --muon-alarm warn (or stop), or leave one of the two away",
+    ),
     *(
         Refusal(
             (given(name), missing("muon_log_interval")),

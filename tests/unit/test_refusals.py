@@ -157,6 +157,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "--muon-alarm stop without --muon-log-interval without --muon-check-replicas-interval: nothing is measured "
         "that could raise one; add --muon-log-interval 10, or",
     ),
+    (
+        {"muon_check_replicas_interval": 10, "muon_alarm": "off"},
+        "--muon-check-replicas-interval 10 with --muon-alarm off: nobody would be told",
+    ),
     ({"muon_log_per_layer": True}, "--muon-log-per-layer without --muon-log-interval: nothing is .*add --muon-log-int"),
     ({"muon_log_console": True}, "--muon-log-console without --muon-log-interval: nothing is measured"),
     ({"muon_log_interval": 10, "optimizer": "adam"}, "--muon-log-interval 10 with --optimizer adam, which does not"),
