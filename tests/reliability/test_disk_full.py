@@ -23,7 +23,7 @@ from megatron_muon.monitor.recorder import Recorder
 from tests.checkpoints import differences
 from tests.megatron import harness
 from tests.megatron.harness import Layout, Run
-from tests.megatron.loading import TIMEOUT, Outcome, failure, one_error
+from tests.megatron.loading import Outcome, failure, one_error
 from tests.megatron.test_checkpoint_saving import make_folder, whole_state
 from tests.megatron.test_nonfinite import state_of
 from tests.pool import RankPool
@@ -150,7 +150,7 @@ def fail_to_save(disk: str, ways: list[str]) -> tuple[list[Outcome], list[Outcom
     "ways", [["plain", "background"], pytest.param(["parallel", "worker"], marks=pytest.mark.slow)]
 )
 def test_a_save_that_finds_no_room_ends_all_ranks(pool: RankPool, disk: Path, ways: list[str]) -> None:
-    results = pool.run(fail_to_save, 2, str(disk), ways, timeout=TIMEOUT)
+    results = pool.run(fail_to_save, 2, str(disk), ways)
     for number in range(len(ways)):
         text = one_error([found[number] for found, _, _ in results])
         assert (
@@ -177,7 +177,7 @@ def sleep_without_room(disk: str) -> tuple[Outcome, bool, list[float], list[floa
 
 
 def test_state_that_cannot_go_to_sleep_stays(pool: RankPool, disk: Path) -> None:
-    for (kind, text), same, losses, others in pool.run(sleep_without_room, 2, str(disk), timeout=TIMEOUT):
+    for (kind, text), same, losses, others in pool.run(sleep_without_room, 2, str(disk)):
         assert kind == "OSError" and str(disk) in text and "nothing is lost: give sleep(to=...) a folder" in text
         assert same and losses == others
     assert list(disk.iterdir()) == []
@@ -213,7 +213,7 @@ def save_one(folder: str) -> None:
 
 def test_a_conversion_without_room_goes_on_later(pool: RankPool, tmp_path: Path, disk: Path) -> None:
     source, target = tmp_path / "run" / "iter_0000001", disk / "adam"
-    pool.run(save_one, 1, str(source), timeout=TIMEOUT)
+    pool.run(save_one, 1, str(source))
     conversion.convert(source, tmp_path / "straight", "adam")
     for left in (0, 1 << 14, 1 << 17):
         with full(disk, left):

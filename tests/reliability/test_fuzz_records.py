@@ -19,7 +19,6 @@ from megatron_muon.checkpoint.reading import COMMON, read_index
 from megatron_muon.checkpoint.record import RECORD
 from tests.megatron import harness
 from tests.megatron.harness import Layout
-from tests.megatron.loading import TIMEOUT
 from tests.megatron.test_nonfinite import state_of
 from tests.pool import RankPool
 from tests.reliability.fuzz import each_example
@@ -142,7 +141,7 @@ def steps_of(run: Any) -> list[int]:
 @pytest.mark.parametrize("examples", [25, pytest.param(400, marks=pytest.mark.slow)])
 def test_a_changed_record_is_refused_or_means_the_same(pool: RankPool, tmp_path: Path, examples: int) -> None:
     folder = tmp_path / "iter_0000002"
-    pool.run(save, 1, str(folder), timeout=TIMEOUT)
+    pool.run(save, 1, str(folder))
     (count,) = pool.run(load_each, 1, str(folder), examples, timeout=60 + examples)
     print(count)
     assert count["refused"] > examples // 2 and count["equal"]

@@ -18,7 +18,6 @@ from megatron_muon.checkpoint import folders
 from tests.checkpoints import contents
 from tests.megatron import harness
 from tests.megatron.harness import Layout, Run
-from tests.megatron.loading import TIMEOUT
 from tests.megatron.test_checkpoint_saving import make_folder
 from tests.megatron.test_object_stores import needs_client, with_stores
 from tests.megatron.test_object_stores import store as store
@@ -105,7 +104,7 @@ def resume(layout: Layout, root: str, iteration: int) -> list[float]:
 def run_with(pool: RankPool, store: Path | None, function: Callable[..., Any], *args: Any) -> list[Any]:
     """On two ranks, for which there is a store."""
     around: list[Any] = [function] if store is None else [with_stores, store, function]
-    return pool.run(around[0], 2, *around[1:], *args, timeout=TIMEOUT)
+    return pool.run(around[0], 2, *around[1:], *args)
 
 
 def check(
