@@ -8,9 +8,10 @@ copies compare these numbers, by two small all-reduces for each kind of weight; 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -95,14 +96,10 @@ class _Kind:
     tied: bool = False
 
 
-@dataclass
-class _Held:
-    """What this rank holds of a kind: a number for each slot of each weight, in the order that all ranks have."""
+_TIED = _Kind(tied=True)
 
-    numbers: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-
-    def add(self, name: str, found: Mapping[str, torch.Tensor]) -> None:
-        self.numbers.setdefault(name, {}).update({slot: fingerprint(tensor) for slot, tensor in found.items()})
+_Numbers = dict[str, dict[str, torch.Tensor]]
+"""Of the weights of a kind on this rank, in the order that all ranks have: a number for each slot."""
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
@@ -131,39 +128,40 @@ def _factors(count: int, device: torch.device) -> torch.Tensor:
     return ((places ^ (places >> 29)) * -0x40A7B892E31B1A47) | 1
 
 
-def _agreed(optimizer: Any, chunks: Sequence[torch.nn.Module], ranks: Ranks) -> tuple[dict[_Kind, _Held], list[str]]:
+def _agreed(optimizer: Any, chunks: Sequence[torch.nn.Module], ranks: Ranks) -> tuple[dict[_Kind, _Numbers], list[str]]:
     """This rank's numbers, and the names of slots that any rank has."""
-    kinds: dict[_Kind, _Held] = {}
+    kinds: dict[_Kind, _Numbers] = {}
 
     def look() -> set[str]:
         kinds.update(_numbers(optimizer, chunks))
-        return {slot for held in kinds.values() for numbers in held.numbers.values() for slot in numbers}
+        return {slot for held in kinds.values() for numbers in held.values() for slot in numbers}
 
     return kinds, sorted(set().union(*ranks.gather(look)))
 
 
-def _numbers(optimizer: Any, chunks: Sequence[torch.nn.Module]) -> dict[_Kind, _Held]:
-    kinds: dict[_Kind, _Held] = {_Kind(tied=True): _Held()}
+def _numbers(optimizer: Any, chunks: Sequence[torch.nn.Module]) -> dict[_Kind, _Numbers]:
+    kinds: dict[_Kind, _Numbers] = {_TIED: {}}
+
+    def add(kind: _Kind, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        numbers = {slot: fingerprint(tensor) for slot, tensor in tensors.items()}
+        kinds.setdefault(kind, {}).setdefault(name, {}).update(numbers)
+
     states: dict[torch.Tensor, ParamState] = {each.param: each for each in param_states(optimizer, refuse=False)}
     for name, param in _named(chunks):
+        state = states.get(param)
+        weight = {} if no_numbers_of_its_own(param) else {WEIGHT: param}
+        of_state = {} if state is None else _state(state)
         kind = _Kind(
             is_expert_parallel(param),
             getattr(param, "expert_tp", False),
             bool(getattr(param, "tensor_model_parallel", False)),
         )
-        state = states.get(param)
-        of_state = {} if state is None else _state(state)
-        weight = {} if no_numbers_of_its_own(param) else {WEIGHT: param}
-        if state is None or state.slices is None:
-            kinds.setdefault(kind, _Held()).add(name, {**weight, **of_state})
-        else:
-            kinds.setdefault(kind, _Held()).add(name, weight)
-            sliced = _Kind(kind.expert_data, kind.expert_tensor, kind.divided, sliced=True)
-            kinds.setdefault(sliced, _Held()).add(name, of_state)
-        tied = kinds[_Kind(tied=True)]
-        if getattr(param, "shared_embedding", False) and not tied.numbers:
-            whole = of_state if state is None or state.slices is None else {}  # slices of other buckets are others
-            tied.add("the embedding that pipeline stages share", {**weight, **whole})
+        if state is not None and state.slices is not None:
+            add(dataclasses.replace(kind, sliced=True), name, of_state)
+            of_state = {}
+        add(kind, name, {**weight, **of_state})
+        if getattr(param, "shared_embedding", False) and not kinds[_TIED]:
+            add(_TIED, "the embedding that pipeline stages share", {**weight, **of_state})
     return kinds
 
 
@@ -215,12 +213,12 @@ def _is_member(group: Any) -> bool:
 
 
 def _differing(
-    held: _Held, slots: Sequence[str], groups: Sequence[dist.ProcessGroup], device: torch.device
+    held: _Numbers, slots: Sequence[str], groups: Sequence[dist.ProcessGroup], device: torch.device
 ) -> list[tuple[int, str, str, int]]:
     """What is not the same on all ranks that have it: the lowest of these ranks, name, slot and this rank's number."""
-    names = list(held.numbers)
+    names = list(held)
     missing = torch.tensor(_LEAST, device=device)  # on this rank: it makes neither the least nor the largest
-    cells = [held.numbers[name].get(slot) for name in names for slot in slots]
+    cells = [held[name].get(slot) for name in names for slot in slots]
     mine = torch.stack([missing, *(missing if cell is None else cell.to(device) for cell in cells)])
     is_there = torch.tensor([cell is not None for cell in cells], device=device)
     most = mine.clone()

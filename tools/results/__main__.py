@@ -37,6 +37,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234, help="of the weights and the order of the data")
     parser.add_argument("--seeds", type=int, default=1, help="repeat every run with so many seeds, and take the mean")
     parser.add_argument("--quick", action="store_true", help="try everything with sizes that show nothing")
+    parser.add_argument(
+        "--alarms",
+        type=int,
+        default=10,
+        metavar="N",
+        help="measure Muon's work in every N-th step; the first alarm ends the command; 0: never",
+    )
     parser.add_argument("--fresh", action="store_true", help="make runs again that were made before")
     arguments = parser.parse_args(argv)
     for name in arguments.names:
@@ -54,7 +61,13 @@ def main(argv: list[str] | None = None) -> int:
     """Do the experiments and write what came out; the exit status."""
     arguments = parse_arguments(argv)
     context = Context(
-        arguments.runs, arguments.seeds, arguments.seed, arguments.steps, arguments.quick, arguments.fresh
+        arguments.runs,
+        arguments.seeds,
+        arguments.seed,
+        arguments.steps,
+        arguments.quick,
+        arguments.fresh,
+        1 if arguments.quick and arguments.alarms else arguments.alarms,
     )
     for name in arguments.names or EXPERIMENTS:
         begin = time.perf_counter()

@@ -43,6 +43,7 @@ class Setting:
         batch: sequences a step.
         length: characters of a sequence.
         valid_batches: number of them in a validation.
+        alarm_interval: Muon's work is measured in every so many-th step, and the first alarm ends the run; 0: never.
     """
 
     width: int
@@ -59,6 +60,7 @@ class Setting:
     batch: int = 8
     length: int = 128
     valid_batches: int = 8
+    alarm_interval: int = 0
 
 
 @contextlib.contextmanager
@@ -165,6 +167,7 @@ def build_optimizer(setting: Setting, model: Any) -> tuple[Any, Any]:
         "muon_fp32_matmul_prec": "highest",
         **({} if setting.base is None else {"muon_transfer": setting.base}),
         **setting.options,
+        **({"muon_log_interval": setting.alarm_interval, "muon_alarm": "stop"} if setting.alarm_interval else {}),
     }
     # Knobs that Megatron's class does not have are attributes of the object.
     known = {each.name for each in fields(OptimizerConfig)}

@@ -67,6 +67,7 @@ class Context:
         steps: of each training; None for the experiment's own number.
         quick: whether to try everything with sizes that show nothing.
         fresh: whether to make runs again that have a record.
+        alarms: in every so many-th step Muon's work is measured, and an alarm ends the command; 0: never.
     """
 
     runs: Path
@@ -75,13 +76,15 @@ class Context:
     steps: int | None = None
     quick: bool = False
     fresh: bool = False
+    alarms: int = 0
 
     def setting(self, steps: int, **values: Any) -> Setting:
         """A setting with the number of steps, the seed and the sizes of this command."""
         if self.quick:
             values |= {"batch": 2, "length": 32, "valid_batches": 1}
             steps = 3
-        return Setting(steps=self.steps or steps, seed=self.seed, **values)
+        interval = 0 if values.get("optimizer") == "adam" else self.alarms
+        return Setting(steps=self.steps or steps, seed=self.seed, alarm_interval=interval, **values)
 
     def record(self, setting: Setting, watch: Watch | None = None) -> Record:
         """The record of a run, which is made if there is none."""

@@ -217,7 +217,8 @@ def line(context: Context, model: str, candidate: Candidate, seed: int) -> list[
         f"--micro-batch-size {batch} --global-batch-size {batch} --seq-length {length} "
         f"--eval-interval {steps + 1} --eval-iters {1 if context.quick else VALIDATION // batch}"
     )
-    return [*flags("muon", settings, prepare(Path("runs/data"))), *sizes.split(), *candidate.words]
+    alarms = f"--muon-log-interval {context.alarms} --muon-alarm stop" if context.alarms else ""
+    return [*flags("muon", settings, prepare(Path("runs/data"))), *sizes.split(), *alarms.split(), *candidate.words]
 
 
 def _inputs(model: str, candidate: Candidate, words: list[str]) -> dict[str, Any]:
