@@ -69,16 +69,19 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     """What is known of a run's checkpoints: which are whole, and how the newest was saved."""
     if not folder.is_dir():
         raise ConfigError(f"--checkpoint {folder}: no such folder. Give that of --save, or one iteration's.")
-    root = folder if folders.iteration_of(folder) is None else folder.parent
-    whole = [
-        each for each in folders.entries(root) if folders.iteration_of(each) is not None and folders.is_whole(each)
-    ]
-    iterations = sorted(folders.iteration_of(each) or 0 for each in whole)
-    problems = [text for text in [folders.interruption(root)] if text]
-    found: dict[str, Any] = {"folder": str(folder), "iterations": iterations, "problems": problems}
+    one = folders.iteration_of(folder) is not None
+    places = {folders.iteration_of(each): each for each in ([folder] if one else folders.entries(folder))}
+    every = sorted(iteration for iteration in places if iteration is not None)
+    if any(any(places[each].glob("mp_rank_*")) for each in every):
+        return {"iterations": every}  # --ckpt-format torch, of which nothing more is read
+    text = None if one else folders.interruption(folder)
+    problems = [text] if text else []
+    found: dict[str, Any] = {
+        "iterations": [each for each in every if folders.is_whole(places[each])],
+        "problems": problems,
+    }
     try:
-        newest = folder if root != folder else folders.resolve(folder)
-        found |= _contents(newest)
+        found |= _contents(folders.resolve(folder))
     except CheckpointError as error:
         problems += [str(error)] * (not problems)
     return found

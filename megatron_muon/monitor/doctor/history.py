@@ -107,7 +107,8 @@ def _precision(run: Run) -> Iterator[Finding]:
 
 def _text(run: Run) -> Iterator[Finding]:
     if run.errors:
-        yield finding("errors", " | ".join(run.errors[:3]), lines=many(len(run.errors), "line"))
+        first = list(dict.fromkeys(run.errors))[:3]  # ranks say the same
+        yield finding("errors", " | ".join(first), lines=many(len(run.errors), "line"))
     if run.warnings:
         yield finding("warnings", " | ".join(run.warnings[:3]), warnings=many(len(run.warnings), "warning"))
 

@@ -46,8 +46,8 @@ def _shares(run: Run) -> Iterator[Finding]:
         for each, numbers in run.series.items():
             since = numbers[stat].since() if stat in numbers else None
             if since is not None and (stat == "nonfinite" or sum(at >= since for at in run.measured) >= 3):
-                count = max(1, round(numbers[stat].mean[-1] * run.matrices.get(each, 1)))
-                found[f"{each}: {count} of {run.matrices.get(each, 1)}"] = since
+                count = min(run.matrices[each], max(1, round(numbers[stat].mean[-1] * run.matrices[each])))
+                found[f"{each}: {count} of {run.matrices[each]}"] = since
         is_dead = stat == "zero_gradient" and any("expert" in each for each in found)
         if found:
             seen = f"{STATS[stat].title.lower()}, matrices in the last measured step: {few(list(found))}"

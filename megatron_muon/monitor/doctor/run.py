@@ -262,7 +262,8 @@ _ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \|(.*)")
 _FLAG = re.compile(r"^(?:\[[^]]*\]:)? +(\w+) \.{2,} (.*)$")
 _SAVED = re.compile(r"successfully saved checkpoint from iteration +(\d+)")
 _ERRORS = re.compile(
-    r"megatron_muon: error|^\w*Error\b|^[\w.]+(?:Error|Exception): |out of memory|SIGKILL|exitcode +: -?[1-9]"
+    r"megatron_muon: error|^(\[\w+\]: *)?[\w.]*(Error|Exception)\b|out of memory|SIGKILL|exitcode +: -?[1-9]"
+    "|Watchdog caught"
 )
 
 
