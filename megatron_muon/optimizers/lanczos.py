@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -27,6 +27,9 @@ from megatron_muon.routing.blocks import block_rows_before
 STEPS = 12
 """Of the iteration. The largest eigenvalue of the Gram matrix of a large random square matrix, whose spectrum ends
 without a gap, is found to about (pi / (2 STEPS + 1))^2 = 1.6 %, the singular value to half as much."""
+
+Diagonals = tuple[torch.Tensor, torch.Tensor]
+"""Of T: (matrices, vectors, STEPS), and what is beside them, one less."""
 
 _BUDGET = 4096
 """Vectors of signs times p, at least; see the module."""
@@ -97,7 +100,7 @@ class _Run:
         """A^T v of the first tensor and its first unit vectors: (matrices, longer side on this rank, vectors)."""
         return self._other[..., : self._widths[0]].clone()
 
-    def results(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def results(self) -> list[Diagonals]:
         """Diagonals and what is beside them, for each tensor: (matrices, vectors, STEPS) and one less."""
         alphas = torch.cat(self.alphas, dim=-2).mT.split(self._widths, dim=-2)
         betas = torch.cat(self.betas, dim=-2).mT[..., 1:].split(self._widths, dim=-2)
@@ -114,7 +117,7 @@ def tridiagonals(
     scales: Sequence[Sequence[torch.Tensor]],
     starts: Sequence[Sequence[torch.Tensor]],
     steps: int = STEPS,
-) -> tuple[list[list[tuple[torch.Tensor, torch.Tensor]]], list[torch.Tensor]]:
+) -> tuple[list[list[Diagonals]], list[torch.Tensor]]:
     """Lanczos' iteration on the Gram matrices of the shorter sides: all ranks with parts of the matrices, together.
 
     Args:
@@ -163,9 +166,10 @@ def _side(update: Update, tensor: torch.Tensor) -> tuple[int, int, int]:
     if update.rows > update.columns:
         size = tensor.size(-1)
         return update.columns, update.first_column if size < update.columns else 0, size
-    size, its = tensor.size(-2), update.slices.ranges[0]
+    size = tensor.size(-2)
     if size == update.rows:
         return update.rows, 0, size
+    its = update.slices.ranges[0]
     # Matrices of some rows that shards cut through lie one after the other in their block.
     before = 0 if its.layout.stacked else its.start * its.layout.matrix_rows(its.block)
     return update.rows, max(0, block_rows_before(its.layout, its.block, its.first_row) - before), size
@@ -178,6 +182,33 @@ def _vectors(p: int, first: int, size: int, count: int, device: torch.device, dt
         return torch.eye(p, device=device, dtype=dtype)[first : first + size]
     found = noise_of(max(p, first + size) * abs(count), device).view(-1, abs(count))[first : first + size].to(dtype)
     return found if count < 0 else torch.where(found < 0, -1.0, 1.0).to(dtype)
+
+
+def evaluated(spectra: Sequence[dict[str, Diagonals]]) -> list[dict[str, torch.Tensor]]:
+    """What all T together tell: largest singular values by name, and of results ``unlifted`` and ``defect``."""
+    found: list[dict[str, torch.Tensor]] = [{} for _ in spectra]
+    places = [(its, name, pair) for its, each in zip(found, spectra, strict=True) for name, pair in each.items()]
+    if not places:
+        return found
+    pairs = [pair for _, _, pair in places]
+    for (its, name, _), top in zip(places, _of_each(largest, pairs)[0], strict=True):
+        its[name] = top.amax(dim=-1).clamp_min(0.0).sqrt()
+    results = [(its, pair) for its, name, pair in places if name == "result"]
+    below, squares = _of_each(quadratures, [pair for _, pair in results])
+    for (its, _), share, square in zip(results, below, squares, strict=True):
+        its |= {"unlifted": share.mean(dim=-1).clamp(0.0, 1.0), "defect": square.mean(dim=-1).clamp_min(0.0).sqrt()}
+    return found
+
+
+def _of_each(
+    function: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]], pairs: Sequence[Diagonals]
+) -> list[list[torch.Tensor]]:
+    """Numbers of each T, (matrices, vectors) for each pair: computed together, NaN where T is not finite."""
+    alphas, betas = (torch.cat([each[index].flatten(0, 1) for each in pairs]).double() for index in (0, 1))
+    are_finite, shapes = alphas.sum(dim=-1).isfinite(), [alphas.shape[:2] for alphas, _ in pairs]
+    found, sizes = function(alphas, betas), [m * k for m, k in shapes]
+    parts = (torch.where(are_finite, values, torch.nan).split(sizes) for values in found)
+    return [[part.view(shape) for part, shape in zip(each, shapes, strict=True)] for each in parts]
 
 
 def largest(alphas: torch.Tensor, betas: torch.Tensor) -> tuple[torch.Tensor]:

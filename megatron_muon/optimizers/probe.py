@@ -26,19 +26,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from megatron_muon.engine.clock import NO_CLOCK, STEP, Clock, NoClock
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.monitor.schema import STATS, TIMES
-from megatron_muon.optimizers.lanczos import largest, noise, quadratures, signs, tridiagonals
+from megatron_muon.optimizers.lanczos import Diagonals, evaluated, noise, signs, tridiagonals
 from megatron_muon.optimizers.matrices import Matrices, Update, row_norms
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.switches import matmul_precision
-
-Diagonals = tuple[torch.Tensor, torch.Tensor]
 
 Mixed = Callable[[Update], torch.Tensor]
 """Gives u of an update as a new batch, as it is orthogonalized."""
@@ -121,30 +119,34 @@ class Probe:
             self._findings = []
         return self.measures or self.keeps
 
-    def end(self) -> None:
-        """At the end of such a step: forget what was kept of the one before."""
-        self._before = {}
-
     @contextlib.contextmanager
-    def timing(self, engines: Sequence[StepEngine], device: torch.device) -> Iterator[None]:
-        """Within a measured step, its phases are timed, but for what is done here.
-
-        Args:
-            engines: of the step.
-            device: where the weights are.
-        """
-        self._clock = clock = Clock(device)
+    def looking(self, engines: Sequence[StepEngine]) -> Iterator[None]:
+        """Within such a step: engines are timed if it is measured. Then what was kept of the last is forgotten."""
+        clock: NoClock = NO_CLOCK
+        if self.measures:
+            clock = self._clock = Clock(engines[0].wire.device if engines else torch.device("cpu"))
         for engine in engines:
             engine.clock = clock
+        phase = clock.enter(STEP)
         try:
-            with clock.phase(STEP):
-                yield
+            yield
         finally:
+            clock.enter(phase)
             for engine in engines:
                 engine.clock = NO_CLOCK
+            self._before = {}
+
+    @contextlib.contextmanager
+    def aside(self, engine: StepEngine) -> Iterator[None]:
+        """Within, time and messages are the probe's own, and not counted as the step's."""
+        clock, counters = engine.clock, engine.counters
+        phase, before = clock.enter(""), replace(counters)
+        yield
+        clock.enter(phase)
+        clock.add(bytes=before.bytes - counters.bytes, collectives=before.collectives - counters.collectives)
 
     def times(self) -> dict[str, float]:
-        """The times of the last measured step, by the names of :data:`megatron_muon.monitor.schema.TIMES`.
+        """The times of the last measured step, without the probe's own, by :data:`megatron_muon.monitor.schema.TIMES`.
 
         The device must have been waited for.
         """
@@ -155,7 +157,7 @@ class Probe:
         self,
         matrices: Matrices,
         results: Sequence[torch.Tensor] | None,
-        mixed: Mixed | None,
+        mixed: Mixed,
         eps: float | None = None,
         *,
         are_successive: bool = True,
@@ -175,10 +177,7 @@ class Probe:
         """
         with matmul_precision("highest"):
             if self.measures:
-                phase = self._clock.enter("")
-                found = self._measured(matrices, results, mixed, eps, are_successive)
-                self._clock.enter(phase)
-                return found
+                return self._measured(matrices, results, mixed, eps, are_successive)
             if results is not None and are_successive:
                 tensors = [[result] for result in results]
                 _, sketches = tridiagonals(matrices, tensors, _ones(tensors), _signs(matrices, results), steps=0)
@@ -215,7 +214,7 @@ class Probe:
         This starts a few hundred small kernels, however many matrices there are; it waits for nothing.
         """
         found, self._findings = self._findings, []
-        spectra = _evaluated([each.spectra for each in found])
+        spectra = evaluated([each.spectra for each in found])
         samples = []
         for each, its in zip(found, spectra, strict=True):
             first, table = 0, _table(each, its)
@@ -228,28 +227,20 @@ class Probe:
         self,
         matrices: Matrices,
         results: Sequence[torch.Tensor] | None,
-        mixed: Mixed | None,
+        mixed: Mixed,
         eps: float | None,
         are_successive: bool,
     ) -> list[Finding]:
-        updates, names = matrices.updates, ["gradient", "weight"]
-        rows = [_gradient_norms(update) for update in updates]
-        mixes: list[torch.Tensor] = []
-        weights: list[torch.Tensor] = []
+        updates, names, weights = matrices.updates, ["gradient", "weight", "momentum"], list[torch.Tensor]()
+        rows, mixes = [_gradient_norms(update) for update in updates], list[torch.Tensor]()
         if results is None:
             rows += [update.master_norms().double() for update in updates]
-            if mixed is not None:
-                names.append("momentum")
-                rows += [row_norms(mixed(update), wide=True) for update in updates]  # one copy at a time
+            rows += [row_norms(mixed(update), wide=True) for update in updates]  # one copy at a time
         else:
-            weights = [update.masters() for update in updates]
-            rows += [row_norms(weight) for weight in weights]
-            if mixed is not None:
-                names.append("momentum")
-                mixes = [mixed(update) for update in updates]
-                rows += [row_norms(mix, wide=True) for mix in mixes]
-            names.append("result")
+            weights, mixes = [update.masters() for update in updates], [mixed(update) for update in updates]
+            rows += [row_norms(weight) for weight in weights] + [row_norms(mix, wide=True) for mix in mixes]
             rows += [row_norms(result) for result in results]
+            names.append("result")
         norms = iter(matrices.norms(rows, wide=True))
         by_name = {name: [next(norms) for _ in updates] for name in names}
         found = [
@@ -277,17 +268,14 @@ class Probe:
         norms: dict[str, list[torch.Tensor]],
         are_successive: bool,
     ) -> None:
-        others = [("momentum", mixes), ("weight", weights)] if mixes else [("weight", weights)]
-        tensors = [[result, *(each[index] for _, each in others)] for index, result in enumerate(results)]
+        tensors = [list(each) for each in zip(results, mixes, weights, strict=True)]
         scales, starts = _ones(tensors), _signs(matrices, results)
-        for index, update in enumerate(matrices.updates):
-            for name, each in others:
-                scales[index].append(_inverse(norms[name][index]).to(results[index].dtype))
-                starts[index].append(noise(update, each[index]))
+        for index, (update, result) in enumerate(zip(matrices.updates, results, strict=True)):
+            scales[index] += [_inverse(norms[name][index]).to(result.dtype) for name in ("momentum", "weight")]
+            starts[index] += [noise(update, result)] * 2
         spectra, sketches = tridiagonals(matrices, tensors, scales, starts)
-        names = ["result", *(name for name, _ in others)]
         for finding, its in zip(found, spectra, strict=True):
-            finding.spectra = dict(zip(names, its, strict=True))
+            finding.spectra = dict(zip(("result", "momentum", "weight"), its, strict=True))
         if are_successive:
             self._compare(matrices, found, sketches)
             if self.keeps:
@@ -299,14 +287,14 @@ class Probe:
             return
         dots = []
         for update, sketch in zip(matrices.updates, sketches, strict=True):
-            counts = update.slices.counts
-            own = zip(_keys(update), sketch.split(counts), strict=True)
-            known = [self._before.get(key) for key, _ in zip(_keys(update), counts, strict=True)]
-            parts = [
-                torch.full_like(mine, torch.nan) if its is None or its.shape != mine.shape else its
-                for (_, mine), its in zip(own, known, strict=True)
-            ]
-            before = torch.cat(parts)
+            own = sketch.split(update.slices.counts)
+            known = [self._before.get(key) for key in _keys(update)]
+            before = torch.cat(
+                [
+                    torch.full_like(mine, torch.nan) if its is None or its.shape != mine.shape else its
+                    for mine, its in zip(own, known, strict=True)
+                ]
+            )
             pairs = torch.stack([sketch * before, sketch.square(), before.square()], dim=1)
             dots.append(pairs.flatten(2).sum(dim=-1))
         is_short = [update.divides_columns != (update.rows <= update.columns) for update in matrices.updates]
@@ -363,33 +351,6 @@ def _signs(matrices: Matrices, results: Sequence[torch.Tensor]) -> list[list[tor
     return [[signs(update, result)] for update, result in zip(matrices.updates, results, strict=True)]
 
 
-def _evaluated(spectra: Sequence[dict[str, Diagonals]]) -> list[dict[str, torch.Tensor]]:
-    """What all T together tell: largest singular values by name, and of results ``unlifted`` and ``defect``."""
-    found: list[dict[str, torch.Tensor]] = [{} for _ in spectra]
-    places = [(its, name, pair) for its, each in zip(found, spectra, strict=True) for name, pair in each.items()]
-    if not places:
-        return found
-    pairs = [pair for _, _, pair in places]
-    for (its, name, _), top in zip(places, _of_each(largest, pairs)[0], strict=True):
-        its[name] = top.amax(dim=-1).clamp_min(0.0).sqrt()
-    results = [(its, pair) for its, name, pair in places if name == "result"]
-    below, squares = _of_each(quadratures, [pair for _, pair in results])
-    for (its, _), share, square in zip(results, below, squares, strict=True):
-        its |= {"unlifted": share.mean(dim=-1).clamp(0.0, 1.0), "defect": square.mean(dim=-1).clamp_min(0.0).sqrt()}
-    return found
-
-
-def _of_each(
-    function: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]], pairs: Sequence[Diagonals]
-) -> list[list[torch.Tensor]]:
-    """Numbers of each T, (matrices, vectors) for each pair: computed together, NaN where T is not finite."""
-    alphas, betas = (torch.cat([each[index].flatten(0, 1) for each in pairs]).double() for index in (0, 1))
-    are_finite, shapes = alphas.sum(dim=-1).isfinite(), [alphas.shape[:2] for alphas, _ in pairs]
-    found, sizes = function(alphas, betas), [m * k for m, k in shapes]
-    parts = (torch.where(are_finite, values, torch.nan).split(sizes) for values in found)
-    return [[part.view(shape) for part, shape in zip(each, shapes, strict=True)] for each in parts]
-
-
 def _table(found: Finding, spectra: dict[str, torch.Tensor]) -> torch.Tensor:
     """(matrices, len(STATS)), float32."""
     norms, root = found.norms, found.size**0.5
@@ -399,11 +360,9 @@ def _table(found: Finding, spectra: dict[str, torch.Tensor]) -> torch.Tensor:
         if name in norms:
             bad |= ~norms[name].isfinite()
     its["nonfinite"] = bad
-    its["weight_rms"] = norms["weight"] / root
-    if "momentum" in norms:
-        its["momentum_norm"] = norms["momentum"]
-        if found.eps is not None:
-            its["at_bound"] = norms["momentum"] < found.eps
+    its |= {"weight_rms": norms["weight"] / root, "momentum_norm": norms["momentum"]}
+    if found.eps is not None:
+        its["at_bound"] = norms["momentum"] < found.eps
     if "added" in norms:
         its["update_rms"] = norms["added"] / root
         its["update_ratio"] = norms["added"] / norms["weight"]
@@ -411,9 +370,8 @@ def _table(found: Finding, spectra: dict[str, torch.Tensor]) -> torch.Tensor:
         its |= {"unlifted": spectra["unlifted"], "defect": spectra["defect"]}
         its["largest_singular"] = spectra["result"]
         its["spectral_norm"] = spectra["weight"] * norms["weight"]
-        if "momentum" in spectra:  # of u / |u|
-            top = spectra["momentum"].square()
-            its["stable_rank"] = torch.where(top > 0, top.reciprocal(), torch.nan)
+        top = spectra["momentum"].square()  # of u / |u|
+        its["stable_rank"] = torch.where(top > 0, top.reciprocal(), torch.nan)
     if found.cosine is not None:
         its["cosine"] = found.cosine
     unknown = torch.full_like(norms["gradient"], torch.nan)

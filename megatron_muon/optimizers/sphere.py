@@ -228,8 +228,8 @@ class SpectralSphere(Variant):
             found = list(zip(searches[slices[0].items[0]], matrices.updates, strict=True))
             results = [each.result() for each, _ in found]
             if work.is_measured:
-                sizes = {id(update): each.radius.view(-1) * update.options.lr for each, update in found}
-                work.measure(matrices, results, None, lambda update: sizes[id(update)])
+                changes = [result * each.radius for (each, _), result in zip(found, results, strict=True)]
+                work.measure(matrices, results, changes, lambda update: update.options.lr)
             for (each, update), result in zip(found, results, strict=True):
                 update.add(result.mul_(each.radius), -update.options.lr)
                 # Without a gradient, or singular vectors, h is 0 at every lambda: it stays where it was.

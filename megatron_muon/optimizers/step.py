@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -176,12 +176,13 @@ class Step:
     def change(self) -> None:
         """The part of a step that changes weights and state."""
         probe = self.optimizer.probe
-        timed: AbstractContextManager[None] = nullcontext()
-        if probe is not None and probe.is_due and self.params:
-            timed = probe.timing([*self._engines.values()], self.params[0].device)
         try:
-            with timed:
+            if probe is None or not probe.begin():
                 self._change()
+            else:
+                self.probe = probe
+                with probe.looking([*self._engines.values()]):
+                    self._change()
         except Exception as error:
             error.add_note(
                 f"Muon: the step had begun, {len(self._pending)} of {len(self.params)} weights are not done: they or "
@@ -191,8 +192,6 @@ class Step:
 
     def _change(self) -> None:
         optimizer = self.optimizer
-        if optimizer.probe is not None and optimizer.probe.begin():
-            self.probe = optimizer.probe
         optimizer.variant.begin_step()
         alike: dict[tuple[str, torch.dtype], list[ParamStep]] = defaultdict(list)
         for rates in self._rates:
@@ -218,8 +217,6 @@ class Step:
             work.update_momentum()  # of a variant that has not looked at it
         self.report_deferred()
         self.report_final(list(self._pending))
-        if self.probe is not None:
-            self.probe.end()
         optimizer.versions.record(self.watched)
 
     def report_final(self, params: list[torch.Tensor]) -> None:
@@ -349,13 +346,37 @@ class EngineStep:
             factor: on the changes of an update, learning rate and all; a number, or (matrices,).
             are_successive: as of :meth:`megatron_muon.optimizers.probe.Probe.look`.
         """
-        if (probe := self.step.probe) is not None:
-            found = probe.look(matrices, results, self._mixed, are_successive=are_successive)
-            probe.added(found, matrices, changes, factor)
+        self._note(self._look(matrices, results, None, are_successive), matrices, changes, factor)
+
+    def _look(
+        self,
+        matrices: Matrices,
+        results: Sequence[torch.Tensor] | None,
+        eps: float | None,
+        are_successive: bool = True,
+    ) -> list[Finding]:
+        """See :meth:`megatron_muon.optimizers.probe.Probe.look`."""
+        if (probe := self.step.probe) is None:
+            return []
+        with probe.aside(self.engine):
+            return probe.look(matrices, results, self._mixed, eps, are_successive=are_successive)
+
+    def _note(
+        self,
+        found: Sequence[Finding],
+        matrices: Matrices,
+        changes: Sequence[torch.Tensor] | None,
+        factor: Callable[[Update], Rate | torch.Tensor],
+    ) -> None:
+        """See :meth:`megatron_muon.optimizers.probe.Probe.added`."""
+        if found and (probe := self.step.probe) is not None:
+            with probe.aside(self.engine):
+                probe.added(found, matrices, changes, factor)
 
     def _mixed(self, update: Update) -> torch.Tensor:
         mixed = update.mix()
-        self._optimizer.variant.transform([mixed])
+        if self.direction == MSIGN:
+            self._optimizer.variant.transform([mixed])
         return mixed
 
     def _pack(self, slices: Sequence[Slices], batches: Sequence[torch.Tensor], first: bool) -> None:
@@ -407,41 +428,39 @@ class EngineStep:
         return writing
 
     def _update_in_balls(self, slices: Sequence[Slices], blanks: Sequence[torch.Tensor], reduce: Reduce) -> None:
-        matrices, probe = self.matrices(slices, blanks, reduce), self.step.probe
+        matrices = self.matrices(slices, blanks, reduce)
         slices = [update.slices for update in matrices.updates]
-        found = [] if probe is None else probe.look(matrices, None, Update.mix)
+        found = self._look(matrices, None, None)
         directions = ball_directions(matrices, self.direction)
-        if probe is not None:
-            probe.added(found, matrices, directions, lambda update: self._factor(update, self._ball_factor))
+        self._note(found, matrices, directions, lambda update: self._factor(update, self._ball_factor))
         add(self.weights, slices, directions, self._ball_factor, lambda weight, _: weight.layout.kind)
 
     def _write(self, slices: Sequence[Slices], directions: Sequence[torch.Tensor], reduce: Reduce) -> None:
         """Apply orthogonalized directions to the weights."""
-        variant, probe, found = self._optimizer.variant, self.step.probe, list[Finding]()
-        its_own, is_plain = self._is_block if self.step.in_blocks else None, not self._changes_directions
-        if is_plain and probe is None:
+        variant = self._optimizer.variant
+        its_own = self._is_block if self.step.in_blocks else None
+        if not self._changes_directions:
+            if self.step.probe is not None:
+                matrices = self.matrices(slices, directions, reduce)
+                self._note(self._look_at(matrices), matrices, None, self._factor)
             add(self.weights, slices, directions, self._scale, its_own)
             return
         matrices = self.matrices(slices, directions, reduce)
-        if probe is not None:
-            results = [update.direction for update in matrices.updates]
-            found = probe.look(matrices, results, self._mixed, self._optimizer.config.eps)
-        if is_plain:
-            assert probe is not None
-            probe.added(found, matrices, None, self._factor)
-            add(self.weights, slices, directions, self._scale, its_own)
-            return
+        found = self._look_at(matrices)
         batches = _checked(variant, matrices, variant.adapt(matrices))
         for mode in (UPDATE_NORM, SPECTRAL_NORM):
             which = [index for index, update in enumerate(matrices.updates) if update.options.scale_mode == mode]
             if which:
                 some = Matrices([matrices.updates[index] for index in which], reduce)
                 self._measure(mode, some, [batches[index] for index in which])
-        if probe is not None:
-            probe.added(found, matrices, batches, self._factor)
+        self._note(found, matrices, batches, self._factor)
         add(self.weights, [update.slices for update in matrices.updates], batches, self._scale, its_own)
         if variant.retracts:
             variant.retract(matrices)
+
+    def _look_at(self, matrices: Matrices) -> list[Finding]:
+        eps = self._optimizer.config.eps
+        return self._look(matrices, [update.direction for update in matrices.updates], eps)
 
     def _measure(self, mode: str, matrices: Matrices, directions: list[torch.Tensor]) -> None:
         """Give directions the size that a scale mode derives from their norm, in place."""

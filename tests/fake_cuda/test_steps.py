@@ -17,6 +17,7 @@ from megatron_muon import Muon
 from megatron_muon.choices import TP_MODES, Budget
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.optimizers.fading import EVERY
+from megatron_muon.optimizers.probe import Probe
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.routing.layout import MSIGN, STIEFEL, WHOLE
 from tests.fake_cuda.cases import ELEMENTWISE, EVERYTHING, FEW, MEASURED, NUMBERS, SOLVED, Shards, weights
@@ -35,22 +36,29 @@ def two_steps(
     direction: str = MSIGN,
     dtype: torch.dtype = torch.float32,
     always: tuple[Allowed, ...] = (),
+    probe: Probe | None = None,
     **options: Any,
 ) -> World:
-    """Of one of two ranks; checks what has travelled."""
+    """Of one of two ranks; checks what has travelled. The second is measured, if there is a probe."""
     with World(1, 2) as world:
         params = weights(world, shards, direction, dtype=dtype)
         if "lr" in options:
             options["lr"] = torch.full((), 0.1, device="cuda")
             world.watch.allowed[RATE.where] = RATE
         muon = Muon(params, tp_group=dist.group.WORLD, num_ns_steps=2, **options)
+        muon.probe = probe
+        if probe is not None:
+            probe.is_next_due = True
         with world.refusing([*FIRST_STEP, *always]):
             muon.step()
         muon.engines.compared_elsewhere = True  # as Megatron-Core's optimizers are, which compare gradients themselves
         first = len(world.calls)
         world.watch.written.clear()
+        if probe is not None:
+            probe.is_due = True
         with world.refusing(always):
             muon.step()
+            assert probe is None or probe.take()
         assert {param.untyped_storage()._cdata for param in params} <= world.watch.written, "not updated"
         for state in muon.state.values():
             assert all(value.is_cuda for value in state.values() if isinstance(value, torch.Tensor))
@@ -144,10 +152,27 @@ def test_measured_rules(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -
     two_steps(shards, direction, tp_mode=mode, ns_dtype="fp16", **options)
 
 
+PROBED = [
+    ("none", "owner"),
+    pytest.param("normuon", "distributed", marks=pytest.mark.slow),
+    pytest.param("sphere", "gram", marks=pytest.mark.slow),
+    ("row_norm", "auto"),
+]
+
+
+@pytest.mark.parametrize("name,mode", PROBED)
+def test_steps_with_a_probe(name: str, mode: str) -> None:
+    """Neither what is measured of a step, nor the numbers that are made of it, is waited for."""
+    direction, options = {"none": (MSIGN, {}), **MEASURED}[name]
+    two_steps(FEW, direction, tp_mode=mode, ns_dtype="fp16", probe=Probe(), **options)
+
+
 @pytest.mark.parametrize("name", SOLVED)
 def test_manifolds(name: str) -> None:
     direction, options = SOLVED[name]
-    two_steps(FEW[1:], direction, always=(EIGH,) if name == "fixed_point" else (), **options)
+    always = (EIGH,) if name == "fixed_point" else ()
+    probe = Probe() if name == "admm" else None
+    two_steps(FEW[1:], direction, always=always, probe=probe, **options)
 
 
 def test_rates_of_both_kinds_on_manifolds() -> None:
