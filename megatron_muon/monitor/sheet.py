@@ -29,6 +29,7 @@ _ON_THE_SHEET = ("update_ratio", "defect", "unlifted", "stable_rank", "spectral_
 _SHARES = {"zero_gradient": "gradients of zeros", "at_bound": "at the bound", "nonfinite": "not finite"}
 _SMALL_IS_WORST = ("stable_rank", "momentum_norm")
 _PARTS = ("pack", "exchange", "products", "waiting", "write")
+_PARTS_MEANING = "Means over the ranks. " + "; ".join(f"{part}: {TIMES[part]}" for part in _PARTS) + "."
 _NUMBERS = 500_000  # of all classes of a page, which is then some 5 MB
 
 _JUDGED = {
@@ -112,7 +113,7 @@ def panels(runs: Mapping[str, Metrics], with_classes: bool = False) -> list[Pane
         *(_stat_panel(runs, stat, with_classes) for stat in _ON_THE_SHEET),
         panel("shares", "Matrices in trouble (share)", "Of the class that has most of them.", False, _shares),
         panel("time", "Time of an iteration (s)", "Without evaluations and checkpoints.", False, _times),
-        panel("parts", "Muon's step (s)", "Means over the ranks: " + "; ".join(TIMES.values()) + ".", False, _parts),
+        panel("parts", "Muon's step (s)", _PARTS_MEANING, False, _parts),
     ]
     if with_classes:
         found += [_stat_panel(runs, stat, True) for stat in STATS if stat not in _ON_THE_SHEET]
