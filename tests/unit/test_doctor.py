@@ -292,6 +292,14 @@ def test_healthy_runs_have_nothing_odd(seed: int, tmp_path: Path) -> None:
     assert found(write(tmp_path, made(seed=seed))) == set()
 
 
+def test_ratios_that_rise_with_the_rate_are_not_odd(tmp_path: Path) -> None:
+    """As in a long warm-up."""
+    lines = made(set_stat("update_ratio", lambda t: 0.2 * t))
+    for line in each(lines, "muon"):
+        line["rates"]["lr"] = line["iteration"] / 400
+    assert found(write(tmp_path, lines)) == set()
+
+
 def test_damaged_lines_are_left_out_and_told(tmp_path: Path) -> None:
     folder = write(tmp_path, made())
     text = (folder / METRICS_FILE).read_text().replace('"learning_rate": ', '"learn', 1)

@@ -28,13 +28,17 @@ _SHARES = {"nonfinite": "nonfinite matrices", "zero_gradient": "zero gradients",
 
 
 def _trends(run: Run) -> Iterator[Finding]:
+    first, last = run.rates["lr"].ends() if "lr" in run.rates else (1.0, 1.0)
+    faster = last / first if first > 0 else 1.0
     for name, stat, part, is_odd in _TRENDS:
         ends = {
             each: numbers[stat].ends(part)
             for each, numbers in run.series.items()
-            if stat in numbers and len(numbers[stat].at) >= 6
+            if stat in numbers and len(numbers[stat].at) >= 9
         }
-        found = [f"{each}: {early:.2g} to {late:.2g}" for each, (early, late) in ends.items() if is_odd(early, late)]
+        by = faster if stat == "update_ratio" else 1.0  # ratios that follow the rate are as they were
+        odd = {each: pair for each, pair in ends.items() if is_odd(by * pair[0], pair[1])}
+        found = [f"{each}: {early:.2g} to {late:.2g}" for each, (early, late) in odd.items()]
         if found:
             what = f"{STATS[stat].title.lower()} ({part}), first and last third of {len(run.measured)} measured steps"
             yield finding(name, f"{what}, in {many(len(found), 'class', 'es')} of {len(ends)}: {few(found)}")
