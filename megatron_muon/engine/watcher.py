@@ -27,13 +27,13 @@ _ASK = 4.0
 """Seconds in one place after which a rank asks whether another has failed; again after twice as long, and so on."""
 
 
-def time_out(groups: Iterable[dist.ProcessGroup], device: torch.device) -> float:
-    """Seconds after which the first of some groups gives up; 0 if none tells."""
+def limit_of(groups: Iterable[dist.ProcessGroup], device: torch.device) -> float:
+    """Seconds in one place after which it is told, before the first of some groups gives up; 0 if none tells when."""
     found = []
     for group in groups:
         with contextlib.suppress(AttributeError, RuntimeError):  # not all backends have options
             found.append(group._get_backend(device).options._timeout.total_seconds())
-    return min(found, default=0.0)
+    return _SHARE * min(found, default=0.0)
 
 
 @dataclass
@@ -130,8 +130,3 @@ def _late(place: Place, seconds: float) -> str:
 
 WATCHER = Watcher()
 """That of this process."""
-
-
-def limit_of(groups: Iterable[dist.ProcessGroup], device: torch.device) -> float:
-    """Seconds in one place after which it is told; 0: never."""
-    return _SHARE * time_out(groups, device)
