@@ -97,6 +97,7 @@ def lent(group: dist.ProcessGroup, fault: Callable[[], None]) -> Callable[[], ob
 
 def step_of(kind: str, seconds: float, fault: Callable[[], None]) -> Callable[[], object]:
     """A step of all ranks, in a group that gives up after some seconds."""
+    dist.barrier()  # nobody comes so late that connecting takes longer
     group = dist.new_group(timeout=timedelta(seconds=seconds))
     return lent(group, fault) if kind == "lent" else divided(group, kind, fault)
 
