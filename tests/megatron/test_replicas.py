@@ -115,7 +115,10 @@ CASES: dict[str, tuple[int, Layout, dict[str, Any], list[tuple[str, str, int, st
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# State that ranks own is compared as the first case compares all state, among fewer ranks.
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=pytest.mark.slow if each == "tp2_dp2_owned" else ()) for each in CASES]
+)
 def test_one_bit_is_named_on_all_ranks(pool: RankPool, name: str) -> None:
     ranks, layout, options, changes = CASES[name]
     results = pool.run(scene, ranks, layout, [each[:3] for each in changes], **options)
