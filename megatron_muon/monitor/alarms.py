@@ -36,7 +36,7 @@ class Thresholds:
     unlifted: float = _limit(
         0.75,
         "share of directions that the iteration leaves below 1/2, on the mean of a block's matrices",
-        "of healthy small runs 0.61 at most in the first ten steps, 0.44 after twenty, with 16 tokens a step for 64 x "
+        "of healthy small runs 0.61 at most in the first twenty steps, 0.44 after, with 16 tokens a step for 64 x "
         "64; arXiv 2606.04058: singular values of late layers fall nearly as the inverse of a model's size",
     )
     defect_factor: float = _limit(
