@@ -27,7 +27,7 @@ from tools.results import (
 )
 from tools.results.__main__ import parse_arguments
 from tools.results.model import HEAD, Setting
-from tools.results.records import Context, Record, Sweep, to_json
+from tools.results.records import AlarmError, Context, Record, Sweep, to_json
 
 
 def parabola(lowest: float, rates: list[float]) -> dict[float, float]:
@@ -112,6 +112,20 @@ def test_a_sweep_is_the_mean_over_seeds_and_grows_to_the_side_of_its_best(tmp_pa
     assert list(sweep.records) == [2**-6, 2**-5, 2**-4, 2**-3, 2**-2]
     assert sweep.best == 2**-2 and sweep.best_loss == pytest.approx(0.005)
     json.dumps(sweep.as_json())
+
+
+def test_an_alarm_at_the_best_rate_ends_the_command_and_none_at_the_end_of_a_sweep(tmp_path: Path) -> None:
+    class Alarmed(Context):
+        def record(self, setting: Setting, watch: object = None) -> Record:
+            has = self.seed == 7 or setting.rate == 4.0
+            return replace(record(abs(math.log2(setting.rate))), alarms=["ALARM defect"] if has else [])
+
+    setting = Setting(64, 2, "muon", 4.0)
+    assert Alarmed(tmp_path).sweep(setting, [0.5, 1.0, 4.0]).best == 1.0
+    with pytest.raises(AlarmError, match="muon 64x2 rate 1 seed 1234: ALARM defect"):
+        Alarmed(tmp_path, seed=7).sweep(setting, [0.5, 1.0, 4.0])
+    with pytest.raises(AlarmError, match="rate 4 seed"):
+        Alarmed(tmp_path).records(setting)
 
 
 def test_a_record_is_made_once(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from tools.results.records import Context
+from tools.results.records import AlarmError, Context
 from tools.results.report import write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=10,
         metavar="N",
-        help="measure Muon's work in every N-th step; the first alarm ends the command; 0: never",
+        help="measure Muon's work in every N-th step; an alarm at the best rate of a sweep ends the command; 0: never",
     )
     parser.add_argument("--fresh", action="store_true", help="make runs again that were made before")
     arguments = parser.parse_args(argv)
@@ -76,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; the same command goes on with the run that was not finished", file=sys.stderr)
             return 130
+        except AlarmError as error:
+            print(error, file=sys.stderr)
+            return 1
         write(report, context, arguments.out)
         print("\n".join(f"* {sentence}" for sentence in report.findings))
         print(f"wrote {arguments.out / name}.md, .json and .png; {time.perf_counter() - begin:.0f} s", flush=True)

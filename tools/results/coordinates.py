@@ -12,7 +12,7 @@ import torch
 
 from tools.results import arithmetic, corpus
 from tools.results.model import Setting, Training, forward
-from tools.results.records import Context, describe
+from tools.results.records import Context, be_healthy, describe
 from tools.results.report import Report, finish, number_list, sizes, style, table
 from tools.results.transfer import RULES as ALL_RULES
 
@@ -102,6 +102,7 @@ def measure(setting: Setting) -> dict[str, float]:
     before = activations(training.model, batch)
     for _ in range(setting.steps):
         training.advance()
+    be_healthy(setting, training.alarms)
     after = activations(training.model, batch)
     result = {place: float((after[place] - before[place]).square().mean().sqrt()) for place in PLACES}
     print(f"{describe(setting)}: " + ", ".join(f"{place} {value:.4f}" for place, value in result.items()), flush=True)

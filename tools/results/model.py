@@ -43,7 +43,7 @@ class Setting:
         batch: sequences a step.
         length: characters of a sequence.
         valid_batches: number of them in a validation.
-        alarm_interval: Muon's work is measured in every so many-th step, and the first alarm ends the run; 0: never.
+        alarm_interval: Muon's work is measured in every so many-th step, and alarms are kept; 0: never.
     """
 
     width: int
@@ -167,7 +167,7 @@ def build_optimizer(setting: Setting, model: Any) -> tuple[Any, Any]:
         "muon_fp32_matmul_prec": "highest",
         **({} if setting.base is None else {"muon_transfer": setting.base}),
         **setting.options,
-        **({"muon_log_interval": setting.alarm_interval, "muon_alarm": "stop"} if setting.alarm_interval else {}),
+        **({"muon_log_interval": setting.alarm_interval, "muon_alarm": "warn"} if setting.alarm_interval else {}),
     }
     # Knobs that Megatron's class does not have are attributes of the object.
     known = {each.name for each in fields(OptimizerConfig)}
@@ -217,11 +217,13 @@ class Training:
         optimizer: Megatron's.
         step: number of steps made.
         optimizer_seconds: of the optimizer's part of the last step.
+        alarms: the lines of all so far.
     """
 
     def __init__(self, setting: Setting, data: Any) -> None:
         start_process()
         self.setting, self.data, self.step, self.optimizer_seconds = setting, data, 0, 0.0
+        self.alarms: list[str] = []
         with quiet():
             self.model = build_model(setting)
             self.optimizer, self.scheduler = build_optimizer(setting, self.model)
@@ -246,8 +248,10 @@ class Training:
             forward_only=False,
         )
         begin = perf_counter()
-        self.optimizer.step()
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            self.optimizer.step()
         self.optimizer_seconds = perf_counter() - begin
+        self.alarms += [line for line in told.getvalue().splitlines() if " ALARM " in line]
         self.step += 1
         return float(reports[0]["loss"])
 

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ Watch = Callable[[Training, dict[str, Any]], None]
 """Called after each step; adds to the extra values of the record."""
 
 
+class AlarmError(Exception):
+    """A run that is to be healthy has raised an alarm. The message has the setting, and the words of the alarm."""
+
+
 @dataclass(frozen=True)
 class Record:
     """What a run gave.
@@ -46,6 +50,7 @@ class Record:
         seconds: of a step, the median.
         optimizer_seconds: of it in the optimizer.
         extra: what the run's watch found.
+        alarms: what was said of the work of its optimizer.
     """
 
     valid_loss: float
@@ -54,6 +59,7 @@ class Record:
     seconds: float
     optimizer_seconds: float
     extra: dict[str, Any]
+    alarms: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ class Context:
         steps: of each training; None for the experiment's own number.
         quick: whether to try everything with sizes that show nothing.
         fresh: whether to make runs again that have a record.
-        alarms: in every so many-th step Muon's work is measured, and an alarm ends the command; 0: never.
+        alarms: in every so many-th step Muon's work is measured; 0: never. An alarm ends the command, unless it is of
+            a rate that is not the best of its sweep: the ends of a sweep are there to be too high.
     """
 
     runs: Path
@@ -120,20 +127,36 @@ class Context:
         return path
 
     def records(self, setting: Setting, watch: Watch | None = None) -> list[Record]:
-        """The records of a setting, one for each seed."""
+        """The records of a setting, one for each seed.
+
+        Raises:
+            AlarmError: if one has an alarm.
+        """
+        found = self._records(setting, watch)
+        be_healthy(setting, [alarm for each in found for alarm in each.alarms])
+        return found
+
+    def _records(self, setting: Setting, watch: Watch | None) -> list[Record]:
         return [self.record(replace(setting, seed=self.seed + number), watch) for number in range(self.seeds)]
 
     def sweep(self, setting: Setting, rates: Sequence[float], watch: Watch | None = None) -> Sweep:
-        """Records by learning rate. While the best rate is at the end of the grid, the grid grows."""
-        found = {rate: self.records(replace(setting, rate=rate), watch) for rate in rates}
+        """Records by learning rate. While the best rate is at the end of the grid, the grid grows.
+
+        Raises:
+            AlarmError: if a run of the best rate has an alarm.
+        """
+        found = {rate: self._records(replace(setting, rate=rate), watch) for rate in rates}
         for _ in range(0 if self.quick else GROWTH):
             sweep = Sweep(found)
             side = arithmetic.is_at_end(sweep.losses)
             if side == 0:
                 break
             rate = max(found) * 2 if side > 0 else min(found) / 2
-            found[rate] = self.records(replace(setting, rate=rate), watch)
-        return Sweep(dict(sorted(found.items())))
+            found[rate] = self._records(replace(setting, rate=rate), watch)
+        result = Sweep(dict(sorted(found.items())))
+        best = result.records[result.best]
+        be_healthy(replace(setting, rate=result.best), [alarm for each in best for alarm in each.alarms])
+        return result
 
 
 @dataclass(frozen=True)
@@ -218,7 +241,10 @@ def train(setting: Setting, watch: Watch | None = None) -> Record:
         seconds=statistics.median(seconds[1:] or seconds),
         optimizer_seconds=statistics.median(optimizer[1:] or optimizer),
         extra=extra,
+        alarms=training.alarms,
     )
+    for alarm in result.alarms:
+        print(f"{describe(setting)}: {alarm}", file=sys.stderr)
     print(
         f"{describe(setting)}: validation loss {valid:.4f}, {1000 * result.seconds:.0f} ms a step "
         f"({1000 * result.optimizer_seconds:.0f} in the optimizer), {time.perf_counter() - begin:.0f} s",
@@ -226,6 +252,12 @@ def train(setting: Setting, watch: Watch | None = None) -> Record:
         flush=True,
     )
     return result
+
+
+def be_healthy(setting: Setting, alarms: Sequence[str]) -> None:
+    """Raise :class:`AlarmError` if a setting's runs have any."""
+    if alarms:
+        raise AlarmError(f"{describe(setting)}: {alarms[0]}")
 
 
 def describe(setting: Setting) -> str:
