@@ -326,7 +326,8 @@ class Alarms:
         if not is_jump and table.iteration - self._first >= limits.settled:
             found.append(("large_update", (ratio > limits.high_ratio, ratio, limits.high_ratio)))
             if table.rates.get("lr", 1.0) > limits.decayed * self._peak:
-                found.append(("small_update", (ratio < limits.low_ratio, ratio, limits.low_ratio)))
+                # A ratio of 0 is that of a rate of 0, of weights that are not to change.
+                found.append(("small_update", (0.0 < ratio < limits.low_ratio, ratio, limits.low_ratio)))
         return found
 
     def _new(self, iteration: int) -> list[Alarm]:

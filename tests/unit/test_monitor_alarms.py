@@ -116,6 +116,7 @@ def scheduled(number: int, rate: float) -> Table:
 
 UNALARMING: dict[str, Callable[[int], Table]] = {
     "a healthy run": lambda number: table(number),
+    "a rate of zero for some weights": lambda number: table(number, {WEIGHT: {"update_rms": 0.0, "update_ratio": 0.0}}),
     "weights of zeros": lambda number: table(number, dict.fromkeys(ALL, zeros_at_first(number))),
     "an expert without tokens now and then": lambda number: table(number, {ROUTED: DEAD} if number % 4 else {}),
     "a warm-up from nothing": lambda number: scheduled(number, 5e-7 * (number - 1)),
