@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         runs = {name: metrics.read(path) for name, path in find_runs(arguments.runs).items()}
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     if arguments.html:
         _write(parser, arguments.html, lambda path: page.write_page(runs, path, arguments.title))
@@ -58,4 +58,6 @@ def _write(parser: argparse.ArgumentParser, path: Path, write: Callable[[Path], 
         write(path)
     except OSError as error:  # whose message names no file where the disk is full
         parser.error(f"{path}: {error.strerror or error}. Give a file in a folder where there is room for it.")
+    except ValueError as error:  # a kind of picture that there is not
+        parser.error(f"{path}: {error}")
     print(f"wrote {path}")

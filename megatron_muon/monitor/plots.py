@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,19 @@ _STYLES = ("-", "--", "-.", ":")
 _SCALARS = ("learning_rate", "grad_norm", "seconds", "optimizer_seconds")
 
 
+def _plain[**P](draw: Callable[P, None]) -> Callable[P, None]:
+    """Names of runs are text: dollars in them begin no formula."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> None:
+        import matplotlib
+
+        with matplotlib.rc_context({"text.parse_math": False}):
+            draw(*args, **kwargs)
+
+    return drawn
+
+
 def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
     """Names and files of runs.
 
@@ -43,7 +57,7 @@ def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
     runs: dict[str, Path] = {}
     for path in paths:
         if path.is_file():
-            found = {path.parent.name if path.name == METRICS_FILE else path.stem: path}
+            found = {path.resolve().parent.name if path.name == METRICS_FILE else path.stem: path}
         elif (path / METRICS_FILE).is_file():
             found = {path.resolve().name: path / METRICS_FILE}
         else:
@@ -69,6 +83,7 @@ def write_csv(runs: Mapping[str, Metrics], path: Path) -> None:
                 writer.writerow((name, step, *("" if value is None else f"{value:.6g}" for value in values)))
 
 
+@_plain
 def plot_losses(runs: Mapping[str, Metrics], path: Path, title: str | None = None) -> None:
     """Training and validation loss over the steps, side by side with one scale; runs in the order of colours.
 
@@ -111,6 +126,7 @@ def plot_logits(runs: Mapping[str, Metrics], threshold: float, path: Path, title
         figure.savefig(partial, format=path.suffix[1:])
 
 
+@_plain
 def plot_sheet(runs: Mapping[str, Metrics], path: Path, title: str | None = None) -> None:
     """All that was measured, a panel for each number (:func:`sheet.panels`), with the alarms on the axis of time."""
     found = panels(runs)
@@ -181,7 +197,7 @@ def _finish_panel(axes: Axes, panel: Panel, alarms: Sequence[int], end: int) -> 
     axes.set_xlim(0, 1.02 * max(1, end))
     for limit in panel.limits:
         axes.axhline(limit, color="black", linewidth=0.7, linestyle="--", label="limit of the alarm")
-    if panel.about.is_logarithmic:
+    if panel.about.is_logarithmic and any(p.value is not None for line in panel.lines for p in line.points):
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         if high < 1000 * low:

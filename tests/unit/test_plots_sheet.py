@@ -91,6 +91,25 @@ def test_runs_that_have_just_begun_and_those_that_are_being_written(tmp_path: Pa
     plots.plot_sheet({"begun": runs["begun"]}, tmp_path / "sheet.png")
 
 
+def test_a_run_without_a_finite_number_has_a_sheet_and_a_name_may_have_dollars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a$\\b$").mkdir()
+    monkeypatch.chdir(tmp_path / "a$\\b$")
+    lines = [{"kind": "start", "iteration": 0, "train_iters": 2}]
+    for iteration in (1, 2):
+        train = {"losses": {"lm loss": None}, "learning_rate": 0.1, "grad_norm": None, "seconds": 1.0}
+        lines.append({"kind": "train", "iteration": iteration, **train, "optimizer_seconds": 0.1})
+        numbers = {"matrices": 1, "spectral_norm": [None] * 3, "defect": [None] * 3}
+        lines.append({"kind": "muon", "iteration": iteration, "classes": {"x": numbers}})
+    Path(plots.METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(plots.find_runs([Path(plots.METRICS_FILE)])) == ["a$\\b$"]
+    plot.main([plots.METRICS_FILE, "--out", "sheet.png"])
+    with pytest.raises(SystemExit, match="2"):
+        plot.main([plots.METRICS_FILE, "--out", "sheet.xyz"])
+    assert "sheet.xyz: Format 'xyz' is not supported" in capsys.readouterr().err
+
+
 def test_hundreds_of_classes_make_a_page_of_some_megabytes(tmp_path: Path) -> None:
     classes = tuple(name.replace("*", str(layer)) for layer in range(60) for name in CLASSES[:5])
     run = metrics.read(write_record(tmp_path / "run.jsonl", 20, 2, classes=classes))
