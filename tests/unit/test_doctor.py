@@ -268,6 +268,7 @@ SICK: dict[str, tuple[Change, ...]] = {
     "gaps": (lambda lines: [lines.remove(line) for line in each(lines, "train")[100:150]],),
     "version": (lambda lines: lines[0]["versions"].update(apex="0.9.10"),),
     "ended": (ending(300),),
+    "left": (lambda lines: lines[0]["flags"].update({"--exit-interval": 100}), ending(300)),
 }
 
 
@@ -298,6 +299,81 @@ def test_ratios_that_rise_with_the_rate_are_not_odd(tmp_path: Path) -> None:
     for line in each(lines, "muon"):
         line["rates"]["lr"] = line["iteration"] / 400
     assert found(write(tmp_path, lines)) == set()
+
+
+def rarely(interval: int) -> Change:
+    """With --log-interval."""
+
+    def change(lines: Lines) -> None:
+        lines[:] = [line for line in lines if line["kind"] != "train" or line["iteration"] % interval == 0]
+        for line in each(lines, "train"):
+            line["iterations"] = interval
+
+    return change
+
+
+@pytest.mark.parametrize("interval", [7, 30])
+def test_a_run_whose_last_iterations_fill_no_line_has_finished(interval: int, tmp_path: Path) -> None:
+    folder = write(tmp_path, made(rarely(interval)))
+    assert read(folder).state == "finished" and found(folder) == set()
+    assert found(write(tmp_path, made(rarely(interval), ending(350)))) == {"ended"}
+
+
+@pytest.mark.parametrize("interval", [1, 4, 20])
+def test_the_steep_end_of_wsd_is_no_jump(interval: int, tmp_path: Path) -> None:
+    lines = made(set_train("learning_rate", lambda t: 0.02), set_train("learning_rate", lambda t: 0.01 * (1 - t), 360))
+    lines[0]["flags"]["--lr-decay-style"] = "WSD"
+    rarely(interval)(lines)
+    assert found(write(tmp_path, lines)) == set()
+    lines[0]["flags"]["--lr-decay-style"] = "cosine"
+    assert found(write(tmp_path, lines)) == {"jump"}
+
+
+def test_null_is_no_number(tmp_path: Path) -> None:
+    """As older versions, other writers and flags without a value have it."""
+    lines = made(alarm("defect", 40, 30, "x", value=None, limit=0.3, weights=None, count=None))
+    each(lines, "alarm")[0]["since"] = None
+    for nothing in (None, "None"):
+        lines[0]["flags"]["--clip-grad"] = nothing
+        assert found(write(tmp_path, lines)) == {"alarm"}
+
+
+def test_a_run_of_which_no_number_is_finite(tmp_path: Path) -> None:
+    lines = made(set_train("losses", lambda t: None), set_train("grad_norm", lambda t: None))
+    for name in ("nonfinite", "zero_gradient", "at_bound", "defect", "stable_rank", "update_ratio"):
+        set_stat(name, lambda t: None)(lines)
+    assert {"not finite", "nonfinite matrices"} <= found(write(tmp_path, lines))
+
+
+def printed(iteration: int, total: int) -> str:
+    """A line of Megatron's."""
+    return (
+        f" [2026-11-30 15:00:00.1] iteration {iteration:8d}/{total:8d} | elapsed time per iteration (ms): 100.0 | "
+        f"lm loss: {5 - iteration / 100:.6E} | number of skipped iterations:   0 | number of nan iterations:   0 |\n"
+    )
+
+
+LAUNCHED = ("", "[default0]:", "[default0]:[rank0]: ", "0: ", "\x1b[31m", "2026-11-30T15:00:00Z ")
+
+
+@pytest.mark.parametrize("before", LAUNCHED)
+def test_what_launchers_put_before_lines_hides_nothing(before: str, tmp_path: Path) -> None:
+    text = "---- arguments ----\n  lr .................. 0.01\n" + "".join(printed(n, 50) for n in range(5, 25, 5))
+    text += "RuntimeError: boom\n"
+    (tmp_path / "a.log").write_text("".join(before + line for line in text.splitlines(keepends=True)))
+    run = read(tmp_path / "a.log")
+    assert run.flags["--lr"] == "0.01" and len(run.errors) == 1
+    assert sum(point.iterations for point in run.train) == 20
+
+
+def test_text_tells_whether_a_run_was_to_end(tmp_path: Path) -> None:
+    log, text = tmp_path / "a.log", "".join(printed(n, 50) for n in range(7, 50, 7))
+    leaving = printed(56, 90) + "[x] exiting program at iteration 56\n"
+    for end, expected in {"": "finished", printed(56, 90): "ended", leaving: "left"}.items():
+        log.write_text(text + end)
+        run = read(log, now=time.time() + HOURS)
+        told = {finding.name for finding in examine(run)} & {"ended", "left"}
+        assert (told or {run.state}) == {expected}
 
 
 def test_damaged_lines_are_left_out_and_told(tmp_path: Path) -> None:

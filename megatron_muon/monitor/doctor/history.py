@@ -72,7 +72,9 @@ def _ending(run: Run) -> Iterator[Finding]:
     )
     hours = run.age / 3600
     written = f"{hours:.0f} h" if hours >= 1 else f"{60 * hours:.0f} min"
-    yield finding("ended", f"last written {written} ago; {lost}", at=run.iteration, all=run.total)
+    yield finding(
+        "left" if run.has_left else "ended", f"last written {written} ago; {lost}", at=run.iteration, all=run.total
+    )
 
 
 def _damage(run: Run) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from bisect import bisect_left, insort
@@ -114,9 +115,11 @@ def _gradients(run: Run) -> Iterator[Finding]:
     early, late = median(norms[tenth : 3 * tenth]), median(norms[-tenth:])
     if late > 3 * early > 0:
         yield finding("gradients grow", f"median {early:.3g} in the second and third tenth, {late:.3g} in the last")
-    limit = float(run.flags.get("--clip-grad", 1.0))
+    limit = 0.0
+    with contextlib.suppress(TypeError, ValueError):  # None, which Megatron takes for none
+        limit = float(run.flags.get("--clip-grad", 1.0))
     share = sum(norm > limit for norm in norms) / len(norms)
-    if limit and share > 0.9:
+    if limit > 0 and share > 0.9:
         seen = (
             f"the norm is above --clip-grad {limit:g} in {share:.0%} of {len(norms)} lines; median {median(norms):.3g}"
         )
@@ -133,11 +136,16 @@ def _jumps(run: Run) -> Iterator[Finding]:
         warm = next((n for n, (a, b) in enumerate(itertools.pairwise(curve)) if b[1] <= a[1]), len(curve))
         limit = 0.2 * max((value for _, value in curve), default=0.0)
         found = [(a, b) for a, b in itertools.pairwise(curve[warm:]) if abs(b[1] - a[1]) > limit]
+        if flag == "--lr" and run.flags.get("--lr-decay-style") == "WSD":  # falls within a few lines, and is to
+            found = [(a, b) for a, b in found if b[1] > a[1] or _is_after_resume(run, b[0])]
         if found and len(curve) >= WINDOW:
             (_, old), (at, new) = found[0]
-            resumed = any(0 < at - start["iteration"] <= 10 for start in run.starts[1:])
-            seen = f"from {old:.3g} to {new:.3g}{', after a resume' if resumed else ''}"
+            seen = f"from {old:.3g} to {new:.3g}{', after a resume' if _is_after_resume(run, at) else ''}"
             yield finding("jump", seen + (f"; {len(found)} in all" if len(found) > 1 else ""), flag=flag, at=at)
+
+
+def _is_after_resume(run: Run, iteration: int) -> bool:
+    return any(0 < iteration - start["iteration"] <= 10 for start in run.starts[1:])
 
 
 def _evaluation(run: Run) -> Iterator[Finding]:

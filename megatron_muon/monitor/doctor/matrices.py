@@ -50,7 +50,9 @@ def _shares(run: Run) -> Iterator[Finding]:
         for each, numbers in run.series.items():
             since = numbers[stat].since() if stat in numbers else None
             if since is not None and (stat == "nonfinite" or sum(at >= since for at in run.measured) >= 3):
-                count = min(run.matrices[each], max(1, round(numbers[stat].mean[-1] * run.matrices[each])))
+                share = numbers[stat].mean[-1]  # NaN where even that is not known
+                count = max(1, round(share * run.matrices[each])) if math.isfinite(share) else run.matrices[each]
+                count = min(run.matrices[each], count)
                 found[f"{each}: {count} of {run.matrices[each]}"] = since
         is_dead = stat == "zero_gradient" and any("expert" in each for each in found)
         if found:
@@ -63,13 +65,17 @@ def _alarms(run: Run) -> Iterator[Finding]:
     for alarm in run.alarms:
         kinds[alarm.get("alarm", "?")].append(alarm)
     for name, found in kinds.items():
-        last, weights = found[-1], list(dict.fromkeys(each for alarm in found for each in alarm.get("weights", ())))
+        last, weights = found[-1], list(dict.fromkeys(each for alarm in found for each in alarm.get("weights") or ()))
         seen = f"told {many(len(found), 'time')}, last at {last['iteration']}: "
         seen += f"{last.get('value')}, limit {last.get('limit')}" + (
-            f"; {few(weights, count=last.get('count', 0))}" if weights else ""
+            f"; {few(weights, count=last.get('count') or 0)}" if weights else ""
         )
-        since = min(alarm.get("since", alarm["iteration"]) for alarm in found)
+        since = min(_first(alarm.get("since"), alarm["iteration"]) for alarm in found)
         yield finding("alarm", seen, name=name, at=since, text=last.get("text", ""))
+
+
+def _first(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
 
 
 def curve_of_logits(run: Run) -> list[tuple[int, float]]:

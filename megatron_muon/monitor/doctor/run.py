@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -121,6 +122,7 @@ class Run:
     _printed: list[Point] = field(default_factory=list)
     _arguments: list[dict[str, str]] = field(default_factory=list)  # of each start, by the text
     _total: int | None = None
+    _exits: bool = False  # by the text, since its last iteration
     _since: int = 0  # lines of iterations since the last start
 
     @property
@@ -141,10 +143,23 @@ class Run:
     @property
     def state(self) -> str:
         """``finished``, ``running`` or ``stopped``."""
-        if self.total is not None and self.iteration >= self.total:
+        if self.total is not None and self.iteration + self._interval > self.total:  # no further line was due
             return "finished"
         pace = [point.seconds * point.iterations for point in self.train if not point.is_fresh] or [0.0]
         return "running" if self.age < max(300.0, 20 * median(pace)) else "stopped"
+
+    @property
+    def _interval(self) -> int:
+        return self.train[-1].iterations if self.train else 1
+
+    @property
+    def has_left(self) -> bool:
+        """Whether it has ended where Megatron was told to end: by a flag, or by a signal that it waits for."""
+        with contextlib.suppress(TypeError, ValueError):  # None, or none
+            every = int(self.flags["--exit-interval"]) if "--exit-interval" in self.flags else 0
+            if every > 0 and -(-self.iteration // every) * every < self.iteration + self._interval:
+                return self.iteration > 0
+        return self._exits
 
     @property
     def flags(self) -> Mapping[str, Any]:
@@ -225,7 +240,9 @@ def read(path: Path, logs: Iterable[Path] = (), now: float | None = None) -> Run
             )
     elif not _is_record(path):
         record, texts = path.with_name(METRICS_FILE + ".none"), [path, *texts]
-    run = Run(path.resolve().name if path.is_dir() else path.parent.name if path.name == METRICS_FILE else path.stem)
+    run = Run(
+        path.resolve().name if path.is_dir() else path.resolve().parent.name if path.name == METRICS_FILE else path.stem
+    )
     if record.is_file():
         _read_record(run, record)
     for text in texts:
@@ -259,10 +276,13 @@ def _read_record(run: Run, path: Path) -> None:
 
 
 _ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \|(.*)")
-_FLAG = re.compile(r"^(?:\[[^]]*\]:)? +(\w+) \.{2,} (.*)$")
+_COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_BEFORE = re.compile(r"(?:\[\w+\]: ?|\d+: |\d{4}-\d\d-\d\d[T ][\d:.,]+(?:Z|[+-][\d:]+)? )*")
+"""What launchers put before a line: ``[default0]:``, ``[rank0]: ``, ``0: `` of srun, or the time."""
+_FLAG = re.compile(r"^ *(\w+) \.{2,} (.*)$")
 _SAVED = re.compile(r"successfully saved checkpoint from iteration +(\d+)")
 _ERRORS = re.compile(
-    r"megatron_muon: error|^(\[\w+\]: *)?[\w.]*(Error|Exception)\b|out of memory|SIGKILL|exitcode +: -?[1-9]"
+    r"megatron_muon: error|^[\w.]*(Error|Exception)\b|out of memory|SIGKILL|exitcode +: -?[1-9]"
     "|Watchdog caught"
 )
 
@@ -272,23 +292,38 @@ def _read_text(run: Run, path: Path) -> None:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             run.text_lines += 1
+            line = _COLOUR.sub("", line) if "\x1b" in line else line
+            before = _BEFORE.match(line)
+            rest = line[before.end() :] if before else line
             if found := _ITERATION.search(line):
                 run._since += 1
-                run._total = int(found[2])
+                run._total, run._exits = int(found[2]), False
                 run._printed.append(_point(int(found[1]), found[3], run._since))
+                _count_iterations(run)
                 if run._since == 2:
                     run.means.append(int(found[1]))
             elif "--- arguments ---" in line:
                 run._since = 0
                 run._arguments.append({})
-            elif run._arguments and (found := _FLAG.match(line)):
+            elif "exiting program a" in line:  # at iteration, after minutes, after receiving a signal
+                run._exits = True
+            elif run._arguments and (found := _FLAG.match(rest)):
                 run._arguments[-1]["--" + found[1].replace("_", "-")] = found[2].strip()
             elif found := _SAVED.search(line):
                 run.saved.append(int(found[1]))
-            elif "megatron_muon: WARNING" in line or line.startswith("WARNING "):
+            elif "megatron_muon: WARNING" in line or rest.startswith("WARNING "):
                 run.warnings.append(line.strip()[:300])
-            elif _ERRORS.search(line):
+            elif _ERRORS.search(rest):
                 run.errors.append(line.strip()[:300])
+
+
+def _count_iterations(run: Run) -> None:
+    """A printed line does not say how many iterations it is of: as many as are between two of one start."""
+    if run._since > 1:
+        before, last = run._printed[-2:]
+        last.iterations = max(1, last.iteration - before.iteration)
+        if run._since == 2:
+            before.iterations = max(1, min(last.iterations, before.iteration))
 
 
 def _point(iteration: int, text: str, since: int) -> Point:

@@ -141,6 +141,9 @@ compare the lines of --muon-log-jsonl, or the third printed line
 ended | error | the run ended at iteration {at} of {all}
 killed, out of time, or an error: its text (--log FILE) says which
 start it again with --load; a smaller --save-interval loses less
+left | note | the run left at iteration {at} of {all}, as it was told to
+--exit-interval, --exit-duration-in-mins, or the signal of --exit-signal-handler
+start it again with --load: it goes on from its last checkpoint
 damage | warning | {lines} of the record could not be read
 two runs that wrote to one file, or a disk that was full
 a file of its own for each run; a resume refuses such a file: remove the lines
