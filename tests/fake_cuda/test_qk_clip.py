@@ -81,7 +81,7 @@ def measure_and_clip(case: Case) -> None:
                 step(run)
             # One maximum for all layers, one verdict on gradients.
             sizes = [clip._maxima.nbytes] * measuring + [12] * (optimizer.get("name") != "adam")
-            reduced = [call for call in world.calls[first:] if call.where == "megatron_muon/agree.py:reduce_max"]
+            reduced = [call for call in world.calls[first:] if call.where == "megatron_muon/agree.py:_reduce"]
             assert [call.sent for call in reduced] == [(size,) for size in sizes]
         for value in (clip.max_logit, clip.heads_clipped, clip._maxima):
             assert value.device == GPU
