@@ -98,6 +98,10 @@ class _Kind:
 
 _TIED = _Kind(tied=True)
 
+_DIVIDED = {"softmax_offset"}
+"""Weights that tensor-parallel ranks have parts of, and that Megatron-Core and TransformerEngine do not mark so: one
+number for each head (``--softmax-type learnable``)."""
+
 _Numbers = dict[str, dict[str, torch.Tensor]]
 """Of the weights of a kind on this rank, in the order that all ranks have: a number for each slot."""
 
@@ -154,7 +158,7 @@ def _numbers(optimizer: Any, chunks: Sequence[torch.nn.Module]) -> dict[_Kind, _
         kind = _Kind(
             is_expert_parallel(param),
             getattr(param, "expert_tp", False),
-            bool(getattr(param, "tensor_model_parallel", False)),
+            bool(getattr(param, "tensor_model_parallel", False)) or name.rpartition(".")[2] in _DIVIDED,
         )
         if state is not None and state.slices is not None:
             add(dataclasses.replace(kind, sliced=True), name, of_state)

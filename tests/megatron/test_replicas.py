@@ -165,3 +165,8 @@ def test_many_differences_are_not_all_told() -> None:
     told = replicas._told({0: (found, 8), 1: (found, 8), 2: (other, 8)})
     assert told[0] == "weight0: weight (rank 2 of 0, 1, 2)"
     assert told[32:] == ["and 8 more"]
+
+
+def test_offsets_of_heads_are_no_copies(pool: RankPool) -> None:
+    """Each tensor-parallel rank has those of its own heads, although nothing marks them."""
+    assert pool.run(scene, 2, Layout(tp=2), [], softmax_type="learnable", replicas=False) == [[[]] * 4] * 2
