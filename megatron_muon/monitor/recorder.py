@@ -49,12 +49,14 @@ class Recorder:
         path: the file; folders are made.
         iteration: the iteration that training starts from. Lines of later iterations are removed.
         header: further entries of the ``start`` line.
+        beside: another model's lines are in the file, which count for themselves: nothing is removed.
     """
 
-    def __init__(self, path: str | Path, iteration: int, header: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path, iteration: int, header: dict[str, Any], *, beside: bool = False) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        rewrite_until(self.path, iteration)
+        if not beside:
+            rewrite_until(self.path, iteration)
         self.stopwatch = Stopwatch()
         self._start_interval()
         self._interval_before = 0.0

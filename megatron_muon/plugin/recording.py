@@ -284,7 +284,9 @@ def _recorder() -> Recorder | None:
     return Ranks.of_world().together(lambda: begin(file, args.iteration, args.train_iters, flags) if is_last else None)
 
 
-def begin(file: str, iteration: int, train_iters: int | None, flags: Mapping[str, Any]) -> Recorder:
+def begin(
+    file: str, iteration: int, train_iters: int | None, flags: Mapping[str, Any], *, beside: bool = False
+) -> Recorder:
     """Begin a part of a record, on the rank that writes.
 
     Args:
@@ -292,6 +294,7 @@ def begin(file: str, iteration: int, train_iters: int | None, flags: Mapping[str
         iteration: that the part starts from.
         train_iters: of the run; None if nobody knows.
         flags: those that are not default, with their values.
+        beside: see :class:`Recorder`.
 
     Raises:
         ConfigError: if the file cannot be written.
@@ -307,7 +310,7 @@ def begin(file: str, iteration: int, train_iters: int | None, flags: Mapping[str
         "routes": {name: words for routes in _run.routes.values() for name, words in routes.items()},
     }
     try:
-        return Recorder(file, iteration, header)
+        return Recorder(file, iteration, header, beside=beside)
     except OSError as error:
         raise ConfigError(f"--muon-log-jsonl {file} cannot be written: {error}. Give another file.") from error
 

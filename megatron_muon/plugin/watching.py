@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,9 @@ from megatron_muon.routing.report import Route
 _RATES = ("lr", "weight_decay", "scalar_lr")
 _NONE = float("-inf")
 """Of a rank that has no such number, where the largest counts."""
+
+_OWN_RECORDS: WeakValueDictionary[str, Recorder] = WeakValueDictionary()
+"""By their files, of optimizers in loops other than Megatron's, while these live."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +242,9 @@ class Watching:
                 flags = {flag_of(name): value for name, value in self._options.as_settings().items()}
                 own = {flag_of(name): value for name, value in MuonConfig().as_settings().items()}
                 given = {name: value for name, value in flags.items() if value != own[name]}
-                self._own_record = recording.begin(file, count, None, given)
+                # An actor's and a critic's begin at different times: neither is to remove what the other has written.
+                beside = not count and file in _OWN_RECORDS
+                self._own_record = _OWN_RECORDS[file] = recording.begin(file, count, None, given, beside=beside)
 
         self._ranks.together(begin)
         if self._ranks.is_first:

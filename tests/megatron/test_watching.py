@@ -155,6 +155,22 @@ def test_a_resumed_run_measures_in_the_same_steps(pool: RankPool, tmp_path: Path
     assert sorted(kinds) == [(0, "start"), (2, "muon"), (3, "start"), (4, "muon")]
 
 
+def beside(file: str) -> None:
+    """Two models in a loop of their own, of which the second begins to learn later."""
+    asked = {"muon_log_interval": 1, "muon_log_jsonl": file}
+    actor, critic = (harness.start(Layout(), optimizer=asked) for _ in range(2))
+    critic.losses(3)
+    actor.losses(2)
+    critic.losses(1)
+
+
+def test_models_in_one_process_leave_each_others_lines(pool: RankPool, tmp_path: Path) -> None:
+    file = tmp_path / "record.jsonl"
+    pool.run(beside, 1, str(file))
+    assert [each["iteration"] for each in records(file, "muon")] == [1, 2, 1, 3]
+    assert [each["iteration"] for each in records(file, "start")] == [0, 0]
+
+
 def skipping(file: str) -> list[bool]:
     """The step that is due has a gradient that is not a number."""
     run = harness.start(Layout(tp=2), optimizer={"muon_log_interval": 2, "muon_log_jsonl": file, "clip_grad": 0.0})
