@@ -116,8 +116,10 @@ ALARMS: Mapping[str, Kind] = {
     "no_gradient": Kind(
         "no_gradient",
         "share of gradients that are all zeros",
-        "a branch of the model that is detached, masked or multiplied by zero: the loss does not reach it",
-        "requires_grad = False for such weights, or another model",
+        "a branch of the model that is detached, masked or multiplied by zero: the loss does not reach it; of query "
+        "and key weights, attention logits so large that softmax is 0 or 1",
+        "requires_grad = False for such weights, or another model; for query and key weights a checkpoint from before, "
+        "with a lower --lr or --qk-clip",
     ),
     "norm_at_bound": Kind(
         "norm_at_bound",

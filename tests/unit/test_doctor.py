@@ -19,11 +19,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_muon.commands import doctor
+from megatron_muon.monitor.doctor import losses
 from megatron_muon.monitor.doctor.report import examine
 from megatron_muon.monitor.doctor.run import read
 from megatron_muon.monitor.doctor.words import WORDS
@@ -283,9 +285,18 @@ def test_each_sickness_is_found_and_nothing_else(name: str, tmp_path: Path) -> N
 
 def test_every_finding_is_of_a_record_here() -> None:
     golden = "".join(path.read_text() for path in GOLDEN.glob("*.txt"))
-    elsewhere = {"precision", "damage", "warnings", "checkpoint", "other flags", "beyond"}
+    elsewhere = {"risen", "precision", "damage", "warnings", "checkpoint", "other flags", "beyond"}
     told = {name for name, words in WORDS.items() if words[1].partition("{")[0] in golden}
     assert WORDS.keys() == told | SICK.keys() | elsewhere
+
+
+def test_few_losses_are_compared_with_the_first() -> None:
+    def told(*values: float) -> list[str]:
+        run: Any = SimpleNamespace(losses=list(enumerate(values)))
+        return [each.title for each in losses._course(run)]
+
+    assert told(6.2, 17.0, 72.0, 89.0, 41.0, 9.0) == ["the loss is higher than it was at first"]
+    assert told(6.2, 17.0, 72.0, 9.0, 6.0) == told(6.2, 9.0, 9.0) == told() == []
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -17,6 +17,9 @@ from megatron_muon.monitor.metrics import WINDOW
 _NORMAL = 1.4826 / math.sqrt(2)
 """Median of the steps between values with normal noise, to its standard deviation."""
 
+RISEN = 1.1
+"""Times the first loss, above which all of a short run's second half is out of order."""
+
 
 def scatter(values: Sequence[float]) -> float:
     """Standard deviation of the noise from one value to the next, whatever their trend and outliers."""
@@ -48,6 +51,10 @@ def _not_finite(run: Run) -> Iterator[Finding]:
 def _course(run: Run) -> Iterator[Finding]:
     losses = [loss for _, loss in run.losses]
     if len(losses) < 2 * WINDOW:
+        lowest = min(losses[len(losses) // 2 :], default=math.nan)
+        if len(losses) >= 4 and lowest > RISEN * losses[0]:
+            seen = f"{losses[0]:.4g} at first, {lowest:.4g} at least in the second half of {len(losses)}"
+            yield finding("risen", seen)
         return
     course = levels(losses)
     best = min(range(len(course)), key=course.__getitem__)

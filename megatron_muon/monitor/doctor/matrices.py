@@ -67,11 +67,20 @@ def _alarms(run: Run) -> Iterator[Finding]:
     for name, found in kinds.items():
         last, weights = found[-1], list(dict.fromkeys(each for alarm in found for each in alarm.get("weights") or ()))
         seen = f"told {many(len(found), 'time')}, last at {last['iteration']}: "
-        seen += f"{last.get('value')}, limit {last.get('limit')}" + (
+        seen += f"{_short(last.get('value'))}, limit {_short(last.get('limit'))}" + (
             f"; {few(weights, count=last.get('count') or 0)}" if weights else ""
         )
         since = min(_first(alarm.get("since"), alarm["iteration"]) for alarm in found)
-        yield finding("alarm", seen, name=name, at=since, text=last.get("text", ""))
+        text = str(last.get("text") or "")
+        what, _, remedy = text.partition(" To try: ")
+        cause = what.partition(" Usual cause: ")[2]
+        yield finding(
+            "alarm", seen, name=name, at=since, cause=cause.removesuffix("."), text=remedy.removesuffix(".") or text
+        )
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _first(value: Any, otherwise: Any) -> Any:

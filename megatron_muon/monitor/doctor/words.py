@@ -36,6 +36,9 @@ load a checkpoint from before {at}, with a lower --lr; --muon-nonfinite stop nam
 diverged | error | the loss has risen since iteration {at} and stays up
 a rate that is too high for this stage, or logits or weights that grow
 load a checkpoint from before {at} and lower --lr; --muon-log-interval 10 --log-max-attention-logit show what grows
+risen | error | the loss is higher than it was at first
+a rate that is far too high, or a warm-up that is too short
+start again with a lower --lr or a longer --lr-warmup-iters
 flat | warning | the loss does not fall
 a rate that is too small, or data without anything to learn
 compare --lr with a run that learns; see that the data are those that you mean
@@ -64,7 +67,7 @@ overfitting | warning | the validation loss has risen since iteration {at}
 data that are repeated too often, if the training loss still falls; else a divergence
 stop, or go on from the checkpoint of {at} with a lower --lr
 alarm | error | alarm {name} since iteration {at}
--
+{cause}
 {text}
 nonfinite matrices | error | momentum or updates have NaN or infinity since iteration {at}
 gradients that were not finite, and were not skipped
@@ -74,7 +77,7 @@ small singular values of the momentum are below what its steps can lift, or belo
 --muon-param-rule 'GLOB=steps:auto' for these, or --muon-coefficient-type polar_express --muon-num-ns-steps 8
 rank | warning | the momentum loses rank
 few directions carry the gradient: late layers, a rate that is too high, too little data for an expert
-look at directions not lifted (they are an alarm from 0.9 on); larger batches, a lower --lr
+look at directions not lifted (they are an alarm from 0.75 on); larger batches, a lower --lr
 defect | warning | results are less orthogonal than they were
 small singular values of the momentum are below what the iteration's steps can lift, or below rounding
 one more of --muon-num-ns-steps, or --muon-param-rule 'GLOB=steps:auto'; --muon-ns-dtype fp32 against rounding
