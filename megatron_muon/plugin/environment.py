@@ -208,6 +208,8 @@ def _hash_of_files() -> str:
     """Of this package's code: a copy that somebody has changed may have the same version."""
     root, found = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
+        if any(part.startswith(".") for part in path.relative_to(root).parts):
+            continue  # an editor's: nothing imports it, and it may be a link to nowhere
         found.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
     return found.hexdigest()[:12]
 
