@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 
 from megatron_muon.commands import doctor
+from megatron_muon.monitor.alarms import ALARMS
 from megatron_muon.monitor.doctor import losses
 from megatron_muon.monitor.doctor.report import examine
 from megatron_muon.monitor.doctor.run import read
@@ -145,15 +146,25 @@ def alarm(name: str, iteration: int, since: int, text: str, **more: Any) -> Chan
 
 
 OTHER = {"--muon-log-interval": 10, "--clip-grad": 1.0, "--lr": 0.01, "--muon-num-ns-steps": 4}
-DEAD = alarm(
-    "dead_experts", 330, 300, "32 experts get no tokens; try --moe-aux-loss-coeff 1e-2", value=0.17, limit=0.1,
-    weights=["decoder.layers.3.mlp.experts.linear_fc1.weight7[gate]"],
-)  # fmt: skip
 
-COLLAPSE = alarm(
-    "rank_collapse", 395, 370, "few directions; try --muon-param-rule '*fc2.weight=steps:7'", value=0.95, limit=0.9,
-    weights=[f"decoder.layers.{number}.mlp.linear_fc2.weight" for number in range(4)], count=24,
-)  # fmt: skip
+
+def as_told(
+    name: str, iteration: int, since: int, classes: str, weights: list[str], value: float, limit: float
+) -> Change:
+    """An alarm in the words of runs."""
+    kind = ALARMS[name]
+    text = f"{name}: {classes}: {kind.meaning}: {value:.3g} (limit {limit:.3g}), since iteration {since}. "
+    text += f"Usual cause: {kind.cause}. To try: {kind.remedy.format(glob='decoder.layers.*.mlp.linear_fc2.weight')}."
+    return alarm(name, iteration, since, text, weights=weights[:4], count=len(weights), value=value, limit=limit)
+
+
+EXPERTS = [f"decoder.layers.3.mlp.experts.linear_fc1.weight{number}[gate]" for number in range(32)]
+DEAD = as_told(
+    "dead_experts", 330, 300, "32 of decoder.layers.*.mlp.experts.linear_fc1.weight*[gate]", EXPERTS, 1.0, 0.5
+)
+
+COLLAPSED = [f"decoder.layers.{number}.mlp.linear_fc2.weight" for number in range(24)]
+COLLAPSE = as_told("rank_collapse", 395, 370, "24 of decoder.layers.*.mlp.linear_fc2.weight", COLLAPSED, 0.95, 0.75)
 
 RECORDS: dict[str, list[Change]] = {
     "healthy": [],

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron_muon.monitor.alarms import Thresholds
 from megatron_muon.monitor.doctor.run import Run, Series
 from megatron_muon.monitor.doctor.words import Finding, few, finding, many
 from megatron_muon.monitor.schema import STATS
@@ -41,7 +42,8 @@ def _trends(run: Run) -> Iterator[Finding]:
         found = [f"{each}: {early:.2g} to {late:.2g}" for each, (early, late) in odd.items()]
         if found:
             what = f"{STATS[stat].title.lower()} ({part}), first and last third of {len(run.measured)} measured steps"
-            yield finding(name, f"{what}, in {many(len(found), 'class', 'es')} of {len(ends)}: {few(found)}")
+            seen = f"{what}, in {many(len(found), 'class', 'es')} of {len(ends)}: {few(found)}"
+            yield finding(name, seen, limit=Thresholds().unlifted)
 
 
 def _shares(run: Run) -> Iterator[Finding]:
@@ -66,21 +68,14 @@ def _alarms(run: Run) -> Iterator[Finding]:
         kinds[alarm.get("alarm", "?")].append(alarm)
     for name, found in kinds.items():
         last, weights = found[-1], list(dict.fromkeys(each for alarm in found for each in alarm.get("weights") or ()))
-        seen = f"told {many(len(found), 'time')}, last at {last['iteration']}: "
-        seen += f"{_short(last.get('value'))}, limit {_short(last.get('limit'))}" + (
-            f"; {few(weights, count=last.get('count') or 0)}" if weights else ""
-        )
+        both = [last.get(each) for each in ("value", "limit")]
+        known = [f"{each:.3g}" if isinstance(each, (int, float)) else str(each) for each in both]
+        seen = f"told {many(len(found), 'time')}, last at {last['iteration']}: {known[0]}, limit {known[1]}"
+        seen += f"; {few(weights, count=last.get('count') or 0)}" if weights else ""
         since = min(_first(alarm.get("since"), alarm["iteration"]) for alarm in found)
         text = str(last.get("text") or "")
-        what, _, remedy = text.partition(" To try: ")
-        cause = what.partition(" Usual cause: ")[2]
-        yield finding(
-            "alarm", seen, name=name, at=since, cause=cause.removesuffix("."), text=remedy.removesuffix(".") or text
-        )
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+        cause, is_split, remedy = text.partition("Usual cause: ")[2].partition(". To try: ")
+        yield finding("alarm", seen, name=name, at=since, cause=cause, text=remedy.rstrip(".") if is_split else text)
 
 
 def _first(value: Any, otherwise: Any) -> Any:

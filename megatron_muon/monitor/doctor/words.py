@@ -77,7 +77,7 @@ small singular values of the momentum are below what its steps can lift, or belo
 --muon-param-rule 'GLOB=steps:auto' for these, or --muon-coefficient-type polar_express --muon-num-ns-steps 8
 rank | warning | the momentum loses rank
 few directions carry the gradient: late layers, a rate that is too high, too little data for an expert
-look at directions not lifted (they are an alarm from 0.75 on); larger batches, a lower --lr
+look at directions not lifted: beyond {limit} they raise rank_collapse; larger batches, a lower --lr
 defect | warning | results are less orthogonal than they were
 small singular values of the momentum are below what the iteration's steps can lift, or below rounding
 one more of --muon-num-ns-steps, or --muon-param-rule 'GLOB=steps:auto'; --muon-ns-dtype fp32 against rounding
