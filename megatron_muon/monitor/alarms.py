@@ -373,8 +373,8 @@ def _above(value: float, limit: float) -> _Verdict:
 
 
 def _is_expert(name: str) -> bool:
-    """Megatron-Core's way to tell routed experts."""
-    return "experts" in name and "shared" not in name
+    """Routed experts, by Megatron-Core's way to tell them, and their router: one that has collapsed has no gradient."""
+    return ("experts" in name and "shared" not in name) or ".router." in name
 
 
 def _alarm(check: str, iteration: int, streaks: Mapping[str, _Streak], who: str) -> Alarm:

@@ -31,7 +31,8 @@ HEALTHY = {
 }
 FC1, FC2 = "decoder.layers.{}.mlp.linear_fc1.weight[gate]", "decoder.layers.{}.mlp.linear_fc2.weight"
 EXPERT = "decoder.layers.{}.mlp.experts.linear_fc1.weight3[up]"
-ALL = [each.format(layer) for each in (FC1, FC2, EXPERT) for layer in range(8)]
+ROUTER = "decoder.layers.{}.mlp.router.weight"
+ALL = [each.format(layer) for each in (FC1, FC2, EXPERT, ROUTER) for layer in range(8)]
 DEAD = {"gradient_norm": 0.0, "zero_gradient": 1.0}
 SHRUNK = {"momentum_norm": 1e-9, "at_bound": 1.0, "unlifted": 1.0, "defect": 0.99, "update_ratio": 1e-9}
 FLAT = {"unlifted": 0.95}
@@ -59,6 +60,7 @@ FAILURES: dict[str, tuple[str, str, dict[str, float]]] = {
     "NaN in momentum": ("nonfinite", WEIGHT, NAN),
     "no tokens": ("dead_experts", ROUTED, DEAD),
     "no tokens, and the momentum has faded": ("dead_experts", ROUTED, DEAD | SHRUNK),
+    "a router that always chooses the same": ("dead_experts", ROUTER.format(5), DEAD),
     "not reached by the loss": ("no_gradient", WEIGHT, DEAD),
     "eps too large": ("norm_at_bound", WEIGHT, SHRUNK),
     "gradients of rank 1": ("rank_collapse", WEIGHT, {"stable_rank": 1.0, "unlifted": 63 / 64, "defect": 0.99}),
