@@ -240,8 +240,9 @@ class MuonConfig(UpdateKnobs):
     )
     log_interval: int = knob(
         0,
-        "Measure Muon's work in every so many-th step: norms and ranks of momentum, what the iteration leaves, sizes "
-        "of updates, times. To --muon-log-jsonl, TensorBoard and W&B, by class of weight. 0: never, at no cost.",
+        "Measure Muon's work in the first and every so many-th step: norms and ranks of momentum, what the iteration "
+        "leaves, sizes of updates, times. To --muon-log-jsonl, TensorBoard and W&B, by class of weight. 0: never, at "
+        "no cost.",
         check=whole(0, "10"),
     )
     log_per_layer: bool = knob(

@@ -169,8 +169,8 @@ def _depth(parts: list[_Part]) -> int:
 
 def _same_sum(stored: tuple[Stored, Stored], name: str, kind: str) -> bool:
     records = [each.record for each in stored]
-    a, b = [None if each is None else (each.version, each.sum_of(name, kind)) for each in records]
-    return a == b and a is not None and a[0] > 1 and a[1] is not None  # sums of form 1 do not see the order of elements
+    a, b = [None if each is None else (each.version > 1, each.sum_of(name, kind)) for each in records]
+    return a == b and a is not None and a[0] and a[1] is not None  # sums of form 1 do not see the order of elements
 
 
 def _line(indices: tuple[Index, Index], sides: list[list[_Part]]) -> _Line:

@@ -38,8 +38,9 @@ _WORD = 64
 Sums = dict[tuple[str, str], int]
 """(Name, :data:`WEIGHT` or a state) -> number that depends on the contents, see :mod:`.fingerprint`."""
 
-FORMAT = 2
-"""Form 1, read as well, has sums that do not see the order of elements, one for all parts of a fused weight's state."""
+FORMAT = 3
+"""Form 2, read as well, has no digest; form 1 has sums that do not see the order of elements, one for all parts of a
+fused weight's state."""
 
 _DIGEST = "digest"
 """Key of the digest of a record, beside its fields: a wrong step or rate in it would be taken for right."""
@@ -132,8 +133,8 @@ class Record:
         """
         check_version(plain)
         values = dict(plain)
-        digest = values.pop(_DIGEST, None)  # records of earlier versions have none
-        if digest is not None and digest != _digest(values):
+        digest = values.pop(_DIGEST, None)
+        if plain["version"] >= 3 and digest != _digest(values):
             raise ValueError("the record of its optimizer state is not what was saved")
         values["rules"] = [Rule(**{**rule, "states": tuple(rule["states"])}) for rule in plain["rules"]]
         values["alone"] = [(state, key) for state, key in plain["alone"]]
@@ -171,7 +172,7 @@ def check_version(plain: Mapping[str, Any]) -> None:
     Raises:
         ValueError: for a form that this version does not know.
     """
-    if plain.get("version") not in (1, FORMAT):
+    if plain.get("version") not in range(1, FORMAT + 1):
         raise ValueError(
             f"its optimizer state has form {plain.get('version')}, written by megatron_muon {plain.get('package')}; "
             f"this is {__version__}, which reads forms up to {FORMAT}"

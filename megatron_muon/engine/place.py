@@ -40,7 +40,7 @@ class Place:
         clock: measures phases.
         left: on a GPU, a ``torch.cuda.Event`` that happens when the device has done the last step.
         groups: whose ranks exchange something in the step.
-        step: number of the step, the same on all their ranks.
+        step: number of the step, the same on all their ranks; one that failed and is taken again has another.
         limit: seconds in one place after which it is told; 0: never.
     """
 
@@ -54,11 +54,11 @@ class Place:
         self.clock: NoClock = NO_CLOCK
         self.left: Any = None
 
-    def begin(self, parts: Sequence[Part], step: int, clock: NoClock) -> None:
+    def begin(self, parts: Sequence[Part], clock: NoClock) -> None:
         """A step begins, with the work on some chunks."""
         self.part, self.phase, self.peers = None, "", None
-        self.step, self.clock = step, clock
-        self.parts = parts
+        self.parts, self.clock = parts, clock
+        self.step += 1
         self.moves += 1
 
     def end(self) -> None:

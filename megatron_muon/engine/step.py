@@ -209,7 +209,7 @@ class StepEngine:
     def _step(self, chunks: Sequence[RankChunk]) -> Iterator[None]:
         """Within, it is known where this rank is in the work on some chunks, and its time is measured."""
         place, counters, before = self._place, self.counters, replace(self.counters)
-        place.begin(chunks, counters.steps, self.clock)
+        place.begin(chunks, self.clock)
         if place.limit:
             WATCHER.watch(place)
         try:

@@ -147,7 +147,8 @@ class Watching:
     def step(self, update: Callable[[], Any]) -> Any:
         """Run the optimizer's ``step_with_ready_grads``, measured if it is due."""
         interval = self._options.log_interval
-        is_due = bool(interval) and self._number % interval == 0
+        # The first one, too: a rate that is far too high for the weights shows there, and they have grown by the next.
+        is_due = bool(interval) and (self._number % interval == 0 or self._number == 1)
         for muon in self._muons if interval else ():
             assert muon.probe is not None
             muon.probe.is_due, muon.probe.is_next_due = is_due, (self._number + 1) % interval == 0

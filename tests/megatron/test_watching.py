@@ -53,14 +53,18 @@ def test_layouts_measure_the_same(pool: RankPool, tmp_path: Path, alone: tuple[s
     ranks, layout = LAYOUTS[name]
     pool.run(measured, ranks, layout, weights, str(tmp_path / "record.jsonl"))
     found, wanted = records(tmp_path / "record.jsonl", "muon"), records(expected, "muon")
-    assert [each["iteration"] for each in found] == [2, 4]
+    assert [each["iteration"] for each in found] == [1, 2, 4]
     for mine, its in zip(found, wanted, strict=True):
         assert mine["rates"] == its["rates"] == {"lr": 0.01, "weight_decay": 0.1, "scalar_lr": 0.01}
         for part in ("classes", "layers"):
             assert list(mine[part]) == list(its[part])
             for each, numbers in mine[part].items():
-                assert numbers.keys() == its[part][each].keys() >= {"unlifted", "update_ratio", "cosine"}
-                for stat, value in numbers.items():
+                wanted_stats = {"unlifted", "update_ratio", *(["cosine"] if mine["iteration"] > 1 else [])}
+                assert numbers.keys() == its[part][each].keys() >= wanted_stats
+                # One batch's gradient has singular values at rounding: how far these are lifted is rounding's matter.
+                told = numbers.keys() - ({"defect", "unlifted"} if mine["iteration"] == 1 else set())
+                for stat in told:
+                    value = numbers[stat]
                     assert value == pytest.approx(its[part][each][stat], rel=1e-3, abs=1e-4), (each, stat)
     experts = wanted[0]["classes"]["decoder.layers.*.mlp.experts.local_experts.*.linear_fc1.weight[gate]"]
     assert experts["matrices"] == 16
@@ -123,8 +127,8 @@ def curves(file: str) -> tuple[list[tuple[str, float, int]], list[dict[str, Any]
 
 
 def test_curves_are_means_of_classes(pool: RankPool, tmp_path: Path) -> None:
-    points, (record,) = pool.run(curves, 1, str(tmp_path / "record.jsonl"))[0]
-    assert {iteration for _, _, iteration in points} == {2}
+    points, (_, record) = pool.run(curves, 1, str(tmp_path / "record.jsonl"))[0]
+    assert {iteration for _, _, iteration in points} == {1, 2}
     values = {name: value for name, value, _ in points}
     name = "decoder.layers.*.mlp.experts.local_experts.*.linear_fc2.weight"
     numbers = record["classes"][name]
@@ -152,7 +156,7 @@ def test_a_resumed_run_measures_in_the_same_steps(pool: RankPool, tmp_path: Path
     file = tmp_path / "record.jsonl"
     pool.run(resumed, 2, str(tmp_path / "saved"), str(file))
     kinds = [(each["iteration"], kind) for kind in ("start", "muon") for each in records(file, kind)]
-    assert sorted(kinds) == [(0, "start"), (2, "muon"), (3, "start"), (4, "muon")]
+    assert sorted(kinds) == [(0, "start"), (1, "muon"), (2, "muon"), (3, "start"), (4, "muon")]
 
 
 def beside(file: str) -> None:
@@ -181,13 +185,13 @@ def skipping(file: str) -> list[bool]:
 def test_a_skipped_step_is_made_up_for(pool: RankPool, tmp_path: Path) -> None:
     file = tmp_path / "record.jsonl"
     assert pool.run(skipping, 2, str(file)) == [[True, False, True, True]] * 2
-    assert [each["iteration"] for each in records(file, "muon")] == [2]
+    assert [each["iteration"] for each in records(file, "muon")] == [1, 2]
 
 
 def stopped(folder: str, file: str) -> tuple[Outcome, bool]:
     """A learning rate far too high in the first step; whether the state is that after the step, and can be saved."""
     rates = {"lr": 1e4, "min_lr": 1e4, "weight_decay": 0.0}
-    asked = {"muon_log_interval": 1, "muon_log_jsonl": file, "muon_alarm": "stop", **rates}
+    asked = {"muon_log_interval": 100, "muon_log_jsonl": file, "muon_alarm": "stop", **rates}
     run = harness.start(Layout(tp=2), optimizer=asked)
     run.losses(1)
     after = state_of(run)
