@@ -210,7 +210,7 @@ def check(found: dict[tuple[str, str], torch.Tensor], right: dict[tuple[str, str
             assert ((got - real).abs() <= bound).all(), (where, key, name, got, real)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_numbers_are_those_of_whole_matrices(pool: RankPool, ranks: int) -> None:
     right = pool.run(wanted, 1)[0]
     options = [{**PLAIN, "tp_mode": mode} for mode in {1: ["auto"], 2: ["owner", "distributed"], 4: ["gram"]}[ranks]]

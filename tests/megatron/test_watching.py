@@ -18,6 +18,7 @@ from tests.megatron.test_nonfinite import state_of, step_with
 from tests.megatron.test_recording import log
 from tests.megatron.test_routing import MOE
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 ADAM_ROUTER = {"muon_router": "adam"}
 """Gradients of a router's rows add up to zero: whether Newton-Schulz lifts the last direction, rounding decides."""
@@ -47,7 +48,7 @@ def alone(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[str
     return str(folder / "weights"), folder / "alone.jsonl"
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", with_slow(LAYOUTS, "pp2", "dp2"))
 def test_layouts_measure_the_same(pool: RankPool, tmp_path: Path, alone: tuple[str, Path], name: str) -> None:
     weights, expected = alone
     ranks, layout = LAYOUTS[name]

@@ -71,6 +71,7 @@ def test_who_waits_ends_in_time_and_says_where_it_waited(pool: RankPool) -> None
         assert "timed out" in (why := second["notes"][1].lower()) or "timeout" in why, "in one of gloo's wordings"
 
 
+@pytest.mark.slow
 def test_a_hanging_process_does_not_outlive_the_others() -> None:
     start = time.monotonic()
     result = launch(SCRIPT, "owner", "sleep", str(LIMIT), ranks=3)
