@@ -134,7 +134,7 @@ class Record:
         check_version(plain)
         values = dict(plain)
         digest = values.pop(_DIGEST, None)
-        if plain["version"] >= 3 and digest != _digest(values):
+        if (digest is not None or plain["version"] >= 3) and digest != _digest(values):
             raise ValueError("the record of its optimizer state is not what was saved")
         values["rules"] = [Rule(**{**rule, "states": tuple(rule["states"])}) for rule in plain["rules"]]
         values["alone"] = [(state, key) for state, key in plain["alone"]]

@@ -105,7 +105,7 @@ PLACES = [
     "megatron.core.optimizer._create_emerging_optimizer",
     "megatron_muon.plugin.factory.param_states",
     "megatron_muon.plugin.factory._planned",
-    "megatron_muon.plugin.factory._is_first",
+    "megatron_muon.plugin.tables._is_first",
 ]
 """From the first routing decision to the report, with Megatron-Core's own part between."""
 

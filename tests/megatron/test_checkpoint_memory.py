@@ -137,7 +137,7 @@ def test_nothing_is_gathered_at_save(saved: dict[str, tuple[str, int]]) -> None:
     "source,to",
     [
         ("layer_wise", "plain"),
-        ("layer_wise", "layer_wise"),
+        pytest.param("layer_wise", "layer_wise", marks=pytest.mark.slow),
         ("plain", "adam_in_slices"),
         ("layer_wise", "adam_in_slices"),
     ],

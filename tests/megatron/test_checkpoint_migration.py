@@ -233,7 +233,8 @@ def both_forms(layout: Layout, buckets: str, fully: str) -> None:
         (layout, buckets, BUCKETS),
         (dataclasses.replace(layout, bucket_size=None), fully, FULLY),
     ):
-        run = harness.start(each, bf16=True, **ADAM)
+        # The norm of the gradients is summed bucket by bucket: clipped by it, masters may differ in their last bits.
+        run = harness.start(each, bf16=True, optimizer={**ADAM["optimizer"], "clip_grad": 0.0})
         run.losses(3)
         harness.save_run(run, folder, metadata)
 
