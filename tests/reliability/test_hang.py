@@ -97,7 +97,7 @@ class Standing(Place):
     def __init__(self, limit: float) -> None:
         super().__init__()
         self.limit = limit
-        self.begin([object()], 0, NO_CLOCK)  # type: ignore[list-item]
+        self.begin([object()], NO_CLOCK)  # type: ignore[list-item]
 
 
 def test_a_slow_step_is_not_told_and_nothing_is_left_when_optimizers_are_gone(

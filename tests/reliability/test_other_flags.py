@@ -34,6 +34,9 @@ VALUES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "param_rule": ((), ("*.linear_fc2.weight=adam",), {}),
     "transfer": ("16x2", "32x2", {"scale_mode": "unit_rms_norm", "weight_decay_method": "independent_scheduled"}),
     "blockwise_lr_mult": (1.0, 2.0, {"blockwise_period": 2}),
+    "log_per_layer": (False, True, {"log_interval": 2}),
+    "log_console": (False, True, {"log_interval": 2}),
+    "alarm": ("warn", "stop", {"log_interval": 2}),
     "ball_radius": (1.0, 2.0, {"param_rule": ("*.linear_fc2.weight=sign",)}),
 }
 """Fields that need other fields, or that have no second value in their help text: two values, and what they need."""
