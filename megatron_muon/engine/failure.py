@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron_muon.engine.place import Place
 
 _OF_CPU = "DefaultCPUAllocator"
-_NO_STORE = RuntimeError, ValueError  # its process has ended, or this one has left the others
+_NO_STORE = RuntimeError, ValueError, AttributeError
+"""Its process has ended, this one has left the others, or torch calls it otherwise: none may hide what has failed."""
 
 
 def explain(place: Place, error: Exception, chunk_mb: float) -> None:

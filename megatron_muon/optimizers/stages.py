@@ -80,7 +80,7 @@ class Work(Protocol):
 
         Args:
             matrices: the updates.
-            results: of each what was orthogonalized.
+            results: of each what was orthogonalized, not to be changed here.
             changes: what is to be added to the weights; None: the results.
             factor: on the changes of an update, learning rate and all; a number, or (matrices,).
             are_successive: whether results are updates, which may be compared with those of the step before.

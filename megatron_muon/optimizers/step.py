@@ -337,15 +337,7 @@ class EngineStep:
         *,
         are_successive: bool = True,
     ) -> None:
-        """Before weights change: show the optimizer's probe what is to be known of a measured step.
-
-        Args:
-            matrices: the updates.
-            results: of each what was orthogonalized, not to be changed here.
-            changes: what is added to the weights; None: the results.
-            factor: on the changes of an update, learning rate and all; a number, or (matrices,).
-            are_successive: as of :meth:`megatron_muon.optimizers.probe.Probe.look`.
-        """
+        """See :meth:`megatron_muon.optimizers.stages.Work.measure`."""
         self._note(self._look(matrices, results, None, are_successive), matrices, changes, factor)
 
     def _look(

@@ -102,8 +102,9 @@ class Watching:
         weights = [(names[each.param], each.key) for each in held if each.key is not None]
         self._rows = Rows(routes, weights, device)
         self._alarms = Alarms(defects=defects_of(routes, options))
-        for muon in self._muons if options.log_interval else ():
-            muon.probe = Probe()
+        self._probes = [Probe() for _ in self._muons] if options.log_interval else []
+        for muon, probe in zip(self._muons, self._probes, strict=False):
+            muon.probe = probe
         self._own_record: Recorder | None = None  # where Megatron's loop keeps none
         self._has_begun = False
         self._number = 0  # of the step that comes
@@ -149,9 +150,8 @@ class Watching:
         interval = self._options.log_interval
         # The first one, too: a rate that is far too high for the weights shows there, and they have grown by the next.
         is_due = bool(interval) and (self._number % interval == 0 or self._number == 1)
-        for muon in self._muons if interval else ():
-            assert muon.probe is not None
-            muon.probe.is_due, muon.probe.is_next_due = is_due, (self._number + 1) % interval == 0
+        for probe in self._probes:
+            probe.is_due, probe.is_next_due = is_due, (self._number + 1) % interval == 0
         largest = self._largest() if is_due else None
         result = update()
         if largest is not None:
@@ -189,8 +189,8 @@ class Watching:
         measured, self._measured = self._measured, None
         if measured is None:
             return []
-        samples = [sample for muon in self._muons for sample in muon.probe.take()]  # type: ignore[union-attr]
-        parts = [muon.probe.times() for muon in self._muons]  # type: ignore[union-attr]
+        samples = [sample for probe in self._probes for sample in probe.take()]
+        parts = [probe.times() for probe in self._probes]
         times = {name: sum(part[name] for part in parts) for name in TIMES}
         numbers, spreads, rest = self._rows.together(self._rows.local(samples), times, measured.largest, self._ranks)
         known = [None if value == _NONE else value for value in rest]
