@@ -1,4 +1,5 @@
-"""``python -m tools.docs``: write ``docs/refusals.md`` from the tables that the package walks."""
+"""``python -m tools.docs``: write from the tables that the package walks ``docs/refusals.md``, and alarms in
+``docs/monitoring.md``."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 from megatron_muon.choices import OPTIMIZERS
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.knobs import EVERY_OPTIMIZER
+from megatron_muon.monitor.alarms import ALARMS, Thresholds
 from megatron_muon.refusals import OPTIONS, QK_CLIP, TRANSFER, UNMEASURED, Refusal
 from megatron_muon.refusals.cpu import CHANGES, CPU
 from megatron_muon.refusals.megatron import MEGATRON
@@ -17,6 +19,7 @@ from megatron_muon.refusals.plan import PLAN, READ
 from megatron_muon.refusals.rule import flag_of
 
 FILE = Path(__file__).parents[1] / "docs" / "refusals.md"
+MONITORING = FILE.with_name("monitoring.md")
 
 _HEAD = """\
 # What is refused
@@ -84,6 +87,26 @@ def render() -> str:
     return "\n".join(parts)
 
 
+def with_alarms(page: str) -> str:
+    """The page about monitoring, with tables of alarms and their thresholds that are those of the package."""
+    kinds = (
+        (_code(kind.alarm), *(_coded(text.format(glob="GLOB")) for text in (kind.meaning, kind.cause, kind.remedy)))
+        for kind in ALARMS.values()
+    )
+    limits = (
+        (_code(each.name), f"{each.default:g}", each.metadata["reason"], each.metadata["source"])
+        for each in fields(Thresholds)
+    )
+    tables = {
+        "| alarm |": _table(("alarm", "raised by", "usual cause", "to try"), kinds),
+        "| threshold |": _table(("threshold", "value", "what it is", "where it is from"), limits),
+    }
+    for first, table in tables.items():
+        before, _, rest = page.partition(first)
+        page = f"{before}{table}\n{rest.partition('\n\n')[2]}"
+    return page
+
+
 def _and(names: Sequence[str]) -> str:
     return f"{', '.join(map(_code, names[:-1]))} and {_code(names[-1])}"
 
@@ -110,3 +133,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 if __name__ == "__main__":
     FILE.write_text(render(), encoding="utf-8")
+    MONITORING.write_text(with_alarms(MONITORING.read_text(encoding="utf-8")), encoding="utf-8")

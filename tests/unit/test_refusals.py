@@ -594,6 +594,8 @@ def test_what_is_changed_in_arguments_is_refused_in_a_config() -> None:
 
 def test_the_documentation_is_current() -> None:
     assert docs.FILE.read_text() == docs.render(), "run: python -m tools.docs"
+    monitoring = docs.MONITORING.read_text()
+    assert monitoring == docs.with_alarms(monitoring), "run: python -m tools.docs"
     assert "refusals.md" in (Path(__file__).parents[2] / "README.md").read_text()
 
 
