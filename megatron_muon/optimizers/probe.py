@@ -108,8 +108,8 @@ class Probe:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether the next step is to be taken with it."""
-        return self.is_due or self.is_next_due or bool(self._sketches)
+        """Whether the next step is to be taken with it; alike on all ranks, those without matrices too."""
+        return self.is_due or self.is_next_due or self._keeps_some
 
     def begin(self) -> bool:
         """At the beginning of a step: whether it has something to look at."""
