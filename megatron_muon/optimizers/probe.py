@@ -92,7 +92,7 @@ class Probe:
         is_next_due: set before the step before it, for the cosine: that keeps products of the results with a few
             vectors, until the next step has been taken.
         measures: whether the step that is being taken is measured.
-        keeps: whether it keeps products.
+        keeps: whether that step, or the last one, keeps products.
     """
 
     is_due: bool = False
@@ -101,7 +101,6 @@ class Probe:
     keeps: bool = field(default=False, init=False)
     _clock: NoClock = field(default=NO_CLOCK, init=False)
     _compares: bool = field(default=False, init=False)
-    _keeps_some: bool = field(default=False, init=False)
     _findings: list[Finding] = field(default_factory=list, init=False)
     _before: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False)
     _sketches: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False)
@@ -109,13 +108,13 @@ class Probe:
     @property
     def is_wanted(self) -> bool:
         """Whether the next step is to be taken with it; alike on all ranks, those without matrices too."""
-        return self.is_due or self.is_next_due or self._keeps_some
+        return self.is_due or self.is_next_due or self.keeps
 
     def begin(self) -> bool:
         """At the beginning of a step: whether it has something to look at."""
+        self._compares = self.keeps
         self.measures, self.keeps, self.is_due, self.is_next_due = self.is_due, self.is_next_due, False, False
         self._before, self._sketches = self._sketches, {}
-        self._compares, self._keeps_some = self._keeps_some, self.keeps
         if self.measures:
             self._findings = []
         return self.measures or self.keeps
