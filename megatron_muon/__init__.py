@@ -5,13 +5,15 @@
 
 or, without touching the script, ``torchrun ... -m megatron_muon run SCRIPT ARGS...``.
 
-Without Megatron, :class:`Muon` is an optimizer of torch: ``Muon(params, lr=1e-3, variant="normuon")``.
+Without Megatron, ``optimizer_for(model, lr=1e-3)`` is an optimizer of torch for a whole model, and :class:`Muon` one
+for matrices: ``Muon(params, lr=1e-3, variant="normuon")``.
 """
 
 import megatron_muon.leaving  # noqa: F401  before torch is imported: see there
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.adaptive import NAMO, AdaMuon, AdaMuonEO, NorMuon
+from megatron_muon.optimizers.joint import JointOptimizer, optimizer_for
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.registry import register_variant
 from megatron_muon.optimizers.sizes import Hyperball, PolarGrad
@@ -34,6 +36,7 @@ __all__ = [
     "ConfigError",
     "Hyperball",
     "Iteration",
+    "JointOptimizer",
     "Muon",
     "MuonConfig",
     "MuonOptions",
@@ -50,6 +53,7 @@ __all__ = [
     "is_installed",
     "iteration",
     "newton_schulz",
+    "optimizer_for",
     "param_groups",
     "register_variant",
     "reset",
