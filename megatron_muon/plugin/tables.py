@@ -207,17 +207,12 @@ class Rows:
 
     def local(self, samples: Sequence[Sample]) -> _Sums:
         """The numbers of this rank, on the device."""
-        rows = [self._number[its.param, its.block] for its in samples]
         counts = [len(its.numbers) for its in samples]
-
-        def each(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-            tensor = torch.tensor([values, counts], dtype=torch.float64).to(self._device)
-            return tensor[0].to(dtype).repeat_interleave(tensor[1].long(), output_size=sum(counts))
-
-        empty = torch.empty(0, len(STATS), device=self._device)
-        numbers = torch.cat([empty, *(its.numbers for its in samples)])
-        weights = each([1 / its.ranks for its in samples], torch.float64)
-        return _Sums.of(len(self._names), each(rows, torch.long), weights, numbers, numbers, numbers)
+        rows, shares = [self._number[its.param, its.block] for its in samples], [1 / its.ranks for its in samples]
+        each = torch.tensor([rows, shares, counts], dtype=torch.float64).to(self._device)  # one transfer
+        index, weights = each[:2].repeat_interleave(each[2].long(), dim=1, output_size=sum(counts))
+        numbers = torch.cat([torch.empty(0, len(STATS), device=self._device), *(its.numbers for its in samples)])
+        return _Sums.of(len(self._names), index.long(), weights, numbers, numbers, numbers)
 
     def together(
         self, mine: _Sums, times: Mapping[str, float], largest: torch.Tensor, ranks: Ranks
@@ -233,18 +228,24 @@ class Rows:
         Returns:
             the rows, the times, and the numbers of ``largest``.
         """
-        clock = torch.tensor([times[name] for name in TIMES], dtype=torch.float64).to(self._device)
-        added = torch.cat([mine.added.view(-1), clock, clock.new_ones(1)])
-        compared = torch.cat([mine.compared.view(-1), clock, -clock, largest])
-        ranks.reduce_sum(added)
-        ranks.reduce_max(compared)
-        added, compared = added.cpu(), compared.cpu()
+        added, compared = self.exchange(mine, times, largest, ranks)
         size, shape, many = mine.added.numel(), mine.added.shape, len(TIMES)
         sums = _Sums(added[:size].view(shape), compared[:size].view(shape))
         means = (added[size : size + many] / added[-1]).tolist()
         most, negated, rest = (part.tolist() for part in compared[size:].split([many, many, largest.numel()]))
         found = {name: (-low, mean, high) for name, low, mean, high in zip(TIMES, negated, means, most, strict=True)}
         return Numbers(self._names, self._matrices, sums.spreads()), found, rest
+
+    def exchange(
+        self, mine: _Sums, times: Mapping[str, float], largest: torch.Tensor, ranks: Ranks
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What :meth:`together` asks of the device and of other ranks: what is added up and compared, on the host."""
+        clock = torch.tensor([times[name] for name in TIMES], dtype=torch.float64).to(self._device)
+        added = torch.cat([mine.added.view(-1), clock, clock.new_ones(1)])
+        compared = torch.cat([mine.compared.view(-1), clock, -clock, largest])
+        ranks.reduce_sum(added)
+        ranks.reduce_max(compared)
+        return added.cpu(), compared.cpu()
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,8 @@ from megatron_muon.plugin import recording
 from megatron_muon.plugin.groups import device_of
 from megatron_muon.plugin.sleeping import sleep, wake
 from megatron_muon.plugin.state import reset, state_bytes
+from megatron_muon.plugin.tables import Rows
+from megatron_muon.plugin.watching import Watching
 from tests.fake_cuda.megatron import FIRST_STEP, GPU, STEP, Allowed, forward, gpus, outcomes, start, step
 from tests.fake_cuda.sequences import check_meeting
 from tests.fake_cuda.world import World
@@ -52,6 +55,9 @@ STEPS: dict[str, Case] = {
     "manifold": (Layout(tp=2), {"name": "stiefel_muon", **MANIFOLD}, {}),
     "layer-wise, lent": (Layout(**SHARDED), {}, {**BF16, **UNEVEN}),
     "layer-wise, lent, gloo beside NCCL": (Layout(**SHARDED), {}, {**UNEVEN, "backend": "cpu:gloo,cuda:nccl"}),
+    "measured": (Layout(tp=2), {"muon_log_interval": 1}, BF16),
+    "measured, layer-wise": (Layout(tp=2, **SHARDED), {"muon_log_interval": 1}, BF16),
+    "measured, experts": (Layout(tp=2, ep=2, etp=1), {"muon_log_interval": 1}, {**BF16, **MOE}),
     "sphere, layer-wise": (Layout(tp=2, **SHARDED), {"name": "spectral_sphere"}, BF16),
 }
 LOG = (
@@ -62,12 +68,33 @@ LOG = (
     Allowed("megatron_muon/plugin/stiefel.py:scalars", "likewise, for Megatron's writers", 0),
     Allowed("megatron_muon/monitor/recorder.py:log", "losses of iterations that are logged", 1),
 )
+TOLD = tuple(
+    Allowed(f"megatron_muon/plugin/tables.py:{function}", "after a measured step, when the gradients are waited for")
+    for function in ("local", "exchange")
+)
 MOVES = tuple(
     Allowed(f"megatron_muon/optimizers/sleeping.py:{function}", "between steps")
     for function in ("put_to_sleep", "awaken", "_settle")
 )
 
 ON_ALL_RANKS = ("layer-wise", "lists", "layer-wise, lent", "experts, layer-wise")
+
+
+class ArrivedError(Exception):
+    """What was measured is on the host."""
+
+
+@contextmanager
+def only_exchanged() -> Iterator[None]:
+    """Measured numbers are brought to the host, and no further."""
+
+    def exchange(rows: Rows, *arguments: Any) -> None:
+        original(rows, *arguments)
+        raise ArrivedError
+
+    original = Rows.exchange
+    with patch.object(Rows, "exchange", exchange):
+        yield
 
 
 def two_steps(case: Case, rank: int) -> list[Any]:
@@ -85,8 +112,14 @@ def two_steps(case: Case, rank: int) -> list[Any]:
         first = len(world.calls)
         with world.refusing(FIRST_STEP):
             step(run)
-        with world.refusing(STEP[1:] if optimizer.get("muon_nonfinite") == "propagate" else STEP):
+        is_measured = "muon_log_interval" in optimizer
+        # What a measured step leaves is read when the next begins. A fake number cannot be judged: see below.
+        unread = patch.object(Watching, "_tell", lambda watching: []) if is_measured else nullcontext()
+        with unread, world.refusing(STEP[1:] if optimizer.get("muon_nonfinite") == "propagate" else STEP):
             step(run)
+        if is_measured:
+            with world.refusing((*STEP, *TOLD)), only_exchanged(), pytest.raises(ArrivedError):
+                step(run)
         for leaf in run.optimizer.chained_optimizers:
             for state in getattr(getattr(leaf, "optimizer", None), "state", {}).values():
                 assert all(value.device == GPU for key, value in state.items() if key != "step")
@@ -98,7 +131,7 @@ def _step_on_ranks() -> dict[str, str]:
         if name in ON_ALL_RANKS:
             check_meeting({rank: two_steps(STEPS[name], rank) for rank in range(4)})
         else:
-            two_steps(STEPS[name], rank=1)
+            two_steps(STEPS[name], rank=0 if name.startswith("measured") else 1)  # whose routes are the model's
 
     return outcomes({name: name for name in STEPS}, steps)
 
