@@ -125,15 +125,16 @@ def flags(optimizer: str, settings: Settings, data: PreparedData) -> list[str]:
 
 def command(optimizer: str, settings: Settings, data: PreparedData, folder: Path) -> list[str]:
     """The whole command line of a run."""
-    checkpoints = str(folder / "checkpoints")
+    checkpoints, interval = str(folder / "checkpoints"), max(1, settings.steps // 5)
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(settings.tp)),
         *("-m", "megatron_muon", "run", "--device", settings.device, str(EXAMPLES / MODELS[settings.model].script)),
         *flags(optimizer, settings, data),
         *("--muon-log-jsonl", str(folder / plots.METRICS_FILE)),
-        *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(max(1, settings.steps // 5))),
-        # Checkpoints whose iteration is no multiple of this are deleted when the next one is complete.
-        *("--save-retain-interval", str(settings.steps)),
+        *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(interval)),
+        # Checkpoints whose iteration is no multiple of this (which Megatron wants to be one of the interval) are deleted
+        # when the next one is complete.
+        *("--save-retain-interval", str(interval * -(-settings.steps // interval))),
         "--exit-signal-handler",
     ]
 

@@ -187,6 +187,13 @@ def test_megatron_accepts_the_flags(optimizer: str, monkeypatch: pytest.MonkeyPa
     assert args.tensor_model_parallel_size == 2
 
 
+def test_any_number_of_steps_has_intervals_that_megatron_takes(tmp_path: Path) -> None:
+    for steps in range(1, 32):
+        words = recipes.command("muon", dataclasses.replace(SETTINGS, steps=steps), DATA, tmp_path)
+        interval, kept = (int(words[words.index(f"--save-{name}") + 1]) for name in ("interval", "retain-interval"))
+        assert kept % interval == 0 and kept >= steps
+
+
 def test_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
