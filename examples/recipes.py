@@ -132,8 +132,8 @@ def command(optimizer: str, settings: Settings, data: PreparedData, folder: Path
         *flags(optimizer, settings, data),
         *("--muon-log-jsonl", str(folder / plots.METRICS_FILE)),
         *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(interval)),
-        # Checkpoints whose iteration is no multiple of this (which Megatron wants to be one of the interval) are deleted
-        # when the next one is complete.
+        # Checkpoints whose iteration is no multiple of this are deleted when the next one is complete. Megatron wants a
+        # multiple of the interval.
         *("--save-retain-interval", str(interval * -(-settings.steps // interval))),
         "--exit-signal-handler",
     ]
