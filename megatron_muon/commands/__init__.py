@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ def refusing(command: str, errors: tuple[type[Exception], ...] = (ConfigError,))
     logging.disable(logging.WARNING)
     try:
         yield
+    except BrokenPipeError:  # whoever reads has read enough, as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        raise SystemExit(0) from None
     except errors as error:
         print(f"megatron_muon {command}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

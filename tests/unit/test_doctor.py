@@ -15,6 +15,8 @@ import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -292,6 +294,23 @@ def found(folder: Path) -> set[str]:
 @pytest.mark.parametrize("name", SICK)
 def test_each_sickness_is_found_and_nothing_else(name: str, tmp_path: Path) -> None:
     assert found(write(tmp_path, made(*SICK[name]))) == {name}
+
+
+def test_weights_grow_from_their_initial_sizes_in_a_short_run(tmp_path: Path) -> None:
+    def rarely(lines: list[dict[str, Any]]) -> None:
+        for line in each(lines, "muon")[::2]:
+            lines.remove(line)
+
+    assert found(write(tmp_path, made(*SICK["weights grow"], rarely))) == set()
+
+
+def test_whoever_reads_may_stop(tmp_path: Path) -> None:
+    folder = write(tmp_path, made())
+    words = [sys.executable, "-m", "megatron_muon", "doctor", str(folder)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
 def test_every_finding_is_of_a_record_here() -> None:

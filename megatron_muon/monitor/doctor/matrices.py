@@ -12,17 +12,18 @@ from megatron_muon.monitor.doctor.run import Run, Series
 from megatron_muon.monitor.doctor.words import Finding, few, finding, many
 from megatron_muon.monitor.schema import STATS
 
-_TRENDS: tuple[tuple[str, str, str, Callable[[float, float], bool]], ...] = (
-    ("unlifted", "unlifted", "mean", lambda early, late: late > 0.3 and late > 1.5 * early),
-    ("rank", "stable_rank", "mean", lambda early, late: late < 0.3 * early),
-    ("large updates", "update_ratio", "mean", lambda early, late: late > max(0.02, min(0.3, 3 * early))),
-    ("defect", "defect", "mean", lambda early, late: late > 0.25 and late > 1.5 * early),
-    ("back and forth", "cosine", "mean", lambda early, late: late < -0.2),
-    ("weights grow", "spectral_norm", "largest", lambda early, late: late > 3 * early > 0),
-    ("tiny updates", "update_ratio", "mean", lambda early, late: 0 <= late < 1e-7),
+_TRENDS: tuple[tuple[str, str, str, int, Callable[[float, float], bool]], ...] = (
+    ("unlifted", "unlifted", "mean", 9, lambda early, late: late > 0.3 and late > 1.5 * early),
+    ("rank", "stable_rank", "mean", 9, lambda early, late: late < 0.3 * early),
+    ("large updates", "update_ratio", "mean", 9, lambda early, late: late > max(0.02, min(0.3, 3 * early))),
+    ("defect", "defect", "mean", 9, lambda early, late: late > 0.25 and late > 1.5 * early),
+    ("back and forth", "cosine", "mean", 9, lambda early, late: late < -0.2),
+    ("weights grow", "spectral_norm", "largest", 30, lambda early, late: late > 3 * early > 0),
+    ("tiny updates", "update_ratio", "mean", 9, lambda early, late: 0 <= late < 1e-7),
 )
-"""Finding, number, which of least, mean and largest, and what is odd about its medians in the first and the last third
-of the measured steps. Limits are below those of alarms: a trend is told before it is an alarm."""
+"""Finding, number, which of least, mean and largest, the fewest measured steps that tell, and what is odd about its
+medians in the first and the last third of them. Limits are below those of alarms: a trend is told before it is an
+alarm. All weights grow from their initial sizes for a while: a short run does not tell whether they stop."""
 
 _SHARES = {"nonfinite": "nonfinite matrices", "zero_gradient": "zero gradients", "at_bound": "at bound"}
 """Numbers that are 1 for a matrix with something odd, else 0."""
@@ -31,11 +32,11 @@ _SHARES = {"nonfinite": "nonfinite matrices", "zero_gradient": "zero gradients",
 def _trends(run: Run) -> Iterator[Finding]:
     first, last = run.rates["lr"].ends() if "lr" in run.rates else (1.0, 1.0)
     faster = last / first if first > 0 else 1.0
-    for name, stat, part, is_odd in _TRENDS:
+    for name, stat, part, fewest, is_odd in _TRENDS:
         ends = {
             each: numbers[stat].ends(part)
             for each, numbers in run.series.items()
-            if stat in numbers and len(numbers[stat].at) >= 9
+            if stat in numbers and len(numbers[stat].at) >= fewest
         }
         by = faster if stat == "update_ratio" else 1.0  # ratios that follow the rate are as they were
         odd = {each: pair for each, pair in ends.items() if is_odd(by * pair[0], pair[1])}
