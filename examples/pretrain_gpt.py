@@ -32,7 +32,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch.utils.data import Dataset
@@ -175,7 +179,9 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
 
 
-def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTModel) -> tuple[torch.Tensor, Callable]:
+def forward_step(
+    data_iterator: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable]:
     """One forward pass, and the function that makes a loss of its output on the last pipeline stage."""
     batch = next_batch(data_iterator)
     losses = model(
@@ -189,15 +195,18 @@ def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTMod
 
 
 def main(layers: Layers = gpt_layers) -> None:
-    """Parse Megatron's command line and train a model of these layers."""
+    """Parse Megatron's command line and train a model of these layers, or of those of ``--hybrid-layer-pattern``."""
     args = parse_and_validate_args()
+    by_pattern = args.hybrid_layer_pattern is not None
+    config = pretrain_cfg_container_from_args(args, hybrid_config_from_args(args) if by_pattern else None)
+    own = (partial(model_provider, layers=layers),)
     pretrain(
-        pretrain_cfg_container_from_args(args),
+        config,
         datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
-        partial(model_provider, layers=layers),
-        get_embedding_ranks=embedding_ranks,
+        *(() if by_pattern else own),  # Megatron-LM's HybridModel, which its config builds
+        get_embedding_ranks=None if by_pattern else embedding_ranks,
     )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

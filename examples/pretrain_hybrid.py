@@ -7,6 +7,8 @@ attention to one of softmax attention:
         --experimental-attention-variant gated_delta_net --linear-attention-freq 4 --attention-output-gate \\
         --linear-num-key-heads 4 --linear-num-value-heads 8 --linear-key-head-dim 32 --linear-value-head-dim 32 ...
 
+With ``--hybrid-layer-pattern`` (``M*M-``: Mamba, attention, Mamba, MLP) the model is Megatron-LM's ``HybridModel``.
+
 On GPUs Megatron-Core builds such layers with ``--transformer-impl transformer_engine`` only, and GatedDeltaNet needs
 flash-linear-attention. On the CPU the launcher provides both in plain torch. ``examples/demo.py --model hybrid`` trains
 a small one, with a complete command line.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -39,7 +40,7 @@ def newton_schulz(
     the odd polynomials ``a s + b s^3 + c s^5``, and the singular vectors of ``x``.
 
     Args:
-        x: (..., m, n), floating point. A zero matrix gives zeros.
+        x: (..., m, n), floating point. A zero matrix gives zeros, one without elements itself.
         iteration: what is done to the matrices, see :func:`megatron_muon.orthogonalize.iteration`.
         dtype: of the iteration; that of ``x`` by default. The norm is always taken in float64.
         eps: lower bound of the norm that a matrix is divided by.
@@ -52,17 +53,24 @@ def newton_schulz(
     Returns:
         (..., m, n) in the dtype of ``x``.
 
+    Raises:
+        ValueError: for what has fewer than two dimensions or other numbers, or a shard in a form that it cannot have.
+
     Source:
         Jordan et al., https://kellerjordan.github.io/posts/muon; sharded form: ``newton_schulz_tp`` in
         emerging-optimizers, mode ``distributed``.
     """
+    if x.dim() < 2 or not x.is_floating_point():
+        raise ValueError(
+            f"newton_schulz of shape {tuple(x.shape)}, {x.dtype}: give matrices (..., m, n) of real numbers"
+        )
     if (shard_dim is None) != (reduce is None):
         raise ValueError("shard_dim and reduce belong together")
     if iteration.balanced and shard_dim is not None:
         raise ValueError("a shard does not tell which side of a matrix is the shorter, whose rows are balanced")
     # The Gram matrix of the shorter side is the smallest; a shard contracts along the dimension it is cut in.
     tall = x.size(-2) > x.size(-1) if shard_dim is None else shard_dim in (-2, x.dim() - 2)
-    batch = x.reshape(-1, *x.shape[-2:])
+    batch = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     squares = None if reduce is None else reduce(square_sums(batch))
     batch = transposed_if(normalized(batch, dtype or x.dtype, eps, squares=squares), tall)
     batch = standard_iteration(batch, iteration, products, reduce)

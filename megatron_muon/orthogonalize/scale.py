@@ -30,12 +30,14 @@ def scale_factor(mode: str, m: int, n: int, hidden_size: int = 0) -> float:
             ``spectral_norm`` sqrt(m/n), to be corrected by the measured spectral norm (arXiv 2512.05620, appendix F);
             ``none`` 1.
         m: rows of the whole logical matrix: after the split of a fused weight, before the tensor-parallel cut.
-        n: its columns.
+        n: its columns. Of a matrix without elements, which has no update, the factor is 0 in all modes.
         hidden_size: of the model, for ``moonlight_hidden``.
 
     Raises:
         ValueError: for an unknown mode, or without the hidden size where it is needed.
     """
+    if mode in SCALE_MODES and not (m and n):
+        return 0.0
     match mode:
         case "spectral" | "update_norm":
             return math.sqrt(max(m, n))

@@ -14,7 +14,7 @@ import torch
 
 from megatron_muon.errors import ConfigError
 from megatron_muon.monitor import metrics
-from tests.launch import FLAGS, check, launch
+from tests.launch import FLAGS, ROOT, check, launch
 from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.test_cpu_mamba import MAMBA as MAMBA_AND_ATTENTION
@@ -245,7 +245,7 @@ def test_gpt_with_linear_attention_only(pool: RankPool) -> None:
 
 def test_unedited_script(tmp_path: Path) -> None:
     """Megatron-LM's own loop, data loader and loss; the same seed gives the same weights."""
-    script = Path(__file__).parent / "scripts" / "pretrain_hybrid_with_builder.py"
+    script = ROOT / "examples" / "pretrain_hybrid.py"
     spec = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"
     model = "--hybrid-layer-pattern MG- --mamba-state-dim 8 --mamba-head-dim 8 --mamba-num-heads 16 "
     model += "--mamba-num-groups 2 --linear-num-key-heads 4 --linear-num-value-heads 4 --linear-key-head-dim 8 "

@@ -80,7 +80,7 @@ def of_dion(
             o = iterate(buffer, POLAR_EXPRESS, buffer.norm() * 1.02 + 1e-8)
         else:
             o = iterate(buffer, QUINTIC, buffer.norm() + 1e-8)
-        kept = 1 - lr * 0.01 * ((o * w >= 0) if cautious else 1)
+        kept = 1 - lr * 0.01 * ((o * w >= 0).to(w.dtype) if cautious else 1)
         w.mul_(kept).sub_(lr * adjust(*w.shape) * o)
 
     return step

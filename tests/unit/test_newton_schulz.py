@@ -93,6 +93,15 @@ def test_bad_input_is_refused() -> None:
         iteration("quintic", 0)
     with pytest.raises(ValueError, match="belong together"):
         newton_schulz(torch.ones(2, 2), iteration("quintic", 1), shard_dim=0)
+    for wrong in (torch.ones(()), torch.ones(5), torch.ones(3, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"give matrices \(\.\.\., m, n\) of real numbers"):
+            newton_schulz(wrong, iteration("quintic", 1))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (2, 0, 4), (0, 3, 4)])
+def test_a_matrix_without_elements_is_its_own_result(shape: tuple[int, ...]) -> None:
+    for steps in (iteration("quintic", 5), iteration("turbo_muon", 4)):
+        assert newton_schulz(torch.ones(shape), steps).shape == shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

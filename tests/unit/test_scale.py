@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_muon.choices import SCALE_MODES
 from megatron_muon.orthogonalize.scale import scale_factor
 
 
@@ -28,6 +29,11 @@ def test_agrees_with_emerging_optimizers() -> None:
     for mode in ("spectral", "shape_scaling", "unit_rms_norm"):
         for m, n in [(3, 7), (7, 3), (5, 5)]:
             assert scale_factor(mode, m, n) == pytest.approx(get_muon_scale_factor(m, n, mode), rel=1e-12)
+
+
+def test_a_matrix_without_elements_has_no_scale() -> None:
+    for mode in SCALE_MODES:
+        assert [scale_factor(mode, *shape, hidden_size=8) for shape in ((0, 5), (5, 0), (0, 0))] == [0.0] * 3
 
 
 def test_unknown_mode_is_refused() -> None:
