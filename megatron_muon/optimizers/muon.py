@@ -53,13 +53,14 @@ from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.refusals import MUON, refuse
+from megatron_muon.routing.beside import Beside, beside
 from megatron_muon.routing.blocks import no_numbers_of_its_own
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN, WHOLE, MatrixLayout, layout_of
 
 _ATTRIBUTES = "attributes of weights"
 """Key in the state of a copy (:meth:`Muon.__getstate__`): what the weights carry, such as their layout."""
 
-_OF_ONE = ("step", "finals", "graph", "is_complete", "probe", "starts", "versions", "windows", "_masters")
+_OF_ONE = ("step", "finals", "graph", "is_complete", "probe", "starts", "versions", "windows", "_masters", "_beside")
 """Attributes that are not copied: copies have new ones, and schedulers of torch set ``step``."""
 
 
@@ -173,6 +174,7 @@ class Muon(torch.optim.Optimizer):
         self.graph: Graph | None = None
         self.is_complete = False
         self.probe: Probe | None = None
+        self._beside: Beside | None = None  # of what param_groups has left to another optimizer
         self.versions = TensorVersions()
         self._masters = WeakTensorKeyDictionary()  # weights that had a remainder; their state may be taken away
         names = OFFLOADED.get(self.config.offload)
@@ -219,6 +221,7 @@ class Muon(torch.optim.Optimizer):
             param_group.clear()
             param_group.update(given)
             raise
+        self._beside = self._beside or beside(param_group["params"])
         lr = param_group["lr"]
         self.first_lrs.append(lr.clone() if isinstance(lr, torch.Tensor) else lr)
 
@@ -425,6 +428,8 @@ class Muon(torch.optim.Optimizer):
                 Step(self).run()
             else:
                 self.graph.step()
+        if self._beside is not None and not self._beside.look():
+            self._beside = None
         return loss
 
     @property

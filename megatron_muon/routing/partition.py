@@ -13,6 +13,7 @@ from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.routing import report
 from megatron_muon.routing.annotate import annotate
+from megatron_muon.routing.beside import note as note_beside
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
 
@@ -66,6 +67,7 @@ def param_groups(
         group["weight_decay"] = 0.0
     groups = ParamGroups(muon, decayed + rest, report.render(report.collect(trainable.items(), options), options))
     check_partition(trainable, [*groups.muon, *groups.scalar])
+    note_beside(parts["muon"].values(), [*parts["decayed"].items(), *parts["rest"].items()])
     return groups
 
 
