@@ -3,14 +3,14 @@ data-parallel ranks, most of which have no part in a chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from megatron_muon.engine.clock import WAITING
 from megatron_muon.engine.exchange import Members
 from megatron_muon.engine.modes import SPLIT
-from megatron_muon.engine.packing import Shapes, cut, even_part, flat, interleaved
+from megatron_muon.engine.packing import Shapes, cut, even_part, flat
 from megatron_muon.engine.plan import Batch
 from megatron_muon.engine.run import ChunkWork, Pause, RankChunk, Run
 
@@ -58,9 +58,15 @@ def _exchanged(run: Run, mine: RankChunk, solve: _Solver, last: Pause) -> ChunkW
     exchange, rank, stack = run.exchange(mine), mine.rank, run.stack
     ranks, held = range(exchange.size), mine.held
     borrowed = [batch for batch in mine.chunk.batches if batch.counts[rank]]
-    # The shapes that each rank gets of this rank's parts, and that this rank gets of each rank's.
-    given = [[_piece(batch, each, rank) for batch in held if batch.counts[each]] for each in ranks]
-    taken = [[_piece(batch, rank, each) for batch in borrowed if batch.key.parts[each]] for each in ranks]
+    # The shapes that each rank gets of this rank's parts, and that this rank gets of each rank's. Of several copies one
+    # is sent; results go to all.
+    back_to = [[_piece(batch, each, rank) for batch in held if batch.counts[each]] for each in ranks]
+    back_of = [[_piece(batch, rank, each) for batch in borrowed if batch.key.parts[each]] for each in ranks]
+    given, taken = back_to, back_of
+    if mine.chunk.batches[0].key.copies:  # alike in all batches of a chunk
+        feeds = mine.chunk.batches[0].key.feeds
+        given = [each if feeds(rank, to) else [] for to, each in enumerate(back_to)]
+        taken = [each if feeds(by, rank) else [] for by, each in enumerate(back_of)]
 
     def stacked(shapes: Sequence[Shapes]) -> list[Shapes]:
         """The shapes with a dimension for the tensors of each matrix, see :attr:`Run.stack`."""
@@ -70,32 +76,60 @@ def _exchanged(run: Run, mine: RankChunk, solve: _Solver, last: Pause) -> ChunkW
         send = run.pack_together(mine, run.wire.dtype)
     else:
         packed = zip(run.pack(mine, run.wire.dtype), held, strict=True)
-        send = interleaved([x.split(batch.counts, _cut_dim(batch)) for x, batch in packed])
+        send = _sent([(batch, x.split(batch.counts, _cut_dim(batch))) for x, batch in packed], mine)
         del packed
     pending = exchange.all_to_all(send, stacked(given), stacked(taken))
     del send
     yield Pause.EXCHANGE
     pieces = [iter(each) for each in cut(pending.wait(), stacked(taken))]
-    whole = [torch.cat([next(pieces[by]) for by in _some(b.key.parts)], dim=b.key.dim) for b in borrowed][::-1]
+    whole = [_joined(batch, rank, pieces) for batch in borrowed][::-1]
     del pieces
     results = []
     for batch in borrowed:
-        x, holders = solve(batch, whole).to(run.wire.back), _some(batch.key.parts)
-        # A split matrix has one holder, and this rank has only a part of it.
-        shards = [x] if len(holders) == 1 else x.split([batch.key.parts[by] for by in holders], batch.key.dim)
-        results.append(dict(zip(holders, shards, strict=True)))
-        del x, shards
+        results.append(_shards(batch, solve(batch, whole).to(run.wire.back)))
     yield Pause.COMPUTED
     back = [shards[by] for by in ranks for shards in results if by in shards]
     nothing = torch.empty(0, dtype=run.wire.back, device=run.wire.device)
-    pending = exchange.all_to_all(flat(back or [nothing]), taken, given, WAITING)
+    pending = exchange.all_to_all(flat(back or [nothing]), back_of, back_to, WAITING)
     del results, back
     yield last
     if mine.in_order:
         run.unpack(mine, run.cut(mine, pending.wait()))
         return
-    pieces = [iter(each) for each in cut(pending.wait(), given)]
+    pieces = [iter(each) for each in cut(pending.wait(), back_to)]
     run.unpack(mine, [torch.cat([next(pieces[to]) for to in _some(b.counts)], dim=_cut_dim(b)) for b in held])
+
+
+def _sent(packed: Sequence[tuple[Batch, Sequence[torch.Tensor]]], mine: RankChunk) -> torch.Tensor:
+    """What this rank sends to the ranks, one after the other: of each batch the matrices that each of them gets."""
+    ranks, rank = range(len(packed[0][1])), mine.rank
+    return flat([its[to] for to in ranks for batch, its in packed if batch.key.feeds(rank, to)])
+
+
+def _joined(batch: Batch, rank: int, pieces: Sequence[Iterator[torch.Tensor]]) -> torch.Tensor:
+    """Whole matrices of a batch, from the parts that ranks have sent to this one."""
+    key, holders = batch.key, _some(batch.key.parts)
+    if not key.pieces:
+        return torch.cat([next(pieces[by]) for by in holders], dim=key.dim)
+    found: torch.Tensor | None = None
+    for by in (by for by in holders if key.feeds(by, rank)):
+        part, ((top, bottom), (left, right), _) = next(pieces[by]), key.pieces[by]
+        if part.shape[-2:] == (key.m, key.n):
+            return part
+        found = part.new_empty((*part.shape[:-2], key.m, key.n)) if found is None else found
+        found[..., top:bottom, left:right] = part
+    assert found is not None, "a matrix without elements is not in a plan"
+    return found
+
+
+def _shards(batch: Batch, x: torch.Tensor) -> dict[int, torch.Tensor]:
+    """The part of each rank of whole matrices."""
+    key, holders = batch.key, _some(batch.key.parts)
+    if key.pieces:
+        return {by: x[..., slice(*key.pieces[by].rows), slice(*key.pieces[by].columns)] for by in holders}
+    # A split matrix has one holder, and this rank has only a part of it.
+    shards = [x] if len(holders) == 1 else x.split([key.parts[by] for by in holders], key.dim)
+    return dict(zip(holders, shards, strict=True))
 
 
 def _piece(batch: Batch, worker: int, holder: int) -> tuple[int, ...]:

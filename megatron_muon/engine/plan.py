@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from megatron_muon.engine.modes import DISTRIBUTED, GRAM, LOCAL
 from megatron_muon.routing.blocks import BlockRange
@@ -37,6 +38,20 @@ class Peers:
     span: int = 1
 
 
+class Piece(NamedTuple):
+    """What one rank holds of a weight, or of each of its matrices, where ranks do not hold equal shards in their order.
+
+    Attributes:
+        rows: its first row, and the one after its last.
+        columns: its first column, and the one after its last.
+        copy: number of the copy that it belongs to: the pieces of one copy make up the whole.
+    """
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    copy: int = 0
+
+
 @dataclass(frozen=True)
 class Weight:
     """What a plan knows of one weight.
@@ -50,6 +65,7 @@ class Weight:
         bucket: number, in the order in which buckets are to be done, of the one in which its result travels to
             data-parallel ranks.
         peers: who else may orthogonalize its matrices; None: nobody.
+        pieces: what each rank of the group holds; empty: equal shards in rank order.
     """
 
     shape: tuple[int, ...]
@@ -59,22 +75,33 @@ class Weight:
     ranks: int = 1
     bucket: int = 0
     peers: Peers | None = None
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
         """Shape of the whole weight."""
         shape = list(self.shape)
-        if self.dim:
+        if self.pieces:
+            shape[-2:] = max(piece.rows[1] for piece in self.pieces), max(piece.columns[1] for piece in self.pieces)
+        elif self.dim:
             shape[self.dim] *= self.ranks
         return tuple(shape)
 
     @property
     def is_broken(self) -> bool:
-        """Whether the shards cut through periods of the layout."""
-        return self.dim == -2 and not self.layout.fits(self.shape[-2])
+        """Whether the shards cut through periods of the layout, by rows or, where rows are divided too, by columns."""
+        if not self.pieces:
+            return self.dim == -2 and not self.layout.fits(self.shape[-2])
+        rows, columns = self.whole_shape[-2:]
+        cut_rows = {piece.rows for piece in self.pieces} != {(0, rows)}
+        if cut_rows and self.layout.sections and {piece.columns for piece in self.pieces} != {(0, columns)}:
+            return True
+        return not all(self.layout.fits(edge) for piece in self.pieces for edge in piece.rows)
 
     def cuts(self, block: int) -> bool:
         """Whether each rank has parts of a block's matrices, and not some of them whole, such as heads."""
+        if self.pieces and self.dim != -2:  # its columns are divided, or ranks have copies of all of it
+            return True
         return self.dim == -1 or (self.dim == -2 and (self.is_broken or not self.layout.matrix_rows(block)))
 
 
@@ -102,8 +129,11 @@ class MatrixSlice:
 
     def block_range(self, weight: Weight, rank: int) -> BlockRange:
         """Where the matrices lie in the shard of ``rank``, as far as that holds them."""
-        first = rank * weight.shape[-2] if weight.dim == -2 else 0
-        return BlockRange(weight.layout, self.block, self.start, self.stop, first)
+        if weight.pieces:
+            first = weight.pieces[rank].rows[0]
+        else:
+            first = rank * weight.shape[-2] if weight.dim == -2 else 0
+        return BlockRange(weight.layout, self.block, self.start, self.stop, first, weight.is_broken)
 
 
 @dataclass(frozen=True)
@@ -118,6 +148,8 @@ class BatchKey:
         dim: the divided dimension, -2 or -1; 0 if they are whole.
         parts: size of the divided dimension on each rank; for lent matrices 0 on all ranks but those that hold them.
         budget: what their iteration takes, see :meth:`megatron_muon.orthogonalize.Orthogonalizer.of`.
+        pieces: where each rank's part of a matrix lies, if not in rank order along ``dim``; ``parts`` then has the
+            elements of each.
     """
 
     mode: str
@@ -127,9 +159,23 @@ class BatchKey:
     dim: int = 0
     parts: tuple[int, ...] = ()
     budget: Budget | None = None
+    pieces: tuple[Piece, ...] = ()
+
+    @cached_property
+    def copies(self) -> tuple[int, ...]:
+        """The number of the copy that each rank has a part of; empty if there is only one."""
+        found = tuple(piece.copy for piece in self.pieces)
+        return found if len(set(found)) > 1 else ()
+
+    def feeds(self, holder: int, worker: int) -> bool:
+        """Whether ``worker`` gets its matrices from the part of ``holder``: of several copies from its own."""
+        return not self.copies or self.copies[holder] == self.copies[worker]
 
     def part(self, rank: int) -> tuple[int, int]:
         """Shape of what ``rank`` holds of one matrix."""
+        if self.pieces:
+            (top, bottom), (left, right), _ = self.pieces[rank]
+            return bottom - top, right - left
         if self.dim == 0:
             return self.m, self.n
         return (self.parts[rank], self.n) if self.dim == -2 else (self.m, self.parts[rank])

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_muon.engine.costs import can_share, cheapest_mode, cost_of
 from megatron_muon.engine.modes import AUTO, BLOCKWISE, DISTRIBUTED, GRAM, LOCAL, OWNER, Machine, Sizes
-from megatron_muon.engine.plan import Batch, BatchKey, Chunk, MatrixSlice, Plan, Weight
+from megatron_muon.engine.plan import Batch, BatchKey, Chunk, MatrixSlice, Piece, Plan, Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.blocks import block_rows_before, units_of
@@ -76,7 +76,7 @@ def make_plan(
     def place(each: tuple[int, BatchKey, list[MatrixSlice]]) -> tuple[Any, ...]:
         """Costliest first: what comes later evens out the owners' loads."""
         stage, key, _ = each
-        return key.mode, key.group, stage, _budget_of_chunk(key), -_rough_flops(key, orthogonalizer), repr(key)
+        return key.mode, key.group, stage, _alone(key), -_rough_flops(key, orthogonalizer), repr(key)
 
     staged.sort(key=place)
     maker = _Chunks(policy, orthogonalizer)
@@ -154,7 +154,8 @@ def _items(index: int, weight: Weight, mode: str) -> Iterator[tuple[BatchKey, Ma
             continue
         heads = weight.layout.matrix_rows(number) > 0
         if mode == BLOCKWISE or not weight.cuts(number):
-            yield _whole_item(index, number, weight)
+            if not weight.pieces or 0 not in weight.shape:  # a rank may have none of them
+                yield _whole_item(index, number, weight)
         elif broken and heads:
             for head in range(block.count):
                 yield _divided_item(index, number, weight, block, head, head + 1, 1)
@@ -175,23 +176,40 @@ def _divided_item(
     index: int, number: int, weight: Weight, block: Block, start: int, stop: int, count: int
 ) -> tuple[BatchKey, MatrixSlice]:
     """Matrices that the ranks of a group hold parts of."""
-    if weight.dim == -1:
+    pieces = _pieces_of(weight, number, block, start)
+    if pieces:
+        parts = tuple((piece.rows[1] - piece.rows[0]) * (piece.columns[1] - piece.columns[0]) for piece in pieces)
+    elif weight.dim == -1:
         parts = (weight.shape[-1],) * weight.ranks
     else:
         parts = tuple(_rows_on(weight, number, block, start, rank) for rank in range(weight.ranks))
     item = MatrixSlice(index, number, start, stop, count, block.rows, block.columns)
     budget = weight.layout.budget
-    return BatchKey(AUTO, weight.group, block.rows, block.columns, weight.dim, parts, budget), item
+    return BatchKey(AUTO, weight.group, block.rows, block.columns, weight.dim, parts, budget, pieces), item
+
+
+def _pieces_of(weight: Weight, number: int, block: Block, start: int) -> tuple[Piece, ...]:
+    """The piece of each rank of a block's matrix; if shards cut through periods, of matrix number ``start``."""
+    whole = 0, weight.whole_shape[-2]
+    edges = [(0, block.rows) if its.rows == whole else _edges(weight, number, block, start, its.rows) for its in weight.pieces]
+    return tuple(its._replace(rows=rows) for its, rows in zip(weight.pieces, edges, strict=True))
 
 
 def _rows_on(weight: Weight, number: int, block: Block, start: int, rank: int) -> int:
     """How many rows of a block's matrix lie on ``rank``; if the block has several, of matrix number ``start``."""
     rows = weight.shape[-2]
-    low, high = (block_rows_before(weight.layout, number, edge * rows) for edge in (rank, rank + 1))
-    if weight.layout.matrix_rows(number):
-        first = start * block.rows
-        return max(0, min(high, first + block.rows) - max(low, first))
+    low, high = _edges(weight, number, block, start, (rank * rows, (rank + 1) * rows))
     return high - low
+
+
+def _edges(weight: Weight, number: int, block: Block, start: int, rows: tuple[int, int]) -> tuple[int, int]:
+    """Rows of a block's matrix among some rows of the weight: the first, and the one after the last."""
+    low, high = (block_rows_before(weight.layout, number, row) for row in rows)
+    if not weight.layout.matrix_rows(number):
+        return low, high
+    first = start * block.rows
+    low, high = (min(max(edge - first, 0), block.rows) for edge in (low, high))
+    return low, high
 
 
 def _with_modes(
@@ -261,9 +279,10 @@ def _in_mode(key: BatchKey, mode: str, orthogonalizer: Orthogonalizer) -> BatchK
     return dataclasses.replace(key, mode=mode if can_share(mode, key, orthogonalizer) else OWNER)
 
 
-def _budget_of_chunk(key: BatchKey) -> str:
-    """What a chunk must have alone: of a mode whose ranks meet in each step, its number of steps."""
-    return repr(key.budget) if key.mode in (GRAM, DISTRIBUTED) else ""
+def _alone(key: BatchKey) -> str:
+    """What a chunk must have alone: of a mode whose ranks meet in each step, its number of steps; which rank has which
+    copy, since sums over ranks count one."""
+    return repr(key.budget) if key.mode in (GRAM, DISTRIBUTED) else repr(key.copies) if key.copies else ""
 
 
 class _Chunks:
@@ -280,7 +299,7 @@ class _Chunks:
 
     def add(self, key: BatchKey, items: list[MatrixSlice], stage: int) -> None:
         """Add all matrices of one key that are done in a stage."""
-        kind = key.mode, key.group, stage, _budget_of_chunk(key)
+        kind = key.mode, key.group, stage, _alone(key)
         if kind != self.kind:
             self._close()
         self.kind, self.stage = kind, stage

@@ -107,9 +107,9 @@ class RankWork:
         there, back, flops = 0, 0, 0
         for batch in batches:
             own, key = batch.counts[self.number], batch.key
-            mine = batch.key.part_numel(self.number)
-            there += (batch.count - own) * mine
-            back += own * (key.m * key.n - mine)
+            mine, ranks = batch.key.part_numel(self.number), range(len(key.parts))
+            there += (sum(batch.counts[each] for each in ranks if key.feeds(self.number, each)) - own) * mine
+            back += own * (sum(key.part_numel(each) for each in ranks) - mine)
             flops += own * self._flops(key)
         return Cost(flops, there * self.sizes.wire + back * self.sizes.back, 2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -109,6 +109,8 @@ class RankChunk:
         whole = chunk.mode in (OWNER, LENT)
         batches = (_by_rank(held) if whole and len(held) > 1 else ()) or held
         in_order = whole and (len(held) < 2 or batches is not held)
+        if held and held[0].key.copies:
+            batches, in_order = held, False  # not all is sent to all
         slices = tuple(
             Slices(batch.items, tuple(item.block_range(weights[item.weight], shard) for item in batch.items))
             for batch in batches
@@ -188,9 +190,17 @@ class Run:
     def unpack(self, mine: RankChunk, batches: Sequence[torch.Tensor]) -> None:
         """Hand out this rank's part of each orthogonalized batch."""
         if mine.slices and self.write is not None:
-            exchange = self.exchanges[mine.sum_group] if mine.sum_group else None
             with self.place.at(WRITE):
-                self.write(list(mine.slices), list(batches), exchange.sum if exchange else lambda tensor: tensor)
+                self.write(list(mine.slices), list(batches), self._sum(mine))
+
+    def _sum(self, mine: RankChunk) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Gives sums over the ranks that hold the other parts of a chunk's matrices; of copies one counts."""
+        if not mine.sum_group:
+            return lambda tensor: tensor
+        exchange, copies = self.exchanges[mine.sum_group], mine.batches[0].key.copies
+        if copies and copies[mine.rank]:
+            return lambda tensor: exchange.sum(tensor.zero_())
+        return exchange.sum
 
     def blanks(self, mine: RankChunk, dtype: torch.dtype) -> list[torch.Tensor]:
         """Tensors of the shapes that :meth:`unpack` takes, expanded from one element so that they take no memory."""

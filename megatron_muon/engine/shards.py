@@ -8,23 +8,38 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_muon.engine.plan import Piece
+
 
 @dataclass(frozen=True)
 class Shard:
     """How a weight is divided.
 
     Attributes:
-        dim: the divided dimension of its matrices, -2 (rows) or -1 (columns).
-        group: the (dense or expert) tensor-parallel group; its ranks hold equal shards in rank order.
+        dim: the divided dimension of its matrices, -2 (rows) or -1 (columns, or both); 0 if ranks have copies of all.
+        group: the (dense or expert) tensor-parallel group, or the ranks of a mesh; without ``pieces`` they hold equal
+            shards in rank order.
+        pieces: what each rank has.
     """
 
     dim: int
     group: dist.ProcessGroup
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def size(self) -> int:
-        """Number of shards."""
+        """Number of ranks that have one."""
         return self.group.size()
+
+    @property
+    def piece(self) -> Piece | None:
+        """What this rank has, where that is not told by its number."""
+        return self.pieces[self.group.rank()] if self.pieces else None
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether both rows and columns are divided."""
+        return len({each.rows for each in self.pieces}) > 1 and len({each.columns for each in self.pieces}) > 1
 
     def whole_shape(self, local: Sequence[int]) -> tuple[int, ...]:
         """Shape of the whole weight whose shard has shape ``local``."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.modes import BLOCKWISE, DUPLICATED, OWNER
+from megatron_muon.engine.placements import Division, Divisions
 from megatron_muon.engine.plan import Peers, Weight
 from megatron_muon.engine.shards import Shard, shard_of
 from megatron_muon.engine.step import StepEngine
@@ -30,6 +31,9 @@ from megatron_muon.routing.layout import MSIGN, ORTHOGONALIZE, STIEFEL, Budget, 
 
 BUCKET_ATTRIBUTE = "muon_bucket"
 """Attribute of parameters with :attr:`megatron_muon.engine.plan.Weight.bucket`."""
+
+DIVISION_ATTRIBUTE = "muon_division"
+"""Attribute of the local tensors of DTensors with their :class:`megatron_muon.engine.placements.Division`."""
 
 DENSE, EXPERT = "tensor-parallel", "expert tensor-parallel"
 """Names of the groups that divide weights."""
@@ -101,7 +105,7 @@ class Engines:
 
     Attributes:
         elementwise_note: a line for the report: by what elementwise passes are done; empty where there is no choice.
-        groups: the groups that divide weights, by their names.
+        divisions: those of DTensors.
         compared_elsewhere: whether somebody else makes all ranks of the model compare, before each step, which weights
             have gradients, after they have compared the plans for all weights
             (:mod:`megatron_muon.plugin.nonfinite`).
@@ -128,7 +132,8 @@ class Engines:
         self.config, self._damped = config, damped
         self._tp_group, self._expert_tp_group = tp_group, expert_tp_group
         groups = {DENSE: tp_group, EXPERT: expert_tp_group}
-        self.groups = {name: group for name, group in groups.items() if group is not None}
+        self._groups = {name: group for name, group in groups.items() if group is not None}
+        self.divisions = Divisions()
         self._kept: list[_CachedEngine] = []  # the last used is the first
         self.elementwise_note = ""
         self.products: dict[tuple[str, torch.dtype], TorchProducts] = {}
@@ -142,6 +147,7 @@ class Engines:
         """A copy with the same process groups but no engines, which belong to the weights of the original."""
         copied = Engines(self.config, self._tp_group, self._expert_tp_group, damped=self._damped)
         copied.sharing, copied.products, copied._settled = self.sharing, dict(self.products), self._settled
+        copied.divisions = self.divisions
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -160,8 +166,16 @@ class Engines:
     def __iter__(self) -> Iterator[StepEngine]:
         return iter([*(kept.engine for kept in self._kept), *([] if self._shared is None else [self._shared])])
 
+    @property
+    def groups(self) -> dict[str, dist.ProcessGroup]:
+        """The groups that divide weights, by their names."""
+        return {**self._groups, **self.divisions.groups}
+
     def shard(self, param: torch.Tensor) -> Shard | None:
         """The shard that a parameter is, see :func:`megatron_muon.engine.shards.shard_of`."""
+        division: Division | None = getattr(param, DIVISION_ATTRIBUTE, None)
+        if division is not None:
+            return division.shard
         return shard_of(param, self._tp_group, self._expert_tp_group)
 
     def weight(self, param: torch.Tensor, peers: Peers | None = None) -> Weight:
@@ -169,8 +183,12 @@ class Engines:
         shard, layout, bucket = self.shard(param), layout_of(param), getattr(param, BUCKET_ATTRIBUTE, 0)
         if shard is None:
             return Weight(tuple(param.shape), layout, bucket=bucket, peers=peers)
-        name = EXPERT if getattr(param, "expert_tp", False) else DENSE
-        return Weight(tuple(param.shape), layout, shard.dim, name, shard.size, bucket, peers)
+        division: Division | None = getattr(param, DIVISION_ATTRIBUTE, None)
+        if division is not None:
+            name = division.group
+        else:
+            name = EXPERT if getattr(param, "expert_tp", False) else DENSE
+        return Weight(tuple(param.shape), layout, shard.dim, name, shard.size, bucket, peers, shard.pieces)
 
     def of(self, params: Sequence[torch.Tensor], direction: str = MSIGN, *, in_blocks: bool = False) -> StepEngine:
         """The engine for these parameters, in this order, all of one direction.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_muon.engine.plan import Piece
 from megatron_muon.engine.shards import Shard
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.param_step import rows_of
@@ -48,26 +49,39 @@ def forget_faded(
         shard_of: tells which shard a weight is.
     """
     known = [(param, state) for param, state in states if PEAK in state and state[STEP] % EVERY == 0 < state[STEP]]
-    known = [(param, state) for param, state in known if param.numel()]
+    known = [(param, state) for param, state in known if param.numel() or shard_of(param) is not None]
     largest = [_largest(state) for _, state in known]
     divided = defaultdict(list)
     for index, (param, _) in enumerate(known):
         shard = shard_of(param)
         if shard is not None and shard.dim == -1:
-            divided[shard.group].append(index)
+            divided[shard.group].append((index, shard.piece if shard.is_grid else None, shard))
     for group, its in divided.items():
-        together = torch.cat([largest[index].view(-1) for index in its])
+        wide = [_with_others(largest[index], piece, shard) for index, piece, shard in its]
+        together = torch.cat([each.view(-1) for each in wide])
         dist.all_reduce(together, dist.ReduceOp.MAX, group)
-        for index, part in zip(its, together.split([largest[index].numel() for index in its]), strict=True):
-            largest[index] = part.view_as(largest[index])
+        for (index, piece, _), part in zip(its, together.split([each.numel() for each in wide]), strict=True):
+            rows = slice(None) if piece is None else slice(*piece.rows)
+            largest[index] = part.view(*largest[index].shape[:-2], -1, 1)[..., rows, :]
     for (param, state), now in zip(known, largest, strict=True):
         _forget(param, state, now, momentum)
+
+
+def _with_others(largest: torch.Tensor, piece: Piece | None, shard: Shard) -> torch.Tensor:
+    """With zeros for the rows of other ranks, where they divide rows, too."""
+    if piece is None:
+        return largest
+    wide = largest.new_zeros((*largest.shape[:-2], max(each.rows[1] for each in shard.pieces), 1))
+    wide[..., slice(*piece.rows), :] = largest
+    return wide
 
 
 def _largest(state: dict[str, Any]) -> torch.Tensor:
     """The largest entry of each row of a weight's momentum, (..., rows, 1)."""
     kept = momentum_of(state)
     found = state[PEAK].new_empty((*kept.planes[0].shape[:-1], 1), dtype=own_dtype(kept.planes[0].dtype))
+    if not kept.planes[0].numel():
+        return found.zero_()  # of a rank that has no part of the weight
     for numbers, take in opened_in_turn([kept], list, writes=False):
         for rows, largest in zip(numbers, take([found]), strict=True):
             torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True, dtype=found.dtype, out=largest)

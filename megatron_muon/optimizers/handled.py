@@ -68,6 +68,11 @@ class TensorVersions:
         for tensor in tensors:
             self._versions[tensor] = tensor._version
 
+    def follow(self, tensor: torch.Tensor, view: torch.Tensor) -> None:
+        """From now on a view stands for a tensor that was recorded."""
+        if tensor in self._versions:
+            self._versions[view] = self._versions[tensor]
+
     def have_changed(self, tensors: Iterable[torch.Tensor]) -> bool:
         """Whether any of them is not as it was recorded."""
         return any(self._versions.get(tensor) != tensor._version for tensor in tensors)

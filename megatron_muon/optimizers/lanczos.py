@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from megatron_muon.optimizers.matrices import Matrices, Update
+from megatron_muon.optimizers.matrices import Matrices, Update, first_row_of
 from megatron_muon.optimizers.power import noise_of
-from megatron_muon.routing.blocks import block_rows_before
 
 STEPS = 8
 """Of the iteration. The largest eigenvalue of the Gram matrix of a large random square matrix, whose spectrum ends
@@ -201,10 +200,7 @@ def _side(update: Update, tensor: torch.Tensor) -> tuple[int, int, int]:
     size = tensor.size(-2)
     if size == update.rows:
         return update.rows, 0, size
-    its = update.slices.ranges[0]
-    # Matrices of some rows that shards cut through lie one after the other in their block.
-    before = 0 if its.layout.stacked else its.start * its.layout.matrix_rows(its.block)
-    return update.rows, max(0, block_rows_before(its.layout, its.block, its.first_row) - before), size
+    return update.rows, first_row_of(update.slices), size
 
 
 @functools.cache

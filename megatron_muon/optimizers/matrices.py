@@ -18,7 +18,7 @@ from megatron_muon.optimizers.param_step import Cut, ParamStep, Weights, by_para
 from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.storage import Kept, at_once, opened_in_turn
 from megatron_muon.orthogonalize.kernels.elementwise import Rate, add_
-from megatron_muon.routing.blocks import BlockRange
+from megatron_muon.routing.blocks import BlockRange, block_rows_before
 
 __all__ = ["Matrices", "Update", "divide_", "is_nonzero", "matrices_of", "row_norms", "signs_"]
 
@@ -37,6 +37,7 @@ class Update:
         divides_columns: whether tensor parallelism divides the columns of the matrices (their rows otherwise, or
             nothing: then there is nothing to add up).
         first_column: number of this rank's first column in the whole matrices.
+        first_row: number of this rank's first row, where ranks divide both rows and columns; None elsewhere.
         direction: (matrices, rows on this rank, columns on this rank), float32 or wider: O, free to be changed in
             place. Before there is one (:meth:`megatron_muon.engine.step.StepEngine.visit`), of that shape and dtype,
             but a single element in memory: only to be read from, and without meaning.
@@ -51,6 +52,7 @@ class Update:
     first_column: int
     direction: torch.Tensor
     ranks: int
+    first_row: int | None = None
 
     @property
     def options(self) -> Options:
@@ -229,24 +231,66 @@ class Matrices:
             vectors: one for each update, or several such lists one after the other.
         """
         squares = [vector.square().sum(dim=-2, keepdim=True) for vector in vectors]
-        return [total.sqrt() for total in self._over_rows(squares)]
+        return [total.sqrt() for total in self._over_rows(squares, of_vectors=True)]
 
     def norms_over_columns(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The norm of vectors with an entry for each column, (matrices, columns on this rank, 1): (matrices, 1, 1)."""
         squares = [vector.square().sum(dim=-2, keepdim=True) for vector in vectors]
-        return [total.sqrt() for total in self._over_columns(squares)]
+        return [total.sqrt() for total in self._over_columns(squares, of_vectors=True)]
 
-    def _over_columns(self, partial: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Complete sums over columns: where ranks have all columns, each has the whole sum."""
-        return self._add_up_some(partial, [update.divides_columns for update in self.updates])
+    def _over_columns(self, partial: list[torch.Tensor], *, of_vectors: bool = False) -> list[torch.Tensor]:
+        """Complete sums over columns: where ranks have all columns, each has the whole sum.
 
-    def _over_rows(self, partial: list[torch.Tensor]) -> list[torch.Tensor]:
-        return self._add_up_some(partial, [not update.divides_columns for update in self.updates])
+        Args:
+            partial: (matrices, rows on this rank, 1); or (matrices, 1, 1), of vectors with an entry for each column.
+            of_vectors: whether it is the latter.
+        """
+        firsts = [(update.first_row, update.rows) for update in self.updates]
+        return self._add_up_some(partial, [update.divides_columns for update in self.updates], firsts, -2, of_vectors)
 
-    def _add_up_some(self, partial: list[torch.Tensor], divided: Sequence[bool]) -> list[torch.Tensor]:
+    def _over_rows(self, partial: list[torch.Tensor], *, of_vectors: bool = False) -> list[torch.Tensor]:
+        divided = [not update.divides_columns or update.first_row is not None for update in self.updates]
+        firsts = [(None if update.first_row is None else update.first_column, update.columns) for update in self.updates]
+        return self._add_up_some(partial, divided, firsts, -1, of_vectors)
+
+    def _add_up_some(
+        self,
+        partial: list[torch.Tensor],
+        divided: Sequence[bool],
+        firsts: Sequence[tuple[int | None, int]],
+        dim: int,
+        of_vectors: bool,
+    ) -> list[torch.Tensor]:
+        """Add up the sums of some updates, in place of what this rank has of them.
+
+        Where ranks divide rows and columns, only those with the same rows may add up what they have of these: each adds
+        zeros to the others' rows. Of a vector that several ranks have, one counts.
+
+        Args:
+            partial: a sum for each update, or several such lists one after the other.
+            divided: of which updates.
+            firsts: for each update the number of this rank's first entry along ``dim``, None where it has all, and how
+                many there are.
+            dim: the dimension of the sums that is not summed over.
+            of_vectors: whether they are of vectors with an entry for each of what is summed over.
+        """
         indices = [index for index in range(len(partial)) if divided[index % len(divided)]]
-        for index, total in zip(indices, self.add_up([partial[index] for index in indices]), strict=True):
-            partial[index] = total
+        wide = []
+        for index in indices:
+            first, size = firsts[index % len(firsts)]
+            if first is None:
+                wide.append(partial[index])
+            elif of_vectors:
+                wide.append(partial[index] if first == 0 else torch.zeros_like(partial[index]))
+            else:
+                shape = list(partial[index].shape)
+                shape[dim] = size
+                wide.append(partial[index].new_zeros(shape))
+                wide[-1].narrow(dim, first, partial[index].size(dim)).copy_(partial[index])
+        for index, total in zip(indices, self.add_up(wide), strict=True):
+            first, _ = firsts[index % len(firsts)]
+            its_own = first is None or of_vectors
+            partial[index] = total if its_own else total.narrow(dim, first or 0, partial[index].size(dim))
         return partial
 
     def add_up(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -328,11 +372,24 @@ def _update(slices: Slices, weights: Sequence[ParamStep], direction: torch.Tenso
         rows=item.rows,
         columns=item.columns,
         divides_columns=divides_columns,
-        first_column=shard.group.rank() * first.param.size(-1) if shard is not None and divides_columns else 0,
+        first_column=_first_column(shard, first.param.size(-1)) if shard is not None and divides_columns else 0,
         # Of bfloat16 weights, too, norms and second moments are taken in float32.
         direction=_converted(direction, own_dtype(first.param.dtype)),
         ranks=1 if shard is None or direction.shape[1:] == (item.rows, item.columns) else shard.group.size(),
+        first_row=first_row_of(slices) if shard is not None and shard.is_grid else None,
     )
+
+
+def first_row_of(slices: Slices) -> int:
+    """Number of this rank's first row in the whole matrices of some slices."""
+    its = slices.ranges[0]
+    # Matrices of some rows that shards cut through lie one after the other in their block.
+    before = 0 if its.layout.stacked else its.start * its.layout.matrix_rows(its.block)
+    return max(0, block_rows_before(its.layout, its.block, its.first_row) - before)
+
+
+def _first_column(shard: Shard, columns: int) -> int:
+    return shard.group.rank() * columns if shard.piece is None else shard.piece.columns[0]
 
 
 def _converted(direction: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

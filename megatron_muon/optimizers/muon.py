@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import sys
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -215,7 +217,10 @@ class Muon(torch.optim.Optimizer):
         given = dict(param_group)
         super().add_param_group(param_group)
         try:
-            self._check_group(given, param_group)
+            if (dtensors := _dtensors()) is not None:
+                dtensors.check(self, param_group)
+            with self._on_shards():
+                self._check_group(given, param_group)
         except Exception:
             self.param_groups.pop()
             param_group.clear()
@@ -331,8 +336,14 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        for param, each in self.state.items():
-            cut_second_moment(param, each)
+        with self._on_shards():
+            for param, each in self.state.items():
+                cut_second_moment(param, each)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in ``torch.optim.Optimizer``; all state of the rows of DTensors is divided as they are."""
+        found, dtensors = super().state_dict(), _dtensors()
+        return found if dtensors is None else dtensors.whole_second_moments(self, found)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -347,11 +358,12 @@ class Muon(torch.optim.Optimizer):
         finally:
             last.remove()
         others: Counter[str] = Counter()
-        for param in self._own:
-            if MOMENTUM in (state := self.state.get(param, {})):
-                others[settle(param, state, self.config.master, self.config.momentum_dtype, self._masters)] += 1
-            if self.windows is not None:
-                self.windows.settle(param, state)
+        with self._on_shards():
+            for param in self._own:
+                if MOMENTUM in (state := self.state.get(param, {})):
+                    others[settle(param, state, self.config.master, self.config.momentum_dtype, self._masters)] += 1
+                if self.windows is not None:
+                    self.windows.settle(param, state)
         del others[""]
         tell(others)
 
@@ -419,7 +431,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with matmul_precision(self.config.fp32_matmul_prec):
+        with self._on_shards(), matmul_precision(self.config.fp32_matmul_prec):
             if self.graph is None:
                 refuse_capture(self)
             if not self.engines.compared_elsewhere and look(self):
@@ -431,6 +443,11 @@ class Muon(torch.optim.Optimizer):
         if self._beside is not None and not self._beside.look():
             self._beside = None
         return loss
+
+    def _on_shards(self) -> AbstractContextManager[None]:
+        """Within, its weights and their state are plain tensors, of DTensors this rank's parts."""
+        dtensors = _dtensors()
+        return nullcontext() if dtensors is None else dtensors.on_shards(self)
 
     @property
     def sends(self) -> bool:
@@ -463,8 +480,9 @@ class Muon(torch.optim.Optimizer):
             the engine, which has the plan, of steps with whole matrices if there are others; None if this rank has no
             parameters to orthogonalize.
         """
-        for in_blocks in (True, False) if self.config.blockwise_period > 1 else (False,):
-            engines = self.engines.in_step(self._own, self._own, self.directions, in_blocks=in_blocks)
+        with self._on_shards():
+            for in_blocks in (True, False) if self.config.blockwise_period > 1 else (False,):
+                engines = self.engines.in_step(self._own, self._own, self.directions, in_blocks=in_blocks)
         return next((engine for (direction, _), engine in engines.items() if direction == MSIGN), None)
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
@@ -494,6 +512,15 @@ class Muon(torch.optim.Optimizer):
             if self.windows is not None:
                 self.windows.settle(param, state)
         tell(others)
+
+
+def _dtensors() -> ModuleType | None:
+    """:mod:`megatron_muon.optimizers.dtensors`; None where there cannot be any: torch needs seconds to import them."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return None
+    from megatron_muon.optimizers import dtensors
+
+    return dtensors
 
 
 def _with(options: MuonOptions, overrides: dict[str, Any]) -> MuonOptions:

@@ -21,6 +21,7 @@ from megatron_muon.engine.plan import Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.param_step import ParamStep, rows_of
+from megatron_muon.optimizers.shard_layout import ShardLayout
 from megatron_muon.optimizers.storage import momentum_of, opened
 from megatron_muon.orthogonalize.kernels.elementwise import Rate, add_
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, SCALAR, WHOLE, layout_of
@@ -61,7 +62,7 @@ def check_scalar_rows(weight: Weight) -> None:
     Raises:
         ConfigError: naming the weight's kind, and what to do instead.
     """
-    if weight.is_broken and weight.layout.has_scalar_rows:
+    if weight.is_broken and weight.layout.has_scalar_rows and not isinstance(weight.layout, ShardLayout):
         raise ConfigError(
             f"a {weight.layout.kind} weight with {weight.shape[-2]} rows on each of {weight.ranks} tensor-parallel "
             f"ranks cuts through sections (periods of {weight.layout.period} rows), some of which follow the scalar "
@@ -78,6 +79,7 @@ def restart_emptied(touched: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
     """
     # Waits for the device: for state that is not as the last step left it, and that has been counted before.
     counted = [(layout_of(param), state) for param, state in touched if state[STEP]]
+    counted = [(layout, state) for layout, state in counted if state[SECOND_MOMENT].numel()]  # of shards without such
     anything = [state[SECOND_MOMENT].any() for _, state in counted]
     for (layout, state), is_left in zip(counted, anything, strict=True):
         if not is_left:

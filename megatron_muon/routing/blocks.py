@@ -74,6 +74,7 @@ class BlockRange:
         start: first unit.
         stop: after the last unit.
         first_row: number of the shard's first row in the whole weight.
+        broken: whether shards cut through periods: of ranks with different shards one may have whole ones.
     """
 
     layout: MatrixLayout
@@ -81,6 +82,7 @@ class BlockRange:
     start: int
     stop: int
     first_row: int = 0
+    broken: bool = False
 
     def views(self, weight: torch.Tensor, batch: torch.Tensor, first: int) -> tuple[list[View | None], list[View]]:
         """Sizes and strides of views of the shard (None: the shard itself) and of a batch; alike but for columns.
@@ -106,7 +108,7 @@ class BlockRange:
         layout = self.layout
         if not layout.sections:
             found: Iterator[_Region] = iter([_Region((experts, rows), _across(self.start), _across(0))])
-        elif self.first_row % layout.period or not layout.fits(rows):
+        elif self.broken or self.first_row % layout.period or not layout.fits(rows):
             found = self._broken(experts, rows)
         else:
             found = self._periods(experts, rows // layout.period)
@@ -145,7 +147,7 @@ class BlockRange:
         low, high = (self.start * m, self.stop * m) if m and not layout.stacked else (0, 1 << 62)
         first_expert = self.start if layout.stacked else 0
         before = 0
-        for start, stop, number in _runs(layout, self.block, self.first_row, rows):
+        for start, stop, number in runs_of(layout, self.block, self.first_row, rows):
             begin, end = max(number, low), min(number + stop - start, high)
             if begin < end:
                 weight = _across(first_expert, start + begin - number)
@@ -203,7 +205,7 @@ def block_rows_before(layout: MatrixLayout, block: int, row: int) -> int:
 
 
 @cache
-def _runs(layout: MatrixLayout, block: int, first_row: int, rows: int) -> list[tuple[int, int, int]]:
+def runs_of(layout: MatrixLayout, block: int, first_row: int, rows: int) -> list[tuple[int, int, int]]:
     """(first local row, row after the last, number of the first among the block's rows) of each run on a shard."""
     sections, _ = _sections(layout, block)
     found = []
