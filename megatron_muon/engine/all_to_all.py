@@ -11,7 +11,7 @@ from megatron_muon.engine.clock import WAITING
 from megatron_muon.engine.exchange import Members
 from megatron_muon.engine.modes import SPLIT
 from megatron_muon.engine.packing import Shapes, cut, even_part, flat
-from megatron_muon.engine.plan import Batch
+from megatron_muon.engine.plan import Batch, BatchKey
 from megatron_muon.engine.run import ChunkWork, Pause, RankChunk, Run
 
 _Solver = Callable[[Batch, list[torch.Tensor]], torch.Tensor]
@@ -76,7 +76,7 @@ def _exchanged(run: Run, mine: RankChunk, solve: _Solver, last: Pause) -> ChunkW
         send = run.pack_together(mine, run.wire.dtype)
     else:
         packed = zip(run.pack(mine, run.wire.dtype), held, strict=True)
-        send = _sent([(batch, x.split(batch.counts, _cut_dim(batch))) for x, batch in packed], mine)
+        send = _sent([(batch.key, x.split(batch.counts, _cut_dim(batch))) for x, batch in packed], rank)
         del packed
     pending = exchange.all_to_all(send, stacked(given), stacked(taken))
     del send
@@ -84,9 +84,7 @@ def _exchanged(run: Run, mine: RankChunk, solve: _Solver, last: Pause) -> ChunkW
     pieces = [iter(each) for each in cut(pending.wait(), stacked(taken))]
     whole = [_joined(batch, rank, pieces) for batch in borrowed][::-1]
     del pieces
-    results = []
-    for batch in borrowed:
-        results.append(_shards(batch, solve(batch, whole).to(run.wire.back)))
+    results = [_shards(batch, solve(batch, whole).to(run.wire.back)) for batch in borrowed]
     yield Pause.COMPUTED
     back = [shards[by] for by in ranks for shards in results if by in shards]
     nothing = torch.empty(0, dtype=run.wire.back, device=run.wire.device)
@@ -100,10 +98,10 @@ def _exchanged(run: Run, mine: RankChunk, solve: _Solver, last: Pause) -> ChunkW
     run.unpack(mine, [torch.cat([next(pieces[to]) for to in _some(b.counts)], dim=_cut_dim(b)) for b in held])
 
 
-def _sent(packed: Sequence[tuple[Batch, Sequence[torch.Tensor]]], mine: RankChunk) -> torch.Tensor:
+def _sent(packed: Sequence[tuple[BatchKey, Sequence[torch.Tensor]]], rank: int) -> torch.Tensor:
     """What this rank sends to the ranks, one after the other: of each batch the matrices that each of them gets."""
-    ranks, rank = range(len(packed[0][1])), mine.rank
-    return flat([its[to] for to in ranks for batch, its in packed if batch.key.feeds(rank, to)])
+    ranks = range(len(packed[0][1]))
+    return flat([its[to] for to in ranks for key, its in packed if key.feeds(rank, to)])
 
 
 def _joined(batch: Batch, rank: int, pieces: Sequence[Iterator[torch.Tensor]]) -> torch.Tensor:

@@ -20,7 +20,8 @@ def can_share(mode: str, key: BatchKey, orthogonalizer: Orthogonalizer) -> bool:
 
     In ``gram`` they divide the longer side, or either side of a square: rows of a Gram matrix need each other. If rows
     are balanced, it is so in ``distributed`` too, and of squares the rows are balanced, as where they are whole. And
-    the polynomials of ``gram`` need more bits than some types of numbers have. All but owners need shards in rank order.
+    the polynomials of ``gram`` need more bits than some types of numbers have. Pieces need
+    an owner.
     """
     if key.pieces:
         return mode == OWNER

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # torch needs seconds to import them
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
+
 class Division(NamedTuple):
     """How a DTensor is divided.
 
@@ -110,7 +111,8 @@ class Divisions:
         if len(ranks) == dist.get_world_size() and dist.group.WORLD is not None:
             return dist.group.WORLD
         if ranks not in self._of_ranks:
-            self._of_ranks[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+            made: Any = dist.new_group(list(ranks), use_local_synchronization=True)
+            self._of_ranks[ranks] = made
         return self._of_ranks[ranks]
 
 
@@ -164,10 +166,12 @@ def _number(place: Sequence[int], shape: Sequence[int]) -> int:
 
 def _is_plain(pieces: Sequence[Piece], dim: int) -> bool:
     """Whether pieces are equal shards of one dimension in rank order, which the engine knows without them."""
-    side, other = (0, 1) if dim == -2 else (1, 0)
-    size = pieces[0][side][1]
-    its_own = all(each[side] == (number * size, (number + 1) * size) for number, each in enumerate(pieces))
-    return dim != 0 and its_own and len({each[other] for each in pieces}) == 1 and len({p.copy for p in pieces}) == 1
+    edges, others = [each.rows for each in pieces], [each.columns for each in pieces]
+    if dim == -1:
+        edges, others = others, edges
+    size = edges[0][1]
+    in_order = all(each == (number * size, (number + 1) * size) for number, each in enumerate(edges))
+    return dim != 0 and in_order and len(set(others)) == 1 and len({each.copy for each in pieces}) == 1
 
 
 def _title(mesh: DeviceMesh, dims: Sequence[int], ranks: Sequence[int]) -> str:

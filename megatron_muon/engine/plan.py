@@ -87,6 +87,12 @@ class Weight:
             shape[self.dim] *= self.ranks
         return tuple(shape)
 
+    def first_row(self, rank: int) -> int:
+        """Number of the first row of a rank's shard in the whole weight."""
+        if self.pieces:
+            return self.pieces[rank].rows[0]
+        return rank * self.shape[-2] if self.dim == -2 else 0
+
     @property
     def is_broken(self) -> bool:
         """Whether the shards cut through periods of the layout, by rows or, where rows are divided too, by columns."""
@@ -129,11 +135,7 @@ class MatrixSlice:
 
     def block_range(self, weight: Weight, rank: int) -> BlockRange:
         """Where the matrices lie in the shard of ``rank``, as far as that holds them."""
-        if weight.pieces:
-            first = weight.pieces[rank].rows[0]
-        else:
-            first = rank * weight.shape[-2] if weight.dim == -2 else 0
-        return BlockRange(weight.layout, self.block, self.start, self.stop, first, weight.is_broken)
+        return BlockRange(weight.layout, self.block, self.start, self.stop, weight.first_row(rank), weight.is_broken)
 
 
 @dataclass(frozen=True)

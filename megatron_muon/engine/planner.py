@@ -191,7 +191,10 @@ def _divided_item(
 def _pieces_of(weight: Weight, number: int, block: Block, start: int) -> tuple[Piece, ...]:
     """The piece of each rank of a block's matrix; if shards cut through periods, of matrix number ``start``."""
     whole = 0, weight.whole_shape[-2]
-    edges = [(0, block.rows) if its.rows == whole else _edges(weight, number, block, start, its.rows) for its in weight.pieces]
+    edges = [
+        (0, block.rows) if its.rows == whole else _edges(weight, number, block, start, its.rows)
+        for its in weight.pieces
+    ]
     return tuple(its._replace(rows=rows) for its, rows in zip(weight.pieces, edges, strict=True))
 
 

@@ -122,8 +122,7 @@ def _placements(weight: DTensor, of_rows: bool) -> tuple[Any, ...]:
     """The placements of state: the weight's, but for that with one number a row, which all parts of a row have."""
     last = weight.dim() - 1
     return tuple(
-        Replicate() if of_rows and not isinstance(its, Replicate) and its.dim in (last, -1) else its
-        for its in weight.placements
+        Replicate() if of_rows and getattr(its, "dim", None) in (last, -1) else its for its in weight.placements
     )
 
 
@@ -149,11 +148,9 @@ def _as_dtensor(weight: DTensor, value: torch.Tensor) -> DTensor:
     of_rows = value.size(-1) == 1 and weight.size(-1) > 1 and value.shape != weight.to_local().shape
     columns = value.size(-1) if value.size(-1) != weight.to_local().size(-1) or of_rows else weight.size(-1)
     shape = torch.Size((*weight.shape[:-1], columns))
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * max(1, size))
+    stride = torch.empty(shape, device="meta").stride()
     placements = _placements(weight, of_rows)
-    return DTensor.from_local(value, weight.device_mesh, placements, run_check=False, shape=shape, stride=tuple(strides))
+    return DTensor.from_local(value, weight.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def whole_second_moments(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -186,15 +183,16 @@ def check(optimizer: Any, group: dict[str, Any]) -> None:
         if divides and (config.master == "remainder" or config.momentum_dtype == "int8"):
             raise ConfigError(
                 f"{name} is a DTensor whose columns are divided, with master {config.master} and momentum_dtype "
-                f"{config.momentum_dtype}, which go by blocks of columns: use master='fp32' and 'bf16' or 'fp32' momentum."
+                f"{config.momentum_dtype}, which go by blocks of columns. Use "
+                "master='fp32', and momentum_dtype 'fp32' or 'bf16'."
             )
 
 
 def _problems(config: Any, weight: DTensor) -> Iterator[str]:
     if config.tp_mode == BLOCKWISE or config.blockwise_period > 1:
         yield (
-            "tp_mode='blockwise' and blockwise_period take each of its shards for a matrix of its own. Leave them away: "
-            "updates are those of whole matrices."
+            "tp_mode='blockwise' and blockwise_period take each of its shards for a matrix of its own. Leave them "
+            "away: updates are those of whole matrices."
         )
     if config.offload != "none":
         yield f"offload={config.offload!r} moves plain tensors. Use fully_shard's CPUOffloadPolicy, or offload='none'."

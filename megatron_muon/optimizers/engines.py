@@ -184,10 +184,8 @@ class Engines:
         if shard is None:
             return Weight(tuple(param.shape), layout, bucket=bucket, peers=peers)
         division: Division | None = getattr(param, DIVISION_ATTRIBUTE, None)
-        if division is not None:
-            name = division.group
-        else:
-            name = EXPERT if getattr(param, "expert_tp", False) else DENSE
+        name = EXPERT if getattr(param, "expert_tp", False) else DENSE
+        name = name if division is None else division.group
         return Weight(tuple(param.shape), layout, shard.dim, name, shard.size, bucket, peers, shard.pieces)
 
     def of(self, params: Sequence[torch.Tensor], direction: str = MSIGN, *, in_blocks: bool = False) -> StepEngine:

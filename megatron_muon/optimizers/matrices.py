@@ -250,7 +250,9 @@ class Matrices:
 
     def _over_rows(self, partial: list[torch.Tensor], *, of_vectors: bool = False) -> list[torch.Tensor]:
         divided = [not update.divides_columns or update.first_row is not None for update in self.updates]
-        firsts = [(None if update.first_row is None else update.first_column, update.columns) for update in self.updates]
+        firsts = [
+            (None if update.first_row is None else update.first_column, update.columns) for update in self.updates
+        ]
         return self._add_up_some(partial, divided, firsts, -1, of_vectors)
 
     def _add_up_some(
