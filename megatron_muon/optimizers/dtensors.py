@@ -22,7 +22,6 @@ from megatron_muon.engine.modes import BLOCKWISE
 from megatron_muon.engine.placements import Division
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import DIVISION_ATTRIBUTE, Engines
-from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, whole_second_moment
 from megatron_muon.optimizers.shard_layout import ShardLayout
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, layout_of
 
@@ -84,9 +83,8 @@ def local(weight: DTensor, engines: Engines) -> torch.Tensor:
     attributes.update((name, value) for name, value in vars(weight).items() if name != LAYOUT_ATTRIBUTE)
     if attributes.get(_WHOLE_LAYOUT) is not layout:  # written anew, or not yet looked at
         attributes[_WHOLE_LAYOUT] = layout
-        first, last = attributes[DIVISION_ATTRIBUTE].piece.rows
-        cuts = layout.has_scalar_rows and not (layout.fits(first) and layout.fits(last))
-        attributes[LAYOUT_ATTRIBUTE] = ShardLayout.of(layout, first) if cuts else layout
+        first, _ = attributes[DIVISION_ATTRIBUTE].piece.rows
+        attributes[LAYOUT_ATTRIBUTE] = ShardLayout.of(layout, first) if layout.has_scalar_rows else layout
     return own
 
 
@@ -130,13 +128,13 @@ def _placements(weight: DTensor, of_rows: bool) -> tuple[Any, ...]:
 def _wrapped(
     optimizer: Any, weight: DTensor, its: dict[str, Any], before: dict[str, tuple[Any, Any]]
 ) -> dict[str, Any]:
-    """State as others see it: DTensors, but for what is no tensor and the second moment of a few rows."""
+    """State as others see it: DTensors, but for what is no tensor."""
     found = {}
     for name, value in its.items():
         known, part = before.get(name, (None, None))
         if part is value:
             found[name] = known
-        elif not isinstance(value, torch.Tensor) or (name == SECOND_MOMENT and layout_of(weight).has_matrices):
+        elif not isinstance(value, torch.Tensor):
             found[name] = value
         else:
             found[name] = _as_dtensor(weight, value)
@@ -151,18 +149,6 @@ def _as_dtensor(weight: DTensor, value: torch.Tensor) -> DTensor:
     stride = torch.empty(shape, device="meta").stride()
     placements = _placements(weight, of_rows)
     return DTensor.from_local(value, weight.device_mesh, placements, run_check=False, shape=shape, stride=stride)
-
-
-def whole_second_moments(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict in which second moments of a few rows of DTensors have the weight's shape, so as to be resharded."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    state = dict(state_dict["state"])
-    for index, weight in enumerate(params):
-        kept = state.get(index, {}).get(SECOND_MOMENT)
-        if isinstance(weight, DTensor) and kept is not None and not isinstance(kept, DTensor):
-            whole = whole_second_moment(local(weight, optimizer.engines), kept)
-            state[index] = {**state[index], SECOND_MOMENT: _as_dtensor(weight, whole)}
-    return {**state_dict, "state": state}
 
 
 def check(optimizer: Any, group: dict[str, Any]) -> None:
@@ -199,9 +185,3 @@ def _problems(config: Any, weight: DTensor) -> Iterator[str]:
     budget = layout_of(weight).budget
     if budget is not None and budget.steps == AUTO_STEPS:
         yield "its number of Newton-Schulz steps cannot be measured (steps:auto): give a number."
-
-
-def is_grid(optimizer: Any) -> bool:
-    """Whether some weight has divided rows and divided columns."""
-    shards = map(optimizer.engines.shard, (param for group in optimizer.param_groups for param in group["params"]))
-    return any(shard is not None and shard.is_grid for shard in shards)

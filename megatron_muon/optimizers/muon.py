@@ -46,6 +46,7 @@ from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.probe import Probe
 from megatron_muon.optimizers.registry import made_anew, variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, cut_second_moment
+from megatron_muon.optimizers.shard_layout import ShardLayout
 from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.optimizers.step import Graph, Step
 from megatron_muon.optimizers.storage import MOMENTUM, REMAINDER, TIES, having_gradients, settle
@@ -283,6 +284,13 @@ class Muon(torch.optim.Optimizer):
                 "step() within torch.inference_mode(), which leaves state that no later step may change: "
                 "use torch.no_grad(), or neither."
             )
+        if self.probe is not None:
+            shards = [shard for shard in map(self.engines.shard, self._own) if shard is not None and shard.is_grid]
+            if shards:
+                raise ConfigError(
+                    f"a probe with {len(shards)} DTensors of which ranks divide both rows and columns: their vectors "
+                    "cannot be added up. Set the optimizer's probe to None."
+                )
         for group in self.param_groups:
             self._check_values(group, read=False)
         refuse_elsewhere(self, device)
@@ -339,11 +347,6 @@ class Muon(torch.optim.Optimizer):
         with self._on_shards():
             for param, each in self.state.items():
                 cut_second_moment(param, each)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in ``torch.optim.Optimizer``; all state of the rows of DTensors is divided as they are."""
-        found, dtensors = super().state_dict(), _dtensors()
-        return found if dtensors is None else dtensors.whole_second_moments(self, found)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -497,7 +500,8 @@ class Muon(torch.optim.Optimizer):
             if has_second and SECOND_MOMENT not in state:
                 wide = own_dtype(param.dtype)
                 empty = param.new_zeros((), dtype=wide).expand_as(param)
-                state[SECOND_MOMENT] = empty if layout.has_matrices else torch.zeros_like(param, dtype=wide)
+                is_whole = not layout.has_matrices or isinstance(layout, ShardLayout)
+                state[SECOND_MOMENT] = torch.zeros_like(param, dtype=wide) if is_whole else empty
                 state[STEP] = 0
             if has_second:  # state of older checkpoints: as many as the group has made
                 state.setdefault(STEP, group[STEP])

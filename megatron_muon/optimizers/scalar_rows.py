@@ -24,7 +24,7 @@ from megatron_muon.optimizers.param_step import ParamStep, rows_of
 from megatron_muon.optimizers.shard_layout import ShardLayout
 from megatron_muon.optimizers.storage import momentum_of, opened
 from megatron_muon.orthogonalize.kernels.elementwise import Rate, add_
-from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, SCALAR, WHOLE, layout_of
+from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, SCALAR, WHOLE, MatrixLayout, layout_of
 
 SECOND_MOMENT = "exp_avg_sq"
 """State of the rows under Adam, in their order: (rows of the shard, columns); of a stack (experts, rows, columns)."""
@@ -33,8 +33,8 @@ SECOND_MOMENT = "exp_avg_sq"
 def cut_second_moment(param: torch.Tensor, state: dict[str, Any]) -> None:
     """Replace a second moment of the weight's shape, as in checkpoints and older states, by its rows under Adam."""
     whole, layout = state.get(SECOND_MOMENT), layout_of(param)
-    if not (layout.has_scalar_rows and layout.has_matrices):
-        return  # all its rows are under Adam, or none
+    if not (layout.has_scalar_rows and layout.has_matrices) or isinstance(layout, ShardLayout):
+        return  # all its rows are under Adam, or none; or it is kept as the weight is, so as to be resharded
     if whole is not None and whole.shape == param.shape and whole.size(-2):
         rows = torch.cat(layout.rows_by_rule(whole, SCALAR), -2)
         state[SECOND_MOMENT] = rows.flatten(param.dim() - 2, -2)  # of all periods
@@ -54,6 +54,12 @@ def _parts(kept: torch.Tensor, rows: Sequence[torch.Tensor]) -> list[torch.Tenso
     periods = kept.size(-2) // max(1, sum(counts))  # a weight without rows has none
     parts = kept.unflatten(-2, (periods, sum(counts))).split(counts, -2)
     return [part.view_as(view) for part, view in zip(parts, rows, strict=True)]
+
+
+def _second(layout: MatrixLayout, state: dict[str, Any], rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Views of the second moment of a weight, each of the shape of a view of the weight's rows under Adam."""
+    kept: torch.Tensor = state[SECOND_MOMENT]
+    return layout.rows_by_rule(kept, SCALAR) if isinstance(layout, ShardLayout) else _parts(kept, rows)
 
 
 def check_scalar_rows(weight: Weight) -> None:
@@ -78,8 +84,9 @@ def restart_emptied(touched: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
         touched: weights with such rows, and their state, which somebody else may have replaced or zeroed.
     """
     # Waits for the device: for state that is not as the last step left it, and that has been counted before.
-    counted = [(layout_of(param), state) for param, state in touched if state[STEP]]
-    counted = [(layout, state) for layout, state in counted if state[SECOND_MOMENT].numel()]  # of shards without such
+    # Of a DTensor a rank may have rows that have never had a gradient: its count is that of the others.
+    layouts = [(layout_of(param), state) for param, state in touched if state[STEP]]
+    counted = [(layout, state) for layout, state in layouts if not isinstance(layout, ShardLayout)]
     anything = [state[SECOND_MOMENT].any() for _, state in counted]
     for (layout, state), is_left in zip(counted, anything, strict=True):
         if not is_left:
@@ -184,7 +191,9 @@ def _step_rows(weights: list[ParamStep], rates: RowRates, each: list[tuple[Rate,
     corrections: list[tuple[Rate, Rate]] = []
     if each:
         pairs = [(weight.state, weight.layout.rows_by_rule(weight.param, SCALAR)) for weight in weights]
-        seconds = [part for state, its_rows in pairs for part in _parts(state[SECOND_MOMENT], its_rows)]
+        seconds = [
+            part for layout, (state, rows) in zip(layouts, pairs, strict=True) for part in _second(layout, state, rows)
+        ]
         corrections = [both for (_, its_rows), both in zip(pairs, each, strict=True) for _ in its_rows]
     grads = _wide(cut([weight.raw_grad for weight in weights]))
     masters, momenta = [weight.master for weight in weights], [weight.momentum for weight in weights]

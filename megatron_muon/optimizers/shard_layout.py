@@ -1,4 +1,4 @@
-"""The layout of a shard that cuts through sections of a fused weight, some of which are no matrix."""
+"""The layout of this rank's part of a fused DTensor, some of whose rows are no matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_muon.routing.layout import MatrixLayout
 
 @dataclass(frozen=True)
 class ShardLayout(MatrixLayout):
-    """The whole weight's layout, which knows the rows of one shard.
+    """The whole weight's layout, which knows the rows of one shard. It may cut through sections.
 
     Attributes:
         first_row: of the shard in the whole weight.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_muon import ConfigError, Muon
+from megatron_muon.optimizers.fading import EVERY
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, SCALAR, MatrixLayout, Section
 from tests.pool import RankPool
 
@@ -99,18 +100,30 @@ def _placed(whole: torch.Tensor, letters: str, mesh: Any) -> torch.Tensor:
 def _step(optimizer: Muon, weights: Sequence[nn.Parameter], cases: Sequence[Case], mesh: Any, steps: int = 3) -> None:
     for step in range(steps):
         for number, (weight, (letters, shape, _)) in enumerate(zip(weights, cases, strict=True)):
-            weight.grad = _placed(_numbers(shape, 100 * (step + 1) + number), letters, mesh)
+            grad = _numbers(shape, 100 * (step + 1) + number)
+            weight.grad = _partial(grad, mesh) if letters == "R" and mesh else _placed(grad, letters, mesh)
         optimizer.step()
 
 
+def _partial(whole: torch.Tensor, mesh: Any) -> torch.Tensor:
+    """A gradient as tensor parallelism leaves it for weights that all ranks have: to be summed."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    return DTensor.from_local(whole / mesh.size(), mesh, [Partial()], run_check=False)
+
+
 def differences(cases: Sequence[Case], shape: tuple[int, ...], **options: Any) -> list[float]:
-    """The largest difference of each weight from that of one process, and the counted bytes of a step."""
+    """The largest difference of each weight from that of one process."""
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", shape)
     weights, alone = _weights(cases, mesh), _weights(cases, None)
     for params, own in ((weights, mesh), (alone, None)):
-        _step(Muon(params, **OPTIONS | options), params, cases, own)
+        optimizer = Muon(params, **OPTIONS | options)
+        _step(optimizer, params, cases, own)
+        for weight in params:
+            optimizer.state[weight]["step"] = EVERY  # momentum is looked at, whether it has only faded
+        _step(optimizer, params, cases, own, 1)
     pairs: list[tuple[Any, torch.Tensor]] = list(zip(weights, alone, strict=True))
     return [float((weight.full_tensor() - whole).abs().max()) for weight, whole in pairs]
 
@@ -125,6 +138,20 @@ def test_updates_are_those_of_one_process(
 ) -> None:
     for found in pool.run(differences, ranks, cases, shape):
         assert dict(enumerate(found)) == pytest.approx(dict.fromkeys(range(len(found)), 0.0), abs=TOLERANCE)
+
+
+MEASURED: list[Case] = [("0R", (13, 6), None), ("s0", (17, 6), FUSED), ("01", (13, 10), None), ("10", (24, 8), HEADS)]
+
+
+def measured() -> list[float]:
+    """Differences where sums over rows, columns, and whole matrices are taken, and faded momentum is looked for."""
+    found = differences(MEASURED, (2, 2), variant="normuon", scale_mode="update_norm")
+    return found + differences(MEASURED, (2, 2), scale_mode="spectral_norm")
+
+
+def test_sums_over_blocks_and_copies(pool: RankPool) -> None:
+    for found in pool.run(measured, 4):
+        assert found == pytest.approx([0.0] * len(found), abs=TOLERANCE)
 
 
 class Model(nn.Module):
@@ -203,7 +230,7 @@ def test_fsdp_trains_saves_and_reshards(pool: RankPool, tmp_path: Any) -> None:
     wanted = alone.train(optimizer, range(4))
     for losses, kinds in pool.run(fsdp, 2, str(tmp_path), saved=False, offload=False, reshard=True):
         assert losses == pytest.approx(wanted, abs=TOLERANCE)
-        assert kinds == ["exp_avg_sq Tensor", "momentum_buffer DTensor", "momentum_peak DTensor", "step int"]
+        assert kinds == ["exp_avg_sq DTensor", "momentum_buffer DTensor", "momentum_peak DTensor", "step int"]
     for ranks, offload, reshard in ((1, False, True), (4, True, False)):
         for losses, _ in pool.run(fsdp, ranks, str(tmp_path), saved=True, offload=offload, reshard=reshard):
             assert losses == pytest.approx(wanted[2:], abs=TOLERANCE)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.pool import RankPool
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "plain-pytorch.md").read_text()
@@ -60,3 +64,31 @@ def test_accelerate(begun: dict[str, Any]) -> None:
     for block in blocks("Accelerate"):
         exec(block, begun)
     assert not any(map(torch.equal, begun["model"].parameters(), before))
+
+
+def sharded_example(steps: int, load: str, save: str) -> list[float]:
+    """On a rank."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import plain_pytorch
+
+    return plain_pytorch.train(steps, load, save)
+
+
+def test_the_sharded_example_goes_on_with_one_rank(pool: RankPool, tmp_path: Path) -> None:
+    """Two ranks save after six steps; one goes on, with the losses of two."""
+    whole, _ = pool.run(sharded_example, 2, 9, "", "")
+    first, _ = pool.run(sharded_example, 2, 6, "", str(tmp_path))
+    (rest,) = pool.run(sharded_example, 1, 9, str(tmp_path), "")
+    assert first + rest == pytest.approx(whole, abs=1e-4) and whole[-1] < whole[0]  # AdamW has other sums, too
+
+
+@pytest.mark.slow
+def test_the_sharded_example_by_torchrun(tmp_path: Path) -> None:
+    """As its first lines say."""
+    told = []
+    for ranks, flags in ((2, ["--steps", "4", "--save"]), (1, ["--steps", "6", "--load"])):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += [str(ROOT / "examples" / "plain_pytorch.py"), *flags, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+        told.append(re.findall(r"step (\d+) loss ", done.stdout))
+    assert told == [["0", "1", "2", "3"], ["4", "5"]]
