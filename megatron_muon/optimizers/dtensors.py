@@ -23,6 +23,7 @@ from megatron_muon.engine.placements import Division
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import DIVISION_ATTRIBUTE, Engines
 from megatron_muon.optimizers.shard_layout import ShardLayout
+from megatron_muon.orthogonalize.scale import SPECTRAL_NORM
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, layout_of
 
 _WHOLE_LAYOUT = "muon_whole_layout"
@@ -165,7 +166,14 @@ def check(optimizer: Any, group: dict[str, Any]) -> None:
         for problem in _problems(config, weight):
             raise ConfigError(f"{name} is a DTensor: {problem}")
         division: Division = optimizer.engines.divisions.of(weight, name)
-        divides = division.shard is not None and division.shard.dim == -1
+        shard, scale_mode = division.shard, group.get("scale_mode", config.scale_mode)
+        if shard is not None and shard.is_grid and (scale_mode == SPECTRAL_NORM or not optimizer.variant.lends):
+            raise ConfigError(
+                f"{name} is a DTensor whose rows and columns are divided, with scale_mode {scale_mode!r} of "
+                f"{optimizer.variant.name}, which finds singular vectors of what is divided along one side alone. "
+                "Use another scale_mode or variant, or divide it by rows alone."
+            )
+        divides = shard is not None and shard.dim == -1
         if divides and (config.master == "remainder" or config.momentum_dtype == "int8"):
             raise ConfigError(
                 f"{name} is a DTensor whose columns are divided, with master {config.master} and momentum_dtype "

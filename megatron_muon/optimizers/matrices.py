@@ -387,7 +387,8 @@ def first_row_of(slices: Slices) -> int:
     its = slices.ranges[0]
     # Matrices of some rows that shards cut through lie one after the other in their block.
     before = 0 if its.layout.stacked else its.start * its.layout.matrix_rows(its.block)
-    return max(0, block_rows_before(its.layout, its.block, its.first_row) - before)
+    first = block_rows_before(its.layout, its.block, its.first_row) - before
+    return min(max(0, first), slices.items[0].rows)
 
 
 def _first_column(shard: Shard, columns: int) -> int:
