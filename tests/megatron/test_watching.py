@@ -33,6 +33,8 @@ def measured(layout: Layout, weights: str, file: str, steps: int = 5, **optimize
 LAYOUTS = {
     "tp2": (2, Layout(tp=2, sp=True)),
     "pp2": (2, Layout(pp=2)),
+    "vpp": (2, Layout(pp=2, vpp=2)),
+    "cp2": (2, Layout(cp=2)),
     "ep2": (2, Layout(ep=2)),
     "dp2": (2, Layout()),
     "layer_wise": (2, Layout(layer_wise=True, ddp_buffers=True)),
@@ -48,7 +50,7 @@ def alone(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[str
     return str(folder / "weights"), folder / "alone.jsonl"
 
 
-@pytest.mark.parametrize("name", with_slow(LAYOUTS, "pp2", "dp2"))
+@pytest.mark.parametrize("name", with_slow(LAYOUTS, "pp2", "vpp", "cp2", "dp2"))
 def test_layouts_measure_the_same(pool: RankPool, tmp_path: Path, alone: tuple[str, Path], name: str) -> None:
     weights, expected = alone
     ranks, layout = LAYOUTS[name]
