@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import megatron_muon
 from megatron_muon.plugin.qk_clip import clip_of
+from tests.launch import records
 from tests.megatron import harness, mimo
 from tests.megatron.harness import Layout
 from tests.pool import RankPool
@@ -19,7 +20,11 @@ CLIP = {"qk_clip": True, "qk_clip_threshold": 0.05}
 
 
 def start(
-    parts: dict[str, tuple[int, int, int]], options: dict[str, Any] | None, layer_wise: bool = False, name: str = "muon"
+    parts: dict[str, tuple[int, int, int]],
+    options: dict[str, Any] | None,
+    layer_wise: bool = False,
+    name: str = "muon",
+    **asked: Any,
 ) -> tuple[Any, Any]:
     """A model, and its optimizer; with ``options`` for the encoder its own."""
     megatron_muon.install()
@@ -32,7 +37,7 @@ def start(
         Layout(tp=dist.get_world_size()).initialize()
     model_parallel_cuda_manual_seed(1)
     model = mimo.build(*(mimo.grid_of(*parts[name]) for name in ("language", "images")), clip=CLIP)
-    config = harness.optimizer_config(Layout(layer_wise=layer_wise, overlap=False), name=name)
+    config = harness.optimizer_config(Layout(layer_wise=layer_wise, overlap=False), name=name, **asked)
     if options is None:
         return model, get_megatron_optimizer(config, [model])
     optimizer = get_mimo_optimizer(model, config)
@@ -147,3 +152,22 @@ def test_owners_of_weights_on_some_of_the_ranks(pool: RankPool) -> None:
     for (losses, norms), (shared_losses, shared_norms) in pool.run(shared_out, 4):
         assert shared_losses == pytest.approx(losses, rel=1e-5) and shared_norms == pytest.approx(norms, rel=1e-5)
         assert len(norms) == 3
+
+
+def measured(parts: dict[str, tuple[int, int, int]], file: str) -> tuple[list[float], list[float]]:
+    """Losses without and with a record."""
+    asked = {"muon_log_interval": 2, "muon_check_replicas_interval": 2, "muon_alarm": "stop", "muon_log_jsonl": file}
+    plain = train(*start(parts, None), range(4))
+    return plain, train(*start(parts, None, **asked), range(4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_model_on_the_last_rank_is_recorded(pool: RankPool, tmp_path: Path, layout: str) -> None:
+    file = tmp_path / "record.jsonl"
+    for plain, watched in pool.run(measured, 2, LAYOUTS[layout], str(file)):
+        assert plain == watched
+    found = [set(record["classes"]) for record in records(file, "muon")]
+    assert len(found) == (4 if layout == "colocated" else 2)  # of steps 1 and 2: the fourth is told before the fifth
+    language = [classes for classes in found if any("linear_qkv" in name for name in classes)]
+    assert language and all(len(classes) > 1 for classes in found) and records(file, "alarm") == []
