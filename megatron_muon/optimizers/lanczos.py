@@ -30,6 +30,9 @@ without a gap, is found to about (pi / (2 STEPS + 1))^2 = 3.4 %, the singular va
 Diagonals = tuple[torch.Tensor, torch.Tensor]
 """Of T: (matrices, vectors, STEPS), and what is beside them, one less."""
 
+_CACHED = 4 * 2**20
+"""Bytes of matrices that a CPU multiplies eight times over before the next ones."""
+
 _BUDGET = 4096
 """Vectors of signs times p, at least; see the module."""
 
@@ -146,18 +149,22 @@ def _in_turn(
     starts: Sequence[Sequence[torch.Tensor]],
     steps: int,
 ) -> tuple[list[list[Diagonals]], list[torch.Tensor]]:
-    """:func:`tridiagonals` of whole matrices, one tensor after the other, which CPUs keep in their caches meanwhile.
+    """:func:`tridiagonals` of whole matrices, few at a time, which CPUs keep in their caches meanwhile.
 
-    With all tensors in each step, as GPUs have it for fewer kernels, products take two to three times as long.
+    With all of them in each step, as GPUs have it for fewer kernels, products take two to five times as long.
     """
     spectra, sketches = list[list[Diagonals]](), list[torch.Tensor]()
     for update, its_tensors, its_scales, its_starts in zip(matrices.updates, tensors, scales, starts, strict=True):
         its = list[Diagonals]()
-        for number, each in enumerate(zip(its_tensors, its_scales, its_starts, strict=True)):
-            run = _Run(update, *([one] for one in each))
-            found, sketch = _together(matrices, [run], steps)
-            its += found[0] if steps else []
-            sketches += sketch if number == 0 else []
+        for number, (tensor, scale, start) in enumerate(zip(its_tensors, its_scales, its_starts, strict=True)):
+            few = max(1, _CACHED * tensor.size(0) // max(1, tensor.nbytes))
+            pairs = zip(tensor.split(few), scale.split(few), strict=True)
+            parts = [_together(matrices, [_Run(update, [one], [factor], [start])], steps) for one, factor in pairs]
+            if steps:
+                alphas, betas = zip(*(found[0][0] for found, _ in parts), strict=True)
+                its.append((torch.cat(alphas), torch.cat(betas)))
+            if number == 0:
+                sketches.append(torch.cat([sketch[0] for _, sketch in parts]))
         spectra.append(its)
     return spectra if steps else [], sketches
 
