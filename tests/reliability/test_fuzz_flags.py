@@ -67,7 +67,8 @@ def try_each(examples: int) -> dict[str, int]:
             run = harness.start(layout, optimizer={"name": name, **named}, early=True, bf16=bf16, num_layers=1)
         except ConfigError as error:
             words = [flag(key) for key in options] + list(named) + ["--optimizer"]
-            words += [rule for rule in options.get("param_rule") or () if isinstance(rule, str)]
+            rules = options.get("param_rule")
+            words += [rule for rule in rules if isinstance(rule, str)] if isinstance(rules, (list, tuple)) else []
             assert any(word in str(error) for word in words), str(error)
             count["refused"] += 1
             return
