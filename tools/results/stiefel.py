@@ -119,7 +119,8 @@ def watch_weights(training: Training, extra: dict[str, Any]) -> None:
     extra.setdefault("smallest", []).append(float(values.min()))
     extra.setdefault("largest", []).append(float(values.max()))
     parts = getattr(training.optimizer, "chained_optimizers", [training.optimizer])
-    found = [float(each) for part in parts if (each := getattr(part.optimizer, "tangency", None)) is not None]
+    variants = [getattr(part.optimizer, "variant", None) for part in parts]
+    found = [float(each) for variant in variants if (each := getattr(variant, "tangency", None)) is not None]
     if found:
         extra.setdefault("tangency", []).append(max(found))
 
