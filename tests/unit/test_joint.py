@@ -195,6 +195,35 @@ def test_gradient_scaling() -> None:
     assert_alike(one, other)
 
 
+def test_a_wrapper_as_lightnings() -> None:
+    """It takes the optimizer's attributes and class, and steps with a closure; state is put back in another place."""
+    module = model()
+    optimizer = made(module)
+
+    class Wrapper:
+        def __init__(self) -> None:
+            self.__dict__ = {name: value for name, value in vars(optimizer).items() if name != "step"}
+            self.__class__ = type("Wrapped", (Wrapper, type(optimizer)), {})
+
+        def step(self, closure: Any) -> Any:
+            return optimizer.step(closure)
+
+    wrapped: Any = Wrapper()
+
+    def closure() -> torch.Tensor:
+        wrapped.zero_grad()
+        loss = loss_of(module)
+        loss.backward()
+        return loss
+
+    losses = [wrapped.step(closure)]
+    for param, state in wrapped.state.items():
+        wrapped.state[param] = {name: copy.copy(value) for name, value in state.items()}
+    losses.append(wrapped.step(closure))
+    assert losses[1] < losses[0] and len(wrapped.state) == len(wrapped.state_dict()["state"]) == 7
+    assert optimizer.muon.state[module.up.weight] is wrapped.state[module.up.weight]
+
+
 def test_rows_of_a_fused_weight_have_adamws_rates() -> None:
     """They are updated as a weight of their own under the second optimizer would be."""
     module, alone = model(), torch.nn.Parameter(model().down.weight.detach()[4:].clone())

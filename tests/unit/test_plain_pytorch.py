@@ -57,13 +57,21 @@ def test_trainer_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest
     assert not any(torch.equal(one, initial[name]) for name, one in model.named_parameters())
 
 
-def test_accelerate(begun: dict[str, Any]) -> None:
+def test_accelerate(begun: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="needs Hugging Face's accelerate")
     begun["loader"] = torch.utils.data.DataLoader(torch.randint(256, (4, 8)), 2)
     before = [param.detach().clone() for param in begun["model"].parameters()]
-    for block in blocks("Accelerate"):
-        exec(block, begun)
-    assert not any(map(torch.equal, begun["model"].parameters(), before))
+    (block,) = blocks("Accelerate")
+    exec(block, begun)
+    model, accelerator = begun["model"], begun["accelerator"]
+    assert not any(map(torch.equal, model.parameters(), before))
+    accelerator.save_state(str(tmp_path))
+    loop = block[block.index("for tokens") :]
+    exec(loop, begun)
+    trained = [param.detach().clone() for param in model.parameters()]
+    accelerator.load_state(str(tmp_path))
+    exec(loop, begun)
+    assert all(map(torch.equal, model.parameters(), trained))
 
 
 def sharded_example(steps: int, load: str, save: str) -> list[float]:
