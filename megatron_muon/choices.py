@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 OPTIMIZERS = ("muon", "adaptive_muon", "spectral_sphere", "stiefel_muon")
 """Values of ``--optimizer`` that are this package's; ``dist_<name>`` is Megatron's older spelling for the layer-wise
@@ -78,7 +79,13 @@ DIRECTIONS = (STIEFEL, *BALLS)
 """Choices of ``--muon-param-rule`` that change how the update of a matrix is found; its split stays that of its own
 rule."""
 
-PARAM_CHOICES = ("adam", "muon", "split", "whole", "per_head", *DIRECTIONS)
+STACK, TRANSPOSED, TRANSPOSED_STACK = "stack", "transposed", "transposed_stack"
+
+FORMS = (STACK, TRANSPOSED, TRANSPOSED_STACK)
+"""Choices of ``--muon-param-rule`` that say what a weight is: (experts, outputs, inputs); (inputs, outputs); (experts,
+inputs, outputs)."""
+
+PARAM_CHOICES = ("adam", "muon", "split", "whole", "per_head", *FORMS, *DIRECTIONS)
 """What ``--muon-param-rule`` can decide; ``muon`` leaves the way to the weight's own rule."""
 
 STEPS, COEFFICIENTS = "steps", "coefficients"
@@ -124,6 +131,55 @@ def kind_of(choice: str) -> str:
     """What a choice of ``--muon-param-rule`` decides about: a kind of budget; empty: who updates a weight, and how."""
     kind, colon, _ = choice.partition(":")
     return kind if colon else ""
+
+
+class Rows(NamedTuple):
+    """Consecutive rows in a choice such as ``split(q 64/16, dt 4 adam)``.
+
+    Attributes:
+        name: of the block that they belong to.
+        rows: how many.
+        each: rows of one matrix; 0: they are one.
+        adam: whether the scalar optimizer updates them.
+    """
+
+    name: str
+    rows: int
+    each: int
+    adam: bool
+
+
+_SECTIONS = re.compile(r"(split|stack|transposed|transposed_stack)\((.*)\)")
+_ROWS = re.compile(r"(\w+) +(\d+)(?:/(\d+))?( +adam)?")
+
+
+def parse_form(choice: str) -> tuple[str, tuple[Rows, ...]] | None:
+    """What a choice of ``--muon-param-rule`` says that a weight is, and its sections; None if it says nothing of that.
+
+    ``split(q 64, k 16, v 16)`` names the rows of one period, which repeats; ``q 64/16`` has matrices of 16 rows, ``dt 4
+    adam`` is the scalar optimizer's. The other words are :data:`FORMS`, with sections or without.
+
+    Raises:
+        ValueError: saying what is wrong with the sections.
+    """
+    if choice in FORMS:
+        return choice, ()
+    if (match := _SECTIONS.fullmatch(choice)) is None:
+        return None
+    found = []
+    for part in match[2].split(","):
+        rows = _ROWS.fullmatch(part.strip())
+        if rows is None:
+            raise ValueError(
+                f"{part.strip()!r}: give a name and a number of rows, such as 'q 64', 'q 64/16', 'dt 4 adam'"
+            )
+        found.append(Rows(rows[1], int(rows[2]), int(rows[3] or 0), rows[4] is not None))
+    for each in found:
+        if not each.rows or (each.each and each.rows % each.each):
+            raise ValueError(f"{each.name} of {each.rows} rows in matrices of {each.each or each.rows}")
+    if all(each.adam for each in found):
+        raise ValueError("all rows are adam's: give the weight to adam")
+    return match[1], tuple(found)
 
 
 def budget_of(choices: Iterable[str]) -> Budget | None:

@@ -17,6 +17,7 @@ from megatron_muon.choices import (
     STEPS,
     VARIANTS,
     kind_of,
+    parse_form,
     parse_param_rule,
     parse_transfer,
 )
@@ -141,7 +142,15 @@ def param_rules(value: Any) -> str | None:
             problem = f"give a whole number of at least 1, such as {STEPS}:7, or {STEPS}:{AUTO_STEPS}"
         elif kind == COEFFICIENTS:
             problem = known_coefficients(own)
-        if not glob or problem or (kind not in (STEPS, COEFFICIENTS) and choice not in PARAM_CHOICES):
-            choices = ", ".join((*PARAM_CHOICES, f"{STEPS}:N", f"{STEPS}:{AUTO_STEPS}", f"{COEFFICIENTS}:NAME"))
+        form = None
+        try:
+            form = parse_form(choice)
+        except ValueError as error:
+            problem = str(error)
+        known = kind in (STEPS, COEFFICIENTS) or choice in PARAM_CHOICES or form is not None
+        if not glob or problem or not known:
+            choices = ", ".join(
+                (*PARAM_CHOICES, "split(NAME ROWS, ...)", f"{STEPS}:N", f"{STEPS}:{AUTO_STEPS}", f"{COEFFICIENTS}:NAME")
+            )
             return f"{rule!r}: {problem}" if problem else f"{rule!r} is not GLOB=CHOICE with a choice of {choices}"
     return None

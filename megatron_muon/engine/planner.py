@@ -129,6 +129,11 @@ def check_weight(weight: Weight, mode: str, period: int = 1) -> None:
         ConfigError: if shards cut through what must stay whole.
     """
     layout = weight.layout
+    if weight.dim and layout.is_turned:
+        raise ConfigError(
+            f"a {layout.kind} weight of (inputs, outputs), or of experts in turns, that tensor parallelism divides: "
+            "use a layer of (outputs, inputs), or give it to Adam (--muon-param-rule 'NAME=adam')."
+        )
     layout.blocks(weight.whole_shape)
     if not weight.is_broken:
         return

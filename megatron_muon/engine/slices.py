@@ -60,7 +60,18 @@ class Slices:
 
     @cached_property
     def _are_whole_weights(self) -> bool:
-        return not any(its.layout.sections or its.layout.stacked for its in self.ranges)
+        return not any(its.layout.sections or its.layout.stacked or its.layout.transposed for its in self.ranges)
+
+    @cached_property
+    def _turned(self) -> bool:
+        return any(its.layout.is_turned for its in self.ranges)
+
+    def _seen(self, tensors: Sequence[torch.Tensor]) -> Tensors:
+        """Tensors like the weights, as their layouts see them."""
+        tensors = plain(tensors)
+        if not self._turned:
+            return tensors
+        return [its.layout.seen(tensor) for its, tensor in zip(self.ranges, tensors, strict=True)]
 
     @cached_property
     def _cut(self) -> dict[tuple[int, ...], list[tuple[Slices, int, int]]]:
@@ -77,7 +88,7 @@ class Slices:
             tensors: for each of :attr:`items` one of its weight's shape (on this rank), or with other columns.
             batch: (matrices, rows, columns), with any strides.
         """
-        tensors = plain(tensors)
+        tensors = self._seen(tensors)
         if self._are_whole_weights:
             return tensors, list(batch.unbind(0))
         theirs, known = self._views(tensors, batch)
@@ -86,7 +97,7 @@ class Slices:
 
     def views(self, tensors: Sequence[torch.Tensor], batch: torch.Tensor) -> Tensors:
         """The views of tensors like the weights that :meth:`pairs` gives, without those of a batch."""
-        tensors = plain(tensors)
+        tensors = self._seen(tensors)
         return tensors if self._are_whole_weights else self._views(tensors, batch)[0]
 
     def _views(self, tensors: Tensors, batch: torch.Tensor) -> tuple[Tensors, list[_Views]]:

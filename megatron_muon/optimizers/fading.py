@@ -23,7 +23,7 @@ from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.param_step import rows_of
 from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.storage import momentum_of, opened_in_turn
-from megatron_muon.routing.layout import layout_of
+from megatron_muon.routing.layout import MatrixLayout, layout_of
 
 PEAK = "momentum_peak"
 """State: the peak of each row of the momentum, (..., rows, 1); 0 where nothing is known."""
@@ -50,7 +50,7 @@ def forget_faded(
     """
     known = [(param, state) for param, state in states if PEAK in state and state[STEP] % EVERY == 0 < state[STEP]]
     known = [(param, state) for param, state in known if param.numel() or shard_of(param) is not None]
-    largest = [_largest(state) for _, state in known]
+    largest = [_largest(layout_of(param), state) for param, state in known]
     divided = defaultdict(list)
     for index, (param, _) in enumerate(known):
         shard = shard_of(param)
@@ -76,14 +76,18 @@ def _with_others(largest: torch.Tensor, piece: Piece | None, shard: Shard) -> to
     return wide
 
 
-def _largest(state: dict[str, Any]) -> torch.Tensor:
-    """The largest entry of each row of a weight's momentum, (..., rows, 1)."""
+def _largest(layout: MatrixLayout, state: dict[str, Any]) -> torch.Tensor:
+    """The largest entry of each row of a weight's momentum, in the shape of its peaks."""
     kept = momentum_of(state)
-    found = state[PEAK].new_empty((*kept.planes[0].shape[:-1], 1), dtype=own_dtype(kept.planes[0].dtype))
+    found = torch.empty_like(state[PEAK], dtype=own_dtype(kept.planes[0].dtype))
     if not kept.planes[0].numel():
         return found.zero_()  # of a rank that has no part of the weight
-    for numbers, take in opened_in_turn([kept], list, writes=False):
-        for rows, largest in zip(numbers, take([found]), strict=True):
+
+    def cut(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [layout.seen(tensor) for tensor in tensors]
+
+    for numbers, take in opened_in_turn([kept], cut, writes=False):
+        for rows, largest in zip(numbers, take(cut([found])), strict=True):
             torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True, dtype=found.dtype, out=largest)
     return found
 

@@ -116,6 +116,12 @@ def check_layout(optimizer: Any, param: torch.Tensor, layout: MatrixLayout) -> N
                 f"--muon-param-rule 'GLOB=steps:{AUTO_STEPS}' (a {layout.kind} weight) with {problem}: give a number, "
                 "such as steps:7."
             )
+    if layout.is_turned and (optimizer.config.master == "remainder" or optimizer.config.momentum_dtype == "int8"):
+        raise ConfigError(
+            f"master {optimizer.config.master}, momentum_dtype {optimizer.config.momentum_dtype} with a weight of "
+            f"{sizes(param.shape)} whose rows are inputs (or experts in turns): remainders and numbers of 8 bits are "
+            "kept by rows of outputs. Use master fp32 and momentum in another dtype."
+        )
     rule = getattr(param, OVERRIDE_ATTRIBUTE, f"NAME={layout.direction}")
     if layout.direction not in optimizer.directions:
         raise ConfigError(

@@ -94,7 +94,8 @@ class Update:
 
     def gather(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """A new batch with what these matrices have in tensors of the weights' shapes, or with one column."""
-        columns = self.direction.size(-1) if tensors[0].size(-1) > 1 or self.direction.size(-1) == 1 else 1
+        first = self.slices.ranges[0].layout.seen(tensors[0])
+        columns = self.direction.size(-1) if first.size(-1) > 1 or self.direction.size(-1) == 1 else 1
         batch = self.direction.new_empty((*self.direction.shape[:-1], columns))
         sources, targets = self.pairs(tensors, batch)
         if targets:

@@ -31,7 +31,7 @@ from megatron_muon.optimizers.matrices import Matrices, Update
 from megatron_muon.optimizers.param_step import ParamStep
 from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
-from megatron_muon.routing.layout import BALLS, MSIGN
+from megatron_muon.routing.layout import BALLS, MSIGN, layout_of
 
 
 def init_rows(param: torch.Tensor, state: dict[str, Any], *names: str) -> None:
@@ -41,7 +41,7 @@ def init_rows(param: torch.Tensor, state: dict[str, Any], *names: str) -> None:
     """
     for name in names:
         if name not in state:
-            state[name] = param.new_zeros((*param.shape[:-1], 1), dtype=own_dtype(param.dtype))
+            state[name] = param.new_zeros(layout_of(param).row_shape(param.shape), dtype=own_dtype(param.dtype))
 
 
 class Work(Protocol):

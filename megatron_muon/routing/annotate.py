@@ -14,15 +14,26 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from megatron_muon.choices import AUTO_STEPS, DIRECTIONS, STEPS, budget_of, kind_of, parse_param_rule
+from megatron_muon.choices import (
+    AUTO_STEPS,
+    DIRECTIONS,
+    STACK,
+    STEPS,
+    TRANSPOSED_STACK,
+    budget_of,
+    kind_of,
+    parse_form,
+    parse_param_rule,
+)
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.routing.adapters import check_adapters
-from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN, layout_of
+from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN, MatrixLayout, layout_of
 from megatron_muon.routing.predicate import REASON_ATTRIBUTE, _is_nonlinear_or_embedding, is_divided, is_vector
 from megatron_muon.routing.rules import is_expert_container, rules_of
 from megatron_muon.routing.rules.embedding import output_embeddings
-from megatron_muon.routing.rules.linear import LORA_FACTOR, adapted, is_linear, linear
+from megatron_muon.routing.rules.linear import LORA_FACTOR, adapted, is_convolution, is_linear, linear
+from megatron_muon.routing.told import Layouts, given_layout, said_by_rule
 from megatron_muon.routing.treatment import ADAM, SPLIT, UNKNOWN, WHOLE_MATRIX, Treatment
 from megatron_muon.routing.wrappers import pattern, restore_attributes, strip_wrappers
 
@@ -42,7 +53,13 @@ _OUTPUT_LAYER = "output_layer.weight"
 Treatments = dict[torch.Tensor, Treatment]
 
 
-def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adapters: bool = True) -> set[str]:
+def annotate(
+    module: torch.nn.Module,
+    options: MuonConfig | None = None,
+    *,
+    adapters: bool = True,
+    layouts: Layouts | None = None,
+) -> set[str]:
     """Put layouts and tags on the trainable weights of ``module``.
 
     Sets ``matrix_layout`` on every weight that Muon updates, ``skip_orthogonalization`` (with
@@ -54,9 +71,12 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adap
         module: a model chunk, wrapped or not, or any ``torch.nn.Module``.
         options: the routing options; the defaults if None.
         adapters: whether to look if Muon can do its work on adapters; not before it is known that Muon will come.
+        layouts: of fused weights that no rule knows; the last one that matches counts, in place of the weight's own
+            rule, and a ``param_rule`` outweighs it.
 
     Returns:
-        Those of ``options.param_rule`` that match a weight of this module; of budgets, one that is orthogonalized.
+        Those of ``options.param_rule`` that match a weight of this module; of budgets, one that is orthogonalized. And
+        those names of ``layouts``.
 
     Raises:
         ConfigError: naming every weight that no rule can classify, with the option that decides it; the weight whose
@@ -69,21 +89,30 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adap
     # Rules that decide by name must decide alike about all copies of a table: they get the same gradients, and with
     # different updates would drift apart.
     copies = {param for param, is_output in _tied_weights(module) if is_output}
+    stacks = set() if options.unknown_2d != "error" else set(unknown_stacks(module))
     unknown, matched = [], set()
-    for own_name, param in global_names(module):
+    for wrapped_name, param in _wrapped_names(module):
         if not param.requires_grad:
             continue
+        own_name = strip_wrappers(wrapped_name)
         name = own_name.removesuffix(_OUTPUT_LAYER) + _EMBEDDING if param in copies else own_name
         treatment = claims.get(param)
         if treatment is None or treatment.choice == UNKNOWN:
-            treatment = _unclaimed(param, options, treatment)
-        rules = [rule for rule in options.param_rule if fnmatchcase(name, parse_param_rule(rule)[0])]
+            treatment = _unclaimed(param, options, treatment, param in stacks)
+        names = {name, wrapped_name}  # as the report has it, and as named_parameters() does
+        if given := [glob for glob in layouts or () if _matches(names, glob)]:
+            matched.update(given)
+            treatment = given_layout(name, param, treatment, (layouts or {})[given[-1]])
+        rules = [rule for rule in options.param_rule if _matches(names, parse_param_rule(rule)[0])]
         budgets = [rule for rule in rules if kind_of(parse_param_rule(rule)[1])]
         if routes := [rule for rule in rules if rule not in budgets]:
             matched.update(routes)
-            _write(name, param, treatment, parse_param_rule(routes[-1])[1], routes[-1])
+            choice = parse_param_rule(routes[-1])[1]
+            if parse_form(choice):
+                treatment, choice = said_by_rule(name, param, treatment, choice, routes[-1]), SPLIT
+            _write(name, param, treatment, choice, routes[-1])
         elif treatment.choice == UNKNOWN:
-            unknown.append(f"{name} ({sizes(param.shape)})")
+            unknown.append((name, param))
             continue
         else:
             _write(name, param, treatment, treatment.choice, None)
@@ -95,6 +124,10 @@ def annotate(module: torch.nn.Module, options: MuonConfig | None = None, *, adap
     if adapters:
         check_adapters(module, _factors_of_muon(module))
     return matched
+
+
+def _matches(names: set[str], glob: str) -> bool:
+    return any(fnmatchcase(name, glob) for name in names)
 
 
 def _factors_of_muon(module: torch.nn.Module) -> dict[torch.Tensor, str]:
@@ -126,13 +159,19 @@ def global_names(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parame
 
     A layer of a pipeline stage counts from 0 in its container, but knows its number in the model (``layer_number``).
     """
+    for name, param in _wrapped_names(module):
+        yield strip_wrappers(name), param
+
+
+def _wrapped_names(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """As :func:`global_names`, with the wrappers in the names."""
     numbers = {
         name: f"{name.rpartition('.')[0]}.{submodule.layer_number - 1}"
         for name, submodule in module.named_modules()
         if re.search(r"(^|\.)layers\.\d+$", name) and isinstance(getattr(submodule, "layer_number", None), int)
     }
     for name, param in module.named_parameters():
-        yield strip_wrappers(_renumber(name, numbers)), param
+        yield _renumber(name, numbers), param
 
 
 def _tied_weights(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, bool]]:
@@ -187,24 +226,45 @@ def _adapters_follow_their_base(module: torch.nn.Module, claims: Treatments) -> 
         if base is None or base not in claims:
             continue
         its = claims[base]
+        own = next(iter(its.variants.values()))
         for factor in factors:
-            if _has_rows_of(factor, base):
-                mine = claims[factor]
-                claims[factor] = dataclasses.replace(its, kind=f"{mine.kind} of {its.kind}", tags=mine.tags)
+            mine = claims[factor]
+            turns = next(iter(mine.variants.values())).turns
+            its_rows = own.stacked == (turns > 0) and _has_rows_of(factor, base, own.transposed)
+            if not its_rows or mine.choice == ADAM:
+                continue
+            variants = {
+                name: dataclasses.replace(layout, transposed=False, turns=turns)
+                for name, layout in its.variants.items()
+            }
+            kind = f"{mine.kind} of {its.kind}"
+            claims[factor] = dataclasses.replace(its, kind=kind, variants=variants, tags=mine.tags)
 
 
-def _has_rows_of(factor: torch.Tensor, base: torch.Tensor) -> bool:
+def _has_rows_of(factor: torch.Tensor, base: torch.Tensor, transposed: bool) -> bool:
     """Whether the rows of a B factor are those of its base, as whole weights.
 
     Megatron-Bridge divides the B of a layer that every rank holds whole (a router, ``linear_proj``).
     """
     if is_divided(factor, 0) and not is_divided(base, 0):
         return base.size(0) % factor.size(0) == 0
-    return factor.size(0) == base.size(0)
+    return factor.size(0) == (base.size(-1) if transposed else base.size(-2))
 
 
-def _unclaimed(param: torch.Tensor, options: MuonConfig, claim: Treatment | None) -> Treatment:
-    """What happens to a weight that no rule claims, or one only to say so: only 2-D ones raise a question."""
+def unknown_stacks(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Bare weights of three dimensions that may be a matrix for each expert: of no convolution, and not Megatron's."""
+    for holder in module.modules():
+        if is_convolution(holder) or type(holder).__module__.startswith(("megatron.", "transformer_engine.")):
+            continue
+        for param in holder.parameters(recurse=False):
+            if param.dim() == 3 and not is_vector(param):
+                yield param
+
+
+def _unclaimed(param: torch.Tensor, options: MuonConfig, claim: Treatment | None, stack: bool) -> Treatment:
+    """What happens to a weight that no rule claims, or one only to say so: 2-D ones, and stacks, raise a question."""
+    if stack and not _has_tag(param):
+        return Treatment("3-D parameter", UNKNOWN, {STACK: MatrixLayout("whole", stacked=True)})
     if param.dim() != 2 or is_vector(param):
         return Treatment("other", WHOLE_MATRIX)
     choices = {"adam": ADAM, "muon": WHOLE_MATRIX, "error": UNKNOWN}
@@ -303,11 +363,23 @@ def _clear(param: torch.Tensor) -> None:
         delattr(param, _BY_HAND)
 
 
-def _refuse(unknown: list[str]) -> None:
-    first = unknown[0].split()[0]
-    more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+def _refuse(unknown: list[tuple[str, torch.nn.Parameter]]) -> None:
+    """Stop for weights that no rule knows: matrices first, then stacks of them, which have choices of their own."""
+    matrices = [(name, param) for name, param in unknown if param.dim() == 2]
+    some = matrices or unknown
+    named = ", ".join(f"{name} ({sizes(param.shape)})" for name, param in some[:8])
+    more, first = f" and {len(some) - 8} more" if len(some) > 8 else "", some[0][0]
+    if matrices:
+        raise ConfigError(
+            f"No rule knows these 2-D weights: {named}{more}. Say who updates each with {flag('param_rule')} "
+            f"'{first}=muon' or '{first}=adam' (a pattern may stand for many), or all with {flag('unknown_2d')} muon "
+            "or adam."
+        )
+    rule = flag("param_rule")
     raise ConfigError(
-        f"No rule knows these 2-D weights: {', '.join(unknown[:8])}{more}. Say who updates each with "
-        f"{flag('param_rule')} '{first}=muon' or '{first}=adam' (a pattern may stand for many), or all with "
-        f"{flag('unknown_2d')} muon or adam."
+        f"No rule knows these 3-D weights, which are no convolutions: {named}{more}. If each is a matrix for every "
+        f"expert, say which way they lie: {rule} '{first}={STACK}' for (experts, outputs, inputs), "
+        f"'{first}={TRANSPOSED_STACK}' for (experts, inputs, outputs), '{first}={STACK}(gate 1, up 1)' with the "
+        f"sections of their rows; or '{first}=adam'. A pattern may stand for many. In Python: "
+        f"MuonConfig(param_rule=('{first}={STACK}',))."
     )

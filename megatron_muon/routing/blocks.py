@@ -88,8 +88,8 @@ class BlockRange:
         """Sizes and strides of views of the shard (None: the shard itself) and of a batch; alike but for columns.
 
         Args:
-            weight: (rows, columns), or (experts, rows, columns): the shard, or a tensor with other columns, with any
-                strides.
+            weight: (rows, columns), or (experts, rows, columns): the shard as the layout sees it, or a tensor with
+                other columns, with any strides.
             batch: (matrices, rows of each on this rank, columns), with any strides, and with other matrices too.
             first: number of this range's first matrix in the batch.
         """
@@ -227,6 +227,7 @@ def units_of(layout: MatrixLayout, block: int, shape: tuple[int, ...], broken: b
         shape: of the whole weight, or of a shard of whole periods.
         broken: whether shards cut through periods.
     """
+    shape = layout.seen_shape(shape)
     if layout.stacked:
         return shape[0]
     if not layout.matrix_rows(block):

@@ -116,6 +116,10 @@ class MatrixLayout:
         direction: how the update of a matrix is found: :data:`MSIGN`, orthogonalized; one of :data:`BALLS`; or
             :data:`STIEFEL`, which keeps its singular values at 1.
         budget: what the orthogonalization takes; None: the optimizer's own number of steps and coefficients.
+        transposed: whether the memory has (inputs, outputs), or (experts, inputs, outputs), where others have (outputs,
+            inputs): GPT-2's ``Conv1D``. Rows, of sections too, are outputs all the same.
+        turns: number of matrices whose columns take turns in a 2-D weight, which is then treated as the stack of them:
+            column c is the matrix c % turns'. 0: none do.
     """
 
     kind: str
@@ -123,6 +127,12 @@ class MatrixLayout:
     stacked: bool = False
     direction: str = MSIGN
     budget: Budget | None = None
+    transposed: bool = False
+    turns: int = 0
+
+    def __post_init__(self) -> None:
+        if self.turns and (self.transposed or not self.stacked):
+            raise ValueError(f"a layout of {self.turns} matrices in turns is stacked, and not transposed")
 
     @property
     def period(self) -> int:
@@ -142,7 +152,31 @@ class MatrixLayout:
     @property
     def dims(self) -> int:
         """Number of dimensions of a weight of this layout."""
-        return 3 if self.stacked else 2
+        return 3 if self.stacked and not self.turns else 2
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether a weight's own dimensions are not those of its matrices: see :meth:`seen`."""
+        return self.transposed or self.turns > 0
+
+    def seen(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the weight's shape, or of :meth:`row_shape`, as (rows, columns) or (experts, rows, columns)."""
+        if self.turns:
+            return tensor.unflatten(-1, (tensor.size(-1) // self.turns, self.turns)).movedim(-1, 0)
+        return tensor.mT if self.transposed else tensor
+
+    def seen_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of :meth:`seen` of a weight of ``shape``."""
+        *experts, rows, columns = shape
+        if self.turns:
+            return self.turns, rows, columns // self.turns
+        return (*experts, columns, rows) if self.transposed else tuple(shape)
+
+    def row_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+        """The shape, beside a weight of ``shape``, of state with one number for each row: :meth:`seen`, one column."""
+        if self.transposed:
+            return (*shape[:-2], 1, shape[-1])
+        return (*shape[:-1], self.turns or 1)
 
     def ball_factor(self, columns: int, radius: float) -> float:
         """Factor on the direction of a weight in a ball, see :mod:`megatron_muon.optimizers.balls`.
@@ -170,12 +204,13 @@ class MatrixLayout:
         return rows % self.period == 0
 
     def blocks(self, shape: torch.Size | tuple[int, ...]) -> list[Block]:
-        """The blocks of a whole weight of shape (rows, columns), or (experts, rows, columns) if stacked.
+        """The blocks of a whole weight of shape (rows, columns), or (experts, rows, columns) if stacked (see
+        :meth:`seen`).
 
         Raises:
             ValueError: if the rows are not whole periods.
         """
-        *experts, rows, columns = shape
+        *experts, rows, columns = self.seen_shape(shape)
         stack = experts[0] if self.stacked else 1
         if not self.sections:
             return [Block(self.kind, ORTHOGONALIZE, stack, rows, columns)]
@@ -198,6 +233,7 @@ class MatrixLayout:
         Raises:
             ValueError: if the rows are not whole periods.
         """
+        weight = self.seen(weight)
         if not self.sections:
             return [weight] if rule == ORTHOGONALIZE else []
         if all(section.rule == rule for section in self.sections):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -12,9 +14,12 @@ from megatron_muon.choices import kind_of, parse_param_rule
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.routing import report
-from megatron_muon.routing.annotate import annotate
+from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE, annotate, global_names, treatments_in
 from megatron_muon.routing.beside import note as note_beside
+from megatron_muon.routing.layout import WHOLE, layout_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
+from megatron_muon.routing.told import Layouts
+from megatron_muon.routing.wrappers import pattern
 
 
 class ParamGroups(NamedTuple):
@@ -32,7 +37,11 @@ class ParamGroups(NamedTuple):
 
 
 def param_groups(
-    module: torch.nn.Module, options: MuonConfig | None = None, *, weight_decay: float = 0.1
+    module: torch.nn.Module,
+    options: MuonConfig | None = None,
+    *,
+    weight_decay: float = 0.1,
+    layouts: Layouts | None = None,
 ) -> ParamGroups:
     """Checked groups for our optimizers, of any ``torch.nn.Module``.
 
@@ -51,24 +60,70 @@ def param_groups(
         module: the model. Tags and layouts are written on its parameters.
         options: the routing options; the defaults if None.
         weight_decay: of the groups that decay.
+        layouts: what fused weights of your own are, by globs of their names: a
+            :class:`megatron_muon.routing.MatrixLayout`, or the :class:`megatron_muon.routing.Section` of one period of
+            rows, in memory order: ``{"*.qkv.weight": (Section("q", 512), Section("k", 128), Section("v", 128))}``.
 
     Raises:
-        ConfigError: as :func:`megatron_muon.routing.annotate` does; or for a ``param_rule`` that matches nothing.
+        ConfigError: as :func:`megatron_muon.routing.annotate` does; or for a ``param_rule`` or a name of ``layouts``
+            that matches nothing.
+
+    Warns:
+        UserWarning: naming layers that look fused (``qkv``, ``gate_up_proj``, ...) and that no rule knows.
     """
     options = (options or MuonConfig()).validate()
-    refuse_unmatched(options, annotate(module, options))
+    matched = annotate(module, options, layouts=layouts)
+    refuse_unmatched(options, matched)
+    for name in (layouts or {}).keys() - matched:
+        raise ConfigError(f"layouts: no trainable weight has the name {name!r}. * stands for any text.")
+    looks_fused = fused_looking(module, options)
+    if looks_fused:
+        warnings.warn(looks_fused, stacklevel=2)
     trainable = {name: param for name, param in module.named_parameters() if param.requires_grad}
     parts: dict[str, dict[str, torch.nn.Parameter]] = {"muon": {}, "decayed": {}, "rest": {}}
     for name, param in trainable.items():
-        part = "muon" if not _is_nonlinear_or_embedding(param) else "decayed" if param.dim() > 1 else "rest"
+        decays = param.dim() > 1 and not name.endswith("bias")  # experts have biases of two dimensions
+        part = "muon" if not _is_nonlinear_or_embedding(param) else "decayed" if decays else "rest"
         parts[part][name] = param
     muon, decayed, rest = (_group(parts[part], weight_decay) for part in ("muon", "decayed", "rest"))
     for group in rest:
         group["weight_decay"] = 0.0
-    groups = ParamGroups(muon, decayed + rest, report.render(report.collect(trainable.items(), options), options))
+    routes, notes = report.collect(trainable.items(), options), [f"WARNING {looks_fused}"] if looks_fused else []
+    groups = ParamGroups(
+        muon, decayed + rest, f"{report.share(routes, options)}\n{report.render(routes, options, notes=notes)}"
+    )
     check_partition(trainable, [*groups.muon, *groups.scalar])
     note_beside(parts["muon"].values(), [*parts["decayed"].items(), *parts["rest"].items()])
     return groups
+
+
+_FUSED = re.compile(r"(^|_)(w?qkvz?|query_key_value|kv|gate_up|up_gate|in_proj|w12|w13|c_attn)(_|$)", re.IGNORECASE)
+"""In names of layers that often hold several matrices: attention's, gated MLPs', and those of state-space models."""
+
+
+def fused_looking(module: torch.nn.Module, options: MuonConfig) -> str:
+    """Names the linear layers, one matrix each to Muon, whose names say that they hold several; empty if none does.
+
+    An output of no more than the input (``kv_a_proj``, ``in_proj`` of an MLP that narrows) may well be one matrix.
+    """
+    found: dict[str, None] = {}
+    claims = treatments_in(module, options)
+    for name, param in global_names(module):
+        layer = name.removesuffix(".weight").rpartition(".")[2]
+        rows, columns = param.shape if param.dim() == 2 else (0, 0)
+        if not param.requires_grad or _is_nonlinear_or_embedding(param) or layout_of(param) != WHOLE:
+            continue
+        is_known = hasattr(param, OVERRIDE_ATTRIBUTE) or (param in claims and claims[param].kind != "linear")
+        if _FUSED.search(layer) and rows > columns and not is_known:
+            found[f"{pattern(name)} ({sizes(param.shape)})"] = None
+    if not found:
+        return ""
+    first = next(iter(found)).split()[0]
+    return (
+        f"{', '.join(found)}: by the name several matrices in one weight, which no rule knows, so that Muon takes it "
+        f"for one. Name its rows: layouts={{'{first}': (Section('q', 64), ...)}} of param_groups, or "
+        f"{flag('param_rule')} '{first}=split(q 64, k 64, v 64)'; '{first}=whole' if it is one."
+    )
 
 
 def _group(params: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -112,7 +112,16 @@ def render(routes: Sequence[Route], options: MuonConfig, *, notes: Sequence[str]
     """The table as text, with notes under it; equal routes are counted together."""
     header = ("weight", "count", "parameters", "shape", "divided", "optimizer", "as", "scale")
     rows = [_row(route, count, options, optimizer) for route, count in Counter(routes).items()]
-    return "\n".join([*table(header, rows), *_totals(routes, options), *_overrides(routes), *notes])
+    lines = [*table(header, rows), *_totals(routes, options), *_overrides(routes), *notes]
+    return "\n".join(lines)
+
+
+def share(routes: Sequence[Route], options: MuonConfig) -> str:
+    """How much of the model Muon updates."""
+    total = sum(route.numel for route in routes)
+    mine = total - sum(route.scalar_numel for route in routes)
+    share = f" ({mine / total:.1%})" if total else ""
+    return f"muon updates {mine:,} of {total:,} parameters{share}, {options.scalar_optimizer} the others"
 
 
 def words(routes: Iterable[Route], options: MuonConfig) -> dict[str, str]:

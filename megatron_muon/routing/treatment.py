@@ -61,6 +61,7 @@ def fused(
     reason: str = "",
     forced: bool = False,
     option: str = "",
+    transposed: bool = False,
 ) -> Treatment:
     """The treatment of a fused weight: whole, split, and per head where heads are given.
 
@@ -75,17 +76,19 @@ def fused(
         reason: why it is the scalar optimizer's, if it is.
         forced: see :class:`Treatment`.
         option: see :class:`Treatment`.
+        transposed: whether it has (inputs, outputs), see :class:`megatron_muon.routing.layout.MatrixLayout`.
     """
     stacked = weight.dim() == 3
-    variants = {WHOLE_MATRIX: MatrixLayout("whole", stacked=stacked)}
-    if weight.size(-2) != rows:
-        problem = f"has {weight.size(-2)} rows, but {source} implies {rows}"
+    variants = {WHOLE_MATRIX: MatrixLayout("whole", stacked=stacked, transposed=transposed)}
+    *_, own_rows, _ = variants[WHOLE_MATRIX].seen_shape(weight.shape)
+    if own_rows != rows:
+        problem = f"has {own_rows} rows, but {source} implies {rows}"
         return Treatment(kind, choice, variants, reason, problem, forced, option=option)
     sections = tuple(sections)
-    variants[SPLIT] = MatrixLayout(kind, sections, stacked)
+    variants[SPLIT] = MatrixLayout(kind, sections, stacked, transposed=transposed)
     if heads:
         each = tuple(
             Section(section.name, section.rows, section.rule, heads.get(section.name, 0)) for section in sections
         )
-        variants[PER_HEAD] = MatrixLayout(kind, each, stacked)
+        variants[PER_HEAD] = MatrixLayout(kind, each, stacked, transposed=transposed)
     return Treatment(kind, choice, variants, reason, "", forced, option=option)

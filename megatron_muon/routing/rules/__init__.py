@@ -10,7 +10,15 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_muon.routing.rules import attention, embedding, feed_forward, latent_attention, linear, state_space
+from megatron_muon.routing.rules import (
+    attention,
+    embedding,
+    feed_forward,
+    hugging_face,
+    latent_attention,
+    linear,
+    state_space,
+)
 from megatron_muon.routing.treatment import Rule
 
 __all__ = ["is_expert_container", "rules_of"]
@@ -50,6 +58,8 @@ def rules_of(module: torch.nn.Module) -> Iterator[Rule]:
         yield embedding.embedding
     if isinstance(module, torch.nn.MultiheadAttention):
         yield attention.multihead_attention
+    if hugging_face.is_hugging_face(module):
+        yield hugging_face.hugging_face
     if linear.is_adapter(module):
         yield linear.low_rank_adapter
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_muon.config import MuonConfig, flag
+from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from megatron_muon.routing.treatment import ADAM, UNKNOWN, WHOLE_MATRIX, Treatment, WeightTreatment
 
 LORA_FACTOR = "lora_factor"
@@ -94,6 +95,11 @@ def is_linear(module: torch.nn.Module) -> bool:
     )
 
 
+def is_convolution(module: Any) -> bool:
+    """Whether ``module`` is a convolution of torch, whose weights of three dimensions are no stacks of matrices."""
+    return any(cls.__module__ == "torch.nn.modules.conv" for cls in type(module).__mro__)
+
+
 def linear(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """The weight of a linear layer (or the weights of a grouped one) that no fused rule has claimed."""
     for param in module.parameters(recurse=False):
@@ -109,7 +115,26 @@ def low_rank_adapter(module: Any, options: MuonConfig) -> Iterator[WeightTreatme
     for weight, factor in factors_of(module):
         choice = ADAM if factor == "A" and options.lora_a == "adam" else WHOLE_MATRIX
         reason = f"LoRA {factor}, rank x inputs ({flag('lora_a')} {options.lora_a})"
-        yield weight, Treatment(f"LoRA {factor}", choice, reason=reason, tags={LORA_FACTOR: factor})
+        layout, experts = WHOLE, stacked_experts(module)
+        if experts > 1:
+            rank = weight.size(0 if factor == "A" else 1) // experts
+            if rank == 1:
+                choice, reason = ADAM, "a single row or column for each expert"
+            if factor == "A":
+                layout = MatrixLayout("LoRA A", (Section("A", rank, matrix_rows=rank),))
+            else:
+                layout = MatrixLayout("LoRA B", stacked=True, turns=experts)
+        yield weight, Treatment(f"LoRA {factor}", choice, {WHOLE_MATRIX: layout}, reason, tags={LORA_FACTOR: factor})
+
+
+def stacked_experts(adapter: Any) -> int:
+    """Number of experts in whose stack an adapter's factors lie: peft's ``target_parameters``; 1 for any other.
+
+    A is (experts rank) x inputs, one expert after the other; B is outputs x (rank experts), whose columns the experts
+    have in turns.
+    """
+    experts = getattr(adapter, "num_experts", 1)
+    return experts if isinstance(getattr(adapter, "parameter_name", None), str) and isinstance(experts, int) else 1
 
 
 _FACTORS = {"linear_in": "A", "lora_A": "A", "lora_a": "A", "linear_out": "B", "lora_B": "B", "lora_b": "B"}
@@ -146,9 +171,20 @@ def is_adapter(module: torch.nn.Module) -> bool:
     return any(hasattr(module, a) and hasattr(module, b) for a, b in pairs)
 
 
+def _innermost(wrapper: Any) -> Any:
+    while isinstance(getattr(wrapper, "base_layer", None), torch.nn.Module):
+        wrapper = wrapper.base_layer
+    return wrapper
+
+
 def adapted(wrapper: torch.nn.Module) -> tuple[torch.Tensor | None, list[torch.nn.Parameter]]:
     """What an adapter's wrapper adapts: the weight of the wrapped layer, and the B factors that add to it."""
     if not any(isinstance(getattr(wrapper, name, None), torch.nn.Module) for name in _WRAPPED):
         return None, []
+    if isinstance(name := getattr(wrapper, "parameter_name", None), str):  # peft's, of a bare parameter
+        base = _innermost(wrapper)
+        weight = getattr(base, name, None)
+        factors = [weight for weight, factor in factors_of(wrapper) if factor == "B"]
+        return (weight if isinstance(weight, torch.Tensor) else None), factors
     holders = [wrapper, getattr(wrapper, "adapter", None)]
     return weight_of(wrapper), [weight for holder in holders for weight, factor in factors_of(holder) if factor == "B"]
