@@ -26,6 +26,7 @@ from megatron_muon.orthogonalize.scale import scale_factor
 from megatron_muon.plugin import install, is_installed, uninstall
 from megatron_muon.plugin.sleeping import sleep, wake
 from megatron_muon.plugin.state import StateBytes, reset, state_bytes
+from megatron_muon.routing.layout import MatrixLayout, Section
 from megatron_muon.routing.partition import ParamGroups, check_partition, param_groups
 from megatron_muon.version import __version__
 
@@ -37,12 +38,14 @@ __all__ = [
     "Hyperball",
     "Iteration",
     "JointOptimizer",
+    "MatrixLayout",
     "Muon",
     "MuonConfig",
     "MuonOptions",
     "NorMuon",
     "ParamGroups",
     "PolarGrad",
+    "Section",
     "SpectralSphere",
     "StateBytes",
     "StiefelMuon",

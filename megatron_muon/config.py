@@ -112,7 +112,8 @@ class MuonConfig(UpdateKnobs):
     param_rule: tuple[str, ...] = knob(
         (),
         "GLOB=CHOICE: decide about the weights whose names match, whatever the other rules say. adam; muon (by its own "
-        "rule), split, whole, per_head; sign, row_norm, col_norm: moved within a ball of --muon-ball-radius (Scion); "
+        "rule), split, whole, per_head; split(q 64, k 16, v 16), stack, transposed, transposed_stack: what a weight of "
+        "one's own is; sign, row_norm, col_norm: moved within a ball of --muon-ball-radius (Scion); "
         "stiefel: singular values stay at 1 (--optimizer stiefel_muon). steps:N, coefficients:NAME: what Newton-Schulz "
         "takes for them, in place of --muon-num-ns-steps and --muon-coefficient-type; steps:auto: measured early in "
         "training. Repeatable; of each of the three kinds the last match counts. Layers are numbered over the whole "

@@ -37,6 +37,8 @@ from megatron_muon.routing.told import Layouts, given_layout, said_by_rule
 from megatron_muon.routing.treatment import ADAM, SPLIT, UNKNOWN, WHOLE_MATRIX, Treatment
 from megatron_muon.routing.wrappers import pattern, restore_attributes, strip_wrappers
 
+_MEGATRON = ("megatron.core.", "megatron.legacy.", "transformer_engine.")
+
 OVERRIDE_ATTRIBUTE = "muon_override"
 """Attribute that names the ``--muon-param-rule`` which decided about a weight."""
 
@@ -254,7 +256,7 @@ def _has_rows_of(factor: torch.Tensor, base: torch.Tensor, transposed: bool) -> 
 def unknown_stacks(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Bare weights of three dimensions that may be a matrix for each expert: of no convolution, and not Megatron's."""
     for holder in module.modules():
-        if is_convolution(holder) or type(holder).__module__.startswith(("megatron.", "transformer_engine.")):
+        if is_convolution(holder) or any(cls.__module__.startswith(_MEGATRON) for cls in type(holder).__mro__):
             continue
         for param in holder.parameters(recurse=False):
             if param.dim() == 3 and not is_vector(param):

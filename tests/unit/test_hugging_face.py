@@ -239,6 +239,15 @@ def test_gates_biases_and_tables_are_adams() -> None:
     assert layout_of(model.get_parameter("model.layers.0.mlp.experts.gate_up_proj")).sections == ()
 
 
+def test_classes_that_wrappers_derive_are_known() -> None:
+    """FSDP2 gives modules a class of its own, in its own package."""
+    model = build("phi3", **SIZES)
+    attention = model.get_submodule("model.layers.0.self_attn")
+    attention.__class__ = type("FSDPPhi3Attention", (type(attention),), {"__module__": "torch.distributed.fsdp"})
+    groups_of(model)
+    assert layout_of(attention.qkv_proj.weight).kind == "qkv"
+
+
 def test_a_class_that_no_longer_fits_stops() -> None:
     model = build("phi3", **SIZES)
     model.get_submodule("model.layers.0.self_attn").head_dim = 4

@@ -58,7 +58,7 @@ def rules_of(module: torch.nn.Module) -> Iterator[Rule]:
         yield embedding.embedding
     if isinstance(module, torch.nn.MultiheadAttention):
         yield attention.multihead_attention
-    if hugging_face.is_hugging_face(module):
+    if hugging_face.class_name(module):
         yield hugging_face.hugging_face
     if linear.is_adapter(module):
         yield linear.low_rank_adapter

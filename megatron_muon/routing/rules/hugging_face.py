@@ -150,7 +150,7 @@ def _named(*names: str) -> Callable[[Any, int], _Rows]:
 
 
 def _gate_up(module: Any, rows: int) -> _Rows:
-    if getattr(module, "is_concatenated", type(module).__name__ not in _IN_TURNS):
+    if getattr(module, "is_concatenated", class_name(module) not in _IN_TURNS):
         return _halves(module, rows)
     return _Rows([Section("gate", 1), Section("up", 1)], rows // 2)
 
@@ -237,20 +237,24 @@ _IN_TURNS = ("GptOssExperts",)
 """Experts whose gate and up rows take turns, if the module does not tell."""
 
 
-def is_hugging_face(module: torch.nn.Module) -> bool:
-    """Whether the class of ``module`` is one of transformers'."""
-    return type(module).__module__.startswith(_PACKAGES)
+def class_name(module: Any) -> str:
+    """The name of the class of transformers that ``module`` is of, or derives from; empty if there is none.
+
+    FSDP2 and peft make classes of their own of them.
+    """
+    classes = (cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith(_PACKAGES))
+    return next(classes, "")
 
 
 def is_transposed(module: Any) -> bool:
     """Whether the weights of ``module`` are (inputs, outputs), or stacks of such: GPT-2's ``Conv1D``, some experts."""
-    name = type(module).__name__
+    name = class_name(module)
     return name == "Conv1D" or bool(getattr(module, "is_transposed", name in _ON_THEIR_SIDES))
 
 
 def hugging_face(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """All that is known of the weights of one of transformers' modules."""
-    name = type(module).__name__
+    name = class_name(module)
     for row in _TABLE:
         layer = getattr(module, row.layer, None)
         if layer is not None and any(fnmatchcase(name, each) for each in row.classes):
@@ -290,7 +294,7 @@ def _fused(module: Any, layer: Any, row: _Fused, options: MuonConfig) -> Iterato
             choice,
             sections,
             rows=periods * sum(section.rows for section in sections),
-            source=f"its {type(module).__name__} ({periods} times {', '.join(f'{x.name} {x.rows}' for x in sections)})",
+            source=f"its {class_name(module)} ({periods} times {', '.join(f'{x.name} {x.rows}' for x in sections)})",
             heads=heads,
             option=row.option,
             transposed=transposed,
@@ -300,12 +304,12 @@ def _fused(module: Any, layer: Any, row: _Fused, options: MuonConfig) -> Iterato
 
 def _has_experts(module: Any) -> bool:
     """Whether bare weights of three dimensions are a matrix for each expert: transformers marks most such classes."""
-    return hasattr(module, "is_concatenated") or type(module).__name__.endswith(("Experts", "ExpertsGemm"))
+    return hasattr(module, "is_concatenated") or class_name(module).endswith(("Experts", "ExpertsGemm"))
 
 
 def _whole(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """Weights that are one matrix, or one an expert, though no linear layer of torch; routers and tables."""
-    name, transposed = type(module).__name__, is_transposed(module)
+    name, transposed = class_name(module), is_transposed(module)
     if is_convolution(module):
         return
     for child, weight in module.named_parameters(recurse=False):
