@@ -129,9 +129,9 @@ def check_weight(weight: Weight, mode: str, period: int = 1) -> None:
         ConfigError: if shards cut through what must stay whole.
     """
     layout = weight.layout
-    if weight.dim and layout.is_turned:
+    if (weight.dim or weight.pieces) and layout.is_turned:
         raise ConfigError(
-            f"a {layout.kind} weight of (inputs, outputs), or of experts in turns, that tensor parallelism divides: "
+            f"a {layout.kind} weight of (inputs, outputs), or of experts in turns, that ranks divide: leave it whole, "
             "use a layer of (outputs, inputs), or give it to Adam (--muon-param-rule 'NAME=adam')."
         )
     layout.blocks(weight.whole_shape)
