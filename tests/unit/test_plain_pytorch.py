@@ -87,7 +87,7 @@ def test_the_sharded_example_goes_on_with_one_rank(pool: RankPool, tmp_path: Pat
     whole, _ = pool.run(sharded_example, 2, 9, "", "")
     first, _ = pool.run(sharded_example, 2, 6, "", str(tmp_path))
     (rest,) = pool.run(sharded_example, 1, 9, str(tmp_path), "")
-    assert first + rest == pytest.approx(whole, abs=1e-4) and whole[-1] < whole[0]  # AdamW has other sums, too
+    assert first + rest == pytest.approx(whole, abs=2e-5) and whole[-1] < whole[0]  # AdamW has other sums, too
 
 
 @pytest.mark.slow
