@@ -27,6 +27,7 @@ from megatron_muon.optimizers.step import GroupRates, Step, SteppingOptimizer, c
 from megatron_muon.optimizers.storage import gradients_of
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM
+from megatron_muon.routing.blocks import is_dtensor
 from megatron_muon.routing.layout import layout_of
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -343,6 +344,10 @@ def capture(
     Raises:
         ConfigError: if its step cannot be captured, saying what prevents it.
     """
+    if any(is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
+        raise ConfigError(
+            "capture() of an optimizer of DTensors, whose gradients come in other memory: step() as it is."
+        )
     if how is None:
         check_device(optimizer)
     graph = StepGraph(optimizer, how or cuda_graph)

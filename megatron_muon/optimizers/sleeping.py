@@ -18,6 +18,7 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.handled import ASLEEP, STEP, refuse_asleep
 from megatron_muon.optimizers.state_files import StateFile
 from megatron_muon.optimizers.windows import to_host
+from megatron_muon.routing.blocks import is_dtensor
 
 HOST = "host"
 """Where state sleeps in memory of the host; any other word is a folder."""
@@ -140,7 +141,13 @@ def put_to_sleep(
 
     Raises:
         OSError: from :class:`StateFile`; nothing has changed.
+        ConfigError: if state is in DTensors.
     """
+    if any(is_dtensor(entry.tensor) for entry in entries):
+        raise ConfigError(
+            "sleep() of an optimizer of DTensors, whose state lies where their meshes are: use fully_shard's "
+            "CPUOffloadPolicy, or save and load the state."
+        )
     for inner in inners:
         if (graph := getattr(inner, "graph", None)) is not None:
             graph.release()

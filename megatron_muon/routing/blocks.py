@@ -177,11 +177,16 @@ def is_quantized(tensor: torch.Tensor) -> bool:
     return type(tensor).dequantize is not torch.Tensor.dequantize or getattr(tensor, "quantizer", None) is not None
 
 
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is torch's ``DTensor``, of which each rank has a part; told without its seconds of imports."""
+    return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
+
+
 def no_numbers_of_its_own(weight: torch.Tensor) -> str:
     """Why a weight cannot be updated in its own memory, to follow "is"; empty if it can."""
     if is_quantized(weight):
         return f"quantized ({type(weight).__name__}), and its updates would be lost in rounding"
-    if any(cls.__name__ == "DTensor" for cls in type(weight).__mro__):
+    if is_dtensor(weight):
         return "a DTensor, of which each rank has rows that are no matrices"
     return "" if weight.dtype in _DTYPES else f"of {weight.dtype}, and Muon updates real numbers of 16 bits and more"
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from megatron_muon import ConfigError, Muon
 from megatron_muon.optimizers.fading import EVERY
+from megatron_muon.optimizers.graph import capture
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, SCALAR, MatrixLayout, Section
 from tests.pool import RankPool
 
@@ -293,6 +294,9 @@ def one_without_gradient() -> tuple[str, bool]:
     optimizer = Muon([{"params": weights, "param_names": ["a", "b"]}], **OPTIONS)
     _step(optimizer, weights, cases, mesh, 1)
     before = [weight.to_local().clone() for weight in weights]  # type: ignore[attr-defined]
+    for call in (optimizer.sleep, lambda: capture(optimizer)):
+        with pytest.raises(ConfigError, match="of an optimizer of DTensors"):
+            call()
     weights[dist.get_rank()].grad = None
     with pytest.raises(RuntimeError) as error:
         optimizer.step()
