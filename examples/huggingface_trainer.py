@@ -66,7 +66,7 @@ def train(steps: int, folder: str, resume: str | None = None) -> tuple[list[floa
     """
     # By itself Trainer of transformers 5.12 leaves the experts as they are: a checkpoint has other names for them.
     model = Qwen3MoeForCausalLM.from_pretrained(resume) if resume else tiny_model()
-    optimizer = megatron_muon.optimizer_for(model, lr=3e-3, weight_decay=0.1, param_rule=("*.mlp.gate.weight=muon",))
+    optimizer = megatron_muon.optimizer_for(model, lr=3e-3, weight_decay=0.1)
     print(optimizer.table, flush=True)
     arguments = TrainingArguments(
         folder,

@@ -19,6 +19,7 @@ from megatron_muon.options import MuonOptions
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names, layout_of, report
 from megatron_muon.routing.partition import param_groups
+from megatron_muon.routing.told import Layouts
 
 _OF_ADAMW = ("lr", "betas", "eps", "weight_decay", "foreach", "fused", "capturable")
 """Arguments of AdamW that ``optimizer_for`` takes: Muon does not have the others, such as ``maximize``."""
@@ -34,6 +35,7 @@ def optimizer_for(
     weight_decay: float = 0.1,
     adam: Mapping[str, Any] | None = None,
     variant: str | Variant = "none",
+    layouts: Layouts | None = None,
     **options: Any,
 ) -> JointOptimizer:
     """One optimizer for all trained weights of a model: matrices by :class:`megatron_muon.Muon`, the rest by AdamW.
@@ -55,6 +57,7 @@ def optimizer_for(
         adam: arguments of ``torch.optim.AdamW`` for the rest: ``lr``, ``betas``, ``eps``, ``weight_decay``,
             ``foreach``, ``fused``, ``capturable``. Rows of fused weights that are no matrices have the first four, too.
         variant: as of :class:`megatron_muon.Muon`.
+        layouts: what fused weights of your own are, as of :func:`megatron_muon.param_groups`.
         **options: of :class:`megatron_muon.Muon` (``momentum=0.9``, ``num_ns_steps=7``), and those that say which
             weights are matrices (``param_rule=("lm_head.weight=adam",)``, ``router="adam"``), see
             :func:`megatron_muon.param_groups`.
@@ -67,7 +70,7 @@ def optimizer_for(
     if unknown := [name for name in given if name not in _OF_ADAMW]:
         raise TypeError(f"optimizer_for(adam=...) with {unknown[0]}: give some of {', '.join(_OF_ADAMW)}.")
     routing = MuonConfig(**{name: options.pop(name) for name in _OF_ROUTING & options.keys()})
-    groups = param_groups(model, routing, weight_decay=weight_decay)
+    groups = param_groups(model, routing, weight_decay=weight_decay, layouts=layouts)
     if not groups.muon:
         raise ConfigError(
             f"optimizer_for a model of which no trained weight is Muon's:\n{groups.table}\nUse torch.optim.AdamW, or "
@@ -81,7 +84,7 @@ def optimizer_for(
     muon = Muon(groups.muon, lr=lr, weight_decay=weight_decay, variant=its, **options)
     rest = groups.scalar or [{"params": [], "param_names": []}]  # weights may be added
     rest = [{**group, "weight_decay": given["weight_decay"] if group.get("weight_decay") else 0.0} for group in rest]
-    return JointOptimizer(model, muon, torch.optim.AdamW(rest, **given), routing=routing)
+    return JointOptimizer(model, muon, torch.optim.AdamW(rest, **given), routing=routing, layouts=layouts)
 
 
 def _of_rows(adam: Mapping[str, Any], lr: Rate, weight_decay: float) -> dict[str, Any]:
@@ -121,6 +124,7 @@ class JointOptimizer(torch.optim.Optimizer):
         muon: of the groups ``param_groups(model).muon``.
         scalar: of the groups ``param_groups(model).scalar``.
         routing: options by which weights that are added are given to one of both; None: the defaults.
+        layouts: of fused weights that are added, as of :func:`megatron_muon.param_groups`.
 
     Raises:
         ConfigError: for trained weights of the model that neither optimizer has, or both.
@@ -133,9 +137,10 @@ class JointOptimizer(torch.optim.Optimizer):
         scalar: torch.optim.Optimizer,
         *,
         routing: MuonConfig | None = None,
+        layouts: Layouts | None = None,
     ) -> None:
         self.muon, self.scalar = muon, scalar
-        self._routing = routing or MuonConfig()
+        self._routing, self._layouts = routing or MuonConfig(), layouts
         self._model: Callable[[], torch.nn.Module | None] = weakref.ref(model)
         self._frozen: list[tuple[str, torch.nn.Parameter]] | None = None
         self._is_made = False
@@ -150,10 +155,11 @@ class JointOptimizer(torch.optim.Optimizer):
         model = self._model()
         if model is None:
             return ""
-        routes = {name: getattr(self._routing, name) for name in _OF_ROUTING}
-        options = dataclasses.replace(self.muon.config, **routes)
+        own = {name: getattr(self._routing, name) for name in _OF_ROUTING}
+        options = dataclasses.replace(self.muon.config, **own)
         trained = [(name, param) for name, param in global_names(model) if param.requires_grad]
-        return report.render(report.collect(trained, options, hidden_size=self.muon.hidden_size), options)
+        routes = report.collect(trained, options, hidden_size=self.muon.hidden_size)
+        return f"{report.share(routes, options)}\n{report.render(routes, options)}"
 
     @property
     def parts(self) -> tuple[Muon, torch.optim.Optimizer]:
@@ -204,7 +210,7 @@ class JointOptimizer(torch.optim.Optimizer):
                 "add_param_group of an optimizer whose model is gone, or of a copy: which weights are matrices depends "
                 "on the model. Make it anew by optimizer_for(model)."
             )
-        annotate(model, self._routing)
+        annotate(model, self._routing, layouts=self._layouts)
         names: dict[torch.Tensor, str] = {param: name for name, param in global_names(model)}
         given = param_group["params"]
         params = (
@@ -214,7 +220,7 @@ class JointOptimizer(torch.optim.Optimizer):
         )
         if foreign := sum(param not in names for param in params):
             raise ConfigError(f"add_param_group with {foreign} weights that are not the model's: give it the model's.")
-        kinds = {param: _kind(param) for param in params}
+        kinds = {param: _kind(param, names[param]) for param in params}
         decay = {} if "weight_decay" in param_group else {"weight_decay": 0.0}
         for kind, (part, own) in {
             "muon": (self.muon, {}),
@@ -325,7 +331,8 @@ class JointOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         owners = state.pop("owners")
-        self._routing, self._model, self._frozen, self._is_made = MuonConfig(), _no_model, [], True
+        self._routing, self._layouts = MuonConfig(), None
+        self._model, self._frozen, self._is_made = _no_model, [], True
         super().__setstate__({**state, "defaults": dict(state["muon"].defaults), "param_groups": []})
         self._join(owners)
 
@@ -334,10 +341,11 @@ def _no_model() -> None:
     """What stands for the model of a copy."""
 
 
-def _kind(param: torch.Tensor) -> str:
+def _kind(param: torch.Tensor, name: str) -> str:
+    """Which group it belongs to, as :func:`megatron_muon.param_groups` decides."""
     if not _is_nonlinear_or_embedding(param):
         return "muon"
-    return "table" if param.dim() > 1 else "vector"
+    return "table" if param.dim() > 1 and not name.endswith("bias") else "vector"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_muon import optimizer_for
 from tests.pool import RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,12 @@ def test_the_page_trains_and_saves(begun: dict[str, Any], tmp_path: Path, monkey
     assert begun["loss"].isfinite() and (tmp_path / "checkpoint.pt").exists()
 
 
+def test_fused_layers(begun: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = blocks("Fused layers")
+    exec(block, begun)
+    assert "64 x 64" in capsys.readouterr().out
+
+
 def test_trainer_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example, whole and in two parts: the same losses, and weights to the bit."""
     pytest.importorskip("transformers", reason="needs Hugging Face's transformers")
@@ -54,6 +61,8 @@ def test_trainer_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest
     for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two), name
     initial = dict(huggingface_trainer.tiny_model().named_parameters())
+    muon = optimizer_for(huggingface_trainer.tiny_model()).muon.param_groups[0]["param_names"]
+    assert {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.gate.weight"} < {*muon}
     assert not any(torch.equal(one, initial[name]) for name, one in model.named_parameters())
 
 
