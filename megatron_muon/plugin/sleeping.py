@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_muon.optimizers import sleeping
+from megatron_muon.optimizers.joint import JointOptimizer
 from megatron_muon.optimizers.sleeping import HOST, Entry, entries_in, entries_of
 from megatron_muon.plugin.optimizer_state import has_own_masters, has_parts, leaves, param_states
 
@@ -59,11 +60,13 @@ def wake(optimizer: Any) -> int:
 
 
 def wrapped(optimizer: Any) -> Iterator[Any]:
-    """Optimizers of Megatron-Core, of which each has one torch optimizer; or that of torch itself."""
+    """Optimizers of Megatron-Core, of which each has one torch optimizer; or that of torch itself, or its parts."""
     if has_parts(optimizer):
         for info in optimizer.module_infos.values():
             if info.is_active and info.optimizer is not None:
                 yield from wrapped(info.optimizer)
+    elif isinstance(optimizer, JointOptimizer):
+        yield from optimizer.parts
     elif isinstance(optimizer, torch.optim.Optimizer):
         yield optimizer
     else:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import state_dict as dcp
 
+import megatron_muon
 from megatron_muon import ConfigError, JointOptimizer, Muon, MuonConfig, optimizer_for, param_groups
 from megatron_muon.routing.layout import SCALAR, MatrixLayout, Section
 
@@ -308,6 +309,24 @@ def test_what_is_wrong_is_refused() -> None:
     optimizer.param_groups = [{**group} for group in optimizer.param_groups]
     with pytest.raises(ConfigError, match="not those of its two optimizers"):
         optimizer.step()
+
+
+def test_state_in_other_hands() -> None:
+    """Counted, put to sleep and started anew, as that of two optimizers is."""
+    one, other = model(), model()
+    optimizer = made(one)
+    train(one, [optimizer], range(2))
+    kept = megatron_muon.state_bytes(optimizer).on_device
+    assert kept["momentum_buffer"] == 2 * 48 * 8 and "exp_avg_sq" in kept
+    assert megatron_muon.sleep(optimizer) >= 0
+    with pytest.raises(ConfigError, match="asleep"):
+        optimizer.step()
+    megatron_muon.wake(optimizer)
+    megatron_muon.reset(optimizer)
+    other.load_state_dict(one.state_dict())
+    train(one, [optimizer], range(2, 4))
+    train(other, [made(other)], range(2, 4))
+    assert_alike(one, other)
 
 
 def test_a_model_of_matrices_alone() -> None:
