@@ -49,7 +49,7 @@ SCALAR_OPTIMIZERS = ("adam", "lion")
 """``--muon-scalar-optimizer``: see :mod:`megatron_muon.optimizers.scalar_rows`."""
 
 WEIGHT_DECAY_METHODS = ("decoupled", "independent", "independent_scheduled", "l2", "cautious")
-"""``--muon-weight-decay-method``: see :func:`megatron_muon.optimizers.groups.options_of`."""
+"""``--muon-weight-decay-method``: see :func:`megatron_muon.optimizers.rates.options_of`."""
 
 MASTERS = ("fp32", "remainder")
 """``--muon-master``: see :mod:`megatron_muon.optimizers.storage`."""

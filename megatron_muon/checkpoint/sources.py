@@ -21,7 +21,6 @@ from megatron_muon.checkpoint.shards import Replica
 from megatron_muon.checkpoint.stored import Stored
 from megatron_muon.optimizers.adaptive import NAMO
 from megatron_muon.optimizers.fading import PEAK
-from megatron_muon.optimizers.power import UPDATE_LEFT
 from megatron_muon.optimizers.sizes import RADIUS as BALL_RADIUS
 from megatron_muon.optimizers.sphere import LEFT, MULTIPLIER, RADIUS
 
@@ -40,7 +39,7 @@ _SAME = {MASTER: (MASTER, "param", MODEL)}
 
 ESTIMATED = "exp_avg_sq"
 
-_WARM_STARTS = (UPDATE_LEFT, LEFT, MULTIPLIER)
+_WARM_STARTS = (LEFT, MULTIPLIER)
 """Where iterations go on from: without them they start anew, and find the same."""
 
 _OF_MATRICES = (*_WARM_STARTS, RADIUS, BALL_RADIUS, NAMO.state_name)

@@ -22,11 +22,9 @@ import torch
 from megatron_muon.agree import Ranks, backends_of
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.handled import STEP, HostReads
-from megatron_muon.optimizers.power import is_early
-from megatron_muon.optimizers.step import GroupRates, Step, SteppingOptimizer, compare, forget, rates_of
+from megatron_muon.optimizers.step import GroupRates, Step, SteppingOptimizer, compare, prepare, rates_of
 from megatron_muon.optimizers.storage import gradients_of
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
-from megatron_muon.orthogonalize.scale import SPECTRAL_NORM
 from megatron_muon.routing.blocks import is_dtensor
 from megatron_muon.routing.layout import layout_of
 
@@ -198,7 +196,7 @@ class StepGraph:
         optimizer = self.optimizer
         if not optimizer.engines.compared_elsewhere:
             compare(optimizer)
-        forget(optimizer, rates)
+        prepare(optimizer, rates)
         self.on_device(rates)
         for each in rates:
             each.group[STEP] += 1
@@ -222,8 +220,6 @@ def _fixed(rates: GroupRates) -> tuple[Any, ...]:
     """What is captured as it is of the numbers of a param group."""
     options, rows, group = rates.options, rates.rows, rates.group
     fixed: list[Any] = [replace(options, lr=0.0, kept=_whether(options.kept), cautious=_whether(options.cautious))]
-    if options.scale_mode == SPECTRAL_NORM:
-        fixed.append(is_early(group[STEP] + 1))
     if rows is not None:
         fixed += [group["scalar_optimizer"], tuple(group["scalar_betas"]), group["scalar_eps"]]
         fixed += [_whether(rows.kept), rows.mixed, _classes(rows.counts)]

@@ -1,25 +1,24 @@
-"""Options of param groups: their names, how they are checked, and their values in a step."""
+"""Options of param groups: their names, and how they are checked."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 import torch
 
 from megatron_muon.choices import AUTO_STEPS, COEFFICIENTS, STEPS
-from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.handled import STEP
+from megatron_muon.optimizers.storage import gradients_of
 from megatron_muon.options import UpdateKnobs
-from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
-from megatron_muon.routing.layout import BALLS, MSIGN, MatrixLayout
+from megatron_muon.routing.layout import BALLS, LAYOUT_ATTRIBUTE, MSIGN, WHOLE, MatrixLayout
 
 OPTIONAL = ("nesterov", "scale_mode", "extra_scale_factor", "weight_decay_method", "ball_radius")
 """Options that a group may set for itself; otherwise the optimizer's value holds. All other options that a group may
@@ -41,7 +40,17 @@ _RULE = "MuonConfig(param_rule=('GLOB={}:...',)) in megatron_muon.param_groups"
 BUDGETS = {"num_ns_steps": _RULE.format(STEPS), "coefficient_type": _RULE.format(COEFFICIENTS)}
 """Options of the whole optimizer that weights may have of their own, and how."""
 
-_MEANT = {"wd": "weight_decay", "learning_rate": "lr", "beta": "momentum", "mu": "momentum"}
+MEANT = {
+    **{"wd": "weight_decay", "learning_rate": "lr", "beta": "momentum", "mu": "momentum", "ns_steps": "num_ns_steps"},
+    **dict.fromkeys(("ns_coefficients", "ns_coefs"), "coefficient_type"),
+    **dict.fromkeys(("adjust_lr_fn", "adjust_lr", "rms_scale"), "scale_mode"),
+}
+"""What other implementations call an option."""
+
+_MARKS = {"use_muon": True, "algorithm": "muon", "optim_type": "muon", "kind": "muon"}
+"""By which optimizers of other packages that are Muon and Adam at once tell the groups of both apart, and what says
+Muon: KellerJordan's and DeepSpeed's, Dion's, others', and nanochat's."""
+
 _NOT_NEGATIVE = ("lr", "weight_decay", "damping_depth", "scalar_eps", "scalar_lr_mult", "scalar_wd_mult")
 
 _ROUNDING = 1e-12
@@ -59,7 +68,7 @@ def check_names(group: Collection[str], defaults: Collection[str], constructor: 
     Raises:
         ConfigError: naming the option, and the way out.
     """
-    known = [*defaults, *OPTIONAL, AUTO]
+    known = [*defaults, *OPTIONAL, AUTO, *_MARKS]
     for name in (name for name in group if name not in _OF_OTHERS and name not in known):
         if name in constructor:
             way_out = f"a rule of {BUDGETS[name]}" if name in BUDGETS else "to an optimizer of their own"
@@ -67,12 +76,82 @@ def check_names(group: Collection[str], defaults: Collection[str], constructor: 
                 f"{name} in a param group: it is an option of the whole optimizer. Give it to the constructor, or "
                 f"these weights {way_out}."
             )
-        near = difflib.get_close_matches(name, known, 1)
-        meant = _MEANT.get(name) or (near[0] if near else "")
+        near = difflib.get_close_matches(name, known[: -len(_MARKS)], 1)
+        meant = MEANT.get(name) or (near[0] if near else "")
         raise ConfigError(
             f"{name} in a param group: there is no such option{f' (did you mean {meant}?)' if meant else ''}. A group "
-            f"may have {', '.join(known)}."
+            f"may have {', '.join(known[: -len(_MARKS)])}."
         )
+
+
+def check_marks(group: Mapping[str, Any]) -> None:
+    """Refuse a group that is marked as another optimizer's, as other packages mark groups.
+
+    Raises:
+        ConfigError: naming the mark, and the way out.
+    """
+    for name, own in _MARKS.items():
+        if name in group and group[name] != own:
+            raise ConfigError(
+                f"{name} {group[name]!r} in a param group: megatron_muon.Muon updates all its weights by Muon, and by "
+                f"one variant. Give these to an optimizer of their own, such as torch.optim.AdamW, or leave {name} out."
+            )
+
+
+def check_weights(group: Mapping[str, Any]) -> None:
+    """Refuse, before a step, weights and gradients of which no matrices can be made; looks at no values.
+
+    Raises:
+        ConfigError: naming the weight and the way out.
+    """
+    for index, (param, grad) in enumerate(zip(group["params"], gradients_of(group["params"]), strict=True)):
+        if param.dim() != (dims := getattr(param, LAYOUT_ATTRIBUTE, WHOLE).dims):
+            raise ConfigError(f"{name_of(group, index)} {no_matrix(param, dims)}")
+        if grad is not None and grad.layout is not torch.strided:
+            raise ConfigError(
+                f"{name_of(group, index)} has a sparse gradient, and Muon updates dense ones: make it dense "
+                "(sparse=False of the layer), or give the weight to torch.optim.SparseAdam."
+            )
+
+
+def no_matrix(param: torch.Tensor, dims: int) -> str:
+    """That a weight is of the wrong number of dimensions, to follow its name."""
+    way_out = "give it to Adam."
+    if param.dim() == 1:
+        way_out = (
+            "give vectors to Adam. A part of a flattened weight, as FSDP1 (FullyShardedDataParallel) and DeepSpeed's "
+            "ZeRO make them, is no matrix: use fully_shard (FSDP2), or DDP."
+        )
+    return f"has shape {sizes(param.shape)}, and Muon updates {dims}-D weights: {way_out}"
+
+
+def name_of(group: Mapping[str, Any], index: int) -> str:
+    """What messages call a weight of a group: its name, where ``named_parameters()`` was given."""
+    names = group.get("param_names", ())
+    return names[index] if index < len(names) else f"weight {index} of its param group"
+
+
+def in_python(message: str, variant: str, options: Mapping[str, str]) -> str:
+    """What is wrong with flags, in words for who has given arguments: ``--muon-scale-mode x`` is ``scale_mode x``.
+
+    Args:
+        message: about flags.
+        variant: name of the variant's class.
+        options: its options, each with the setting that gives it.
+    """
+    for option, setting in options.items():
+        message = message.replace(f"--{setting.replace('_', '-')} ", f"{variant}'s {option} ")
+    for flag, argument in _ARGUMENTS.items():
+        message = re.sub(flag, argument, message)
+    return re.sub("--(?:muon-)?(no-)?([a-z0-9-]+)", lambda found: found[2].replace("-", "_"), message)
+
+
+_ARGUMENTS = {
+    "--optimizer (?:dist_)?muon\\b": "variant none",
+    "--optimizer stiefel_muon": "variant stiefel",
+    "--optimizer (adaptive_muon|spectral_sphere)": r"variant \1",
+    "--adaptive-muon-moment2-method": "variant",
+}
 
 
 def check_numbers(group: Mapping[str, Any], *, read: bool = True) -> None:
@@ -80,16 +159,19 @@ def check_numbers(group: Mapping[str, Any], *, read: bool = True) -> None:
 
     Args:
         group: the options.
-        read: whether to look at what tensors hold, for which the host waits.
+        read: whether to look at what tensors on a GPU hold, for which the host waits.
 
     Raises:
         ConfigError: naming option, value and way out.
     """
     for name in _NOT_NEGATIVE:
         value: Any = group.get(name)
-        unseen = isinstance(value, torch.Tensor) and not read
+        unseen = isinstance(value, torch.Tensor) and not read and value.device.type != "cpu"
         if not is_number(value) or not (unseen or -_ROUNDING <= value < math.inf):
             raise ConfigError(f"{name} {value}: give a finite number of at least 0")
+    momentum: Any = group.get("momentum")
+    if not isinstance(momentum, Real) or not 0.0 <= float(momentum) < 1.0:
+        raise ConfigError(f"momentum {momentum}: give a number from 0 to below 1 (0.95 is usual)")
     betas: Any = group.get("scalar_betas")
     are_two = isinstance(betas, list | tuple) and len(betas) == 2
     if not are_two or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
@@ -152,87 +234,3 @@ def all_options(optimizer: Any) -> dict[str, Any]:
 def is_number(value: Any) -> bool:
     """Whether a value is a real number, or a tensor of one element."""
     return isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of a param group in one step, which can be a key of a dictionary: tensors count by identity.
-
-    Attributes:
-        lr: learning rate; a tensor has no dimension.
-        momentum: decay of the momentum.
-        nesterov: weight of the momentum in its mix with the gradient; 1 if it is taken as it is.
-        kept: factor on the weights by which they decay; None if they do not decay, or by another method.
-        l2: factor on the weights that are added to their gradients; 0 with other methods of decay.
-        cautious: factor on the weights that are subtracted where the update makes an element smaller (as Dion's
-            cautious decay); None with other methods.
-        scale_mode: see :func:`megatron_muon.orthogonalize.scale.scale_factor`.
-        extra_scale_factor: a further factor on updates.
-        ball_radius: factor on the updates of weights in balls.
-        damping_depth: see :class:`megatron_muon.Muon`.
-    """
-
-    lr: Rate
-    momentum: float
-    nesterov: float
-    kept: Rate | None
-    l2: float
-    cautious: Rate | None
-    scale_mode: str
-    extra_scale_factor: float
-    ball_radius: float
-    damping_depth: float
-
-
-def options_of(group: dict[str, Any], config: MuonConfig, decays: bool, first_lr: Rate) -> Options:
-    """The options of a group in this step.
-
-    Args:
-        group: the param group.
-        config: of the optimizer.
-        decays: False for variants that would undo weight decay.
-        first_lr: the rate that the group had when it was added: the peak rate if no scheduler has noted one.
-
-    Raises:
-        ConfigError: if its weight decay needs a peak rate, and there is none, or a number, and is a tensor.
-    """
-    own = {name: group.get(name, getattr(config, name)) for name in OPTIONAL}
-    lr, decay = (_with_weights(group[name], group) for name in ("lr", "weight_decay"))
-    momentum, decay = float(group["momentum"]), decay if decays else 0.0
-    method, kept = own.pop("weight_decay_method"), None
-    if decay and method == "decoupled":
-        kept = 1.0 - lr * decay
-    elif decay and method == "independent":
-        kept = 1.0 - decay
-    elif decay and method == "independent_scheduled":
-        kept = 1.0 - decay * lr / _with_weights(_peak_lr(group, first_lr), group)
-    l2 = decay if method == "l2" else 0.0
-    if isinstance(l2, torch.Tensor):
-        raise ConfigError("weight_decay as a tensor with weight_decay_method l2: give a number")
-    return Options(
-        lr=lr,
-        momentum=momentum,
-        nesterov=momentum if own.pop("nesterov") else 1.0,
-        kept=kept,
-        l2=l2,
-        cautious=lr * decay if decay and method == "cautious" else None,
-        damping_depth=group["damping_depth"],
-        **own,
-    )
-
-
-def _with_weights(rate: Rate, group: dict[str, Any]) -> Rate:
-    """The rate with all its bits; as a tensor it gets no dimensions, and the device of the group's weights."""
-    if not isinstance(rate, torch.Tensor):
-        return float(rate)
-    if not group["params"]:
-        return rate
-    return rate.detach().reshape(()).to(group["params"][0].device, non_blocking=True)
-
-
-def _peak_lr(group: dict[str, Any], first_lr: Rate) -> Rate:
-    """The peak rate, which Megatron-Core's and torch's schedulers note in the group; without one, the first rate."""
-    for peak in (group.get("max_lr"), group.get("initial_lr"), first_lr):
-        if isinstance(peak, torch.Tensor) or peak:
-            return peak
-    raise ConfigError("--muon-weight-decay-method independent_scheduled without --lr: give the peak rate.")

@@ -27,6 +27,9 @@ STEPS = 8
 """Of the iteration. The largest eigenvalue of the Gram matrix of a large random square matrix, whose spectrum ends
 without a gap, is found to about (pi / (2 STEPS + 1))^2 = 3.4 %, the singular value to half as much."""
 
+_STEPS_ALONE = 12
+"""Of :func:`spectral_norms`, which acts on updates."""
+
 Diagonals = tuple[torch.Tensor, torch.Tensor]
 """Of T: (matrices, vectors, STEPS), and what is beside them, one less."""
 
@@ -184,6 +187,31 @@ def _together(matrices: Matrices, runs: Sequence[_Run], steps: int) -> tuple[lis
         for run, product in zip(runs, products, strict=True):
             run.at_shorter(product if run.sums_short else next(sums))
     return [run.results() for run in runs], sketches
+
+
+def spectral_norms(
+    matrices: Matrices, tensors: Sequence[torch.Tensor], norms: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The largest singular value of each matrix, from below and to 1 %: (matrices, 1, 1) for each update.
+
+    By twelve steps of the iteration, from two vectors of noise that are the same at every layout and in every step: of
+    results of Newton-Schulz, the least estimate was 0.9915 of the norm (all sets of coefficients in 4, 5 and 8 steps,
+    sides from 8 to 768, momenta with spectra from flat to 1 / k^2). It is never below |A|_F / sqrt(p).
+
+    Args:
+        matrices: the updates.
+        tensors: A of each, (matrices, rows on this rank, columns on this rank).
+        norms: |A|_F of each, (matrices, 1, 1).
+    """
+    scales = [[torch.where(norm > 0, norm.reciprocal(), 0.0).clamp_max(1e37)] for norm in norms]
+    starts = [[noise(update, a)] for update, a in zip(matrices.updates, tensors, strict=True)]
+    spectra, _ = tridiagonals(matrices, [[a] for a in tensors], scales, starts, _STEPS_ALONE)
+    tops = _of_each(largest, [its[0] for its in spectra])[0]
+    found = []
+    for update, top, norm in zip(matrices.updates, tops, norms, strict=True):
+        share = top.amax(dim=-1).sqrt().clamp_min(min(update.rows, update.columns) ** -0.5)
+        found.append(norm * share.to(norm.dtype).view(-1, 1, 1))
+    return found
 
 
 def signs(update: Update, tensor: torch.Tensor) -> torch.Tensor:

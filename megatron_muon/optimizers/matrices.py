@@ -12,10 +12,10 @@ from megatron_muon.engine.shards import Shard
 from megatron_muon.engine.slices import Slices, Tensors
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.forms import PLAIN
-from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.handled import STEP, HostReads
 from megatron_muon.optimizers.param_step import Cut, ParamStep, Weights, by_param_group, gradients
 from megatron_muon.optimizers.precision import own_dtype
+from megatron_muon.optimizers.rates import Options, moving
 from megatron_muon.optimizers.storage import Kept, at_once, opened_in_turn
 from megatron_muon.orthogonalize.kernels.elementwise import Rate, add_
 from megatron_muon.routing.blocks import BlockRange, block_rows_before
@@ -140,14 +140,20 @@ class Update:
         return found
 
     def add(self, batch: torch.Tensor, rate: Rate) -> None:
-        """Add a batch, times a rate, to the weights."""
+        """Add a batch, times a rate, to the weights; nothing at rate 0."""
+        if self.options.is_still:
+            return
         cut = Cut(self.slices, batch)
         for numbers, take in opened_in_turn([weight.master for weight in self.weights], cut):
             if numbers:
                 add_(numbers, take(cut.slots), rate)
 
     def keep(self, batch: torch.Tensor) -> None:
-        """Make a batch the weights."""
+        """Make a batch the weights; not at rate 0."""
+        if self.options.is_still:
+            return
+        if isinstance(self.options.lr, torch.Tensor):
+            batch = moving(self.options.lr, batch, self.masters())
         cut = Cut(self.slices, batch)
         for numbers, take in opened_in_turn([weight.master for weight in self.weights], cut):
             if numbers:
@@ -173,7 +179,11 @@ class Update:
         return found
 
     def multiply(self, factor: torch.Tensor) -> None:
-        """Multiply the weights in place by a factor for each matrix, (matrices, 1, 1)."""
+        """Multiply the weights in place by a factor for each matrix, (matrices, 1, 1); not at rate 0."""
+        if self.options.is_still:
+            return
+        if isinstance(self.options.lr, torch.Tensor):
+            factor = moving(self.options.lr, factor, torch.ones_like(factor))
         cut = Cut(self.slices, factor.expand(-1, self.direction.size(-2), 1))
         for numbers, take in opened_in_turn([weight.master for weight in self.weights], cut):
             if numbers:

@@ -31,19 +31,25 @@ from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.fading import PEAK
 from megatron_muon.optimizers.groups import (
     AUTO,
-    BUDGETS,
+    MEANT,
     OPTIONAL,
     PER_GROUP,
     check_layout,
+    check_marks,
     check_names,
     check_numbers,
+    check_weights,
+    in_python,
     is_number,
+    name_of,
+    no_matrix,
 )
 from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_capture, refuse_elsewhere
 from megatron_muon.optimizers.loading import AsItIs, tell
-from megatron_muon.optimizers.power import UPDATE_LEFT, WarmStarts
+from megatron_muon.optimizers.power import WarmStarts
 from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.probe import Probe
+from megatron_muon.optimizers.rates import check_decay
 from megatron_muon.optimizers.registry import made_anew, variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, cut_second_moment
 from megatron_muon.optimizers.shard_layout import ShardLayout
@@ -53,7 +59,7 @@ from megatron_muon.optimizers.storage import MOMENTUM, REMAINDER, TIES, having_g
 from megatron_muon.optimizers.windows import OFFLOADED, Windows
 from megatron_muon.options import MuonOptions, UpdateKnobs
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
-from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, SPECTRAL_NORM
+from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.refusals import MUON, refuse
 from megatron_muon.routing.beside import Beside, beside
@@ -66,6 +72,9 @@ _ATTRIBUTES = "attributes of weights"
 _OF_ONE = ("step", "finals", "graph", "is_complete", "probe", "starts", "versions", "windows", "_masters", "_beside")
 """Attributes that are not copied: copies have new ones, and schedulers of torch set ``step``."""
 
+
+_NOT_OURS = "differentiable"
+"""What torch adds to the defaults of an optimizer that is copied or loaded, and no group of a new one has."""
 
 _ACCEPTED = 32
 """How many sets of options of param groups, other than the optimizer's, are right: schedules change them."""
@@ -132,10 +141,10 @@ class Muon(torch.optim.Optimizer):
         self,
         params: ParamsT,
         lr: Rate = 1e-3,
+        *,
         momentum: float = MuonConfig.momentum,
         nesterov: bool = MuonConfig.nesterov,
-        weight_decay: float = 0.01,
-        *,
+        weight_decay: Rate = 0.01,
         variant: str | Variant = "none",
         options: MuonOptions | None = None,
         tp_group: dist.ProcessGroup | None = None,
@@ -147,25 +156,27 @@ class Muon(torch.optim.Optimizer):
         served = _SERVED.get(id(self.variant))
         if served is not None and served.variant is self.variant:
             self.variant = made_anew(self.variant)
+        own = {name: getattr(options, name) for name in PER_GROUP}
+        defaults = {"lr": lr, STEP: 0, "momentum": momentum, "weight_decay": weight_decay, **own}
+        check_numbers(defaults)
         knobs = {field.name: getattr(options, field.name) for field in fields(UpdateKnobs)}
         its = {name: value for name, value in self.variant.settings.items() if name.startswith(PREFIX)}
         knobs |= {name.removeprefix(PREFIX): value for name, value in its.items()}
         self.config = MuonConfig(momentum=momentum, nesterov=nesterov, **knobs)
         self.refuse_options({})
-        own = {name: getattr(options, name) for name in PER_GROUP}
-        defaults = {"lr": lr, STEP: 0, "momentum": momentum, "weight_decay": weight_decay, **own}
-        check_numbers(defaults)
         if options.scale_mode == MOONLIGHT_HIDDEN and not (is_number(options.hidden_size) and options.hidden_size >= 1):
             raise ConfigError(
-                f"--muon-scale-mode {MOONLIGHT_HIDDEN} with hidden_size {options.hidden_size}: give the model's hidden "
-                "size, or use --muon-scale-mode moonlight."
+                f"scale_mode {MOONLIGHT_HIDDEN} with hidden_size {options.hidden_size}: give the model's hidden size, "
+                "or use scale_mode moonlight."
             )
         self.hidden_size = options.hidden_size
         self.engines = Engines(self.config, tp_group, expert_tp_group, damped=options.damping_depth > 0.0)
         self.directions = self.variant.directions
-        self.watched = (SECOND_MOMENT, UPDATE_LEFT, *self.variant.watched)
+        self.watched = (SECOND_MOMENT, *self.variant.watched)
         self.starts = WarmStarts()
         self.first_lrs: list[Rate] = []
+        of_all = {name for cls in (Muon, MuonOptions, type(self.variant)) for name in inspect.signature(cls).parameters}
+        self._of_all = frozenset(of_all - {"params", *defaults, *OPTIONAL})
         self._accepted: deque[dict[str, Any]] = deque(maxlen=_ACCEPTED)  # the last is the first
         self._start()
         super().__init__(params, defaults)
@@ -233,33 +244,38 @@ class Muon(torch.optim.Optimizer):
 
     def _check_group(self, given: dict[str, Any], group: dict[str, Any]) -> None:
         """Refuse a param group: as it was given, and with the entries that it lacked."""
-        constructors = (Muon, MuonOptions, type(self.variant))
-        constructor = {name for cls in constructors for name in inspect.signature(cls).parameters}
-        check_names(given, self.defaults, constructor)
+        check_names(given, self.defaults, self._of_all)
         self._check_values(group)
-        for param in group["params"]:
-            if problem := no_numbers_of_its_own(param):
-                raise ConfigError(f"a weight of {sizes(param.shape)} is {problem}: give it to another optimizer.")
-            layout = layout_of(param)
-            if param.dim() != layout.dims:
-                raise ValueError(
-                    f"Muon updates {layout.dims}-D weights, got shape {sizes(param.shape)}: give it to Adam"
-                )
-            check_layout(self, param, layout)
-            if self.config.master == "remainder" and param.dtype == torch.float16:
-                raise ConfigError(
-                    f"master remainder with a weight of {sizes(param.shape)} in float16, of which float32 has more "
-                    "than 16 bits beside it: use bfloat16 weights, or float32 copies (master fp32)."
-                )
-            self.config.iteration(layout.budget)  # a layout made by hand may name what there is not
-            weight = self.engines.weight(param)
-            check_weight(weight, self.config.tp_mode, self.config.blockwise_period)
-            check_scalar_rows(weight)
+        for index, param in enumerate(group["params"]):
+            try:
+                self._check_weight(param)
+            except ValueError as error:
+                names = "param_names" in group
+                raise ConfigError(f"{name_of(group, index)}: {error}" if names else str(error)) from error
+
+    def _check_weight(self, param: torch.Tensor) -> None:
+        """Refuse a weight that cannot be orthogonalized."""
+        if problem := no_numbers_of_its_own(param):
+            raise ConfigError(f"a weight of {sizes(param.shape)} is {problem}: give it to another optimizer.")
+        layout = layout_of(param)
+        if param.dim() != layout.dims:
+            raise ConfigError(f"a weight {no_matrix(param, layout.dims)}")
+        check_layout(self, param, layout)
+        if self.config.master == "remainder" and param.dtype == torch.float16:
+            raise ConfigError(
+                f"master remainder with a weight of {sizes(param.shape)} in float16, of which float32 has more "
+                "than 16 bits beside it: use bfloat16 weights, or float32 copies (master fp32)."
+            )
+        self.config.iteration(layout.budget)  # a layout made by hand may name what there is not
+        weight = self.engines.weight(param)
+        check_weight(weight, self.config.tp_mode, self.config.blockwise_period)
+        check_scalar_rows(weight)
 
     def _check_values(self, group: dict[str, Any], *, read: bool = True) -> None:
         """Refuse values of a param group; see :func:`megatron_muon.optimizers.groups.check_numbers`."""
         check_numbers(group, read=read)
-        check_names([name for name in BUDGETS if name in group], (), BUDGETS)  # of a group that was edited
+        check_names(self._of_all.intersection(group), (), self._of_all)  # of a group that was edited
+        check_marks(group)
         if group["damping_depth"] and not self.defaults["damping_depth"]:
             raise ConfigError(
                 f"damping_depth {group['damping_depth']} in a param group of an optimizer without: give the "
@@ -291,8 +307,10 @@ class Muon(torch.optim.Optimizer):
                     f"a probe with {len(shards)} DTensors of which ranks divide both rows and columns: their vectors "
                     "cannot be added up. Set the optimizer's probe to None."
                 )
-        for group in self.param_groups:
+        for group, first_lr in zip(self.param_groups, self.first_lrs, strict=True):
             self._check_values(group, read=False)
+            check_decay(group, self.config, self.variant.decays, first_lr)
+            check_weights(group)
         refuse_elsewhere(self, device)
 
     def refuse_options(self, options: dict[str, Any]) -> None:
@@ -301,11 +319,14 @@ class Muon(torch.optim.Optimizer):
         Raises:
             ConfigError: naming option, value and way out.
         """
-        config = replace(self.config, **options).validate(pairs=False)
-        settings = {**config.as_settings(), **self.variant.settings}
-        del settings[f"{PREFIX}param_rule"]  # said by the layouts of weights
-        refuse((*UNREAD, *MUON), settings)
-        self.variant.check(config)
+        try:
+            config = replace(self.config, **options).validate(pairs=False)
+            settings = {**config.as_settings(), **self.variant.settings}
+            del settings[f"{PREFIX}param_rule"]  # said by the layouts of weights
+            refuse((*UNREAD, *MUON), settings)
+            self.variant.check(config)
+        except ConfigError as error:  # flags have been looked at before: these are a call's
+            raise ConfigError(in_python(str(error), type(self.variant).__name__, self.variant.flags)) from None
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``copy.deepcopy`` and pickle: everything but what belongs to this object alone, such as hooks.
@@ -343,10 +364,12 @@ class Muon(torch.optim.Optimizer):
                 vars(param).update(given | vars(param))
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key != _NOT_OURS:
+                    group.setdefault(key, value)
         with self._on_shards():
             for param, each in self.state.items():
                 cut_second_moment(param, each)
+                each.pop("update_left_vector", None)  # of scale mode spectral_norm, in older versions
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -355,12 +378,21 @@ class Muon(torch.optim.Optimizer):
         Momentum in another dtype than this optimizer's is converted; without ``master_remainder`` masters are the
         weights as they are. Both are told by a line.
         """
+        for saved in state_dict["param_groups"]:
+            check_marks(saved)
         last = self.register_load_state_dict_pre_hook(AsItIs.hook)  # after those of others
         try:
             super().load_state_dict(state_dict)
         finally:
             last.remove()
         others: Counter[str] = Counter()
+        for group in self.param_groups:
+            if foreign := sorted(name for name in group if name in self._of_all or name in MEANT):
+                for name in foreign:
+                    del group[name]
+                others[f"had {', '.join(foreign)} in their param group, which the constructor has here"] += len(
+                    group["params"]
+                )
         with self._on_shards():
             for param in self._own:
                 if MOMENTUM in (state := self.state.get(param, {})):
@@ -511,8 +543,6 @@ class Muon(torch.optim.Optimizer):
                 state.setdefault(STEP, 0)  # not the group's, which may differ between ranks that share the weight
             if layout.direction == MSIGN:
                 self.variant.init_state(param, state)
-                if self.variant.scales and group.get("scale_mode", self.config.scale_mode) == SPECTRAL_NORM:
-                    init_rows(param, state, UPDATE_LEFT)
             if self.windows is not None:
                 self.windows.settle(param, state)
         tell(others)
@@ -537,7 +567,8 @@ def _with(options: MuonOptions, overrides: dict[str, Any]) -> MuonOptions:
         raise TypeError(f"options {options!r}: give a MuonOptions, or options by name, as in Muon(params, eps=1e-7).")
     names = [field.name for field in fields(MuonOptions)]
     for name in overrides.keys() - names:
-        near = difflib.get_close_matches(name, [*names, "momentum", "nesterov", "weight_decay", "variant"], 1)
+        known = [*names, "momentum", "nesterov", "weight_decay", "variant"]
+        near = [MEANT[name]] if name in MEANT else difflib.get_close_matches(name, known, 1)
         meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
         raise TypeError(f"Muon has no option {name} ({meant}). What a variant alone has is given to its class.")
     return replace(options, **overrides)

@@ -12,8 +12,8 @@ import torch
 from megatron_muon.engine.plan import MatrixSlice
 from megatron_muon.engine.slices import Slices, Tensors
 from megatron_muon.optimizers.forms import PLAIN
-from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.precision import own_dtype
+from megatron_muon.optimizers.rates import Options
 from megatron_muon.optimizers.storage import Cutter, Kept, Take, master_of, momentum_of, opened, opened_in_turn
 from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.routing.layout import ORTHOGONALIZE, STIEFEL, MatrixLayout, layout_of
@@ -201,7 +201,7 @@ def add(
     factor: Callable[[ParamStep, MatrixSlice], float],
     key: Callable[[ParamStep, MatrixSlice], Hashable] | None = None,
 ) -> None:
-    """Let weights decay, and add directions to them, times learning rate and a factor.
+    """Let weights decay, and add directions to them, times learning rate and a factor; nothing at rate 0.
 
     Args:
         weights: of the step.
@@ -213,6 +213,8 @@ def add(
     together: dict[Hashable, tuple[Options, tuple[Tensors, Tensors, list[float]]]] = {}
     for run, mine, batch in by_param_group(weights, slices, directions, key):
         options, masters, cut = mine[0].options, [weight.master for weight in mine], Cut(run, batch)
+        if options.is_still:
+            continue
         for numbers, take in opened_in_turn(masters, cut, times=_TIMES):
             slots, factors = take(cut.slots), [factor(mine[0], run.items[0])] * len(numbers)
             if batch.is_cuda and masters[0].form is PLAIN:  # as in pack

@@ -1,4 +1,4 @@
-"""Spectral norms of many matrices by power iterations that start where the last step ended."""
+"""Spectral norms of many weights by power iterations that start where the last step ended."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_muon.optimizers.handled import STEP, HostReads
+from megatron_muon.optimizers.handled import HostReads
 from megatron_muon.optimizers.matrices import Matrices, Update, divide_, is_nonzero
 from megatron_muon.routing.blocks import BlockRange
-
-UPDATE_LEFT = "update_left_vector"
-"""State of ``--muon-scale-mode spectral_norm``: the top left singular vector of the last update, a number a row."""
 
 _COLD_ITERATIONS = 64
 """Power iterations where nothing is known of the singular vectors."""
@@ -22,10 +19,6 @@ _LOOKS = 4
 """In how many steps a matrix of zeros is looked at again: experts may get no tokens for long."""
 
 _BITS = 0xFFFFFFFF
-
-_EARLY_STEPS = 50
-_EARLY_ITERATIONS = 5
-"""Updates change fast at first: arXiv 2512.05620, appendix F."""
 
 
 class WarmStarts:
@@ -100,34 +93,6 @@ def top_singular(
         sizes = matrices.norms_over_rows(left)
         left = _unit(left, sizes)
     return left, right, sizes
-
-
-def spectrally_normalize(matrices: Matrices, tensors: Sequence[torch.Tensor], starts: WarmStarts) -> None:
-    """Divide each matrix by its spectral norm, in place.
-
-    One warm power iteration a step (five in the first 50) estimates it from below. It is never taken smaller than
-    |A|_F / sqrt(min(m, n)), which the spectral norm cannot fall under either, so that an update is not blown up while
-    singular vectors are still being found.
-
-    Args:
-        matrices: the updates, whose state has :data:`UPDATE_LEFT`.
-        tensors: A of each, (matrices, rows on this rank, columns on this rank).
-        starts: of the optimizer.
-
-    Source:
-        arXiv 2512.05620, appendix F.
-    """
-    early = any(is_early(update.weights[0].group[STEP]) for update in matrices.updates)
-    iterations = starts.iterations(matrices, tensors, UPDATE_LEFT, _EARLY_ITERATIONS if early else 1)
-    left, _, sizes = top_singular(matrices, tensors, UPDATE_LEFT, iterations)
-    for update, a, u, size, norm in zip(matrices.updates, tensors, left, sizes, matrices.norms(tensors), strict=True):
-        store_vector(update, UPDATE_LEFT, u, size)
-        divide_(a, torch.maximum(size, norm / min(update.rows, update.columns) ** 0.5))
-
-
-def is_early(step: int) -> bool:
-    """Whether updates still change fast in a step of this number, from 1: more power iterations find their norms."""
-    return step <= _EARLY_STEPS
 
 
 def store_vector(update: Update, name: str, left: torch.Tensor, size: torch.Tensor) -> None:

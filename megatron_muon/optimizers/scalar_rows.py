@@ -21,6 +21,7 @@ from megatron_muon.engine.plan import Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.optimizers.param_step import ParamStep, rows_of
+from megatron_muon.optimizers.rates import kept_of, rate_of
 from megatron_muon.optimizers.shard_layout import ShardLayout
 from megatron_muon.optimizers.storage import momentum_of, opened
 from megatron_muon.orthogonalize.kernels.elementwise import Rate, add_
@@ -135,8 +136,7 @@ def row_rates(
     if not mixed:
         return None
     lr = lr * group["scalar_lr_mult"]
-    decay = group["weight_decay"] * group["scalar_wd_mult"]
-    kept = 1.0 - lr * decay if decay else None
+    kept = kept_of(lr * (rate_of(group, "weight_decay") * group["scalar_wd_mult"]))
     if group["scalar_optimizer"] != "adam":
         return RowRates(lr, kept, mixed)
     counts = tuple(states[index].get(STEP, 0) + 1 for index in mixed)
@@ -220,7 +220,7 @@ def _update_rows(
     first_moments: list[torch.Tensor],
     second_moments: tuple[torch.Tensor, ...] | list[torch.Tensor] = (),
 ) -> None:
-    """One step of the scalar optimizer on views of rows, in place.
+    """One step of the scalar optimizer on views of rows, in place; of their moments alone at rate 0.
 
     Args:
         group: Muon's param group; ``scalar_betas`` and ``scalar_eps`` are the scalar optimizer's.
@@ -235,17 +235,21 @@ def _update_rows(
         AdamW: Loshchilov and Hutter, arXiv 1711.05101; Lion: Chen et al., arXiv 2302.06675.
     """
     lr, (beta1, beta2) = rates.lr, group["scalar_betas"]
+    is_still = not isinstance(lr, torch.Tensor) and lr == 0.0
     if rates.kept is not None:
         torch._foreach_mul_(params, rates.kept)
     if group["scalar_optimizer"] == "lion":
         signs = torch._foreach_lerp(first_moments, grads, 1.0 - beta1)
         torch._foreach_sign_(signs)
-        add_(params, signs, -lr)
+        if not is_still:
+            add_(params, signs, -lr)
         torch._foreach_lerp_(first_moments, grads, 1.0 - beta2)
         return
     torch._foreach_lerp_(first_moments, grads, 1.0 - beta1)
     torch._foreach_mul_(second_moments, beta2)
     torch._foreach_addcmul_(second_moments, grads, grads, value=1.0 - beta2)
+    if is_still:
+        return
     roots = torch._foreach_sqrt(second_moments)
     firsts, bias_roots = [
         list[Any](each) for each in zip(*corrections, strict=True)

@@ -106,7 +106,7 @@ class Variant:
     """Whether weight decay makes sense: on a sphere it would be undone."""
 
     scales = True
-    """Whether the scale mode acts on its updates, and keeps state for them."""
+    """Whether the scale mode acts on its updates."""
 
     lends = True
     """Whether other data-parallel ranks may orthogonalize for it: once for each matrix, knowing nothing else."""

@@ -20,15 +20,16 @@ from megatron_muon.optimizers.agreement import agree
 from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.fading import forget_faded
-from megatron_muon.optimizers.groups import Options, all_options, options_of
-from megatron_muon.optimizers.handled import STEP, TensorVersions
+from megatron_muon.optimizers.groups import all_options
+from megatron_muon.optimizers.handled import STEP, HostReads, TensorVersions
 from megatron_muon.optimizers.matrices import Matrices, Update, matrices_of
 from megatron_muon.optimizers.param_step import ParamStep, add, damp, pack, update_momentum
-from megatron_muon.optimizers.power import WarmStarts, spectrally_normalize
+from megatron_muon.optimizers.power import WarmStarts
 from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.probe import Finding, Probe
+from megatron_muon.optimizers.rates import Options, note_peak, on_host, options_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, RowRates, restart_emptied, row_rates, step_scalar_rows
-from megatron_muon.optimizers.sizes import normalize
+from megatron_muon.optimizers.sizes import normalize, spectrally_normalize
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.optimizers.storage import gradients_of, having_gradients
 from megatron_muon.optimizers.windows import Windows
@@ -104,11 +105,7 @@ class GroupRates:
 
 
 def rates_of(optimizer: SteppingOptimizer) -> list[GroupRates]:
-    """The numbers of the step that comes, of each param group that has weights in it.
-
-    Raises:
-        ConfigError: from :func:`megatron_muon.optimizers.groups.options_of`.
-    """
+    """The numbers of the step that comes, of each param group that has weights in it."""
     found = []
     for group, first_lr in zip(optimizer.param_groups, optimizer.first_lrs, strict=True):
         if params := having_gradients(group["params"]):
@@ -118,8 +115,10 @@ def rates_of(optimizer: SteppingOptimizer) -> list[GroupRates]:
     return found
 
 
-def forget(optimizer: SteppingOptimizer, rates: Sequence[GroupRates]) -> None:
-    """Before a step: forget momentum that has only faded."""
+def prepare(optimizer: SteppingOptimizer, rates: Sequence[GroupRates]) -> None:
+    """Before a step: note peak rates, and forget momentum that has only faded."""
+    for group, first_lr in zip(optimizer.param_groups, optimizer.first_lrs, strict=True):
+        note_peak(group, optimizer.config, first_lr)
     for each in rates:
         states = [(param, optimizer.state[param]) for param in each.params]
         forget_faded(states, each.options.momentum, optimizer.engines.shard)
@@ -139,6 +138,8 @@ class Step:
         finals: who is told of weights that are as the step leaves them.
         in_blocks: whether it orthogonalizes each shard by itself, although other steps do not.
         probe: what looks at its matrices; None: nothing.
+        makes_state_alone: whether it is taken to create state, as torch.distributed.checkpoint takes one before it
+            saves or loads, and counts as none.
     """
 
     def __init__(self, optimizer: SteppingOptimizer) -> None:
@@ -147,6 +148,7 @@ class Step:
         self.params = [param for group in optimizer.param_groups for param in group["params"]]
         self.in_blocks = False
         self.probe: Probe | None = None
+        self.makes_state_alone = False
         self._rates: list[GroupRates] = []
         self._watched: list[dict[str, Any]] = []  # state of weights that have any that is watched
         self._pending = dict.fromkeys(self.params)
@@ -156,7 +158,10 @@ class Step:
         """Take the step; raises what :meth:`megatron_muon.Muon.step` raises."""
         with self.optimizer.streaming():
             self.look()
-            self.change()
+            if self.makes_state_alone:
+                self.report_final(list(self._pending))
+            else:
+                self.change()
 
     def look(self) -> None:
         """What comes before anything changes, and is the host's: comparisons, plans, numbers, missing state."""
@@ -165,13 +170,36 @@ class Step:
         having = having_gradients(self.params)
         self.in_blocks = optimizer.steps_in_blocks
         self._engines = optimizer.engines.in_step(self.params, having, optimizer.directions, in_blocks=self.in_blocks)
+        self.makes_state_alone = self._makes_state_alone(having)
         for group in optimizer.param_groups:
             optimizer._init_group(group)
         self._notice(having)
         self._rates = rates_of(optimizer)
-        forget(optimizer, self._rates)
+        prepare(optimizer, self._rates)
         if optimizer.graph is not None:
             self._rates = optimizer.graph.on_device(self._rates)
+
+    def _makes_state_alone(self, having: Sequence[torch.Tensor]) -> bool:
+        """Whether rates and gradients are zero, and there is no state yet.
+
+        Not of ranks that share weights by groups of this package's: one of them could not know it of the others.
+        """
+        optimizer = self.optimizer
+        if any(optimizer.state.get(param) for param in having):
+            return False
+        if any(on_host(group["lr"]) != 0.0 for group in optimizer.param_groups):
+            return False
+        if optimizer.engines.sharing is not None or any(each.size() > 1 for each in optimizer.engines.groups.values()):
+            return False
+        HostReads.note("whether gradients are zero")
+        for grad in gradients_of(having):
+            if grad is not None and grad.numel():
+                largest = torch.linalg.vector_norm(grad, torch.inf)
+                of_all = getattr(largest, "full_tensor", None)  # of a DTensor, so that all its ranks find the same
+                # Waits for the device: in a first step at rate 0, mostly once.
+                if bool((largest if of_all is None else of_all()) != 0.0):
+                    return False
+        return bool(having)
 
     def change(self) -> None:
         """The part of a step that changes weights and state."""
@@ -444,7 +472,8 @@ class EngineStep:
             which = [index for index, update in enumerate(matrices.updates) if update.options.scale_mode == mode]
             if which:
                 some = Matrices([matrices.updates[index] for index in which], reduce)
-                self._measure(mode, some, [batches[index] for index in which])
+                measured = normalize if mode == UPDATE_NORM else spectrally_normalize
+                measured(some, [batches[index] for index in which])
         self._note(found, matrices, batches, self._factor)
         add(self.weights, [update.slices for update in matrices.updates], batches, self._scale, its_own)
         if variant.retracts:
@@ -453,13 +482,6 @@ class EngineStep:
     def _look_at(self, matrices: Matrices) -> list[Finding]:
         eps = self._optimizer.config.eps
         return self._look(matrices, [update.direction for update in matrices.updates], eps)
-
-    def _measure(self, mode: str, matrices: Matrices, directions: list[torch.Tensor]) -> None:
-        """Give directions the size that a scale mode derives from their norm, in place."""
-        if mode == UPDATE_NORM:
-            normalize(matrices, directions)
-        else:
-            spectrally_normalize(matrices, directions, self._optimizer.starts)
 
     def _scale(self, weight: ParamStep, item: MatrixSlice) -> float:
         factor = scale_factor(weight.options.scale_mode, item.rows, item.columns, self._optimizer.hidden_size)

@@ -17,7 +17,9 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Read, Reduce, Write
 from megatron_muon.engine.slices import Slices
+from megatron_muon.optimizers.handled import HostReads
 from megatron_muon.optimizers.param_step import Cut, Weights, by_param_group
+from megatron_muon.optimizers.rates import moving
 from megatron_muon.optimizers.stages import Variant, Work
 from megatron_muon.optimizers.stiefel_solvers import PROJECTION_STEPS, SOLVERS, Msign, defect, tangency, tangent
 from megatron_muon.optimizers.storage import Kept, opened_in_turn
@@ -123,7 +125,8 @@ class StiefelMuon(Variant):
             move = _Move(self.solver, self._number, self.radius, rates, projecting, Msign(products))
             reads = (work.read, _weights_reader(work.weights))
             work.engine.solve(reads, move, self._measuring(work, _weights_writer(work.weights)), self._flops)
-        self._projected |= {param: _as_it_is(param) for param in params}
+        moved = [weight.param for weight in work.weights.values() if not (projecting and _stays(weight.options.lr))]
+        self._projected |= {param: _as_it_is(param) for param in moved}
         if move.tangency is not None:
             self.tangency = move.tangency if self.tangency is None else torch.maximum(self.tangency, move.tangency)
 
@@ -142,6 +145,13 @@ class StiefelMuon(Variant):
 
     def _flops(self, p: int, q: int) -> int:
         return SOLVERS[self.solver].flops(p, q, self._number)
+
+
+def _stays(rate: Rate) -> bool:
+    """Whether a weight was not brought onto the manifold in its first step: at rate 0 it stays where it is."""
+    if isinstance(rate, torch.Tensor):
+        HostReads.note("whether a rate is 0")  # waits for the device, in steps that bring weights onto the manifold
+    return bool(rate == 0)
 
 
 def _as_it_is(param: torch.Tensor) -> tuple[int, int]:
@@ -189,14 +199,14 @@ class _Move:
         return out
 
     def _moved(self, weight: torch.Tensor, momentum: torch.Tensor, rate: Rate) -> torch.Tensor:
-        weight = weight / self.radius
+        given, weight = weight, weight / self.radius
         if self.projecting:
             # Those that are there already stay as they are, strides too, so that a resumed run goes on bit by bit.
             weight = torch.where(defect(weight) > _OFF, self.msign(weight, PROJECTION_STEPS), weight).contiguous()
         phi = tangent(weight, momentum, self.solver, self.iterations, self.msign)
         worst = tangency(weight, phi).amax()
         self.tangency = worst if self.tangency is None else torch.maximum(self.tangency, worst)
-        return self.msign(weight - rate * phi) * self.radius
+        return moving(rate, self.msign(weight - rate * phi) * self.radius, given)
 
     @staticmethod
     def _rate(rates: list[Rate], like: torch.Tensor) -> Rate:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,33 +37,69 @@ def matmul_precision(precision: str) -> Iterator[None]:
     Where Gram Newton-Schulz restarts (:mod:`megatron_muon.orthogonalize.restarts`) is chosen for products that are
     rounded once.
 
+    The switches are those of the process. Where several of its threads, or of the callers of one, are within, products
+    are as exact as the strictest of them asks for, and the last one to leave puts them back.
+
     Args:
         precision: ``high`` for TF32. With ``medium`` matrices are converted to bfloat16 by the iteration, so that
             float32 products (there are none then) may stay exact.
     """
     wanted = "high" if precision == "high" else "highest"
-    switches = _float32_switches()
-    if not switches:
-        legacy = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(wanted)
-    before = [each.fp32_precision for each in switches]
-    sums = _sum_switches()
-    for each in switches:
-        each.fp32_precision = "tf32" if wanted == "high" else "ieee"
+    with _LOCK:
+        if not _WITHIN:
+            _FOUND.append(_Found([each.fp32_precision for each in _float32_switches()], _legacy(), _sum_switches()))
+        _WITHIN.append(wanted)
+        _set(_FOUND[0].sums)
     try:
-        for name, value in sums.items():
-            setattr(torch.backends.cuda.matmul, name, (False, value[1]) if isinstance(value, tuple) else False)
         with without_autocast():
             yield
     finally:
-        for name, value in sums.items():
-            setattr(torch.backends.cuda.matmul, name, value)
-        for each, value in zip(switches, before, strict=True):
-            each.fp32_precision = "none"  # what it inherits, from ``torch.backends.fp32_precision``, it goes on to
-            if each.fp32_precision != value:
-                each.fp32_precision = value
-        if not switches:
-            torch.set_float32_matmul_precision(legacy)
+        with _LOCK:
+            _WITHIN.remove(wanted)
+            if _WITHIN:
+                _set(_FOUND[0].sums)
+            else:
+                _put_back(_FOUND.pop())
+
+
+class _Found(NamedTuple):
+    """What the switches were: of float32 products, by torch's older function (None: it is not used), and of sums."""
+
+    precisions: list[str]
+    legacy: str | None
+    sums: dict[str, Any]
+
+
+_LOCK = threading.Lock()
+_WITHIN: list[str] = []
+"""The precisions that are asked for now."""
+_FOUND: list[_Found] = []
+"""What is to be put back: one, while somebody is within."""
+
+
+def _set(sums: Mapping[str, Any]) -> None:
+    is_exact, switches = "highest" in _WITHIN, _float32_switches()
+    if not switches:
+        torch.set_float32_matmul_precision("highest" if is_exact else "high")
+    for each in switches:
+        each.fp32_precision = "ieee" if is_exact else "tf32"
+    for name, value in sums.items():
+        setattr(torch.backends.cuda.matmul, name, (False, value[1]) if isinstance(value, tuple) else False)
+
+
+def _put_back(found: _Found) -> None:
+    for name, value in found.sums.items():
+        setattr(torch.backends.cuda.matmul, name, value)
+    for each, value in zip(_float32_switches(), found.precisions, strict=True):
+        each.fp32_precision = "none"  # what it inherits, from ``torch.backends.fp32_precision``, it goes on to
+        if each.fp32_precision != value:
+            each.fp32_precision = value
+    if found.legacy is not None:
+        torch.set_float32_matmul_precision(found.legacy)
+
+
+def _legacy() -> str | None:
+    return None if _float32_switches() else torch.get_float32_matmul_precision()
 
 
 def _sum_switches() -> dict[str, Any]:

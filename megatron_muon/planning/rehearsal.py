@@ -23,8 +23,8 @@ from megatron_muon.engine.exchange import Counters, Exchange
 from megatron_muon.engine.run import RankChunk, Run
 from megatron_muon.engine.slices import Slices
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.optimizers.groups import Options
 from megatron_muon.optimizers.param_step import ParamStep, add, pack
+from megatron_muon.optimizers.rates import Options
 from megatron_muon.optimizers.storage import initial, master_of, momentum_of
 from megatron_muon.orthogonalize.kernels import KernelProducts
 from megatron_muon.orthogonalize.scale import scale_factor

@@ -93,11 +93,6 @@ OPTIONS: tuple[Refusal, ...] = (
                 "what it measures of a matrix is of the whole one, which block steps do not see",
                 "leave one of the two away",
             ),
-            (
-                one_of("muon_scale_mode", "spectral_norm"),
-                "its vectors are of whole matrices, which block steps do not see",
-                "use a scale by shape, such as --muon-scale-mode spectral",
-            ),
         )
     ),
     Refusal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections import Counter
@@ -13,6 +14,7 @@ import torch
 from megatron_muon.choices import kind_of, parse_param_rule
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError, sizes
+from megatron_muon.options import UpdateKnobs
 from megatron_muon.routing import report
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE, annotate, global_names, treatments_in
 from megatron_muon.routing.beside import note as note_beside
@@ -65,13 +67,20 @@ def param_groups(
             rows, in memory order: ``{"*.qkv.weight": (Section("q", 512), Section("k", 128), Section("v", 128))}``.
 
     Raises:
-        ConfigError: as :func:`megatron_muon.routing.annotate` does; or for a ``param_rule`` or a name of ``layouts``
-            that matches nothing.
+        ConfigError: as :func:`megatron_muon.routing.annotate` does; for a ``param_rule`` or a name of ``layouts`` that
+            matches nothing; for an option that is the optimizer's.
 
     Warns:
         UserWarning: naming layers that look fused (``qkv``, ``gate_up_proj``, ...) and that no rule knows.
     """
     options = (options or MuonConfig()).validate()
+    usual = MuonConfig()
+    for name in _OF_MUON:
+        if (value := getattr(options, name)) != getattr(usual, name):
+            raise ConfigError(
+                f"{name} {value!r} in the options of param_groups, which say who updates which weights, and not how: "
+                f"give it to the optimizer, Muon(groups.muon, {name}={value!r})."
+            )
     matched = annotate(module, options, layouts=layouts)
     refuse_unmatched(options, matched)
     for name in (layouts or {}).keys() - matched:
@@ -124,6 +133,14 @@ def fused_looking(module: torch.nn.Module, options: MuonConfig) -> str:
         f"for one. Name its rows: layouts={{'{first}': (Section('q', 64), ...)}} of param_groups, or "
         f"{flag('param_rule')} '{first}=split(q 64, k 64, v 64)'; '{first}=whole' if it is one."
     )
+
+
+_OF_MUON = sorted(
+    {*(field.name for field in dataclasses.fields(UpdateKnobs)), "momentum", "nesterov"}
+    # Which the routes, and what is said of them, depend on.
+    - {"scale_mode", "weight_decay_method", "scalar_optimizer", "custom_coefficients"}
+)
+"""Options that act in :class:`megatron_muon.Muon` alone."""
 
 
 def _group(params: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

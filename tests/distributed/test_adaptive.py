@@ -271,12 +271,12 @@ def test_rms_of_moonlights_updates(m: int, n: int, rank: int | None) -> None:
     ("options", "message"),
     [
         ({"variant": "adam"}, "variant 'adam': choose one of none, muon, polargrad, hyperball, adamuon, adamuon_eo"),
-        ({"variant": NorMuon(beta2=1.0)}, "--adaptive-muon-beta2 1.0: give a number from 0 to below 1"),
-        ({"variant": AdaMuon(eps=0.0)}, "--adaptive-muon-eps 0.0: give a positive number"),
+        ({"variant": NorMuon(beta2=1.0)}, "NorMuon's beta2 1.0: give a number from 0 to below 1"),
+        ({"variant": AdaMuon(eps=0.0)}, "AdaMuon's eps 0.0: give a positive number"),
         *(
             (
                 {"variant": "namo", "scale_mode": mode},
-                f"--adaptive-muon-moment2-method namo with --muon-scale-mode {mode}: the mode divides out the number",
+                f"variant namo with scale_mode {mode}: the mode divides out the number",
             )
             for mode in ("update_norm", "spectral_norm")
         ),

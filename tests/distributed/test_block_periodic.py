@@ -145,7 +145,7 @@ def test_ranks_that_differ_stop_together_in_every_step(pool: RankPool) -> None:
     """In a step in which nothing is sent, too: the ranks that go on would be in another step than the others."""
     for (counts, momentum), are_unchanged in pool.run(out_of_phase, 2):
         assert "this step is one of blocks is True on ranks [0] and False on ranks [1]" in counts
-        assert "--muon-momentum 2.0" in momentum and are_unchanged
+        assert "momentum 2.0" in momentum and are_unchanged
 
 
 def test_checkpoints_say_in_which_steps_shards_are_by_themselves() -> None:

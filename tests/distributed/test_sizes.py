@@ -133,7 +133,7 @@ def test_polargrad_converges_linearly_on_a_quadratic() -> None:
 
 
 def test_hyperball_refuses_scale_modes() -> None:
-    with pytest.raises(ConfigError, match="--muon-variant hyperball with --muon-scale-mode spectral"):
+    with pytest.raises(ConfigError, match=r"^variant hyperball with scale_mode spectral"):
         Muon([torch.nn.Parameter(torch.zeros(2, 2))], variant="hyperball")
 
 

@@ -217,7 +217,7 @@ def test_sphere_of_a_weight_that_another_optimizer_has_trained(radius: float) ->
     optimizer = Muon([param], variant=SpectralSphere(radius=radius), **SHARP)
     optimizer.load_state_dict(state)
     param.grad = torch.zeros_like(param)
-    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.param_groups[0]["lr"] = 1e-12
     optimizer.step()
     norm = torch.linalg.matrix_norm(start, 2).item() if radius == 0 else other
     assert optimizer.state[param]["sphere_radius"].max().item() == pytest.approx(norm, rel=5e-3)
@@ -230,7 +230,7 @@ def test_number_of_evaluations() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"radius": -1.0}, "--muon-sphere-radius -1.0"), ({"tolerance": 0.0}, "--muon-sphere-tolerance 0.0")],
+    [({"radius": -1.0}, "SpectralSphere's radius -1.0"), ({"tolerance": 0.0}, "SpectralSphere's tolerance 0.0")],
 )
 def test_wrong_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -243,7 +243,7 @@ def test_weights_that_were_replaced_are_brought_to_the_sphere() -> None:
     bases = [torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=generator)).Q for _ in range(2)]
     old, new = (base @ torch.diag(torch.linspace(1.0, 0.8, 16, dtype=torch.float64)) @ base.mT for base in bases)
     param = torch.nn.Parameter(old)
-    optimizer = Muon([param], variant=SpectralSphere(radius=2.0), lr=0.0)
+    optimizer = Muon([param], variant=SpectralSphere(radius=2.0), lr=1e-12)
     for values in (old, new):
         param.detach().copy_(values)
         optimizer.forget()

@@ -141,10 +141,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "--muon-blockwise-period 5 with --muon-variant polargrad: .*leave one",
     ),
     (
-        {"muon_blockwise_period": 5, "muon_scale_mode": "spectral_norm"},
-        "--muon-blockwise-period 5 with --muon-scale-mode spectral_norm: .*such as --muon-scale-mode spectral",
-    ),
-    (
         {"muon_blockwise_period": 5, "optimizer": "stiefel_muon"},
         "--muon-blockwise-period 5 with --optimizer stiefel_muon: what it keeps of a matrix is of the whole one",
     ),
