@@ -18,8 +18,8 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.engine.callbacks import Read, Reduce, Write
 from megatron_muon.engine.slices import Slices
 from megatron_muon.optimizers.handled import HostReads
-from megatron_muon.optimizers.param_step import Cut, Weights, by_param_group
-from megatron_muon.optimizers.rates import moving
+from megatron_muon.optimizers.param_step import Cut, ParamStep, Weights, by_param_group
+from megatron_muon.optimizers.rates import moving, on_host
 from megatron_muon.optimizers.stages import Variant, Work
 from megatron_muon.optimizers.stiefel_solvers import PROJECTION_STEPS, SOLVERS, Msign, defect, tangency, tangent
 from megatron_muon.optimizers.storage import Kept, opened_in_turn
@@ -125,7 +125,7 @@ class StiefelMuon(Variant):
             move = _Move(self.solver, self._number, self.radius, rates, projecting, Msign(products))
             reads = (work.read, _weights_reader(work.weights))
             work.engine.solve(reads, move, self._measuring(work, _weights_writer(work.weights)), self._flops)
-        moved = [weight.param for weight in work.weights.values() if not (projecting and _stays(weight.options.lr))]
+        moved = [weight.param for weight in work.weights.values() if not (projecting and _stays(weight))]
         self._projected |= {param: _as_it_is(param) for param in moved}
         if move.tangency is not None:
             self.tangency = move.tangency if self.tangency is None else torch.maximum(self.tangency, move.tangency)
@@ -147,11 +147,12 @@ class StiefelMuon(Variant):
         return SOLVERS[self.solver].flops(p, q, self._number)
 
 
-def _stays(rate: Rate) -> bool:
+def _stays(weight: ParamStep) -> bool:
     """Whether a weight was not brought onto the manifold in its first step: at rate 0 it stays where it is."""
-    if isinstance(rate, torch.Tensor):
-        HostReads.note("whether a rate is 0")  # waits for the device, in steps that bring weights onto the manifold
-    return bool(rate == 0)
+    if (rate := on_host(weight.group["lr"])) is None:
+        HostReads.note("whether a rate is 0")
+        rate = float(weight.options.lr)  # waits for the device, in steps that bring weights onto the manifold
+    return rate == 0.0
 
 
 def _as_it_is(param: torch.Tensor) -> tuple[int, int]:
