@@ -120,10 +120,11 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: 2-D parameters (3-D with a stacked layout) or param groups.
-        lr: learning rate; a tensor of one element is not read by the host in a step.
+        lr: learning rate; a tensor of one element on a GPU is not read by the host in a step. At rate 0 no bit of a
+            weight changes.
         momentum: decay of the momentum, 0 <= momentum < 1.
         nesterov: whether to use Nesterov momentum.
-        weight_decay: weight decay; decoupled, it is multiplied by ``lr`` alone.
+        weight_decay: weight decay; decoupled, it is multiplied by ``lr`` alone. A tensor as ``lr`` may be one.
         variant: what differs from plain Muon: a name of :data:`megatron_muon.optimizers.registry.VARIANTS`, or an
             object: ``"normuon"``, ``NorMuon(beta2=0.9)``.
         options: all other options; None: their defaults.
@@ -457,7 +458,8 @@ class Muon(torch.optim.Optimizer):
             closure: as in ``torch.optim.Optimizer``.
 
         Raises:
-            ConfigError: if state is on another device than its weight.
+            ConfigError: before anything changes, for numbers, options, weights and gradients that cannot be worked
+                with, a weight decay that would turn weights, and state on another device than its weight.
             RuntimeError: on all ranks of a group that divides weights, before anything changes, if one of them has a
                 gradient on some ranks and none on others, or if their parameters, options or kernels differ.
             Exception: whatever is raised once something has changed has a note that says so.
