@@ -186,7 +186,7 @@ def test_matrices_are_those_of_the_forward_pass(
     for name, parts in expected.items():
         param = named[name]
         grad = torch.randn(param.shape, dtype=param.dtype, generator=torch.Generator().manual_seed(1))
-        alone = [torch.nn.Parameter(part.detach().contiguous()) for part in parts(param)]
+        alone = [torch.nn.Parameter(part.detach().clone().contiguous()) for part in parts(param)]
         (found,) = updated([param], [grad])
         for own, other in zip(parts(found), updated(alone, parts(grad)), strict=True):
             torch.testing.assert_close(own, other, rtol=0, atol=1e-9, msg=name)
@@ -281,7 +281,7 @@ def test_lora_on_stacked_experts(kind: str) -> None:
                 return [part for each in matrices for part in (each[0::2], each[1::2])]
             return [part for each in matrices for part in each.chunk(2, 0)]
 
-        alone = [torch.nn.Parameter(part.detach().contiguous()) for part in parts(param)]
+        alone = [torch.nn.Parameter(part.detach().clone().contiguous()) for part in parts(param)]
         (found,) = updated([param], [grad])
         for own, other in zip(parts(found), updated(alone, parts(grad)), strict=True):
             torch.testing.assert_close(own, other, rtol=0, atol=1e-9, msg=name)
