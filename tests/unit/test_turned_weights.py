@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_muon import ConfigError, Muon
+from megatron_muon.optimizers import fading
 from megatron_muon.routing.layout import SCALAR, MatrixLayout, Section
 
 SECTIONS = (Section("q", 6, matrix_rows=3), Section("k", 5), Section("dt", 1, SCALAR))
@@ -68,11 +69,31 @@ def test_the_update_is_that_of_the_matrices_alone(name: str, options: dict[str, 
     weight, *grads = torch.randn(4, *shape, dtype=torch.float64, generator=generator)
     param = torch.nn.Parameter(weight.clone())
     param.matrix_layout = layout
-    parts = [torch.nn.Parameter(part.contiguous()) for part in by_hand(name, weight)]
+    parts = [torch.nn.Parameter(part.clone().contiguous()) for part in by_hand(name, weight)]
     if name == "sections":
         parts[-1].matrix_layout = MatrixLayout("rows", (Section("dt", 2, SCALAR),))
     (found,) = stepped([param], [[grad] for grad in grads], **options)
     expected = stepped(parts, [[part.contiguous() for part in by_hand(name, grad)] for grad in grads], **options)
+    for own, other in zip(by_hand(name, found), expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_that_have_only_faded_are_those_of_the_matrices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every step, of rows and columns that have no gradient after the first."""
+    monkeypatch.setattr(fading, "EVERY", 1)
+    layout, shape = LAYOUTS[name]
+    generator = torch.Generator().manual_seed(0)
+    weight, *grads = torch.randn(5, *shape, dtype=torch.float64, generator=generator)
+    for grad in grads[1:]:
+        grad[..., 0] = grad[..., 1, :] = 0.0
+    param = torch.nn.Parameter(weight.clone())
+    param.matrix_layout = layout
+    parts = [torch.nn.Parameter(part.clone().contiguous()) for part in by_hand(name, weight)]
+    if name == "sections":
+        parts[-1].matrix_layout = MatrixLayout("rows", (Section("dt", 2, SCALAR),))
+    (found,) = stepped([param], [[grad] for grad in grads], momentum=0.001)
+    expected = stepped(parts, [[part.contiguous() for part in by_hand(name, grad)] for grad in grads], momentum=0.001)
     for own, other in zip(by_hand(name, found), expected, strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-9)
 
