@@ -15,7 +15,6 @@ from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.registry import variant_of
 from megatron_muon.optimizers.stages import Variant
-from megatron_muon.options import MuonOptions
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names, layout_of, report
 from megatron_muon.routing.partition import param_groups
@@ -24,8 +23,11 @@ from megatron_muon.routing.told import Layouts
 _OF_ADAMW = ("lr", "betas", "eps", "weight_decay", "foreach", "fused", "capturable")
 """Arguments of AdamW that ``optimizer_for`` takes: Muon does not have the others, such as ``maximize``."""
 
-_OF_MUON = {field.name for field in dataclasses.fields(MuonOptions)} | {"momentum", "nesterov"}
-_OF_ROUTING = {field.name for field in dataclasses.fields(MuonConfig)} - _OF_MUON
+_OF_ROUTING = (
+    *("split_qkv", "qkv", "mla_up", "mla_down", "glu", "gdn_in_proj", "mamba_in_proj"),
+    *("router", "lora_a", "param_rule", "unknown_2d"),
+)
+"""Fields of :class:`MuonConfig` that say which weights are matrices, and which ones."""
 
 
 def optimizer_for(
@@ -69,7 +71,9 @@ def optimizer_for(
     given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, **(adam or {})}
     if unknown := [name for name in given if name not in _OF_ADAMW]:
         raise TypeError(f"optimizer_for(adam=...) with {unknown[0]}: give some of {', '.join(_OF_ADAMW)}.")
-    routing = MuonConfig(**{name: options.pop(name) for name in _OF_ROUTING & options.keys()})
+    if of_rows := [name for name in options if name.startswith("scalar_")]:
+        raise TypeError(f"optimizer_for({of_rows[0]}=...): what AdamW has is for rows, too; give adam={{...}}.")
+    routing = MuonConfig(**{name: options.pop(name) for name in _OF_ROUTING if name in options})
     groups = param_groups(model, routing, weight_decay=weight_decay, layouts=layouts)
     if not groups.muon:
         raise ConfigError(

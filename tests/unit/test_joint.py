@@ -290,8 +290,11 @@ def test_what_is_wrong_is_refused() -> None:
     module = model()
     with pytest.raises(TypeError, match=r"adam=\.\.\.\) with maximize: give some of lr, betas"):
         made(module, adam={"maximize": True})
-    with pytest.raises(TypeError, match="no option num_steps"):
-        made(module, num_steps=7)
+    for name, value in {"num_steps": 7, "log_interval": 10, "transfer": "256x4"}.items():  # the last are a run's
+        with pytest.raises(TypeError, match=f"no option {name}"):
+            made(module, **{name: value})
+    with pytest.raises(TypeError, match=r"scalar_betas=\.\.\.\): .* give adam="):
+        made(module, scalar_betas=(0.9, 0.9))
     with pytest.raises(ConfigError, match=r"no trained weight is Muon's"):
         made(module, param_rule=("*=adam",))
     sparse = model(sparse=True)
