@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_muon import Muon
+from megatron_muon.optimizers.probe import Probe
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tests.fake_cuda.models import taken
 from tests.fake_cuda.world import FIRST_STEP, World
@@ -61,3 +62,22 @@ def launches(variant: str, layout: str, count: int) -> Counter[str]:
         with world.refusing(FIRST_STEP):
             muon.step()
         return world.watch.launches
+
+
+@pytest.mark.parametrize("count", [4, 20])
+def test_a_probe_asks_the_same_of_few_weights_and_many(count: int) -> None:
+    """What a measured step launches beside its own kernels, and then ``take()``, whose kernels are small."""
+    with World() as world:
+        muon = Muon([world.parameter(64, 96) for _ in range(count)])
+        muon.probe = probe = Probe()
+        found = []
+        with world.refusing(FIRST_STEP):
+            muon.step()
+            for is_due in (False, True):
+                probe.is_due = is_due
+                world.watch.launches.clear()
+                muon.step()
+                found.append(world.watch.launches.total())
+            world.watch.launches.clear()
+            assert len(probe.take()) == count
+        assert 200 < found[1] - found[0] < 280 and world.watch.launches.total() < 200
