@@ -55,7 +55,7 @@ def nothing(run: Run, step: int) -> None:
 # The alarm, what is done before each step, steps to be judged, options, the model.
 CASES: dict[str, tuple[str | None, Change, int, dict[str, Any], dict[str, Any]]] = {
     "healthy": (None, nothing, 6, {}, {"log_max_attention_logit": True}),
-    "gradients of one direction": ("rank_collapse", one_direction, 4, {}, {}),
+    "gradients of one direction": ("rank_collapse", one_direction, 24, {}, {}),
     "NaN": ("nonfinite", not_a_number, 3, {"muon_nonfinite": "propagate", "clip_grad": 0.0}, {}),
     "eps": ("norm_at_bound", nothing, 4, {"muon_eps": 1e3}, {}),
     "rate": ("update_ratio", nothing, 2, {"lr": 100.0, "min_lr": 100.0}, {}),

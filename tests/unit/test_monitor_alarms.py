@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -160,6 +160,15 @@ def test_weights_are_grouped_and_more_are_told_when_they_are_twice_as_many() -> 
     assert {alarm.since for alarm in found} == {40}
 
 
+def test_first_gradients_and_those_of_a_warmup_may_have_few_directions() -> None:
+    def warming_up(number: int) -> Table:
+        return replace(table(number, {WEIGHT: FLAT}), rates={"lr": 0.001 * min(number, 12)})
+
+    (alarm,) = raised(17, warming_up)
+    assert (alarm.name, alarm.since, alarm.iteration) == ("rank_collapse", 130, 160)
+    assert raised(5, lambda number: table(number, {WEIGHT: FLAT})) == []
+
+
 def test_several_classes_are_one_alarm() -> None:
     (alarm,) = raised(6, lambda number: table(number, dict.fromkeys([*ALL[:2], *ALL[8:10]], FLAT)))
     assert alarm.count == 4
@@ -173,7 +182,7 @@ def test_the_coefficients_defect_counts() -> None:
 
 def test_thresholds_are_the_users() -> None:
     alarms = Alarms(Thresholds(in_a_row=1, unlifted=0.04))
-    assert {alarm.name for alarm in alarms.examine(table(1))} == {"rank_collapse"}
+    assert {alarm.name for number in (1, 3) for alarm in alarms.examine(table(number))} == {"rank_collapse"}
     with pytest.raises(ValueError, match="threshold unlifted is 0"):
         Alarms(Thresholds(unlifted=0))
     assert all(each.metadata["reason"] and each.metadata["source"] for each in fields(Thresholds))
