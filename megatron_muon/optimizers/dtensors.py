@@ -38,7 +38,9 @@ def on_shards(optimizer: Any) -> Iterator[None]:
     """
     groups, state = optimizer.param_groups, optimizer.state
     wholes: dict[int, list[Any]] = {
-        number: group["params"] for number, group in enumerate(groups) if any(map(_is_divided, group["params"]))
+        number: group["params"]
+        for number, group in enumerate(groups)
+        if [1 for param in group["params"] if isinstance(param, DTensor)]
     }
     if not wholes:
         yield

@@ -15,7 +15,6 @@ import torch
 from megatron_muon.choices import AUTO_STEPS, COEFFICIENTS, STEPS
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.handled import STEP
-from megatron_muon.optimizers.storage import gradients_of
 from megatron_muon.options import UpdateKnobs
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, LAYOUT_ATTRIBUTE, MSIGN, WHOLE, MatrixLayout
@@ -104,10 +103,12 @@ def check_weights(group: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the weight and the way out.
     """
-    for index, (param, grad) in enumerate(zip(group["params"], gradients_of(group["params"]), strict=True)):
-        if param.dim() != (dims := getattr(param, LAYOUT_ATTRIBUTE, WHOLE).dims):
+    # Few calls for each weight, in each step: a sparse gradient is always ``grad``.
+    for index, param in enumerate(group["params"]):
+        dims = 3 if getattr(param, LAYOUT_ATTRIBUTE, WHOLE).stacked else 2
+        if param.ndim != dims:
             raise ConfigError(f"{name_of(group, index)} {no_matrix(param, dims)}")
-        if grad is not None and grad.layout is not torch.strided:
+        if (grad := param.grad) is not None and grad.layout is not torch.strided:
             raise ConfigError(
                 f"{name_of(group, index)} has a sparse gradient, and Muon updates dense ones: make it dense "
                 "(sparse=False of the layer), or give the weight to torch.optim.SparseAdam."
