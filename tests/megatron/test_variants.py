@@ -45,7 +45,7 @@ VARIANTS["scion"] = {
 }
 VARIANTS["transfer"] = {
     "muon_transfer": "8x2",
-    # The spectral norm is measured: a power iteration goes on from the step before.
+    # The spectral norm is measured, at every layout.
     "muon_scale_mode": "spectral_norm",
     "muon_weight_decay_method": "independent_scheduled",
     "muon_extra_scale_factor": 1.0,
