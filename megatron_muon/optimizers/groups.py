@@ -105,7 +105,8 @@ def check_weights(group: Mapping[str, Any]) -> None:
     """
     # Few calls for each weight, in each step: a sparse gradient is always ``grad``.
     for index, param in enumerate(group["params"]):
-        dims = 3 if getattr(param, LAYOUT_ATTRIBUTE, WHOLE).stacked else 2
+        layout = getattr(param, LAYOUT_ATTRIBUTE, WHOLE)
+        dims = 3 if layout.stacked and not layout.turns else 2
         if param.ndim != dims:
             raise ConfigError(f"{name_of(group, index)} {no_matrix(param, dims)}")
         if (grad := param.grad) is not None and grad.layout is not torch.strided:

@@ -101,7 +101,7 @@ def annotate(
         treatment = claims.get(param)
         if treatment is None or treatment.choice == UNKNOWN:
             treatment = _unclaimed(param, options, treatment, param in stacks)
-        names = {name, wrapped_name}  # as the report has it, and as named_parameters() does
+        names = {name} if param in copies else {name, wrapped_name}  # as in the report, and in named_parameters()
         if given := [glob for glob in layouts or () if _matches(names, glob)]:
             matched.update(given)
             treatment = given_layout(name, param, treatment, (layouts or {})[given[-1]])
