@@ -22,6 +22,7 @@ from megatron_muon.engine.modes import BLOCKWISE
 from megatron_muon.engine.placements import Division
 from megatron_muon.errors import ConfigError, sizes
 from megatron_muon.optimizers.engines import DIVISION_ATTRIBUTE, Engines
+from megatron_muon.optimizers.groups import name_of
 from megatron_muon.optimizers.shard_layout import ShardLayout
 from megatron_muon.orthogonalize.scale import SPECTRAL_NORM
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, layout_of
@@ -40,12 +41,12 @@ def on_shards(optimizer: Any) -> Iterator[None]:
     wholes: dict[int, list[Any]] = {
         number: group["params"]
         for number, group in enumerate(groups)
-        if [1 for param in group["params"] if isinstance(param, DTensor)]
+        if [1 for param in group["params"] if isinstance(param, DTensor)]  # any() calls for each weight
     }
     if not wholes:
         yield
         return
-    weights = [weight for params in wholes.values() for weight in params if _is_divided(weight)]
+    weights: list[Any] = [weight for params in wholes.values() for weight in params if isinstance(weight, DTensor)]
     local_of = {weight: local(weight, optimizer.engines) for weight in weights}
     kept: dict[torch.Tensor, dict[str, tuple[Any, Any]]] = {}  # as it is in the state, and this rank's part
     for weight, its in local_of.items():
@@ -71,10 +72,6 @@ def on_shards(optimizer: Any) -> Iterator[None]:
             )
         for its in local_of.values():
             its.grad = None
-
-
-def _is_divided(param: torch.Tensor) -> bool:
-    return isinstance(param, DTensor)
 
 
 @torch.no_grad()
@@ -160,11 +157,11 @@ def check(optimizer: Any, group: dict[str, Any]) -> None:
     Raises:
         ConfigError: naming the weight and the way out.
     """
-    config, names = optimizer.config, group.get("param_names") or ()
+    config = optimizer.config
     for number, weight in enumerate(group["params"]):
         if not isinstance(weight, DTensor):
             continue
-        name = names[number] if number < len(names) else f"a weight of {sizes(weight.shape)}"
+        name = name_of(group, number)
         for problem in _problems(config, weight):
             raise ConfigError(f"{name} is a DTensor: {problem}")
         division: Division = optimizer.engines.divisions.of(weight, name)

@@ -67,19 +67,19 @@ def check_names(group: Collection[str], defaults: Collection[str], constructor: 
     Raises:
         ConfigError: naming the option, and the way out.
     """
-    known = [*defaults, *OPTIONAL, AUTO, *_MARKS]
-    for name in (name for name in group if name not in _OF_OTHERS and name not in known):
+    known = [*defaults, *OPTIONAL, AUTO]
+    for name in (name for name in group if not any(name in names for names in (_OF_OTHERS, known, _MARKS))):
         if name in constructor:
             way_out = f"a rule of {BUDGETS[name]}" if name in BUDGETS else "to an optimizer of their own"
             raise ConfigError(
                 f"{name} in a param group: it is an option of the whole optimizer. Give it to the constructor, or "
                 f"these weights {way_out}."
             )
-        near = difflib.get_close_matches(name, known[: -len(_MARKS)], 1)
+        near = difflib.get_close_matches(name, known, 1)
         meant = MEANT.get(name) or (near[0] if near else "")
         raise ConfigError(
             f"{name} in a param group: there is no such option{f' (did you mean {meant}?)' if meant else ''}. A group "
-            f"may have {', '.join(known[: -len(_MARKS)])}."
+            f"may have {', '.join(known)}."
         )
 
 

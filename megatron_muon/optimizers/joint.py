@@ -12,6 +12,7 @@ import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.groups import name_of
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.registry import variant_of
 from megatron_muon.optimizers.stages import Variant
@@ -261,12 +262,13 @@ class JointOptimizer(torch.optim.Optimizer):
                 f"{_some(late)}: frozen when the optimizer was made, and trained now. add_param_group() has it updated;"
                 " or freeze it, and set its grad to None."
             )
-        for param in (param for group in self.scalar.param_groups for param in group["params"]):
-            if param.grad is not None and param.grad.layout != torch.strided:  # AdamW would stop after Muon's part
-                raise ConfigError(
-                    f"{self._name(param)}: its gradient is sparse, which AdamW does not take. Make the embedding with "
-                    "sparse=False."
-                )
+        for group in self.scalar.param_groups:
+            for index, param in enumerate(group["params"]):
+                if param.grad is not None and param.grad.layout != torch.strided:  # AdamW would stop after Muon's part
+                    raise ConfigError(
+                        f"{name_of(group, index)}: its gradient is sparse, which AdamW does not take. Make the "
+                        "embedding with sparse=False."
+                    )
         for part in self.parts:
             part.step()
         return loss
@@ -291,13 +293,6 @@ class JointOptimizer(torch.optim.Optimizer):
                 "have been replaced (resized embeddings, adapters, wrappers) need an optimizer that is made afterwards."
             )
         self._frozen = [(name, param) for name, param in named if not param.requires_grad]
-
-    def _name(self, param: torch.Tensor) -> str:
-        for group in self.param_groups:
-            for name, its in zip(group.get("param_names", ()), group["params"], strict=False):
-                if its is param:
-                    return str(name)
-        return "a weight"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``, with all bits of Muon's state.

@@ -301,7 +301,7 @@ class Muon(torch.optim.Optimizer):
                 "step() within torch.inference_mode(), which leaves state that no later step may change: "
                 "use torch.no_grad(), or neither."
             )
-        if self.probe is not None:
+        if self.probe is not None and self.engines.divisions.groups:
             shards = [shard for shard in map(self.engines.shard, self._own) if shard is not None and shard.is_grid]
             if shards:
                 raise ConfigError(

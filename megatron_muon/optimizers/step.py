@@ -182,10 +182,11 @@ class Step:
     def _makes_state_alone(self, having: Sequence[torch.Tensor]) -> bool:
         """Whether rates and gradients are zero, and there is no state yet.
 
-        Not of ranks that share weights by groups of this package's: one of them could not know it of the others.
+        Not of ranks that share weights by groups of this package's: one of them could not know it of the others. Nor in
+        Megatron-Core, whose checkpoints make state otherwise, and whose first rate may be 0: its ranks count alike.
         """
         optimizer = self.optimizer
-        if any(optimizer.state.get(param) for param in having):
+        if optimizer.engines.compared_elsewhere or any(optimizer.state.get(param) for param in having):
             return False
         if any(on_host(group["lr"]) != 0.0 for group in optimizer.param_groups):
             return False
