@@ -50,7 +50,8 @@ def metadata_folder() -> Path:
     """A folder with the metadata of this package, as if it were installed: its entry points are found there."""
     folder = Path(tempfile.mkdtemp(prefix="metadata-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    line = [sys.executable, "-W", "ignore", "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
+    line = [sys.executable, "-W", "ignore", "-c", "import setuptools; setuptools.setup()", "-q", "egg_info"]
+    line += ["--egg-base", str(folder)]
     subprocess.run(line, cwd=ROOT, check=True, capture_output=True, timeout=TIMEOUT_S)
     return folder
 

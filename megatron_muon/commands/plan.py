@@ -14,9 +14,10 @@ Tell, for the flags of a Megatron training run, what Muon will do and what it co
 weight and as which matrices, parameters and optimizer state of each rank, the operations of Newton-Schulz, what
 tensor-parallel ranks exchange, and the optimizer's share of a step.
 
-Needs no GPU, and no memory for the model. ARGS are Megatron's flags; they override those of --model. Example:
+Needs no GPU, and no memory for the model. ARGS are Megatron's flags; they override those of --model, a text
+file of them as on a command line. The sources of this package have such files of six model families. Example:
 
-  python -m megatron_muon plan --model examples/models/llama3_8b.args --tensor-model-parallel-size 4
+  python -m megatron_muon plan --model llama3_8b.args --tensor-model-parallel-size 4
 """
 
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args, flags = parser.parse_known_args(argv)
     if args.model is None and not flags:
-        parser.error("give a file of Megatron flags (--model FILE, see examples/models), or the flags themselves")
+        parser.error("give Megatron's flags (--num-layers 32 ...), or a text file of them: --model FILE")
     with refusing("plan"):
         _plan(args, flags)
 

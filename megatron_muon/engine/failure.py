@@ -36,7 +36,8 @@ def explain(place: Place, error: Exception, chunk_mb: float) -> None:
             f"Muon: out of memory in a chunk of which this rank works on {place.bytes / 2**20:.3g} MiB of matrices (in "
             "float32; up to three chunks are in memory at once). What lowers it: a smaller --muon-chunk-mb, now "
             f"{chunk_mb:g} (a chunk has one matrix at the least); --muon-offload, which keeps state on the host; "
-            "--muon-momentum-dtype, which keeps it in fewer bits. docs/memory.md says what each saves."
+            "--muon-momentum-dtype, which keeps it in fewer bits. python -m megatron_muon plan --memory-gb N says what "
+            "each saves in this run, and what fits."
         )
     if first := first_failure(place):
         error.add_note(f"Muon: another rank failed before: {first}")

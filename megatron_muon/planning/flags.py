@@ -93,7 +93,9 @@ def read_flags(path: str | Path) -> FlagFile:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise ConfigError(f"--model {path}: {reason}. Give a file of Megatron flags, see examples/models.") from None
+        raise ConfigError(
+            f"--model {path}: {reason}. Give a text file of Megatron's flags, as on a command line."
+        ) from None
     flags: list[str] = []
     options: list[str] = []
     for line in map(str.strip, lines):

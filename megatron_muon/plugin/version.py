@@ -16,7 +16,7 @@ KNOWN: dict[tuple[int, ...], str] = {
         0,
         18,
     ): "0.18 lacks functions that are hooked (GatedDeltaNet's base class, the metadata of fp32 copies), and others "
-    "differ; patches/core_v0.18.2 in the project's repository has the fixes that need no plug-in.",
+    "differ; patches/core_v0.18.2 in a checkout of megatron-muon has the fixes that need no plug-in.",
     (
         0,
         20,
@@ -25,7 +25,7 @@ KNOWN: dict[tuple[int, ...], str] = {
 }
 """What is known about other versions."""
 
-ELSE = "How to find what has moved, and to carry the hooks over: docs/upgrading.md in the project's repository."
+ELSE = "To carry the hooks over: python -m tools.upstream seams, in a checkout of megatron-muon, names what has moved."
 
 
 def check_megatron_core() -> None:

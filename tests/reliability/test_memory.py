@@ -48,7 +48,7 @@ def test_a_rank_out_of_memory_says_what_lowers_it_and_the_others_hear_of_it(pool
         "--muon-chunk-mb, now 0.001",
         "--muon-offload",
         "--muon-momentum-dtype",
-        "docs/memory.md",
+        "plan --memory-gb N",
         "0.00586 MiB",
     ):
         assert word in notes[1]

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import megatron_muon
 from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError
 from tests.launch import FLAGS, ROOT, SCRIPT, TIMEOUT
@@ -142,7 +143,7 @@ def test_a_changed_copy_of_the_package_on_one_rank(tmp_path: Path) -> None:
     for number, (name, old, new) in enumerate(
         [
             ("engine/planner.py", "from __future__ import annotations", "from __future__ import annotations  # mine"),
-            ("version.py", "0.1.0", "0.1.1"),
+            ("version.py", f'"{megatron_muon.__version__}"', '"0.1.1"'),
         ]
     ):
         folder = tmp_path / str(number)
@@ -153,7 +154,7 @@ def test_a_changed_copy_of_the_package_on_one_rank(tmp_path: Path) -> None:
             assert status == 2, text[-3000:]
         first = processes([ROOT, folder], tmp_path)[0][1]
         assert "Ranks of one model differ: " in first and "start all ranks from one image" in first, first[-3000:]
-        assert ("megatron_muon is 0.1.0 on ranks 0, 0.1.1 on ranks 1" in first) == (number == 1)
+        assert (f"megatron_muon is {megatron_muon.__version__} on ranks 0, 0.1.1 on ranks 1" in first) == (number == 1)
 
 
 def processes(roots: list[Path], folder: Path) -> list[tuple[int, str]]:
