@@ -6,6 +6,7 @@
 # make te      build TransformerEngine too (with a CUDA compiler, no GPU), for make test-te
 # make test-clients   the frameworks (Megatron-Bridge, ms-swift, verl), in an environment of their own, with make te
 # make test-browser   the page of `plot --html` in a browser that is installed, which make test does too if it finds one
+# make docs    the documents as a site, in build/docs/site, in an environment of its own; warnings are errors
 # make help    all targets
 #
 # Variables: PYTHON=/path/to/python3.12    the interpreter of the virtual environment
@@ -19,15 +20,15 @@ STAMP := $(VENV)/.ready
 JOBS ?= 2
 export PYTHON TORCH
 
-.PHONY: help setup train train-hybrid test test-slow test-te te clients test-clients test-browser lint bench gpu-check results clean
+.PHONY: help setup train train-hybrid test test-slow test-te te clients test-clients test-browser docs lint bench gpu-check results clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
-	@echo "Targets: setup train train-hybrid test test-slow test-te te clients test-clients test-browser lint bench gpu-check results clean"
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -15
+	@echo "Targets: setup train train-hybrid test test-slow test-te te clients test-clients test-browser docs lint bench gpu-check results clean"
 
 setup: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml constraints.txt tools/make_venv.sh
+$(STAMP): pyproject.toml constraints.txt tools/make_venv.sh
 	@bash tools/make_venv.sh
 	@touch $@
 
@@ -63,6 +64,16 @@ test-clients: clients
 test-browser: $(STAMP)
 	@BROWSER_FOR_TESTS="$(BROWSER)" $(RUN) -m pytest tests/unit/test_plots_page.py $(ARGS)
 
+# Needs nothing of the package: what mkdocs.yml asks for is the extra `docs`.
+docs: $(VENV)-docs/.ready
+	@$(VENV)-docs/bin/python tools/site.py $(ARGS)
+
+$(VENV)-docs/.ready: pyproject.toml
+	@$(if $(wildcard $(RUN)),$(RUN),$(or $(PYTHON),python3)) -m venv $(VENV)-docs
+	@$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check $$($(VENV)-docs/bin/python -c \
+		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
+
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
@@ -80,5 +91,5 @@ results: $(STAMP)
 	@$(RUN) -m tools.results $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-docs runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_muon import MuonConfig
 from megatron_muon.config import flag
+from tools import site
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +28,27 @@ def test_readme_lists_every_flag_with_its_default() -> None:
             assert text == field.default, field.name
 
 
+DOCUMENTS = [path for pattern in site.DOCUMENTS for path in sorted(ROOT.glob(pattern))]
+
+
+def anchors(document: Path) -> set[str]:
+    """What links may name in a document: its headings, as forges and the site spell them."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.+?)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_documents_lead_somewhere() -> None:
-    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "patches").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+    lost = []
+    for document in DOCUMENTS:
+        for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)]+))?\)", document.read_text()):
+            path = document.parent / target if target else document
+            if not path.exists() or (anchor and anchor not in anchors(path)):
+                lost.append(f"{document.relative_to(ROOT)}: {target}#{anchor}")
+    assert not lost, "\n".join(lost)
+
+
+def test_the_site_lists_every_document_once() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    listed = re.findall(r"([\w/.-]+\.md)$", nav, re.MULTILINE)
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT)) for path in DOCUMENTS), "mkdocs.yml, nav"

@@ -66,7 +66,7 @@ def test_its_metadata(wheel: Path) -> None:
 def test_the_version_is_written_in_one_place_and_the_changelog_begins_with_it() -> None:
     assert "version" not in PROJECT and PROJECT["dynamic"] == ["version"]
     headings = re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert [name for name in headings if name != "Unreleased"][0] == megatron_muon.__version__
+    assert next(name for name in headings if name != "Unreleased") == megatron_muon.__version__
 
 
 def messages(tree: ast.AST) -> list[ast.Constant]:
@@ -97,13 +97,9 @@ def test_files_have_no_licence_of_their_own_but_those_that_contributing_names() 
     listed = (ROOT / "CONTRIBUTING.md").read_text().partition("## Licence\n")[2]
     assert listed, "CONTRIBUTING.md has a section on the licence"
     for folder in ("megatron_muon", "examples", "tools", "tests", "docs"):
-        for path in (ROOT / folder).rglob("*"):
+        for path in {*(ROOT / folder).rglob("*")} - {Path(__file__)}:
             name = str(path.relative_to(ROOT))
-            if (
-                path.suffix not in (".py", ".sh", ".md", ".html", ".json")
-                or path == Path(__file__)
-                or "upstream" in path.parts
-            ):
+            if path.suffix not in (".py", ".sh", ".md", ".html", ".json") or "upstream" in path.parts:
                 continue
             if owner.search(path.read_text()):
                 assert f"`{name}`" in listed, f"{name} names another licence or owner: CONTRIBUTING.md, Licence"
