@@ -211,7 +211,7 @@ class MuonOptions(UpdateKnobs):
     ``Muon(params, options=MuonOptions(scale_mode="moonlight"))`` and ``Muon(params, scale_mode="moonlight")`` are the
     same. Values are checked by the optimizer.
 
-    Those that are flags, too, are explained by their help texts above, and in the table of flags in the README.
+    Those that are flags, too, are explained by their help texts above, and in ``docs/flags.md``.
 
     Attributes:
         scalar_betas: betas of the scalar optimizer.

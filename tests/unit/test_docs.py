@@ -5,27 +5,28 @@ import re
 from pathlib import Path
 
 from megatron_muon import MuonConfig
-from megatron_muon.config import flag
-from tools import site
+from megatron_muon.plugin import spellings
+from tools import flags_page, site
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_readme_lists_every_flag_with_its_default() -> None:
-    lines = (ROOT / "README.md").read_text().splitlines()
-    rows = [line for line in lines if line.startswith(("| `--muon", "| `--layer-wise"))]
-    documented = {re.findall(r"`(--[a-z0-9-]*)`", row)[0]: row.split("|")[2].strip() for row in rows}
-    assert set(documented) == {flag(field.name) for field in dataclasses.fields(MuonConfig)}
-    for field in dataclasses.fields(MuonConfig):
-        text = documented[flag(field.name)]
-        if isinstance(field.default, bool):
-            assert text == ("on" if field.default else "off"), field.name
-        elif isinstance(field.default, tuple):
-            assert text == "" and field.default == (), field.name
-        elif isinstance(field.default, (int, float)):
-            assert float(text) == field.default, field.name
-        else:
-            assert text == field.default, field.name
+def test_flags_are_documented_from_their_one_source() -> None:
+    assert flags_page.FILE.read_text() == flags_page.render(), "run: python -m tools.docs"
+    listed = [name for _, names in flags_page.SUBJECTS.values() for name in names.split()]
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(MuonConfig))
+
+
+def test_spellings_of_others_are_those_that_the_parser_knows() -> None:
+    page = (ROOT / "docs" / "migrating.md").read_text()
+    rows = dict(re.findall(r"^\| `(--[\w-]+)` \| (.*) \|$", page, re.MULTILINE))
+    known = {name: f"{value}, taken as that" for name, value in spellings.RENAMED.items()} | spellings.ELSEWHERE
+    assert {name: text.replace("`", "") for name, text in rows.items()} == known
+
+
+def test_code_of_migrating_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "migrating.md").read_text(), re.DOTALL)
+    exec(code, {})
 
 
 DOCUMENTS = [path for pattern in site.DOCUMENTS for path in sorted(ROOT.glob(pattern))]
