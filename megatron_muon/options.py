@@ -87,7 +87,7 @@ class UpdateKnobs:
         "auto",
         "Type of numbers in Newton-Schulz: fp32, bf16, fp16 (Gram Newton-Schulz: fewer operations than bf16 and more "
         "exact, but rows and columns a millionth of the largest are lost), or auto: by --muon-fp32-matmul-prec, bf16 "
-        "for medium and otherwise the weight's own.",
+        "for medium (fp32 if the processor of a rank has no fast bf16) and otherwise the weight's own.",
         check=one_of("auto", "fp32", "bf16", "fp16"),
     )
     ns_backend: str = knob(
@@ -135,7 +135,8 @@ class UpdateKnobs:
     chunk_mb: float = knob(
         0.0,
         "Bound in MiB of the float32 matrices that a rank orthogonalizes at once. Larger chunks mean fewer messages, "
-        "smaller ones less memory and more overlap. A larger matrix is a chunk of its own. 0: 256 on GPUs, 16 on CPUs.",
+        "smaller ones less memory and more overlap. A larger matrix is a chunk of its own. 0: 256 on GPUs, 16 on CPUs "
+        "(two matrices where nothing is sent).",
         check=not_negative,
     )
     scalar_optimizer: str = knob(

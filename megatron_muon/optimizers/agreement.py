@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -65,6 +66,8 @@ def agree(
         check()
         return
     params = [param for group in groups for param in group["params"]]
+    if engines.compared_groups is None:
+        _agree_on_bfloat16(engines, params, names)
     failure: ConfigError | None = None
     sides: dict[str, tuple[list[torch.Tensor], bytes]] = {}
     said: Mapping[str, Any] = {}
@@ -99,6 +102,23 @@ def agree(
     if failure or problems:
         raise failure or problems[0]
     engines.compared_groups = sorted(sides.keys() & {*names})
+
+
+def _agree_on_bfloat16(engines: Engines, params: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+    """Before the first step on CPUs: ranks of groups, one of which has no fast bfloat16, all iterate in float32.
+
+    Of GPUs it is known without timing; where those of a group are not alike, their plans differ, and are refused.
+    """
+    if params[0].is_cuda if params else torch.cuda.is_available():
+        return
+    is_slow = False
+    with contextlib.suppress(ConfigError):  # what is wrong with a weight, the comparison that follows tells all ranks
+        is_slow = bool(params) and bool(engines.slowness([*map(engines.weight, params)], params[0].device))
+    for name in names:
+        slowest = torch.tensor(is_slow, dtype=torch.int32)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=engines.groups[name])
+        is_slow = bool(slowest)
+    engines.settle_bfloat16(is_slow)
 
 
 def _sides(

@@ -20,8 +20,9 @@ from megatron_muon.engine.shards import Shard, shard_of
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers import codecs
-from megatron_muon.optimizers.precision import own_dtype, precision_of
+from megatron_muon.optimizers.precision import Precision, leaves_bfloat16, own_dtype, precision_of
 from megatron_muon.orthogonalize.backends import candidates, report
+from megatron_muon.orthogonalize.bfloat16 import slow_bfloat16
 from megatron_muon.orthogonalize.kernels import elementwise
 from megatron_muon.orthogonalize.kernels.gate import Trial
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -112,6 +113,7 @@ class Engines:
         compared_groups: names of the groups whose ranks compare their plans in each step; None before the first step.
         products: the kernels that multiply, by kind of device and dtype of the iteration.
         sharing: the weights of the data-parallel ranks that work may be shared with; None if there are none.
+        slow_bfloat16: whether the device of one of the ranks has no fast bfloat16; None: nobody has looked.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class Engines:
         self.elementwise_note = ""
         self.products: dict[tuple[str, torch.dtype], TorchProducts] = {}
         self.compared_elsewhere = False
+        self.slow_bfloat16: bool | None = None
         self.sharing: Sharing | None = None
         self._shared: StepEngine | None = None
         self._settled: Mapping[str, int] = {}
@@ -147,7 +150,7 @@ class Engines:
         """A copy with the same process groups but no engines, which belong to the weights of the original."""
         copied = Engines(self.config, self._tp_group, self._expert_tp_group, damped=self._damped)
         copied.sharing, copied.products, copied._settled = self.sharing, dict(self.products), self._settled
-        copied.divisions = self.divisions
+        copied.divisions, copied.slow_bfloat16 = self.divisions, self.slow_bfloat16
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -299,7 +302,9 @@ class Engines:
         builds: bool = True,
     ) -> StepEngine:
         config = self.config
-        precision = precision_of(config, dtype)
+        if self.slow_bfloat16 is None:
+            self.slow_bfloat16 = bool(self.slowness(weights, device))
+        precision = self.precision(dtype)
         key = device.type, precision.iteration
         if key not in self.products:
             alone = not dist.is_initialized() or dist.get_world_size() == 1
@@ -330,6 +335,26 @@ class Engines:
         its, config = self.config.iteration, self.config
         how = {"damped": self._damped, "tf32": config.fp32_matmul_prec == "high"}
         return Orthogonalizer(its(), dtype, config.eps, products, budgeted=its, **how)
+
+    def precision(self, dtype: torch.dtype) -> Precision:
+        """The dtypes of steps of weights of a dtype."""
+        return precision_of(self.config, dtype, slow_bfloat16=bool(self.slow_bfloat16))
+
+    def slowness(self, weights: Sequence[Weight], device: torch.device) -> str:
+        """What is slow about bfloat16 on a device, where the options leave it to the device; empty elsewhere.
+
+        Measured on what most of the time goes to, once; see :func:`slow_bfloat16`.
+        """
+        if not leaves_bfloat16(self.config):
+            return ""
+        trial = trial_of(weights, functools.partial(self._orthogonalizer, torch.bfloat16), device)
+        return "" if trial is None else slow_bfloat16(device, *trial.shape[1:])
+
+    def settle_bfloat16(self, is_slow: bool) -> None:
+        """Take what all ranks have agreed on; engines that were planned for something else go."""
+        if self.slow_bfloat16 not in (None, is_slow):
+            self._kept, self._shared = [], None
+        self.slow_bfloat16 = is_slow
 
     def offers(self, weights: Sequence[Weight], device: torch.device, dtype: torch.dtype, timed: bool) -> Offers:
         """The kernels that could multiply.

@@ -23,7 +23,6 @@ from megatron_muon.config import PREFIX, MuonConfig, flag
 from megatron_muon.errors import ConfigError, ranges
 from megatron_muon.optimizers.engines import Offers
 from megatron_muon.optimizers.muon import Muon
-from megatron_muon.optimizers.precision import precision_of
 from megatron_muon.orthogonalize.backends import fastest_on_all
 from megatron_muon.plugin.options import training_arguments
 from megatron_muon.refusals.rule import flag_of
@@ -107,13 +106,18 @@ def agree_on_products(muons: Sequence[Muon], ranks: Ranks) -> list[str]:
     Returns:
         lines of the report.
 
+    Where the device of one of them has no fast bfloat16, and no type of numbers was asked for, all iterate in float32.
+
     Raises:
         ConfigError: on all ranks, for a backend that is asked for by name and that one of them cannot use.
     """
+    slow = {rank: text for rank, text in ranks.by_number(lambda: _slowness(muons)).items() if text}
+    for muon in muons:
+        muon.engines.settle_bfloat16(bool(slow))
     mine = ranks.together(lambda: _offers(muons))
     costs = {key: {name: offer[1:] for name, offer in its.items()} for key, its in mine.items()}
     found = ranks.by_number(lambda: costs)
-    lines = []
+    lines = [f"Newton-Schulz in float32: on rank {rank} {text}" for rank, text in sorted(slow.items())[:1]]
     for key in sorted({key for its in found.values() for key in its}, key=str):
         theirs = {rank: its[key] for rank, its in found.items() if key in its}
         chosen = fastest_on_all([{name: cost for name, (cost, _) in its.items()} for its in theirs.values()])
@@ -151,12 +155,18 @@ def agree_on_plans(muons: Sequence[Muon], ranks: Ranks) -> None:
             )
 
 
+def _slowness(muons: Sequence[Muon]) -> str:
+    """What is slow about bfloat16 on this rank."""
+    found = ((params, muon.engines) for muon in muons if (params := _params(muon)))
+    return next(filter(None, (its.slowness([*map(its.weight, some)], some[0].device) for some, its in found)), "")
+
+
 def _offers(muons: Sequence[Muon]) -> dict[tuple[str, torch.dtype], Offers]:
     """For each kind of device and type of the iteration, the kernels that could multiply there."""
     found: dict[tuple[str, torch.dtype], Offers] = {}
     for params, engines in ((_params(muon), muon.engines) for muon in muons):
         for param in params:
-            key = param.device.type, precision_of(engines.config, param.dtype).iteration
+            key = param.device.type, engines.precision(param.dtype).iteration
             if key not in found:
                 found[key] = engines.offers([*map(engines.weight, params)], param.device, key[1], timed=True)
     return found

@@ -179,6 +179,22 @@ def test_replicas_compute_the_same_bits_or_nothing(pool: RankPool) -> None:
     assert faster[1].endswith("; on all 2 ranks (best for each: triton on ranks 0, torch on ranks 1)")
 
 
+def starts_where_one_is_slow() -> tuple[str, set[torch.dtype]]:
+    report = io.StringIO()
+    slow = mock.patch("megatron_muon.optimizers.engines.slow_bfloat16", lambda *_: "slow" if dist.get_rank() else "")
+    with slow, contextlib.redirect_stdout(report):
+        run = harness.start(Layout(), num_layers=1, optimizer={"muon_fp32_matmul_prec": "medium"})
+    lines = [line for line in report.getvalue().splitlines() if line.startswith(("Newton-Schulz in", "products: "))]
+    muons = [leaf.optimizer for leaf, _ in leaves(run.optimizer) if isinstance(leaf.optimizer, Muon)]
+    return " | ".join(lines), {engine.orthogonalizer.dtype for muon in muons for engine in muon.engines}
+
+
+def test_one_rank_without_fast_bfloat16_makes_all_iterate_in_float32(pool: RankPool) -> None:
+    (line, dtypes), (_, others) = pool.run(starts_where_one_is_slow, 2, timeout=60)
+    assert line.startswith("Newton-Schulz in float32: on rank 1 slow | products: ") and "float32 on cpu" in line
+    assert dtypes == others == {torch.float32}
+
+
 def build_with_other_plans(layout: Layout) -> str:
     from megatron_muon.engine.step import StepEngine
 

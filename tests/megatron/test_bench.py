@@ -62,7 +62,7 @@ def check_case(case: dict[str, Any]) -> None:
 
 
 def test_one_process(tmp_path: Path) -> None:
-    document, text = bench(tmp_path, "--tp", "1")
+    document, text = bench(tmp_path, "--tp", "1", "--dtype", "fp32", "bf16")
     assert document["complete"] and document["quick"] and document["left_out"] == []
     assert document["versions"]["torch"] and document["machine"]["cores"] >= 1
     layouts = [(case["name"], case["dtype"], case["tp"], case["ep"], case["ranks"]) for case in document["cases"]]
@@ -83,7 +83,7 @@ def test_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_tensor_parallel(tmp_path: Path) -> None:
-    document, text = bench(tmp_path, "--case", "dense", "--tp", "2")
+    document, text = bench(tmp_path, "--case", "dense", "--tp", "2", "--dtype", "fp32", "bf16")
     assert [(case["dtype"], case["tp"], case["ranks"]) for case in document["cases"]] == [
         ("fp32", 2, 2),
         ("bf16", 2, 2),

@@ -16,6 +16,7 @@ import torch
 
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize import coefficient_types
+from megatron_muon.orthogonalize.bfloat16 import slow_bfloat16
 from tools.bench import document, text
 from tools.bench.accuracy import WrongUpdateError
 from tools.bench.cases import Case, cases_of_shapes, standard_cases
@@ -35,12 +36,16 @@ and of AdamW, on the same random weights and gradients, in alternation: time, er
 bytes exchanged, and the share of the machine's rate of matrix products.
 
 Without arguments: a dense model at tensor parallelism 1, 2 and 4, and small experts at expert parallelism 1 and 2, in
-fp32 and bf16, in about ten minutes on two CPU cores. Ranks are started by the command itself, on CPUs (gloo) or GPUs
-(NCCL); under torchrun its processes are the ranks.
+fp32 and, where processors have 16-bit units, bf16, in about ten minutes on two CPU cores. Ranks are started by the
+command itself, on CPUs (gloo) or GPUs (NCCL); under torchrun its processes are the ranks.
 
   python -m tools.bench --model examples/models/llama3_8b.args --layers 2 --dtype bf16
   python -m tools.bench --shapes 4096x4096*8,14336x4096*4 --tp 2
 """
+
+
+_LARGE = (256, 512)
+"""The product that tells whether bfloat16 is fast."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel size; default: the cases' own, or 1")
     parser.add_argument("--ep", type=int, metavar="N", help="expert-parallel size; default: the cases' own, or 1")
     parser.add_argument("--layers", type=int, metavar="N", help="only so many layers of the model or the cases")
-    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: fp32, and bf16 where it is fast"
+    )
     parser.add_argument(
         "--coefficients", nargs="+", metavar="SET", default=[], choices=coefficient_types(),
         help="measure ours with these sets too, beside quintic: " + ", ".join(coefficient_types()),
@@ -99,6 +106,12 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> None:
     cases = _cases(args)
     cases, left_out = _that_fit(cases, args)
     device = choose_device(args.device, max(case.ranks for case in cases))
+    slow = slow_bfloat16(torch.device(device), *_LARGE)
+    if args.dtype is None:
+        args.dtype = ["fp32"] if slow else ["fp32", "bf16"]
+        left_out += [f"left out: bf16: {slow}; --dtype bf16 measures it"] if slow else []
+    elif slow and _rank() == 0 and {*args.dtype} - {"fp32"}:
+        print(f"--dtype {' '.join(args.dtype)}: {slow}: steps take as many times longer.", file=sys.stderr, flush=True)
     for case in cases:
         refuse_too_large(case, args.dtype, torch.device(device), args.coefficients)
     begin = time.time()

@@ -183,11 +183,16 @@ class Trial:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long work takes on a device, once it is compiled and warm: the median of five times.
+    """How long work takes on a device: the median of :func:`times`."""
+    return statistics.median(times(work, device))
+
+
+def times(work: Callable[[], object], device: torch.device) -> list[float]:
+    """How long work takes on a device in seconds, once it is compiled and warm, five times.
 
     Waits for the device: for set-up, not for a step.
     """
-    times = []
+    found = []
     for _ in range(7):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -196,9 +201,9 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
                 work()
                 end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
+            found.append(start.elapsed_time(end) / 1e3)
         else:
             begin = time.perf_counter()
             work()
-            times.append(time.perf_counter() - begin)
-    return statistics.median(times[2:])
+            found.append(time.perf_counter() - begin)
+    return found[2:]
