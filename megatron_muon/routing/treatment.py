@@ -46,7 +46,20 @@ class Treatment:
 
 WeightTreatment = tuple[torch.Tensor, Treatment]
 Rule = Callable[[Any, MuonConfig], Iterable[WeightTreatment]]
-"""Treatments weights of one module; takes the module and the options."""
+"""Treatments of weights of one module; takes the module and the options."""
+
+OF_MEGATRON: dict[str, Rule] = {}
+"""Rules by the name of a class of Megatron-Core: importing the classes would import all optional modules."""
+
+
+def rule[R: Rule](*classes: str) -> Callable[[R], R]:
+    """Decorator: this is the rule of these classes of Megatron-Core, and of those that derive from them."""
+
+    def register(function: R) -> R:
+        OF_MEGATRON.update(dict.fromkeys(classes, function))
+        return function
+
+    return register
 
 
 def fused(

@@ -1,4 +1,4 @@
-"""One rule a module: which weights it fuses, and how.
+"""One rule a module: which weights it fuses, and how. Importing the files below registers their rules.
 
 Rules read the module's own attributes and config, never parameter names. Modules of Megatron-Core are known by the
 names of their classes (and of those they derive from): importing the classes would import all optional modules.
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_muon.routing.rules import (
+from megatron_muon.routing.rules import (  # noqa: F401
     attention,
     embedding,
     feed_forward,
@@ -19,31 +19,9 @@ from megatron_muon.routing.rules import (
     linear,
     state_space,
 )
-from megatron_muon.routing.treatment import Rule
+from megatron_muon.routing.treatment import OF_MEGATRON, Rule
 
 __all__ = ["is_expert_container", "rules_of"]
-
-_MEGATRON: dict[str, Rule] = {
-    "SelfAttention": attention.self_attention,
-    "CrossAttention": attention.cross_attention,
-    "MLASelfAttention": latent_attention.latent_attention,
-    "AbsorbedMLASelfAttention": latent_attention.latent_attention,
-    "DSAIndexer": latent_attention.dsa_indexer,
-    "_GDNBase": state_space.gated_delta_net,
-    "MambaMixer": state_space.partitioned_in_proj,
-    "GatedDeltaProductMixer": state_space.partitioned_in_proj,
-    "MLP": feed_forward.mlp,
-    "SharedExpertMLP": feed_forward.shared_experts,
-    "TEGroupedMLP": feed_forward.grouped_experts,
-    "Router": feed_forward.router,
-    "HyperConnectionModule": feed_forward.hyper_connection,
-    "VocabParallelEmbedding": embedding.embedding,
-    "LanguageModule": embedding.language_model,
-    "BertModel": embedding.bert,
-    "RADIOViTModel": embedding.vision_tower,
-    "CLIPViTModel": embedding.vision_tower,
-}
-"""Rules by the name of a class of Megatron-Core."""
 
 
 def rules_of(module: torch.nn.Module) -> Iterator[Rule]:
@@ -52,8 +30,8 @@ def rules_of(module: torch.nn.Module) -> Iterator[Rule]:
     Linear layers that no special rule claims are left to :func:`megatron_muon.routing.rules.linear.linear`.
     """
     for cls in type(module).__mro__:
-        if cls.__module__.startswith("megatron.core.") and cls.__name__ in _MEGATRON:
-            yield _MEGATRON[cls.__name__]
+        if cls.__module__.startswith("megatron.core.") and cls.__name__ in OF_MEGATRON:
+            yield OF_MEGATRON[cls.__name__]
     if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
         yield embedding.embedding
     if isinstance(module, torch.nn.MultiheadAttention):

@@ -10,9 +10,10 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.routing.layout import MatrixLayout, Section
 from megatron_muon.routing.rules.linear import fused_layer, weight_of
-from megatron_muon.routing.treatment import PER_HEAD, WHOLE_MATRIX, Treatment, WeightTreatment, fused
+from megatron_muon.routing.treatment import PER_HEAD, WHOLE_MATRIX, Treatment, WeightTreatment, fused, rule
 
 
+@rule("SelfAttention")
 def self_attention(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """``linear_qkv``: for each query group its q rows, (its gate rows,) one k head, one v head.
 
@@ -41,6 +42,7 @@ def _qkv(module: Any, weight: torch.Tensor, options: MuonConfig) -> Treatment:
     )
 
 
+@rule("CrossAttention")
 def cross_attention(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """``linear_kv``: for each head its k rows, then its v rows. ``linear_q``: the heads' rows."""
     config, head = module.config, module.config.kv_channels

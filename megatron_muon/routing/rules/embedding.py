@@ -11,7 +11,7 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.routing.layout import TABLE
 from megatron_muon.routing.rules.linear import matrices_in
-from megatron_muon.routing.treatment import ADAM, Treatment, WeightTreatment
+from megatron_muon.routing.treatment import ADAM, Treatment, WeightTreatment, rule
 
 _TABLE = Treatment(TABLE, ADAM, reason="embedding table")
 _OUTPUT = Treatment("output", ADAM, reason="embedding or output layer")
@@ -19,11 +19,13 @@ _END = {"is_embedding_or_output_parameter": True}
 """Megatron-Core's tag, which a copied weight has lost."""
 
 
+@rule("VocabParallelEmbedding")
 def embedding(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """Learned tables (word, position, token-type, relative bias): a row is looked up, never multiplied."""
     yield module.weight, _TABLE
 
 
+@rule("LanguageModule")
 def language_model(model: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """Word embeddings and output layer, also in wrappers and as copies: what they are, tagged or not."""
     words = getattr(getattr(model, "embedding", None), "word_embeddings", None)
@@ -32,6 +34,7 @@ def language_model(model: Any, options: MuonConfig) -> Iterator[WeightTreatment]
             yield param, dataclasses.replace(treatment, tags=_END)
 
 
+@rule("RADIOViTModel", "CLIPViTModel")
 def vision_tower(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """Tokens and positions that a vision tower keeps as bare parameters."""
     for name in ("class_token", "mask_token", "position_embeddings"):
@@ -40,6 +43,7 @@ def vision_tower(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
             yield param, _TABLE
 
 
+@rule("BertModel")
 def bert(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """``binary_head``: two classes (is the second sentence the next one?), an output layer."""
     head = getattr(module, "binary_head", None)

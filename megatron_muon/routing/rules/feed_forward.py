@@ -8,15 +8,17 @@ from typing import Any
 from megatron_muon.config import MuonConfig
 from megatron_muon.routing.layout import MatrixLayout, Section
 from megatron_muon.routing.rules.linear import UNKNOWN_PART, layer_of, matrices_in, matrices_of
-from megatron_muon.routing.treatment import WHOLE_MATRIX, Treatment, WeightTreatment, fused
+from megatron_muon.routing.treatment import WHOLE_MATRIX, Treatment, WeightTreatment, fused, rule
 
 
+@rule("MLP")
 def mlp(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """``linear_fc1`` of a gated MLP, dense or one expert's: a rank's gate rows, then its up rows."""
     if getattr(module.config, "gated_linear_unit", False):
         yield from _gate_and_up(module.linear_fc1, None, options)
 
 
+@rule("SharedExpertMLP")
 def shared_experts(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """As :func:`mlp`; the grouped kernel may take gate and up rows in turns."""
     config = module.config
@@ -26,6 +28,7 @@ def shared_experts(module: Any, options: MuonConfig) -> Iterator[WeightTreatment
         yield from _gate_and_up(module.linear_fc1, interleave, options)
 
 
+@rule("TEGroupedMLP")
 def grouped_experts(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """Experts of a grouped layer: ``weight0``, ``weight1``, ... of (rows, columns) each, or one 3-D ``weight``."""
     config = module.config
@@ -56,12 +59,14 @@ def _gate_and_up(layer: Any, interleave: int | None, options: MuonConfig) -> Ite
         yield weight, treatment
 
 
+@rule("Router")
 def router(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """The router: (experts, hidden), whole on every rank."""
     choice = WHOLE_MATRIX if options.router == "muon" else options.router
     yield module.weight, Treatment("router", choice, reason=f"--muon-router {options.router}")
 
 
+@rule("HyperConnectionModule")
 def hyper_connection(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """``mapping_proj`` of hyper-connections: n rows to read, n to write, n x n to mix the residual streams."""
     n, weight = module.n, module.mapping_proj.weight

@@ -12,9 +12,10 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.routing.layout import Section
 from megatron_muon.routing.rules.attention import heads_of
 from megatron_muon.routing.rules.linear import fused_layer, weight_of
-from megatron_muon.routing.treatment import ADAM, WHOLE_MATRIX, Treatment, WeightTreatment, fused
+from megatron_muon.routing.treatment import ADAM, WHOLE_MATRIX, Treatment, WeightTreatment, fused, rule
 
 
+@rule("MLASelfAttention", "AbsorbedMLASelfAttention")
 def latent_attention(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """All projections of an MLA layer but ``linear_q_down_proj`` and ``linear_proj``, which are one matrix each."""
     yield from _up_projections(module, options)
@@ -105,6 +106,7 @@ def _down_projection(
     )
 
 
+@rule("DSAIndexer")
 def dsa_indexer(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """DeepSeek sparse attention: one weight a head (``linear_weights_proj``) is a gate, not a projection."""
     weight = weight_of(getattr(module, "linear_weights_proj", None))

@@ -14,12 +14,13 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.routing.layout import ORTHOGONALIZE, SCALAR, Section
 from megatron_muon.routing.rules.linear import fused_layer, weight_of
-from megatron_muon.routing.treatment import ADAM, Treatment, WeightTreatment, fused
+from megatron_muon.routing.treatment import ADAM, Treatment, WeightTreatment, fused, rule
 
 _GDN_NAMES = {"query": "q", "key": "k", "value": "v", "z": "z", "gate": "z"}
 """Sections of GatedDeltaNet's ``in_proj`` that are projections (z: output gate), with their short names."""
 
 
+@rule("_GDNBase")
 def gated_delta_net(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """``in_proj`` by the module's own table of sections: GatedDeltaNet (q, k, v, z; beta, alpha), and of later versions
     of Megatron-Core GatedDeltaNet-2 (q, k, v, z; f, b, w) and Kimi's delta attention (q, k, v; g; z, or q, k, v alone,
@@ -40,6 +41,7 @@ def _by_table(module: Any, weight: torch.Tensor, options: MuonConfig) -> Treatme
     return _in_proj("gdn_in_proj", "GatedDeltaNet", options.gdn_in_proj, weight, sections, heads)
 
 
+@rule("MambaMixer", "GatedDeltaProductMixer")
 def partitioned_in_proj(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
     """``in_proj`` whose weight carries ``partition_sizes``: Mamba's mixer, and the gated delta product of later
     versions of Megatron-Core.
