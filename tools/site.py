@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path("build") / "docs" / "source"
-DOCUMENTS = ("*.md", "docs/**/*.md", "patches/*.md", "examples/data/*.md")
+DOCUMENTS = ("*.md", "docs/**/*.md", "patches/*.md", "examples/**/*.md")
 LINK = re.compile(r"\]\(([^)#:\s]+)")
 
 
@@ -28,6 +28,7 @@ def copy_documents(root: Path, target: Path) -> None:
         copy = target / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
+    shutil.copyfile(root / "tools" / "site.css", target / "site.css")
 
 
 def main() -> int:

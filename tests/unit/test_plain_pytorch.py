@@ -66,6 +66,22 @@ def test_trainer_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest
     assert not any(torch.equal(one, initial[name]) for name, one in model.named_parameters())
 
 
+def test_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example trains adapters and the output layer, and nothing else."""
+    for name in ("transformers", "accelerate", "peft"):
+        pytest.importorskip(name, reason=f"needs Hugging Face's {name}")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import huggingface_trainer
+    import lora
+
+    losses, merged = lora.train(6, str(tmp_path))
+    assert losses[-1] < losses[0] and (tmp_path / "adapter_model.safetensors").exists()
+    initial = dict(huggingface_trainer.tiny_model().named_parameters())
+    changed = {name for name, param in merged.named_parameters() if not torch.equal(param, initial[name])}
+    adapted = {f"model.layers.{i}.self_attn.{part}_proj.weight" for i in range(2) for part in "qkvo"}
+    assert changed == {*adapted, "lm_head.weight"}
+
+
 def test_accelerate(begun: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="needs Hugging Face's accelerate")
     begun["loader"] = torch.utils.data.DataLoader(torch.randint(256, (4, 8)), 2)
