@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any
 
 from megatron_muon.choices import ALARMS, NONFINITE, PARAM_LAYOUTS, QK_CLIP_RULES, QK_LOGITS, STIEFEL_SOLVERS
-from megatron_muon.errors import ConfigError
+from megatron_muon.errors import ConfigError, shown
 from megatron_muon.knobs import (
     EVERY_OPTIMIZER,
     boolean,
@@ -291,8 +291,9 @@ class MuonConfig(UpdateKnobs):
             value = getattr(self, field.name)
             problem = field.metadata["check"](value)
             if problem is not None:
-                shown = " ".join(value) if isinstance(value, tuple) and set(map(type, value)) == {str} else value
-                problems.append(f"{flag(field.name)} {shown}: {problem}.")
+                told = " ".join(value) if isinstance(value, tuple) and set(map(type, value)) == {str} else value
+                told = shown(value) if isinstance(field.default, int | float) else told
+                problems.append(f"{flag(field.name)} {told}: {problem}.")
         if problems:
             raise ConfigError("\n".join(problems))
         if pairs:

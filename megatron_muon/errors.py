@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 _MODULES = re.compile(r"( when instantiating \w+)+$")
 
@@ -20,9 +21,40 @@ class ConfigError(ValueError):
         super().__init__(_MODULES.sub("", message))
 
 
+_ARGUMENTS = {
+    "--optimizer (?:dist_)?muon\\b": "variant none",
+    "--optimizer stiefel_muon": "variant stiefel",
+    "--optimizer (adaptive_muon|spectral_sphere)": r"variant \1",
+    "--adaptive-muon-moment2-method": "variant",
+    "--muon-param-rule ('[^']*')": r"param_rule=(\1,)",
+}
+
+
+def in_python(message: str) -> str:
+    """What is said of flags, for who has given arguments: ``--muon-scale-mode x`` is ``scale_mode x``."""
+    for flag, argument in _ARGUMENTS.items():
+        message = re.sub(flag, argument, message)
+    return re.sub("--(?:muon-)?(?:no-)?([a-z][a-z0-9-]*)", lambda found: found[1].replace("-", "_"), message)
+
+
+@contextmanager
+def told_in_python() -> Iterator[None]:
+    """What is refused within, or by the function that this stands above, is told by :func:`in_python`."""
+    try:
+        yield
+    except ConfigError as error:
+        error.args = (in_python(str(error)),)
+        raise
+
+
 def sizes(shape: Iterable[int]) -> str:
     """A shape for a message: ``12 x 8``."""
     return " x ".join(map(str, shape))
+
+
+def shown(value: object) -> object:
+    """A value for a message that asks for a number: a string of digits is told from one by its quotes."""
+    return repr(value) if isinstance(value, str) and value[:1].isdigit() else value
 
 
 def ranges(numbers: Sequence[int]) -> str:

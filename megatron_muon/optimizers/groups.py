@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_muon.choices import AUTO_STEPS, COEFFICIENTS, STEPS
-from megatron_muon.errors import ConfigError, sizes
+from megatron_muon.errors import ConfigError, shown, sizes
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.options import UpdateKnobs
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
@@ -133,29 +132,6 @@ def name_of(group: Mapping[str, Any], index: int) -> str:
     return names[index] if index < len(names) else f"weight {index} of its param group"
 
 
-def in_python(message: str, variant: str, options: Mapping[str, str]) -> str:
-    """What is wrong with flags, in words for who has given arguments: ``--muon-scale-mode x`` is ``scale_mode x``.
-
-    Args:
-        message: about flags.
-        variant: name of the variant's class.
-        options: its options, each with the setting that gives it.
-    """
-    for option, setting in options.items():
-        message = message.replace(f"--{setting.replace('_', '-')} ", f"{variant}'s {option} ")
-    for flag, argument in _ARGUMENTS.items():
-        message = re.sub(flag, argument, message)
-    return re.sub("--(?:muon-)?(no-)?([a-z0-9-]+)", lambda found: found[2].replace("-", "_"), message)
-
-
-_ARGUMENTS = {
-    "--optimizer (?:dist_)?muon\\b": "variant none",
-    "--optimizer stiefel_muon": "variant stiefel",
-    "--optimizer (adaptive_muon|spectral_sphere)": r"variant \1",
-    "--adaptive-muon-moment2-method": "variant",
-}
-
-
 def check_numbers(group: Mapping[str, Any], *, read: bool = True) -> None:
     """Refuse wrong values of the options that every group has.
 
@@ -170,10 +146,10 @@ def check_numbers(group: Mapping[str, Any], *, read: bool = True) -> None:
         value: Any = group.get(name)
         unseen = isinstance(value, torch.Tensor) and not read and value.device.type != "cpu"
         if not is_number(value) or not (unseen or -_ROUNDING <= value < math.inf):
-            raise ConfigError(f"{name} {value}: give a finite number of at least 0")
+            raise ConfigError(f"{name} {shown(value)}: give a finite number of at least 0")
     momentum: Any = group.get("momentum")
     if not isinstance(momentum, Real) or not 0.0 <= float(momentum) < 1.0:
-        raise ConfigError(f"momentum {momentum}: give a number from 0 to below 1 (0.95 is usual)")
+        raise ConfigError(f"momentum {shown(momentum)}: give a number from 0 to below 1 (0.95 is usual)")
     betas: Any = group.get("scalar_betas")
     are_two = isinstance(betas, list | tuple) and len(betas) == 2
     if not are_two or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.errors import ConfigError
+from megatron_muon.errors import ConfigError, told_in_python
 from megatron_muon.optimizers.groups import name_of
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.registry import variant_of
@@ -31,6 +31,7 @@ _OF_ROUTING = (
 """Fields of :class:`MuonConfig` that say which weights are matrices, and which ones."""
 
 
+@told_in_python()
 def optimizer_for(
     model: torch.nn.Module,
     lr: Rate = 1e-3,
@@ -69,9 +70,13 @@ def optimizer_for(
         ConfigError: for a wrong value; for a weight that nobody knows; if no weight is Muon's.
         TypeError: for an option that there is not.
     """
+    if adam is not None and not isinstance(adam, Mapping):
+        raise TypeError(f"optimizer_for(adam={adam!r}): give arguments of AdamW, such as adam={{'lr': 3e-4}}.")
     given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, **(adam or {})}
     if unknown := [name for name in given if name not in _OF_ADAMW]:
         raise TypeError(f"optimizer_for(adam=...) with {unknown[0]}: give some of {', '.join(_OF_ADAMW)}.")
+    if of_adam := [name for name in _OF_ADAMW if name in options and name != "eps"]:  # Muon has one, too
+        raise TypeError(f"optimizer_for({of_adam[0]}=...): it is AdamW's; give adam={{{of_adam[0]!r}: ...}}.")
     if of_rows := [name for name in options if name.startswith("scalar_")]:
         raise TypeError(f"optimizer_for({of_rows[0]}=...): what AdamW has is for rows, too; give adam={{...}}.")
     routing = MuonConfig(**{name: options.pop(name) for name in _OF_ROUTING if name in options})
@@ -164,7 +169,7 @@ class JointOptimizer(torch.optim.Optimizer):
         options = dataclasses.replace(self.muon.config, **own)
         trained = [(name, param) for name, param in global_names(model) if param.requires_grad]
         routes = report.collect(trained, options, hidden_size=self.muon.hidden_size)
-        return f"{report.share(routes, options)}\n{report.render(routes, options)}"
+        return report.told_in_python(routes, options)
 
     @property
     def parts(self) -> tuple[Muon, torch.optim.Optimizer]:
@@ -198,6 +203,7 @@ class JointOptimizer(torch.optim.Optimizer):
             )
         return [owner for owner in owners if owner is not None]
 
+    @told_in_python()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add weights of the model, which may have been frozen: matrices to Muon, the others to the other optimizer.
 
@@ -239,6 +245,7 @@ class JointOptimizer(torch.optim.Optimizer):
                 self.param_groups.append(part.param_groups[-1])
         self._frozen = None
 
+    @told_in_python()
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every weight that has a gradient.
@@ -309,7 +316,7 @@ class JointOptimizer(torch.optim.Optimizer):
         if lengths[0] != lengths[1]:
             raise ValueError(
                 f"state of param groups of {lengths[1]} weights for an optimizer with groups of {lengths[0]}: it is of "
-                "another model, or of other rules."
+                "another model, other rules, or another optimizer."
             )
         for number, part in enumerate(self.parts):
             own = [group for group, owner in zip(groups, owners, strict=True) if owner == number]

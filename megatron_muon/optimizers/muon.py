@@ -24,7 +24,7 @@ from megatron_muon.config import PREFIX, UNREAD, MuonConfig
 from megatron_muon.engine.modes import BLOCKWISE
 from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.errors import ConfigError, sizes
+from megatron_muon.errors import ConfigError, in_python, sizes
 from megatron_muon.optimizers import sleeping
 from megatron_muon.optimizers.auto_steps import look, measure
 from megatron_muon.optimizers.engines import Engines
@@ -39,7 +39,6 @@ from megatron_muon.optimizers.groups import (
     check_names,
     check_numbers,
     check_weights,
-    in_python,
     is_number,
     name_of,
     no_matrix,
@@ -62,6 +61,7 @@ from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.refusals import MUON, refuse
+from megatron_muon.refusals.rule import flag_of
 from megatron_muon.routing.beside import Beside, beside
 from megatron_muon.routing.blocks import no_numbers_of_its_own
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, MSIGN, WHOLE, MatrixLayout, layout_of
@@ -327,7 +327,10 @@ class Muon(torch.optim.Optimizer):
             refuse((*UNREAD, *MUON), settings)
             self.variant.check(config)
         except ConfigError as error:  # flags have been looked at before: these are a call's
-            raise ConfigError(in_python(str(error), type(self.variant).__name__, self.variant.flags)) from None
+            message = str(error)
+            for option, setting in self.variant.flags.items():
+                message = message.replace(f"{flag_of(setting)} ", f"{type(self.variant).__name__}'s {option} ")
+            raise ConfigError(in_python(message)) from None
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``copy.deepcopy`` and pickle: everything but what belongs to this object alone, such as hooks.

@@ -382,6 +382,5 @@ def _refuse(unknown: list[tuple[str, torch.nn.Parameter]]) -> None:
         f"No rule knows these 3-D weights, which are no convolutions: {named}{more}. If each is a matrix for every "
         f"expert, say which way they lie: {rule} '{first}={STACK}' for (experts, outputs, inputs), "
         f"'{first}={TRANSPOSED_STACK}' for (experts, inputs, outputs), '{first}={STACK}(gate 1, up 1)' with the "
-        f"sections of their rows; or '{first}=adam'. A pattern may stand for many. In Python: "
-        f"MuonConfig(param_rule=('{first}={STACK}',))."
+        f"sections of their rows; or '{first}=adam'. A pattern may stand for many."
     )

@@ -74,9 +74,15 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _largest(param: torch.Tensor) -> torch.Tensor | None:
-    """Where its gradient on this rank is largest, on its device; None if it has none."""
+    """Where its gradient on this rank is largest, on its device; None if it has none.
+
+    The gradient of a ``DTensor`` may be divided in another way, or not at all: tensor parallelism leaves a table's
+    whole.
+    """
     grad = None if param.grad is None else _local(param.grad)
-    return None if grad is None or grad.layout != torch.strided or not grad.numel() else grad.abs().argmax()
+    if grad is None or grad.layout != torch.strided or not grad.numel() or grad.shape != _local(param).shape:
+        return None
+    return grad.abs().argmax()
 
 
 def _entry(param: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_muon.choices import kind_of, parse_param_rule
 from megatron_muon.config import MuonConfig, flag
-from megatron_muon.errors import ConfigError, sizes
+from megatron_muon.errors import ConfigError, in_python, sizes, told_in_python
 from megatron_muon.options import UpdateKnobs
 from megatron_muon.routing import report
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE, annotate, global_names, treatments_in
 from megatron_muon.routing.beside import note as note_beside
 from megatron_muon.routing.layout import WHOLE, layout_of
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
+from megatron_muon.routing.rules.linear import is_linear
 from megatron_muon.routing.told import Layouts
-from megatron_muon.routing.wrappers import pattern
+from megatron_muon.routing.wrappers import pattern, strip_wrappers
 
 
 class ParamGroups(NamedTuple):
@@ -38,6 +42,7 @@ class ParamGroups(NamedTuple):
     table: str
 
 
+@told_in_python()
 def param_groups(
     module: torch.nn.Module,
     options: MuonConfig | None = None,
@@ -71,8 +76,18 @@ def param_groups(
             matches nothing; for an option that is the optimizer's.
 
     Warns:
-        UserWarning: naming layers that look fused (``qkv``, ``gate_up_proj``, ...) and that no rule knows.
+        UserWarning: naming layers that look fused (``qkv``, ``gate_up_proj``, ...) and that no rule knows; naming what
+            looks like an output layer and is Muon's.
     """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(
+            f"{type(module).__name__} in place of a model: give the torch.nn.Module itself, not its parameters. Who "
+            "updates a weight depends on the layer that has it."
+        )
+    if any(type(each).__module__ == _FSDP1 for each in module.modules()):  # imports of it take seconds
+        raise ConfigError(
+            "FullyShardedDataParallel (FSDP1) flattens weights, and no matrix is left: use fully_shard (FSDP2), or DDP."
+        )
     options = (options or MuonConfig()).validate()
     usual = MuonConfig()
     for name in _OF_MUON:
@@ -82,13 +97,14 @@ def param_groups(
                 f"give it to the optimizer, Muon(groups.muon, {name}={value!r})."
             )
     matched = annotate(module, options, layouts=layouts)
-    refuse_unmatched(options, matched)
-    for name in (layouts or {}).keys() - matched:
-        raise ConfigError(f"layouts: no trainable weight has the name {name!r}. * stands for any text.")
-    looks_fused = fused_looking(module, options)
-    if looks_fused:
-        warnings.warn(looks_fused, stacklevel=2)
     trainable = {name: param for name, param in module.named_parameters() if param.requires_grad}
+    refuse_unmatched(options, matched, trainable)
+    for name in (layouts or {}).keys() - matched:
+        meant = _meant(name, trainable)
+        raise ConfigError(f"layouts: no trainable weight has the name {name!r}{meant}. * stands for any text.")
+    looks = [in_python(each) for each in (fused_looking(module, options), output_looking(module)) if each]
+    for each in looks:
+        warnings.warn(each, skip_file_prefixes=_OURS)
     parts: dict[str, dict[str, torch.nn.Parameter]] = {"muon": {}, "decayed": {}, "rest": {}}
     for name, param in trainable.items():
         decays = param.dim() > 1 and not name.endswith("bias")  # experts have biases of two dimensions
@@ -97,10 +113,9 @@ def param_groups(
     muon, decayed, rest = (_group(parts[part], weight_decay) for part in ("muon", "decayed", "rest"))
     for group in rest:
         group["weight_decay"] = 0.0
-    routes, notes = report.collect(trainable.items(), options), [f"WARNING {looks_fused}"] if looks_fused else []
-    groups = ParamGroups(
-        muon, decayed + rest, f"{report.share(routes, options)}\n{report.render(routes, options, notes=notes)}"
-    )
+    routes = report.collect(trainable.items(), options)
+    notes = [f"WARNING {each}" for each in looks]
+    groups = ParamGroups(muon, decayed + rest, report.told_in_python(routes, options, notes=notes))
     check_partition(trainable, [*groups.muon, *groups.scalar])
     note_beside(parts["muon"].values(), [*parts["decayed"].items(), *parts["rest"].items()])
     return groups
@@ -130,10 +145,47 @@ def fused_looking(module: torch.nn.Module, options: MuonConfig) -> str:
     first = next(iter(found)).split()[0]
     return (
         f"{', '.join(found)}: by the name several matrices in one weight, which no rule knows, so that Muon takes it "
-        f"for one. Name its rows: layouts={{'{first}': (Section('q', 64), ...)}} of param_groups, or "
+        f"for one. Name its rows: layouts={{'{first}': (Section('q', 64), ...)}}, or "
         f"{flag('param_rule')} '{first}=split(q 64, k 64, v 64)'; '{first}=whole' if it is one."
     )
 
+
+def output_looking(module: torch.nn.Module) -> str:
+    """Names the last linear layer if it is Muon's and has an output for each row of an embedding; empty otherwise.
+
+    Layers whose class, ties or rule have said what they are are none of them.
+    """
+    linears = {name: layer for name, layer in module.named_modules() if is_linear(layer)}
+    tables = {layer.num_embeddings for layer in module.modules() if isinstance(layer, torch.nn.Embedding)}
+    name, layer = next(reversed(linears.items()), ("", None))
+    weight = getattr(layer, "weight", None)
+    if weight is None or not weight.requires_grad or _is_nonlinear_or_embedding(weight):
+        return ""
+    if (
+        weight.dim() != 2
+        or weight.size(0) not in tables
+        or hasattr(weight, OVERRIDE_ATTRIBUTE)
+        or layout_of(weight) != WHOLE
+    ):
+        return ""
+    name = strip_wrappers(f"{name}.weight".lstrip("."))
+    return (
+        f"{name} ({sizes(weight.shape)}) is the last linear layer, with an output for each row of an embedding, "
+        f"and Muon's. Output layers are better AdamW's: param_rule=('{name}=adam',); '{name}=muon' if it is none."
+    )
+
+
+_OURS = (str(Path(__file__).parents[1]), contextlib.__file__.removesuffix(".py"))
+"""Files that warnings are not about: those of this package, and that of decorators."""
+
+
+def _meant(name: str, names: Iterable[str]) -> str:
+    """A name that may have been meant, to follow one that there is not."""
+    near = difflib.get_close_matches(name, list(names), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+_FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
 _OF_MUON = sorted(
     {*(field.name for field in dataclasses.fields(UpdateKnobs)), "momentum", "nesterov"}
@@ -177,8 +229,8 @@ def refuse_uneven(counts: Mapping[str, int], hint: str = "") -> None:
         )
 
 
-def refuse_unmatched(options: MuonConfig, matched: set[str]) -> None:
-    """Refuse a ``param_rule`` that matches no weight of the whole model: it is misspelt.
+def refuse_unmatched(options: MuonConfig, matched: set[str], names: Collection[str] = ()) -> None:
+    """Refuse a ``param_rule`` that matches no weight of the whole model, which has ``names``: it is misspelt.
 
     Raises:
         ConfigError: naming it.
@@ -192,7 +244,9 @@ def refuse_unmatched(options: MuonConfig, matched: set[str]) -> None:
                     "for any text. Leave the rule away, or mend the pattern."
                 )
             tied = " An output layer that is tied to the embedding goes by embedding.word_embeddings.weight."
+            meant = _meant(parse_param_rule(rule)[0], names)
             raise ConfigError(
-                f"{flag('param_rule')} {rule!r}: no trainable weight has such a name. Names are those of the report, "
-                f"with layer numbers of the whole model; * stands for any text.{tied if 'output' in rule else ''}"
+                f"{flag('param_rule')} {rule!r}: no trainable weight has such a name{meant}. Names are those of the "
+                "report, with layer numbers of the whole model; * stands for any text."
+                f"{tied if 'output' in rule else ''}"
             )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from megatron_muon.config import MuonConfig, flag
-from megatron_muon.errors import sizes
+from megatron_muon.errors import in_python, sizes
 from megatron_muon.orthogonalize.scale import MOONLIGHT_HIDDEN, scale_factor
 from megatron_muon.routing.annotate import BUDGET_RULES_ATTRIBUTE, OVERRIDE_ATTRIBUTE
 from megatron_muon.routing.layout import BALLS, MSIGN, SCALAR, STIEFEL, WHOLE, Block, MatrixLayout, layout_of
@@ -114,6 +114,12 @@ def render(routes: Sequence[Route], options: MuonConfig, *, notes: Sequence[str]
     rows = [_row(route, count, options, optimizer) for route, count in Counter(routes).items()]
     lines = [*table(header, rows), *_totals(routes, options), *_overrides(routes), *notes]
     return "\n".join(lines)
+
+
+def told_in_python(routes: Iterable[Route], options: MuonConfig, *, notes: Sequence[str] = ()) -> str:
+    """Share and table, with arguments in place of flags."""
+    routes = [replace(route, reason=in_python(route.reason)) for route in routes]
+    return f"{share(routes, options)}\n{in_python(render(routes, options, notes=notes))}"
 
 
 def share(routes: Sequence[Route], options: MuonConfig) -> str:

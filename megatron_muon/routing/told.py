@@ -22,6 +22,11 @@ def given_layout(
 ) -> Treatment:
     """The treatment of a weight whose layout the user gives."""
     if not isinstance(layout, MatrixLayout):
+        if isinstance(layout, str | Mapping) or not all(isinstance(each, Section) for each in layout):
+            raise ConfigError(
+                f"layouts: {name} has {layout!r}: give a sequence of megatron_muon.Section, such as "
+                "(Section('q', 64), Section('k', 64), Section('v', 64))."
+            )
         layout = MatrixLayout("fused", tuple(layout), stacked=param.dim() == 3)
     if param.dim() != layout.dims or not layout.fits(layout.seen_shape(param.shape)[-2]):
         raise ConfigError(

@@ -116,8 +116,8 @@ def test_budgets_are_told() -> None:
     table = groups.table.splitlines()
     assert any(line.split()[0] == "0.weight" and "whole 6 x 8 (7 steps, simple)" in line for line in table)
     assert any(line.split()[0] == "1.weight" and "whole 8 x 6 (simple)" in line for line in table)
-    assert "--muon-param-rule 0.*=steps:7: 1 weights" in table
-    assert "--muon-param-rule *=coefficients:simple: 2 weights" in table
+    assert "param_rule 0.*=steps:7: 1 weights" in table
+    assert "param_rule *=coefficients:simple: 2 weights" in table
     engine = Muon(groups.muon, ns_dtype="fp32").prepare()
     assert engine is not None
     assert "1 standard Newton-Schulz, float32 (7 steps, simple)" in engine.describe()[1]

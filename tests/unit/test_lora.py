@@ -134,7 +134,7 @@ class TestWhoUpdatesA:
         groups = param_groups(model(bridge(BridgeAdapter())), MuonConfig(lora_a="adam"))
         assert groups.scalar[0]["param_names"] == ["attention.linear_qkv.adapter.linear_in.weight"]
         assert "attention.linear_qkv.adapter.linear_out.weight" in groups.muon[0]["param_names"]
-        assert "LoRA A, rank x inputs (--muon-lora-a adam)" in groups.table
+        assert "LoRA A, rank x inputs (lora_a adam)" in groups.table
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -42,7 +42,7 @@ def test_an_object_and_keywords_say_the_same_and_keywords_count() -> None:
         ({"options": MuonConfig()}, TypeError, r"^options MuonConfig\(.*\): give a MuonOptions"),
         ({"options": {}}, TypeError, r"^options {}: give a MuonOptions"),
         ({"scalar_betas": 0.9}, ConfigError, r"^scalar_betas 0.9: give two numbers"),
-        ({"damping_depth": "2"}, ConfigError, r"^damping_depth 2: give a finite number"),
+        ({"damping_depth": "2"}, ConfigError, r"^damping_depth '2': give a finite number"),
         ({"scale_mode": "moonlight_hidden", "hidden_size": "64"}, ConfigError, "hidden_size 64: give the model's"),
         ({"variant": ["normuon"]}, ConfigError, r"^variant \['normuon'\]: choose one of"),
     ],

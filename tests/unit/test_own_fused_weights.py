@@ -47,7 +47,7 @@ def groups_of(rules: tuple[str, ...] = STACKS, model: torch.nn.Module | None = N
 def test_stacks_that_nobody_knows_stop_and_name_the_choice() -> None:
     message = (
         r"these 3-D weights, .*: layers\.0\.experts\.up \(3 x 8 x 6\), layers\.0\.experts\.down .* "
-        r"--muon-param-rule 'layers\.0\.experts\.up=stack' .*MuonConfig\(param_rule=\('layers\.0\.experts\.up=stack',"
+        r"param_rule=\('layers\.0\.experts\.up=stack',\) for \(experts, outputs, inputs"
     )
     with pytest.raises(ConfigError, match=message):
         param_groups(Model())
@@ -133,5 +133,5 @@ def test_wrappers_fall_away_in_rules_or_may_be_named() -> None:
         assert (
             not groups.muon
             and "layer.weight" in groups.table
-            and "_orig_mod" not in groups.table.split("param-rule")[0]
+            and "_orig_mod" not in groups.table.split("param_rule")[0]
         )

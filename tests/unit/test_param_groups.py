@@ -78,7 +78,7 @@ REFUSED = [
     ("none", {"lr": float("nan")}, "^lr nan"),
     ("none", {"lr": torch.tensor(-1.0)}, "^lr -1"),
     ("none", {"lr": torch.ones(2)}, "^lr tensor"),
-    ("none", {"weight_decay": "0.1"}, "^weight_decay 0.1: give a finite number"),
+    ("none", {"weight_decay": "0.1"}, "^weight_decay '0.1': give a finite number"),
     ("none", {"scalar_betas": (0.9, 1.0)}, "^scalar_betas"),
     ("none", {"scalar_optimizer": "sgd"}, "scalar_optimizer sgd"),
     ("none", {"nesterov": 1}, "nesterov"),

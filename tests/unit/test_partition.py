@@ -184,7 +184,7 @@ def test_model_without_matrices() -> None:
 
 
 def test_rule_that_matches_nothing() -> None:
-    with pytest.raises(ConfigError, match=r"--muon-param-rule 'lm_haed\.weight=adam': no trainable weight has such a"):
+    with pytest.raises(ConfigError, match=r"param_rule=\('lm_haed\.weight=adam',\): no trainable weight has such a"):
         param_groups(HuggingFaceLike(), MuonConfig(param_rule=("up_proj.weight=adam", "lm_haed.weight=adam")))
 
 
@@ -196,7 +196,7 @@ def test_rule_about_a_frozen_weight() -> None:
 
 
 def test_wrong_options() -> None:
-    with pytest.raises(ConfigError, match="--muon-router sgd: choose one of muon, adam"):
+    with pytest.raises(ConfigError, match=r"^router sgd: choose one of muon, adam"):
         param_groups(MLP(), MuonConfig(router="sgd"))
 
 
@@ -213,7 +213,7 @@ def test_table_counts_all_parameters() -> None:
     rest = sum(param.numel() for param in model.parameters()) - muon
     assert f"muon: {muon:,} parameters in 2 weights" in groups.table
     assert f"adam: {rest:,} parameters in 7 weights" in groups.table
-    assert "--muon-param-rule 5.weight=adam: 1 weights" in groups.table
+    assert "\nparam_rule 5.weight=adam: 1 weights" in groups.table
 
 
 def test_public_names() -> None:
