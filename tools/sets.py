@@ -1,7 +1,7 @@
 """What each coefficient set costs and how much it errs, as Markdown: ``python -m tools.sets [--shape PxQ]``.
 
 Products of 16 bits are rounded as tensor cores round them: summed in float32, and rounded once. Exact values are those
-of float64. The tables of docs/parallelism-and-cost.md are its output.
+of float64. The tables of docs/results/iteration.md are its output.
 """
 
 from __future__ import annotations

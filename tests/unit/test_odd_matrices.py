@@ -42,7 +42,7 @@ MATRICES = {
 
 
 def table() -> list[list[str]]:
-    text = (Path(__file__).parents[2] / "docs" / "parallelism-and-cost.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "results" / "iteration.md").read_text()
     lines = text[text.index(HEADER) :].partition("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
