@@ -55,7 +55,7 @@ def test_unknown_flag_ends_the_command(planner: Planner) -> None:
     ("arguments", "expected"),
     [
         ("", ["--model"]),
-        ("--model no/such.args", ["--model no/such.args", "No such file", "examples/models"]),
+        ("--model no/such.args", ["--model no/such.args", "No such file", "text file of Megatron's flags"]),
         ("--model {llama} --hidden-size many", ["--hidden-size", "many"]),
         ("--model {llama} --memory-gb -1", ["--memory-gb", "-1"]),
         ("--model {llama} --device h300", ["--device h300", "a100, h100, h200, b200", "tools.rates"]),
