@@ -15,6 +15,8 @@ _WRAPPERS = {
     "to_wrap",  # NeMo and Megatron-Bridge
 }
 
+_FACTORS = {"lora_A", "lora_B"}
+
 _ATTRIBUTES = (
     "tensor_model_parallel",
     "partition_dim",
@@ -46,15 +48,17 @@ def strip_wrappers(name: str) -> str:
     """A parameter's name without its wrappers: as it is in the model, and in upstream's checkpoints.
 
     They are DDP and Float16Module (``module``, at the front), torch.compile, activation checkpointing, FSDP, adapters
-    around a layer; and peft's model (``base_model.model``, at the front) with its copies of whole modules
+    around a layer (of one around another adapter, as peft's of two bare parameters of one module, ``base_layer`` tells
+    them apart, and stays); and peft's model (``base_model.model``, at the front) with its copies of whole modules
     (``modules_to_save.NAME``), which stand for what they were copied from.
     """
     kept: list[str] = []
     parts = iter(name.split("."))
+    is_factor = not _FACTORS.isdisjoint(name.split("."))
     for part in parts:
         if part == "modules_to_save":
             next(parts, None)
-        elif part not in _WRAPPERS and (kept or part != "module"):
+        elif (part not in _WRAPPERS or (is_factor and part == "base_layer")) and (kept or part != "module"):
             kept.append(part)
             if kept == ["base_model", "model"]:
                 kept.clear()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_muon import ConfigError, Muon, MuonConfig, ParamGroups, param_groups
+from megatron_muon.routing import global_names
 from megatron_muon.routing.layout import layout_of
 from megatron_muon.routing.predicate import exclusion_reason
 
@@ -105,6 +106,11 @@ def in_turns(weight: torch.Tensor) -> Tensors:
     return [part.T for each in weight for part in (each[:, 0::2], each[:, 1::2])]
 
 
+def rows_in_turns(weight: torch.Tensor) -> Tensors:
+    """Zamba: rows 0, 2, ... are x, rows 1, 3, ... are z."""
+    return [weight[0::2], weight[1::2]]
+
+
 def same(weight: torch.Tensor) -> Tensors:
     return [weight]
 
@@ -166,6 +172,23 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Callable[[torch.Tensor], Tensor
         GPT2,
         {"h.0.attn.c_attn.weight": turned(cut(32, 32, 32)), "h.0.mlp.c_fc.weight": turned(same)},
     ),
+    (
+        "zamba",
+        {
+            **SIZES,
+            "num_hidden_layers": 6,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 2,
+            "mamba_dt_rank": 2,
+            "n_mamba_heads": 2,
+            "mamba_d_state": 8,
+        },
+        {
+            "layers.0.mamba.in_proj.weight": rows_in_turns,
+            "layers.0.mamba.x_proj_weight": lambda weight: [part for head in weight for part in head.split((2, 8, 8))],
+            "layers.0.mamba.dt_proj_weight": each,
+        },
+    ),
 ]
 
 
@@ -190,6 +213,41 @@ def test_matrices_are_those_of_the_forward_pass(
         (found,) = updated([param], [grad])
         for own, other in zip(parts(found), updated(alone, parts(grad)), strict=True):
             torch.testing.assert_close(own, other, rtol=0, atol=1e-9, msg=name)
+
+
+def test_layers_whose_names_do_not_tell() -> None:
+    """Each was one matrix, and nothing was said."""
+    models = transformers.models
+    attention = models.bark.modeling_bark.BarkSelfAttention(
+        transformers.BarkSemanticConfig(hidden_size=32, num_heads=4, block_size=8)
+    )
+    gated = models.moonshine.modeling_moonshine.MoonshineDecoderMLP(
+        transformers.MoonshineConfig(hidden_size=32, intermediate_size=48), "silu"
+    )
+    vision = models.dinov2.modeling_dinov2.Dinov2SwiGLUFFN(transformers.Dinov2Config(hidden_size=32))
+    config = transformers.DbrxConfig(d_model=32, n_heads=4, attn_config={"kv_n_heads": 2, "rope_theta": 1e4})
+    sections = {
+        attention.att_proj: [("q", 32), ("k", 32), ("v", 32)],
+        gated.fc1: [("gate", 48), ("up", 48)],
+        vision.weights_in: [(name, vision.weights_in.weight.size(0) // 2) for name in ("gate", "up")],
+        (dbrx := models.dbrx.modeling_dbrx.DbrxAttention(config)).Wqkv: [("q", 32), ("k", 16), ("v", 16)],
+    }
+    model = torch.nn.ModuleList([attention, gated, vision, dbrx])
+    groups_of(model)
+    for layer, expected in sections.items():
+        assert [(section.name, section.rows) for section in layout_of(layer.weight).sections] == expected
+
+
+def test_gemma_3_multiplies_by_its_projection_from_the_right() -> None:
+    projector = transformers.models.gemma3.modeling_gemma3.Gemma3MultiModalProjector(
+        transformers.Gemma3Config(
+            text_config={"hidden_size": 32},
+            vision_config={"hidden_size": 24, "image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=4,
+        )
+    )
+    groups_of(projector)
+    assert layout_of(projector.mm_input_projection_weight).transposed
 
 
 def test_most_of_a_mixture_of_experts_is_muons() -> None:
@@ -266,6 +324,8 @@ def test_lora_on_stacked_experts(kind: str) -> None:
     )
     model = peft.get_peft_model(build(kind, **{**SIZES, **sizes, "head_dim": 8}), config).double()
     groups_of(model)
+    named = [name for name, param in global_names(model) if param.requires_grad]
+    assert len(set(named)) == len(named) and "model.layers.0.mlp.experts.lora_A.default.weight" in named
     trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
     assert len(trained) == 8
     for name, param in trained.items():

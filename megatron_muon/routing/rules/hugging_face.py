@@ -149,10 +149,19 @@ def _named(*names: str) -> Callable[[Any, int], _Rows]:
     return lambda module, rows: _Rows([Section(name, rows // len(names)) for name in names])
 
 
+def _in_turns(*names: str) -> Callable[[Any, int], _Rows]:
+    return lambda module, rows: _Rows([Section(name, 1) for name in names], rows // len(names))
+
+
+def _dbrx(module: Any, rows: int) -> _Rows:
+    head = module.head_dim
+    return _q_k_v(module.hidden_size, module.num_key_value_heads * head, head)
+
+
 def _gate_up(module: Any, rows: int) -> _Rows:
     if getattr(module, "is_concatenated", class_name(module) not in _IN_TURNS):
         return _halves(module, rows)
-    return _Rows([Section("gate", 1), Section("up", 1)], rows // 2)
+    return _in_turns("gate", "up")(module, rows)
 
 
 _SPLIT_QUERY = ("Phi3Attention", "Phi4MultimodalAttention")
@@ -189,11 +198,18 @@ _TABLE = (
     _Fused(("CodeGenAttention",), "qkv_proj", "qkv", "qkv", _codegen),
     _Fused(("MiniMaxLightningAttention",), "qkv_proj", "qkv", "qkv", _each_head),
     _Fused(("MptAttention", "ModernBertAttention"), "Wqkv", "qkv", "qkv", _thirds),
+    _Fused(("DbrxAttention",), "Wqkv", "qkv", "qkv", _dbrx),
+    _Fused(("BarkSelf*Attention*",), "att_proj", "qkv", "qkv", _thirds),
+    _Fused(("JetMoeAttention",), "kv_proj", "kv", "", _named("k", "v")),
+    _Fused(("GraniteSpeech*Attention", "EvollaSequenceCompressorAttention"), "to_kv", "kv", "", _named("k", "v")),
     _Fused(("Exaone4_5*Attention",), "qkv", "qkv", "qkv", _parts(("q", "q_dim"), ("k", "kv_dim"), ("v", "kv_dim"))),
     _Fused(("*",), "qkv", "qkv", "qkv", _thirds),  # vision towers
     _Fused(("ModernBert*MLP",), "Wi", "glu", "glu", _halves),
     _Fused(("GraniteMoe*", "JetMoeMoE"), "input_linear", "glu", "glu", _halves),
-    _Fused(("AriaExperts",), "fc1", "glu", "glu", _halves),
+    _Fused(("AriaExperts", "Moonshine*DecoderMLP"), "fc1", "glu", "glu", _halves),
+    _Fused(("*SwiGLUFFN", "VideomtGatedMLP"), "weights_in", "glu", "glu", _halves),
+    _Fused(("ClvpGatedLinearUnit",), "proj", "glu", "glu", _halves),
+    _Fused(("xLSTMFeedForward",), "proj_up_gate", "glu", "", _named("gate")),
     _Fused(("*",), "gate_up_proj", "glu", "glu", _gate_up),
     _Fused(_LATENT, "q_proj", "mla_q", "mla_up", _each_latent_head(*_QUERY_PARTS)),
     _Fused(_LATENT, "q_b_proj", "mla_q_up", "mla_up", _each_latent_head(*_QUERY_PARTS)),
@@ -215,14 +231,20 @@ _TABLE = (
     _Fused(
         _DELTA_NET, "in_proj_qkv", "gdn_in_proj", "", _parts(("q", "key_dim"), ("k", "key_dim"), ("v", "value_dim"))
     ),
+    _Fused(_DELTA_NET, "in_proj_z", "gdn_in_proj", "", _named("z")),
     _Fused(_MAMBA2, "in_proj", "mamba_in_proj", "", _mamba2),
     _Fused(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), "in_proj", "mamba_in_proj", "", _named("x", "z")),
     _Fused(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), "x_proj", "mamba_x_proj", "", _mamba_x),
+    _Fused(("ZambaMambaMixer",), "in_proj", "mamba_in_proj", "", _in_turns("x", "z")),
+    _Fused(("ZambaMambaMixer",), "x_proj_weight", "mamba_x_proj", "", _mamba_x),
     _Fused(("Lfm2*ShortConv",), "in_proj", "conv_in_proj", "", _named("B", "C", "x")),
 )
 
 _ADAM = (
     (_DELTA_NET, ("in_proj_ba", "in_proj_b", "in_proj_a"), "write strengths and decays of heads"),
+    (("OlmoHybridGatedDeltaNet",), ("b_proj", "a_proj"), "write strengths and decays of heads"),
+    (("DeepseekV32Indexer", "GlmMoeDsaIndexer"), ("weights_proj",), "gates of the DSA indexer"),
+    (("ZambaMambaMixer",), ("D",), "no projection"),
     (("*",), ("A_log", "*_bias", "*bias_table"), "no projection"),
 )
 """Classes, layers or bare parameters, and why they are the scalar optimizer's."""
@@ -303,8 +325,10 @@ def _fused(module: Any, layer: Any, row: _Fused, options: MuonConfig) -> Iterato
 
 
 def _has_experts(module: Any) -> bool:
-    """Whether bare weights of three dimensions are a matrix for each expert: transformers marks most such classes."""
-    return hasattr(module, "is_concatenated") or class_name(module).endswith(("Experts", "ExpertsGemm"))
+    """Whether bare weights of three dimensions are a matrix for each expert, or head: transformers marks most such
+    classes."""
+    name = class_name(module)
+    return hasattr(module, "is_concatenated") or name.endswith(("Experts", "ExpertsGemm")) or name == "ZambaMambaMixer"
 
 
 def _whole(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
@@ -321,5 +345,5 @@ def _whole(module: Any, options: MuonConfig) -> Iterator[WeightTreatment]:
         elif weight.dim() == 3 and _has_experts(module):
             layout = MatrixLayout("whole", stacked=True, transposed=transposed)
             yield weight, Treatment("experts", WHOLE_MATRIX, {WHOLE_MATRIX: layout})
-        elif weight.dim() == 2 and name == "Conv1D":
+        elif weight.dim() == 2 and (name == "Conv1D" or child == "mm_input_projection_weight"):  # Gemma 3's
             yield weight, Treatment("linear", WHOLE_MATRIX, {WHOLE_MATRIX: MatrixLayout("whole", transposed=True)})
