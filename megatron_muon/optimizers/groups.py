@@ -16,6 +16,7 @@ from megatron_muon.errors import ConfigError, shown, sizes
 from megatron_muon.optimizers.handled import STEP
 from megatron_muon.options import UpdateKnobs
 from megatron_muon.routing.annotate import OVERRIDE_ATTRIBUTE
+from megatron_muon.routing.blocks import DTYPES
 from megatron_muon.routing.layout import BALLS, LAYOUT_ATTRIBUTE, MSIGN, WHOLE, MatrixLayout
 
 OPTIONAL = ("nesterov", "scale_mode", "extra_scale_factor", "weight_decay_method", "ball_radius")
@@ -44,6 +45,11 @@ MEANT = {
     **dict.fromkeys(("adjust_lr_fn", "adjust_lr", "rms_scale"), "scale_mode"),
 }
 """What other implementations call an option."""
+
+OF_TORCHS = {
+    *("betas", "amsgrad", "maximize", "foreach", "fused", "capturable", "dampening", "decoupled_weight_decay"),
+}
+"""Options of torch's optimizers in param groups that are loaded from them."""
 
 _MARKS = {"use_muon": True, "algorithm": "muon", "optim_type": "muon", "kind": "muon"}
 """By which optimizers of other packages that are Muon and Adam at once tell the groups of both apart, and what says
@@ -88,12 +94,14 @@ def check_marks(group: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the mark, and the way out.
     """
-    for name, own in _MARKS.items():
-        if name in group and group[name] != own:
-            raise ConfigError(
-                f"{name} {group[name]!r} in a param group: megatron_muon.Muon updates all its weights by Muon, and by "
-                f"one variant. Give these to an optimizer of their own, such as torch.optim.AdamW, or leave {name} out."
-            )
+    wrong = [name for name, own in _MARKS.items() if group.get(name, own) != own]
+    if group.get("optimizer") in ("adam", "adamw", "lion", "sgd"):  # Megatron-Core's, which says Muon in many words
+        wrong.append("optimizer")
+    for name in wrong:
+        raise ConfigError(
+            f"{name} {group[name]!r} in a param group: megatron_muon.Muon updates all its weights by Muon, and by "
+            f"one variant. Give these to an optimizer of their own, such as torch.optim.AdamW, or leave {name} out."
+        )
 
 
 def check_weights(group: Mapping[str, Any]) -> None:
@@ -108,6 +116,10 @@ def check_weights(group: Mapping[str, Any]) -> None:
         dims = 3 if layout.stacked and not layout.turns else 2
         if param.ndim != dims:
             raise ConfigError(f"{name_of(group, index)} {no_matrix(param, dims)}")
+        if param.dtype not in DTYPES:
+            raise ConfigError(
+                f"{name_of(group, index)} is of {param.dtype}, and Muon updates real numbers of 16 bits and more."
+            )
         if (grad := param.grad) is not None and grad.layout is not torch.strided:
             raise ConfigError(
                 f"{name_of(group, index)} has a sparse gradient, and Muon updates dense ones: make it dense "
@@ -148,7 +160,7 @@ def check_numbers(group: Mapping[str, Any], *, read: bool = True) -> None:
         if not is_number(value) or not (unseen or -_ROUNDING <= value < math.inf):
             raise ConfigError(f"{name} {shown(value)}: give a finite number of at least 0")
     momentum: Any = group.get("momentum")
-    if not isinstance(momentum, Real) or not 0.0 <= float(momentum) < 1.0:
+    if not _is_real(momentum) or not 0.0 <= float(momentum) < 1.0:
         raise ConfigError(f"momentum {shown(momentum)}: give a number from 0 to below 1 (0.95 is usual)")
     betas: Any = group.get("scalar_betas")
     are_two = isinstance(betas, list | tuple) and len(betas) == 2
@@ -210,5 +222,9 @@ def all_options(optimizer: Any) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a real number, or a tensor of one element."""
-    return isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    """Whether a value is a real number (True is none), or a tensor of one element."""
+    return _is_real(value) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -13,11 +13,13 @@ import torch
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError, told_in_python
 from megatron_muon.optimizers.groups import name_of
+from megatron_muon.optimizers.loading import in_order
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.optimizers.registry import variant_of
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.routing import _is_nonlinear_or_embedding, annotate, global_names, layout_of, report
+from megatron_muon.routing.blocks import is_dtensor
 from megatron_muon.routing.partition import param_groups
 from megatron_muon.routing.told import Layouts
 
@@ -153,7 +155,7 @@ class JointOptimizer(torch.optim.Optimizer):
         self._routing, self._layouts = routing or MuonConfig(), layouts
         self._model: Callable[[], torch.nn.Module | None] = weakref.ref(model)
         self._frozen: list[tuple[str, torch.nn.Parameter]] | None = None
-        self._is_made = False
+        self._is_made = self._is_sharded = False
         super().__init__([*muon.param_groups, *scalar.param_groups], dict(muon.defaults))
         self._is_made = True
         self._look_at_model()
@@ -245,6 +247,7 @@ class JointOptimizer(torch.optim.Optimizer):
                 self.param_groups.append(part.param_groups[-1])
         self._frozen = None
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @told_in_python()
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -262,13 +265,14 @@ class JointOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._owners()
-        if self._frozen is None:
-            self._look_at_model()
         if self._frozen and (late := [name for name, param in self._frozen if param.grad is not None]):
             raise ConfigError(
                 f"{_some(late)}: frozen when the optimizer was made, and trained now. add_param_group() has it updated;"
                 " or freeze it, and set its grad to None."
             )
+        # FSDP2 puts whole weights in the place of its own at times, after an evaluation: look at those once.
+        if self._frozen is None or not self._is_sharded:
+            self._look_at_model()
         for group in self.scalar.param_groups:
             for index, param in enumerate(group["params"]):
                 if param.grad is not None and param.grad.layout != torch.strided:  # AdamW would stop after Muon's part
@@ -299,6 +303,8 @@ class JointOptimizer(torch.optim.Optimizer):
                 f"{_some(wrong)}: trained by the model, and not in exactly one of the two optimizers. Weights that "
                 "have been replaced (resized embeddings, adapters, wrappers) need an optimizer that is made afterwards."
             )
+        if self._frozen is None:
+            self._is_sharded = any(map(is_dtensor, counts))
         self._frozen = [(name, param) for name, param in named if not param.requires_grad]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -318,6 +324,7 @@ class JointOptimizer(torch.optim.Optimizer):
                 f"state of param groups of {lengths[1]} weights for an optimizer with groups of {lengths[0]}: it is of "
                 "another model, other rules, or another optimizer."
             )
+        groups = in_order(self.param_groups, state_dict)["param_groups"]
         for number, part in enumerate(self.parts):
             own = [group for group, owner in zip(groups, owners, strict=True) if owner == number]
             ids = set(itertools.chain.from_iterable(group["params"] for group in own))
@@ -338,7 +345,7 @@ class JointOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         owners = state.pop("owners")
         self._routing, self._layouts = MuonConfig(), None
-        self._model, self._frozen, self._is_made = _no_model, [], True
+        self._model, self._frozen, self._is_sharded, self._is_made = _no_model, [], True, True
         super().__setstate__({**state, "defaults": dict(state["muon"].defaults), "param_groups": []})
         self._join(owners)
 

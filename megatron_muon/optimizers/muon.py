@@ -32,6 +32,7 @@ from megatron_muon.optimizers.fading import PEAK
 from megatron_muon.optimizers.groups import (
     AUTO,
     MEANT,
+    OF_TORCHS,
     OPTIONAL,
     PER_GROUP,
     check_layout,
@@ -44,7 +45,7 @@ from megatron_muon.optimizers.groups import (
     no_matrix,
 )
 from megatron_muon.optimizers.handled import STEP, TensorVersions, refuse_capture, refuse_elsewhere
-from megatron_muon.optimizers.loading import AsItIs, tell
+from megatron_muon.optimizers.loading import AsItIs, check_state, in_order, tell
 from megatron_muon.optimizers.power import WarmStarts
 from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.probe import Probe
@@ -380,10 +381,16 @@ class Muon(torch.optim.Optimizer):
         """As in ``torch.optim.Optimizer``, with all bits of the state: the dtype of a weight is not that of its state.
 
         Momentum in another dtype than this optimizer's is converted; without ``master_remainder`` masters are the
-        weights as they are. Both are told by a line.
+        weights as they are. Both are told by a line. Where the saved groups and these have names, state goes to the
+        weight of its name.
+
+        Raises:
+            ValueError: before anything changes, for the state of other weights, or of an optimizer that is no Muon.
         """
         for saved in state_dict["param_groups"]:
             check_marks(saved)
+        state_dict = in_order(self.param_groups, state_dict)
+        check_state(self.param_groups, state_dict)
         last = self.register_load_state_dict_pre_hook(AsItIs.hook)  # after those of others
         try:
             super().load_state_dict(state_dict)
@@ -391,10 +398,10 @@ class Muon(torch.optim.Optimizer):
             last.remove()
         others: Counter[str] = Counter()
         for group in self.param_groups:
-            if foreign := sorted(name for name in group if name in self._of_all or name in MEANT):
+            if foreign := sorted(name for name in group if name in self._of_all or name in MEANT or name in OF_TORCHS):
                 for name in foreign:
                     del group[name]
-                others[f"had {', '.join(foreign)} in their param group, which the constructor has here"] += len(
+                others[f"had {', '.join(foreign)} in their param group, which groups of Muon do not have"] += len(
                     group["params"]
                 )
         with self._on_shards():
@@ -453,6 +460,7 @@ class Muon(torch.optim.Optimizer):
         """Bring state back, see :func:`megatron_muon.wake`."""
         return sleeping.wake(self)
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient; one without (None) stays as it is, its momentum too.

@@ -49,8 +49,9 @@ def matmul_precision(precision: str) -> Iterator[None]:
         if not _WITHIN:
             _FOUND.append(_Found([each.fp32_precision for each in _float32_switches()], _legacy(), _sum_switches()))
         _WITHIN.append(wanted)
-        _set(_FOUND[0].sums)
     try:
+        with _LOCK:
+            _set(_FOUND[0].sums)
         with without_autocast():
             yield
     finally:

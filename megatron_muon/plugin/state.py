@@ -80,8 +80,10 @@ def state_bytes(optimizer: Any) -> StateBytes:
     there: Counter[str] = Counter()
     left = 0
     for entry, is_found in kept(optimizer):
-        (here if entry.is_on_device else there)[entry.key] += entry.tensor.nbytes
-        left += entry.tensor.nbytes if entry.is_on_device and not is_found else 0
+        tensor: Any = entry.tensor
+        size = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes  # of a DTensor this rank's part
+        (here if entry.is_on_device else there)[entry.key] += size
+        left += size if entry.is_on_device and not is_found else 0
     return StateBytes(dict(here), dict(there), left)
 
 

@@ -169,7 +169,7 @@ def plain(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:
@@ -188,7 +188,11 @@ def no_numbers_of_its_own(weight: torch.Tensor) -> str:
         return f"quantized ({type(weight).__name__}), and its updates would be lost in rounding"
     if is_dtensor(weight):
         return "a DTensor, of which each rank has rows that are no matrices"
-    return "" if weight.dtype in _DTYPES else f"of {weight.dtype}, and Muon updates real numbers of 16 bits and more"
+    if weight.layout != torch.strided:
+        return f"sparse ({weight.layout}), and Muon updates dense ones"
+    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+        return "a view that repeats its numbers (expand), which a step cannot write to"
+    return "" if weight.dtype in DTYPES else f"of {weight.dtype}, and Muon updates real numbers of 16 bits and more"
 
 
 @cache

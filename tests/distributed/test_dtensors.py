@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_muon import ConfigError, Muon
+from megatron_muon import ConfigError, Muon, state_bytes
 from megatron_muon.optimizers.fading import EVERY
 from megatron_muon.optimizers.graph import capture
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, SCALAR, MatrixLayout, Section
@@ -225,6 +225,8 @@ def fsdp(folder: str, saved: bool, offload: bool, reshard: bool) -> tuple[list[f
         weights, state = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
     losses += model.train(optimizer, range(2, 4), ranks)
+    kept, local = state_bytes(optimizer).on_device, [weight.to_local().nbytes for weight in optimizer.state]
+    assert kept["momentum_buffer"] == sum(local)  # this rank's part, not the whole
     kinds = {name: type(value).__name__ for name, value in optimizer.state[model.up.weight].items()}
     return losses, sorted(f"{name} {kind}" for name, kind in kinds.items())
 

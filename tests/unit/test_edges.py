@@ -21,6 +21,7 @@ from torch.optim.swa_utils import SWALR
 from megatron_muon import Muon, MuonConfig, param_groups
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.rates import PEAK_RATE, options_of
+from megatron_muon.orthogonalize import switches
 from megatron_muon.orthogonalize.switches import matmul_precision
 from megatron_muon.routing.layout import SCALAR, STIEFEL, MatrixLayout, Section
 
@@ -197,6 +198,7 @@ def test_state_of_torch_distributed_checkpoint(name: str) -> None:
         ({"algorithm": "adamw"}, "algorithm 'adamw' in a param group"),
         ({"optim_type": "adam"}, "optim_type 'adam' in a param group"),
         ({"kind": "adamw"}, "kind 'adamw' in a param group"),
+        ({"optimizer": "adam"}, "optimizer 'adam' in a param group"),
         ({"eps": 1e-7}, "eps in a param group: it is an option of the whole optimizer"),
         ({"ns_steps": 5}, r"ns_steps in a param group: .*did you mean num_ns_steps"),
         ({"betas": (0.9, 0.95)}, "betas in a param group: there is no such option"),
@@ -242,9 +244,54 @@ def test_state_of_torchs_own_muon_is_loaded(capsys: pytest.CaptureFixture[str]) 
     optimizer.step()
 
 
+def test_state_of_adamw_is_refused_before_anything_changes() -> None:
+    """It was kept beside a momentum of zeros, with AdamW's options in the groups."""
+    param = with_gradient(parameter(), 0)
+    theirs = torch.optim.AdamW([param], lr=0.03)
+    theirs.step()
+    optimizer = Muon([("layers.1", param)])
+    with pytest.raises(ValueError, match=r"layers\.1: its state has exp_avg, exp_avg_sq, step, and no momentum_buffer"):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_state_goes_to_the_weight_of_its_name_whatever_the_order() -> None:
+    """It went to the weights in their order, or failed in the step that came next."""
+    weights = {name: with_gradient(parameter(), number) for number, name in enumerate(("a", "b"))}
+    optimizer = Muon([("module._orig_mod.a", weights["a"]), ("module._orig_mod.b", weights["b"])])
+    optimizer.step()
+    turned = Muon([("b", weights["b"]), ("a", weights["a"])])
+    turned.load_state_dict(optimizer.state_dict())
+    assert turned.param_groups[0]["param_names"] == ["b", "a"]
+    for weight in weights.values():
+        assert torch.equal(turned.state[weight]["momentum_buffer"], optimizer.state[weight]["momentum_buffer"])
+    with pytest.raises(ValueError, match="c: no weight of that name is in the saved state, which has a"):
+        Muon([("a", weights["a"]), ("c", weights["b"])]).load_state_dict(optimizer.state_dict())
+    other = torch.nn.Parameter(torch.zeros(6, 8))
+    with pytest.raises(ValueError, match="its momentum_buffer has shape 8 x 6, and the weight 6 x 8"):
+        Muon([other, weights["b"]]).load_state_dict(optimizer.state_dict())
+
+
+def test_torch_distributed_checkpoint_puts_state_in_order_by_itself() -> None:
+    models = [torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(2))) for _ in range(2)]
+    optimizers = [
+        Muon(named) for named in (list(models[0].named_parameters()), list(models[1].named_parameters())[::-1])
+    ]
+    for number, weight in enumerate(models[0].parameters()):
+        with_gradient(weight, number)
+    optimizers[0].step()
+    set_optimizer_state_dict(models[1], optimizers[1], get_optimizer_state_dict(models[0], optimizers[0]))
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        found, expected = optimizers[1].state[other], optimizers[0].state[one]
+        assert torch.equal(found["momentum_buffer"], expected["momentum_buffer"])
+    assert optimizers[1].param_groups[0]["param_names"] == ["1.weight", "0.weight"]
+
+
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
+        (torch.zeros(1, 6).expand(4, 6), "layers.1: a weight of 4 x 6 is a view that repeats its numbers"),
+        (torch.zeros(4, 6).to_sparse(), "layers.1: a weight of 4 x 6 is sparse"),
         (torch.zeros(4, 6, dtype=torch.complex64), "layers.1: a weight of 4 x 6 is of torch.complex64"),
         (torch.zeros(24), "layers.1: a weight has shape 24, and .*FSDP1.*ZeRO"),
         (torch.zeros(0), "layers.1: a weight has shape 0, and .*FSDP1"),
@@ -267,13 +314,18 @@ def test_gradients_and_memory_that_cannot_be_updated_are_refused_before_anything
     second.grad = dense.to_sparse()
     with pytest.raises(ConfigError, match="second has a sparse gradient"):
         optimizer.step()
-    second.grad, second.data = None, torch.zeros(24)
+    second.grad, second.data = None, torch.zeros(8, 6, dtype=torch.complex64)
+    with pytest.raises(ConfigError, match=r"second is of torch\.complex64"):
+        optimizer.step()
+    second.data = torch.zeros(24)
     with pytest.raises(ConfigError, match=r"second has shape 24, and .*FSDP1"):
         optimizer.step()
     assert torch.equal(first, before) and not optimizer.state
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), torch.tensor(float("nan")), torch.tensor([0.1, 0.2])])
+@pytest.mark.parametrize(
+    "number", [float("nan"), float("inf"), True, torch.tensor(float("nan")), torch.tensor([0.1, 0.2])]
+)
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum"])
 def test_numbers_that_are_none_are_refused_when_given_and_later(name: str, number: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{name} .*: give a"):
@@ -364,6 +416,16 @@ def test_threads_that_step_at_once_leave_the_precision_of_products() -> None:
     first_left.set()
     thread.join()
     assert found == ["tf32"] and matmul.fp32_precision == before
+
+
+def test_switches_that_fail_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later caller found that of the one that failed, and products stayed as exact as that had asked for."""
+    monkeypatch.setattr(switches, "_set", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError), matmul_precision("highest"):
+        pass
+    monkeypatch.undo()
+    with matmul_precision("high"):
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def test_options_of_the_optimizer_are_no_options_of_routing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,6 +108,24 @@ def test_state_goes_on_where_it_was_saved(variant: str) -> None:
     assert_alike(one, other)
 
 
+def test_state_goes_to_weights_of_its_names_in_both_optimizers() -> None:
+    """A model whose layers have been put in another order."""
+    one, other = model(), model()
+    for name in ("up", "table", "norm"):
+        other._modules[name] = other._modules.pop(name)
+    first = made(one)
+    train(one, [first], range(2))
+    other.load_state_dict(one.state_dict())
+    second = made(other)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert first.param_groups[0]["param_names"] != second.param_groups[0]["param_names"]
+    assert first.param_groups[1]["param_names"] != second.param_groups[1]["param_names"]
+    for each, optimizer in ((one, first), (other, second)):
+        train(each, [optimizer], range(2, 4))
+    for name, param in one.named_parameters():
+        torch.testing.assert_close(other.get_parameter(name), param, rtol=0, atol=1e-12)
+
+
 def test_state_of_another_model_is_refused() -> None:
     state = made(model()).state_dict()
     with pytest.raises(ValueError, match="of another model"):
@@ -138,6 +157,19 @@ def test_copies_go_on_by_themselves(how: Callable[[Any], Any]) -> None:
     assert_alike(one, other)
     assert second.param_groups[0] is second.muon.param_groups[0] is not first.param_groups[0]
     assert second.param_groups[0]["params"][0] is other.up.weight
+
+
+def test_a_step_within_torch_compile() -> None:
+    """It ended in an assertion of torch's, for the switches that a step sets."""
+    one, other = model(), model()
+    first, second = made(one), made(other)
+    compiled = torch.compile(lambda: first.step(), backend="eager")
+    for step in range(2):
+        one.zero_grad()
+        loss_of(one, step).backward()
+        compiled()
+    train(other, [second], range(2))
+    assert_alike(one, other)
 
 
 def test_closures_are_called_once_and_hooks_too() -> None:
@@ -277,9 +309,12 @@ def test_weights_that_nobody_has_stop_a_step_before_anything_moves() -> None:
     assert optimizer.param_groups[3] is optimizer.muon.param_groups[1]
 
 
-def test_weights_that_are_replaced_stop_the_first_step() -> None:
+@pytest.mark.parametrize("steps", [0, 2])
+def test_weights_that_are_replaced_stop_the_next_step(steps: int) -> None:
+    """After the first step they were not looked for."""
     module = model()
     optimizer = made(module)
+    train(module, [optimizer], range(steps))
     module.table = torch.nn.Embedding(12, 6).double()
     loss_of(module).backward()
     with pytest.raises(ConfigError, match=r"table\.weight: trained by the model, and not in .* made afterwards"):
@@ -295,6 +330,12 @@ def test_what_is_wrong_is_refused() -> None:
             made(module, **{name: value})
     with pytest.raises(TypeError, match=r"scalar_betas=\.\.\.\): .* give adam="):
         made(module, scalar_betas=(0.9, 0.9))
+    for rule, message in {
+        "up.weight=stiefel": "use variant stiefel, or another",
+        "*.wieght=adam": "no trainable",
+    }.items():
+        with pytest.raises(ConfigError, match=rf"param_rule=\('{re.escape(rule)}',\).*{message}"):
+            made(module, param_rule=(rule,))
     with pytest.raises(ConfigError, match=r"no trained weight is Muon's"):
         made(module, param_rule=("*=adam",))
     sparse = model(sparse=True)
