@@ -63,7 +63,8 @@ def search_path(tree: Path) -> list[str]:
 
 def environment(tree: Path, **variables: str) -> dict[str, str]:
     """The variables of a process that runs on the patched sources."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(search_path(tree)), "PYTHONWARNINGS": "ignore", **variables}
+    ours = {"PYTHONPATH": os.pathsep.join(search_path(tree)), "MEGATRON_CORE_PLUGINS": "megatron_muon"}
+    return {**os.environ, "PYTHONWARNINGS": "ignore", **ours, **variables}
 
 
 def run(code: str, tree: Path, **variables: str) -> str:

@@ -1,5 +1,5 @@
-"""``python -m tools.docs``: write from the tables that the package walks ``docs/flags.md``, ``docs/refusals.md``, and
-alarms in ``docs/monitoring.md``."""
+"""``python -m tools.docs``: write from the tables that the package walks ``docs/flags.md``, ``docs/refusals.md``,
+``docs/hooks.md``, and alarms in ``docs/monitoring.md``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from megatron_muon.refusals.megatron import MEGATRON
 from megatron_muon.refusals.plan import PLAN, READ
 from megatron_muon.refusals.rule import flag_of
 from tools import flags_page
+from tools.upstream import page
 
 FILE = Path(__file__).parents[1] / "docs" / "refusals.md"
 MONITORING = FILE.with_name("monitoring.md")
+HOOKS = FILE.with_name("hooks.md")
 
 _HEAD = """\
 # What is refused
@@ -135,4 +137,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 if __name__ == "__main__":
     flags_page.FILE.write_text(flags_page.render(), encoding="utf-8")
     FILE.write_text(render(), encoding="utf-8")
+    HOOKS.write_text(page.render(), encoding="utf-8")
     MONITORING.write_text(with_alarms(MONITORING.read_text(encoding="utf-8")), encoding="utf-8")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path("build") / "docs" / "source"
-DOCUMENTS = ("*.md", "docs/**/*.md", "patches/*.md", "examples/**/*.md")
+DOCUMENTS = ("*.md", "docs/**/*.md", "patches/**/*.md", "examples/**/*.md")
 LINK = re.compile(r"\]\(([^)#:\s]+)")
 
 

@@ -136,7 +136,10 @@ def _forget(original: Any) -> Callable[..., None]:
     return forget
 
 
-@PATCHES.around("torch.utils._device:DeviceContext.__init__", "`with torch.device('cuda')`")
+@PATCHES.around(
+    "torch.utils._device:DeviceContext.__init__",
+    "`with torch.device('cuda')` would make tensors on a device that is not there",
+)
 def _wrap_device_context(original: Original, self: Any, device: Any) -> None:
     original(self, to_cpu(device))
 

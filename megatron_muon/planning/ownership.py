@@ -16,7 +16,7 @@ import torch
 from megatron_muon.planning.flags import Layout
 from megatron_muon.planning.model import Stage
 from megatron_muon.plugin.arguments import from_arguments
-from megatron_muon.plugin.layer_wise import balanced_together, keeps_upstream_lists
+from megatron_muon.plugin.layer_wise import balanced_together, keeps_upstream_lists, share_lists
 from megatron_muon.plugin.uneven_buckets import owners_of, padding
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding, is_expert_parallel
 
@@ -122,7 +122,8 @@ def _by_lists(
     muon = None if keeps_upstream_lists(args) else from_arguments(args)
     optimizer = SimpleNamespace(dp_cp=None, expt_dp=None, pg_collection=None, options_of_cost=muon)
     groups = SimpleNamespace(param_groups=list(_param_groups(chunks)))
-    LayerWiseDistributedOptimizer._shard_params_ping_pong(optimizer, [groups], layout.data, layout.expert_data)
+    share = LayerWiseDistributedOptimizer._shard_params_ping_pong
+    share_lists(optimizer, [groups], lambda: share(optimizer, [groups], layout.data, layout.expert_data))
     owners: dict[torch.Tensor, Owners] = {}
     for lists in (optimizer.dp_cp_params_list, optimizer.expt_dp_params_list or []):
         for rank, params in enumerate(lists):

@@ -42,7 +42,7 @@ from megatron_muon.plugin import (
 from megatron_muon.plugin.telling import TELLING
 from megatron_muon.plugin.version import check_megatron_core
 
-__all__ = ["describe", "install", "is_installed", "load", "uninstall"]
+__all__ = ["describe", "hooks", "install", "is_installed", "load", "uninstall"]
 
 
 def _all_patches() -> list[Patch]:
@@ -122,7 +122,7 @@ def is_installed() -> bool:
 
 
 def load() -> None:
-    """What a patched Megatron-LM calls, before its first extension point runs, where this package is installed."""
+    """What a patched Megatron-LM calls before its first extension point runs, if ``MEGATRON_CORE_PLUGINS`` names us."""
     install()
 
 
@@ -133,6 +133,11 @@ def describe() -> list[tuple[str, str]]:
         (target, f"{reason} (native: nothing is hooked)" if target in found else reason)
         for target, reason in _PATCHES.describe()
     ]
+
+
+def hooks() -> list[Patch]:
+    """All of Megatron-Core's functions that are replaced, in the order of replacement."""
+    return list(_PATCHES.patches)
 
 
 def _print_native() -> None:

@@ -79,20 +79,6 @@ def _with_marks_checked(original: Original, checkpoint_name: Any, args: Any) -> 
     return original(checkpoint_name, args)
 
 
-@PATCHES.around(
-    "megatron.core.dist_checkpointing.strategies.torch:TorchDistLoadShardedStrategy.load_tensors_metadata",
-    "torch 2.15 stores strides, which torch.empty() does not take: strict loading fails",
-    fixed_by="tp.properties.dtype",
-)
-def _without_strides(original: Original, self: Any, checkpoint_dir: Any, metadata: Any = None) -> Any:
-    from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
-
-    metadata = metadata or _get_filesystem_reader(checkpoint_dir).read_metadata()
-    for entry in metadata.state_dict_metadata.values():
-        vars(getattr(entry, "properties", SimpleNamespace())).pop("strides", None)
-    return original(self, checkpoint_dir, metadata)
-
-
 @dataclass
 class _Load:
     """The load in progress."""
@@ -118,11 +104,13 @@ def read_in_pieces() -> None:
 
 @PATCHES.around(
     "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
-    "each of its readers unpickles the index of all ranks' tensors, and a load has several; and torch's makes a whole "
-    "stored part for each rank that needs some rows of it",
+    "each of its readers unpickles the index of all ranks' tensors, and a load has several; torch's makes a whole "
+    "stored part for each rank that needs some rows of it; and with the strides that torch 2.15 stores strict loading "
+    "fails, as torch.empty() does not take them",
 )
 def _for_one_load(original: Original, *args: Any, **kwargs: Any) -> Any:
     reader, load = original(*args, **kwargs), _LOAD.get(None)
+    reader.read_metadata = _without_strides(reader.read_metadata)
     if load is not None:
         reader.read_metadata = _reading_once(reader.read_metadata, str(reader.path), load.indices)
         if load.in_pieces:
@@ -130,6 +118,17 @@ def _for_one_load(original: Original, *args: Any, **kwargs: Any) -> Any:
 
             pieces.read_in_pieces(reader)
     return reader
+
+
+def _without_strides(read: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(read)
+    def read_metadata(*args: Any, **kwargs: Any) -> Any:
+        metadata = read(*args, **kwargs)
+        for entry in metadata.state_dict_metadata.values():
+            vars(getattr(entry, "properties", SimpleNamespace())).pop("strides", None)
+        return metadata
+
+    return read_metadata
 
 
 def _reading_once(read: Callable[..., Any], path: str, indices: dict[str, Any]) -> Callable[..., Any]:

@@ -253,7 +253,11 @@ PATCHES = [
         "the options are fields, which copies, replace(), asdict() and Megatron's own arguments carry along",
         in_subclasses=_hooks.with_fields_of_base,
     ),
-    Patch(f"{_CONFIG}.__annotations__", lambda original: {**original, **_types()}, "a field has a type"),
+    Patch(
+        f"{_CONFIG}.__annotations__",
+        lambda original: {**original, **_types()},
+        "typing.get_type_hints() finds the types of fields there",
+    ),
     Patch(
         f"{_CONFIG}.__init__",
         _hooks.with_options,
@@ -278,7 +282,7 @@ PATCHES = [
         "a config from before install() gets the options when one is first read",
         create=True,
     ),
-    _method("__repr__", _repr, "options are shown"),
-    _method("__eq__", _eq, "options count when configs are compared"),
+    _method("__repr__", _repr, "the generated one knows the fields of its time, and would not show the options"),
+    _method("__eq__", _eq, "the generated one would take configs with other options for equal"),
 ]
 """Hooks on the class ``OptimizerConfig``."""

@@ -35,7 +35,7 @@ from megatron_muon.plugin import options
 from megatron_muon.plugin.groups import ranks_of
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.sharing import share_work
-from megatron_muon.plugin.uneven_buckets import remove_padding
+from megatron_muon.plugin.uneven_buckets import remove_padding, with_named_owners
 from megatron_muon.plugin.within import within
 from megatron_muon.routing.predicate import _is_nonlinear_or_embedding
 
@@ -46,9 +46,12 @@ _CLASS = "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptim
 
 @PATCHES.around(
     f"{_CLASS}.__init__",
-    "Megatron wraps the optimizers inside only for bfloat16 models; with float32 ones its own assertion fails",
+    "it wraps the optimizers inside only for bfloat16 models, and with float32 ones its own assertion fails; by its "
+    "own config it would leave the gathers to forward hooks that DDP does not have, or DDP's hooks would gather by "
+    "lists that nobody has made; experts whole on each tensor-parallel rank would count in the gradient's norm on its "
+    "first rank only; and the norm of a model on some of the ranks would be that of all models of the run",
 )
-def _with_fp32(
+def _construct(
     original: Original,
     self: Any,
     optimizers: list[Any],
@@ -57,11 +60,15 @@ def _with_fp32(
     init_state_fn_list: list[Any] | None = None,
     model_chunks: list[Any] | None = None,
 ) -> None:
+    by_cost = is_ours(getattr(config, "optimizer", None)) and not keeps_upstream_lists(options.training_arguments())
+    self.options_of_cost = options.of(config) if by_cost else None  # the older assignment is not told whose weights
     if not config.bf16:
         init_state = init_state_fn_list or [None] * len(optimizers)
         member = _fp32_member()
         optimizers = [member(inner, config, fn) for inner, fn in zip(optimizers, init_state, strict=True)]
     original(self, optimizers, config, pg_collection, init_state_fn_list, model_chunks)
+    _gather_as_buffers(self)
+    _take_own_groups(self, config)
 
 
 @functools.cache
@@ -81,23 +88,8 @@ def _fp32_member() -> type:
     return LayerWiseFP32Optimizer
 
 
-@PATCHES.around(f"{_CLASS}.__init__", "the older assignment is not told whose weights it shares out")
-def _with_decision(
-    original: Original, self: Any, optimizers: list[Any], config: Any, *args: Any, **kwargs: Any
-) -> None:
-    by_cost = is_ours(getattr(config, "optimizer", None)) and not keeps_upstream_lists(options.training_arguments())
-    self.options_of_cost = options.of(config) if by_cost else None
-    original(self, optimizers, config, *args, **kwargs)
-
-
-@PATCHES.around(
-    f"{_CLASS}.__init__",
-    "by its own config it would leave the gathers to forward hooks that DDP does not have, and replicas would "
-    "train on weights that others have changed; or DDP's hooks would gather by lists that nobody has made",
-)
-def _with_overlap_of_buffers(original: Original, self: Any, *args: Any, **kwargs: Any) -> None:
+def _gather_as_buffers(self: Any) -> None:
     """DDP's ``overlap_param_gather`` counts, as in Megatron-Core's distributed optimizer."""
-    original(self, *args, **kwargs)
     of_buffers = [chunk.ddp_config.overlap_param_gather for chunk in self.model_chunks if hasattr(chunk, "ddp_config")]
     if not of_buffers or self.overlap_param_gather is any(of_buffers):
         return
@@ -106,16 +98,8 @@ def _with_overlap_of_buffers(original: Original, self: Any, *args: Any, **kwargs
         self.set_bucket_layerwise_params_list(self.model_chunks)
 
 
-@PATCHES.around(
-    f"{_CLASS}.__init__",
-    "experts whole on each tensor-parallel rank would count in the gradient's norm on its first rank only, "
-    "but other ranks have other experts, or own some; and the norm of a model on some of the ranks would be "
-    "that of all models of the run",
-)
-def _with_own_groups(
-    original: Original, self: Any, optimizers: list[Any], config: Any, *args: Any, **kwargs: Any
-) -> None:
-    original(self, optimizers, config, *args, **kwargs)
+def _take_own_groups(self: Any, config: Any) -> None:
+    """Norms and counts are sums over the model's ranks, experts by their own tensor-parallel group."""
     dense = getattr(self.pg_collection, "tp", None)
     for part in (self, *self.chained_optimizers):  # as Megatron-Core does for its other optimizers
         part.tp_group, part.expert_tp_group = dense, getattr(self.pg_collection, "expt_tp", dense)
@@ -239,17 +223,19 @@ def _balance_shards(buffers: Sequence[Any], cost: Callable[[torch.Tensor], int])
         cursors[job.bucket][owner] += job.size
 
 
-@PATCHES.around(
-    f"{_CLASS}._shard_params_ping_pong", "the older assignment is balanced by the cost of Newton-Schulz too"
-)
-def _with_balanced_lists(
-    original: Original, self: Any, optimizers: list[Any], dp_cp_size: int, expt_dp_size: int
-) -> None:
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+def share_lists(optimizer: Any, optimizers: Sequence[Any], share: Callable[[], None]) -> None:
+    """Have ``share`` make the older assignment, and balance it by the cost of Newton-Schulz where it is this package's.
+
+    Args:
+        optimizer: the layer-wise one, or what stands for it.
+        optimizers: inside of it, whose param groups are narrowed to this rank's weights.
+        share: Megatron-Core's assignment.
+    """
+    groups = [group for inner in optimizers for group in inner.param_groups]
     params = [list(group["params"]) for group in groups]
-    original(self, optimizers, dp_cp_size, expt_dp_size)
-    if getattr(self, "options_of_cost", None) is not None:
-        _balance_lists(self, groups, params)
+    share()
+    if getattr(optimizer, "options_of_cost", None) is not None:
+        _balance_lists(optimizer, groups, params)
 
 
 def _balance_lists(optimizer: Any, groups: Sequence[dict[str, Any]], params: Sequence[list[torch.Tensor]]) -> None:
@@ -281,22 +267,29 @@ def _balance_lists(optimizer: Any, groups: Sequence[dict[str, Any]], params: Seq
 
 @PATCHES.around(
     f"{_CLASS}.shard_params",
-    "where dense weights have one copy (TP 2 with expert TP 1 on two ranks) nothing is shared out, and every "
-    "copy of an expert would be updated, with the part of the gradients that its rank has",
+    "the older assignment is balanced by elements, not by the cost of Newton-Schulz; owners are found by the length of "
+    "a shard, and buckets without padding have shards of no one length; and where dense weights have one copy (TP 2 "
+    "with expert TP 1 on two ranks) every copy of an expert would be updated, with the part of the gradients that its "
+    "rank has",
 )
-def _with_expert_owners(
+def _with_owners(
     original: Original, self: Any, optimizers: list[Any], full_param_layouts: list[Any] | None = None
 ) -> None:
     from megatron.core.utils import get_pg_size
 
-    copies = get_pg_size(self.expt_dp)
-    if get_pg_size(self.dp_cp) > 1 or copies == 1:
-        original(self, optimizers, full_param_layouts)
-    else:
-        if full_param_layouts is None:
+    layouts = None if full_param_layouts is None else [with_named_owners(each) for each in full_param_layouts]
+    dense, copies = get_pg_size(self.dp_cp), get_pg_size(self.expt_dp)
+
+    def share() -> None:
+        if dense > 1 or copies == 1:
+            original(self, optimizers, layouts)
+        elif layouts is None:
             self._shard_params_ping_pong(optimizers, 1, copies)
         else:
-            self._shard_params_from_layout(optimizers, full_param_layouts, 1, copies)
+            self._shard_params_from_layout(optimizers, layouts, 1, copies)
+
+    share_lists(self, optimizers, share) if layouts is None else share()
+    if dense == 1:
         self.dp_cp_params_list = None  # as Megatron-Core has it for one copy: there is nothing to gather
     share_work(self, optimizers)
 

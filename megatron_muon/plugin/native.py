@@ -21,6 +21,7 @@ _TE_ATTENTION = "megatron.core.extensions.transformer_engine:TEDotProductAttenti
 
 _FIXED_BY = {
     "megatron.core.datasets.utils:compile_helpers": "find_spec",
+    "megatron.core.distributed.param_and_grad_buffer:partition_buckets": "_split_by_optimizer",
     f"{_LAYER_WISE}.save_state_dict_to_file": "_file_of_this_rank",
     f"{_LAYER_WISE}.load_state_dict_from_file": "_file_of_this_rank",
 }
@@ -75,6 +76,11 @@ _AT_POINTS = {
     _TE_ATTENTION: (f"{_TE_ATTENTION}.__init__", _as_constructor),
 }
 """Extension points are functions; these hooks replace a dictionary and a class."""
+
+
+def hook_of(point: str) -> str:
+    """The target of the hook that an extension point is for: the same, but for :data:`_AT_POINTS`."""
+    return next((target for target, (name, _) in _AT_POINTS.items() if name == point), point)
 
 
 def native_targets(patches: Iterable[Patch]) -> list[str]:
@@ -139,5 +145,5 @@ def _points_in(module: str) -> list[str]:
 def _is_fixed(patch: Patch) -> bool:
     """Whether the source of the target has the word that tells of the fix."""
     name = patch.path.rpartition(".")[2]
-    body = re.search(rf"^( *)def {name}\(.*\n(?:\1 .*\n|\n)*", _source_of(patch.module), re.MULTILINE)
+    body = re.search(rf"^( *)def {name}\(.*\n(?:\1[ )].*\n|\n)*", _source_of(patch.module), re.MULTILINE)
     return body is not None and str(patch.fixed_by) in body[0]

@@ -123,7 +123,7 @@ def _given(original: Original, args: Any, kwargs: Any) -> dict[str, Any]:
     return inspect.signature(original).bind(*args, **kwargs).arguments
 
 
-@PATCHES.around(f"{_TRAINING}:train", "the file is begun, or cut to the resumed iteration")
+@PATCHES.around(f"{_TRAINING}:train", "--muon-log-jsonl: the file is begun, or cut to the iteration that is resumed")
 def _train(original: Original, *args: Any, **kwargs: Any) -> Any:
     optimizer = _given(original, args, kwargs).get("optimizer")
     _refuse_other_muon(optimizer)
@@ -142,7 +142,9 @@ def _train(original: Original, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-@PATCHES.around(f"{_TRAINING}:training_log", "losses and times of logged iterations, and what optimizers say")
+@PATCHES.around(
+    f"{_TRAINING}:training_log", "--muon-log-jsonl: losses and times of logged iterations; and lines in the log"
+)
 def _training_log(original: Original, *args: Any, **kwargs: Any) -> Any:
     values = _given(original, args, kwargs)
     iteration = values["iteration"]
@@ -186,7 +188,9 @@ def _after_log(values: dict[str, Any], interval: float, record: dict[str, Any]) 
     )
 
 
-@PATCHES.around(f"{_TRAINING}:evaluate", "the losses of an evaluation")
+@PATCHES.around(
+    f"{_TRAINING}:evaluate", "--muon-log-jsonl: the losses of an evaluation, which its caller does not return"
+)
 def _evaluate(original: Original, *args: Any, **kwargs: Any) -> Any:
     result = original(*args, **kwargs)
     if _run.recorder is not None and result[0]:
@@ -194,7 +198,10 @@ def _evaluate(original: Original, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-@PATCHES.around(f"{_TRAINING}:evaluate_and_print_results", "the iteration and data set of an evaluation")
+@PATCHES.around(
+    f"{_TRAINING}:evaluate_and_print_results",
+    "--muon-log-jsonl: the iteration and data set of an evaluation, which evaluate() is not told",
+)
 def _evaluate_and_print_results(original: Original, *args: Any, **kwargs: Any) -> Any:
     _run.evaluated.clear()
     result = original(*args, **kwargs)
@@ -215,7 +222,10 @@ def _set_names(prefix: str) -> list[str]:
     return [f"{kind}-{name}" for name in names]
 
 
-@PATCHES.around("megatron.core.timers:Timers.__call__", "the time of the optimizer step")
+@PATCHES.around(
+    "megatron.core.timers:Timers.__call__",
+    "--muon-log-jsonl: the time of the optimizer step, which Megatron measures at higher log levels only",
+)
 def _timers(original: Original, timers: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     timer = original(timers, name, *args, **kwargs)
     if name != "optimizer" or _run.recorder is None:

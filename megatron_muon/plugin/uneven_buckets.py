@@ -91,16 +91,9 @@ def check_layout(chunk: Any, asked: str) -> None:
     )
 
 
-@PATCHES.around(
-    "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer._shard_params_from_layout",
-    "it divides a weight's place by the length of a shard to find the owner, and shards have no one length",
-)
-def _with_named_owners(original: Original, self: Any, optimizers: list[Any], layouts: list[Any], *sizes: int) -> None:
-    original(self, optimizers, [_one_element_each(layout) for layout in layouts], *sizes)
-
-
-def _one_element_each(full: Any) -> Any:
-    """The same ``FullParamLayout`` with buffers of one element for each owner, at which all its weights are."""
+def with_named_owners(full: Any) -> Any:
+    """The same ``FullParamLayout`` where padded; without padding, buffers of one element for each owner, at which all
+    its weights are: Megatron-Core divides a weight's place by the length of a shard to find the owner."""
     from megatron.core.optimizer.param_layout import FullParamLayout, PerBufferParamLayout
 
     def by_owner(layout: Any) -> Any:
@@ -115,7 +108,7 @@ def _one_element_each(full: Any) -> Any:
 
 @PATCHES.around(
     "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel.__init__",
-    "a bucket is cut where owners change, and not into shards of one length",
+    "a bucket without padding is cut where owners change, and not into shards of one length",
 )
 def _with_parts_of_owners(original: Original, self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
@@ -146,14 +139,20 @@ def _sizes(bucket: Any, owners: dict[torch.Tensor, int], ranks: int) -> list[int
     return sizes
 
 
-@PATCHES.around(f"{_GROUP}.start_grad_sync", "each rank gets the gradients of its own weights, as many as these are")
+@PATCHES.around(
+    f"{_GROUP}.start_grad_sync",
+    "in a bucket without padding each rank gets the gradients of its own weights, as many as these are",
+)
 def _with_uneven_reduce_scatter(original: Original, self: Any, *args: Any, **kwargs: Any) -> None:
     with _collectives_of(self) as exchanges:
         original(self, *args, **kwargs)
     self.grad_reduce_handle = _started(self.grad_reduce_handle, exchanges)
 
 
-@PATCHES.around(f"{_GROUP}.start_param_sync", "each rank sends its own weights, as many as these are")
+@PATCHES.around(
+    f"{_GROUP}.start_param_sync",
+    "in a bucket without padding each rank sends its own weights, as many as these are",
+)
 def _with_uneven_all_gather(original: Original, self: Any, *args: Any, **kwargs: Any) -> None:
     with _collectives_of(self) as exchanges:
         original(self, *args, **kwargs)

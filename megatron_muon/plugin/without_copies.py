@@ -152,8 +152,9 @@ def _have_decoupled(params: Iterable[torch.Tensor]) -> bool:
 
 @PATCHES.around(
     f"{_OPTIMIZER}:MegatronOptimizer._filter_grads_for_norm",
-    "gradients under either name count in the norm; kernels take those of one list for numbers of one type, and "
-    "norms of bfloat16 gradients would be rounded to bfloat16 on the CPU",
+    "gradients of weights without float32 copies are under another attribute (decoupled_grad), and would not count in "
+    "the norm; kernels take those of one list for numbers of one type, and norms of bfloat16 gradients would be "
+    "rounded to bfloat16 on the CPU",
 )
 def _norms_of_all(
     original: Original, self: Any, params: Sequence[torch.Tensor], param_filter: Any = None
@@ -173,7 +174,8 @@ def _norms_of_all(
 
 @PATCHES.around(
     f"{_CLIPPING}:clip_grad_by_total_norm_fp32",
-    "gradients under either name are clipped; kernels take those of one list for numbers of one type",
+    "gradients of weights without float32 copies are under another attribute, and would not be clipped; kernels take "
+    "those of one list for numbers of one type",
 )
 def _clip_all(
     original: Original, parameters: Any, max_norm: float, total_norm: Any, use_decoupled_grad: bool = False
@@ -191,7 +193,10 @@ def _clip_all(
             original(some, max_norm, total_norm, use_decoupled_grad=True)
 
 
-@PATCHES.around(f"{_CLIPPING}:count_zeros_fp32", "zeros of gradients under either name count")
+@PATCHES.around(
+    f"{_CLIPPING}:count_zeros_fp32",
+    "gradients of weights without float32 copies are under another attribute, and their zeros would not count",
+)
 def _count_all(
     original: Original,
     parameters: Any,

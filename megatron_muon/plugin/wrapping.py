@@ -52,7 +52,7 @@ def _with_layer_wise_layout(
 
 @PATCHES.around(
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.compute_full_param_layout",
-    "that function asks it for the layout, whichever optimizer the weights were tagged for",
+    "what wraps models asks this class for the layout, whichever optimizer the weights were tagged for",
 )
 def _with_whole_weights(original: Original, params: list[Any], *args: Any, **kwargs: Any) -> Any:
     if not any(getattr(param, "is_managed_by_layer_wise_optimizer", False) for param in params):

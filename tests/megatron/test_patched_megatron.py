@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,15 +58,12 @@ def source_of_megatron() -> str:
 
 
 def without_plugins() -> None:
-    """What the patches that stand alone do, with nothing of this package."""
-    from megatron.core import extension_points
+    """What the patches that stand alone do; this package is found where it is asked for, and nobody has."""
     from megatron.core.datasets.utils import compile_helpers
     from megatron.core.optimizer import emerging_optimizers, get_emerging_optimizers, layer_wise_optimizer
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_muon import plugin
-
-    extension_points._loaded = True
 
     def is_adams(*shape: int, **tags: bool) -> bool:
         weight = torch.nn.Parameter(torch.ones(shape))
@@ -107,6 +105,7 @@ def losses(layout: Layout, native: bool, bf16: bool, model: dict[str, Any], opti
         from megatron.core import extension_points
 
         assert not plugin.is_installed()
+        os.environ["MEGATRON_CORE_PLUGINS"] = "megatron_muon"
         extension_points._loaded = False  # as in a new process
         extension_points._called.clear()
     run = harness.start(layout, bf16=bf16, install=not native, optimizer=optimizer, **model)

@@ -19,13 +19,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tools.upstream.build import apply, build
-from tools.upstream.edits import Change, EditError
+from tools.upstream.edits import EditError
 from tools.upstream.git import copy_sources
+from tools.upstream.proposals import PROPOSALS
 from tools.upstream.seams import differences, fingerprints, hooked
 from tools.upstream.series import RELEASES
 
 ROOT = Path(__file__).parents[2]
 SEAMS = "seams.json"
+PROPOSED_FOR = "0.19.2"
 
 
 def installed() -> Path:
@@ -47,21 +49,30 @@ def folder_of(version: str) -> Path:
     return ROOT / "patches" / f"core_v{version}"
 
 
-def make(sources: Path, series: tuple[Change, ...], folder: Path) -> None:
+def all_patches(sources: Path, version: str) -> dict[str, bytes]:
+    """The patches of a version, by their paths in its folder: its series, and proposals, each for the release."""
+    patches = build(sources, RELEASES[version])
+    for number, change in enumerate(PROPOSALS if version == PROPOSED_FOR else (), 1):
+        [(name, content)] = build(sources, (change,)).items()
+        patches[f"proposals/{number:04d}{name[4:]}"] = content
+    return patches
+
+
+def make(sources: Path, version: str) -> None:
     """Write the patches."""
-    patches = build(sources, series)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.patch"):
+    patches, folder = all_patches(sources, version), folder_of(version)
+    for old in folder.rglob("*.patch"):
         old.unlink()
     for name, content in patches.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     print(f"{len(patches)} patches in {folder.relative_to(ROOT)}")
 
 
-def check(sources: Path, series: tuple[Change, ...], folder: Path) -> None:
+def check(sources: Path, version: str) -> None:
     """Compare the patches with what would be written, and apply them."""
-    stored = {path.name: path.read_bytes() for path in sorted(folder.glob("*.patch"))}
-    made = build(sources, series)
+    made, folder = all_patches(sources, version), folder_of(version)
+    stored = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.patch"))}
     wrong = sorted(name for name in stored.keys() | made.keys() if stored.get(name) != made.get(name))
     if wrong:
         sys.exit(f"not what the tool makes: {', '.join(wrong)}. Run: python -m tools.upstream make")
@@ -111,9 +122,9 @@ def main() -> None:
         sys.exit(f"megatron-core {version}: patches are for {', '.join(RELEASES)}. See docs/upgrading.md.")
     try:
         if args.command == "make":
-            make(sources, RELEASES[version], folder_of(version))
+            make(sources, version)
         elif args.command == "check":
-            check(sources, RELEASES[version], folder_of(version))
+            check(sources, version)
         elif args.folder is None:
             parser.error("tree: give a new folder")
         else:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.upstream.edits import Change, path_of
-from tools.upstream.git import commit_all, copy_sources, git
+from tools.upstream.git import AUTHOR, EMAIL, commit_all, copy_sources, git
 
 __all__ = ["apply", "build"]
 
@@ -27,7 +27,7 @@ def build(sources: Path, series: Sequence[Change]) -> dict[str, bytes]:
         copy_sources(sources, tree, _touched(sources, series))
         for change in series:
             change.apply(tree)
-            commit_all(tree, f"{change.subject}\n\n{change.body}\n")
+            commit_all(tree, f"{change.subject}\n\n{change.body}\n\nSigned-off-by: {AUTHOR} <{EMAIL}>\n")
         options = ["--zero-commit", "--no-signature", "--full-index", "--no-stat", "--no-renames", "--unified=3"]
         options += ["--no-numbered", "--filename-max-length=100"]
         git(tree, "format-patch", *options, "--output-directory", str(made), f"-{len(series)}")

@@ -6,6 +6,7 @@ import ast
 from dataclasses import dataclass, field
 from pathlib import Path
 
+HERE = Path(__file__).parent
 MODULE = "megatron.core.extension_points"
 IMPORT = f"from {MODULE} import extension_point\n"
 
@@ -22,6 +23,16 @@ class Edit:
     old: str
     new: str
     count: int = 1
+
+
+def before(path: str, passage: str, added: str) -> Edit:
+    """``added`` comes before a passage."""
+    return Edit(path, passage, added + passage)
+
+
+def after(path: str, passage: str, added: str) -> Edit:
+    """``added`` comes after a passage."""
+    return Edit(path, passage, passage + added)
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Change:
             EditError: naming the file and what is not there.
         """
         for path, text in self.files.items():
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
             (tree / path).write_text(text)
         for edit in self.edits:
             _replace(tree / edit.path, edit)
@@ -62,6 +74,16 @@ class Change:
         for path, names in names_of.items():
             file = tree / path
             file.write_text(with_points(file.read_text(), names, path))
+
+
+def unit_test(path: str) -> dict[str, str]:
+    """The file of a change that has its test, by its place among upstream's unit tests."""
+    return {f"tests/unit_tests/{path}": (HERE / "unit_tests" / path).read_text()}
+
+
+def new_file(name: str) -> dict[str, str]:
+    """A file that a change adds to ``megatron.core.optimizer``."""
+    return {f"megatron/core/optimizer/{name}": (HERE / "new_files" / name).read_text()}
 
 
 def path_of(tree: Path, target: str) -> str:

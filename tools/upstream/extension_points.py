@@ -1,11 +1,9 @@
-# Copyright (c) 2026, NVIDIA CORPORATION. All rights reserved.
-
 """Functions that a plug-in may wrap or replace.
 
-A function under :func:`extension_point` is called as ever while no plug-in is installed. A plug-in
-is a Python package with an entry point of the group ``megatron_core.plugins``: a function without
-arguments, called before the first extension point runs. It hands its replacements to the points,
-by name::
+A function under :func:`extension_point` is called as ever while no plug-in is chosen. A plug-in is
+a Python package with an entry point of the group ``megatron_core.plugins``: a function without
+arguments, called before the first extension point runs if the environment names it. It hands its
+replacements to the points, by name::
 
     from megatron.core.extension_points import points
 
@@ -15,8 +13,8 @@ by name::
         point = points["megatron.core.optimizer:get_megatron_optimizer"]
         point.add(lambda original: my_factory)
 
-``MEGATRON_CORE_PLUGINS`` chooses among installed plug-ins: names with commas between, none if it is
-empty.
+``MEGATRON_CORE_PLUGINS`` chooses among installed plug-ins: names with commas between. Without it
+none is loaded, and the installed packages are not even looked at.
 """
 
 import functools
@@ -106,11 +104,11 @@ def load_plugins() -> None:
 
 
 def _chosen() -> list[Any]:
-    choice = os.environ.get(CHOICE)
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if choice is None:
-        return [found[name] for name in sorted(found)]
+    choice = os.environ.get(CHOICE, "")
     names = {name.strip() for name in choice.split(",") if name.strip()}
+    if not names:
+        return []
+    found = {entry.name: entry for entry in entry_points(group=GROUP)}
     unknown = sorted(names - set(found))
     if unknown:
         missing, there = ", ".join(unknown), sorted(found)

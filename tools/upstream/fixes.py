@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from tools.upstream.edits import Change, Edit
+from tools.upstream.edits import Change, Edit, unit_test
+from tools.upstream.fixes_layer_wise import BUCKETS, NORM, RANK_FILES, RANK_FILES_0_18, ZEROS
 
-__all__ = ["HELP", "HELPERS", "IN_PROJ", "IN_PROJ_0_18", "PREDICATE", "RANK_FILES", "RANK_FILES_0_18", "STRIDES"]
-
-_LAYER_WISE = "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer"
+__all__ = ["ALONE", "ALONE_0_18", "PREDICATE"]
 
 PREDICATE = Change(
     "Muon: one predicate for param groups and buffer ownership",
@@ -23,6 +22,7 @@ buffer that its optimizer does not own. is_managed_by_layer_wise_optimizer()
 now asks the predicate of the param groups.
 
 Without tags nothing changes.""",
+    files=unit_test("optimizer/test_scalar_optimizer_tags.py"),
     edits=(
         Edit(
             "megatron/core/optimizer/emerging_optimizers.py",
@@ -84,6 +84,7 @@ tensor-parallel size. Tag it, so that Adam updates it.
 The tag takes effect with a predicate that reads skip_orthogonalization.
 
 See NVIDIA/Megatron-LM#2885 and NVIDIA/Megatron-LM#5400.""",
+    files=unit_test("ssm/test_gated_delta_net_tags.py"),
     edits=(
         Edit(
             "megatron/core/ssm/gated_delta_net/common.py",
@@ -108,6 +109,7 @@ The wheel has the compiled helpers_cpp and no Makefile, so that make fails and
 compile_helpers() ends the process of rank 0: no installed wheel could train on
 data sets. In a checkout everything stays as it was.""",
     fixes=("megatron.core.datasets.utils:compile_helpers",),
+    files=unit_test("data/test_compile_helpers.py"),
     edits=(
         Edit(
             "megatron/core/datasets/utils.py",
@@ -138,7 +140,10 @@ HELP = Change(
     """\
 Help texts of generated arguments are the docstrings of config fields. argparse
 takes a per cent sign in them for a format: since the "10%" of
-moe_paged_stash_buffer_size_factor_cuda, --help ends in a ValueError.""",
+moe_paged_stash_buffer_size_factor_cuda, --help ends in a ValueError.
+
+NVIDIA/Megatron-LM#6211 mends that one text; this mends all that will come.""",
+    files=unit_test("training/test_argument_help.py"),
     edits=(
         Edit(
             "megatron/training/argument_utils.py",
@@ -154,61 +159,10 @@ if attribute.name in self.field_docstrings else ""
     ),
 )
 
-RANK_FILES = Change(
-    "Layer-wise optimizer: one state file for each rank that owns weights",
-    """\
-With --ckpt-format torch the caller numbers files by data-parallel rank without
-context-parallel ranks, but weights are sharded over both: with context
-parallelism several ranks write different state to one file, and the last one
-wins. Number files by the rank in the group that weights are sharded over; the
-names are the same where there is no context parallelism.
-
-See also NVIDIA-NeMo/Megatron-Bridge#2307.""",
-    fixes=(f"{_LAYER_WISE}.save_state_dict_to_file", f"{_LAYER_WISE}.load_state_dict_from_file"),
-    edits=(
-        Edit(
-            "megatron/core/optimizer/layer_wise_optimizer.py",
-            """\
-    def save_state_dict_to_file(self, filename: str) -> None:
-""",
-            """\
-    def _file_of_this_rank(self, filename: str) -> str:
-        \"\"\"``filename`` with the rank in the group over which weights are sharded.\"\"\"
-        root, extension = os.path.splitext(filename)
-        return re.sub(r'\\d+$', str(get_pg_rank(self.dp_cp)), root) + extension
-
-    def save_state_dict_to_file(self, filename: str) -> None:
-""",
-        ),
-        Edit(
-            "megatron/core/optimizer/layer_wise_optimizer.py",
-            "        torch.save(super().state_dict(), filename)\n",
-            "        torch.save(super().state_dict(), self._file_of_this_rank(filename))\n",
-        ),
-        Edit(
-            "megatron/core/optimizer/layer_wise_optimizer.py",
-            "        super().load_state_dict(torch.load(filename))\n",
-            "        super().load_state_dict(torch.load(self._file_of_this_rank(filename)))\n",
-        ),
-        Edit(
-            "megatron/core/optimizer/layer_wise_optimizer.py",
-            "import math\nimport re\n",
-            "import math\nimport os\nimport re\n",
-        ),
-    ),
-)
-
 IN_PROJ_0_18 = dataclasses.replace(
     IN_PROJ,
+    files={},  # the test is of a base class that this version does not have
     edits=tuple(dataclasses.replace(edit, path="megatron/core/ssm/gated_delta_net.py") for edit in IN_PROJ.edits),
-)
-
-RANK_FILES_0_18 = dataclasses.replace(
-    RANK_FILES,
-    edits=(
-        *RANK_FILES.edits[:-1],
-        Edit(RANK_FILES.edits[-1].path, "import math\n", "import math\nimport os\nimport re\n"),
-    ),
 )
 
 STRIDES = Change(
@@ -217,8 +171,10 @@ STRIDES = Change(
 torch 2.15 stores strides among the properties of a tensor, which torch.empty()
 does not take. load_tensors_metadata() gave it all of them, so that every
 --dist-ckpt-strictness but the default ended in a TypeError, as did
-load_plain_tensors(). The type is what is needed.""",
-    fixes=("megatron.core.dist_checkpointing.strategies.torch:TorchDistLoadShardedStrategy.load_tensors_metadata",),
+load_plain_tensors(). The type is what is needed.
+
+The field came with pytorch/pytorch#192248.""",
+    files=unit_test("dist_checkpointing/test_tensors_metadata.py"),
     edits=(
         Edit(
             "megatron/core/dist_checkpointing/strategies/torch.py",
@@ -227,3 +183,25 @@ load_plain_tensors(). The type is what is needed.""",
         ),
     ),
 )
+
+LAYERNORM = Change(
+    "Recompute layernorm without TransformerEngine",
+    """\
+CheckpointWithoutOutput handles FP8 unless it is told fp8=None, and its default
+is False. Without TransformerEngine there is no FP8 and nothing to handle it:
+--recompute-modules layernorm ended in a NameError in the first forward pass.
+With TransformerEngine everything stays as it was.""",
+    files=unit_test("tensor_parallel/test_checkpoint_without_output.py"),
+    edits=(
+        Edit(
+            "megatron/core/tensor_parallel/random.py",
+            "        self.fp8 = fp8 is not None\n",
+            "        self.fp8 = HAVE_TE and fp8 is not None\n",
+        ),
+    ),
+)
+
+ALONE = (PREDICATE, IN_PROJ, HELPERS, HELP, RANK_FILES, BUCKETS, ZEROS, NORM, STRIDES, LAYERNORM)
+"""For 0.19.2, in the order to apply; each applies by itself, too."""
+
+ALONE_0_18 = (PREDICATE, IN_PROJ_0_18, HELPERS, HELP, RANK_FILES_0_18)

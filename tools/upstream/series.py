@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tools.upstream.edits import Change, Edit
-from tools.upstream.fixes import HELP, HELPERS, IN_PROJ, IN_PROJ_0_18, PREDICATE, RANK_FILES, RANK_FILES_0_18, STRIDES
+from tools.upstream.fixes import ALONE, ALONE_0_18, PREDICATE
 
 __all__ = ["RELEASES"]
 
@@ -21,13 +21,14 @@ POINTS = Change(
     """\
 Optimizers that are developed outside of Megatron-LM replace its functions at
 run time today, and break when these move. An extension point names a function
-that may be replaced, and finds plug-ins by Python's entry points:
+that may be replaced. Plug-ins are found by Python's entry points; only those
+that the environment names are loaded:
 
     @extension_point
     def get_megatron_optimizer(...):
 
-Nothing is imported for it before the first such function is called, and
-without plug-ins each is called as ever.
+Nothing is loaded by merely being installed: without MEGATRON_CORE_PLUGINS each
+function is called as ever.
 
 See NVIDIA/Megatron-LM#2936 and NVIDIA/Megatron-LM#3174 for what optimizers ask
 for.""",
@@ -154,25 +155,21 @@ The step waits for the rank with most work, which for matrix optimizers is not
 the one with most elements. An optimizer that knows what a weight costs chooses
 owners here, for all chunks of a virtual pipeline together; experts with other
 numbers of copies than dense weights, experts with biases, and float32 models,
-need it too. Models from builders are given the layout where they are wrapped,
-and buckets of two optimizers are kept out of one group. A layer waits for all
-weights in it, those of modules that it reads without calling them too. Buckets
-without padding are cut where owners change: they are reduced and gathered in
-parts of unequal length.
+need it too. Models from builders are given the layout where they are wrapped.
+A layer waits for all weights in it, those of modules that it reads without
+calling them too. Buckets without padding are cut where owners change: they are
+reduced and gathered in parts of unequal length.
 
 See NVIDIA/Megatron-LM#2162, #5388, #5479, #6099, #6379, #6754 and #7452.""",
     needs=(FLAGS, OWNERSHIP),
     points=(
         f"{_LAYER_WISE}.__init__",
         f"{_LAYER_WISE}.compute_full_param_layout",
-        f"{_LAYER_WISE}._shard_params_from_layout",
-        f"{_LAYER_WISE}._shard_params_ping_pong",
         f"{_LAYER_WISE}.shard_params",
         f"{_LAYER_WISE}.allgather_params",
         f"{_OPTIMIZER}.distrib_optimizer:DistributedOptimizer.compute_full_param_layout",
         f"{_TRAINING}:wrap_model_chunks_with_ddp",
         "megatron.training.models.dist_utils:_ddp_wrap",
-        "megatron.core.distributed.param_and_grad_buffer:partition_buckets",
         "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_grad_sync",
         "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_param_sync",
         "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel.__init__",
@@ -213,7 +210,6 @@ checkpoint, looks after writers and reads the index once needs to stand
 here.""",
     needs=(STATE,),
     points=(
-        "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
         f"{_SERIALIZATION}:load_common_state_dict",
         f"{_ASYNC}:PersistentAsyncCaller.schedule_async_call",
         f"{_ASYNC}:PersistentAsyncCaller.is_current_async_call_done",
@@ -273,11 +269,7 @@ branches; the output layer shares the first, and needs one of its own.""",
 
 RELEASES = {
     "0.19.2": (
-        PREDICATE,
-        IN_PROJ,
-        HELPERS,
-        HELP,
-        RANK_FILES,
+        *ALONE,
         POINTS,
         FLAGS,
         OWNERSHIP,
@@ -288,9 +280,8 @@ RELEASES = {
         QK_CLIP,
         RECORD,
         INITIAL_WEIGHTS,
-        STRIDES,
     ),
     # This package does not run on 0.18, so that there is nothing to extend: what stands alone.
-    "0.18.2": (PREDICATE, IN_PROJ_0_18, HELPERS, HELP, RANK_FILES_0_18),
+    "0.18.2": ALONE_0_18,
 }
 """The changes for each released version, in the order to apply."""
