@@ -136,7 +136,7 @@ class UpdateKnobs:
         0.0,
         "Bound in MiB of the float32 matrices that a rank orthogonalizes at once. Larger chunks mean fewer messages, "
         "smaller ones less memory and more overlap. A larger matrix is a chunk of its own. 0: 256 on GPUs, 16 on CPUs "
-        "(two matrices where nothing is sent).",
+        "(4 where nothing is sent).",
         check=not_negative,
     )
     scalar_optimizer: str = knob(

@@ -36,24 +36,14 @@ class Policy:
         sizes: bytes of the elements that are sent.
         chunk_bytes: bound of the float32 matrices that a rank holds whole in one chunk; one larger matrix is a chunk.
         machine: rates by which ``auto`` compares modes.
-        is_sparing: whether chunks that exchange nothing are of two matrices, or of :data:`_SPARING` bytes.
+        local_bytes: the same bound of chunks that exchange nothing; 0: ``chunk_bytes``.
     """
 
     mode: str
     sizes: Sizes
     chunk_bytes: int
     machine: Machine
-    is_sparing: bool = False
-
-    def room(self, mode: str, size: int) -> int:
-        """Bytes of a chunk of a mode that begins with a matrix of ``size`` bytes."""
-        bound = self.chunk_bytes
-        if self.is_sparing and mode == LOCAL:
-            bound = min(bound, max(2 * size, _SPARING))
-        return max(bound, size)
-
-
-_SPARING = 1 << 18
+    local_bytes: int = 0
 
 
 def make_plan(
@@ -329,7 +319,8 @@ class _Chunks:
                 # Owners share the chunk: each holds the bound. In gram and distributed no rank holds a matrix whole.
                 shared = key.mode in (OWNER, GRAM, DISTRIBUTED)
                 ranks = len(key.parts) if shared else 1
-                self.room = self.policy.room(key.mode, size) * ranks
+                local = self.policy.local_bytes if key.mode == LOCAL else 0
+                self.room = max(local or self.policy.chunk_bytes, size) * ranks
             elif size > self.room:
                 self._close()
                 continue

@@ -30,8 +30,10 @@ from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 MEBIBYTE = 1 << 20
 
 CHUNK_MB = {"cuda": 256.0, "cpu": 16.0}
-"""Default of ``chunk_mb``. On CPUs buffers of this size are used again; larger ones are new pages each time. Without
-messages they hold two matrices there (:class:`~megatron_muon.engine.planner.Policy`)."""
+"""Default of ``chunk_mb``. On CPUs buffers of this size are used again; larger ones are new pages each time."""
+
+_LOCAL_MB = {"cuda": 256.0, "cpu": 4.0}
+"""The same of chunks that exchange nothing: there are no messages that more matrices would save."""
 
 
 class StepEngine:
@@ -85,8 +87,8 @@ class StepEngine:
         self.wire = WireDtypes(dtype=wire_dtype, back=back, gram=iteration, device=device)
         sizes = Sizes(wire_dtype.itemsize, self.wire.back.itemsize, self.wire.gram.itemsize)
         self._chunk_mb = chunk_mb or CHUNK_MB[device.type]
-        is_sparing = device.type == "cpu" and not chunk_mb  # more at once takes as long there, and more memory
-        policy = Policy(mode, sizes, int(self._chunk_mb * MEBIBYTE), Machine.of(device.type), is_sparing)
+        bounds = [int(size * MEBIBYTE) for size in (self._chunk_mb, chunk_mb or _LOCAL_MB[device.type])]
+        policy = Policy(mode, sizes, bounds[0], Machine.of(device.type), bounds[1])
         self.orthogonalizer = orthogonalizer
         self.local_dtype = dtype
         peers = {weight.peers.group: weight.peers.span for weight in weights if weight.peers is not None}

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 
@@ -139,14 +140,19 @@ def tridiagonals(
         them, (matrices, vectors, steps - 1); and for each update the products of its first tensor with the unit vectors
         that it started from, (matrices, vectors, longer side on this rank).
     """
-    if all(update.ranks == 1 for update in matrices.updates) and tensors[0][0].device.type == "cpu":
-        return _in_turn(matrices, tensors, scales, starts, steps)
+    if are_whole(matrices.updates, tensors[0][0].device):
+        return _in_turn(matrices.updates, tensors, scales, starts, steps)
     runs = [_Run(*each) for each in zip(matrices.updates, tensors, scales, starts, strict=True)]
-    return _together(matrices, runs, steps)
+    return _together(matrices.add_up, runs, steps)
+
+
+def are_whole(updates: Sequence[Update], device: torch.device) -> bool:
+    """Whether matrices are taken few at a time, those of one shape together: whole ones on CPUs."""
+    return device.type == "cpu" and all(update.ranks == 1 for update in updates)
 
 
 def _in_turn(
-    matrices: Matrices,
+    updates: Sequence[Update],
     tensors: Sequence[Sequence[torch.Tensor]],
     scales: Sequence[Sequence[torch.Tensor]],
     starts: Sequence[Sequence[torch.Tensor]],
@@ -156,34 +162,46 @@ def _in_turn(
 
     With all of them in each step, as GPUs have it for fewer kernels, products take two to five times as long.
     """
-    spectra, sketches = list[list[Diagonals]](), list[torch.Tensor]()
-    for update, its_tensors, its_scales, its_starts in zip(matrices.updates, tensors, scales, starts, strict=True):
-        its = list[Diagonals]()
-        for number, (tensor, scale, start) in enumerate(zip(its_tensors, its_scales, its_starts, strict=True)):
+    spectra: list[list[Diagonals]] = [[] for _ in updates]
+    sketches = [each[0] for each in tensors]  # in whose place they come
+    alike: dict[Hashable, list[int]] = defaultdict(list)
+    for index, (update, its) in enumerate(zip(updates, tensors, strict=True)):
+        alike[update.rows, update.columns, tuple(each.dtype for each in its)].append(index)
+    for indices in alike.values():
+        update, counts = updates[indices[0]], [tensors[index][0].size(0) for index in indices]
+        for number, start in enumerate(starts[indices[0]]):
+            tensor, scale = (_joined([each[index][number] for index in indices]) for each in (tensors, scales))
             few = max(1, _CACHED * tensor.size(0) // max(1, tensor.nbytes))
             pairs = zip(tensor.split(few), scale.split(few), strict=True)
-            parts = [_together(matrices, [_Run(update, [one], [factor], [start])], steps) for one, factor in pairs]
+            parts = [_together(list, [_Run(update, [one], [factor], [start])], steps) for one, factor in pairs]
             if steps:
-                alphas, betas = zip(*(found[0][0] for found, _ in parts), strict=True)
-                its.append((torch.cat(alphas), torch.cat(betas)))
+                each = [_joined(found).split(counts) for found in zip(*(its[0][0] for its, _ in parts), strict=True)]
+                for index, pair in zip(indices, zip(*each, strict=True), strict=True):
+                    spectra[index].append(pair)
             if number == 0:
-                sketches.append(torch.cat([sketch[0] for _, sketch in parts]))
-        spectra.append(its)
+                for index, sketch in zip(indices, _joined([its[0] for _, its in parts]).split(counts), strict=True):
+                    sketches[index] = sketch
     return spectra if steps else [], sketches
 
 
-def _together(matrices: Matrices, runs: Sequence[_Run], steps: int) -> tuple[list[list[Diagonals]], list[torch.Tensor]]:
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+
+
+def _together(
+    add_up: Callable[[list[torch.Tensor]], list[torch.Tensor]], runs: Sequence[_Run], steps: int
+) -> tuple[list[list[Diagonals]], list[torch.Tensor]]:
     """Take the steps of some runs, each step of all together; see :func:`tridiagonals`."""
     sketches: list[torch.Tensor] = []
     for number in range(max(1, steps)):
         pairs = [(run, run.to_longer()) for run in runs]
-        sums = iter(matrices.add_up([part for run, two in pairs if run.sums_short for part in two]))
+        sums = iter(add_up([part for run, two in pairs if run.sums_short for part in two]))
         products = [run.at_longer(*([next(sums), next(sums)] if run.sums_short else two)) for run, two in pairs]
         if number == 0:
             sketches = [run.sketch() for run in runs]
         if not steps:
             return [], sketches
-        sums = iter(matrices.add_up([z for run, z in zip(runs, products, strict=True) if not run.sums_short]))
+        sums = iter(add_up([z for run, z in zip(runs, products, strict=True) if not run.sums_short]))
         for run, product in zip(runs, products, strict=True):
             run.at_shorter(product if run.sums_short else next(sums))
     return [run.results() for run in runs], sketches

@@ -195,7 +195,7 @@ class Matrices:
 
     def __init__(self, updates: Sequence[Update], reduce: Reduce) -> None:
         self.updates = updates
-        self._reduce = reduce
+        self.reduce = reduce
 
     def sums(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The sum of each matrix of each batch.
@@ -310,7 +310,7 @@ class Matrices:
         """Sums over the ranks that hold the other parts of the matrices, of tensors of any shapes."""
         if not parts:
             return []
-        total = self._reduce(torch.cat([part.reshape(-1) for part in parts]))
+        total = self.reduce(torch.cat([part.reshape(-1) for part in parts]))
         sizes = [part.numel() for part in parts]
         return [chunk.view(part.shape) for chunk, part in zip(total.split(sizes), parts, strict=True)]
 

@@ -28,13 +28,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
 from megatron_muon.engine.clock import NO_CLOCK, STEP, Clock, NoClock
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.monitor.schema import STATS, TIMES
-from megatron_muon.optimizers.lanczos import Diagonals, evaluated, noise, signs, tridiagonals
+from megatron_muon.optimizers.lanczos import Diagonals, are_whole, evaluated, noise, signs, tridiagonals
 from megatron_muon.optimizers.matrices import Matrices, Update, row_norms
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.switches import matmul_precision
@@ -83,6 +84,21 @@ class Finding:
     cosine: torch.Tensor | None = None
 
 
+class _Spectra(NamedTuple):
+    """What is asked of some updates' singular values; see :func:`lanczos.tridiagonals`."""
+
+    matrices: Matrices
+    found: Sequence[Finding]
+    tensors: list[list[torch.Tensor]]
+    scales: list[list[torch.Tensor]]
+    starts: list[list[torch.Tensor]]
+    are_successive: bool
+
+
+_HELD = 16 * 2**20
+"""Bytes of matrices that wait on CPUs, so that those of one shape are looked at together."""
+
+
 @dataclass
 class Probe:
     """Measures the matrices of one optimizer in the steps that it is told to.
@@ -102,6 +118,7 @@ class Probe:
     _clock: NoClock = field(default=NO_CLOCK, init=False)
     _compares: bool = field(default=False, init=False)
     _findings: list[Finding] = field(default_factory=list, init=False)
+    _waiting: list[_Spectra] = field(default_factory=list, init=False)
     _before: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False)
     _sketches: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False)
 
@@ -130,7 +147,11 @@ class Probe:
         phase = clock.enter(STEP)
         try:
             yield
+            clock.enter("")
+            with matmul_precision("highest"):
+                self._look_at_waiting()
         finally:
+            self._waiting = []
             clock.enter(phase)
             for engine in engines:
                 engine.clock = NO_CLOCK
@@ -273,13 +294,37 @@ class Probe:
         for index, (update, result) in enumerate(zip(matrices.updates, results, strict=True)):
             scales[index] += [_inverse(norms[name][index]).to(result.dtype) for name in ("momentum", "weight")]
             starts[index] += [noise(update, result)] * 2
-        spectra, sketches = tridiagonals(matrices, tensors, scales, starts)
-        for finding, its in zip(found, spectra, strict=True):
-            finding.spectra = dict(zip(("result", "momentum", "weight"), its, strict=True))
-        if are_successive:
-            self._compare(matrices, found, sketches)
-            if self.keeps:
-                self._keep(matrices, sketches)
+        if not are_whole(matrices.updates, results[0].device):
+            self._look_at([_Spectra(matrices, found, tensors, scales, starts, are_successive)])
+            return
+        tensors = [[its[0].clone(), *its[1:]] for its in tensors]  # the others are copies
+        self._waiting.append(_Spectra(matrices, found, tensors, scales, starts, are_successive))
+        if sum(x.nbytes for its in self._waiting for each in its.tensors for x in each) > _HELD:
+            self._look_at_waiting()
+
+    def _look_at_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._look_at(waiting)
+
+    def _look_at(self, waiting: Sequence[_Spectra]) -> None:
+        """Find the singular values of some updates: of those of one chunk, or of matrices that are whole on CPUs."""
+        together = Matrices([update for its in waiting for update in its.matrices.updates], waiting[0].matrices.reduce)
+        tensors = [each for its in waiting for each in its.tensors]
+        scales, starts = (
+            [each for its in waiting for each in its.scales],
+            [each for its in waiting for each in its.starts],
+        )
+        spectra, sketches = tridiagonals(together, tensors, scales, starts)
+        for matrices, found, *_, are_successive in waiting:
+            mine, spectra = spectra[: len(found)], spectra[len(found) :]
+            kept, sketches = sketches[: len(found)], sketches[len(found) :]
+            for finding, its in zip(found, mine, strict=True):
+                finding.spectra = dict(zip(("result", "momentum", "weight"), its, strict=True))
+            if are_successive:
+                self._compare(matrices, found, kept)
+                if self.keeps:
+                    self._keep(matrices, kept)
 
     def _compare(self, matrices: Matrices, found: Sequence[Finding], sketches: Sequence[torch.Tensor]) -> None:
         """Cosines with the products that were kept in the step before; NaN where there are none."""
