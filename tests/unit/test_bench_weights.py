@@ -10,7 +10,7 @@ import torch
 from megatron_muon.errors import ConfigError
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tools.bench import memory
-from tools.bench.cases import Case, WeightSpec, cases_of_shapes, standard_cases
+from tools.bench.cases import Case, WeightSpec, cases_of_shapes, cases_of_widths, standard_cases
 from tools.bench.command import main
 from tools.bench.forms import FORMS, FUSED, LOGICAL, UPSTREAM, Tensors, pieces_of
 from tools.bench.model import first_layers
@@ -59,6 +59,16 @@ def test_shapes() -> None:
     (case,) = cases_of_shapes("8x4*2, 4x6", 2, None)
     assert [(weight.shape, weight.dim) for weight in case.weights] == [((8, 4), -2), ((8, 4), -2), ((4, 6), -1)]
     assert case.local_elements == (32 + 32 + 24) // 2
+
+
+def test_widths() -> None:
+    cases = cases_of_widths([64, 1024, 4096])
+    assert [(case.name, case.ranks, len(case.weights)) for case in cases] == [
+        ("width 64", 1, 16),
+        ("width 1024", 1, 4),
+        ("width 4096", 1, 2),
+    ]
+    assert [weight.shape for weight in cases[1].weights] == [(1024, 1024)] * 2 + [(4096, 1024)] * 2
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_muon.errors import ConfigError
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 
-__all__ = ["CASES", "DTYPES", "Case", "WeightSpec", "cases_of_shapes", "standard_cases"]
+__all__ = ["CASES", "DTYPES", "Case", "WeightSpec", "cases_of_shapes", "cases_of_widths", "standard_cases"]
 
 DTYPES = ("fp32", "bf16", "fp16")
 """Values of ``--dtype``: in which Newton-Schulz multiplies."""
@@ -137,6 +137,10 @@ _STANDARD = (("dense", 1, 1), ("experts", 1, 1), ("dense", 2, 1), ("experts", 1,
 """(name, tensor-parallel, expert-parallel size) of what is measured without arguments."""
 
 
+_OF_A_WIDTH = 1 << 21
+"""Elements of the square matrices of :func:`cases_of_widths`."""
+
+
 def standard_cases(
     names: Sequence[str], tp: int | None, ep: int | None, layers: int | None = None, quick: bool = False
 ) -> list[Case]:
@@ -234,6 +238,16 @@ def cases_of_shapes(text: str, tp: int | None, ep: int | None) -> list[Case]:
         dim = -2 if m >= n else -1
         found += [WeightSpec(f"{m}x{n} number {len(found) + 1}", (m, n), WHOLE, dim) for _ in range(count)]
     return [Case("shapes", tp or 1, 1, _checked(found, tp or 1), "--shapes")]
+
+
+def cases_of_widths(widths: Sequence[int]) -> list[Case]:
+    """For each width w, w x w and 4w x w matrices: of each 8, or :data:`_OF_A_WIDTH` elements, or one."""
+    found = []
+    for width in widths:
+        count = max(1, min(8, _OF_A_WIDTH // width**2))
+        (case,) = cases_of_shapes(f"{width}x{width}*{count},{4 * width}x{width}*{count}", None, None)
+        found.append(dataclasses.replace(case, name=f"width {width}", option="--widths"))
+    return found
 
 
 def _checked(weights: Sequence[WeightSpec], tp: int) -> tuple[WeightSpec, ...]:

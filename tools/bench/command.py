@@ -19,7 +19,7 @@ from megatron_muon.orthogonalize import coefficient_types
 from megatron_muon.orthogonalize.bfloat16 import slow_bfloat16
 from tools.bench import document, text
 from tools.bench.accuracy import WrongUpdateError
-from tools.bench.cases import Case, cases_of_shapes, standard_cases
+from tools.bench.cases import Case, cases_of_shapes, cases_of_widths, standard_cases
 from tools.bench.launch import launch
 from tools.bench.measure import Settings, measure
 from tools.bench.memory import refuse_too_large
@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="FILE", help="Muon's weights of the first pipeline stage of a file of Megatron flags"
     )
     what.add_argument("--shapes", metavar="MxN[*COUNT],...", help="these matrices; --tp divides their longer side")
+    what.add_argument(
+        "--widths", nargs="+", type=int, metavar="W", help="W x W and 4W x W matrices, a case for each W; one process"
+    )
     what.add_argument("--case", nargs="+", metavar="NAME", default=[], help="dense, experts; default: both")
     parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel size; default: the cases' own, or 1")
     parser.add_argument("--ep", type=int, metavar="N", help="expert-parallel size; default: the cases' own, or 1")
@@ -148,6 +151,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}: give a whole number of at least 1.")
+    if args.widths is not None and (min(args.widths) < 1 or args.tp or args.ep or args.layers):
+        raise ConfigError("--widths: give whole numbers of at least 1, without --tp, --ep and --layers.")
     if args.shapes is not None and args.layers is not None:
         raise ConfigError(f"--layers {args.layers} with --shapes: these have no layers; leave one of the two out.")
     if args.json is not None and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
@@ -159,6 +164,8 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         return [case_of_model(args.model, args.tp, args.ep, args.layers)]
     if args.shapes is not None:
         return cases_of_shapes(args.shapes, args.tp, args.ep)
+    if args.widths is not None:
+        return cases_of_widths(args.widths)
     return standard_cases(args.case, args.tp, args.ep, args.layers, args.quick)
 
 

@@ -20,7 +20,9 @@ def main(path: str) -> None:
     machine = document["machine"]
     versions = {name: number for name, number in document["versions"].items() if number != "not installed"}
     print("# The optimizer step, measured\n")
-    print("    python -m tools.bench --json FILE\n    python -m tools.bench.tables FILE\n")
+    words = [*document["command"], "--json"]
+    at = words.index("--json")
+    print(f"    {' '.join(words[:at] + words[at + 2 : -1])} --json FILE\n    python -m tools.bench.tables FILE\n")
     print(f"{', '.join(machine['gpus']) or machine['cpu']}, {machine['cores']} cores.", end=" ")
     print(f"{', '.join(f'{name} {number}' for name, number in versions.items())}.\n")
     print(
