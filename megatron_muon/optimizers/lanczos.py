@@ -173,15 +173,52 @@ def _in_turn(
             tensor, scale = (_joined([each[index][number] for index in indices]) for each in (tensors, scales))
             few = max(1, _CACHED * tensor.size(0) // max(1, tensor.nbytes))
             pairs = zip(tensor.split(few), scale.split(few), strict=True)
-            parts = [_together(list, [_Run(update, [one], [factor], [start])], steps) for one, factor in pairs]
+            one_by_one = _by_gram if _is_cheaper_by_gram(update, start.size(-1), steps) else _by_products
+            parts = [one_by_one(update, one, factor, start, steps) for one, factor in pairs]
             if steps:
-                each = [_joined(found).split(counts) for found in zip(*(its[0][0] for its, _ in parts), strict=True)]
+                each = [_joined(found).split(counts) for found in zip(*(its for its, _ in parts), strict=True)]
                 for index, pair in zip(indices, zip(*each, strict=True), strict=True):
                     spectra[index].append(pair)
             if number == 0:
-                for index, sketch in zip(indices, _joined([its[0] for _, its in parts]).split(counts), strict=True):
+                for index, sketch in zip(indices, _joined([its for _, its in parts]).split(counts), strict=True):
                     sketches[index] = sketch
     return spectra if steps else [], sketches
+
+
+def _is_cheaper_by_gram(update: Update, vectors: int, steps: int) -> bool:
+    """By operations: few vectors do not make up for the Gram matrix."""
+    p, q = sorted((update.rows, update.columns))
+    return steps > 0 and p * (p * q + p * vectors * steps) + p * q * vectors < 2 * p * q * vectors * steps
+
+
+def _by_products(
+    update: Update, tensor: torch.Tensor, scale: torch.Tensor, start: torch.Tensor, steps: int
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """T and the sketch of some whole matrices."""
+    spectra, sketches = _together(list, [_Run(update, [tensor], [scale], [start])], steps)
+    return spectra[0][0] if steps else (), sketches[0]
+
+
+def _by_gram(
+    update: Update, tensor: torch.Tensor, scale: torch.Tensor, start: torch.Tensor, steps: int
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """The same, with the Gram matrix in place of two products a step."""
+    a = tensor if update.rows <= update.columns else tensor.mT
+    gram = (a @ a.mT).mul_(scale.square())
+    vector = last = start.mT.expand(a.size(0), -1, -1)
+    sketch, alphas, betas = vector, list[torch.Tensor](), list[torch.Tensor]()
+    for _ in range(steps):
+        beta = last.square().sum(dim=-1, keepdim=True).sqrt()
+        before, vector = vector, last * torch.where(beta > _BROKEN, beta.reciprocal(), 0.0)
+        if not alphas:
+            sketch = (vector @ a).mul_(scale)
+        last = vector @ gram
+        alphas.append((vector * last).sum(dim=-1, keepdim=True))
+        last.addcmul_(alphas[-1], vector, value=-1.0)
+        if betas:
+            last.addcmul_(beta, before, value=-1.0)
+        betas.append(beta)
+    return (torch.cat(alphas, dim=-1), torch.cat(betas, dim=-1)[..., 1:]), sketch
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
