@@ -198,7 +198,7 @@ class Request(dict[str, Any]):
             [name for name, group, numbers in found if _other_transfer(group, numbers)],
             "--use-checkpoint-opt_param-scheduler: learning rates and weight decay of the checkpoint belong to another "
             "--muon-transfer (or --adam-eps) than this run's:",
-            "Take those of the checkpoint, or leave --use-checkpoint-opt_param-scheduler away.",
+            "Take those of the checkpoint, or leave out --use-checkpoint-opt_param-scheduler.",
         )
         for _, group, numbers in found:
             group.update({name: numbers[name] for name in names if name in numbers and name in group})

@@ -142,7 +142,7 @@ def check_weight(weight: Weight, mode: str, period: int = 1) -> None:
     heads = any(section.matrix_rows for section in layout.sections)
     asked, way_out = f"--muon-tp-mode {mode}", "Use --muon-tp-mode auto"
     if period > 1 and layout.direction == MSIGN:
-        asked, way_out = f"--muon-blockwise-period {period}", "Leave it away"
+        asked, way_out = f"--muon-blockwise-period {period}", "Leave it out"
     elif mode != BLOCKWISE and not (layout.stacked and heads):
         return
     raise ConfigError(

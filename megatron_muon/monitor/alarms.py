@@ -37,9 +37,8 @@ class Thresholds:
         0.75,
         "share of directions that the iteration leaves below 1/2, on the mean of a block's matrices, when rates no "
         "longer rise",
-        "first gradients have few directions (linear_proj of the example: 0.67 at iteration 1, 0.27 at 40; with "
-        "coefficients that lift less 0.79 at 4); of ten healthy small runs 0.44 at most after twenty steps; arXiv "
-        "2606.04058: singular values of late layers fall nearly as the inverse of a model's size",
+        "linear_proj of the example: 0.67 at iteration 1, 0.27 at 40 (with coefficients that lift less 0.79 at 4); ten "
+        "healthy small runs: 0.44 at most after twenty steps; arXiv 2606.04058 on late layers of large models",
     )
     defect_factor: float = _limit(
         1.5,

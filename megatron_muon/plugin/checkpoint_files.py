@@ -104,9 +104,8 @@ def read_in_pieces() -> None:
 
 @PATCHES.around(
     "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
-    "each of its readers unpickles the index of all ranks' tensors, and a load has several; torch's makes a whole "
-    "stored part for each rank that needs some rows of it; and with the strides that torch 2.15 stores strict loading "
-    "fails, as torch.empty() does not take them",
+    "each of a load's readers unpickles the index of all ranks; torch's reads a whole stored part where some rows are "
+    "needed; strict loading fails with the strides that torch 2.15 stores",
 )
 def _for_one_load(original: Original, *args: Any, **kwargs: Any) -> Any:
     reader, load = original(*args, **kwargs), _LOAD.get(None)

@@ -46,10 +46,8 @@ _CLASS = "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptim
 
 @PATCHES.around(
     f"{_CLASS}.__init__",
-    "it wraps the optimizers inside only for bfloat16 models, and with float32 ones its own assertion fails; by its "
-    "own config it would leave the gathers to forward hooks that DDP does not have, or DDP's hooks would gather by "
-    "lists that nobody has made; experts whole on each tensor-parallel rank would count in the gradient's norm on its "
-    "first rank only; and the norm of a model on some of the ranks would be that of all models of the run",
+    "fails with float32 models; goes by its own overlap_param_gather, not DDP's; counts undivided experts on one "
+    "tensor-parallel rank only, and the norms of all models as one",
 )
 def _construct(
     original: Original,
@@ -267,10 +265,8 @@ def _balance_lists(optimizer: Any, groups: Sequence[dict[str, Any]], params: Seq
 
 @PATCHES.around(
     f"{_CLASS}.shard_params",
-    "the older assignment is balanced by elements, not by the cost of Newton-Schulz; owners are found by the length of "
-    "a shard, and buckets without padding have shards of no one length; and where dense weights have one copy (TP 2 "
-    "with expert TP 1 on two ranks) every copy of an expert would be updated, with the part of the gradients that its "
-    "rank has",
+    "lists are balanced by elements, not by the cost of Newton-Schulz; owners are found by one length of all shards; "
+    "where dense weights have one copy, each copy of an expert would be updated by its own rank's gradients alone",
 )
 def _with_owners(
     original: Original, self: Any, optimizers: list[Any], full_param_layouts: list[Any] | None = None

@@ -67,7 +67,7 @@ def _with_agreement(
         except Exception as error:
             raise CheckpointError(
                 f"The local checkpoint of iteration {iteration} cannot be read ({type(error).__name__}: {error}). "
-                "Leave --non-persistent-ckpt-type away, or remove the local checkpoints: the newest persistent one "
+                "Leave out --non-persistent-ckpt-type, or remove the local checkpoints: the newest persistent one "
                 "(--load) is taken then."
             ) from error
 

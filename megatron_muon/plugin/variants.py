@@ -54,7 +54,7 @@ def blockwise(muon: MuonConfig, tp_size: int) -> str:
     asked, steps, rate, way_out = "muon_tp_mode blockwise", "", "", "auto gives"
     if not of_mode:
         asked, steps = f"muon_blockwise_period {period}", f" in all but every {period}. step"
-        rate, way_out = f", at {muon.blockwise_lr_mult:g} x the learning rate", "Leave it away for"
+        rate, way_out = f", at {muon.blockwise_lr_mult:g} x the learning rate", "Leave it out for"
     lines = [
         f"{asked} is another optimizer than Muon on one device: each tensor-parallel shard is",
         f"orthogonalized by itself{steps}, so that it changes with the tensor-parallel size (now {tp_size}), and scale",

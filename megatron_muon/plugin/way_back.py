@@ -64,7 +64,7 @@ def _flags(
     changes: Sequence[tuple[torch.nn.Parameter, Rule, Rule]],
     names: Mapping[torch.nn.Parameter, str],
 ) -> Iterator[tuple[str, str]]:
-    """What to give, or to leave away, for each weight; GLOB stands for its name."""
+    """What to give, or to leave out, for each weight; GLOB stands for its name."""
     if not is_ours(config.optimizer):
         yield from ((_optimizer(its.name, ""), names[param]) for param, its, _ in changes if its.layout)
         return
@@ -100,7 +100,7 @@ def _split(param: torch.nn.Parameter, treatment: Treatment | None, before: Rule)
     ways[ADAM] = ""
     override = getattr(param, OVERRIDE_ATTRIBUTE, None)
     if override is not None and ways.get(treatment.choice) == before.layout:
-        return f"leave {rule} '{override}' away"
+        return f"leave out {rule} '{override}'"
     way = next((way for way, layout in ways.items() if layout == before.layout), None)
     if way is None:
         return f"{rule} 'GLOB=...' as in the run that saved it"

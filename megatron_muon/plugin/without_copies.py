@@ -152,9 +152,8 @@ def _have_decoupled(params: Iterable[torch.Tensor]) -> bool:
 
 @PATCHES.around(
     f"{_OPTIMIZER}:MegatronOptimizer._filter_grads_for_norm",
-    "gradients of weights without float32 copies are under another attribute (decoupled_grad), and would not count in "
-    "the norm; kernels take those of one list for numbers of one type, and norms of bfloat16 gradients would be "
-    "rounded to bfloat16 on the CPU",
+    "gradients of weights without float32 copies are in decoupled_grad, and would not count in the norm; kernels want "
+    "lists of one type, and norms of bfloat16 gradients would be rounded to bfloat16 on the CPU",
 )
 def _norms_of_all(
     original: Original, self: Any, params: Sequence[torch.Tensor], param_filter: Any = None

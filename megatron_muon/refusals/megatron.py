@@ -74,7 +74,7 @@ MEGATRON: tuple[Refusal, ...] = (
     Refusal(
         (one_of("muon_master", "remainder"), missing("bf16"), ours()),
         "it is what a bfloat16 weight lacks of its float32 value",
-        "add --bf16, or leave it away: float32 weights have no copies",
+        "add --bf16, or leave it out: float32 weights have no copies",
     ),
     Refusal(
         (one_of("muon_offload", "all"), given("bf16"), one_of("muon_master", "fp32"), ours()),
@@ -84,7 +84,7 @@ MEGATRON: tuple[Refusal, ...] = (
     Refusal(
         (other_than("muon_offload", "none"), given("optimizer_cuda_graph"), ours()),
         "state comes from the host and goes back in each step",
-        "leave one of the two away",
+        "leave one of the two out",
     ),
     *(
         Refusal((*asked, _PRECISION_AWARE, ours()), because, instead)
@@ -102,7 +102,7 @@ MEGATRON: tuple[Refusal, ...] = (
             (
                 (of_dtype("exp_avg_dtype", "fp8"),),
                 "momentum is kept in float32, bfloat16 or int8",
-                "leave it away, and add --muon-momentum-dtype int8",
+                "leave it out, and add --muon-momentum-dtype int8",
             ),
             (
                 (of_dtype("exp_avg_dtype", "bf16"), other_than("muon_momentum_dtype", "auto", "bf16")),
@@ -112,14 +112,14 @@ MEGATRON: tuple[Refusal, ...] = (
             (
                 (of_dtype("exp_avg_sq_dtype", "bf16", "fp16", "fp8"),),
                 "second moments are kept in float32",
-                "leave it away",
+                "leave it out",
             ),
         )
     ),
     Refusal(
         (of_dtype("main_grads_dtype", "bf16"), given(f"{_DDP}grad_reduce_in_fp32"), ours()),
         "gradients are of the type in which they are reduced",
-        "build DDP with grad_reduce_in_fp32=False, or leave it away",
+        "build DDP with grad_reduce_in_fp32=False, or leave it out",
     ),
     Refusal(
         (other_than("ckpt_format", "torch_dist", "torch"), _OURS),
@@ -146,7 +146,7 @@ MEGATRON: tuple[Refusal, ...] = (
     Refusal(
         (given("optimizer_cuda_graph"), other_than("muon_blockwise_period", 1), ours()),
         "one step of a period is not like the others, and a graph is of one step",
-        "leave one of the two away",
+        "leave one of the two out",
     ),
     Refusal(
         (given("freeze_all_layers"), _OURS),
@@ -216,18 +216,18 @@ MEGATRON: tuple[Refusal, ...] = (
     Refusal(
         (_DECOUPLED, layer_wise(False)),
         "each rank holds all weights, and there is no padding between owners",
-        "add --use-distributed-optimizer, or leave it away",
+        "add --use-distributed-optimizer, or leave it out",
     ),
     Refusal(
         (_DECOUPLED, turned_off("use_layer_wise_param_layout", "--no-use-layer-wise-param-layout"), layer_wise()),
         "lists are another way, in which gradients are all-reduced",
-        "leave one of the two away",
+        "leave one of the two out",
     ),
     *(
         Refusal(
             (_DECOUPLED, given(name), layer_wise()),
             "one leaves padding out and the other adds it",
-            "leave one of the two away",
+            "leave one of the two out",
         )
         for name in ("ddp_pad_buckets_for_high_nccl_busbw", f"{_DDP}pad_buckets_for_high_nccl_busbw")
     ),

@@ -71,7 +71,7 @@ OPTIONS: tuple[Refusal, ...] = (
     Refusal(
         (given("muon_custom_coefficients"), other_than("muon_coefficient_type", "custom")),
         "the coefficients of that type are its own",
-        "add --muon-coefficient-type custom, or leave --muon-custom-coefficients away",
+        "add --muon-coefficient-type custom, or leave out --muon-custom-coefficients",
     ),
     *(
         Refusal(
@@ -91,14 +91,14 @@ OPTIONS: tuple[Refusal, ...] = (
             (
                 other_than("muon_variant", "none"),
                 "what it measures of a matrix is of the whole one, which block steps do not see",
-                "leave one of the two away",
+                "leave one of the two out",
             ),
         )
     ),
     Refusal(
         (other_than("muon_blockwise_lr_mult", 1.0), one_of("muon_blockwise_period", 1)),
         "there are no steps that it is for",
-        "add --muon-blockwise-period 5, or leave it away",
+        "add --muon-blockwise-period 5, or leave it out",
     ),
     Refusal(
         (_HYPERBALL, other_than("muon_scale_mode", "none")),
@@ -109,7 +109,7 @@ OPTIONS: tuple[Refusal, ...] = (
         Refusal(
             (_HYPERBALL, condition),
             "weights keep their norm, and the learning rate alone is the angle by which they turn",
-            "leave it away",
+            "leave it out",
         )
         for condition in (
             other_than("muon_extra_scale_factor", 1.0),
@@ -176,23 +176,23 @@ OPTIONS: tuple[Refusal, ...] = (
     Refusal(
         (other_than("muon_ball_radius", 1.0), _no_rule_gives(*BALLS), ours()),
         f"it is the radius of what --muon-param-rule gives to {', '.join(BALLS)}",
-        "give them some weights (--muon-param-rule 'GLOB=CHOICE'), or leave it away",
+        "give them some weights (--muon-param-rule 'GLOB=CHOICE'), or leave it out",
     ),
     Refusal(
         (one_of("muon_alarm", "stop"), missing("muon_log_interval"), missing("muon_check_replicas_interval")),
         "nothing is measured that could raise one",
-        "add --muon-log-interval 10, or --muon-check-replicas-interval 1000, or leave it away",
+        "add --muon-log-interval 10, or --muon-check-replicas-interval 1000, or leave it out",
     ),
     Refusal(
         (given("muon_check_replicas_interval"), one_of("muon_alarm", "off")),
         "nobody would be told of replicas that differ",
-        "use --muon-alarm warn (or stop), or leave one of the two away",
+        "use --muon-alarm warn (or stop), or leave one of the two out",
     ),
     *(
         Refusal(
             (given(name), missing("muon_log_interval")),
             "nothing is measured that could be written",
-            "add --muon-log-interval 10, or leave it away",
+            "add --muon-log-interval 10, or leave it out",
         )
         for name in ("muon_log_per_layer", "muon_log_console")
     ),

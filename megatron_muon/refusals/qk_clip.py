@@ -71,13 +71,11 @@ _UNMEASURED = Condition(
 
 UNMEASURED: tuple[Refusal, ...] = (
     *(
-        Refusal(
-            (other_than(name, default), missing("qk_clip")), "nothing is clipped", "add --qk-clip, or leave it away"
-        )
+        Refusal((other_than(name, default), missing("qk_clip")), "nothing is clipped", "add --qk-clip, or leave it out")
         for name, default in (("muon_qk_clip_rule", "q_only"), ("muon_qk_clip_norm", "skip"))
     ),
     *(
-        Refusal((other_than(name, default), _UNMEASURED), "nothing is measured", "add one of them, or leave it away")
+        Refusal((other_than(name, default), _UNMEASURED), "nothing is measured", "add one of them, or leave it out")
         for name, default in (("muon_qk_logits", "auto"), ("muon_qk_logits_interval", 1), ("muon_qk_log_layers", 0))
     ),
 )

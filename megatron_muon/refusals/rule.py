@@ -276,8 +276,8 @@ def unread(name: str, default: Any, readers: Sequence[str], reasons: Mapping[str
     ``reasons`` are those optimizers that do not read it for a reason of their own.
     """
     asked = other_than(name, default)
-    rows = [Refusal((asked, optimizer(other)), why, "leave it away") for other, why in reasons.items()]
+    rows = [Refusal((asked, optimizer(other)), why, "leave it out") for other, why in reasons.items()]
     *names, last = readers
     others = other_optimizer(*readers, *reasons, said=", which does not read it")
-    way_out = f"leave it away, or use --optimizer {' or '.join(filter(None, (', '.join(names), last)))}"
+    way_out = f"leave it out, or use --optimizer {' or '.join(filter(None, (', '.join(names), last)))}"
     return (*rows, Refusal((asked, others), "", way_out))

@@ -62,7 +62,7 @@ TRANSFER: tuple[Refusal, ...] = (
     Refusal(
         (_TRANSFER, that("decoupled_lr", lambda rate: rate is not None, "")),
         "the rule gives embeddings and output layers their rates",
-        "leave --decoupled-lr away; --muon-scalar-lr is the base of Adam's rates",
+        "leave out --decoupled-lr; --muon-scalar-lr is the base of Adam's rates",
     ),
     *(
         Refusal((asked, missing("lr"), ours()), "", "give --lr, the peak rate of Muon's weights")

@@ -241,7 +241,7 @@ def refuse_unmatched(options: MuonConfig, matched: set[str], names: Collection[s
                 raise ConfigError(
                     f"{flag('param_rule')} {rule!r}: no weight of such a name is orthogonalized, which is what has "
                     "steps and coefficients. The report says who updates each weight, and the names of all; * stands "
-                    "for any text. Leave the rule away, or mend the pattern."
+                    "for any text. Leave the rule out, or mend the pattern."
                 )
             tied = " An output layer that is tied to the embedding goes by embedding.word_embeddings.weight."
             meant = _meant(parse_param_rule(rule)[0], names)

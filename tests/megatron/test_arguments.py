@@ -249,7 +249,7 @@ def test_layer_wise_form(pool: RankPool, flags: str) -> None:
         ("adaptive_muon --adaptive-muon-beta2 much", ["--adaptive-muon-beta2 much: give a number from 0 to below 1 "]),
         (
             "adam --muon-router adam",
-            ["--muon-router adam with --optimizer adam, which does not read it: leave it away"],
+            ["--muon-router adam with --optimizer adam, which does not read it: leave it out"],
         ),
         ("muon --muon-dry-rum", ["--muon-dry-rum: there is no such flag; did you mean --muon-dry-run?"]),
         ("muon --muon_momentum=0.9", ["--muon_momentum: there is no such flag; did you mean --muon-momentum?"]),
@@ -265,7 +265,7 @@ def test_layer_wise_form(pool: RankPool, flags: str) -> None:
         ),
         (
             "adam --muon-qk-clip-rule group --muon-qk-logits exact --log-max-attention-logit",
-            ["--muon-qk-clip-rule group without --qk-clip: nothing is clipped; add --qk-clip, or leave it away."],
+            ["--muon-qk-clip-rule group without --qk-clip: nothing is clipped; add --qk-clip, or leave it out."],
         ),
         (
             "muon --muon-qk-logits exact --muon-qk-log-layers 5",

@@ -145,7 +145,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "splits": ({"muon_qkv": "per_head"}, {"muon_glu": "whole"}, "--muon-qkv per_head; --muon-glu split"),
     "rule of one": ({"muon_param_rule": (f"{LAST}=sign",)}, {}, f"--muon-param-rule '{LAST}=sign'"),
     "rule of all": ({"muon_param_rule": ("*linear_fc2.weight=adam",)}, {}, f"--muon-param-rule '{FC2}=adam'"),
-    "no rule": ({}, {"muon_param_rule": (f"{FC2}=adam",)}, f"leave --muon-param-rule '{FC2}=adam' away"),
+    "no rule": ({}, {"muon_param_rule": (f"{FC2}=adam",)}, f"leave out --muon-param-rule '{FC2}=adam'"),
     "sphere": ({"name": "spectral_sphere"}, {}, "--optimizer spectral_sphere"),
     "variant": ({}, {"muon_variant": "polargrad"}, "--muon-variant none"),
     "scalar": ({"muon_scalar_optimizer": "lion"}, {}, "--muon-scalar-optimizer lion"),

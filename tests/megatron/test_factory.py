@@ -222,7 +222,7 @@ def test_blockwise_is_said_before_all_else(pool: RankPool) -> None:
     period, recipes, chosen = pool.run(said_of_blockwise, 2, Layout(tp=2))[0]
     assert "WARNING muon_blockwise_period 5 is another optimizer than Muon on one device" in period
     assert "orthogonalized by itself in all but every 5. step, so that it changes" in period
-    assert "factors are those of the shards, at 1 x the learning rate. Leave it away for the same update" in period
+    assert "factors are those of the shards, at 1 x the learning rate. Leave it out for the same update" in period
     for text in (recipes, chosen):
         assert text.splitlines()[1].startswith("*****")
         assert "WARNING muon_tp_mode blockwise is another optimizer than Muon on one device" in text

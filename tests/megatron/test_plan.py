@@ -239,7 +239,7 @@ def test_modes_that_cannot_be(planner: Planner) -> None:
     assert all(reason in lines for reason in reasons.values())
     exact = planner.document([*flags, "--muon-ns-dtype", "fp32"], 4)
     assert set(exact["modes_not_possible"]) == {"blockwise"}
-    with pytest.raises(ConfigError, match=r"^--muon-blockwise-period 5: a qkv weight .*\. Leave it away, or"):
+    with pytest.raises(ConfigError, match=r"^--muon-blockwise-period 5: a qkv weight .*\. Leave it out, or"):
         planner.document([*flags, "--muon-blockwise-period", "5"], 4)
 
 

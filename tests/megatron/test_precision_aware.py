@@ -87,12 +87,12 @@ def test_command_lines(pool: RankPool) -> None:
             "--exp-avg-dtype bf16 with --muon-momentum-dtype int8: these contradict each other; give one."
         ),
         f"{FLAGS} --exp-avg-dtype fp8": (
-            "--exp-avg-dtype fp8: momentum is kept in float32, bfloat16 or int8; leave it away, and add "
+            "--exp-avg-dtype fp8: momentum is kept in float32, bfloat16 or int8; leave it out, and add "
             "--muon-momentum-dtype int8."
         ),
         "--optimizer muon --muon-master remainder": (
             "--muon-master remainder without --bf16: it is what a bfloat16 weight lacks of its float32 value; add "
-            "--bf16, or leave it away: float32 weights have no copies."
+            "--bf16, or leave it out: float32 weights have no copies."
         ),
     }
     for (flags, expected), found in zip(cases.items(), pool.run(asked_for, 1, list(cases))[0], strict=True):

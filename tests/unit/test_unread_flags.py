@@ -27,7 +27,7 @@ def test_a_flag_is_refused_with_optimizers_that_do_not_read_it(knob: Any) -> Non
             given = flag(knob.name) + ("" if other is True else f" {shown}")
             if other is False:
                 given = "--muon-no-split-qkv"
-            assert message.startswith(f"{given} with --optimizer {optimizer}") and "leave it away" in message
+            assert message.startswith(f"{given} with --optimizer {optimizer}") and "leave it out" in message
 
 
 @pytest.mark.parametrize(
@@ -36,31 +36,31 @@ def test_a_flag_is_refused_with_optimizers_that_do_not_read_it(knob: Any) -> Non
         (
             "muon",
             {"muon_sphere_radius": 4.0},
-            "--muon-sphere-radius 4.0 with --optimizer muon, which does not read it: leave it away, or use --optimizer "
+            "--muon-sphere-radius 4.0 with --optimizer muon, which does not read it: leave it out, or use --optimizer "
             "spectral_sphere.",
         ),
         (
             "adam",
             {"muon_transfer": "128x2"},
-            "--muon-transfer 128x2 with --optimizer adam, which does not read it: leave it away, or use --optimizer "
+            "--muon-transfer 128x2 with --optimizer adam, which does not read it: leave it out, or use --optimizer "
             "muon or adaptive_muon.",
         ),
         (
             "adam",
             {"muon_nesterov": True},
-            "--muon-nesterov with --optimizer adam, which does not read it: leave it away, or use --optimizer muon, "
+            "--muon-nesterov with --optimizer adam, which does not read it: leave it out, or use --optimizer muon, "
             "adaptive_muon, spectral_sphere or stiefel_muon.",
         ),
         (
             "spectral_sphere",
             {"muon_scale_mode": "moonlight"},
             "--muon-scale-mode moonlight with --optimizer spectral_sphere: the radius decides about the size of "
-            "updates (--muon-sphere-radius); leave it away.",
+            "updates (--muon-sphere-radius); leave it out.",
         ),
         (
             "soap",
             {"adaptive_muon_beta2": 0.7},
-            "--adaptive-muon-beta2 0.7 with --optimizer soap, which does not read it: leave it away, or use "
+            "--adaptive-muon-beta2 0.7 with --optimizer soap, which does not read it: leave it out, or use "
             "--optimizer adaptive_muon.",
         ),
     ],

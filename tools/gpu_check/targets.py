@@ -34,7 +34,7 @@ TARGETS = {
     "elementwise": Target("elementwise part, bytes a second as a share of a copy's", 0.80, True),
     # Sums in another order change the mean error of bfloat16 by some thousandths.
     "error": Target("mean error of updates, as a multiple of Megatron-Core's", 1.01, False),
-    "plan time": Target("step that plan --device foretells, off the measured one by a share of it", 0.10, False),
+    "plan time": Target("step that plan --device predicts, off the measured one by a share of it", 0.10, False),
     "plan memory": Target("memory of a step beside weights and state, off the plan's by a share of it", 0.10, False),
     "graph host": Target("host time of a replay of a captured step, ms", 1.0, False),
 }
