@@ -208,15 +208,19 @@ def test_precision(options: dict[str, str], weights: torch.dtype, expected: Prec
     assert precision_of(MuonConfig(**options), weights) == expected
 
 
+@pytest.mark.parametrize("is_slow", [False, True])
 @pytest.mark.parametrize("weights", [FP32, FP64, BF16])
-def test_precision_is_that_of_the_optimizer(weights: torch.dtype) -> None:
+def test_precision_is_that_of_the_optimizer(
+    weights: torch.dtype, is_slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_muon.optimizers.engines.slow_bfloat16", lambda *_: "slow" if is_slow else "")
     for ns_dtype, wire, precision in itertools.product(
         ("auto", "fp32", "bf16", "fp16"), ("auto", "fp32", "bf16"), ("medium", "high", "highest")
     ):
         options = {"ns_dtype": ns_dtype, "tp_wire_dtype": wire, "fp32_matmul_prec": precision}
         engine = Muon([torch.nn.Parameter(torch.ones(4, 6, dtype=weights))], **options).prepare()
         found = Precision(engine.local_dtype, engine.orthogonalizer.dtype, engine.wire.dtype)
-        assert found == precision_of(MuonConfig(**options), weights), options
+        assert found == precision_of(MuonConfig(**options), weights, slow_bfloat16=is_slow), options
 
 
 def kept(elements: int, masters: int = 4, momentum: int = 4) -> tuple[tuple[Entry, int], ...]:
