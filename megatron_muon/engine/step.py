@@ -86,13 +86,13 @@ class StepEngine:
         back = iteration if is_rounded else wire_dtype
         self.wire = WireDtypes(dtype=wire_dtype, back=back, gram=iteration, device=device)
         sizes = Sizes(wire_dtype.itemsize, self.wire.back.itemsize, self.wire.gram.itemsize)
-        self._chunk_mb = chunk_mb or CHUNK_MB[device.type]
-        bounds = [int(size * MEBIBYTE) for size in (self._chunk_mb, chunk_mb or _LOCAL_MB[device.type])]
-        policy = Policy(mode, sizes, bounds[0], Machine.of(device.type), bounds[1])
+        bound, local = chunk_mb or CHUNK_MB[device.type], chunk_mb or _LOCAL_MB[device.type]
+        policy = Policy(mode, sizes, int(bound * MEBIBYTE), Machine.of(device.type), int(local * MEBIBYTE))
         self.orthogonalizer = orthogonalizer
         self.local_dtype = dtype
         peers = {weight.peers.group: weight.peers.span for weight in weights if weight.peers is not None}
         self.plan: Plan = choose_plan(weights, policy, orthogonalizer, {name: groups[name].rank() for name in peers})
+        self._chunk_mb = bound if any(chunk.mode != LOCAL for chunk in self.plan.chunks) else local
         self._numbers = f"{iteration} {orthogonalizer.products.name} {self.wire} {peers}"
         self.counters = Counters()
         self.clock: NoClock = NO_CLOCK

@@ -111,9 +111,9 @@ def _agree_on_bfloat16(engines: Engines, params: Sequence[torch.Tensor], names: 
     """
     if params[0].is_cuda if params else torch.cuda.is_available():
         return
-    is_slow = False
+    is_slow = bool(engines.slow_bfloat16)  # Megatron-Core's ranks have agreed, on more than these groups
     with contextlib.suppress(ConfigError):  # what is wrong with a weight, the comparison that follows tells all ranks
-        is_slow = bool(params) and bool(engines.slowness([*map(engines.weight, params)], params[0].device))
+        is_slow |= bool(params) and bool(engines.slowness([*map(engines.weight, params)], params[0].device))
     for name in names:
         slowest = torch.tensor(is_slow, dtype=torch.int32)
         dist.all_reduce(slowest, dist.ReduceOp.MAX, group=engines.groups[name])

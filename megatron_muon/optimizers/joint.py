@@ -247,7 +247,7 @@ class JointOptimizer(torch.optim.Optimizer):
                 self.param_groups.append(part.param_groups[-1])
         self._frozen = None
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # see Muon.step
     @told_in_python()
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -460,7 +460,7 @@ class Muon(torch.optim.Optimizer):
         """Bring state back, see :func:`megatron_muon.wake`."""
         return sleeping.wake(self)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable imports dynamo at once
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient; one without (None) stays as it is, its momentum too.

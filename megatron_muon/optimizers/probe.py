@@ -311,10 +311,8 @@ class Probe:
         """Find the singular values of some updates: of those of one chunk, or of matrices that are whole on CPUs."""
         together = Matrices([update for its in waiting for update in its.matrices.updates], waiting[0].matrices.reduce)
         tensors = [each for its in waiting for each in its.tensors]
-        scales, starts = (
-            [each for its in waiting for each in its.scales],
-            [each for its in waiting for each in its.starts],
-        )
+        scales = [each for its in waiting for each in its.scales]
+        starts = [each for its in waiting for each in its.starts]
         spectra, sketches = tridiagonals(together, tensors, scales, starts)
         for matrices, found, *_, are_successive in waiting:
             mine, spectra = spectra[: len(found)], spectra[len(found) :]

@@ -99,14 +99,14 @@ def compare_environments(
 def agree_on_products(muons: Sequence[Muon], ranks: Ranks) -> list[str]:
     """Have all ranks of a model multiply by the same kernels: those that take the least time on all together.
 
+    Where the device of one of them has no fast bfloat16, and no type of numbers was asked for, all iterate in float32.
+
     Args:
         muons: of the model, on this rank, with one set of options. None of them has planned its step.
         ranks: the model's.
 
     Returns:
         lines of the report.
-
-    Where the device of one of them has no fast bfloat16, and no type of numbers was asked for, all iterate in float32.
 
     Raises:
         ConfigError: on all ranks, for a backend that is asked for by name and that one of them cannot use.

@@ -116,3 +116,22 @@ def mixed() -> tuple[torch.Tensor, torch.Tensor]:
 def test_one_slow_rank_makes_all_iterate_in_float32(pool: RankPool) -> None:
     for left, named in pool.run(mixed, 3):
         assert torch.equal(left, named)
+
+
+def settled() -> set[torch.dtype]:
+    """Of ranks that are fast, where all ranks of the model have agreed before that one elsewhere is not."""
+    group = dist.group.WORLD
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        become(monkeypatch, "amx")
+        given = Given((36, 24), 0)
+        param = given.parameter(group, random(given.shape, 3, torch.float32))
+        param.grad = given.cut(random(given.shape, 4, torch.float32), group)
+        optimizer = Muon([param], lr=0.1, tp_group=group)
+        optimizer.engines.settle_bfloat16(True)
+        optimizer.step()
+        forget()
+    return {engine.orthogonalizer.dtype for engine in optimizer.engines}
+
+
+def test_a_group_keeps_what_the_whole_model_has_agreed_on(pool: RankPool) -> None:
+    assert pool.run(settled, 2) == [{torch.float32}] * 2
