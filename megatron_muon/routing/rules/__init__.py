@@ -29,16 +29,16 @@ def rules_of(module: torch.nn.Module) -> Iterator[Rule]:
 
     Linear layers that no special rule claims are left to :func:`megatron_muon.routing.rules.linear.linear`.
     """
-    for cls in type(module).__mro__:
-        if cls.__module__.startswith("megatron.core.") and cls.__name__ in OF_MEGATRON:
-            yield OF_MEGATRON[cls.__name__]
+    names = [cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("megatron.core.")]
+    of_megatron = [OF_MEGATRON[name] for name in names if name in OF_MEGATRON]
+    yield from of_megatron
     if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
         yield embedding.embedding
     if isinstance(module, torch.nn.MultiheadAttention):
         yield attention.multihead_attention
     if hugging_face.class_name(module):
         yield hugging_face.hugging_face
-    if linear.is_adapter(module):
+    if linear.is_adapter(module) and not of_megatron:  # a layer with a rule may have a linear_in and a linear_out, too
         yield linear.low_rank_adapter
 
 
