@@ -33,8 +33,7 @@ SUBJECTS: dict[str, tuple[str, str]] = {
         "variant sphere_radius sphere_tolerance stiefel_solver stiefel_iterations stiefel_radius ball_radius",
     ),
     "Newton-Schulz": (
-        "[Parallelism and cost](parallelism-and-cost.md#the-iteration---muon-ns-dtype) has errors and speeds of each "
-        "choice.",
+        "[The iteration](iteration.md) says which to choose.",
         "coefficient_type num_ns_steps custom_coefficients eps fp32_matmul_prec ns_dtype ns_backend",
     ),
     "Parallelism": (

@@ -25,7 +25,7 @@ EXACT_PERTURBATION = PERTURBATION * 2.0**-13
 """The same of float32, of 24 bits; float64 takes the choices of float32."""
 
 GAIN_LIMIT = 125.0
-"""How large an eigenvalue of ``Q`` may be in any segment. Measured (docs/parallelism-and-cost.md): choices below it err
+"""How large an eigenvalue of ``Q`` may be in any segment. Measured (docs/results/iteration.md): choices below it err
 less than standard bfloat16 Newton-Schulz in float16 where rows and columns are of like size, whatever the spectrum; in
 float32 by 4e-4 at most, or as the standard iteration does where that errs more."""
 
