@@ -20,7 +20,7 @@ TOOLS = {
     "plot": "draw recorded runs: losses, and all that was measured of Muon's work",
     "plan": "tell from a run's flags, without GPUs, who updates what and what the optimizer costs",
     "doctor": "say what is odd in a run, or what differs between two, and what to do",
-    "ckpt": "inspect a checkpoint, or convert it from Adam to Muon or back",
+    "ckpt": "inspect, compare or convert checkpoints",
 }
 """Commands beside ``run``, a file each in :mod:`megatron_muon.commands`."""
 

@@ -35,12 +35,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m megatron_muon ckpt", description="Checkpoints of --ckpt-format torch_dist, without GPUs."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    inspect = commands.add_parser("inspect", help="what a checkpoint has, who updates what, and whether it is sound")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text[:1].upper() + text[1:] + ".")
+
+    inspect = add("inspect", "tell what a checkpoint has, who updates what, and whether it is sound")
     inspect.add_argument("folder", metavar="DIR", help="of a run (--save), or of one iteration")
     inspect.add_argument("--contents", action="store_true", help="also read all tensors and compare their sums")
     inspect.add_argument("--json", metavar="FILE", help="also write everything to this file")
     inspect.set_defaults(command=_inspect)
-    convert = commands.add_parser("convert", help="a checkpoint of Adam for Muon, or of Muon for Adam")
+    convert = add(
+        "convert", "write a checkpoint of Adam for Muon, of Muon for Adam, or for Megatron-Core without this package"
+    )
     convert.add_argument("source", metavar="SRC", help="folder of a run or of one iteration; only read")
     convert.add_argument("target", metavar="DST", help="a new folder, for --load")
     convert.add_argument(
@@ -49,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="the optimizer that goes on: with this package, or Megatron-Core's own without it",
     )
-    convert.add_argument("--workers", type=int, metavar="N", help="files that are written at once (default: cores)")
+    convert.add_argument(
+        "--workers", type=int, metavar="N", help="files that are written at once (default: cores, 8 at most)"
+    )
     convert.add_argument(
         "--value",
         action="append",
@@ -60,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "expert_model_parallel_size, lr, min_lr, weight_decay...",
     )
     convert.set_defaults(command=_convert)
-    diff = commands.add_parser("diff", help="which weights and states of two checkpoints differ, and by how much")
+    diff = add("diff", "tell which weights and states of two checkpoints differ, and by how much")
     diff.add_argument("a", metavar="A", help="folder of a run or of one iteration")
     diff.add_argument("b", metavar="B", help="another, saved at any layout")
     diff.add_argument(

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="python -m megatron_muon doctor",
-        description="Say what is odd in a run, in order of weight, and what to do; of two runs also what differs.",
+        description="Say what is odd in a run, the gravest first, and what to do; of two runs also what differs.",
     )
     kinds = "file of --muon-log-jsonl, text of a run, or folder with metrics.jsonl, text (*.log, *.out) or checkpoints"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=f"{kinds}; one or two")

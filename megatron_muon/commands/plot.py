@@ -26,9 +26,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="RUN",
         help=f"a file of JSON lines, a folder with {METRICS_FILE}, or a folder of such folders",
     )
-    parser.add_argument("--out", type=Path, help="picture to write (sheet.png or losses.png, by --kind)")
     parser.add_argument(
-        "--html", type=Path, help="write a page to look into with a browser, and a picture only for --out"
+        "--out", type=Path, metavar="FILE", help="picture to write (sheet.png or losses.png, by --kind)"
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page for a browser, and a picture only with --out"
     )
     parser.add_argument(
         "--kind",
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="of the picture: the losses, or a sheet of all that was measured, which is the default for runs with"
         " --muon-log-interval",
     )
-    parser.add_argument("--csv", type=Path, help="also write the curves as a table")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the curves as a table")
     parser.add_argument("--title", help="title of the picture")
     arguments = parser.parse_args(argv)
     try:
