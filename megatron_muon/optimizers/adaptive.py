@@ -48,6 +48,12 @@ class SecondMoment(Variant):
         """Create a second moment with one number for each row of the weight."""
         init_rows(param, state, self.state_name)
 
+    def missing(self, state: Mapping[str, Any]) -> str:
+        """Momentum of another variant beside a second moment of zero: first updates are larger than at the start."""
+        if self.state_name in state:
+            return ""
+        return f"had no {self.state_name}, which begins at zero: their first updates may be too large"
+
     def _average(self, update: Update, values: torch.Tensor) -> torch.Tensor:
         """Move second moments, a number a row, towards ``values``, (matrices, rows or 1, 1), and return them."""
         moment = update.gather(update.named(self.state_name))
@@ -142,6 +148,10 @@ class NAMO(SecondMoment):
         if "namo_moment2" in state:
             state[self.state_name] = state.pop("namo_moment2").sqrt()
         super().init_state(param, state)
+
+    def missing(self, state: Mapping[str, Any]) -> str:
+        """See :class:`SecondMoment`."""
+        return "" if "namo_moment2" in state else super().missing(state)
 
     def adapt(self, matrices: Matrices) -> list[torch.Tensor]:
         """Scale each matrix by alpha, which is near 1 where gradients agree and small where they are mostly noise."""

@@ -408,6 +408,7 @@ class Muon(torch.optim.Optimizer):
             for param in self._own:
                 if MOMENTUM in (state := self.state.get(param, {})):
                     others[settle(param, state, self.config.master, self.config.momentum_dtype, self._masters)] += 1
+                    others[self.variant.missing(state)] += 1
                 if self.windows is not None:
                     self.windows.settle(param, state)
         del others[""]

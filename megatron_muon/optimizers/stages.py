@@ -170,6 +170,10 @@ class Variant:
         Tensors of the weight's shape, or with 1 in place of rows or columns, are saved and resharded like the weight.
         """
 
+    def missing(self, state: Mapping[str, Any]) -> str:
+        """What the loaded state of a weight lacks, as the end of a line that tells it; empty if nothing."""
+        return ""
+
     def update(self, work: Work) -> None:
         """Carry out the update of all matrices of one direction: by :meth:`Work.run`, which calls what is below.
 

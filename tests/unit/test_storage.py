@@ -471,3 +471,15 @@ def test_rows_under_adam_in_another_form(form: str) -> None:
     fresh = 0.1 * param.grad[[6, 7, 14, 15]]
     found = read(momentum_of(optimizer.state[param]))[[6, 7, 14, 15]]
     assert ((found - fresh).abs() <= fresh.abs().amax(1, keepdim=True) / 127).all()
+
+
+@pytest.mark.parametrize("variant", ["normuon", "namo", "adamuon"])
+def test_another_variants_state_is_told(variant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    params, plain = _stepped(torch.float32, torch.float32)
+    other = _loaded(plain.state_dict(), torch.float32, params, variant=variant)
+    assert "megatron_muon: 5 weights had no " in (told := capsys.readouterr().out) and "begins at zero" in told
+    for param, grad in zip(other.state, next(_gradients(1, torch.float32)), strict=True):
+        param.grad = grad
+    other.step()
+    _loaded(other.state_dict(), torch.float32, params, variant=variant)
+    assert not capsys.readouterr().out, "it is there now"
