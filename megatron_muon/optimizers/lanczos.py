@@ -15,6 +15,7 @@ once, and f a sum of such terms.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -170,11 +171,18 @@ def _in_turn(
     for indices in alike.values():
         update, counts = updates[indices[0]], [tensors[index][0].size(0) for index in indices]
         for number, start in enumerate(starts[indices[0]]):
-            tensor, scale = (_joined([each[index][number] for index in indices]) for each in (tensors, scales))
-            few = max(1, _CACHED * tensor.size(0) // max(1, tensor.nbytes))
-            pairs = zip(tensor.split(few), scale.split(few), strict=True)
+            pairs = [
+                pair
+                for index in indices
+                for pair in zip(tensors[index][number].split(1), scales[index][number].split(1), strict=True)
+            ]
+            few = max(1, _CACHED // max(1, pairs[0][0].nbytes))
             one_by_one = _by_gram if _is_cheaper_by_gram(update, start.size(-1), steps) else _by_products
-            parts = [one_by_one(update, one, factor, start, steps) for one, factor in pairs]
+            # Joined a few at a time: that they lie in the cache is what this is for.
+            parts = [
+                one_by_one(update, _joined([a for a, _ in some]), _joined([scale for _, scale in some]), start, steps)
+                for some in itertools.batched(pairs, few)
+            ]
             if steps:
                 each = [_joined(found).split(counts) for found in zip(*(its for its, _ in parts), strict=True)]
                 for index, pair in zip(indices, zip(*each, strict=True), strict=True):
@@ -361,13 +369,12 @@ def quadratures(alphas: torch.Tensor, betas: torch.Tensor) -> tuple[torch.Tensor
         betas: what is beside them, (..., steps - 1).
     """
     poles, distances, weights = _terms(alphas.device)
-    shifts = torch.cat([poles, -distances.to(poles.dtype)])
-    second = first = alphas.new_ones((), dtype=poles.dtype)
-    for level in _levels(alphas.to(poles.dtype), betas.to(poles.dtype), shifts):
-        second, first = first, level
-    below = -(2.0 / _STEEPNESS) * (poles / first[..., : poles.numel()]).sum(dim=-1).real
+    *_, last = _levels(alphas.to(poles.dtype), betas.to(poles.dtype), poles)
+    below = -(2.0 / _STEEPNESS) * (poles / last).sum(dim=-1).real
     # (s - 1)^2 = (s^2 - 1)^2 / (1 + s)^2: the first factor as it is, so that nothing cancels near 1.
-    first, second = first[..., poles.numel() :].real, second[..., poles.numel() :].real
+    second = first = torch.ones_like(alphas[..., :1])
+    for level in _levels(alphas, betas, -distances):
+        second, first = first, level
     a, b = alphas[..., :1] - 1.0, betas[..., :1]
     if not betas.size(-1):
         return below, (weights * a.square() / first).sum(dim=-1)
