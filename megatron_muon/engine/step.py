@@ -20,7 +20,7 @@ from megatron_muon.engine.failure import explain
 from megatron_muon.engine.modes import GRAM, LENT, LOCAL, OWNER, SPLIT, Machine, Sizes
 from megatron_muon.engine.place import Place
 from megatron_muon.engine.plan import Plan, Weight
-from megatron_muon.engine.planner import Policy
+from megatron_muon.engine.planner import Policy, items_of
 from megatron_muon.engine.run import RankChunk, Run, WireDtypes
 from megatron_muon.engine.watcher import WATCHER, limit_of
 from megatron_muon.errors import ConfigError
@@ -34,6 +34,10 @@ CHUNK_MB = {"cuda": 256.0, "cpu": 16.0}
 
 _LOCAL_MB = {"cuda": 256.0, "cpu": 4.0}
 """The same of chunks that exchange nothing: there are no messages that more matrices would save."""
+
+_LOCAL_MATRICES, _LOCAL_LEAST_MB = 3, 0.75
+"""On CPUs, no more there than so many of the largest, or so much: optimizers that take one matrix after another
+allocate four times the largest, and small models should not pay twice that here."""
 
 
 class StepEngine:
@@ -86,7 +90,7 @@ class StepEngine:
         back = iteration if is_rounded else wire_dtype
         self.wire = WireDtypes(dtype=wire_dtype, back=back, gram=iteration, device=device)
         sizes = Sizes(wire_dtype.itemsize, self.wire.back.itemsize, self.wire.gram.itemsize)
-        bound, local = chunk_mb or CHUNK_MB[device.type], chunk_mb or _LOCAL_MB[device.type]
+        bound, local = chunk_mb or CHUNK_MB[device.type], chunk_mb or _local_mb(weights, mode, device.type)
         policy = Policy(mode, sizes, int(bound * MEBIBYTE), Machine.of(device.type), int(local * MEBIBYTE))
         self.orthogonalizer = orthogonalizer
         self.local_dtype = dtype
@@ -230,3 +234,11 @@ class StepEngine:
 
     def _chunks(self, sub_plan: Plan | None) -> list[RankChunk]:
         return [self._mine[id(chunk)] for chunk in (sub_plan or self.plan).chunks]
+
+
+def _local_mb(weights: Sequence[Weight], mode: str, device: str) -> float:
+    """The default bound, in MiB, of chunks that exchange nothing."""
+    largest = max((4 * key.m * key.n for key, _ in items_of(weights, mode)), default=0) / MEBIBYTE
+    if device != "cpu":
+        return _LOCAL_MB[device]
+    return min(_LOCAL_MB[device], max(_LOCAL_MATRICES * largest, _LOCAL_LEAST_MB))

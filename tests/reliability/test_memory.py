@@ -92,4 +92,4 @@ def test_a_process_with_a_limit(pool: RankPool) -> None:
         where.startswith("Muon: rank 0 was in phase ")
         and "chunk 1 of 1 (mode local; matrices: 1 of 4096 x 4096)" in where
     )
-    assert "64 MiB of matrices" in lower and "--muon-chunk-mb, now 16 " in lower
+    assert "64 MiB of matrices" in lower and "--muon-chunk-mb, now 4 " in lower

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
+from megatron_muon import Muon
 from megatron_muon.engine.choose import choose_plan
 from megatron_muon.engine.modes import DISTRIBUTED, DUPLICATED, GRAM, LOCAL, OWNER
 from megatron_muon.engine.plan import Batch, Chunk, Weight
 from megatron_muon.engine.planner import Policy
+from megatron_muon.engine.step import MEBIBYTE
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.routing.layout import WHOLE
 from tests.random_weights import (
@@ -182,3 +185,19 @@ def test_buckets_stay_together_where_apart_they_would_be_slower() -> None:
     assert buckets == [list(range(8))]
     buckets, _ = staged([Weight((1024, 256), WHOLE, -1, "tp", 4, number) for number in range(8)], OWNER)
     assert buckets == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("width", "chunk_mb", "most"),
+    [(64, 0.0, 0.75), (128, 0.0, 0.75), (256, 0.0, 3.0), (512, 0.0, 4.0), (128, 2.0, 2.0)],
+)
+def test_small_matrices_have_small_chunks_on_cpus(width: int, chunk_mb: float, most: float) -> None:
+    """What optimizers of one matrix after another allocate, four times the largest, is not far exceeded."""
+    weights = [torch.nn.Parameter(torch.zeros(rows, width)) for rows in [width, 4 * width] * 8]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer = Muon(weights, 0.02, chunk_mb=chunk_mb, ns_dtype="fp32")
+    engine = optimizer.prepare()
+    assert engine is not None
+    sizes = [sum(4 * b.count * b.key.m * b.key.n for b in chunk.batches) / MEBIBYTE for chunk in engine.plan.chunks]
+    assert most / 2 < max(sizes) <= most and sum(sizes) == 8 * 5 * width**2 * 4 / MEBIBYTE
