@@ -43,10 +43,12 @@ class Thresholds:
     defect_factor: float = _limit(
         1.5,
         "times what the coefficients leave of the directions that they lift, of random numbers, but at least 0.3",
-        "the band of the quintic coefficients, 0.7 to 1.2",
+        "the band of the coefficients `simple`, 0.68 to 1.20",
     )
     largest_singular: float = _limit(
-        1.5, "of the result: it is 1.2 for the usual coefficients", "the coefficients; 1.15 was measured"
+        1.5,
+        "of the result: at most 1.15 with `quintic`, 1.2 with `simple`, 1.3 with `cubic5`",
+        "the coefficients; 1.15 was measured",
     )
     dead_share: float = _limit(
         0.5, "share of a block's matrices whose gradients are zeros, where its experts are one weight", "a choice"
@@ -372,7 +374,7 @@ class Alarms:
 
 _UNKNOWN = (math.nan, math.nan, math.nan)
 _BAND = 0.3
-"""What the quintic coefficients leave, at most, of a singular value that they lift: it is between 0.7 and 1.2."""
+"""What the coefficients `simple` leave, at most, of a singular value that they lift: it is between 0.68 and 1.2."""
 
 
 def _above(value: float, limit: float) -> _Verdict:
