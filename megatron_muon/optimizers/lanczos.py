@@ -15,7 +15,6 @@ once, and f a sum of such terms.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -171,18 +170,11 @@ def _in_turn(
     for indices in alike.values():
         update, counts = updates[indices[0]], [tensors[index][0].size(0) for index in indices]
         for number, start in enumerate(starts[indices[0]]):
-            pairs = [
-                pair
-                for index in indices
-                for pair in zip(tensors[index][number].split(1), scales[index][number].split(1), strict=True)
-            ]
-            few = max(1, _CACHED // max(1, pairs[0][0].nbytes))
+            tensor, scale = (_joined([each[index][number] for index in indices]) for each in (tensors, scales))
+            few = max(1, _CACHED * tensor.size(0) // max(1, tensor.nbytes))
+            pairs = zip(tensor.split(few), scale.split(few), strict=True)
             one_by_one = _by_gram if _is_cheaper_by_gram(update, start.size(-1), steps) else _by_products
-            # Joined a few at a time: that they lie in the cache is what this is for.
-            parts = [
-                one_by_one(update, _joined([a for a, _ in some]), _joined([scale for _, scale in some]), start, steps)
-                for some in itertools.batched(pairs, few)
-            ]
+            parts = [one_by_one(update, one, factor, start, steps) for one, factor in pairs]
             if steps:
                 each = [_joined(found).split(counts) for found in zip(*(its for its, _ in parts), strict=True)]
                 for index, pair in zip(indices, zip(*each, strict=True), strict=True):

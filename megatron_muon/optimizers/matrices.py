@@ -343,10 +343,10 @@ def row_norms(tensor: torch.Tensor, wide: bool = False, out: torch.Tensor | None
     """
     dtype = torch.float64 if wide else torch.promote_types(tensor.dtype, torch.float32)
     each = at_once(tensor)
-    if not wide or tensor.dtype == dtype:
+    if not wide or tensor.dtype == dtype or tensor.numel() <= each:
         return torch.linalg.vector_norm(tensor, dim=-1, keepdim=True, dtype=dtype, out=out)
-    rows = tensor.reshape(-1, tensor.size(-1)).split(max(1, each // max(1, tensor.size(-1))))
-    norms = torch.cat([torch.linalg.vector_norm(part.double(), dim=-1) for part in rows])
+    rows = tensor.reshape(-1, tensor.size(-1)).split(max(1, each // tensor.size(-1)))
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=dtype) for part in rows])
     norms = norms.view(*tensor.shape[:-1], 1)
     return norms if out is None else out.copy_(norms)
 
