@@ -37,6 +37,9 @@ EXTENSION_POINTS = "megatron.core.extension_points"
 Original = Callable[..., Any]
 """A function that a patch replaces."""
 
+_BELOW = frozenset({"torch", "numpy", "sympy", "networkx", "mpmath", "triton"})
+"""torch and what it imports: most of all modules, and none has a copy from a package that is built on torch."""
+
 _MISSING = object()
 
 
@@ -288,12 +291,15 @@ class PatchSet:
             return
         self._copied += copied
         by_identity = {id(entry.original): entry for entry in copied}
+        below: frozenset[str] = frozenset() if any(entry.package in _BELOW for entry in copied) else _BELOW
         names = list(sys.modules)  # in the order of their imports
         for module_name in names[names.index(since) :] if since in names else names:
             module = sys.modules.get(module_name)
             if not issubclass(type(module), ModuleType):
                 continue
             package = module_name.partition(".")[0]
+            if package in below:
+                continue
             namespace = vars(module)
             for attribute, value in list(namespace.items()):
                 current = value
