@@ -281,7 +281,7 @@ def check(results: list[dict[tuple[str, str], torch.Tensor]], ranks: int, scalar
 
 
 @pytest.mark.parametrize("mode", EXACT)
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_update_is_that_of_the_logical_matrices(pool: RankPool, world_size: int, mode: str) -> None:
     results = pool.run(updates_of_shards, world_size, list(WEIGHTS), [mode])
     assert all(len(result) == len(WEIGHTS) for result in results)

@@ -182,7 +182,11 @@ NUMBERS = {
 
 @pytest.mark.parametrize(
     ("world_size", "names"),
-    [(1, ["bf16"]), (2, ["fp32", "bf16, sent as fp32", "fp16"]), (4, list(NUMBERS))],
+    [
+        (1, ["bf16"]),
+        pytest.param(2, ["fp32", "bf16, sent as fp32", "fp16"], marks=pytest.mark.slow),
+        (4, list(NUMBERS)),
+    ],
     ids=["1", "2", "4"],
 )
 def test_counters_are_as_predicted(pool: RankPool, world_size: int, names: list[str]) -> None:

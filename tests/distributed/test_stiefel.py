@@ -106,7 +106,7 @@ def grid(cases: list[str]) -> dict[str, tuple[torch.Tensor, float]]:
     return {**found, "rows, split: others": shards("rows, split", others)}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_shards_get_the_update_of_the_whole(pool: RankPool, ranks: int) -> None:
     cases = list(CASES) if ranks == 4 else ["rows, wide", "columns, tall", "rows, split", "rows, heads"]
     results = pool.run(grid, ranks, cases)
@@ -185,7 +185,12 @@ def test_what_is_sent(pool: RankPool) -> None:
 
 @pytest.mark.parametrize(
     ("solver", "shape"),
-    [("admm", (24, 16)), ("admm", (16, 24)), ("admm", (16, 16)), ("admm", (9, 1)), ("fixed_point", (24, 16))],
+    [
+        ("admm", (16, 24)),
+        ("admm", (9, 1)),
+        ("fixed_point", (24, 16)),
+        *(pytest.param("admm", shape, marks=pytest.mark.slow) for shape in ((24, 16), (16, 16))),
+    ],
 )
 def test_weights_stay_on_the_manifold(solver: str, shape: tuple[int, int]) -> None:
     """|W^T W - R^2 I| <= 1e-5 after 100 steps in float32."""

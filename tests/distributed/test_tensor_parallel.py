@@ -90,7 +90,7 @@ def check(pool: RankPool, world_size: int, cases: list[Case]) -> None:
             )
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_shards_get_the_update_of_the_whole(pool: RankPool, world_size: int) -> None:
     shapes = [((32, 12), 0), ((12, 32), 0), ((32, 12), 1), ((12, 32), 1)]
     check(pool, world_size, [*((shape, dim, WHOLE) for shape, dim in shapes), ((32, 12), 0, QKV)])

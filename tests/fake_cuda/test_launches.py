@@ -27,7 +27,7 @@ OWN = {"hyperball": 3, "namo": 1, "spectral_sphere": 3}
 
 @pytest.mark.parametrize(
     ("model", "stage", "weights", "launches", "fused"),
-    [("llama3_70b", 1, 80, 17, 8.5), ("deepseek_v3", 1, 64, 25, 17.5)],
+    [pytest.param("llama3_70b", 1, 80, 17, 8.5, marks=pytest.mark.slow), ("deepseek_v3", 1, 64, 25, 17.5)],
 )
 def test_models(planner: Planner, model: str, stage: int, weights: int, launches: float, fused: float) -> None:
     """Of a rank with all weights of its stage, for each weight; what is elementwise is two kernels a chunk."""

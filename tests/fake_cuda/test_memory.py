@@ -34,6 +34,8 @@ MOST_BOUNDS = {
     ("fp16", "gram"): (5.8, 2.6),
 }
 """Multiples of the bound of a chunk as the documentation has them, for matrices of 1 : 1 and of 1 : 8."""
+IN_BF16 = [mode for dtype, mode in MOST_BOUNDS if dtype == "bf16"]
+"""Modes whose every chunk is tried in the fewer bits."""
 
 
 def step(
@@ -69,7 +71,13 @@ def step(
     return peak, memory_of_step(engine, dict.fromkeys(engine.plan.groups(), rank), nesterov=True, forms=forms).peak
 
 
-@pytest.mark.parametrize(("dtype", "mode"), MOST_BOUNDS)
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [
+        pytest.param(*each, marks=pytest.mark.slow if each[0] == "fp32" and each[1] in IN_BF16 else ())
+        for each in MOST_BOUNDS
+    ],
+)
 def test_a_step_is_bounded_by_its_chunks(dtype: str, mode: str) -> None:
     """And takes what is said, whatever the number of weights."""
     square, wide = ((SIDE, SIDE // 2), 1), ((SIDE // 4, SIDE), 1)
@@ -131,7 +139,9 @@ def test_the_spectral_sphere_keeps_directions_of_four_chunks() -> None:
     assert many <= 1.05 * few
 
 
-@pytest.mark.parametrize(("model", "stage"), [("llama3_70b", 1), ("deepseek_v3", 0)])
+@pytest.mark.parametrize(
+    ("model", "stage"), [("llama3_70b", 1), pytest.param("deepseek_v3", 0, marks=pytest.mark.slow)]
+)
 def test_ranks_of_models(planner: Planner, model: str, stage: int) -> None:
     """State to the byte and the peak of a step, for the ranks of a stage that have most, or least, of either."""
     ranks = planner.ranks(model, stage, [])

@@ -31,6 +31,7 @@ from tests.megatron.harness import Layout
 from tests.megatron.qk_clip import GQA
 from tests.megatron.test_layer_wise_sharing import UNEVEN, free_messages, shared
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 Case = tuple[Layout, dict[str, Any], dict[str, Any]]
 
@@ -126,24 +127,26 @@ def two_steps(case: Case, rank: int) -> list[Any]:
         return world.calls[first:]
 
 
-def _step_on_ranks() -> dict[str, str]:
+def _step_on_ranks(name: str) -> dict[str, str]:
     def steps(name: str) -> None:
         if name in ON_ALL_RANKS:
             check_meeting({rank: two_steps(STEPS[name], rank) for rank in range(4)})
         else:
             two_steps(STEPS[name], rank=0 if name.startswith("measured") else 1)  # whose routes are the model's
 
-    return outcomes({name: name for name in STEPS}, steps)
+    return outcomes({name: name}, steps)
 
 
-@pytest.fixture(scope="module")
-def stepped(pool: RankPool) -> dict[str, str]:
-    return pool.run(_step_on_ranks, 1)[0]
+SLOW = (
+    *("layer-wise, float32", "lists without overlap", "experts", "layer-wise, lent, gloo beside NCCL"),
+    *("measured, layer-wise", "measured, experts"),
+)
 
 
-@pytest.mark.parametrize("case", STEPS)
-def test_steps_on_the_device(stepped: dict[str, str], case: str) -> None:
-    assert not stepped[case], stepped[case]
+@pytest.mark.parametrize("case", with_slow(STEPS, *SLOW))
+def test_steps_on_the_device(pool: RankPool, case: str) -> None:
+    failed = pool.run(_step_on_ranks, 1, case)[0][case]
+    assert not failed, failed
 
 
 def logged_and_moved() -> None:

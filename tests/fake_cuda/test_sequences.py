@@ -86,7 +86,7 @@ def tensor_rank(rank: int, ranks: int, seeds: Iterable[int] = SEEDS) -> Iterator
             yield calls_of(recorder, weights, groups, mode, chunk_mb)
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_tensor_parallel_ranks_meet(ranks: int) -> None:
     found = meeting(ranks, lambda rank: tensor_rank(rank, ranks))
     kinds = Counter(call.kind for calls in found for call in calls[0])
@@ -123,7 +123,10 @@ def grid_rank(rank: int, tensor: int, data: int, expert: int, seeds: Iterable[in
                 yield calls_of(recorder, weights, groups, mode, chunk_mb)
 
 
-@pytest.mark.parametrize("tensor,data,expert", [(1, 2, 1), (1, 3, 1), (1, 4, 2), (2, 2, 1), (2, 2, 2), (2, 4, 2)])
+SIBLINGS = [pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 2, 1), (1, 4, 2), (2, 2, 2))]
+
+
+@pytest.mark.parametrize("tensor,data,expert", [*SIBLINGS, (1, 3, 1), (2, 2, 1), (2, 4, 2)])
 def test_ranks_that_share_work_meet(tensor: int, data: int, expert: int) -> None:
     found = meeting(tensor * data, lambda rank: grid_rank(rank, tensor, data, expert))
     shared = Counter(call.kind for calls in found for call in calls[0] if len(call.group) != tensor or tensor == data)

@@ -94,22 +94,29 @@ MODELS: dict[str, tuple[dict[str, Place], dict[str, Any]]] = {
 TOLERANCE = {"float32": 4e-6, "bfloat16": 3e-2}
 
 
-SLOW = ("dense_on_8_ranks", "dense_in_virtual_stages", "experts_on_4_ranks", "hybrid_bf16", "latent_attention")
-SELDOM = (
-    *(("hybrid", "pp2"), ("dense", "pp2_dp2_layer_wise"), ("dense", "dp2"), ("dense", "tp2_dp2_layer_wise")),
-    ("dense", "dp2_layer_wise_older"),
-)
-WRITERS = ("one", "tp2_pp2", "dp2_layer_wise")
-"""Whole tensors, cut by rows, columns and layers, and of several owners: every layout reads these and its own."""
+# By the layouts that read, which are those that divide tensors differently: by rows, columns and layers, and by owners.
+QUICK: dict[str, dict[str, tuple[str, ...]]] = {
+    "dense": {
+        "one": ("tp2_pp2", "dp2_layer_wise"),
+        "tp2_pp2": ("tp2_pp2", "dp2_layer_wise"),
+        "vpp": ("tp2_pp2", "dp2_layer_wise"),
+        "dp2_layer_wise": ("tp2_pp2", "dp2_layer_wise"),
+    },
+    "dense_bf16": {
+        "one": ("tp2", "dp2_layer_wise_older"),
+        "dp2_layer_wise": ("tp2", "dp2_layer_wise_older"),
+    },
+    "experts": {"ep2": ("dp2_layer_wise",), "dp2_layer_wise": ("ep2",)},
+    "experts_of_two_copies": {"ep2": ("tp2_etp1_layer_wise",), "tp2_etp1_layer_wise": ("ep2",)},
+    "latent_attention_fused": {"tp2": ("dp2_layer_wise",), "dp2_layer_wise": ("tp2",)},
+    "hybrid": {"tp2": ("dp2_layer_wise",), "dp2_layer_wise": ("tp2",)},
+}
+"""What ``make test`` has: model, layout that reads, and the layouts that have written."""
 
 
 def is_quick(model: str, source: str, to: str) -> bool:
-    """Whether ``make test`` has the pair: one rank reads what every layout has written, others what differs most."""
-    if model in SLOW or (model, to) in SELDOM:
-        return False
-    if model == "dense_bf16" and to not in ("one", "dp2_layer_wise"):
-        return False
-    return model not in ("dense", "dense_bf16") or to == "one" or source in (to, *WRITERS)
+    """Whether ``make test`` has the pair."""
+    return source in QUICK.get(model, {}).get(to, ())
 
 
 def save_at(layout: Layout, options: dict[str, Any], folder: str) -> list[float]:

@@ -266,7 +266,7 @@ def train_on_some_ranks(layer_wise: bool, wrong_on: int | None) -> Any:
     return result[0] if result else problem
 
 
-@pytest.mark.parametrize("layer_wise", [False, True])
+@pytest.mark.parametrize("layer_wise", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model_with_groups_of_its_own(pool: RankPool, layer_wise: bool) -> None:
     """The others need not come to anything, when it is built, trained or saved."""
     results = pool.run(train_on_some_ranks, 4, layer_wise, None)

@@ -61,12 +61,21 @@ def check_case(case: dict[str, Any]) -> None:
     assert ours["method"]["shapes"]
 
 
-def test_one_process(tmp_path: Path) -> None:
-    document, text = bench(tmp_path, "--tp", "1", "--dtype", "fp32", "bf16")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("dense", "fp32"),
+        ("experts", "bf16"),
+        pytest.param("dense", "bf16", marks=pytest.mark.slow),
+        pytest.param("experts", "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_one_process(tmp_path: Path, name: str, dtype: str) -> None:
+    document, text = bench(tmp_path, "--case", name, "--tp", "1", "--dtype", dtype)
     assert document["complete"] and document["quick"] and document["left_out"] == []
     assert document["versions"]["torch"] and document["machine"]["cores"] >= 1
     layouts = [(case["name"], case["dtype"], case["tp"], case["ep"], case["ranks"]) for case in document["cases"]]
-    assert layouts == [(name, dtype, 1, 1, 1) for name in ("dense", "experts") for dtype in ("fp32", "bf16")]
+    assert layouts == [(name, dtype, 1, 1, 1)]
     for case in document["cases"]:
         check_case(case)
         names = set(named(case))
@@ -77,7 +86,8 @@ def test_one_process(tmp_path: Path) -> None:
         told = {each["name"]: each["predicted_seconds"] for each in case["contestants"]}
         assert {name for name, its in told.items() if its is not None} == {"megatron_muon auto"}
         assert told["megatron_muon auto"]["total"] > told["megatron_muon auto"]["products"] > 0
-    assert sum(block["count"] for block in document["cases"][0]["matrices_of_a_rank"]) == QUICK_DENSE["matrices"]
+    if name == "dense":
+        assert sum(block["count"] for block in document["cases"][0]["matrices_of_a_rank"]) == QUICK_DENSE["matrices"]
     assert max(map(len, text.splitlines())) <= 120
 
 

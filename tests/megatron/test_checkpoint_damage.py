@@ -327,7 +327,7 @@ FLIPS = {
 }
 
 
-@pytest.mark.parametrize("case", with_slow(FLIPS, "gate_and_up_of_tp2"))
+@pytest.mark.parametrize("case", with_slow(FLIPS, "gate_and_up_of_tp2", "norm_of_pp2_bf16"))
 def test_flipped_bit_of_a_weight_at_another_layout(pool: RankPool, tmp_path: Path, case: str) -> None:
     """Experts, fused weights and copies: sums do not depend on the layout, and see one bit."""
     ranks, source, options, key = FLIPS[case]

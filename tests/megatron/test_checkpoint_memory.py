@@ -138,7 +138,7 @@ def test_nothing_is_gathered_at_save(saved: dict[str, tuple[str, int]]) -> None:
     [
         ("layer_wise", "plain"),
         pytest.param("layer_wise", "layer_wise", marks=pytest.mark.slow),
-        ("plain", "adam_in_slices"),
+        pytest.param("plain", "adam_in_slices", marks=pytest.mark.slow),
         ("layer_wise", "adam_in_slices"),
     ],
 )

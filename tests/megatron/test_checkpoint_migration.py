@@ -81,7 +81,7 @@ of 64 elements, as the norms here (``fully_reshardable``; it warns of padding)."
 @pytest.mark.parametrize(
     "adam,muon",
     [
-        pytest.param(PLAIN, TP2, id="plain_dp2-to_tp2"),
+        pytest.param(PLAIN, TP2, id="plain_dp2-to_tp2", marks=pytest.mark.slow),
         pytest.param(PLAIN, LAYER_WISE, id="plain_dp2-to_layer_wise", marks=pytest.mark.slow),
         pytest.param(TP2, TP2, id="plain_tp2-to_tp2", marks=pytest.mark.slow),
         pytest.param(TP2, LAYER_WISE, id="plain_tp2-to_layer_wise", marks=pytest.mark.slow),

@@ -18,6 +18,7 @@ from tests.megatron.harness import Layout
 from tests.megatron.loading import TIMEOUT, failure, one_error
 from tests.megatron.test_checkpoint_damage import flip_bit
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 LAYOUTS = {"tensor_parallel": Layout(tp=2), "layer_wise": Layout(layer_wise=True)}
 
@@ -68,7 +69,7 @@ def save_several_times(layout: Layout) -> list[tuple[bool, int]]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", with_slow(LAYOUTS, "tensor_parallel"))
 def test_what_stays_the_same_between_saves_is_told_once(pool: RankPool, layout: str) -> None:
     for saves in pool.run(save_several_times, 2, LAYOUTS[layout], timeout=TIMEOUT):
         assert all(same for same, _ in saves)

@@ -56,7 +56,7 @@ def load_wrongly(layout: Layout, options: dict[str, Any], folder: str, whats: li
 @pytest.mark.parametrize(
     "options,whats",
     [
-        ({"bf16": True}, ["weight", "momentum_buffer", "fp32_param"]),
+        pytest.param({"bf16": True}, ["weight", "momentum_buffer", "fp32_param"], marks=pytest.mark.slow),
         (
             {"bf16": True, "optimizer": {"muon_master": "remainder", "muon_momentum_dtype": "int8"}},
             ["weight", "momentum_buffer", "momentum_scale", "master_remainder", "master_ties"],
@@ -106,7 +106,7 @@ def overwrite_and_fail(first: str, second: str, late: bool) -> tuple[Outcome, Ou
     return error, other, [*losses, *run.losses(1)]
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_interrupted_writing_over_a_checkpoint(pool: RankPool, tmp_path: Path, late: bool) -> None:
     """Before the data is written, or between the index and the last mark."""
     first, second = tmp_path / "iter_0000001", tmp_path / "iter_0000002"

@@ -77,7 +77,7 @@ def save_in_the_background(way: str, plain: list[str], background: list[str]) ->
     return found
 
 
-@pytest.mark.parametrize("way", with_slow(WAYS, "plain"))
+@pytest.mark.parametrize("way", with_slow(WAYS, "plain", "tensor_parallel"))
 def test_saved_in_the_background_while_training(pool: RankPool, tmp_path: Path, way: str) -> None:
     plain, background = ([str(tmp_path / f"{name}{number}") for number in (1, 2)] for name in ("plain", "background"))
     results = pool.run(save_in_the_background, 2, way, plain, background, timeout=TIMEOUT)
@@ -188,7 +188,7 @@ def save_and_load_in_parallel(way: str, plain: str, parallel: str, again: str) -
     return [*losses, *run.losses(1)]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", with_slow(WAYS, "plain", "tensor_parallel"))
 def test_saved_and_loaded_by_all_ranks_in_parallel(pool: RankPool, tmp_path: Path, way: str) -> None:
     names = [str(tmp_path / name) for name in ("plain", "parallel", "again")]
     for once, again in pool.run(save_and_load_in_parallel, 2, way, *names, timeout=TIMEOUT):

@@ -83,7 +83,9 @@ def trace_both(layout: Layout, root: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(ddp_buffers=True, bucket_size=10**6), Layout(tp=2)], ids=["distributed optimizer", "tp2"]
+    "layout",
+    [Layout(ddp_buffers=True, bucket_size=10**6), pytest.param(Layout(tp=2), marks=pytest.mark.slow)],
+    ids=["distributed optimizer", "tp2"],
 )
 def test_a_run_of_adam_is_the_same_with_this_package(pool: RankPool, tmp_path: Path, layout: Layout) -> None:
     """In losses, collectives, files and what it prints."""
@@ -189,7 +191,9 @@ def load_on_some(root: str, readers: list[int]) -> Outcome | None:
     return outcome
 
 
-@pytest.mark.parametrize("ranks,readers", [(2, [0]), (4, [0, 1, 2])], ids=["1 of 2", "3 of 4"])
+@pytest.mark.parametrize(
+    "ranks,readers", [pytest.param(2, [0], marks=pytest.mark.slow), (4, [0, 1, 2])], ids=["1 of 2", "3 of 4"]
+)
 def test_ranks_that_do_not_read_are_not_waited_for(
     pool: RankPool, tmp_path: Path, ranks: int, readers: list[int]
 ) -> None:

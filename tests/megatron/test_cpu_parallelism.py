@@ -92,7 +92,7 @@ CASES = {
 
 SLOW = (
     *("dense-tp2-sp", "dense-pp2", "dense-dp2", "moe-ep2-tp2-etp2-sp", "moe-ep4-tp2-etp1-sp", "mla-tp2-sp"),
-    "hybrid-dp2-buffers",
+    *("hybrid-dp2-buffers", "dense-tp2", "dense-pp2-vpp2"),
 )
 
 

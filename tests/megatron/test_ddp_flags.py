@@ -121,7 +121,7 @@ LAYOUTS: dict[str, tuple[int, Layout, bool]] = {
 }
 FAST = {
     *(("dp2", False, "padded"), ("dp2", True, "own_precision_averaged"), ("vpp", False, "accumulated")),
-    *(("ep2", False, "none"), ("ep2", True, "averaged")),
+    ("ep2", True, "averaged"),
 }
 
 

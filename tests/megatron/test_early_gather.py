@@ -186,7 +186,8 @@ def compare(layout: Layout, options: dict[str, Any], sizes: tuple[int | None, ..
 
 CLIPPED = {"qk_clip": True, "qk_clip_threshold": 0.05, "num_query_groups": 2}
 BITS = {
-    "fp32": (2, Layout(layer_wise=True), {}, (None, 6000)),
+    "fp32": (2, Layout(layer_wise=True), {}, (None,)),
+    "fp32, buckets": (2, Layout(layer_wise=True), {}, (6000,)),
     "bf16, clipped": (2, Layout(layer_wise=True), {"bf16": True, **CLIPPED}, (6000,)),
     "clipped": (2, Layout(layer_wise=True), CLIPPED, (None, 6000)),
     "bf16": (2, Layout(layer_wise=True), {"bf16": True}, (None, 6000)),
@@ -213,7 +214,7 @@ BITS = {
     "expert parallel": (4, Layout(ep=2, layer_wise=True), {**MOE, "bf16": True}, (6000,)),
     "tensor parallel": (4, Layout(tp=2, layer_wise=True), {"bf16": True, **CLIPPED}, (6000,)),
 }
-SLOW = ("clipped", "bf16", "rows of Adam", "hyperball", "sphere", "expert parallel", "tensor parallel")
+SLOW = ("fp32, buckets", "clipped", "bf16", "rows of Adam", "hyperball", "sphere", "expert parallel", "tensor parallel")
 
 
 @pytest.mark.parametrize("case", with_slow(BITS, *SLOW))

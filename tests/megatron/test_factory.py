@@ -78,7 +78,7 @@ def replicas_after_training(layout: Layout, options: dict[str, Any]) -> tuple[li
 @pytest.mark.parametrize(
     ("bf16", "param_layout"),
     [
-        (False, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
         (True, False),
         pytest.param(False, False, marks=pytest.mark.slow),
         pytest.param(True, True, marks=pytest.mark.slow),

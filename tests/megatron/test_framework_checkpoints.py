@@ -140,7 +140,11 @@ def every_order(layouts: list[Layout], root: str) -> list[list[list[float]]]:
     return losses
 
 
-@pytest.mark.parametrize("layouts", [[Layout(), Layout(layer_wise=True)], [Layout(tp=2)]], ids=["dp2", "tp2"])
+@pytest.mark.parametrize(
+    "layouts",
+    [[Layout(), Layout(layer_wise=True)], pytest.param([Layout(tp=2)], marks=pytest.mark.slow)],
+    ids=["dp2", "tp2"],
+)
 def test_model_and_optimizer_in_folders_of_their_own(pool: RankPool, tmp_path: Path, layouts: list[Layout]) -> None:
     for found in pool.run(every_order, 2, layouts, str(tmp_path), timeout=TIMEOUT):
         for losses in found:

@@ -15,7 +15,6 @@ from tests.megatron.harness import Layout
 from tests.megatron.test_routing import GDN
 from tests.pool import RankPool
 from tests.reference import orthogonalized
-from tests.slow import with_slow
 
 NAMES = ("q", "k", "v", "z", "beta", "alpha")
 GATES = ("beta", "alpha")
@@ -144,11 +143,23 @@ def losses(layout: Layout, weights: str, policy: str) -> list[float]:
     return start(layout, policy, SLOW, weights=weights).losses(STEPS)
 
 
-@pytest.mark.parametrize("policy", with_slow(["adam", "split", "per_head"], "adam", "per_head"))
-def test_losses_do_not_depend_on_the_layout(pool: RankPool, weights: str, policy: str) -> None:
+TP, OWNED, TP_OWNED = (2, Layout(tp=2)), (2, Layout(layer_wise=True)), (4, Layout(tp=2, layer_wise=True))
+
+
+@pytest.mark.parametrize(
+    ("policy", "layouts"),
+    [
+        pytest.param("split", [TP_OWNED], id="split"),
+        pytest.param("split", [TP, OWNED], id="split, fewer ranks", marks=pytest.mark.slow),
+        *(pytest.param(each, [TP, OWNED, TP_OWNED], id=each, marks=pytest.mark.slow) for each in ("adam", "per_head")),
+    ],
+)
+def test_losses_do_not_depend_on_the_layout(
+    pool: RankPool, weights: str, policy: str, layouts: list[tuple[int, Layout]]
+) -> None:
     expected = pool.run(losses, 1, Layout(), weights, policy)[0]
     assert expected[-1] < expected[0] - 0.5
-    for world_size, layout in ((2, Layout(tp=2)), (2, Layout(layer_wise=True)), (4, Layout(tp=2, layer_wise=True))):
+    for world_size, layout in layouts:
         found = pool.run(losses, world_size, layout, weights, policy)
         assert all(rank == found[0] for rank in found)
         assert found[0] == pytest.approx(expected, abs=TOLERANCE), layout

@@ -71,7 +71,7 @@ def weights(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-@pytest.mark.parametrize("name", with_slow(LAYOUTS, "tp2_dp2_layer_wise_lists"))
+@pytest.mark.parametrize("name", with_slow(LAYOUTS, "tp2", "dp2", "tp2_dp2_layer_wise_lists"))
 @pytest.mark.parametrize("steps", with_slow(["16", "300"], "300"))
 def test_losses_where_gradients_come_and_go(pool: RankPool, weights: str, name: str, steps: str) -> None:
     """More patterns than plans are kept. A weight without a gradient stays, on all of its ranks."""
@@ -167,7 +167,8 @@ def test_experts_without_tokens(pool: RankPool, tmp_path: Path, optimizer: str, 
     pool.run(harness.save_initial_weights, 1, folder, **STARVED)
     ((expected, zeros),) = pool.run(starve, 1, Layout(), folder, int(steps), options, timeout=900)
     assert zeros > 0.7, "three of four experts"
-    for name, (ranks, layout) in EXPERTS.items():
+    # Of eight steps those ranks that hold experts whole beside divided weights; the slow test has the others too.
+    for name, (ranks, layout) in EXPERTS.items() if steps != "8" else [("tp2_ep2", EXPERTS["tp2_ep2"])]:
         for losses, _ in pool.run(starve, ranks, layout, folder, int(steps), options, timeout=900):
             assert losses == pytest.approx(expected, abs=TOLERANCE if steps == "8" else 1e-3), name
 

@@ -185,7 +185,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", with_slow(CASES, "dense", "experts", "tensor"))
+@pytest.mark.parametrize("case", with_slow(CASES, "dense", "experts", "tensor", "dense, buckets", "expert parallel"))
 def test_owners_follow_the_function(pool: RankPool, case: str) -> None:
     """On every rank, and the same on all that have a weight: tensor peers, replicas, expert-parallel peers."""
     world, layout, options, bucket_size = CASES[case]

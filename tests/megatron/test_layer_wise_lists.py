@@ -48,7 +48,10 @@ def upstream_owners() -> Iterator[None]:
         pytest.param({**MOE, **THREE_LAYERS}, id="experts"),
     ],
 )
-@pytest.mark.parametrize(("world", "layout"), [(2, Layout(layer_wise=True)), (4, Layout(tp=2, etp=1, layer_wise=True))])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [pytest.param(2, Layout(layer_wise=True), marks=pytest.mark.slow), (4, Layout(tp=2, etp=1, layer_wise=True))],
+)
 def test_older_assignment(pool: RankPool, world: int, layout: Layout, model: dict[str, Any]) -> None:
     """Muon's weights change lists, no list gets longer than the longest was, and Adam's weights stay."""
     if layout.tp > 1:

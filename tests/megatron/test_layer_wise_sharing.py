@@ -109,7 +109,7 @@ CASES = {
     "experts": (4, Layout(tp=2, etp=1, sp=True, layer_wise=True), THREE_EXPERTS, [f"split {EXPERTS}"]),
     "virtual": (4, Layout(pp=2, vpp=2, layer_wise=True), ONE_DENSE, [f"lent {DATA}"]),
 }
-SLOW = ("older", "four", "experts")
+SLOW = ("older", "four", "experts", "tensor")
 
 
 @pytest.mark.parametrize("case", with_slow(CASES, *SLOW))

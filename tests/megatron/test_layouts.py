@@ -97,7 +97,7 @@ CASES = {
 }
 QUICK = {
     *("pp2_vpp2_dp2-layer_wise-fp32", "tp2_sp_dp2-layer_wise-bf16", "dp2-lists-bf16"),
-    *("moe_ep2_dp2-layer_wise-fp32", "dp2-plain-fp32", "tp2", "tp2_pp2"),
+    *("moe_ep2_dp2-layer_wise-fp32", "dp2-plain-fp32"),
     *("tp4_more_ranks_than_query_groups", "mla_tp2", "gated_delta_net_tp2", "local_layer_wise"),
 }
 

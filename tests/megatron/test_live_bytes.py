@@ -12,8 +12,8 @@ from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.planner import GROUPS, TINY, Planner
 from tests.megatron.test_plan_on_ranks import BUCKETS
+from tests.pairwise import covering
 from tests.pool import RankPool
-from tests.slow import with_slow
 
 WIDE = 64
 """Hidden size: so that what has no weights does not count."""
@@ -23,6 +23,8 @@ SIZES = [f"--{name.replace('_', '-')}={size}" for name, size in MODEL.items()]
 
 MASTERS, MOMENTA, GRADIENTS = ("fp32", "remainder"), ("fp32", "bf16", "int8"), ("fp32", "bf16")
 FORMS = [*itertools.product(MASTERS, MOMENTA, GRADIENTS)]
+PAIRS = [(MASTERS[a], MOMENTA[b], GRADIENTS[c]) for a, b, c in covering([2, 3, 2])]
+"""Enough of them to have each two together."""
 LAYOUTS = {"plain": (Layout(), 1, []), "layer-wise": (Layout(layer_wise=True), 2, ["--use-distributed-optimizer"])}
 
 
@@ -48,11 +50,18 @@ def live_bytes(layout: Layout, forms: list[tuple[str, str, str]]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("name", with_slow(LAYOUTS, "plain"))
-def test_live_bytes(pool: RankPool, planner: Planner, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        pytest.param("layer-wise", PAIRS, id="layer-wise"),
+        pytest.param("layer-wise", [each for each in FORMS if each not in PAIRS], id="rest", marks=pytest.mark.slow),
+        pytest.param("plain", FORMS, id="plain", marks=pytest.mark.slow),
+    ],
+)
+def test_live_bytes(pool: RankPool, planner: Planner, name: str, kept: list[tuple[str, str, str]]) -> None:
     layout, world, flags = LAYOUTS[name]
-    ranks = pool.run(live_bytes, world, layout, FORMS)
-    for number, (master, momentum, gradients) in enumerate(FORMS):
+    ranks = pool.run(live_bytes, world, layout, kept)
+    for number, (master, momentum, gradients) in enumerate(kept):
         forms = ["--muon-master", master, "--muon-momentum-dtype", momentum]
         forms += ["--grad-reduce-in-bf16"] if gradients == "bf16" else []
         rank = planner.document([*TINY, *GROUPS, *BUCKETS, *SIZES, "--bf16", *flags, *forms], world)["fullest_rank"]

@@ -19,6 +19,7 @@ from tests.megatron import harness
 from tests.megatron.harness import CHECKPOINT_METADATA, Layout, Run
 from tests.megatron.loading import FINE, TIMEOUT, Outcome, failure, one_error
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 ALGORITHMS = ("atomic", "fully_parallel")
 LAYOUTS = {
@@ -102,7 +103,7 @@ def resume(layout: Layout, options: dict[str, Any]) -> tuple[list[list[float]], 
     return losses, same
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", with_slow(LAYOUTS, "dp2", "tp2"))
 def test_a_run_goes_on_from_a_local_checkpoint(pool: RankPool, name: str) -> None:
     layout, options = LAYOUTS[name]
     for losses, same in pool.run(resume, 2, layout, options, timeout=TIMEOUT):

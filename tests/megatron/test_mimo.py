@@ -111,8 +111,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("options", [None, {"name": "adam"}], ids=["muon", "encoder under adam"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        pytest.param("colocated", None, id="colocated-muon", marks=pytest.mark.slow),
+        pytest.param("colocated", {"name": "adam"}, id="colocated-encoder under adam"),
+        pytest.param("apart", None, id="apart-muon"),
+        pytest.param("apart", {"name": "adam"}, id="apart-encoder under adam", marks=pytest.mark.slow),
+    ],
+)
 def test_trains_clips_saves_and_resumes(pool: RankPool, tmp_path: Path, layout: str, options: Any) -> None:
     ranks = pool.run(whole, 2, LAYOUTS[layout], str(tmp_path / "checkpoint"), options)
     for found in ranks:

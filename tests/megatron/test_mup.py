@@ -64,7 +64,12 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=["tp1", "tp2"])
+EACH = pytest.mark.parametrize(
+    "layout", [pytest.param(Layout(), marks=pytest.mark.slow), Layout(tp=2)], ids=["tp1", "tp2"]
+)
+
+
+@EACH
 def test_every_weight_has_the_rate_of_the_rule(pool: RankPool, layout: Layout) -> None:
     for rank in pool.run(groups, layout.tp, layout, CASES):
         for case, found in zip(CASES, rank, strict=True):
@@ -129,7 +134,7 @@ def first_updates(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     return updates[0], updates[1]
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=["tp1", "tp2"])
+@EACH
 def test_rows_under_adam_move_as_in_a_weight_of_adams(pool: RankPool, layout: Layout) -> None:
     for as_rows, as_whole in pool.run(first_updates, layout.tp, layout):
         assert len(as_rows) == 8 // layout.tp and as_whole.abs().max() > 0

@@ -78,19 +78,23 @@ def scene(layout: Layout, model: dict[str, Any], optimizer: dict[str, Any], case
 
 
 NAN, INF = float("nan"), float("inf")
-LAYOUTS = [
-    (Layout(), 1, {}),
-    (Layout(tp=2), 2, {}),
-    (Layout(pp=2), 2, {}),
-    (Layout(), 2, {}),
-    (Layout(layer_wise=True, ddp_buffers=True), 2, {}),
-    (Layout(layer_wise=True), 2, {}),
-    (Layout(ep=2), 2, {"num_moe_experts": 2}),
-]
+LAYOUTS: dict[str, tuple[Layout, int, dict[str, Any]]] = {
+    "one": (Layout(), 1, {}),
+    "tp2": (Layout(tp=2), 2, {}),
+    "pp2": (Layout(pp=2), 2, {}),
+    "dp2": (Layout(), 2, {}),
+    "layer_wise": (Layout(layer_wise=True, ddp_buffers=True), 2, {}),
+    "layer_wise_lists": (Layout(layer_wise=True), 2, {}),
+    "ep2": (Layout(ep=2), 2, {"num_moe_experts": 2}),
+}
 
 
 @pytest.mark.parametrize(
-    "layout,ranks,model", LAYOUTS, ids=["one", "tp2", "pp2", "dp2", "layer_wise", "layer_wise_lists", "ep2"]
+    "layout,ranks,model",
+    [
+        pytest.param(*case, id=name, marks=pytest.mark.slow if name in ("one", "dp2", "layer_wise_lists") else ())
+        for name, case in LAYOUTS.items()
+    ],
 )
 def test_steps_are_skipped_on_all_ranks(pool: RankPool, layout: Layout, ranks: int, model: dict[str, Any]) -> None:
     name = "experts.local_experts.0.linear_fc1.weight" if model else WEIGHTS["muon"]

@@ -13,6 +13,35 @@ from tests.megatron.test_arguments import parse
 from tests.megatron.test_routing import GDN
 from tests.pool import RankPool
 
+WRONG_RULES = ("*.weight", "*.weight=sgd", "=adam", "*.weight=")
+WRONG_VALUES = {
+    "--muon-qkv heads": "--muon-qkv heads: choose one of split, per_head, whole (did you mean per_head?).",
+    "--muon-mla-up no": "--muon-mla-up no: choose one of per_head, split, whole.",
+    "--muon-mla-down per_head": "--muon-mla-down per_head: choose one of split, whole.",
+    "--muon-glu per_head": "--muon-glu per_head: choose one of split, whole.",
+    "--muon-gdn-in-proj muon": "--muon-gdn-in-proj muon: choose one of adam, split, per_head, whole.",
+    "--muon-mamba-in-proj per_head": "--muon-mamba-in-proj per_head: choose one of adam, split, whole.",
+    "--muon-router whole": "--muon-router whole: choose one of muon, adam.",
+    "--muon-lora-a whole": "--muon-lora-a whole: choose one of muon, adam.",
+    "--muon-unknown-2d lion": "--muon-unknown-2d lion: choose one of error, adam, muon.",
+    "--muon-scalar-lr -1": "--muon-scalar-lr -1.0: give a number of at least 0.",
+    "--muon-qkv per_head --muon-no-split-qkv": "--muon-qkv per_head with --muon-no-split-qkv: these contradi",
+}
+
+
+def wrong_rule(rule: str) -> str:
+    return f"--muon-param-rule *.bias=adam --muon-param-rule {rule}"
+
+
+def parse_each(lines: list[str]) -> dict[str, Any]:
+    return {line: parse(f"--optimizer muon {line}") for line in lines}
+
+
+@pytest.fixture(scope="module")
+def answers(pool: RankPool) -> dict[str, Any]:
+    """To all wrong flags, of one call."""
+    return pool.run(parse_each, 1, [*map(wrong_rule, WRONG_RULES), *WRONG_VALUES])[0]
+
 
 class TestCommandLine:
     def test_the_flag_is_repeatable_and_keeps_its_order(self, pool: RankPool) -> None:
@@ -27,31 +56,16 @@ class TestCommandLine:
         read = pool.run(parse, 1, "--optimizer muon --muon-param-rule=a=b.weight=adam")[0]
         assert read["param_rule"] == ("a=b.weight=adam",)
 
-    @pytest.mark.parametrize("rule", ["*.weight", "*.weight=sgd", "=adam", "*.weight="])
-    def test_wrong_rules(self, pool: RankPool, rule: str) -> None:
-        answer = pool.run(parse, 1, f"--optimizer muon --muon-param-rule *.bias=adam --muon-param-rule {rule}")[0]
+    @pytest.mark.parametrize("rule", WRONG_RULES)
+    def test_wrong_rules(self, answers: dict[str, Any], rule: str) -> None:
+        answer = answers[wrong_rule(rule)]
         assert isinstance(answer, str) and answer.startswith("--muon-param-rule ")
         assert f"{rule!r} is not GLOB=CHOICE with a choice of adam, muon, split, whole, per_head, " in answer
 
-    @pytest.mark.parametrize(
-        "flags,message",
-        [
-            ("--muon-qkv heads", "--muon-qkv heads: choose one of split, per_head, whole (did you mean per_head?)."),
-            ("--muon-mla-up no", "--muon-mla-up no: choose one of per_head, split, whole."),
-            ("--muon-mla-down per_head", "--muon-mla-down per_head: choose one of split, whole."),
-            ("--muon-glu per_head", "--muon-glu per_head: choose one of split, whole."),
-            ("--muon-gdn-in-proj muon", "--muon-gdn-in-proj muon: choose one of adam, split, per_head, whole."),
-            ("--muon-mamba-in-proj per_head", "--muon-mamba-in-proj per_head: choose one of adam, split, whole."),
-            ("--muon-router whole", "--muon-router whole: choose one of muon, adam."),
-            ("--muon-lora-a whole", "--muon-lora-a whole: choose one of muon, adam."),
-            ("--muon-unknown-2d lion", "--muon-unknown-2d lion: choose one of error, adam, muon."),
-            ("--muon-scalar-lr -1", "--muon-scalar-lr -1.0: give a number of at least 0."),
-            ("--muon-qkv per_head --muon-no-split-qkv", "--muon-qkv per_head with --muon-no-split-qkv: these contradi"),
-        ],
-    )
-    def test_wrong_values(self, pool: RankPool, flags: str, message: str) -> None:
-        answer = pool.run(parse, 1, f"--optimizer muon {flags}")[0]
-        assert isinstance(answer, str) and answer.startswith(message)
+    @pytest.mark.parametrize("flags", WRONG_VALUES)
+    def test_wrong_values(self, answers: dict[str, Any], flags: str) -> None:
+        answer = answers[flags]
+        assert isinstance(answer, str) and answer.startswith(WRONG_VALUES[flags])
 
 
 def routes(layout: Layout, optimizer: dict[str, Any], model: dict[str, Any]) -> dict[str, str] | str:
@@ -83,7 +97,12 @@ def by_layer(results: list[dict[str, str]], suffix: str) -> dict[int, str]:
     return found
 
 
-LAYOUTS = [(Layout(), 1), (Layout(tp=2), 2), (Layout(pp=2), 2), (Layout(pp=2, vpp=2), 2)]
+LAYOUTS = [
+    pytest.param(Layout(), 1, marks=pytest.mark.slow),
+    (Layout(tp=2), 2),
+    pytest.param(Layout(pp=2), 2, marks=pytest.mark.slow),
+    (Layout(pp=2, vpp=2), 2),
+]
 
 
 @pytest.mark.parametrize("layout,ranks", LAYOUTS)
@@ -193,8 +212,17 @@ class TestOwnershipOfBuffers:
             assert "self_attention.in_proj.weight: DistributedDataParallel was built before the weight's tags" in answer
             assert "Wrap the model after megatron_muon.install(), given the same options" in answer
 
-    @pytest.mark.parametrize("bf16", [False, True])
-    @pytest.mark.parametrize("choice", ["split", "per_head", "whole"])
+    @pytest.mark.parametrize(
+        ("choice", "bf16"),
+        [
+            ("split", True),
+            ("whole", False),
+            *(
+                pytest.param(*case, marks=pytest.mark.slow)
+                for case in [("split", False), ("whole", True), ("per_head", False), ("per_head", True)]
+            ),
+        ],
+    )
     def test_options_given_to_install(self, pool: RankPool, choice: str, bf16: bool) -> None:
         options = {"gdn_in_proj": choice}
         results = pool.run(build_on_buffers, 2, options, {"muon_gdn_in_proj": choice}, GDN, bf16)

@@ -195,10 +195,15 @@ CASES = {
 
 BUCKETS = ["--overlap-grad-reduce", "--ddp-bucket-size", str(Layout.bucket_size)]
 QUICK_IN_BF16 = ("tensor auto",)
+SLOW_IN_FP32 = (
+    *("plain", "adamuon", "manifold", "manifold, layer-wise", "tensor auto", "four tensor-parallel ranks"),
+    *("pipeline", "layer-wise", "layer-wise, four replicas", "layer-wise, tensor", "experts"),
+)
+"""Parts of them are in other cases, which have two things at once."""
 
 
 def case(name: str, bf16: bool) -> Any:
-    slow = name == "layer-wise, four replicas" or (bf16 and name not in QUICK_IN_BF16)
+    slow = name not in QUICK_IN_BF16 if bf16 else name in SLOW_IN_FP32
     return pytest.param(name, bf16, id=f"{name}-{'bf16' if bf16 else 'fp32'}", marks=[pytest.mark.slow] * slow)
 
 

@@ -109,7 +109,6 @@ QUICK = (
     "gqa-pp2_vpp2",
     "gqa-dp2_layer_wise",
     "gqa-cp2, products again",
-    "gqa-adam",
     "gqa-adam_dp2, distributed optimizer",
     "gqa-recomputed activations",
     "mla-tp2",

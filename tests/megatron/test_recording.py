@@ -238,7 +238,9 @@ def on_some_ranks(mine: list[int], optimizer: dict[str, Any]) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("optimizer", [{"name": "adam"}, STIEFEL], ids=["adam", "stiefel"])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param({"name": "adam"}, marks=pytest.mark.slow), STIEFEL], ids=["adam", "stiefel"]
+)
 def test_a_model_on_some_ranks(pool: RankPool, optimizer: dict[str, Any]) -> None:
     """Its numbers are those that it has alone; nothing waits for the other ranks."""
     expected = pool.run(on_some_ranks, 2, [0, 1], optimizer)

@@ -60,7 +60,15 @@ def numbered_attention(layout: Layout, model: dict[str, Any], cross: bool, optio
 
 @pytest.mark.parametrize("choice", ["split", "per_head"])
 @pytest.mark.parametrize(
-    "tp,groups,gated", [(1, HEADS, False), (1, 2, True), (2, 2, True), (2, 4, False), (4, 2, False), (4, 2, True)]
+    "tp,groups,gated",
+    [
+        (1, HEADS, False),
+        pytest.param(1, 2, True, marks=pytest.mark.slow),
+        (2, 2, True),
+        pytest.param(2, 4, False, marks=pytest.mark.slow),
+        (4, 2, False),
+        pytest.param(4, 2, True, marks=pytest.mark.slow),
+    ],
 )
 def test_megatron_splits_self_attention_in_the_same_rows(
     pool: RankPool, tp: int, groups: int, gated: bool, choice: str

@@ -10,6 +10,7 @@ from tests.megatron import harness
 from tests.megatron.harness import Layout
 from tests.megatron.test_routing import GDN
 from tests.pool import RankPool
+from tests.slow import with_slow
 
 LR, MIN_LR, SCALAR_LR = 0.01, 0.001, 0.004
 WARM_UP, DECAY = 5, 20
@@ -67,7 +68,9 @@ def check(table: Rates) -> None:
     assert embedding[WARM_UP] == pytest.approx(SCALAR_LR) and embedding[-1] == pytest.approx(MIN_LR * SCALAR_LR / LR)
 
 
-@pytest.mark.parametrize("style", ["cosine", "linear", "constant", "inverse-square-root"])
+@pytest.mark.parametrize(
+    "style", with_slow(["cosine", "linear", "constant", "inverse-square-root"], "linear", "constant")
+)
 def test_rates_follow_those_of_muon(pool: RankPool, style: str) -> None:
     (table,) = pool.run(rates, 1, Layout(), SPLIT, GDN, style)
     if style in ("cosine", "linear"):
@@ -79,7 +82,12 @@ def test_rates_follow_those_of_muon(pool: RankPool, style: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout,ranks", [(Layout(tp=2), 2), (Layout(pp=2), 2), (Layout(ddp_buffers=True, layer_wise=True), 2)]
+    "layout,ranks",
+    [
+        pytest.param(Layout(tp=2), 2, marks=pytest.mark.slow),
+        (Layout(pp=2), 2),
+        (Layout(ddp_buffers=True, layer_wise=True), 2),
+    ],
 )
 def test_rates_at_other_layouts(pool: RankPool, layout: Layout, ranks: int) -> None:
     for table in pool.run(rates, ranks, layout, OPTIMIZER, {"bf16": layout.layer_wise}):

@@ -67,7 +67,7 @@ def both(layout: Layout, model: dict[str, Any], options: dict[str, Any], steps: 
 @pytest.mark.parametrize(
     ("layout", "model", "options"),
     [
-        (Layout(tp=2), GDN, {}),
+        pytest.param(Layout(tp=2), GDN, {}, marks=pytest.mark.slow),
         pytest.param(Layout(tp=2), {"bf16": True}, {"muon_tp_mode": "distributed"}, marks=pytest.mark.slow),
         (
             Layout(layer_wise=True),

@@ -221,7 +221,9 @@ def resume(layout: Layout, folder: str) -> tuple[dict[str, Group], dict[str, Gro
     return before, numbers(run), run.losses(2)
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(layer_wise=True)], ids=["plain", "layer_wise"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(Layout(), marks=pytest.mark.slow), Layout(layer_wise=True)], ids=["plain", "layer_wise"]
+)
 def test_groups_keep_their_numbers_at_resume(pool: RankPool, tmp_path: Path, layout: Layout) -> None:
     """Megatron-Core tells param groups apart by rates and decay alone, and they differ in eps and depth, too."""
     ranks, folder = (2 if layout.layer_wise else 1), str(tmp_path / "saved")
@@ -248,7 +250,10 @@ def with_the_checkpoints_schedule(folder: str, optimizer: dict[str, Any]) -> dic
 
 @pytest.mark.parametrize(
     "optimizer",
-    [{**RULE, "lr": 0.5, "min_lr": 0.0}, {**WIDER_AND_DEEPER, "muon_transfer": "16x2", "lr": 0.5, "min_lr": 0.0}],
+    [
+        pytest.param({**RULE, "lr": 0.5, "min_lr": 0.0}, marks=pytest.mark.slow),
+        {**WIDER_AND_DEEPER, "muon_transfer": "16x2", "lr": 0.5, "min_lr": 0.0},
+    ],
     ids=["without", "another"],
 )
 def test_rates_of_the_checkpoint_belong_to_its_transfer(

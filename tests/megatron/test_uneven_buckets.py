@@ -149,7 +149,7 @@ CASES: dict[str, tuple[int, Layout, dict[str, Any], dict[str, Any]]] = {
     "gathers when a layer is reached": (2, Layout(layer_wise=True), THREE_LAYERS, {"align_param_gather": False}),
     "one bucket, gathered in the step": (2, Layout(layer_wise=True, overlap=False), THREE_LAYERS, {}),
 }
-SLOW = sorted(CASES.keys() - {"three replicas, bf16 averages", "virtual stages, accumulated"})
+SLOW = sorted(CASES.keys() - {"virtual stages, accumulated"})
 
 
 @pytest.mark.parametrize("case", with_slow(CASES, *SLOW))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,26 +101,36 @@ def train_experts(layout: Layout, weights: str, optimizer: dict[str, Any]) -> li
     return harness.start(layout, weights=weights, optimizer=optimizer, early=True, **EXPERTS).losses(STEPS)
 
 
+BALLS = {
+    **VARIANTS["scion"],
+    "muon_param_rule": ("*.experts.*linear_fc1*=col_norm", "*.experts.*linear_fc2*=row_norm"),
+}
+WHOLE, DIVIDED = Layout(tp=2, etp=1, sp=True), Layout(tp=2, sp=True)
+OWNED = Layout(tp=2, etp=1, sp=True, layer_wise=True)
+
+
 @pytest.mark.parametrize(
-    "optimizer",
+    ("optimizer", "layouts"),
     [
-        {
-            **VARIANTS["scion"],
-            "muon_param_rule": ("*.experts.*linear_fc1*=col_norm", "*.experts.*linear_fc2*=row_norm"),
-        },
-        pytest.param({"name": "stiefel_muon", "muon_param_rule": ("*.experts.*=stiefel",)}, marks=pytest.mark.slow),
-        pytest.param(VARIANTS["sphere"], marks=pytest.mark.slow),
-        pytest.param(VARIANTS["normuon"], marks=pytest.mark.slow),
+        pytest.param(BALLS, [DIVIDED, OWNED], id="balls"),
+        pytest.param(BALLS, [WHOLE], id="balls, not layer-wise", marks=pytest.mark.slow),
+        *(
+            pytest.param(each, [WHOLE, DIVIDED, OWNED], id=name, marks=pytest.mark.slow)
+            for name, each in {
+                "stiefel": {"name": "stiefel_muon", "muon_param_rule": ("*.experts.*=stiefel",)},
+                "sphere": VARIANTS["sphere"],
+                "normuon": VARIANTS["normuon"],
+            }.items()
+        ),
     ],
-    ids=["balls", "stiefel", "sphere", "normuon"],
 )
 def test_experts_have_a_tensor_parallel_group_of_their_own(
-    pool: RankPool, weights_of_experts: str, optimizer: dict[str, Any]
+    pool: RankPool, weights_of_experts: str, optimizer: dict[str, Any], layouts: list[Layout]
 ) -> None:
     """Whole experts where other weights are divided, and divided experts beside them."""
     expected = pool.run(train_experts, 1, Layout(), weights_of_experts, optimizer)[0]
     assert expected[-1] < expected[0]
-    for layout in (Layout(tp=2, etp=1, sp=True), Layout(tp=2, sp=True), Layout(tp=2, etp=1, sp=True, layer_wise=True)):
+    for layout in layouts:
         found = pool.run(train_experts, 2, layout, weights_of_experts, optimizer)[0]
         assert found == pytest.approx(expected, abs=1e-4), layout
 
@@ -140,13 +151,25 @@ def resume(layout: Layout, optimizer: dict[str, Any], folder: str) -> list[float
     return run.losses(2)
 
 
-@pytest.mark.parametrize("name", with_slow(SAVED, *(set(SAVED) - {"sphere"})))
-def test_state_is_saved_for_every_layout(pool: RankPool, weights: str, tmp_path: Path, name: str) -> None:
+HARDEST = ("dp2_layer_wise", "tp4, more ranks than query groups")
+
+
+@pytest.mark.parametrize(
+    ("name", "layouts"),
+    [
+        pytest.param("sphere", HARDEST, id="sphere"),
+        pytest.param("sphere", [each for each in LAYOUTS if each not in HARDEST], id="rest", marks=pytest.mark.slow),
+        *(pytest.param(each, LAYOUTS, id=each, marks=pytest.mark.slow) for each in SAVED if each != "sphere"),
+    ],
+)
+def test_state_is_saved_for_every_layout(
+    pool: RankPool, weights: str, tmp_path: Path, name: str, layouts: Iterable[str]
+) -> None:
     """TP 2 to TP 4 (more ranks than query groups), PP 2 and layer-wise; without its state the losses would differ."""
     folder = str(tmp_path / "checkpoint")
     expected = pool.run(save, 2, Layout(tp=2), weights, VARIANTS[name], folder)[0]
     assert pool.run(resume, 2, Layout(tp=2), VARIANTS[name], folder)[0] == expected
-    for ranks, layout in LAYOUTS.values():
+    for ranks, layout in (LAYOUTS[each] for each in layouts):
         assert pool.run(resume, ranks, layout, VARIANTS[name], folder)[0] == pytest.approx(expected, abs=1e-4), layout
 
 
@@ -202,7 +225,7 @@ def norms_after_resume(optimizer: dict[str, Any], folder: str, heads: int) -> tu
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("name", ["hyperball", "sphere"])
+@pytest.mark.parametrize("name", with_slow(["hyperball", "sphere"], "hyperball"))
 def test_another_split_does_not_inherit_radii(pool: RankPool, weights: str, tmp_path: Path, name: str) -> None:
     """Saved with q, k and v over all heads; then each head keeps its own norm, not that of all together."""
     folder, heads = str(tmp_path / "checkpoint"), 8

@@ -50,7 +50,7 @@ def alone(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[str
     return str(folder / "weights"), folder / "alone.jsonl"
 
 
-@pytest.mark.parametrize("name", with_slow(LAYOUTS, "pp2", "vpp", "cp2", "dp2"))
+@pytest.mark.parametrize("name", with_slow(LAYOUTS, "pp2", "vpp", "cp2", "dp2", "tp2"))
 def test_layouts_measure_the_same(pool: RankPool, tmp_path: Path, alone: tuple[str, Path], name: str) -> None:
     weights, expected = alone
     ranks, layout = LAYOUTS[name]

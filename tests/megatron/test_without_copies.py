@@ -134,7 +134,9 @@ def averaged(layout: Layout, master: str) -> tuple[list[float], list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "master"), [(Layout(), "fp32"), (Layout(layer_wise=True), "remainder")], ids=["copies", "remainders"]
+    ("layout", "master"),
+    [pytest.param(Layout(), "fp32", marks=pytest.mark.slow), (Layout(layer_wise=True), "remainder")],
+    ids=["copies", "remainders"],
 )
 def test_momentum_of_bfloat16_gradients(pool: RankPool, layout: Layout, master: str) -> None:
     for narrow, wide in pool.run(averaged, 2, layout, master):
