@@ -116,7 +116,10 @@ def test_modes_and_numbers(mode: str, numbers: tuple[str, str], chunk_mb: float,
         assert which(sizes) <= (4 if ns_dtype == "fp32" else 2), sizes
 
 
-@pytest.mark.parametrize(("form", "name"), [("auto", "spectral_sphere"), ("bf16", "normuon"), ("int8", "none")])
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [pytest.param("auto", "spectral_sphere", marks=pytest.mark.slow), ("bf16", "normuon"), ("int8", "none")],
+)
 def test_numbers_in_other_forms(form: str, name: str) -> None:
     """Masters as remainders, read and kept without a look at what is in them."""
     two_steps(dtype=torch.bfloat16, master="remainder", momentum_dtype=form, variant=name, nesterov=True)

@@ -92,7 +92,15 @@ def add_state(muon: Any, zero: bool) -> None:
             muon.state[param] |= {name: torch.zeros_like(value) if zero else value for name, value in values.items()}
 
 
-@pytest.mark.parametrize("source,to", [("tp2", "one"), ("one", "tp2"), ("tp2", "pp2"), ("dp2_layer_wise", "tp2")])
+@pytest.mark.parametrize(
+    "source,to",
+    [
+        ("tp2", "pp2"),
+        ("dp2_layer_wise", "tp2"),
+        pytest.param("tp2", "one", marks=pytest.mark.slow),
+        pytest.param("one", "tp2", marks=pytest.mark.slow),
+    ],
+)
 def test_state_for_rows_and_columns(pool: RankPool, tmp_path: Path, source: str, to: str) -> None:
     folder = str(tmp_path / "a")
     for place, load in ((source, False), (to, True)):

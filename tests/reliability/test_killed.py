@@ -138,7 +138,7 @@ def test_in_a_step(pool: RankPool, tmp_path: Path, layout: Layout, rank: int, de
 
 
 SAVES = [
-    pytest.param("plain", 1, KILL, "tensors", id="writing tensors"),
+    pytest.param("plain", 1, KILL, "tensors", id="writing tensors", marks=pytest.mark.slow),
     pytest.param("plain", 0, TERM, "index", id="before the index", marks=pytest.mark.slow),
     pytest.param("plain", 0, KILL, "mark", id="between index and mark"),
     pytest.param("background", 1, TERM, "tensors", id="writing behind the run"),
