@@ -1,7 +1,9 @@
-"""No compilation of Megatron-Core's small functions.
+"""No compilation of Megatron-Core's small functions, and none of C++.
 
 ``megatron.core.jit.jit_fuser`` is ``torch.compile``. On the CPU that needs a C++ compiler and seconds per function and
-process, for functions that take microseconds. The functions themselves are plain torch.
+process, for functions that take microseconds. The functions themselves are plain torch. Selective recomputation
+compiles an extension in C++, for tens of seconds, which gives an output the memory of what was computed again; here it
+is copied.
 """
 
 from __future__ import annotations
@@ -12,12 +14,27 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from megatron_muon._patching import Patch, replace_by
 
 _REASON = "torch.compile takes seconds per function and process on the CPU and gains nothing here"
 
 
+def _copy_storage(output: torch.Tensor, recomputed: torch.Tensor) -> None:
+    """Fill the storage of ``output``, which was given up: below autograd, which counts no change."""
+    given, storage = recomputed.untyped_storage(), output.untyped_storage()
+    storage.resize_(given.nbytes())
+    storage.copy_(given)
+
+
 PATCHES: list[Patch] = [
+    Patch(
+        "megatron.core.tensor_parallel.random:_get_share_storage",
+        replace_by(lambda: _copy_storage),
+        "compiles an extension in C++ when the first output is recomputed, for tens of seconds",
+        optional=True,
+    ),
     Patch("megatron.core.jit:jit_fuser", replace_by(lambda function: function), _REASON),
     Patch(
         "megatron.training.initialize:set_jit_fusion_options",

@@ -51,6 +51,13 @@ def recomputed(*modules: str) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
 
+def extension_in_cpp() -> Any:
+    """What this process has compiled to share the memory of what is computed again."""
+    from megatron.core.tensor_parallel import random
+
+    return random._share_storage_ext and "compiled"
+
+
 def errors_of_hidden_states(**changes: Any) -> tuple[float, float]:
     """How far the states after 16 layers are from those in float32: in bfloat16, and with residuals in float32."""
     precisions: list[dict[str, Any]] = [{}, {"bf16": True}, {"bf16": True, "fp32_residual_connection": True}]
@@ -99,6 +106,7 @@ def test_residuals_in_float32(pool: RankPool, normalization: str, centered: bool
 def test_what_is_recomputed_is_the_same(pool: RankPool, model: dict[str, Any], modules: tuple[str, ...]) -> None:
     kept, again = pool.run(train, 1, Layout(), None, model, model | recomputed(*modules))[0]
     assert again == pytest.approx(kept, abs=1e-6)
+    assert pool.run(extension_in_cpp, 1) == [None], "Megatron-Core's is compiled for tens of seconds"
 
 
 def test_experts_with_a_latent_size(pool: RankPool, tmp_path: Path) -> None:
