@@ -13,6 +13,7 @@ import torch
 from megatron_muon.agree import Ranks
 from megatron_muon.config import MuonConfig, flag
 from megatron_muon.errors import ConfigError
+from megatron_muon.optimizers.registry import variant_asked_for
 from megatron_muon.plugin.groups import device_of
 from megatron_muon.plugin.optimizer_config import is_ours
 from megatron_muon.plugin.optimizer_state import param_states
@@ -80,9 +81,10 @@ def _keeper(config: Any, muon: MuonConfig) -> str:
     """What keeps the sizes of all of Muon's matrices, so that clipping them is undone; empty if nothing does."""
     if not is_ours(config.optimizer):
         return ""
-    if config.optimizer.removeprefix("dist_") == "spectral_sphere":
-        return f"--optimizer {config.optimizer}"
-    return f"{flag('variant')} {muon.variant}" if muon.variant == "hyperball" else ""
+    variant = variant_asked_for(muon.as_settings(), config)
+    if variant.decays:
+        return ""
+    return f"{flag('variant')} {variant.name}" if muon.variant == variant.name else f"--optimizer {config.optimizer}"
 
 
 def _refuse_kept(layer: Attention, rows: Sequence[Rows], kept: str) -> None:

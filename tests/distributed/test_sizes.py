@@ -1,10 +1,11 @@
-"""PolarGrad and Hyperball on tensor-parallel shards, in float64, against their rules on single matrices."""
+"""What ``--muon-variant`` names on tensor-parallel shards, in float64, against its rules on single matrices."""
 
 from __future__ import annotations
 
 import functools
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_muon import ConfigError, Muon
+from megatron_muon import ConfigError, Muon, choices
 from megatron_muon.orthogonalize import iteration
 from megatron_muon.routing.layout import MatrixLayout
 from tests.distributed.test_adaptive import CASES, EXACT, HEADS, QKV, WHOLE, grad, rows_of, trained_shards, weight
@@ -24,18 +25,41 @@ STEPS, LR, MOMENTUM, DECAY = 4, 0.05, 0.8, 0.3
 TOLERANCE = 1e-9
 
 
+Steps = list[tuple[torch.Tensor, torch.Tensor]]
+"""Of each step u and O, whole."""
+
+
+def polargrad(w: torch.Tensor, steps: Steps) -> torch.Tensor:
+    for u, o in steps:
+        w = w * (1 - LR * DECAY) - LR * (o * u).sum() * o
+    return w
+
+
+def hyperball(w: torch.Tensor, steps: Steps) -> torch.Tensor:
+    radius = w.norm()
+    for _, o in steps:
+        w = w - LR * radius * o / o.norm()
+        w = w * radius / w.norm()
+    return w
+
+
+RULES: dict[str, Callable[[torch.Tensor, Steps], torch.Tensor]] = {"polargrad": polargrad, "hyperball": hyperball}
+"""Each value of ``--muon-variant``, written out for one matrix."""
+
+NAMES = tuple(choices.VARIANTS)  # before some test registers another
+
+
+def test_every_variant_is_written_out() -> None:
+    assert ("none", *RULES) == NAMES
+
+
 def written_out(variant: str, start: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:
-    w, momentum, radius = start.clone(), torch.zeros_like(start), start.norm()
+    momentum, steps = torch.zeros_like(start), []
     for g in grads:
         momentum = MOMENTUM * momentum + (1 - MOMENTUM) * g
         u = MOMENTUM * momentum + (1 - MOMENTUM) * g
-        o = orthogonalized(u, iteration("quintic", 5).coefficients)
-        if variant == "polargrad":
-            w = w * (1 - LR * DECAY) - LR * (o * u).sum() * o
-        else:
-            w = w - LR * radius * o / o.norm()
-            w = w * radius / w.norm()
-    return w
+        steps.append((u, orthogonalized(u, iteration("quintic", 5).coefficients)))
+    return RULES[variant](start.clone(), steps)
 
 
 def made(params: list[torch.nn.Parameter], variant: str, **options: Any) -> Muon:
@@ -61,8 +85,8 @@ def train(param: torch.nn.Parameter, variant: str, cut: Any, **options: Any) -> 
 
 
 def combinations(names: list[str]) -> list[tuple[str, str, str]]:
-    """Each case with each variant, and both with each mode."""
-    factors = (names, ("polargrad", "hyperball"), EXACT)
+    """Each case with each variant, and each of both with each mode."""
+    factors = (names, tuple(RULES), EXACT)
     return [(names[i], factors[1][j], EXACT[k]) for i, j, k in covering([len(factor) for factor in factors])]
 
 

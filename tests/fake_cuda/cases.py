@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_muon.choices import SCALE_MODES, SECOND_MOMENTS, WEIGHT_DECAY_METHODS
+from megatron_muon.choices import SCALE_MODES, SECOND_MOMENTS, VARIANTS, WEIGHT_DECAY_METHODS
 from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.optimizers.stiefel import StiefelMuon
 from megatron_muon.optimizers.stiefel_solvers import SOLVERS
@@ -38,7 +38,7 @@ ELEMENTWISE: dict[str, dict[str, Any]] = {
 MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
     **{mode: (MSIGN, {"scale_mode": mode}) for mode in (UPDATE_NORM, SPECTRAL_NORM)},
     **{method: (MSIGN, {"variant": method}) for method in SECOND_MOMENTS},
-    **{variant: (MSIGN, {"variant": variant, "scale_mode": "none"}) for variant in ("polargrad", "hyperball")},
+    **{variant: (MSIGN, {"variant": variant, "scale_mode": "none"}) for variant in VARIANTS if variant != "none"},
     **{name: (MSIGN, {"coefficient_type": name}) for name in ("cubic5", "turbo_muon")},
     "sphere": (MSIGN, {"variant": SpectralSphere(tolerance=0.5)}),
     "MuonSphere": (MSIGN, {"variant": SpectralSphere(tolerance=1.0)}),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_muon import Variant, register_variant
 from megatron_muon.config import MuonConfig
 from megatron_muon.errors import ConfigError
 from megatron_muon.plugin.qk_clip import clip_of
@@ -191,6 +192,13 @@ def test_megatrons_call_clips_nothing_more(pool: RankPool) -> None:
     assert "get_megatron_optimizer" in message and "after megatron_muon.install()" in message
 
 
+class Kept(Variant):
+    """Of a user."""
+
+    name = "kept"
+    decays = False
+
+
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
     ({"qk_clip_alpha": 1.0}, {}, {}, "--qk-clip-alpha 1.0: give a number between 0 and 1"),
     ({"qk_clip_threshold": -1.0}, {}, {}, "--qk-clip-threshold -1.0: give a positive number"),
@@ -206,6 +214,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
         {},
         "--qk-clip with --muon-variant hyperball: decoder.layers.0",
     ),
+    ({}, {"muon_variant": "kept"}, {}, "--qk-clip with --muon-variant kept: decoder.layers.0"),
     (
         {},
         {"name": "stiefel_muon", "muon_param_rule": ("*linear_qkv.weight=stiefel",)},
@@ -216,6 +225,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
 
 
 def refusals() -> list[str]:
+    register_variant(Kept)
     messages = []
     for build, optimizer, options, _ in REFUSED:
         try:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_muon import choices
 from megatron_muon.errors import ConfigError
 from megatron_muon.routing.layout import STIEFEL, layout_of
 from tests.megatron import harness
@@ -28,8 +29,11 @@ def adaptive(method: str) -> dict[str, Any]:
 VARIANTS: dict[str, dict[str, Any]] = {
     **{method: adaptive(method) for method in ("adamuon", "adamuon_eo", "normuon", "namo")},
     "update_norm": {"muon_scale_mode": "update_norm"},
-    "polargrad": {"muon_variant": "polargrad", "muon_scale_mode": "none", "muon_extra_scale_factor": 1.0},
-    "hyperball": {"muon_variant": "hyperball", "muon_scale_mode": "none"},
+    **{
+        name: {"muon_variant": name, "muon_scale_mode": "none", "muon_extra_scale_factor": 1.0}
+        for name in choices.VARIANTS
+        if name != "none"
+    },
     "sphere": {
         "name": "spectral_sphere",
         "muon_coefficient_type": "polar_express",
@@ -52,8 +56,9 @@ VARIANTS["transfer"] = {
     "muon_extra_scale_factor": 1.0,
     "muon_eps": 0.01,
 }
-SAVED = ("adamuon_eo", "normuon", "namo", "hyperball", "sphere", "stiefel", "scion", "transfer")
-"""Those with state of their own, or several rules: resumed at every layout. The others are trained from the start."""
+SAVED = ("adamuon_eo", "normuon", "namo", *choices.VARIANTS[1:], "sphere", "stiefel", "scion", "transfer")
+"""Those that may have state of their own, or several rules: resumed at every layout. The others are trained from the
+start."""
 
 LAYOUTS = {
     "one": (1, Layout()),
