@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_muon.engine.modes import DISTRIBUTED, GRAM, OWNER, SPLIT, Cost, Machine, Sizes
+from megatron_muon.engine.modes import DISTRIBUTED, DIVIDED, GRAM, OWNED, OWNER, SPLIT, Cost, Machine, Sizes
 from megatron_muon.engine.packing import even_part
 from megatron_muon.engine.plan import Batch, BatchKey, Chunk, MatrixSlice
 from megatron_muon.engine.prediction import RankWork
@@ -29,7 +29,7 @@ def can_share(mode: str, key: BatchKey, orthogonalizer: Orthogonalizer) -> bool:
     if mode == GRAM and own.restarts is None:
         return False
     if own.iteration.balanced:
-        return longer or mode not in (GRAM, DISTRIBUTED)
+        return longer or mode not in DIVIDED
     return longer or key.m == key.n or mode != GRAM
 
 
@@ -44,7 +44,7 @@ def cost_of(mode: str, key: BatchKey, count: int, orthogonalizer: Orthogonalizer
         sizes: bytes of the elements that are sent.
     """
     ranks = range(len(key.parts))
-    counts = tuple(even_part(count, len(ranks), rank) for rank in ranks) if mode in (OWNER, GRAM) else ()
+    counts = tuple(even_part(count, len(ranks), rank) for rank in ranks) if mode in OWNED else ()
     batch = Batch(dataclasses.replace(key, mode=mode), (MatrixSlice(0, 0, 0, count, count, key.m, key.n),), counts)
     return RankWork(orthogonalizer, sizes, 0).cost(Chunk(mode, key.group, (batch,)))
 

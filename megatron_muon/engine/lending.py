@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_muon.engine.costs import member_cost
-from megatron_muon.engine.modes import AUTO, BLOCKWISE, DUPLICATED, LENT, LOCAL, OWNER, SPLIT, Cost
+from megatron_muon.engine.modes import AUTO, BLOCKWISE, LENT, LOCAL, OWNER, REPEATED, SPLIT, Cost
 from megatron_muon.engine.packing import even_part
 from megatron_muon.engine.plan import Batch, BatchKey, Chunk, MatrixSlice, Peers, Weight
 from megatron_muon.engine.planner import Policy, items_of
@@ -362,7 +362,7 @@ class _Workloads:
 
     def _ranks_sharing(self, block: _WeightBlock) -> int:
         """How many ranks of the holder share the work on one matrix."""
-        return 1 if block.key.mode == LOCAL or self.policy.mode == DUPLICATED else self.tensor
+        return 1 if block.key.mode == LOCAL or self.policy.mode in REPEATED else self.tensor
 
     def _work(self, rank: int, flops: float, whole: bool = True) -> None:
         """Give a data-parallel rank, or one rank alone, more to do."""

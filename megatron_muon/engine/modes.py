@@ -28,6 +28,18 @@ from megatron_muon.choices import TP_MODES
 
 MODES = AUTO, OWNER, GRAM, DUPLICATED, DISTRIBUTED, BLOCKWISE = TP_MODES
 
+EXACT = tuple(mode for mode in MODES if mode != BLOCKWISE)
+"""Modes that give the update of whole matrices."""
+
+OWNED = (OWNER, GRAM)
+"""Modes that share matrices, or the work on them, out among the ranks: each matrix has an owner."""
+
+DIVIDED = (GRAM, DISTRIBUTED)
+"""Modes in which matrices stay divided: no rank has one whole, and ranks add up Gram matrices while they iterate."""
+
+REPEATED = (DUPLICATED,)
+"""Modes in which every rank has all matrices whole, and does all the work."""
+
 LOCAL = "local"
 """The mode of matrices that a rank holds whole: nothing is exchanged."""
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_muon.engine.clock import NO_CLOCK, NoClock
-from megatron_muon.engine.modes import DUPLICATED, LENT, LOCAL, OWNER, SPLIT
+from megatron_muon.engine.modes import DIVIDED, SPLIT
 from megatron_muon.engine.plan import Chunk
 from megatron_muon.errors import sizes
 
@@ -97,10 +97,10 @@ class Place:
             mode, key = batch.key.mode, batch.key
             if mode == SPLIT:
                 found += batch.count * batch.counts[rank] * key.p
-            elif mode in (LOCAL, OWNER, LENT, DUPLICATED):
-                found += (batch.counts[rank] if batch.counts else batch.count) * key.m * key.n
-            else:
+            elif mode in DIVIDED:
                 found += batch.count * key.part_numel(rank)
+            else:
+                found += (batch.counts[rank] if batch.counts else batch.count) * key.m * key.n
         return 4 * found
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from megatron_muon.engine.modes import DISTRIBUTED, GRAM, LOCAL
+from megatron_muon.engine.modes import DIVIDED, LOCAL
 from megatron_muon.routing.blocks import BlockRange
 from megatron_muon.routing.layout import Budget, MatrixLayout
 
@@ -193,7 +193,7 @@ class BatchKey:
 
         That is in ``gram``, which divides the longer one anyway or either one of a square, and in ``distributed``.
         """
-        if self.mode in (GRAM, DISTRIBUTED):
+        if self.mode in DIVIDED:
             return self.dim
         return -2 if self.m > self.n else -1
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_muon.engine.costs import can_share, cheapest_mode, cost_of
-from megatron_muon.engine.modes import AUTO, BLOCKWISE, DISTRIBUTED, GRAM, LOCAL, OWNER, Machine, Sizes
+from megatron_muon.engine.modes import AUTO, BLOCKWISE, DIVIDED, LOCAL, OWNED, OWNER, Machine, Sizes
 from megatron_muon.engine.plan import Batch, BatchKey, Chunk, MatrixSlice, Piece, Plan, Weight
 from megatron_muon.errors import ConfigError
 from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
@@ -292,7 +292,7 @@ def _in_mode(key: BatchKey, mode: str, orthogonalizer: Orthogonalizer) -> BatchK
 def _alone(key: BatchKey) -> str:
     """What a chunk must have alone: of a mode whose ranks meet in each step, its number of steps; which rank has which
     copy, since sums over ranks count one."""
-    return repr(key.budget) if key.mode in (GRAM, DISTRIBUTED) else repr(key.copies) if key.copies else ""
+    return repr(key.budget) if key.mode in DIVIDED else repr(key.copies) if key.copies else ""
 
 
 class _Chunks:
@@ -316,8 +316,8 @@ class _Chunks:
         size = 4 * key.m * key.n
         while items:
             if not self.open:
-                # Owners share the chunk: each holds the bound. In gram and distributed no rank holds a matrix whole.
-                shared = key.mode in (OWNER, GRAM, DISTRIBUTED)
+                # Owners share the chunk: each holds the bound. Of divided matrices no rank holds one whole.
+                shared = key.mode in OWNED or key.mode in DIVIDED
                 ranks = len(key.parts) if shared else 1
                 local = self.policy.local_bytes if key.mode == LOCAL else 0
                 self.room = max(local or self.policy.chunk_bytes, size) * ranks
@@ -334,7 +334,7 @@ class _Chunks:
     def _take(key: BatchKey, room: int, left: int) -> int:
         """How many matrices to put into the open chunk: even shares if more are to follow."""
         number = max(1, min(room, left))
-        if key.mode in (OWNER, GRAM) and len(key.parts) <= number < left:
+        if key.mode in OWNED and len(key.parts) <= number < left:
             number -= number % len(key.parts)
         return number
 
@@ -354,7 +354,7 @@ class _Chunks:
 
         In ``gram`` nobody gets two of the odd ones: all ranks would gather as many triangles as that one has.
         """
-        if key.mode not in (OWNER, GRAM):
+        if key.mode not in OWNED:
             return ()
         ranks = len(key.parts)
         load = self.load.setdefault(key.group, [0] * ranks)

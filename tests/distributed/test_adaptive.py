@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_muon import Muon
 from megatron_muon.choices import SECOND_MOMENTS
+from megatron_muon.engine.modes import EXACT
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.adaptive import AdaMuon, NorMuon
 from megatron_muon.optimizers.registry import VARIANTS
@@ -25,7 +26,6 @@ from tests.reference import orthogonalized
 QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
 HEADS = MatrixLayout("qkv", tuple(Section(section.name, section.rows, matrix_rows=2) for section in QKV.sections))
 STEPS, LR, MOMENTUM, BETA2, EPS = 3, 0.1, 0.8, 0.6, 1e-9
-EXACT = ["auto", "owner", "gram", "duplicated", "distributed"]
 # float64: sums in another order, amplified by the slope of the iteration and by divisions by small second moments.
 TOLERANCE = 1e-8
 

@@ -11,11 +11,12 @@ import torch.distributed as dist
 
 from megatron_muon import Muon
 from megatron_muon.engine.clock import NO_CLOCK, Clock
+from megatron_muon.engine.modes import EXACT
 from megatron_muon.engine.place import Place
 from megatron_muon.monitor.schema import TIMES
 from megatron_muon.optimizers.stages import Variant
 from megatron_muon.orthogonalize.products import TorchProducts
-from tests.distributed.test_engine import EXACT, MIXED, Given, random
+from tests.distributed.test_engine import MIXED, Given, random
 from tests.pool import RankPool
 
 SLOW = 0.25

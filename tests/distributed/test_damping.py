@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import Muon
-from tests.distributed.test_adaptive import CASES, EVERY_MODE, EXACT, grad, trained_shards, weight
+from megatron_muon.engine.modes import EXACT
+from tests.distributed.test_adaptive import CASES, EVERY_MODE, grad, trained_shards, weight
 from tests.pool import RankPool
 
 # Far more than the norm of the momentum: five steps of the iteration make up for much of what is damped.

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import ConfigError, Muon
-from megatron_muon.engine.modes import MODES
+from megatron_muon.engine.modes import EXACT, MODES
 from megatron_muon.orthogonalize import iteration
 from megatron_muon.orthogonalize.gram import prescale
 from megatron_muon.orthogonalize.products import BlockProducts, TorchProducts
@@ -30,7 +30,6 @@ QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
 HEADS = MatrixLayout("qkv", (Section("q", 8, matrix_rows=4), Section("k", 4, matrix_rows=4), Section("v", 4)))
 GATED = MatrixLayout("gdn", (Section("q", 6), Section("beta", 2, SCALAR)))
 SETS = ("quintic", "cubic5", "turbo_muon")
-EXACT = [mode for mode in MODES if mode != "blockwise"]
 PLAIN = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "scale_mode": "none"}
 """With these and weights of zero, minus the weight is the orthogonalized gradient."""
 # float64: sums in another order, amplified by the slope of the iteration (about 500 a step at 0).

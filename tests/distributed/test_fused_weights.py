@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_muon import Muon
 from megatron_muon.engine.exchange import Counters
+from megatron_muon.engine.modes import EXACT
 from megatron_muon.engine.plan import Weight
 from megatron_muon.engine.planner import check_weight
 from megatron_muon.errors import ConfigError
@@ -31,7 +32,6 @@ from tests.reference import orthogonalized
 from tests.row_orders import Label
 
 STEPS = 2
-EXACT = ["auto", "owner", "gram", "duplicated", "distributed"]
 LR, MOMENTUM, DECAY, EXTRA = 0.1, 0.8, 0.3, 0.2
 BETAS, EPS, LR_MULT, WD_MULT = (0.9, 0.99), 1e-8, 0.5, 0.25
 # float64: sums in another order, amplified by the slope of the iteration (about 500 a step at 0).

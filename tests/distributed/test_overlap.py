@@ -15,11 +15,12 @@ import torch.distributed as dist
 from megatron_muon import Muon
 from megatron_muon.engine import execute as executing
 from megatron_muon.engine.exchange import Exchange, Pending
+from megatron_muon.engine.modes import EXACT
 from megatron_muon.engine.place import Place
 from megatron_muon.engine.plan import Chunk
 from megatron_muon.engine.run import ChunkWork, Pause, RankChunk, Run
 from megatron_muon.orthogonalize.products import TorchProducts
-from tests.distributed.test_engine import EXACT, Given
+from tests.distributed.test_engine import Given
 from tests.distributed.test_engine import random as gaussian
 from tests.pool import RankPool
 

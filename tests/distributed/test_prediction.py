@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_muon import Muon
-from megatron_muon.engine.modes import MODES, Cost, Machine, Sizes
+from megatron_muon.engine.modes import EXACT, MODES, Cost, Machine, Sizes
 from megatron_muon.engine.plan import Weight
 from megatron_muon.engine.planner import Policy, make_plan
 from megatron_muon.engine.prediction import matrices_by_mode, predict
@@ -169,7 +169,6 @@ def check_rank(by_mode: dict[str, list[Measured]], what: str) -> None:
             assert step.predicted.flops == step.flops, f"{mode}, {what}"
 
 
-EXACT = [mode for mode in MODES if mode != "blockwise"]
 NUMBERS = {
     "fp32": {"ns_dtype": "fp32"},
     "fp32, sent as bf16": {"ns_dtype": "fp32", "tp_wire_dtype": "bf16", "coefficient_type": "cubic5"},

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import ConfigError, Muon, choices
+from megatron_muon.engine.modes import EXACT
 from megatron_muon.orthogonalize import iteration
 from megatron_muon.routing.layout import MatrixLayout
-from tests.distributed.test_adaptive import CASES, EXACT, HEADS, QKV, WHOLE, grad, rows_of, trained_shards, weight
+from tests.distributed.test_adaptive import CASES, HEADS, QKV, WHOLE, grad, rows_of, trained_shards, weight
 from tests.pairwise import covering
 from tests.pool import RankPool
 from tests.reference import orthogonalized

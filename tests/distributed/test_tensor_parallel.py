@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import Muon
+from megatron_muon.engine.modes import EXACT
 from megatron_muon.routing.layout import WHOLE, MatrixLayout, Section
 from tests.pool import RankPool
 
 # One query group is 4 + 2 + 2 rows; 32 rows are four groups.
 QKV = MatrixLayout("qkv", (Section("q", 4), Section("k", 2), Section("v", 2)))
 STEPS = 3
-EXACT = ["auto", "owner", "gram", "duplicated", "distributed"]
 # float64: sums in another order, amplified by the slope of the iteration (about 500 a step at 0).
 TOLERANCE = 1e-10
 

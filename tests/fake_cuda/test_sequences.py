@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import Muon
-from megatron_muon.engine.modes import AUTO, DISTRIBUTED, DUPLICATED, GRAM, OWNER
+from megatron_muon.engine.modes import AUTO, DISTRIBUTED, EXACT, GRAM, OWNER
 from megatron_muon.engine.plan import Peers, Weight
 from megatron_muon.routing.layout import WHOLE
 from tests.fake_cuda.groups import Call
@@ -61,7 +61,6 @@ def test_messages_before_a_collective_are_noticed() -> None:
         check_meeting({0: [first[0], send], 1: [other[1], receive, first[1]]})
 
 
-MODES = (AUTO, OWNER, GRAM, DUPLICATED, DISTRIBUTED)
 CHUNKS = (1e-6, 1e-3, 100.0)
 """MiB: one matrix, some, all."""
 
@@ -73,7 +72,7 @@ def tensor_cases(ranks: int, place: int, seeds: Iterable[int]) -> Iterator[Case]
         experts = [weight for weight in random_weights(100 * place + seed, 2) if weight.group != "tp"]
         weights = [*lost(dense, seed), *lost(experts, seed + place)]
         random.Random(seed).shuffle(weights)
-        for number, mode in enumerate(MODES):
+        for number, mode in enumerate(EXACT):
             for chunk_mb in CHUNKS[(seed + number) % 3 :][:2]:
                 yield weights, mode, chunk_mb
 

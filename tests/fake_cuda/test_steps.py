@@ -137,7 +137,7 @@ def test_steps_that_are_to_be_measured() -> None:
     two_steps(tuple(each for each in shards if each[2].has_matrices))
 
 
-MODES_OF_MEASURED = ("owner", "duplicated", "gram", "distributed", "blockwise")
+MODES_OF_MEASURED = TP_MODES[1:]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_muon.engine.modes import EXACT, GRAM
 from megatron_muon.orthogonalize.coefficients import MADE_FOR
 from tools.bench.forms import FUSED, LOGICAL, UPSTREAM
 from tools.bench.ranks import Groups
@@ -93,8 +94,7 @@ def forms_of(lists: Iterable[Iterable[Contestant]]) -> list[str]:
 def _our_modes(dtype: str, tp: int) -> tuple[str, ...]:
     if tp == 1:
         return ("auto",)
-    gram = () if dtype == "bf16" else ("gram",)  # refused: not accurate in bfloat16
-    return ("auto", "owner", *gram, "duplicated", "distributed")
+    return tuple(mode for mode in EXACT if (mode, dtype) != (GRAM, "bf16"))  # refused: not accurate in bfloat16
 
 
 def _upstream_modes(tp: int) -> tuple[str, ...]:

@@ -14,14 +14,13 @@ import torch.distributed as dist
 
 from megatron_muon import Muon
 from megatron_muon.engine.exchange import Members
+from megatron_muon.engine.modes import EXACT
 from megatron_muon.routing.layout import LAYOUT_ATTRIBUTE, WHOLE, MatrixLayout, Section
 
 LR = 0.02
 
 _MESSAGE_S = 20
 """After which a message that a backend cannot send is given up: long before its item is."""
-
-MODES = ("auto", "owner", "gram", "duplicated", "distributed")
 
 UNIT = {"cuda": 64, "cpu": 8}
 
@@ -140,7 +139,7 @@ def modes(device: str, refuses_waits: bool) -> dict[str, dict[str, Any]]:
         refuses_waits: whether the host may not wait in the second.
     """
     # Gram mode is refused in bfloat16: not accurate.
-    pairs = [(mode, kind) for kind in ("fp32", "bf16") for mode in MODES if (mode, kind) != ("gram", "bf16")]
+    pairs = [(mode, kind) for kind in ("fp32", "bf16") for mode in EXACT if (mode, kind) != ("gram", "bf16")]
     return {f"{mode}, {kind}": _mode(device, mode, kind, refuses_waits) for mode, kind in pairs}
 
 
