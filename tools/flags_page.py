@@ -82,7 +82,14 @@ Made by `python -m tools.docs` from `megatron_muon/config.py` and `megatron_muon
 
 
 def render() -> str:
-    """The page."""
+    """The page.
+
+    Raises:
+        ValueError: naming flags that no subject lists.
+    """
+    listed = " ".join(names for _, names in SUBJECTS.values()).split()
+    if missing := _KNOBS.keys() - listed:
+        raise ValueError(f"{', '.join(sorted(missing))}: give each a place in SUBJECTS of tools/flags_page.py.")
     parts = [_HEAD]
     for heading, (more, names) in SUBJECTS.items():
         entries = [_entry(_KNOBS[name]) for name in names.split()]

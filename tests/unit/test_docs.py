@@ -4,6 +4,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+import pytest
+
 from megatron_muon import MuonConfig
 from megatron_muon.plugin import spellings
 from tools import flags_page, site
@@ -15,6 +17,12 @@ def test_flags_are_documented_from_their_one_source() -> None:
     assert flags_page.FILE.read_text() == flags_page.render(), "run: python -m tools.docs"
     listed = [name for _, names in flags_page.SUBJECTS.values() for name in names.split()]
     assert sorted(listed) == sorted(field.name for field in dataclasses.fields(MuonConfig))
+
+
+def test_a_flag_without_a_subject_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(flags_page.SUBJECTS, "Memory")
+    with pytest.raises(ValueError, match=r"^master, momentum_dtype, offload: give each a place in SUBJECTS"):
+        flags_page.render()
 
 
 def test_spellings_of_others_are_those_that_the_parser_knows() -> None:
