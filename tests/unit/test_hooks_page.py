@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 
 import pytest
 
 from megatron_muon import cpu, plugin
+from megatron_muon._patching import Patches
 from megatron_muon.plugin import frameworks
 from tools.docs import HOOKS
 from tools.upstream import page
@@ -24,6 +27,14 @@ def test_every_hook_is_in_it_with_its_reason() -> None:
     for target, reason in DESCRIBED:
         assert f"`{target}`" in text or f"`{target.partition(':')[2]}`" in text, target
         assert reason.replace("|", "\\|") in text, target
+
+
+def test_no_file_of_hooks_is_left_out() -> None:
+    hooked = {target for target, _ in plugin.describe()}
+    for info in pkgutil.iter_modules(plugin.__path__):
+        patches = getattr(importlib.import_module(f"{plugin.__name__}.{info.name}"), "PATCHES", None)
+        if isinstance(patches, Patches):
+            assert {patch.target for patch in patches} <= hooked, f"plugin/__init__.py: list {info.name}"
 
 
 def test_every_reason_is_a_sentence() -> None:

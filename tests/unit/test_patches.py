@@ -95,8 +95,6 @@ def test_the_index_names_every_patch() -> None:
             assert path.stem.split("-")[0] in text and path.read_text(), path.name
     for change in SERIES:
         assert change.subject in text, change.subject
-        for target in targets((change,)):
-            assert target.rpartition(":")[2] in text, target
 
 
 @pytest.mark.parametrize("change", SERIES, ids=lambda change: change.subject)
