@@ -361,12 +361,13 @@ def quadratures(alphas: torch.Tensor, betas: torch.Tensor) -> tuple[torch.Tensor
         betas: what is beside them, (..., steps - 1).
     """
     poles, distances, weights = _terms(alphas.device)
-    *_, last = _levels(alphas.to(poles.dtype), betas.to(poles.dtype), poles)
-    below = -(2.0 / _STEEPNESS) * (poles / last).sum(dim=-1).real
-    # (s - 1)^2 = (s^2 - 1)^2 / (1 + s)^2: the first factor as it is, so that nothing cancels near 1.
-    second = first = torch.ones_like(alphas[..., :1])
-    for level in _levels(alphas, betas, -distances):
+    shifts = torch.cat([poles, -distances.to(poles.dtype)])
+    second = first = alphas.new_ones((), dtype=poles.dtype)
+    for level in _levels(alphas.to(poles.dtype), betas.to(poles.dtype), shifts):
         second, first = first, level
+    below = -(2.0 / _STEEPNESS) * (poles / first[..., : poles.numel()]).sum(dim=-1).real
+    # (s - 1)^2 = (s^2 - 1)^2 / (1 + s)^2: the first factor as it is, so that nothing cancels near 1.
+    first, second = first[..., poles.numel() :].real, second[..., poles.numel() :].real
     a, b = alphas[..., :1] - 1.0, betas[..., :1]
     if not betas.size(-1):
         return below, (weights * a.square() / first).sum(dim=-1)
