@@ -9,8 +9,7 @@ a test sends a function to ranks that are already there, and which were forked f
     results = pool.run(losses, 2, 10)   # [result of rank 0, result of rank 1]
 
 Nothing waits for ever: collectives, a call and the shutdown have time-outs, and after a failure the ranks are replaced.
-No ports are fixed: ranks meet at a store that the test's process holds, as ``torchrun`` does. A file in its place is
-looked at every ten milliseconds by each who waits, several times for each of Megatron's some fifty process groups.
+No ports are fixed: ranks meet through a file.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -54,6 +54,7 @@ class RankPool:
         if forked:
             self._context.set_forkserver_preload([preload])
         self._workers: list[tuple[Any, Connection]] = []
+        self._calls = 0
 
     def run(
         self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = CALL_TIMEOUT_S, **kwargs: Any
@@ -72,15 +73,15 @@ class RankPool:
             RankError: with the traceback of the first rank that failed.
             TimeoutError: naming the ranks that did not answer.
         """
-        from torch.distributed import TCPStore
-
         self._start(world_size)
-        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        payload = pickle.dumps((function, args, kwargs, store.port, world_size))
-        connections = [connection for _, connection in self._workers[:world_size]]
-        for connection in connections:
-            connection.send_bytes(payload)
-        return self._collect(connections, timeout)
+        self._calls += 1
+        with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+            store = str(Path(folder) / "store")
+            payload = pickle.dumps((function, args, kwargs, store, world_size))
+            connections = [connection for _, connection in self._workers[:world_size]]
+            for connection in connections:
+                connection.send_bytes(payload)
+            return self._collect(connections, timeout)
 
     def close(self) -> None:
         """End the ranks: politely, then by force."""
@@ -175,11 +176,11 @@ def _call(rank: int, payload: bytes) -> Any:
 
     import megatron_muon
 
-    function, args, kwargs, port, world_size = pickle.loads(payload)
+    function, args, kwargs, store, world_size = pickle.loads(payload)
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
     dist.init_process_group(
         "gloo",
-        store=dist.TCPStore("localhost", port),
+        store=dist.FileStore(store, world_size),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
