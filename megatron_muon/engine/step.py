@@ -238,7 +238,7 @@ class StepEngine:
 
 def _local_mb(weights: Sequence[Weight], mode: str, device: str) -> float:
     """The default bound, in MiB, of chunks that exchange nothing."""
-    largest = max((4 * key.m * key.n for key, _ in items_of(weights, mode)), default=0) / MEBIBYTE
     if device != "cpu":
         return _LOCAL_MB[device]
+    largest = max((4 * key.m * key.n for key, _ in items_of(weights, mode)), default=0) / MEBIBYTE
     return min(_LOCAL_MB[device], max(_LOCAL_MATRICES * largest, _LOCAL_LEAST_MB))

@@ -381,8 +381,8 @@ class Muon(torch.optim.Optimizer):
         """As in ``torch.optim.Optimizer``, with all bits of the state: the dtype of a weight is not that of its state.
 
         Momentum in another dtype than this optimizer's is converted; without ``master_remainder`` masters are the
-        weights as they are. Both are told by a line. Where the saved groups and these have names, state goes to the
-        weight of its name.
+        weights as they are; a second moment that the variant needs and the state lacks begins at zero. Each is told by
+        a line. Where the saved groups and these have names, state goes to the weight of its name.
 
         Raises:
             ValueError: before anything changes, for the state of other weights, or of an optimizer that is no Muon.

@@ -13,7 +13,7 @@ _WIDTH = 110
 
 
 def examine(run: Run) -> list[Finding]:
-    """What is odd, in order of weight."""
+    """What is odd, the gravest first."""
     checks = (*losses.CHECKS, *history.CHECKS, *matrices.CHECKS, *times.CHECKS)
     found = [finding for check in checks for finding in check(run)]
     return sorted(found, key=lambda each: SEVERITIES.index(each.severity))
