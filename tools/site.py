@@ -29,6 +29,8 @@ def copy_documents(root: Path, target: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     shutil.copyfile(root / "tools" / "site.css", target / "site.css")
+    front = target / "README.md"  # its report is wide, and it has few headings: the whole width for it
+    front.write_text(f"---\nhide: [toc]\n---\n\n{front.read_text()}")
 
 
 def main() -> int:

@@ -66,6 +66,8 @@ def test_pages_fit_phones_and_desktops_and_ask_nothing_of_other_hosts(address: s
                 tab.open(f"{address}/{name}", width, is_phone=width == 390)
                 assert tab.ask("document.documentElement.scrollWidth <= innerWidth"), (name, width)
                 assert tab.ask("[...document.images].every(image => image.complete && image.naturalWidth)"), name
+        tab.open(f"{address}/index.html", 1440)  # the first page: its report and its commands need no scrolling
+        assert tab.ask("[...document.querySelectorAll('pre code')].every(each => each.scrollWidth <= each.clientWidth)")
         sent = [e["params"]["request"]["url"] for e in tab.events if e["method"] == "Network.requestWillBeSent"]
         assert [url for url in sent if not url.startswith((address, "data:"))] == []
         assert [event for event in tab.events if event["method"] in COMPLAINTS] == []

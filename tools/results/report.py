@@ -188,7 +188,7 @@ def draw_losses(axes: Axes, losses: Mapping[str, arithmetic.Losses], title: str)
     axes.tick_params(axis="x", labelsize="small")
     axes.set_xlabel("peak learning rate")
     finish(axes, title)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(fontsize="small", framealpha=0.9, edgecolor="none")  # lies over the curves of rates far too high
 
 
 def cut(axes: Axes, losses: Iterable[arithmetic.Losses]) -> None:
