@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from megatron_muon.orthogonalize.orthogonalizer import Orthogonalizer
 from megatron_muon.orthogonalize.products import BlockProducts
 from megatron_muon.planning.rates import Rates
 from megatron_muon.planning.timing import Times
-from tools.bench import document, text
+from tools.bench import document, tables, text
 from tools.bench.accuracy import Errors
 from tools.bench.cases import standard_cases
 from tools.bench.contestants import OURS, contestants
@@ -167,3 +168,25 @@ def test_ratios_of_the_document() -> None:
     assert ours["share_of_gemm_rate_needed"] == pytest.approx(0.96)
     exempt = [each["name"] for each in entry["contestants"] if each["error"] and not each["same_update"]]
     assert exempt == ["megatron-core blockwise"]
+
+
+def test_a_page_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def kept(name: str, tp: int, package: str) -> str:
+        content = {
+            "command": ["python", "-m", "tools.bench", "--tp", str(tp), "--json", name],
+            "machine": document.machine("cpu"),
+            "versions": {"megatron-muon": package},
+            "cases": [entry_of("fp32", tp, 1.0)],
+        }
+        (tmp_path / name).write_text(json.dumps(content))
+        return str(tmp_path / name)
+
+    tables.main([kept("a", 1, "2"), kept("b", 4, "2")])
+    page = capsys.readouterr().out
+    assert [line[3:] for line in page.splitlines() if line.startswith("## dense")] == [
+        "dense, one process, fp32",
+        "dense, TP 4, fp32",
+    ]
+    assert "--tp 1 --json FILE1\n" in page and "--tp 4 --json FILE2\n" in page
+    with pytest.raises(SystemExit, match="c: another machine or other versions than"):
+        tables.main([kept("a", 1, "2"), kept("c", 1, "3")])

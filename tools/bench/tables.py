@@ -1,28 +1,33 @@
-"""Markdown tables of what ``python -m tools.bench --json FILE`` found.
+"""Markdown tables of what runs of ``python -m tools.bench --json FILE`` on one machine found.
 
-python -m tools.bench.tables FILE > docs/results/bench.md
+python -m tools.bench.tables FILE ... > docs/results/bench.md
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 MEBIBYTE = 1 << 20
 
 
-def main(path: str) -> None:
+def main(paths: Sequence[str]) -> None:
     """Print the page."""
-    document = json.loads(Path(path).read_text())
-    machine = document["machine"]
-    versions = {name: number for name, number in document["versions"].items() if number != "not installed"}
+    documents = [json.loads(Path(path).read_text()) for path in paths]
+    machine = documents[0]["machine"]
+    versions = {name: number for name, number in documents[0]["versions"].items() if number != "not installed"}
     print("# The optimizer step, measured\n")
-    words = [*document["command"], "--json"]
-    at = words.index("--json")
-    print(f"    {' '.join(words[:at] + words[at + 2 : -1])} --json FILE\n    python -m tools.bench.tables FILE\n")
+    for number, document in enumerate(documents, 1):
+        if (document["machine"]["cpu"], document["versions"]) != (machine["cpu"], documents[0]["versions"]):
+            sys.exit(f"{paths[number - 1]}: another machine or other versions than {paths[0]}: make a page of its own.")
+        words = [*document["command"], "--json"]
+        at = words.index("--json")
+        print(f"    {' '.join(words[:at] + words[at + 2 : -1])} --json FILE{number}")
+    print(f"    python -m tools.bench.tables {' '.join(f'FILE{number}' for number in range(1, len(documents) + 1))}\n")
+    cases = [case for document in documents for case in document["cases"]]
     print(f"{', '.join(machine['gpus']) or machine['cpu']}, {machine['cores']} cores.", end=" ")
     print(f"{', '.join(f'{name} {number}' for name, number in versions.items())}.\n")
     print(
@@ -39,9 +44,9 @@ def main(path: str) -> None:
     )
     print("|---|---|---|---|---|---|")
     names = ("ratio_vs_upstream", "ratio_vs_upstream_distributed", "ratio_vs_upstream_fp32", "ratio_vs_adamw")
-    for case in document["cases"]:
+    for case in cases:
         print(f"| {_label(case)} | {case['dtype']} | {' | '.join(_ratio(case, name) for name in names)} |")
-    for case in document["cases"]:
+    for case in cases:
         _table(case)
 
 
@@ -96,4 +101,4 @@ def _table(case: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
