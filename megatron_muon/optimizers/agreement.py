@@ -39,12 +39,13 @@ def agree(
     directions: Sequence[str],
     check: Callable[[], None],
     options: Callable[[], Mapping[str, Any]],
-) -> None:
+    is_idle: Callable[[], bool],
+) -> bool:
     """Have the ranks of each group that divides weights compare their plans of a step, before it.
 
     A rank whose weights with gradients are those of the last step cannot know that another's are not, and would wait
     for it in another collective, or take one weight's shard for another's. So all of them meet here, in each step
-    unless ``engines.compared_elsewhere``: an all-gather of 32 bytes in each group, at which the host waits for the
+    unless ``engines.compared_elsewhere``: an all-gather of 33 bytes in each group, at which the host waits for the
     device once. Beside the first messages of the step it would be too late: momentum would have changed by then, and
     those messages would never be answered.
 
@@ -56,6 +57,10 @@ def agree(
         directions: kinds of updates, in the order of the step.
         check: raises what makes this rank refuse the step; all ranks of its groups refuse it then.
         options: gives the optimizer's options by their names.
+        is_idle: whether this rank's step would change nothing; asked after ``check``.
+
+    Returns:
+        whether it would change nothing on any rank of this rank's groups.
 
     Raises:
         RuntimeError: on all ranks of a group, if their gradients, options or plans differ.
@@ -64,16 +69,17 @@ def agree(
     names = [name for name, group in sorted(engines.groups.items()) if group.size() > 1]
     if not names or engines.compared_elsewhere:
         check()
-        return
+        return is_idle()
     params = [param for group in groups for param in group["params"]]
     if engines.compared_groups is None:
         _agree_on_bfloat16(engines, params, names)
     failure: ConfigError | None = None
+    idle = False
     sides: dict[str, tuple[list[torch.Tensor], bytes]] = {}
     said: Mapping[str, Any] = {}
     try:
         check()
-        said = options()
+        said, idle = options(), is_idle()
         sides = _sides(engines, params, directions)
     except ConfigError as error:
         failure = error
@@ -85,12 +91,13 @@ def agree(
         group, (shared, plans) = engines.groups[name], sides.get(name, ([], b""))
         digest = hashlib.sha256(repr((str(failure), said, _lacking(shared))).encode() + plans).digest()
         device = "cpu" if "cpu" in backends_of(group) else "cuda"
-        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device, non_blocking=True)
+        mine = torch.frombuffer(bytearray(digest + bytes([not idle])), dtype=torch.uint8).to(device, non_blocking=True)
         every = mine.new_empty(group.size(), mine.numel())
         dist.all_gather_into_tensor(every.view(-1), mine, group=group)
-        differ.append((every != mine).any())
+        differ.append((every[:, :-1] != mine[:-1]).any() + 2 * every[:, -1].any())  # one number of each group
     # Waits for the device, once: what is sent next depends on it.
-    wrong = torch.stack(differ).tolist() if differ else []
+    found = torch.stack(differ).tolist() if differ else []
+    wrong, busy = [bool(its & 1) for its in found], [its > 1 for its in found]
     told = sides if not any(wrong) or failure else _sides(engines, params, directions, complete=True)
     names_of = dict(zip(params, (name for group in groups for name in group.get("param_names", ())), strict=False))
     # The problems of all groups are found before one is raised: a rank of two groups must not be missed in the second.
@@ -102,6 +109,7 @@ def agree(
     if failure or problems:
         raise failure or problems[0]
     engines.compared_groups = sorted(sides.keys() & {*names})
+    return idle and not any(busy)
 
 
 def _agree_on_bfloat16(engines: Engines, params: Sequence[torch.Tensor], names: Sequence[str]) -> None:

@@ -124,10 +124,10 @@ def prepare(optimizer: SteppingOptimizer, rates: Sequence[GroupRates]) -> None:
         forget_faded(states, each.options.momentum, optimizer.engines.shard)
 
 
-def compare(optimizer: SteppingOptimizer) -> None:
+def compare(optimizer: SteppingOptimizer, is_idle: Callable[[], bool] = lambda: False) -> bool:
     """Before a step, see :func:`megatron_muon.optimizers.agreement.agree`."""
     engines, groups, directions = optimizer.engines, optimizer.param_groups, optimizer.directions
-    agree(engines, groups, directions, optimizer.refuse_step, lambda: all_options(optimizer))
+    return agree(engines, groups, directions, optimizer.refuse_step, lambda: all_options(optimizer), is_idle)
 
 
 class Step:
@@ -138,8 +138,8 @@ class Step:
         finals: who is told of weights that are as the step leaves them.
         in_blocks: whether it orthogonalizes each shard by itself, although other steps do not.
         probe: what looks at its matrices; None: nothing.
-        makes_state_alone: whether it is taken to create state, as torch.distributed.checkpoint takes one before it
-            saves or loads, and counts as none.
+        counts: whether it counts: not if it is taken to create state, as torch.distributed.checkpoint takes one before
+            it saves or loads.
     """
 
     def __init__(self, optimizer: SteppingOptimizer) -> None:
@@ -148,7 +148,7 @@ class Step:
         self.params = [param for group in optimizer.param_groups for param in group["params"]]
         self.in_blocks = False
         self.probe: Probe | None = None
-        self.makes_state_alone = False
+        self.counts = True
         self._rates: list[GroupRates] = []
         self._watched: list[dict[str, Any]] = []  # state of weights that have any that is watched
         self._pending = dict.fromkeys(self.params)
@@ -158,19 +158,15 @@ class Step:
         """Take the step; raises what :meth:`megatron_muon.Muon.step` raises."""
         with self.optimizer.streaming():
             self.look()
-            if self.makes_state_alone:
-                self.report_final(list(self._pending))
-            else:
-                self.change()
+            self.change()
 
     def look(self) -> None:
         """What comes before anything changes, and is the host's: comparisons, plans, numbers, missing state."""
         optimizer = self.optimizer
-        compare(optimizer)
         having = having_gradients(self.params)
+        self.counts = not compare(optimizer, lambda: self._is_idle(having))
         self.in_blocks = optimizer.steps_in_blocks
         self._engines = optimizer.engines.in_step(self.params, having, optimizer.directions, in_blocks=self.in_blocks)
-        self.makes_state_alone = self._makes_state_alone(having)
         for group in optimizer.param_groups:
             optimizer._init_group(group)
         self._notice(having)
@@ -179,22 +175,22 @@ class Step:
         if optimizer.graph is not None:
             self._rates = optimizer.graph.on_device(self._rates)
 
-    def _makes_state_alone(self, having: Sequence[torch.Tensor]) -> bool:
-        """Whether rates and gradients are zero, and there is no state yet.
+    def _is_idle(self, having: Sequence[torch.Tensor]) -> bool:
+        """Whether rates and this rank's gradients are zero, and there is no state yet.
 
-        Not of ranks that share weights by groups of this package's: one of them could not know it of the others. Nor in
-        Megatron-Core, whose checkpoints make state otherwise, and whose first rate may be 0: its ranks count alike.
+        Not in Megatron-Core, whose checkpoints make state otherwise, and whose first rate may be 0: its ranks count
+        alike.
         """
         optimizer = self.optimizer
-        if optimizer.engines.compared_elsewhere or any(optimizer.state.get(param) for param in having):
+        if optimizer.engines.compared_elsewhere or optimizer.engines.sharing is not None:
+            return False
+        if any(optimizer.state.get(param) for param in having):
             return False
         if any(on_host(group["lr"]) != 0.0 for group in optimizer.param_groups):
             return False
-        if optimizer.engines.sharing is not None or any(each.size() > 1 for each in optimizer.engines.groups.values()):
-            return False
         HostReads.note("whether gradients are zero")
         # Waits for the device: in a first step at rate 0, and then mostly once.
-        return bool(having) and not any(grad is not None and bool(grad.any()) for grad in gradients_of(having))
+        return not any(grad is not None and bool(grad.any()) for grad in gradients_of(having))
 
     def change(self) -> None:
         """The part of a step that changes weights and state."""
@@ -223,10 +219,10 @@ class Step:
                 for param, grad in zip(rates.params, gradients_of(rates.params), strict=True)
                 if grad is not None
             ]
-            rates.group[STEP] += 1
+            rates.group[STEP] += self.counts
             for weight in weights:
                 if STEP in weight.state:
-                    weight.state[STEP] += 1
+                    weight.state[STEP] += self.counts
                 alike[weight.layout.direction, own_dtype(weight.param.dtype)].append(weight)
             if rates.rows is not None:
                 step_scalar_rows(weights, rates.rows)

@@ -244,6 +244,36 @@ def test_fsdp_trains_saves_and_reshards(pool: RankPool, tmp_path: Any) -> None:
             assert losses == pytest.approx(wanted[2:], abs=TOLERANCE)
 
 
+def state_made_alone() -> list[tuple[bool, list[int], float]]:
+    """For torch's two functions: whether weights keep their bits, the counts, and how far two steps are from others.
+
+    The others are those of an optimizer of which nobody has asked for state.
+    """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    def set_state(model: Model, optimizer: Muon) -> None:
+        empty: Any = {"state": {}, "param_groups": []}
+        with pytest.raises((RuntimeError, KeyError, ValueError)):  # it has made state by then, and finds none saved
+            set_optimizer_state_dict(model, optimizer, empty)
+
+    found, ranks = [], dist.get_world_size()
+    for ask in (get_optimizer_state_dict, set_state):
+        one, other = _sharded(), _sharded()
+        optimizer, its = one.optimizer(lr=0.02), other.optimizer(lr=0.02)
+        before = [weight.to_local().clone() for weight in one.parameters()]
+        ask(one, optimizer)
+        same = all(map(torch.equal, before, (weight.to_local() for weight in one.parameters())))
+        counts = [optimizer.param_groups[0]["step"], *(state["step"] for state in optimizer.state.values())]
+        losses, wanted = one.train(optimizer, range(3), ranks), other.train(its, range(3), ranks)
+        found.append((same, counts, max(abs(a - b) for a, b in zip(losses, wanted, strict=True))))
+    return found
+
+
+def test_state_is_made_without_a_count(pool: RankPool) -> None:
+    """torch.distributed.checkpoint makes it by a step at rate 0 with gradients of zeros."""
+    assert pool.run(state_made_alone, 2) == [[(True, [0, 0, 0], 0.0)] * 2] * 2
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "partial": ("P", {}, r"w has the placement .*P.*, a weight whose numbers no rank has: redistribute it"),
     "order": ("?", {}, r"w has the placements .*not clear who has which rows.*factor is 3 beside 1 parts"),

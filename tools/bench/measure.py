@@ -37,7 +37,7 @@ rounds there is time for, if their number is not given."""
 
 GEMM = "GEMM"
 
-_DIGEST = 32
+_DIGEST = 33
 """Bytes of a rank in that message."""
 
 _NUMBERS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
