@@ -8,31 +8,36 @@ and Saad, SIAM J. Matrix Anal. Appl. 38, 2017). With k vectors its relative stan
 sqrt(2 / (k p_eff)), where p_eff is the number of directions that the trace is a sum of. Where p is small the vectors
 are a basis, and nothing is random.
 
-Functions of T are found without its eigenvalues: e_1^T (T - x)^-1 e_1 is a continued fraction, computed for many x at
-once, and f a sum of such terms.
+What T tells is found by :mod:`megatron_muon.optimizers.quadrature`.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from megatron_muon.optimizers.matrices import Matrices, Update, first_row_of
 from megatron_muon.optimizers.power import noise_of
+from megatron_muon.optimizers.quadrature import Diagonals, largest, of_each
 
 STEPS = 8
 """Of the iteration. The largest eigenvalue of the Gram matrix of a large random square matrix, whose spectrum ends
 without a gap, is found to about (pi / (2 STEPS + 1))^2 = 3.4 %, the singular value to half as much."""
 
+Start = Callable[[Update, torch.Tensor], torch.Tensor]
+"""Gives vectors to start from for a tensor of an update, (its shorter side on this rank, vectors)."""
+
 _STEPS_ALONE = 12
 """Of :func:`spectral_norms`, which acts on updates."""
 
-Diagonals = tuple[torch.Tensor, torch.Tensor]
-"""Of T: (matrices, vectors, STEPS), and what is beside them, one less."""
+_IN_STEP = 16
+"""Vectors that a CPU counts at least for products that wait for other ranks, each of which counts twice."""
 
 _CACHED = 4 * 2**20
 """Bytes of matrices that a CPU multiplies eight times over before the next ones."""
@@ -45,9 +50,6 @@ _FEWEST, _MOST = 2, 64
 
 _BROKEN = 1e-10
 """Norm of what is left of a vector that ends the iteration, where the matrix has a norm of about 1."""
-
-_STEEPNESS = 32
-"""n of 1 / (1 + (4 s^2)^n), which counts singular values s below 1/2: 0.96 at 0.475, 0.04 at 0.525."""
 
 
 class _Run:
@@ -67,7 +69,7 @@ class _Run:
         starts: Sequence[torch.Tensor],
     ) -> None:
         is_wide = update.rows <= update.columns
-        self.sums_short = update.divides_columns != is_wide
+        self.sums_short = update.divides_shorter
         self._tensors = [tensor if is_wide else tensor.mT for tensor in tensors]
         self._widths = [start.size(-1) for start in starts]
         pairs = zip(scales, self._widths, strict=True)
@@ -123,7 +125,7 @@ def tridiagonals(
     matrices: Matrices,
     tensors: Sequence[Sequence[torch.Tensor]],
     scales: Sequence[Sequence[torch.Tensor]],
-    starts: Sequence[Sequence[torch.Tensor]],
+    starts: Sequence[Start],
     steps: int = STEPS,
 ) -> tuple[list[list[Diagonals]], list[torch.Tensor]]:
     """Lanczos' iteration on the Gram matrices of the shorter sides: all ranks with parts of the matrices, together.
@@ -132,7 +134,7 @@ def tridiagonals(
         matrices: the updates.
         tensors: for each update some tensors A of its shape, (matrices, rows on this rank, columns on this rank).
         scales: (matrices, 1, 1) for each: what A is multiplied by, so that its norm is about 1 or less.
-        starts: vectors to start from for each, (shorter side on this rank, vectors): :func:`signs`, :func:`noise`.
+        starts: which vectors to start from, for each tensor of an update: :func:`signs`, :func:`noise`.
         steps: of the iteration; of 0 there is the sketch alone.
 
     Returns:
@@ -140,85 +142,177 @@ def tridiagonals(
         them, (matrices, vectors, steps - 1); and for each update the products of its first tensor with the unit vectors
         that it started from, (matrices, vectors, longer side on this rank).
     """
-    if are_whole(matrices.updates, tensors[0][0].device):
-        return _in_turn(matrices.updates, tensors, scales, starts, steps)
-    runs = [_Run(*each) for each in zip(matrices.updates, tensors, scales, starts, strict=True)]
+    if tensors[0][0].device.type == "cpu":
+        return _few_at_a_time(matrices, tensors, scales, starts, steps)
+    runs = [
+        _Run(update, its, factors, [start(update, its[0]) for start in starts])
+        for update, its, factors in zip(matrices.updates, tensors, scales, strict=True)
+    ]
     return _together(matrices.add_up, runs, steps)
 
 
-def are_whole(updates: Sequence[Update], device: torch.device) -> bool:
-    """Whether matrices are taken few at a time, those of one shape together: whole ones on CPUs."""
-    return device.type == "cpu" and all(update.ranks == 1 for update in updates)
+@dataclass
+class _Part:
+    """One tensor of one update, on a CPU.
+
+    Attributes:
+        index: of the update.
+        number: of the tensor.
+        tensor: A; whole in its shorter side, once it has been summed over the ranks.
+        start: gives its vectors.
+        by_gram: whether the Gram matrix is used.
+        gram: that of the shorter side, without the scale, where it has been summed over the ranks.
+        found: the sketch; the diagonals of T and what is beside them, if there are steps.
+    """
+
+    index: int
+    number: int
+    update: Update
+    tensor: torch.Tensor
+    scale: torch.Tensor
+    start: Start
+    by_gram: bool
+    gram: torch.Tensor | None = None
+    found: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def kind(self) -> Hashable:
+        """What tells it from those that it can be taken together with."""
+        tensor, update = self.tensor, self.update
+        return self.start, self.by_gram, tensor.shape[1:], tensor.dtype, update.rows, update.columns, update.ranks
+
+    def share(self) -> torch.Tensor:
+        """What is summed over the ranks: this rank's part of A among zeros, or of the Gram matrix."""
+        if not self.update.divides_shorter:
+            return _gram(self.update, self.tensor)
+        p, first, size = _side(self.update, self.tensor)
+        dim, shape = -2 if self.update.rows <= self.update.columns else -1, list(self.tensor.shape)
+        shape[dim] = p
+        whole = self.tensor.new_zeros(shape)
+        whole.narrow(dim, first, size).copy_(self.tensor)
+        return whole
+
+    def take(self, total: torch.Tensor) -> None:
+        """Take the sum of all ranks' :meth:`share`."""
+        if self.update.divides_shorter:
+            self.tensor = total
+        else:
+            self.gram = total
 
 
-def _in_turn(
-    updates: Sequence[Update],
+def _few_at_a_time(
+    matrices: Matrices,
     tensors: Sequence[Sequence[torch.Tensor]],
     scales: Sequence[Sequence[torch.Tensor]],
-    starts: Sequence[Sequence[torch.Tensor]],
+    starts: Sequence[Start],
     steps: int,
 ) -> tuple[list[list[Diagonals]], list[torch.Tensor]]:
-    """:func:`tridiagonals` of whole matrices, few at a time, which CPUs keep in their caches meanwhile.
+    """:func:`tridiagonals` as CPUs have it: few matrices of one shape at a time, which stay in their caches meanwhile.
 
-    With all of them in each step, as GPUs have it for fewer kernels, products take two to five times as long.
+    With all of them in each step, as GPUs have it for fewer kernels, products take two to five times as long. So small
+    matrices that ranks divide, or their Gram matrices, are first brought together by one message for all; then each
+    rank takes a share of them, and T is told by another message.
     """
-    spectra: list[list[Diagonals]] = [[] for _ in updates]
-    sketches = [each[0] for each in tensors]  # in whose place they come
-    alike: dict[Hashable, list[int]] = defaultdict(list)
-    for index, (update, its) in enumerate(zip(updates, tensors, strict=True)):
-        alike[update.rows, update.columns, tuple(each.dtype for each in its)].append(index)
-    for indices in alike.values():
-        update, counts = updates[indices[0]], [tensors[index][0].size(0) for index in indices]
-        for number, start in enumerate(starts[indices[0]]):
-            tensor, scale = (_joined([each[index][number] for index in indices]) for each in (tensors, scales))
-            few = max(1, _CACHED * tensor.size(0) // max(1, tensor.nbytes))
-            pairs = zip(tensor.split(few), scale.split(few), strict=True)
-            one_by_one = _by_gram if _is_cheaper_by_gram(update, start.size(-1), steps) else _by_products
-            parts = [one_by_one(update, one, factor, start, steps) for one, factor in pairs]
-            if steps:
-                each = [_joined(found).split(counts) for found in zip(*(its for its, _ in parts), strict=True)]
-                for index, pair in zip(indices, zip(*each, strict=True), strict=True):
-                    spectra[index].append(pair)
-            if number == 0:
-                for index, sketch in zip(indices, _joined([its for _, its in parts]).split(counts), strict=True):
-                    sketches[index] = sketch
-    return spectra if steps else [], sketches
+    parts, divided = list[_Part](), dict[int, list[int]]()
+    for index, (update, its, factors) in enumerate(zip(matrices.updates, tensors, scales, strict=True)):
+        for number, (tensor, scale, start) in enumerate(zip(its, factors, starts, strict=True)):
+            by_gram = _is_cheaper_by_gram(update, start(update, its[0]).size(-1), steps)
+            if by_gram or update.ranks == 1:
+                parts.append(_Part(index, number, update, tensor, scale, start, by_gram))
+            else:
+                divided.setdefault(index, []).append(number)
+    shared = [part for part in parts if part.update.ranks > 1]
+    for part, total in zip(shared, matrices.add_up([part.share() for part in shared]), strict=True):
+        part.take(total)
+    alike: dict[Hashable, list[_Part]] = defaultdict(list)
+    for part in parts:
+        alike[part.kind].append(part)
+    for group in alike.values():
+        _iterate(group, steps)
+    sums = iter(matrices.add_up([each for part in shared for each in part.found[1:]]))
+    for part in shared:
+        part.found = (part.found[0], next(sums), next(sums))
+    found = {(part.index, part.number): part.found for part in parts}
+    runs = [
+        _Run(
+            matrices.updates[index],
+            [tensors[index][number] for number in numbers],
+            [scales[index][number] for number in numbers],
+            [starts[number](matrices.updates[index], tensors[index][0]) for number in numbers],
+        )
+        for index, numbers in divided.items()
+    ]
+    spectra, sketches = _together(matrices.add_up, runs, steps) if runs else ([], [])
+    for row, (index, numbers) in enumerate(divided.items()):
+        for place, number in enumerate(numbers):
+            found[index, number] = (sketches[row], *(spectra[row][place] if steps else ()))
+    firsts = [found[index, 0][0] for index in range(len(tensors))]
+    if not steps:
+        return [], firsts
+    pairs = [[found[index, number][1:] for number in range(len(its))] for index, its in enumerate(tensors)]
+    return [[(alphas, betas) for alphas, betas in its] for its in pairs], firsts
 
 
 def _is_cheaper_by_gram(update: Update, vectors: int, steps: int) -> bool:
-    """By operations: few vectors do not make up for the Gram matrix."""
+    """By operations: few vectors do not make up for the Gram matrix, but where each product waits for other ranks."""
     p, q = sorted((update.rows, update.columns))
-    return steps > 0 and p * (p * q + p * vectors * steps) + p * q * vectors < 2 * p * q * vectors * steps
+    if not steps or update.first_row is not None:
+        return False
+    counted = vectors if update.ranks == 1 else max(2 * vectors, _IN_STEP)
+    return p * (p * q + p * vectors * steps) + p * q * vectors < 2 * p * q * counted * steps
 
 
-def _by_products(
-    update: Update, tensor: torch.Tensor, scale: torch.Tensor, start: torch.Tensor, steps: int
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """T and the sketch of some whole matrices."""
-    spectra, sketches = _together(list, [_Run(update, [tensor], [scale], [start])], steps)
-    return spectra[0][0] if steps else (), sketches[0]
+def _iterate(parts: Sequence[_Part], steps: int) -> None:
+    """Find what is asked of some that are alike; of T those of this rank's share of the matrices, zeros of others."""
+    update, counts = parts[0].update, [part.tensor.size(0) for part in parts]
+    start = parts[0].start(update, parts[0].tensor)
+    tensor, scale = (_joined([getattr(part, name) for part in parts]) for name in ("tensor", "scale"))
+    grams = [part.gram for part in parts if part.gram is not None]
+    few = max(1, _CACHED * tensor.size(0) // max(1, tensor.nbytes))
+    summed = _joined(grams).split(few) if grams else itertools.repeat(None)
+    found = []
+    for a, factor, gram in zip(tensor.split(few), scale.split(few), summed, strict=False):
+        if not parts[0].by_gram:
+            spectra, (sketch,) = _together(list, [_Run(update, [a], [factor], [start])], steps)
+            found.append((sketch, *(spectra[0][0] if steps else ())))
+            continue
+        count = a.size(0)
+        low, high = (count * rank // update.ranks for rank in (update.rank, update.rank + 1))
+        mine = _gram(update, a[low:high]) if gram is None else gram[low:high]
+        pair = _by_gram(mine * factor[low:high].square(), start, steps)
+        found.append(
+            (_sketch(update, a, factor, start), *(pad(each, (0, 0, 0, 0, low, count - high)) for each in pair))
+        )
+    each = [_joined(its).split(counts) for its in zip(*found, strict=True)]
+    for part, its in zip(parts, zip(*each, strict=True), strict=True):
+        part.found = its
 
 
-def _by_gram(
-    update: Update, tensor: torch.Tensor, scale: torch.Tensor, start: torch.Tensor, steps: int
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """The same, with the Gram matrix in place of two products a step."""
-    a = tensor if update.rows <= update.columns else tensor.mT
-    gram = (a @ a.mT).mul_(scale.square())
-    vector = last = start.mT.expand(a.size(0), -1, -1)
-    sketch, alphas, betas = vector, list[torch.Tensor](), list[torch.Tensor]()
+def _gram(update: Update, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor @ tensor.mT if update.rows <= update.columns else tensor.mT @ tensor
+
+
+def _sketch(update: Update, tensor: torch.Tensor, scale: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """As :meth:`_Run.sketch`, of matrices that are whole in their shorter sides."""
+    norm = start.norm(dim=0)
+    vectors = (start * torch.where(norm > _BROKEN, norm.reciprocal(), 0.0)).mT
+    return (vectors @ (tensor if update.rows <= update.columns else tensor.mT)).mul_(scale)
+
+
+def _by_gram(gram: torch.Tensor, start: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Diagonals of T and what is beside them: with Gram matrices in place of two products a step."""
+    vector = last = start.mT.expand(gram.size(0), -1, -1)
+    alphas, betas = list[torch.Tensor](), list[torch.Tensor]()
     for _ in range(steps):
         beta = last.square().sum(dim=-1, keepdim=True).sqrt()
         before, vector = vector, last * torch.where(beta > _BROKEN, beta.reciprocal(), 0.0)
-        if not alphas:
-            sketch = (vector @ a).mul_(scale)
         last = vector @ gram
         alphas.append((vector * last).sum(dim=-1, keepdim=True))
         last.addcmul_(alphas[-1], vector, value=-1.0)
         if betas:
             last.addcmul_(beta, before, value=-1.0)
         betas.append(beta)
-    return (torch.cat(alphas, dim=-1), torch.cat(betas, dim=-1)[..., 1:]), sketch
+    return torch.cat(alphas, dim=-1), torch.cat(betas, dim=-1)[..., 1:]
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -259,10 +353,9 @@ def spectral_norms(
         norms: |A|_F of each, (matrices, 1, 1).
     """
     scales = [[torch.where(norm > 0, norm.reciprocal(), 0.0).clamp_max(1e37)] for norm in norms]
-    starts = [[noise(update, a)] for update, a in zip(matrices.updates, tensors, strict=True)]
-    spectra, _ = tridiagonals(matrices, [[a] for a in tensors], scales, starts, _STEPS_ALONE)
+    spectra, _ = tridiagonals(matrices, [[a] for a in tensors], scales, [noise], _STEPS_ALONE)
     # To the last digits: which copies of an eigenvalue float32 adds to T is rounding's, and that of the layout.
-    tops = _of_each(functools.partial(largest, squarings=20), [its[0] for its in spectra])[0]
+    tops = of_each(functools.partial(largest, squarings=20), [its[0] for its in spectra])[0]
     found = []
     for update, top, norm in zip(matrices.updates, tops, norms, strict=True):
         share = top.amax(dim=-1).sqrt().clamp_min(min(update.rows, update.columns) ** -0.5)
@@ -301,106 +394,3 @@ def _vectors(p: int, first: int, size: int, count: int, device: torch.device, dt
         return torch.eye(p, device=device, dtype=dtype)[first : first + size]
     found = noise_of(max(p, first + size) * abs(count), device).view(-1, abs(count))[first : first + size].to(dtype)
     return found if count < 0 else torch.where(found < 0, -1.0, 1.0).to(dtype)
-
-
-def evaluated(spectra: Sequence[dict[str, Diagonals]]) -> list[dict[str, torch.Tensor]]:
-    """What all T together tell: largest singular values by name, and of results ``unlifted`` and ``defect``."""
-    found: list[dict[str, torch.Tensor]] = [{} for _ in spectra]
-    places = [(its, name, pair) for its, each in zip(found, spectra, strict=True) for name, pair in each.items()]
-    if not places:
-        return found
-    pairs = [pair for _, _, pair in places]
-    for (its, name, _), top in zip(places, _of_each(largest, pairs)[0], strict=True):
-        its[name] = top.amax(dim=-1).clamp_min(0.0).sqrt()
-    results = [(its, pair) for its, name, pair in places if name == "result"]
-    below, squares = _of_each(quadratures, [pair for _, pair in results])
-    for (its, _), share, square in zip(results, below, squares, strict=True):
-        its |= {"unlifted": share.mean(dim=-1).clamp(0.0, 1.0), "defect": square.mean(dim=-1).clamp_min(0.0).sqrt()}
-    return found
-
-
-def _of_each(
-    function: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]], pairs: Sequence[Diagonals]
-) -> list[list[torch.Tensor]]:
-    """Numbers of each T, (matrices, vectors) for each pair: computed together, NaN where T is not finite."""
-    alphas, betas = (torch.cat([each[index].flatten(0, 1) for each in pairs]).double() for index in (0, 1))
-    are_finite, shapes = alphas.sum(dim=-1).isfinite(), [alphas.shape[:2] for alphas, _ in pairs]
-    found, sizes = function(alphas, betas), [m * k for m, k in shapes]
-    parts = (torch.where(are_finite, values, torch.nan).split(sizes) for values in found)
-    return [[part.view(shape) for part, shape in zip(each, shapes, strict=True)] for each in parts]
-
-
-def largest(alphas: torch.Tensor, betas: torch.Tensor, squarings: int = 8) -> tuple[torch.Tensor]:
-    """The largest eigenvalue of each T, from below: to 1e-4 of it where the second is 2 % less, to 1 % anyhow.
-
-    A mean of the eigenvalues with their 256th powers as weights, so that it takes a dozen kernels.
-
-    Args:
-        alphas: diagonals, (..., steps), float64.
-        betas: what is beside them, (..., steps - 1).
-        squarings: 8, or more for higher powers: with 20 of them it is to 4e-7, whatever else T has.
-    """
-    matrix = torch.diag_embed(alphas) + torch.diag_embed(betas, 1) + torch.diag_embed(betas, -1)
-    # No eigenvalue is larger, and the largest, as T has no negative ones, is a third of it or more.
-    bound = matrix.sum(dim=-1).amax(dim=-1).clamp_min(torch.finfo(alphas.dtype).tiny)
-    power = matrix / bound[..., None, None]
-    for number in range(squarings):
-        if number >= 8:  # before it is too small
-            trace = power.diagonal(dim1=-2, dim2=-1).sum(dim=-1).clamp_min(torch.finfo(alphas.dtype).tiny)
-            power = power / trace[..., None, None]
-        power = power @ power
-    weight = power.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    return (torch.where(weight > 0, (power * matrix).sum(dim=(-2, -1)) / weight, 0.0),)
-
-
-def quadratures(alphas: torch.Tensor, betas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e_1^T f(T) e_1 for two functions of singular values s: below 1/2 or not, and (s - 1)^2.
-
-    Args:
-        alphas: diagonals, (..., steps), float64.
-        betas: what is beside them, (..., steps - 1).
-    """
-    poles, distances, weights = _terms(alphas.device)
-    shifts = torch.cat([poles, -distances.to(poles.dtype)])
-    second = first = alphas.new_ones((), dtype=poles.dtype)
-    for level in _levels(alphas.to(poles.dtype), betas.to(poles.dtype), shifts):
-        second, first = first, level
-    below = -(2.0 / _STEEPNESS) * (poles / first[..., : poles.numel()]).sum(dim=-1).real
-    # (s - 1)^2 = (s^2 - 1)^2 / (1 + s)^2: the first factor as it is, so that nothing cancels near 1.
-    first, second = first[..., poles.numel() :].real, second[..., poles.numel() :].real
-    a, b = alphas[..., :1] - 1.0, betas[..., :1]
-    if not betas.size(-1):
-        return below, (weights * a.square() / first).sum(dim=-1)
-    norm = a.square() * second - 2.0 * a * b.square() + b.square() * (alphas[..., :1] + distances)
-    return below, (weights * norm / (first * second)).sum(dim=-1)
-
-
-@functools.cache
-def _terms(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Poles of the function that counts, above the real line; d and w of 1 / (1 + s)^2 = sum of w / (s^2 + d)."""
-    each = torch.arange(_STEEPNESS // 2, device=device, dtype=torch.float64)
-    poles = 0.25 * torch.polar(torch.ones_like(each), math.pi * (2.0 * each + 1.0) / _STEEPNESS)
-    # 1 / (1 + s)^2 = (2 / pi) int_0^inf sqrt(d) / ((1 + d)^2 (s^2 + d)) dd, by the trapezoidal rule in log d.
-    roots = torch.exp(0.5 * torch.arange(-16, 11, device=device, dtype=torch.float64))
-    weights = (4.0 / math.pi) * 0.5 * roots**3 / (1.0 + roots.square()).square()
-    return poles, roots.square(), weights
-
-
-def _levels(alphas: torch.Tensor, betas: torch.Tensor, shifts: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The diagonal of U in T - x = U D U^T, from its last entry to its first: 1 / e_1^T (T - x)^-1 e_1.
-
-    Args:
-        alphas: (..., steps).
-        betas: (..., steps - 1).
-        shifts: x, (..., many).
-
-    Yields:
-        (..., many).
-    """
-    diagonals, squares = alphas[..., None] - shifts, betas[..., None].square()
-    level = diagonals[..., -1, :]
-    for index in range(alphas.size(-1) - 1, -1, -1):
-        if index < alphas.size(-1) - 1:
-            level = diagonals[..., index, :] - squares[..., index, :] / level
-        level = torch.where(level == 0, 1e-300, level)
-        yield level

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from megatron_muon.engine.callbacks import Reduce
 from megatron_muon.engine.shards import Shard
@@ -37,6 +38,7 @@ class Update:
         divides_columns: whether tensor parallelism divides the columns of the matrices (their rows otherwise, or
             nothing: then there is nothing to add up).
         first_column: number of this rank's first column in the whole matrices.
+        rank: number of this rank among them.
         first_row: number of this rank's first row, where ranks divide both rows and columns; None elsewhere.
         direction: (matrices, rows on this rank, columns on this rank), float32 or wider: O, free to be changed in
             place. Before there is one (:meth:`megatron_muon.engine.step.StepEngine.visit`), of that shape and dtype,
@@ -51,7 +53,7 @@ class Update:
     divides_columns: bool
     first_column: int
     direction: torch.Tensor
-    ranks: int
+    group: dist.ProcessGroup | None
     first_row: int | None = None
 
     @property
@@ -64,6 +66,21 @@ class Update:
         """Number of the step, from 1: with a step that depends on it there is no CUDA graph of the step."""
         HostReads.note("the number of the step")
         return int(self.weights[0].group[STEP])
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks have parts of the matrices."""
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def rank(self) -> int:
+        """This rank's number among them."""
+        return 0 if self.group is None else self.group.rank()
+
+    @property
+    def divides_shorter(self) -> bool:
+        """Whether tensor parallelism divides the shorter side, if any; of a square matrix that is its rows."""
+        return self.divides_columns != (self.rows <= self.columns)
 
     @property
     def keys(self) -> list[tuple[torch.Tensor, BlockRange]]:
@@ -379,6 +396,8 @@ def matrices_of(
 def _update(slices: Slices, weights: Sequence[ParamStep], direction: torch.Tensor, shard_of: ShardOf) -> Update:
     first, item, shard = weights[0], slices.items[0], shard_of(weights[0].param)
     divides_columns = shard is not None and shard.dim == -1
+    # Of a block that is cut in its rows one rank may have all of a matrix: the others take part with no rows of it.
+    is_whole = direction.shape[1:] == (item.rows, item.columns) and not slices.ranges[0].broken
     return Update(
         weights=weights,
         slices=slices,
@@ -388,7 +407,7 @@ def _update(slices: Slices, weights: Sequence[ParamStep], direction: torch.Tenso
         first_column=_first_column(shard, first.param.size(-1)) if shard is not None and divides_columns else 0,
         # Of bfloat16 weights, too, norms and second moments are taken in float32.
         direction=_converted(direction, own_dtype(first.param.dtype)),
-        ranks=1 if shard is None or direction.shape[1:] == (item.rows, item.columns) else shard.group.size(),
+        group=None if shard is None or is_whole else shard.group,
         first_row=first_row_of(slices) if shard is not None and shard.is_grid else None,
     )
 

@@ -35,8 +35,9 @@ import torch
 from megatron_muon.engine.clock import NO_CLOCK, STEP, Clock, NoClock
 from megatron_muon.engine.step import StepEngine
 from megatron_muon.monitor.schema import STATS, TIMES
-from megatron_muon.optimizers.lanczos import Diagonals, are_whole, evaluated, noise, signs, tridiagonals
+from megatron_muon.optimizers.lanczos import noise, signs, tridiagonals
 from megatron_muon.optimizers.matrices import Matrices, Update, row_norms
+from megatron_muon.optimizers.quadrature import Diagonals, evaluated
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.switches import matmul_precision
 
@@ -91,7 +92,6 @@ class _Spectra(NamedTuple):
     found: Sequence[Finding]
     tensors: list[list[torch.Tensor]]
     scales: list[list[torch.Tensor]]
-    starts: list[list[torch.Tensor]]
     are_successive: bool
 
 
@@ -201,7 +201,7 @@ class Probe:
                 return self._measured(matrices, results, mixed, eps, are_successive)
             if results is not None and are_successive:
                 tensors = [[result] for result in results]
-                _, sketches = tridiagonals(matrices, tensors, _ones(tensors), _signs(matrices, results), steps=0)
+                _, sketches = tridiagonals(matrices, tensors, _ones(tensors), [signs], steps=0)
                 self._keep(matrices, sketches)
             return []
 
@@ -290,15 +290,14 @@ class Probe:
         are_successive: bool,
     ) -> None:
         tensors = [list(each) for each in zip(results, mixes, weights, strict=True)]
-        scales, starts = _ones(tensors), _signs(matrices, results)
-        for index, (update, result) in enumerate(zip(matrices.updates, results, strict=True)):
+        scales = _ones(tensors)
+        for index, result in enumerate(results):
             scales[index] += [_inverse(norms[name][index]).to(result.dtype) for name in ("momentum", "weight")]
-            starts[index] += [noise(update, result)] * 2
-        if not are_whole(matrices.updates, results[0].device):
-            self._look_at([_Spectra(matrices, found, tensors, scales, starts, are_successive)])
+        if results[0].device.type != "cpu" or any(update.ranks > 1 for update in matrices.updates):
+            self._look_at([_Spectra(matrices, found, tensors, scales, are_successive)])
             return
         tensors = [[its[0].clone(), *its[1:]] for its in tensors]  # the others are copies
-        self._waiting.append(_Spectra(matrices, found, tensors, scales, starts, are_successive))
+        self._waiting.append(_Spectra(matrices, found, tensors, scales, are_successive))
         if sum(x.nbytes for its in self._waiting for each in its.tensors for x in each) > _HELD:
             self._look_at_waiting()
 
@@ -312,8 +311,7 @@ class Probe:
         together = Matrices([update for its in waiting for update in its.matrices.updates], waiting[0].matrices.reduce)
         tensors = [each for its in waiting for each in its.tensors]
         scales = [each for its in waiting for each in its.scales]
-        starts = [each for its in waiting for each in its.starts]
-        spectra, sketches = tridiagonals(together, tensors, scales, starts)
+        spectra, sketches = tridiagonals(together, tensors, scales, [signs, noise, noise])
         for matrices, found, *_, are_successive in waiting:
             mine, spectra = spectra[: len(found)], spectra[len(found) :]
             kept, sketches = sketches[: len(found)], sketches[len(found) :]
@@ -340,7 +338,7 @@ class Probe:
             )
             pairs = torch.stack([sketch * before, sketch.square(), before.square()], dim=1)
             dots.append(pairs.flatten(2).sum(dim=-1))
-        is_short = [update.divides_columns != (update.rows <= update.columns) for update in matrices.updates]
+        is_short = [update.divides_shorter for update in matrices.updates]
         sums = iter(matrices.add_up([each for each, short in zip(dots, is_short, strict=True) if not short]))
         for each, dot, short in zip(found, dots, is_short, strict=True):
             both, mine, its = (dot if short else next(sums)).double().unbind(dim=1)
@@ -388,10 +386,6 @@ def _inverse(norm: torch.Tensor) -> torch.Tensor:
 
 def _ones(tensors: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
     return [[each[0].new_ones((each[0].size(0), 1, 1))] for each in tensors]
-
-
-def _signs(matrices: Matrices, results: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    return [[signs(update, result)] for update, result in zip(matrices.updates, results, strict=True)]
 
 
 def _table(found: Finding, spectra: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -183,6 +183,15 @@ def same_bits(options: dict[str, Any]) -> list[str]:
     return wrong
 
 
+def ranks_of_broken() -> dict[str, int]:
+    """By block of the weight whose rows are cut within its blocks: how many ranks are said to have its numbers."""
+    optimizer = made()
+    optimizer.probe = Probe()
+    samples, params = steps(optimizer), [param for group in optimizer.param_groups for param in group["params"]]
+    number = [case[0] for case in CASES].index("broken")
+    return {sample.block: sample.ranks for sample in samples if sample.param is params[number]}
+
+
 def all_numbers(options: list[dict[str, Any]]) -> list[dict[tuple[str, str], torch.Tensor]]:
     return [numbers(each) for each in options]
 
@@ -222,6 +231,10 @@ def test_numbers_are_those_of_whole_matrices(pool: RankPool, ranks: int) -> None
             divided = {key: numbers for key, numbers in found.items() if len(numbers) == len(right[key])}
             assert len(divided) >= len(right) - 3  # heads that lie whole on a rank are others on each
             check(divided, right, f"rank {rank} of {ranks}, {its}")
+
+
+def test_ranks_agree_on_whose_numbers_they_are(pool: RankPool) -> None:
+    assert pool.run(ranks_of_broken, 2) == [{"q": 2, "g": 2}] * 2  # the second rank has all rows of g
 
 
 QUICK = [MODES[1], *VARIANTS[-3:-1]]

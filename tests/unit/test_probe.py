@@ -12,9 +12,10 @@ from megatron_muon import Muon
 from megatron_muon.engine.slices import Slices
 from megatron_muon.monitor.schema import STATS
 from megatron_muon.optimizers.graph import capture
-from megatron_muon.optimizers.lanczos import largest, noise, quadratures, signs, tridiagonals
+from megatron_muon.optimizers.lanczos import noise, signs, tridiagonals
 from megatron_muon.optimizers.matrices import Matrices, Update
 from megatron_muon.optimizers.probe import Probe
+from megatron_muon.optimizers.quadrature import largest, quadratures
 from tests.recorded import recorded
 from tests.unit.test_captured_step import built, same, train
 
@@ -93,10 +94,9 @@ def zoo(large: bool) -> Iterator[tuple[str, torch.Tensor]]:
 
 def check(name: str, matrix: torch.Tensor) -> None:
     """Within 5 %, or three standard deviations of the estimate where few of many directions make up a number."""
-    update = Update([], Slices((), ()), *matrix.shape, False, 0, matrix[None], 1)
+    update = Update([], Slices((), ()), *matrix.shape, False, 0, matrix[None], None)
     tensors, one = [[matrix[None]] * 2], torch.ones(1, 1, 1)
-    starts = [[signs(update, matrix[None]), noise(update, matrix[None])]]
-    [pairs], _ = tridiagonals(Matrices([update], lambda tensor: tensor), tensors, [[one, one]], starts)
+    [pairs], _ = tridiagonals(Matrices([update], lambda tensor: tensor), tensors, [[one, one]], [signs, noise])
     (a, b), (c, d) = ((alphas.double(), betas.double()) for alphas, betas in pairs)
     top = float(largest(c, d)[0].max().clamp_min(0).sqrt())
     below, square = (float(x.mean()) for x in quadratures(a, b))
