@@ -26,12 +26,12 @@ class Calls(TorchDispatchMode):
     ("width", "options"), [(37, {"scale_mode": "spectral_norm"}), (41, {"variant": "spectral_sphere"})]
 )
 def test_power_iterations_start_from_noise_that_is_made_once(width: int, options: dict[str, Any]) -> None:
-    """Widths are those of no other test."""
-    param = torch.nn.Parameter(torch.randn(12, width))
+    """Sizes are those of no other test."""
+    param = torch.nn.Parameter(torch.randn(31, width))
     optimizer = Muon([param], **options)
     found = []
     for _ in range(2):
-        param.grad = torch.randn(12, width)
+        param.grad = torch.randn(31, width)
         with Calls() as seen:
             optimizer.step()
         assert not seen.names & {"aten::cumsum", "aten::index_put_", "aten::_index_put_impl_"}
