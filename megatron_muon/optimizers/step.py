@@ -158,7 +158,11 @@ class Step:
         """Take the step; raises what :meth:`megatron_muon.Muon.step` raises."""
         with self.optimizer.streaming():
             self.look()
-            self.change()
+            # Ranks of several groups may count what those of one do not, and are to be answered.
+            if self.counts or sum(group.size() > 1 for group in self.optimizer.engines.groups.values()) > 1:
+                self.change()
+            else:
+                self.report_final(list(self._pending))
 
     def look(self) -> None:
         """What comes before anything changes, and is the host's: comparisons, plans, numbers, missing state."""

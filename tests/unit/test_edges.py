@@ -191,6 +191,23 @@ def test_state_of_torch_distributed_checkpoint(name: str) -> None:
     torch.testing.assert_close(other.weight, model.weight, rtol=0, atol=1e-6 if name == "sphere" else 0)
 
 
+@pytest.mark.parametrize("variant", ["none", "spectral_sphere", "normuon"])
+def test_state_that_is_asked_for_changes_no_bit_of_later_steps(variant: str) -> None:
+    """Nor what power iterations start from, where they do not converge in a step."""
+    found = []
+    for asks in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(16, 24, bias=False)
+        optimizer = Muon(model.parameters(), lr=0.02, weight_decay=0.1, variant=variant)
+        if asks:
+            get_optimizer_state_dict(model, optimizer)
+        for step in range(3):
+            with_gradient(model.weight, step)
+            optimizer.step()
+        found.append(model.weight.detach().clone())
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     ("group", "message"),
     [
