@@ -60,7 +60,8 @@ def agree(
         is_idle: whether this rank's step would change nothing; asked after ``check``.
 
     Returns:
-        whether it would change nothing on any rank of this rank's groups.
+        whether it would change nothing on any rank of this rank's group: the same on all of them. A rank of several
+        groups says no, for their other ranks do not know of each other.
 
     Raises:
         RuntimeError: on all ranks of a group, if their gradients, options or plans differ.
@@ -79,7 +80,7 @@ def agree(
     said: Mapping[str, Any] = {}
     try:
         check()
-        said, idle = options(), is_idle()
+        said, idle = options(), len(names) == 1 and is_idle()
         sides = _sides(engines, params, directions)
     except ConfigError as error:
         failure = error

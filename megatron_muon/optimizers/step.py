@@ -138,8 +138,8 @@ class Step:
         finals: who is told of weights that are as the step leaves them.
         in_blocks: whether it orthogonalizes each shard by itself, although other steps do not.
         probe: what looks at its matrices; None: nothing.
-        counts: whether it counts: not if it is taken to create state, as torch.distributed.checkpoint takes one before
-            it saves or loads.
+        counts: whether it is carried out, and counts: not if it is there to create state, as
+            torch.distributed.checkpoint takes one before it saves or loads.
     """
 
     def __init__(self, optimizer: SteppingOptimizer) -> None:
@@ -158,8 +158,7 @@ class Step:
         """Take the step; raises what :meth:`megatron_muon.Muon.step` raises."""
         with self.optimizer.streaming():
             self.look()
-            # Ranks of several groups may count what those of one do not, and are to be answered.
-            if self.counts or sum(group.size() > 1 for group in self.optimizer.engines.groups.values()) > 1:
+            if self.counts:
                 self.change()
             else:
                 self.report_final(list(self._pending))
@@ -223,10 +222,10 @@ class Step:
                 for param, grad in zip(rates.params, gradients_of(rates.params), strict=True)
                 if grad is not None
             ]
-            rates.group[STEP] += self.counts
+            rates.group[STEP] += 1
             for weight in weights:
                 if STEP in weight.state:
-                    weight.state[STEP] += self.counts
+                    weight.state[STEP] += 1
                 alike[weight.layout.direction, own_dtype(weight.param.dtype)].append(weight)
             if rates.rows is not None:
                 step_scalar_rows(weights, rates.rows)

@@ -274,6 +274,25 @@ def test_state_is_made_without_a_count(pool: RankPool) -> None:
     assert pool.run(state_made_alone, 2) == [[(True, [0, 0, 0], 0.0)] * 2] * 2
 
 
+def counts_of_two_meshes() -> list[int]:
+    """After a step that makes state alone: all ranks share a weight, the first two another."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    meshes = [DeviceMesh("cpu", [0, 1, 2]), DeviceMesh("cpu", [0, 1])]
+    mine = [mesh for mesh in meshes if mesh.get_coordinate() is not None]
+    weights = [weight for mesh in mine for weight in _weights([("0", (12, 8), None)], mesh)]
+    optimizer = Muon(weights, **{**OPTIONS, "lr": 0.0})
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    return [optimizer.param_groups[0]["step"]]
+
+
+def test_ranks_of_several_groups_count_every_step(pool: RankPool) -> None:
+    """They do not know of all ranks that they share weights with whether these take it."""
+    assert pool.run(counts_of_two_meshes, 3) == [[1]] * 3
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "partial": ("P", {}, r"w has the placement .*P.*, a weight whose numbers no rank has: redistribute it"),
     "order": ("?", {}, r"w has the placements .*not clear who has which rows.*factor is 3 beside 1 parts"),

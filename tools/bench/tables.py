@@ -18,11 +18,12 @@ def main(paths: Sequence[str]) -> None:
     """Print the page."""
     documents = [json.loads(Path(path).read_text()) for path in paths]
     machine = documents[0]["machine"]
+    for path, document in zip(paths, documents, strict=True):
+        if (document["machine"]["cpu"], document["versions"]) != (machine["cpu"], documents[0]["versions"]):
+            sys.exit(f"{path}: another machine or other versions than {paths[0]}: make a page of its own.")
     versions = {name: number for name, number in documents[0]["versions"].items() if number != "not installed"}
     print("# The optimizer step, measured\n")
     for number, document in enumerate(documents, 1):
-        if (document["machine"]["cpu"], document["versions"]) != (machine["cpu"], documents[0]["versions"]):
-            sys.exit(f"{paths[number - 1]}: another machine or other versions than {paths[0]}: make a page of its own.")
         words = [*document["command"], "--json"]
         at = words.index("--json")
         print(f"    {' '.join(words[:at] + words[at + 2 : -1])} --json FILE{number}")
