@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 _MODULES = re.compile(r"( when instantiating \w+)+$")
 
@@ -37,13 +38,27 @@ def in_python(message: str) -> str:
     return re.sub("--(?:muon-)?(?:no-)?([a-z][a-z0-9-]*)", lambda found: found[1].replace("-", "_"), message)
 
 
+_FOR_FLAGS: ContextVar[bool] = ContextVar("megatron_muon_for_flags", default=False)
+
+
+@contextmanager
+def told_in_flags() -> Iterator[None]:
+    """What is refused within is told to who has given flags, also by what tells it in Python's words elsewhere."""
+    token = _FOR_FLAGS.set(True)
+    try:
+        yield
+    finally:
+        _FOR_FLAGS.reset(token)
+
+
 @contextmanager
 def told_in_python() -> Iterator[None]:
     """What is refused within, or by the function that this stands above, is told by :func:`in_python`."""
     try:
         yield
     except ConfigError as error:
-        error.args = (in_python(str(error)),)
+        if not _FOR_FLAGS.get():
+            error.args = (in_python(str(error)),)
         raise
 
 

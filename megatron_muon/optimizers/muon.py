@@ -24,7 +24,7 @@ from megatron_muon.config import PREFIX, UNREAD, MuonConfig
 from megatron_muon.engine.modes import BLOCKWISE
 from megatron_muon.engine.planner import check_weight
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.errors import ConfigError, in_python, sizes
+from megatron_muon.errors import ConfigError, in_python, sizes, told_in_python
 from megatron_muon.optimizers import sleeping
 from megatron_muon.optimizers.auto_steps import look, measure
 from megatron_muon.optimizers.engines import Engines
@@ -50,7 +50,7 @@ from megatron_muon.optimizers.power import WarmStarts
 from megatron_muon.optimizers.precision import own_dtype
 from megatron_muon.optimizers.probe import Probe
 from megatron_muon.optimizers.rates import check_decay
-from megatron_muon.optimizers.registry import made_anew, variant_of
+from megatron_muon.optimizers.registry import foreign_moments, made_anew, variant_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, check_scalar_rows, cut_second_moment
 from megatron_muon.optimizers.shard_layout import ShardLayout
 from megatron_muon.optimizers.stages import Variant, init_rows
@@ -139,6 +139,7 @@ class Muon(torch.optim.Optimizer):
         TypeError: for an option that there is not.
     """
 
+    @told_in_python()
     def __init__(
         self,
         params: ParamsT,
@@ -214,6 +215,7 @@ class Muon(torch.optim.Optimizer):
         own["blockwise"] = f"all but every {period}. step" if period > 1 else every
         return {"newton_schulz_eps": self.config.eps, **own, **self.variant.checkpoint_options}
 
+    @told_in_python()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``; refuses what cannot be orthogonalized, and leaves nothing of it behind.
 
@@ -381,8 +383,9 @@ class Muon(torch.optim.Optimizer):
         """As in ``torch.optim.Optimizer``, with all bits of the state: the dtype of a weight is not that of its state.
 
         Momentum in another dtype than this optimizer's is converted; without ``master_remainder`` masters are the
-        weights as they are; a second moment that the variant needs and the state lacks begins at zero. Each is told by
-        a line. Where the saved groups and these have names, state goes to the weight of its name.
+        weights as they are; a second moment that the variant needs and the state lacks begins at zero, and one that is
+        another variant's is left out. Each is told by a line. Where the saved groups and these have names, state goes
+        to the weight of its name.
 
         Raises:
             ValueError: before anything changes, for the state of other weights, or of an optimizer that is no Muon.
@@ -409,6 +412,9 @@ class Muon(torch.optim.Optimizer):
                 if MOMENTUM in (state := self.state.get(param, {})):
                     others[settle(param, state, self.config.master, self.config.momentum_dtype, self._masters)] += 1
                     others[self.variant.missing(state)] += 1
+                    for name in foreign_moments(self.variant, state):
+                        del state[name]
+                        others[f"had {name} of another variant, which {self.variant.name} leaves out"] += 1
                 if self.windows is not None:
                     self.windows.settle(param, state)
         del others[""]
@@ -480,7 +486,8 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._on_shards(), matmul_precision(self.config.fp32_matmul_prec):
+        words = nullcontext() if self.is_complete else told_in_python()  # of flags, if it was built from flags
+        with words, self._on_shards(), matmul_precision(self.config.fp32_matmul_prec):
             if self.graph is None:
                 refuse_capture(self)
             if not self.engines.compared_elsewhere and look(self):
@@ -529,7 +536,7 @@ class Muon(torch.optim.Optimizer):
             the engine, which has the plan, of steps with whole matrices if there are others; None if this rank has no
             parameters to orthogonalize.
         """
-        with self._on_shards():
+        with nullcontext() if self.is_complete else told_in_python(), self._on_shards():
             for in_blocks in (True, False) if self.config.blockwise_period > 1 else (False,):
                 engines = self.engines.in_step(self._own, self._own, self.directions, in_blocks=in_blocks)
         return next((engine for (direction, _), engine in engines.items() if direction == MSIGN), None)

@@ -34,10 +34,11 @@ import torch
 
 from megatron_muon.engine.clock import NO_CLOCK, STEP, Clock, NoClock
 from megatron_muon.engine.step import StepEngine
-from megatron_muon.monitor.schema import STATS, TIMES
-from megatron_muon.optimizers.lanczos import noise, signs, tridiagonals
+from megatron_muon.monitor.schema import TIMES
+from megatron_muon.optimizers.findings import Finding, Sample, samples
+from megatron_muon.optimizers.lanczos import noise, signs
 from megatron_muon.optimizers.matrices import Matrices, Update, row_norms
-from megatron_muon.optimizers.quadrature import Diagonals, evaluated
+from megatron_muon.optimizers.spectra import sketched, tridiagonals
 from megatron_muon.orthogonalize.kernels.elementwise import Rate
 from megatron_muon.orthogonalize.switches import matmul_precision
 
@@ -45,55 +46,17 @@ Mixed = Callable[[Update], torch.Tensor]
 """Gives u of an update as a new batch, as it is orthogonalized."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Numbers of some matrices, all of one weight's block.
-
-    Attributes:
-        param: the weight (this rank's shard), a parameter of the optimizer.
-        block: name of its block of rows (``q``); empty where the weight has one block.
-        numbers: (matrices, len(STATS)), float32, on the device; NaN: not measured.
-        ranks: how many ranks have parts of each of these matrices, and its numbers.
-    """
-
-    param: torch.Tensor
-    block: str
-    numbers: torch.Tensor
-    ranks: int = 1
-
-
-@dataclass
-class Finding:
-    """What was found of the matrices of one update.
-
-    Attributes:
-        places: weight, name of the block, and number of matrices, of each item.
-        size: elements of a whole matrix.
-        ranks: see :class:`Sample`.
-        norms: Frobenius norms, by name, (matrices,).
-        eps: lower bound of the norm of u, in its units; None: there is none.
-        spectra: T of results, momenta and weights, by name, see :func:`lanczos.tridiagonals`.
-        cosine: with the result of the step before, (matrices,).
-    """
-
-    places: list[tuple[torch.Tensor, str, int]]
-    size: int
-    ranks: int
-    norms: dict[str, torch.Tensor]
-    eps: float | None = None
-    spectra: dict[str, Diagonals] = field(default_factory=dict)
-    cosine: torch.Tensor | None = None
-
-
 class _Spectra(NamedTuple):
-    """What is asked of some updates' singular values; see :func:`lanczos.tridiagonals`."""
+    """What is asked of some updates' singular values; see :func:`spectra.tridiagonals`."""
 
     matrices: Matrices
     found: Sequence[Finding]
     tensors: list[list[torch.Tensor]]
-    scales: list[list[torch.Tensor]]
     are_successive: bool
 
+
+_SMALL = 1e-15
+"""Norms between it and its inverse have squares in float32, and so have entries that count in them."""
 
 _HELD = 16 * 2**20
 """Bytes of matrices that wait on CPUs, so that those of one shape are looked at together."""
@@ -200,9 +163,7 @@ class Probe:
             if self.measures:
                 return self._measured(matrices, results, mixed, eps, are_successive)
             if results is not None and are_successive:
-                tensors = [[result] for result in results]
-                _, sketches = tridiagonals(matrices, tensors, _ones(tensors), [signs], steps=0)
-                self._keep(matrices, sketches)
+                self._keep(matrices, [*map(sketched, matrices.updates, results)])
             return []
 
     def added(
@@ -235,14 +196,7 @@ class Probe:
         This starts a few hundred small kernels, however many matrices there are; it waits for nothing.
         """
         found, self._findings = self._findings, []
-        spectra = evaluated([each.spectra for each in found])
-        samples = []
-        for each, its in zip(found, spectra, strict=True):
-            first, table = 0, _table(each, its)
-            for param, block, count in each.places:
-                samples.append(Sample(param, block, table[first : first + count], each.ranks))
-                first += count
-        return samples
+        return samples(found)
 
     def _measured(
         self,
@@ -256,11 +210,10 @@ class Probe:
         rows, mixes = [_gradient_norms(update) for update in updates], list[torch.Tensor]()
         if results is None:
             rows += [update.master_norms().double() for update in updates]
-            rows += [row_norms(mixed(update), wide=True) for update in updates]  # one copy at a time
+            rows += [_partial_norms(mixed(update)) for update in updates]  # one copy at a time
         else:
             weights, mixes = [update.masters() for update in updates], [mixed(update) for update in updates]
-            rows += [row_norms(weight) for weight in weights] + [row_norms(mix, wide=True) for mix in mixes]
-            rows += [row_norms(result) for result in results]
+            rows += [_partial_norms(tensor) for tensor in (*weights, *mixes, *results)]
             names.append("result")
         norms = iter(matrices.norms(rows, wide=True))
         by_name = {name: [next(norms) for _ in updates] for name in names}
@@ -289,15 +242,15 @@ class Probe:
         norms: dict[str, list[torch.Tensor]],
         are_successive: bool,
     ) -> None:
+        for name, copies in (("momentum", mixes), ("weight", weights)):
+            for copy, norm in zip(copies, norms[name], strict=True):
+                copy.mul_(torch.where(norm > 0, norm.reciprocal(), 0.0).clamp_max(1e37))
         tensors = [list(each) for each in zip(results, mixes, weights, strict=True)]
-        scales = _ones(tensors)
-        for index, result in enumerate(results):
-            scales[index] += [_inverse(norms[name][index]).to(result.dtype) for name in ("momentum", "weight")]
         if results[0].device.type != "cpu" or any(update.ranks > 1 for update in matrices.updates):
-            self._look_at([_Spectra(matrices, found, tensors, scales, are_successive)])
+            self._look_at([_Spectra(matrices, found, tensors, are_successive)])
             return
         tensors = [[its[0].clone(), *its[1:]] for its in tensors]  # the others are copies
-        self._waiting.append(_Spectra(matrices, found, tensors, scales, are_successive))
+        self._waiting.append(_Spectra(matrices, found, tensors, are_successive))
         if sum(x.nbytes for its in self._waiting for each in its.tensors for x in each) > _HELD:
             self._look_at_waiting()
 
@@ -310,23 +263,21 @@ class Probe:
         """Find the singular values of some updates: of those of one chunk, or of matrices that are whole on CPUs."""
         together = Matrices([update for its in waiting for update in its.matrices.updates], waiting[0].matrices.reduce)
         tensors = [each for its in waiting for each in its.tensors]
-        scales = [each for its in waiting for each in its.scales]
-        spectra, sketches = tridiagonals(together, tensors, scales, [signs, noise, noise])
-        for matrices, found, *_, are_successive in waiting:
-            mine, spectra = spectra[: len(found)], spectra[len(found) :]
-            kept, sketches = sketches[: len(found)], sketches[len(found) :]
-            for finding, its in zip(found, mine, strict=True):
-                finding.spectra = dict(zip(("result", "momentum", "weight"), its, strict=True))
-            if are_successive:
-                self._compare(matrices, found, kept)
+        spectra = iter(tridiagonals(together, tensors, [signs, noise, noise]))
+        for matrices, found, its, are_successive in waiting:
+            for finding in found:
+                finding.spectra = dict(zip(("result", "momentum", "weight"), next(spectra), strict=True))
+            if are_successive and (self._compares or self.keeps):
+                mine = [sketched(update, result) for update, (result, *_) in zip(matrices.updates, its, strict=True)]
+                self._compare(matrices, found, mine)
                 if self.keeps:
-                    self._keep(matrices, kept)
+                    self._keep(matrices, mine)
 
     def _compare(self, matrices: Matrices, found: Sequence[Finding], sketches: Sequence[torch.Tensor]) -> None:
         """Cosines with the products that were kept in the step before; NaN where there are none."""
         if not self._compares:
             return
-        dots = []
+        parts = []
         for update, sketch in zip(matrices.updates, sketches, strict=True):
             own = sketch.split(update.slices.counts)
             known = [self._before.get(key) for key in _keys(update)]
@@ -336,17 +287,21 @@ class Probe:
                     for mine, its in zip(own, known, strict=True)
                 ]
             )
-            pairs = torch.stack([sketch * before, sketch.square(), before.square()], dim=1)
-            dots.append(pairs.flatten(2).sum(dim=-1))
-        is_short = [update.divides_shorter for update in matrices.updates]
-        sums = iter(matrices.add_up([each for each, short in zip(dots, is_short, strict=True) if not short]))
-        for each, dot, short in zip(found, dots, is_short, strict=True):
-            both, mine, its = (dot if short else next(sums)).double().unbind(dim=1)
+            both = torch.stack([sketch, before], dim=1)
+            parts.append(both if update.divides_shorter else _dots(both))
+        for each, update, total in zip(found, matrices.updates, matrices.add_up(parts), strict=True):
+            both, mine, its = (_dots(total) if update.divides_shorter else total).double().unbind(dim=1)
             each.cosine = both / (mine * its).sqrt()
 
     def _keep(self, matrices: Matrices, sketches: Sequence[torch.Tensor]) -> None:
         for update, sketch in zip(matrices.updates, sketches, strict=True):
             self._sketches |= zip(_keys(update), sketch.split(update.slices.counts), strict=True)
+
+
+def _dots(pair: torch.Tensor) -> torch.Tensor:
+    """Of (matrices, 2, vectors, entries): the product of both and their squares, (matrices, 3)."""
+    mine, before = pair.unbind(dim=1)
+    return torch.stack([mine * before, mine.square(), before.square()], dim=1).flatten(2).sum(dim=-1)
 
 
 def _keys(update: Update) -> list[Hashable]:
@@ -376,40 +331,19 @@ def _gradient_norms(update: Update) -> torch.Tensor:
     found = update.direction.new_empty((*update.direction.shape[:-1], 1), dtype=torch.float64)
     grads, slots = update.pairs([weight.raw_grad for weight in update.weights], found)
     for grad, norms in zip(grads, slots, strict=True):
-        row_norms(grad, wide=True, out=norms)
+        norms.copy_(_row_norms(grad))
     return found
 
 
-def _inverse(norm: torch.Tensor) -> torch.Tensor:
-    return torch.where(norm > 0, norm.reciprocal(), 0.0).clamp_max(1e37)
+def _partial_norms(tensor: torch.Tensor) -> torch.Tensor:
+    """Norms of the rows, or of the columns where these lie together in memory: (matrices, many, 1), float64."""
+    return _row_norms(tensor if tensor.stride(-1) == 1 else tensor.mT)
 
 
-def _ones(tensors: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    return [[each[0].new_ones((each[0].size(0), 1, 1))] for each in tensors]
-
-
-def _table(found: Finding, spectra: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(matrices, len(STATS)), float32."""
-    norms, root = found.norms, found.size**0.5
-    its: dict[str, torch.Tensor] = {"gradient_norm": norms["gradient"], "zero_gradient": norms["gradient"] == 0}
-    bad = torch.zeros_like(norms["gradient"], dtype=torch.bool)
-    for name in ("momentum", "result", "added"):
-        if name in norms:
-            bad |= ~norms[name].isfinite()
-    its["nonfinite"] = bad
-    its |= {"weight_rms": norms["weight"] / root, "momentum_norm": norms["momentum"]}
-    if found.eps is not None:
-        its["at_bound"] = norms["momentum"] < found.eps
-    if "added" in norms:
-        its["update_rms"] = norms["added"] / root
-        its["update_ratio"] = norms["added"] / norms["weight"]
-    if spectra:
-        its |= {"unlifted": spectra["unlifted"], "defect": spectra["defect"]}
-        its["largest_singular"] = spectra["result"]
-        its["spectral_norm"] = spectra["weight"] * norms["weight"]
-        top = spectra["momentum"].square()  # of u / |u|
-        its["stable_rank"] = torch.where(top > 0, top.reciprocal(), torch.nan)
-    if found.cosine is not None:
-        its["cosine"] = found.cosine
-    unknown = torch.full_like(norms["gradient"], torch.nan)
-    return torch.stack([its.get(name, unknown).to(torch.float32) for name in STATS], dim=-1)
+def _row_norms(tensor: torch.Tensor) -> torch.Tensor:
+    """(..., rows, 1), float64, of numbers of any size; on CPUs in float32 where it has room, in a third of the time."""
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float32:
+        norms = row_norms(tensor)
+        if bool(((norms > _SMALL) & (norms < 1.0 / _SMALL)).all()):
+            return norms.double()
+    return row_norms(tensor, wide=True)

@@ -9,29 +9,58 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
-Diagonals = tuple[torch.Tensor, torch.Tensor]
-"""Of T: (matrices, vectors, steps), and what is beside them, one less."""
 
-_STEEPNESS = 32
-"""n of 1 / (1 + (4 s^2)^n), which counts singular values s below 1/2: 0.96 at 0.475, 0.04 at 0.525."""
+class Diagonals(NamedTuple):
+    """Of T, for some matrices and vectors.
+
+    Attributes:
+        alphas: (matrices, vectors, steps).
+        betas: what is beside them, (matrices, vectors, steps - 1).
+        first: number of the first of the matrices that this rank has T of, where ranks have looked at a share each;
+            None: each has T of all of them.
+        total: number of all of them, if it has a share.
+    """
+
+    alphas: torch.Tensor
+    betas: torch.Tensor
+    first: int | None = None
+    total: int = 0
+
+    def of_all(self, numbers: torch.Tensor, missing: float) -> torch.Tensor:
+        """Numbers of these matrices, (matrices,), among those of all, others as ``missing``."""
+        if self.first is None:
+            return numbers
+        return pad(numbers, (self.first, self.total - self.first - numbers.size(0)), value=missing)
+
+
+_STEEPNESS = 16
+"""n of 1 / (1 + (4 s^2)^n), which counts singular values s below 1/2: 0.97 at 0.45, 0.05 at 0.55. Spectra that T knows
+in eight steps are no sharper."""
 
 
 def evaluated(spectra: Sequence[dict[str, Diagonals]]) -> list[dict[str, torch.Tensor]]:
-    """What all T together tell: largest singular values by name, and of results ``unlifted`` and ``defect``."""
+    """What all T together tell: largest singular values by name, and of results ``unlifted`` and ``defect``.
+
+    Returns:
+        (matrices,) for each, NaN where another rank has T.
+    """
     found: list[dict[str, torch.Tensor]] = [{} for _ in spectra]
     places = [(its, name, pair) for its, each in zip(found, spectra, strict=True) for name, pair in each.items()]
     if not places:
         return found
     pairs = [pair for _, _, pair in places]
-    for (its, name, _), top in zip(places, of_each(largest, pairs)[0], strict=True):
-        its[name] = top.amax(dim=-1).clamp_min(0.0).sqrt()
+    for (its, name, pair), top in zip(places, of_each(_largest_singular, pairs)[0], strict=True):
+        its[name] = pair.of_all(top.amax(dim=-1), math.nan)
     results = [(its, pair) for its, name, pair in places if name == "result"]
     below, squares = of_each(quadratures, [pair for _, pair in results])
-    for (its, _), share, square in zip(results, below, squares, strict=True):
-        its |= {"unlifted": share.mean(dim=-1).clamp(0.0, 1.0), "defect": square.mean(dim=-1).clamp_min(0.0).sqrt()}
+    for (its, pair), share, square in zip(results, below, squares, strict=True):
+        its["unlifted"] = pair.of_all(share.mean(dim=-1).clamp(0.0, 1.0), math.nan)
+        its["defect"] = pair.of_all(square.mean(dim=-1).clamp_min(0.0).sqrt(), math.nan)
     return found
 
 
@@ -39,11 +68,12 @@ def of_each(
     function: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]], pairs: Sequence[Diagonals]
 ) -> list[list[torch.Tensor]]:
     """Numbers of each T, (matrices, vectors) for each pair: computed together, NaN where T is not finite."""
-    alphas, betas = (torch.cat([each[index].flatten(0, 1) for each in pairs]).double() for index in (0, 1))
-    are_finite, shapes = alphas.sum(dim=-1).isfinite(), [alphas.shape[:2] for alphas, _ in pairs]
+    parts = [each.alphas for each in pairs], [each.betas for each in pairs]
+    alphas, betas = (torch.cat([part.flatten(0, 1) for part in its]).double() for its in parts)
+    are_finite, shapes = alphas.sum(dim=-1).isfinite(), [each.alphas.shape[:2] for each in pairs]
     found, sizes = function(alphas, betas), [m * k for m, k in shapes]
-    parts = (torch.where(are_finite, values, torch.nan).split(sizes) for values in found)
-    return [[part.view(shape) for part, shape in zip(each, shapes, strict=True)] for each in parts]
+    cut = (torch.where(are_finite, values, torch.nan).split(sizes) for values in found)
+    return [[part.view(shape) for part, shape in zip(each, shapes, strict=True)] for each in cut]
 
 
 def largest(alphas: torch.Tensor, betas: torch.Tensor, squarings: int = 8) -> tuple[torch.Tensor]:
@@ -67,6 +97,10 @@ def largest(alphas: torch.Tensor, betas: torch.Tensor, squarings: int = 8) -> tu
         power = power @ power
     weight = power.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     return (torch.where(weight > 0, (power * matrix).sum(dim=(-2, -1)) / weight, 0.0),)
+
+
+def _largest_singular(alphas: torch.Tensor, betas: torch.Tensor) -> tuple[torch.Tensor]:
+    return (largest(alphas, betas)[0].clamp_min(0.0).sqrt(),)
 
 
 def quadratures(alphas: torch.Tensor, betas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,9 +130,9 @@ def _terms(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     """Poles of the function that counts, above the real line; d and w of 1 / (1 + s)^2 = sum of w / (s^2 + d)."""
     each = torch.arange(_STEEPNESS // 2, device=device, dtype=torch.float64)
     poles = 0.25 * torch.polar(torch.ones_like(each), math.pi * (2.0 * each + 1.0) / _STEEPNESS)
-    # 1 / (1 + s)^2 = (2 / pi) int_0^inf sqrt(d) / ((1 + d)^2 (s^2 + d)) dd, by the trapezoidal rule in log d.
-    roots = torch.exp(0.5 * torch.arange(-16, 11, device=device, dtype=torch.float64))
-    weights = (4.0 / math.pi) * 0.5 * roots**3 / (1.0 + roots.square()).square()
+    # 1 / (1 + s)^2 = (2 / pi) int_0^inf sqrt(d) / ((1 + d)^2 (s^2 + d)) dd, by the trapezoidal rule in log d: to 1e-3.
+    roots = torch.exp(0.8 * torch.arange(-10, 7, device=device, dtype=torch.float64))
+    weights = (4.0 / math.pi) * 0.8 * roots**3 / (1.0 + roots.square()).square()
     return poles, roots.square(), weights
 
 

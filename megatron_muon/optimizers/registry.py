@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_muon import choices
 from megatron_muon.errors import ConfigError
-from megatron_muon.optimizers.adaptive import NAMO, AdaMuon, AdaMuonEO, NorMuon
+from megatron_muon.optimizers.adaptive import NAMO, AdaMuon, AdaMuonEO, NorMuon, SecondMoment
 from megatron_muon.optimizers.sizes import Hyperball, PolarGrad
 from megatron_muon.optimizers.sphere import SpectralSphere
 from megatron_muon.optimizers.stages import Variant
@@ -19,6 +21,9 @@ VARIANTS: dict[str, type[Variant]] = {
     "stiefel": StiefelMuon,
 }
 """The class of each variant, by the name that ``Muon(params, variant=...)`` takes."""
+
+_OWN = frozenset(VARIANTS.values())
+_MOMENTS = frozenset(cls.state_name for cls in _OWN if issubclass(cls, SecondMoment))
 
 
 def register_variant[V: type[Variant]](cls: V) -> V:
@@ -45,6 +50,13 @@ def register_variant[V: type[Variant]](cls: V) -> V:
     if cls.name not in choices.VARIANTS:
         choices.VARIANTS.append(cls.name)
     return cls
+
+
+def foreign_moments(variant: Variant, state: Mapping[str, Any]) -> list[str]:
+    """Second moments in a weight's state that are other variants' of this package; a user's variant may read any."""
+    if type(variant) not in _OWN:
+        return []
+    return sorted(name for name in _MOMENTS - {getattr(variant, "state_name", "")} if name in state)
 
 
 def variant_of(variant: str | Variant) -> Variant:

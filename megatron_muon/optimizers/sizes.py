@@ -9,8 +9,8 @@ import torch
 
 from megatron_muon.errors import ConfigError
 from megatron_muon.optimizers.handled import HostReads
-from megatron_muon.optimizers.lanczos import spectral_norms
 from megatron_muon.optimizers.matrices import Matrices, divide_
+from megatron_muon.optimizers.spectra import spectral_norms
 from megatron_muon.optimizers.stages import Variant, init_rows
 from megatron_muon.routing.blocks import BlockRange
 
@@ -38,12 +38,13 @@ def spectrally_normalize(matrices: Matrices, directions: Sequence[torch.Tensor])
 
     Source:
         arXiv 2512.05620, appendix F, which estimates the norm by a power iteration a step. Where singular values lie
-        close, as Newton-Schulz leaves them, that finds too little: up to 14 % (:func:`lanczos.spectral_norms` less
+        close, as Newton-Schulz leaves them, that finds too little: up to 14 % (:func:`spectra.spectral_norms` less
         than 1 %), and what an update is depends on the steps before.
     """
-    sizes = spectral_norms(matrices, directions, matrices.norms(directions))
-    for x, size in zip(directions, sizes, strict=True):
-        divide_(x, size)
+    for x, norm in zip(directions, matrices.norms(directions), strict=True):
+        divide_(x, norm)
+    for x, size in zip(directions, spectral_norms(matrices, directions), strict=True):
+        x.mul_(size.reciprocal())
 
 
 class ZeroWeightCheck:

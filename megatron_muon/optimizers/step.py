@@ -20,13 +20,14 @@ from megatron_muon.optimizers.agreement import agree
 from megatron_muon.optimizers.balls import ball_directions
 from megatron_muon.optimizers.engines import Engines
 from megatron_muon.optimizers.fading import forget_faded
+from megatron_muon.optimizers.findings import Finding
 from megatron_muon.optimizers.groups import all_options
 from megatron_muon.optimizers.handled import STEP, HostReads, TensorVersions
 from megatron_muon.optimizers.matrices import Matrices, Update, matrices_of
 from megatron_muon.optimizers.param_step import ParamStep, add, damp, pack, update_momentum
 from megatron_muon.optimizers.power import WarmStarts
 from megatron_muon.optimizers.precision import own_dtype
-from megatron_muon.optimizers.probe import Finding, Probe
+from megatron_muon.optimizers.probe import Probe
 from megatron_muon.optimizers.rates import Options, note_peak, on_host, options_of
 from megatron_muon.optimizers.scalar_rows import SECOND_MOMENT, RowRates, restart_emptied, row_rates, step_scalar_rows
 from megatron_muon.optimizers.sizes import normalize, spectrally_normalize

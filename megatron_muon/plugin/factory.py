@@ -19,7 +19,7 @@ from megatron_muon._patching import Original, Patch, Patches, PatchSet, in_place
 from megatron_muon.agree import Ranks
 from megatron_muon.choices import DECOUPLED
 from megatron_muon.config import MuonConfig
-from megatron_muon.errors import ConfigError
+from megatron_muon.errors import ConfigError, told_in_flags
 from megatron_muon.optimizers.muon import Muon
 from megatron_muon.plugin import options, precision_aware, recording
 from megatron_muon.plugin.early_gather import gather_early
@@ -71,6 +71,7 @@ def _with_checks_and_report(
         ranks.together(lambda: annotate_for_buffers(model_chunks))
         return original(config, model_chunks, config_overrides, pg_collection)
 
+    @told_in_flags()
     def build() -> Any:
         check_entered()
         groups = groups_of_model(pg_collection, model_chunks)

@@ -18,7 +18,7 @@ from megatron_muon.agree import Ranks
 from megatron_muon.config import MuonConfig
 from megatron_muon.monitor.schema import STATS, TIMES
 from megatron_muon.monitor.table import Row, Spread
-from megatron_muon.optimizers.probe import Sample
+from megatron_muon.optimizers.findings import Sample
 from megatron_muon.orthogonalize.defect import random_defect
 from megatron_muon.routing import global_names, layout_of
 from megatron_muon.routing.layout import MSIGN, SCALAR, MatrixLayout

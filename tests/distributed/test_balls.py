@@ -178,5 +178,5 @@ def test_other_weights_of_the_same_optimizer_are_orthogonalized() -> None:
 def test_without_weight_decay_is_refused() -> None:
     param = torch.nn.Parameter(weight(4, 3, seed=1))
     param.matrix_layout = in_ball(WHOLE, SIGN)
-    with pytest.raises(ConfigError, match=r"'NAME=sign' .* with hyperball, which has no weight decay"):
+    with pytest.raises(ConfigError, match=r"'NAME=sign',\) .* with hyperball, which has no weight decay"):
         Muon([param], scale_mode="none", variant="hyperball")

@@ -167,5 +167,5 @@ def refusal() -> str:
 
 def test_shards_that_hold_no_whole_sections_are_refused(pool: RankPool) -> None:
     for message in pool.run(refusal, 4):
-        assert "--muon-blockwise-period 5: a qkv weight with 4 rows on each of 4" in message
-        assert "Leave it out, or treat the weight as one matrix (--muon-param-rule 'NAME=whole')" in message
+        assert "blockwise_period 5: a qkv weight with 4 rows on each of 4" in message
+        assert "Leave it out, or treat the weight as one matrix (param_rule=('NAME=whole',))" in message

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from megatron_muon import Muon
 from megatron_muon.monitor.schema import STATS, TIMES
-from megatron_muon.optimizers.probe import Probe, Sample
+from megatron_muon.optimizers.findings import Sample
+from megatron_muon.optimizers.probe import Probe
 from megatron_muon.optimizers.storage import momentum_of, read
 from megatron_muon.routing.layout import STIEFEL, WHOLE, MatrixLayout, Section
 from tests.pool import RankPool
@@ -18,6 +19,10 @@ from tests.pool import RankPool
 QKV = MatrixLayout("qkv", (Section("q", 16), Section("k", 8), Section("v", 8)))
 HEADS = MatrixLayout("qkv", tuple(Section(each.name, each.rows, matrix_rows=8) for each in QKV.sections))
 BROKEN = MatrixLayout("gated", (Section("q", 100), Section("g", 60)))
+SHIFTED = [
+    MatrixLayout("gated", (Section("q", 100), Section("g", 60))),
+    MatrixLayout("gated", (Section("a", 20), Section("q", 100), Section("b", 40))),
+]
 CASES: list[tuple[str, tuple[int, ...], int | None, MatrixLayout]] = [
     ("wide rows", (96, 200), 0, WHOLE),
     ("wide columns", (96, 200), 1, WHOLE),
@@ -109,11 +114,19 @@ def numbers(options: dict[str, Any]) -> dict[tuple[str, str], torch.Tensor]:
     samples = steps(optimizer)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     places = {id(param): case[0] for param, case in zip(params, CASES, strict=True)}
-    found: dict[tuple[str, str], list[torch.Tensor]] = {}
+    found: dict[tuple[str, str], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for sample in samples:
-        found.setdefault((places[id(sample.param)], sample.block), []).append(sample.numbers)
+        of_all, of_this = found.setdefault((places[id(sample.param)], sample.block), ([], []))
+        (of_all if sample.ranks > 1 else of_this).append(sample.numbers)
     assert optimizer.probe.times().keys() == TIMES.keys()
-    return {key: torch.cat(its) for key, its in found.items()}
+    merged = {}
+    for key, tables in found.items():
+        first, *others = (torch.cat(its) for its in tables if its)
+        for other in others:  # what this rank alone has found
+            assert other.shape == first.shape and not (~first.isnan() & ~other.isnan()).any()
+            first = torch.where(first.isnan(), other, first)
+        merged[key] = first
+    return merged
 
 
 def whole_of(param: torch.Tensor, dim: int | None) -> torch.Tensor:
@@ -189,7 +202,29 @@ def ranks_of_broken() -> dict[str, int]:
     optimizer.probe = Probe()
     samples, params = steps(optimizer), [param for group in optimizer.param_groups for param in group["params"]]
     number = [case[0] for case in CASES].index("broken")
-    return {sample.block: sample.ranks for sample in samples if sample.param is params[number]}
+    known = [sample for sample in samples if not sample.numbers[:, [*STATS].index("gradient_norm")].isnan().any()]
+    return {sample.block: sample.ranks for sample in known if sample.param is params[number]}
+
+
+def numbers_of_shifted() -> list[list[float]]:
+    """Spectral norm and stable rank of each weight's block of 100 rows, as far as this rank knows them, over theirs."""
+    params, norms = [], []
+    for number, layout in enumerate(SHIFTED):
+        whole = 0.02 * torch.randn(160, 72, generator=torch.Generator().manual_seed(number))
+        param = torch.nn.Parameter(cut(whole, 0))
+        param.matrix_layout, param.tensor_model_parallel, param.partition_dim = layout, True, 0  # type: ignore[attr-defined]
+        param.grad = torch.ones_like(param)  # of rank 1
+        norms.append(float(torch.linalg.matrix_norm(whole[20 * number : 20 * number + 100].double(), 2)))
+        params.append(param)
+    optimizer = Muon(params, lr=LR, tp_group=dist.group.WORLD)
+    optimizer.probe = Probe(is_due=True)
+    optimizer.step()
+    samples, found = optimizer.probe.take(), []
+    for param, norm in zip(params, norms, strict=True):
+        tables = torch.cat([each.numbers for each in samples if each.param is param and each.block == "q"])
+        its = dict(zip(STATS, tables.nanmean(dim=0).tolist(), strict=True))
+        found.append([its["spectral_norm"] / norm, its["stable_rank"]])
+    return found
 
 
 def all_numbers(options: list[dict[str, Any]]) -> list[dict[tuple[str, str], torch.Tensor]]:
@@ -224,17 +259,27 @@ def test_numbers_are_those_of_whole_matrices(pool: RankPool, ranks: int) -> None
     right = pool.run(wanted, 1)[0]
     options = [{**PLAIN, "tp_mode": mode} for mode in {1: ["auto"], 2: ["owner", "distributed"], 4: ["gram"]}[ranks]]
     by_rank = pool.run(all_numbers, ranks, options)
-    for rank, each in enumerate(by_rank):
-        for its, found in zip(options, each, strict=True):
-            if ranks == 1:
-                assert found.keys() == right.keys()
-            divided = {key: numbers for key, numbers in found.items() if len(numbers) == len(right[key])}
-            assert len(divided) >= len(right) - 3  # heads that lie whole on a rank are others on each
-            check(divided, right, f"rank {rank} of {ranks}, {its}")
+    for number, its in enumerate(options):
+        of_ranks = [each[number] for each in by_rank]
+        divided = [
+            key for key in right if all(len(found.get(key, ())) == len(right[key]) for found in of_ranks)
+        ]  # heads that lie whole on a rank are others on each
+        assert len(divided) >= len(right) - 3 * (ranks > 1) and all(found.keys() <= right.keys() for found in of_ranks)
+        known = {key: torch.stack([found[key] for found in of_ranks]) for key in divided}
+        for key, tables in known.items():  # by all ranks, or by one that shares the work
+            counts = (~tables.isnan()).sum(dim=0)
+            assert ((counts == ranks) | (counts == 1)).all(), (its, key, counts)
+        check({key: tables.nanmean(dim=0) for key, tables in known.items()}, right, f"{ranks} ranks, {its}")
 
 
 def test_ranks_agree_on_whose_numbers_they_are(pool: RankPool) -> None:
     assert pool.run(ranks_of_broken, 2) == [{"q": 2, "g": 2}] * 2  # the second rank has all rows of g
+
+
+def test_ranks_agree_on_which_matrices_are_alike(pool: RankPool) -> None:
+    """Of blocks of one shape the second rank of four has as many rows each, the others have not."""
+    found = torch.tensor(pool.run(numbers_of_shifted, 4))
+    assert torch.allclose(found.nanmean(dim=0), torch.ones(2, 2), rtol=0.02), found
 
 
 QUICK = [MODES[1], *VARIANTS[-3:-1]]

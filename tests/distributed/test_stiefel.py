@@ -359,5 +359,5 @@ def test_wrong_values(options: dict[str, Any], message: str) -> None:
 
 
 def test_other_optimizers_refuse_such_weights() -> None:
-    with pytest.raises(ConfigError, match="--optimizer stiefel_muon"):
+    with pytest.raises(ConfigError, match="use variant stiefel"):
         Muon([stiefel((4, 4))])

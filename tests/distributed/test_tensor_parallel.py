@@ -116,7 +116,7 @@ HEADS = MatrixLayout("qkv", tuple(Section(section.name, section.rows, matrix_row
 def test_modes_that_cannot_split_broken_groups_refuse(pool: RankPool) -> None:
     for messages in pool.run(errors_of_broken_groups, 4, [QKV, HEADS]):
         for message in messages:
-            assert "--muon-tp-mode blockwise" in message and "Use --muon-tp-mode auto" in message
+            assert "tp_mode blockwise" in message and "Use tp_mode auto" in message and "--" not in message
 
 
 def test_blockwise_is_another_update(pool: RankPool) -> None:

@@ -247,10 +247,12 @@ def test_classes_are_operators_in_the_layers_of_a_rule() -> None:
 def test_refused() -> None:
     param = torch.nn.Parameter(torch.zeros(4, 6))
     param.matrix_layout = replace(WHOLE, budget=Budget("auto"))
-    with pytest.raises(ConfigError, match=r"steps:auto' \(a whole weight\) with no name of its class"):
+    with pytest.raises(ConfigError, match=r"steps:auto',\) \(a whole weight\) with no name of its class"):
         Muon([param])
     param.matrix_layout = replace(WHOLE, budget=auto("a"))
-    with pytest.raises(ConfigError, match=r"steps:auto' \(a whole weight\) with spectral_sphere, which iterates more"):
+    with pytest.raises(
+        ConfigError, match=r"steps:auto',\) \(a whole weight\) with spectral_sphere, which iterates more"
+    ):
         Muon([param], variant="spectral_sphere")
 
 

@@ -255,9 +255,7 @@ def test_gram_is_for_the_sets_that_it_is_accurate_for() -> None:
 
 def test_gram_by_name_is_refused_for_one_budget() -> None:
     param = weight((8, 12), WHOLE, CANS, 0)
-    with pytest.raises(
-        ConfigError, match=r"^--muon-tp-mode gram: .* in torch.float16 with a --muon-param-rule of cans"
-    ):
+    with pytest.raises(ConfigError, match=r"^tp_mode gram: .* in torch.float16 with a param_rule of cans"):
         Muon([param], tp_mode="gram", ns_dtype="fp16").prepare()
 
 

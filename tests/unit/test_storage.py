@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -483,3 +484,6 @@ def test_another_variants_state_is_told(variant: str, capsys: pytest.CaptureFixt
     other.step()
     _loaded(other.state_dict(), torch.float32, params, variant=variant)
     assert not capsys.readouterr().out, "it is there now"
+    back = _loaded(other.state_dict(), torch.float32, params)
+    assert re.fullmatch(r"megatron_muon: 5 weights had \w+ of another variant, .* out\n", capsys.readouterr().out)
+    assert all(state.keys() == its.keys() for state, its in zip(back.state.values(), plain.state.values(), strict=True))
